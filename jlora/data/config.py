@@ -1,0 +1,39 @@
+"""Settings of the data: which files, and how their records become rows of tokens."""
+
+import dataclasses
+
+OVERLONG = ("cut", "drop", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Settings of the data.
+
+    Args:
+      path: JSONL file to train on.
+      eval_path: JSONL file to evaluate on, or None.
+      packing: several documents share a row of `train.seq_len`; attention and loss stay inside a document.
+      overlong: what happens to a document longer than `train.seq_len`: "cut" keeps its start, "drop", or "error".
+      completion_only: the loss counts assistant turns and completions only, not the prompt.
+      bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
+    """
+
+    path: str
+    eval_path: str | None = None
+    packing: bool = True
+    overlong: str = "drop"
+    completion_only: bool = True
+    bucket: int = 64
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.path:
+            faults.append(f"data.path: found {self.path!r}, expected the path of a JSONL file")
+        if self.eval_path == "":
+            faults.append("data.eval_path: found '', expected the path of a JSONL file, or None")
+        if self.overlong not in OVERLONG:
+            faults.append(f"data.overlong: found {self.overlong!r}, expected one of {', '.join(OVERLONG)}")
+        if self.bucket < 1:
+            faults.append(f"data.bucket: found {self.bucket}, expected a whole number of at least 1")
+        if faults:
+            raise ValueError("the data settings do not hold:\n  " + "\n  ".join(faults))

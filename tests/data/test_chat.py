@@ -1,0 +1,126 @@
+"""Chat encoding: the answer and its stop token are trained, the prompt and what follows are not."""
+
+import numpy as np
+import pytest
+
+from jlora.data import encode, split_prompt
+
+
+def trained_text(example, tokenizer):
+    return tokenizer.decode(example.tokens[example.trained])
+
+
+def untrained_text(example, tokenizer):
+    return tokenizer.decode(example.tokens[~example.trained])
+
+
+def chat(*turns, roles=("user", "assistant")):
+    return {"messages": [{"role": roles[i % len(roles)], "content": text} for i, text in enumerate(turns)]}
+
+
+def test_the_answer_and_its_stop_token_are_trained_and_nothing_else(tokenizer):
+    [example], report = encode([chat("Two and two?", "Four.")], tokenizer, seq_len=256)
+    assert trained_text(example, tokenizer) == "Four.<|im_end|>"
+    assert untrained_text(example, tokenizer) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (report.examples, report.tokens, report.trained_tokens) == (1, len(example.tokens), 6)
+
+
+def test_every_assistant_turn_is_trained(tokenizer):
+    [example], _ = encode([chat("a?", "A.", "b?", "B.", "bye")], tokenizer, seq_len=256)
+    assert trained_text(example, tokenizer) == "A.<|im_end|>B.<|im_end|>"
+
+
+def test_prompt_and_completion_train_the_completion_alone(tokenizer):
+    turns = chat("a?", "A.", "b?", "B.")["messages"]
+    record = {"prompt": turns[:3], "completion": turns[3:]}
+    [whole], _ = encode([record], tokenizer, seq_len=256)
+    assert trained_text(whole, tokenizer) == "B.<|im_end|>"
+    [mixed], _ = encode([{"prompt": turns[:3], "completion": "B."}], tokenizer, seq_len=256)
+    np.testing.assert_array_equal(mixed.tokens, whole.tokens)
+
+
+def test_plain_text_ends_with_the_stop_token(text_tokenizer):
+    [example], _ = encode([{"prompt": "2+2=", "completion": "4"}], text_tokenizer, seq_len=16)
+    assert trained_text(example, text_tokenizer) == "4<|end|>"
+    assert untrained_text(example, text_tokenizer) == "2+2="
+
+
+def test_all_tokens_count_when_asked(tokenizer):
+    [example], report = encode([chat("a?", "A.")], tokenizer, seq_len=256, completion_only=False)
+    assert example.trained.all()
+    assert tokenizer.decode(example.tokens).endswith("A.<|im_end|>")
+    assert report.trained_tokens == len(example.tokens) - 1  # nothing predicts the first token
+
+
+def test_a_template_that_drops_reasoning_from_earlier_turns_still_trains_them(make_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template, "<|im_end|>")
+    [example], _ = encode([chat("a?", "A.", "b?", "B.")], tokenizer, seq_len=256)
+    assert trained_text(example, tokenizer) == "A.<|im_end|><think>\n\n</think>\n\nB.<|im_end|>"
+
+
+def test_the_stop_token_is_the_templates_own_not_the_tokenizers(make_tokenizer):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = make_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|end|>")
+    [example], _ = encode([chat("a?", "A.")], tokenizer, seq_len=256)
+    assert trained_text(example, tokenizer) == "A.<|im_end|>"
+
+
+def test_a_template_without_a_stop_token_gets_the_tokenizers(make_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = make_tokenizer(template + "{% if add_generation_prompt %}assistant: {% endif %}", "<|end|>")
+    [example], _ = encode([chat("a?", "A.", "b?", "B.")], tokenizer, seq_len=256)
+    assert trained_text(example, tokenizer) == "A.\nB.\n<|end|>"
+
+
+def test_overlong_records_are_cut_dropped_or_refused(tokenizer):
+    records = [chat("a?", "A."), chat("a?", "A" * 40), chat("a" * 200, "A.")]
+    short, middle, long = (len(encode([record], tokenizer, seq_len=999)[0][0].tokens) for record in records)
+    kept, report = encode(records, tokenizer, seq_len=short + 2)
+    assert (len(kept), report.dropped, report.cut, report.untrained) == (1, 2, 0, 0)
+    kept, report = encode(records, tokenizer, seq_len=short + 2, overlong="cut")
+    assert (len(kept), report.dropped, report.cut, report.untrained) == (2, 0, 1, 1)
+    assert len(kept[1].tokens) == short + 2
+    assert set(trained_text(kept[1], tokenizer)) == {"A"}
+    with pytest.raises(ValueError) as error:
+        encode(records, tokenizer, seq_len=short + 2, overlong="error")
+    assert f"record 2: found {middle} tokens, expected at most {short + 2}" in str(error.value)
+    assert f"record 3: found {long} tokens" in str(error.value)
+
+
+def test_nothing_to_train_on_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match=r"no token to train on in 2 records: 2 are longer than 8 tokens"):
+        encode([chat("a?", "A.")] * 2, tokenizer, seq_len=8)
+    with pytest.raises(ValueError, match=r"2 have no completion token within 8 tokens; raise train.seq_len"):
+        encode([chat("a?", "A.")] * 2, tokenizer, seq_len=8, overlong="cut")
+
+
+def test_chats_need_a_chat_template(text_tokenizer):
+    with pytest.raises(ValueError, match="1 of 2 records are chats, but the tokenizer has no chat template"):
+        encode([chat("a?", "A."), {"prompt": "a", "completion": "b"}], text_tokenizer, seq_len=64)
+
+
+def test_all_records_the_template_refuses_are_named(make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    system = chat("s", "u", "a", roles=("system", "user", "assistant"))
+    with pytest.raises(ValueError) as error:
+        encode([system, chat("a?", "A."), system], make_tokenizer(template, "<|im_end|>"), seq_len=64)
+    assert "record 1: the chat template refuses the roles system, user, assistant: no system role" in str(error.value)
+    assert "record 3" in str(error.value)
+    assert "record 2" not in str(error.value)
+
+
+def test_split_prompt_gives_the_question_and_the_answer():
+    turns = chat("a?", "A.", "b?", "B.", "bye")["messages"]
+    assert split_prompt({"messages": turns}) == (turns[:3], "B.")
+    assert split_prompt({"prompt": "2+2=", "completion": "4"}) == ("2+2=", "4")
+    assert split_prompt({"prompt": turns[:1], "completion": "A."}) == (turns[:1], "A.")

@@ -53,7 +53,7 @@ def test_rows_of_like_length_share_a_step_in_few_shapes():
     steps = plan(lengths, seq_len=512, batch_size=8, packing=False, bucket=32, epochs=1)
     assert {step.length for step in steps} <= {32 * n for n in range(1, 17)}
     assert sum(lengths) / sum(len(step.rows) * step.length for step in steps) > 0.75
-    lengths_in_order = [step.length for step in steps[: len(steps) // 4]]
+    lengths_in_order = [step.length for step in steps[:16]]
     assert lengths_in_order != sorted(lengths_in_order)  # training does not go from short to long
     fine = plan(lengths, seq_len=512, batch_size=8, packing=False, bucket=1, epochs=1)
     assert {step.length for step in fine} <= {32 * n for n in range(1, 17)}

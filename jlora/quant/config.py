@@ -1,0 +1,48 @@
+"""Which leaves of a param tree are packed, and how."""
+
+import dataclasses
+
+from jlora import tree
+
+FORMATS = ("nf4",)
+
+# Every linear inside the stack; embeddings, the head and norms keep their precision (as bitsandbytes' users do).
+DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"layers/.*/kernel", "nf4"), (r".*", None))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Ordered (regular expression, format or None) rules over full leaf paths, the first match wins; plus the block scales' form.
+
+    Attributes:
+        rules: formats by path; paths that no rule matches stay as they are.
+        double_quant: block scales in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits a weight).
+    """
+
+    rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = sorted({str(fmt) for _, fmt in self.rules if fmt is not None and fmt not in FORMATS})
+        if unknown:
+            raise ValueError(f"QuantConfig.rules: unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)} or None")
+
+
+def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
+    """The QuantConfig that `quant` stands for: itself, the default rules of a format's name, or None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if quant is None or isinstance(quant, QuantConfig):
+        return quant
+    if quant not in FORMATS:
+        raise ValueError(f"quant={quant!r} is unknown; expected one of {', '.join(FORMATS)}, a QuantConfig, or None")
+    return QuantConfig(rules=tuple((pattern, quant if fmt else None) for pattern, fmt in DEFAULT_RULES))
+
+
+def leaf_format(path: str, config: QuantConfig | None) -> str | None:
+    """The format in which the leaf at `path` is kept; None keeps it as it is."""
+    if config is None:
+        return None
+    return tree.match_rules((*config.rules, (r".*", None)), [path], allow_unused=True)[path]

@@ -1,0 +1,15 @@
+"""Device meshes, and the rules that place every leaf of a param tree on them."""
+
+from jlora.sharding.mesh import MeshConfig, batch_sharding, make_mesh, put_batch, replicated
+from jlora.sharding.rules import leaf_sharding, shard, tree_shardings
+
+__all__ = [
+    "MeshConfig",
+    "batch_sharding",
+    "leaf_sharding",
+    "make_mesh",
+    "put_batch",
+    "replicated",
+    "shard",
+    "tree_shardings",
+]

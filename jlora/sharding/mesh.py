@@ -1,0 +1,83 @@
+"""The device mesh (data, fsdp, tensor, sequence) and the placement of batches on it."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: whatever devices are left.
+
+    data and fsdp split the batch; fsdp also splits every weight, tensor splits heads and hidden units, sequence splits tokens.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh sizes must be positive, at most one of them -1 (the rest); found {self}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh over `devices` (default: all). Axes left at 1 cost nothing.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices, except that a mesh of one takes the first device.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = list(config.sizes)
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if len(devices) % known:
+            raise ValueError(f"{config}: the fixed sizes multiply to {known}, which does not divide {len(devices)} devices")
+        sizes[sizes.index(-1)] = len(devices) // known
+    total = math.prod(sizes)
+    if total == 1:
+        devices = devices[:1]
+    if total != len(devices):
+        raise ValueError(f"{config}: sizes multiply to {total}, but there are {len(devices)} devices")
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding that keeps a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """The sharding of a [..., B, T] batch whose first `leading` axes are not split."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence"))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The host's [A, B, T] arrays (the same on every host), each device holding its rows only.
+
+    Raises:
+        ValueError: B or T does not divide over the mesh.
+    """
+    sharding = batch_sharding(mesh, leading=1)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, value in batch.items():
+        if value.shape[1] % rows or value.shape[2] % mesh.shape["sequence"]:
+            raise ValueError(
+                f"batch {name!r} has {value.shape[1]} rows of {value.shape[2]} tokens; the mesh splits rows {rows} ways "
+                f"(data × fsdp) and tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
+            )
+    return {
+        name: jax.make_array_from_callback(value.shape, sharding, lambda index, value=value: value[index])
+        for name, value in batch.items()
+    }

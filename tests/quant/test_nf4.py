@@ -1,0 +1,108 @@
+"""NF4 against bitsandbytes itself, to the bit."""
+
+import dataclasses
+
+import bitsandbytes.functional as bnb
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+from jlora import quant, tree
+from jlora.quant.nf4 import block_scales, dynamic_map
+
+SHAPES = [(64, 1), (128, 96), (576, 192), (1536, 576), (100, 33), (96, 7), (48, 4)]
+
+
+def kernel(shape, dtype=np.float32, seed=0):
+    """A kernel [D, N] with outliers, a block of zeros and exact repeats of its largest value."""
+    values = np.random.default_rng(seed).standard_t(5, shape).astype(np.float32) * 0.05
+    values[: min(64, shape[0]), 0] = 0
+    return jnp.asarray(values).astype(dtype)
+
+
+def torch_transpose(array):
+    values = torch.from_numpy(np.array(array.astype(jnp.float32)).T.copy())
+    return values.to(torch.bfloat16) if array.dtype == jnp.bfloat16 else values
+
+
+def flat_codes(leaf):
+    """The codes in bitsandbytes' order: the transpose, flattened, two to a byte."""
+    high, low = np.asarray(leaf.codes) >> 4, np.asarray(leaf.codes) & 15
+    index = np.stack([high, low], 1).reshape(-1, leaf.codes.shape[-1]).T.ravel()
+    return (index[0::2] << 4) | index[1::2]
+
+
+def bitsandbytes_values(packed, absmax, state):
+    """What bitsandbytes dequantises, as a kernel. Its fast CPU kernel reads wrong scales when a block straddles rows."""
+    if state.shape[1] % 64 == 0:
+        return bnb.dequantize_4bit(packed, state).float().numpy().T
+    values = _dequantize_4bit_compute(packed.ravel(), absmax, state.code, 64, state.shape, state.dtype)
+    return values.float().numpy().T
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_single_quantisation_is_bitsandbytes(shape, dtype):
+    array = kernel(shape, dtype)
+    leaf = quant.quantize(array, "nf4", double_quant=False)
+    packed, state = bnb.quantize_4bit(torch_transpose(array), quant_type="nf4", compress_statistics=False)
+    size = packed.numel()
+    np.testing.assert_array_equal(flat_codes(leaf)[:size], packed.numpy().ravel())
+    np.testing.assert_array_equal(np.asarray(leaf.absmax).T.ravel(), state.absmax.numpy())
+    expected = bitsandbytes_values(packed, state.absmax, state)
+    np.testing.assert_array_equal(np.asarray(quant.dequantize(leaf, jnp.float32)), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_double_quantisation_is_bitsandbytes(shape, dtype):
+    array = kernel(shape, dtype)
+    leaf = quant.quantize(array, "nf4", double_quant=True)
+    packed, state = bnb.quantize_4bit(torch_transpose(array), quant_type="nf4", compress_statistics=True)
+    np.testing.assert_allclose(leaf.offset, state.offset.numpy(), rtol=3e-7)
+    np.testing.assert_array_equal(np.asarray(leaf.absmax).T.ravel(), state.absmax.numpy())
+    # the offset is a sum whose order torch chooses; with torch's last bit everything that follows is equal to the bit
+    leaf = dataclasses.replace(leaf, offset=jnp.asarray(state.offset.numpy()))
+    np.testing.assert_allclose(leaf.nested_absmax, state.state2.absmax.numpy(), rtol=1e-6)
+    leaf = dataclasses.replace(leaf, nested_absmax=jnp.asarray(state.state2.absmax.numpy()))
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    expected = bitsandbytes_values(packed, absmax, state)
+    np.testing.assert_array_equal(np.asarray(quant.dequantize(leaf, jnp.float32)), expected)
+
+
+def test_dynamic_map_is_bitsandbytes():
+    np.testing.assert_array_equal(dynamic_map(), bnb.create_dynamic_map().numpy())
+
+
+def test_a_stack_is_its_layers_one_by_one():
+    stack = jnp.stack([kernel((128, 24), seed=i) * (i + 1) for i in range(3)])
+    leaf = quant.quantize(stack)
+    assert leaf.shape == stack.shape and leaf.ndim == 3 and leaf.size == stack.size
+    for i in range(3):
+        layer = quant.quantize(stack[i])
+        np.testing.assert_array_equal(quant.dequantize(leaf)[i], quant.dequantize(layer))
+        np.testing.assert_array_equal(leaf.nested_absmax[i], layer.nested_absmax)
+
+
+def test_bits_a_parameter():
+    leaf = quant.quantize(kernel((1536, 576)))
+    assert 8 * tree.nbytes(leaf) / leaf.size == pytest.approx(4.127, abs=2e-3)
+    single = quant.quantize(kernel((1536, 576)), double_quant=False)
+    assert 8 * tree.nbytes(single) / single.size == 4.5
+
+
+def test_scales_are_the_same_compiled_and_not():
+    leaf = quant.quantize(kernel((576, 192)))
+    with jax.disable_jit():
+        plain = block_scales(leaf)
+    np.testing.assert_array_equal(jax.jit(block_scales)(leaf), plain)
+
+
+def test_errors_name_what_was_found():
+    with pytest.raises(ValueError, match="'int3' is unknown"):
+        quant.quantize(kernel((64, 4)), "int3")
+    with pytest.raises(ValueError, match=r"found shape \(64,\)"):
+        quant.quantize(jnp.zeros(64))

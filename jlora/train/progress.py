@@ -1,0 +1,94 @@
+"""What a person watching a run sees: a live bar on a terminal, a line now and then anywhere else."""
+
+import io
+import math
+import time
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+LINE_EVERY_SECONDS = 15.0
+
+
+class Progress:
+    """Shows step, loss, tokens a second and the time left.
+
+    Nothing is shown before `start`: the number of steps is known only once the data was read.
+
+    Args:
+      stream: where to show it.
+      clock: seconds, for tests.
+    """
+
+    def __init__(self, stream: io.TextIOBase | TextIO, *, clock: Callable[[], int | float] = time.monotonic) -> None:
+        self._console = Console(file=stream, highlight=False)
+        self._clock = clock
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._total = 0
+        # Step and time that speed is measured from: the first update, because the first step holds the compilation.
+        self._first: tuple[int, float] | None = None
+        self._shown = -math.inf
+
+    def start(self, total_steps: int, start_step: int = 0) -> None:
+        """Begins a run of `total_steps` steps, of which `start_step` are done already."""
+        self._total, self._first = total_steps, None
+        if start_step:
+            self.note(f"resuming after step {start_step} of {total_steps}")
+        if self._console.is_terminal:
+            columns = (SpinnerColumn(), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, console=self._console)
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
+            self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Shows that `step` is done. Off a terminal: the first and the last step and one line every few seconds."""
+        now = self._clock()
+        self._first = self._first or (step, now)
+        text = "  ".join(part for part in (*_numbers(metrics), self._left(step, now)) if part)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step >= self._total or now - self._shown >= LINE_EVERY_SECONDS:
+            self._shown = now
+            self.note(f"step {step}/{self._total}  {text}")
+
+    def note(self, message: str) -> None:
+        """Shows one line: above the bar on a terminal."""
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the display; closing twice is fine."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self, step: int, now: int | float) -> str:
+        first, began = self._first or (step, now)
+        if not first < step < self._total:
+            return ""
+        return f"{duration((now - began) / (step - first) * (self._total - step))} left"
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        self.close()
+
+
+def duration(seconds: int | float) -> str:
+    """'45s', '3m20s', '2h05m'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _numbers(metrics: Mapping[str, Any]) -> list[str]:
+    formats = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return [text.format(float(metrics[name])) for name, text in formats.items() if metrics.get(name) is not None]

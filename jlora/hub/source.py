@@ -1,0 +1,96 @@
+"""Where a model comes from: a folder, a GGUF file or a Hub id, opened as one object that reads tensors by Hub name."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jlora.hub.gguf import GGUFFile
+from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo
+
+ALLOW = ("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
+# Some repositories carry the same weights a second time in another layout.
+IGNORE = ("consolidated*", "*/*")
+HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+
+
+# An open checkpoint: `config`, `generation_config`, `tensors` (name → TensorInfo) and `read(name)`, by the Hub's names.
+Source = SafetensorsFolder | GGUFFile
+
+
+def open_source(location: str | Path) -> Source:
+    """The checkpoint at `location`, opened but not read.
+
+    Raises:
+        FileNotFoundError: nothing is there, or files are missing.
+        ValueError: files are broken or of a kind that jlora does not read.
+    """
+    path = locate(location)
+    return GGUFFile(path) if path.suffix == ".gguf" else SafetensorsFolder(path)
+
+
+def locate(location: str | Path) -> Path:
+    """The local folder or .gguf file that `location` stands for; a Hub id is downloaded (never its pickles)."""
+    path = Path(location).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise ValueError(f"{path} is a file that is not .gguf; give the folder that holds config.json and the weights")
+    if path.is_dir():
+        return _gguf_in(path) or path
+    if re.fullmatch(HUB_ID, str(location)) and not path.is_absolute():
+        return _download(str(location))
+    raise FileNotFoundError(f"no folder or file {path}, and {str(location)!r} is not a Hub id (owner/name)")
+
+
+def check_tensors(
+    found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], *, harmless: set[str]
+) -> None:
+    """Nothing, if the checkpoint holds just the expected tensors in the expected shapes.
+
+    Raises:
+        ValueError: every tensor that is missing, unknown, misshapen or not of a floating type.
+    """
+    problems = [f"missing {name} {shape}" for name, shape in sorted(expected.items()) if name not in found]
+    for name, info in sorted(found.items()):
+        if name in expected and info.shape != expected[name]:
+            problems.append(f"{name} has shape {info.shape}, expected {expected[name]} ({info.file.name})")
+        if name in expected and info.dtype not in DTYPES and info.file.suffix == ".safetensors":
+            problems.append(f"{name} is {info.dtype}, expected one of {', '.join(sorted(DTYPES))} ({info.file.name})")
+        if name not in expected and name not in harmless:
+            problems.append(f"unknown {name} {info.shape} ({info.file.name})")
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems)
+        )
+
+
+def _gguf_in(folder: Path) -> Path | None:
+    """The one .gguf file of a folder without safetensors, or None.
+
+    Raises:
+        ValueError: there are several, so one has to be named.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if not files or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return None
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{folder} holds {len(files)} GGUF files, give the path of one: {names}")
+    return files[0]
+
+
+def _download(hub_id: str) -> Path:
+    # Slow to import, and of no use to those who load from a folder.
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no local folder {hub_id!r}, and it could not be fetched from the Hugging Face Hub either ({reason}). "
+            "Check the name and the connection, log in with `hf auth login` if the model is gated, or download it "
+            "elsewhere and give the folder's path"
+        ) from error
+    return Path(folder)

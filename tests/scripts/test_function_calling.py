@@ -167,12 +167,12 @@ def test_the_split_is_proportional_steady_and_trains_on_no_test_question():
         ]
 
     records = {"a": build("a", 60), "b": build("b", 30)}
-    train, test = task.split(records, 10)
-    assert (len(train), len(test)) == (80, 10)
-    assert sum(record["id"].startswith("a") for record in test) == 7
+    train, test = task.split(records, 40)
+    assert (len(train), len(test)) == (50, 40)
+    assert sum(record["id"].startswith("a") for record in test) == 27
     asked = [{record["messages"][1]["content"].lower() for record in records} for records in (train, test)]
     assert not asked[0] & asked[1]
-    assert task.split(records, 10) == (train, test)
+    assert task.split(records, 40) == (train, test)
 
 
 @pytest.fixture

@@ -261,9 +261,9 @@ def _read_set(data: pathlib.Path, name: str) -> list[tuple[Record, Record]]:
 
 
 def _count_tokens(records: list[Record], model: pathlib.Path) -> dict[str, int]:
-    import transformers  # slow to import, and a metric does not need it
+    from jlora.hub import load_tokenizer  # slow to import, and a metric does not need it
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    tokenizer = load_tokenizer(model)
     texts = [tokenizer.apply_chat_template(record["messages"], tokenize=False) for record in records]
     tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return {record["id"]: len(ids) for record, ids in zip(records, tokens, strict=True)}

@@ -1,0 +1,48 @@
+"""Python files that users write: recipes and metrics, loaded by path, their errors told with file and line."""
+
+import importlib.util
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# What a faulty file can raise while it is run. Anything else is not the file's fault.
+ERRORS = (SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, ImportError, OSError)
+
+
+def load_function(path: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be run, or has no such function.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a file; expected a Python file that defines {name}()")
+    # Named after its path, so that two files of one name do not meet; registered, as dataclasses in the file need it.
+    module_name = f"jlora_user_{abs(hash(file.resolve())):x}"
+    spec = importlib.util.spec_from_loader(module_name, importlib.machinery.SourceFileLoader(module_name, str(file)))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    call(path, spec.loader.exec_module, module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{path} defines no function {name}()")
+    return function
+
+
+def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the file's function returns; a ValueError that names the line where it failed."""
+    try:
+        return function(*arguments)
+    except ERRORS as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(pathlib.Path(path))
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error

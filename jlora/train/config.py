@@ -1,0 +1,194 @@
+"""The settings of a run: every group's dataclass under one roof, and the way there from a ConfigDict.
+
+Defaults live in the dataclasses alone; recipes start from `default_config()` and say what differs.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import RequiredValueError
+
+from jlora.data import DataConfig
+from jlora.lora import LoraConfig
+from jlora.optim import OptimConfig
+from jlora.quant import QuantConfig, as_config
+from jlora.sharding import MeshConfig
+from jlora.train import typed
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the base model comes from and how it is held.
+
+    Args:
+      path: a Hugging Face folder, a Hub id, or a GGUF file.
+      dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU.
+      quant: "nf4", a QuantConfig, or None for unquantised weights.
+    """
+
+    path: str
+    dtype: str | None = None
+    quant: str | QuantConfig | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.path:
+            faults.append("model.path: found '', expected a folder, a Hub id or a GGUF file")
+        if self.dtype not in (None, *DTYPES):
+            faults.append(f"model.dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}, or None")
+        try:
+            as_config(self.quant)
+        except ValueError as error:
+            faults.append(f"model.quant: {error}")
+        _raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, and how often to look.
+
+    Args:
+      steps, epochs: the end of the run, whichever comes first; at least one of them is given.
+      batch_size: rows of a micro-batch, over all devices.
+      seq_len: tokens of a row.
+      grad_accum: micro-batches of a step.
+      seed: of the adapter's start, the order of the data and dropout.
+      log_every, save_every, eval_every: in steps; evaluation at 0 means never.
+      keep_checkpoints: older ones are removed.
+      remat: activations of a layer are computed again in the backward pass instead of being kept.
+      tensorboard: also write TensorBoard files (needs the extra of that name).
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    seq_len: int = 512
+    grad_accum: int = 1
+    seed: int = 0
+    log_every: int = 1
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    remat: bool = True
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.steps is None and self.epochs is None:
+            faults.append("train.steps or train.epochs: one of them is required")
+        if self.epochs is not None and not self.epochs > 0:
+            faults.append(f"train.epochs: found {self.epochs}, expected more than 0")
+        least = {"steps": 1, "batch_size": 1, "seq_len": 2, "grad_accum": 1, "log_every": 1, "save_every": 1}
+        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                faults.append(f"train.{name}: found {value}, expected at least {bound}")
+        _raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    algorithm: Literal["sft"] = "sft"
+    model: ModelSource
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.train.eval_every and not self.data.eval_path:
+            faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        rows = self.mesh.data * self.mesh.fsdp
+        if rows > 0 and self.train.batch_size % rows:
+            faults.append(
+                f"train.batch_size is {self.train.batch_size}: not a multiple of mesh.data × mesh.fsdp = {rows}"
+            )
+        if self.mesh.sequence > 0 and self.train.seq_len % self.mesh.sequence:
+            faults.append(
+                f"train.seq_len is {self.train.seq_len}: not a multiple of mesh.sequence = {self.mesh.sequence}"
+            )
+        _raise_all(faults)
+
+
+def default_config() -> ConfigDict:
+    """Every setting at its default, as a ConfigDict for recipes to change; what has none is None until it is given.
+
+    Assignments are not checked here: `resolve` says everything that is wrong at once.
+    """
+    return _defaults(RunConfig)
+
+
+def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
+    """The settings as frozen dataclasses.
+
+    Raises:
+        ValueError: unknown keys, wrong types, missing settings, settings that do not go together; all in one message.
+    """
+    values = _plain(config)
+    run_config, faults = typed.build(RunConfig, values)
+    faults = typed.unknown_keys(RunConfig, values) + faults
+    if faults:
+        raise ValueError("the settings do not hold:\n  " + "\n  ".join(faults))
+    return run_config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The settings as plain values for config.json; `resolve` of them is the same RunConfig."""
+    return dataclasses.asdict(config)
+
+
+def _defaults(cls: type) -> ConfigDict:
+    """A ConfigDict that knows the type of each field, for the command line; mixed types are Python literals there."""
+    config = ConfigDict(type_safe=False, allow_dotted_keys=True)
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            config[field.name] = _defaults(hint)
+        else:
+            config[field.name] = FieldReference(_default(field), field_type=_scalar(hint))
+    return config
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if typed.is_required(field) else field.default
+
+
+def _scalar(hint: Any) -> type:
+    """str for `str` and for `str | None`; object for whatever is not one scalar."""
+    members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
+    return members[0] if len(members) == 1 and members[0] in (bool, int, float, str) else object
+
+
+def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain dicts. A placeholder that must be given reads as None, which `typed.build` reports as missing."""
+    references = config.items(preserve_field_references=True) if isinstance(config, ConfigDict) else config.items()
+    plain = {}
+    for key, value in references:
+        if isinstance(value, FieldReference):
+            value = _value(value)
+        plain[key] = _plain(value) if isinstance(value, ConfigDict | Mapping) else value
+    return plain
+
+
+def _value(reference: FieldReference) -> Any:
+    try:
+        return reference.get()
+    except RequiredValueError:
+        return None
+
+
+def _raise_all(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("\n".join(faults))

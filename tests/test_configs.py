@@ -1,0 +1,57 @@
+"""Every recipe in configs/ resolves once its placeholders are filled, and says what they are while they are not."""
+
+import pathlib
+
+import pytest
+
+from jlora.cli.overrides import read_config
+from jlora.train.config import ModelSource, RunConfig, TrainConfig, default_config, resolve
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.py"))
+PLACEHOLDERS = {
+    "sft.py": {"model.path", "data.path", "train.epochs"},
+    "quickstart.py": {"model.path", "data.path"},
+    "smollm2_135m.py": {"data.path"},
+    "llama3_8b_qlora.py": {"data.path"},
+    "llama3_8b_tpu.py": {"data.path"},
+}
+VALUES = {"model.path": "some/model", "data.path": "train.jsonl", "train.epochs": "3"}
+
+
+def test_the_table_holds_every_recipe():
+    assert sorted(PLACEHOLDERS) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_resolves_with_its_placeholders_filled(name):
+    overrides = [f"--config.{key}={VALUES[key]}" for key in sorted(PLACEHOLDERS[name])]
+    config = resolve(read_config(str(CONFIGS / name), overrides))
+    assert isinstance(config, RunConfig)
+    assert config.data.path == "train.jsonl"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_names_each_placeholder_that_is_not_filled(name):
+    with pytest.raises(ValueError) as error:
+        resolve(read_config(str(CONFIGS / name), []))
+    message = str(error.value)
+    assert "unknown" not in message
+    assert {key for key in VALUES if key in message} == PLACEHOLDERS[name]
+
+
+def test_the_general_recipe_is_the_defaults():
+    config = resolve(
+        read_config(
+            str(CONFIGS / "sft.py"), ["--config.model.path=m", "--config.train.steps=1", "--config.data.path=d"]
+        )
+    )
+    assert config.model == ModelSource("m")
+    assert config.train == TrainConfig(steps=1)
+
+
+def test_a_config_from_python_is_the_same_as_from_the_command_line():
+    config = default_config()
+    config.model.path, config.data.path, config.train.steps = "m", "d", 7
+    overrides = ["--config.model.path=m", "--config.data.path=d", "--config.train.steps=7"]
+    assert resolve(config) == resolve(read_config(str(CONFIGS / "sft.py"), overrides))

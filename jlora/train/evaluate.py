@@ -1,0 +1,135 @@
+"""Evaluation: the loss on completions, and how often the texts that a model generates are right."""
+
+import functools
+import importlib.util
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jlora import data
+from jlora.generate import generate
+from jlora.losses import TokenSums, cross_entropy
+from jlora.models import Model
+from jlora.sharding import put_batch
+from jlora.types import Params
+
+Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
+
+RESERVED = ("loss", "perplexity", "token_accuracy", "exact_match", "n", "tokens")
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    *,
+    metric: Metric | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    seq_len: int = 512,
+    generate_texts: bool = True,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Numbers about the records as a whole, and one answer for each record (none without `generate_texts`).
+
+    The numbers are `loss` (mean over the completion tokens), `perplexity`, `token_accuracy`, `tokens` and `n`; with
+    texts also `exact_match` and the mean of everything that `metric` returns. An answer is a dict with `prompt`,
+    `target`, `text`, `exact_match`, the metric's values, and the record's `id` where it has one.
+
+    Args:
+      metric: (record, generated text) → numbers by name.
+      seq_len: longer records lose their end in the loss (not in the generation).
+      mesh: splits the batches of the loss, as in training.
+    """
+    numbers = completion_loss(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    numbers["n"] = float(len(records))
+    if not generate_texts:
+        return numbers, []
+    prompts, targets = zip(*map(data.split_prompt, records), strict=True)
+    texts = generate(
+        model, params, tokenizer, list(prompts), max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size
+    )
+    scores = [
+        _score(record, text, target, metric) for record, text, target in zip(records, texts, targets, strict=True)
+    ]
+    for name in dict.fromkeys(name for score in scores for name in score):
+        values = [score[name] for score in scores if name in score]
+        numbers[name] = math.fsum(values) / len(values)
+    answers = [
+        {**({"id": record["id"]} if "id" in record else {}), "prompt": prompt, "target": target, "text": text, **score}
+        for record, prompt, target, text, score in zip(records, prompts, targets, texts, scores, strict=True)
+    ]
+    return numbers, answers
+
+
+def completion_loss(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 8,
+    seq_len: int = 512,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, float]:
+    """`loss`, `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
+    examples, _ = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
+    lengths = [len(example.tokens) for example in examples]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
+    examples = [examples[index] for index in order]
+    steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
+    batches = (data.collate(examples, step) for step in steps)
+    sums = [_token_sums(model, params, put_batch(batch, mesh) if mesh else batch) for batch in batches]
+    loss, correct, tokens = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
+    mean = loss / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "token_accuracy": correct / tokens, "tokens": tokens}
+
+
+def load_metric(path: str | pathlib.Path) -> Metric:
+    """The function `metric` of a Python file.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, it is not Python, or it has no such function.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: found nothing there, expected a Python file with a function metric(record, text)"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: found a file that is not .py, expected a Python file with metric(record, text)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: found no valid Python ({error.msg})") from error
+    metric = getattr(module, "metric", None)
+    if not callable(metric):
+        public = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
+        raise ValueError(f"{path}: found the functions {public}, expected one called metric(record, text)")
+    return metric
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> TokenSums:
+    rows = {name: values[0] for name, values in batch.items()}
+    hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], rows["segment_ids"])
+    return cross_entropy(model.project, model.head(params), hidden, rows["targets"], rows["weights"])
+
+
+def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None) -> dict[str, float]:
+    score = {"exact_match": float(text.strip() == target.strip())}
+    if metric is None:
+        return score
+    found = metric(record, text)
+    if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
+        raise ValueError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
+    if taken := sorted(set(found) & set(RESERVED)):
+        raise ValueError(f"metric(record, text): found the names {taken}, expected names other than {RESERVED}")
+    return score | {name: float(value) for name, value in found.items()}

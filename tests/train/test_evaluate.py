@@ -1,0 +1,131 @@
+"""Evaluation: the loss is that of the completions alone, and metrics are those of the generated texts."""
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from jlora import models
+from jlora.data import encode
+from jlora.generate import generate
+from jlora.train.evaluate import evaluate, load_metric
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(["<|end|>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.build(
+        {
+            "model_type": "llama",
+            "vocab_size": 257,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "eos_token_id": 0,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return model.random_params(jax.random.key(0))
+
+
+RECORDS = [
+    {"prompt": "2+2=", "completion": "4", "id": 7},
+    {"prompt": "Say it twice: ab ", "completion": "abab"},
+    {"prompt": "", "completion": "a text without any prompt"},
+]
+
+
+def test_the_loss_is_the_mean_over_all_completion_tokens(model, params, tokenizer):
+    numbers, answers = evaluate(model, params, tokenizer, RECORDS, batch_size=2, seq_len=32, generate_texts=False)
+    examples, report = encode(RECORDS, tokenizer, seq_len=32)
+    losses = []
+    for example in examples:
+        log_probs = jax.nn.log_softmax(model(params, example.tokens[None])[0])
+        losses += [-log_probs[i, example.tokens[i + 1]] for i in np.flatnonzero(example.trained[1:])]
+    assert answers == []
+    assert numbers["tokens"] == report.trained_tokens == len(losses)
+    np.testing.assert_allclose(numbers["loss"], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(numbers["perplexity"], np.exp(np.mean(losses)), rtol=1e-4)
+    assert numbers["n"] == 3
+
+
+def test_answers_are_scored_one_by_one_and_averaged(model, params, tokenizer):
+    [said] = generate(model, params, tokenizer, [RECORDS[0]["prompt"]], max_new_tokens=4)
+    records = [RECORDS[0] | {"completion": said.strip() or "x"}, RECORDS[1]]
+
+    def metric(record, text):
+        return {"length": len(text), "has_id": float("id" in record)}
+
+    numbers, answers = evaluate(
+        model, params, tokenizer, records, metric=metric, max_new_tokens=4, batch_size=2, seq_len=32
+    )
+    assert [answer["text"] for answer in answers] == generate(
+        model, params, tokenizer, [record["prompt"] for record in records], max_new_tokens=4
+    )
+    assert answers[0] == {
+        "id": 7,
+        "prompt": "2+2=",
+        "target": records[0]["completion"],
+        "text": said,
+        "exact_match": 1.0,
+        "length": len(said),
+        "has_id": 1.0,
+    }
+    assert "id" not in answers[1]
+    assert numbers["exact_match"] == 0.5
+    assert numbers["has_id"] == 0.5
+    assert numbers["length"] == np.mean([len(answer["text"]) for answer in answers])
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (0.5, "found 0.5, expected a dict of numbers"),
+        ({"a": "b"}, "expected a dict"),
+        ({"loss": 1.0}, r"names \['loss'\]"),
+    ],
+)
+def test_what_a_metric_may_not_return(model, params, tokenizer, found, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate(
+            model,
+            params,
+            tokenizer,
+            RECORDS[:2],
+            metric=lambda record, text: found,
+            max_new_tokens=4,
+            batch_size=2,
+            seq_len=32,
+        )
+
+
+def test_load_metric_finds_the_function_or_says_what_is_there(tmp_path):
+    (tmp_path / "good.py").write_text("def metric(record, text):\n    return {'right': float(record['x'] == text)}\n")
+    assert load_metric(tmp_path / "good.py")({"x": "y"}, "y") == {"right": 1.0}
+    with pytest.raises(FileNotFoundError, match=r"gone.py: found nothing there"):
+        load_metric(tmp_path / "gone.py")
+    (tmp_path / "other.py").write_text("def score(record, text):\n    return {}\n")
+    with pytest.raises(ValueError, match=r"other.py: found the functions \['score'\], expected one called metric"):
+        load_metric(tmp_path / "other.py")
+    (tmp_path / "broken.py").write_text("\ndef metric(:\n")
+    with pytest.raises(ValueError, match=r"broken.py:2: found no valid Python"):
+        load_metric(tmp_path / "broken.py")
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"data.jsonl: found a file that is not .py"):
+        load_metric(tmp_path / "data.jsonl")

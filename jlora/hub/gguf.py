@@ -11,6 +11,15 @@ from jlora.hub.weights import TensorInfo
 from jlora.types import require
 
 ARCHITECTURES = ("llama",)
+# config.json's name → GGUF's, after the architecture's name and a dot.
+METADATA = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+}
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # Llama 3's rope scaling as Meta published it; GGUF keeps only the divisors it leads to.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
@@ -97,45 +106,48 @@ def _halves(values: np.ndarray, heads: int) -> np.ndarray:
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """config.json as the Hub would have it."""
     architecture = fields.get("general.architecture")
+    _check_metadata(path, architecture, fields, tensors)
+    values = {name: fields[f"{architecture}.{key}"] for name, key in METADATA.items()}
+    heads = values["num_attention_heads"]
+    head_dim = _head_dim(path, fields, architecture, values["hidden_size"] // heads)
+    theta = _shortest(fields.get(f"{architecture}.rope.freq_base", 10000.0))
+    scaling = _rope_scaling(path, fields, tensors, architecture, theta=theta, head_dim=head_dim)
+    return {
+        **values,
+        **_special_tokens(fields),
+        **({"rope_scaling": scaling} if scaling else {}),
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "model_type": "llama",
+        "num_key_value_heads": fields.get(f"{architecture}.attention.head_count_kv", heads),
+        "rms_norm_eps": _shortest(values["rms_norm_eps"]),
+        "rope_theta": theta,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": _shape(tensors["token_embd.weight"])[0],
+    }
+
+
+def _check_metadata(path: Path, architecture: str | None, fields: dict[str, Any], tensors: dict[str, Any]) -> None:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path} has architecture {architecture!r}; GGUF is read for {', '.join(ARCHITECTURES)}")
-    wanted = {
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_hidden_layers": "block_count",
-        "num_attention_heads": "attention.head_count",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-        "max_position_embeddings": "context_length",
-    }
-    problems = [f"no metadata {architecture}.{key}" for key in wanted.values() if f"{architecture}.{key}" not in fields]
+    keys = [f"{architecture}.{key}" for key in METADATA.values()]
+    problems = [f"no metadata {key}" for key in keys if key not in fields]
     problems += [f"no tensor {name}" for name in ("token_embd.weight",) if name not in tensors]
     if fields.get(f"{architecture}.expert_count", 0):
         problems.append("a mixture of experts, which is not read from GGUF")
     if problems:
         raise ValueError(f"{path} cannot be read as a model:\n  " + "\n  ".join(problems))
-    values = {name: fields[f"{architecture}.{key}"] for name, key in wanted.items()}
-    heads = values["num_attention_heads"]
-    rotary = fields.get(f"{architecture}.rope.dimension_count", values["hidden_size"] // heads)
+
+
+def _head_dim(path: Path, fields: dict[str, Any], architecture: str, default: int) -> int:
+    rotary = fields.get(f"{architecture}.rope.dimension_count", default)
     head_dim = fields.get(f"{architecture}.attention.key_length", rotary)
     if rotary != head_dim:
-        raise ValueError(
-            f"{path} rotates {rotary} of {head_dim} dimensions of a head; partial rotation is not supported"
-        )
-    config = values | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "rms_norm_eps": _shortest(values["rms_norm_eps"]),
-        "num_key_value_heads": fields.get(f"{architecture}.attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "vocab_size": _shape(tensors["token_embd.weight"])[0],
-        "rope_theta": _shortest(fields.get(f"{architecture}.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-    }
-    scaling = _rope_scaling(path, fields, tensors, architecture, theta=config["rope_theta"], head_dim=head_dim)
-    return config | ({"rope_scaling": scaling} if scaling else {}) | _special_tokens(fields)
+        raise ValueError(f"{path} rotates {rotary} of {head_dim} values of a head; partial rotation is not supported")
+    return head_dim
 
 
 def _special_tokens(fields: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def _rope_scaling(
 
 def _llama3_scaling(path: Path, divisors: np.ndarray, *, theta: float, head_dim: int) -> dict[str, Any]:
     """The parameters that give these divisors of the rotary frequencies, checked by computing them again."""
-    factor = _shortest(divisors.max())
+    factor = round(float(divisors.max()), 3)
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     kept = np.clip((LLAMA3_CONTEXT / wavelengths - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0, 1)
     expected = 1 / (kept + (1 - kept) / factor)

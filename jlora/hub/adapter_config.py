@@ -1,0 +1,211 @@
+"""adapter_config.json as PEFT means it: an adapter's modules, ranks and scales, and what jlora cannot apply."""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The PEFT whose fields are written; readers decide by it how old an adapter is.
+PEFT_VERSION = "0.21.2"
+
+# Fields that change what an adapter computes in ways that jlora does not have, with the values that mean "not used".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+}
+# Starts that change the base weights too: the saved A and B are right only on top of that changed base.
+CHANGES_BASE = r"pissa.*|olora|corda|loftq|lora_ga"
+
+# Fields that say how an adapter came about, or only matter to training or to the classes above.
+IGNORED = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config"),
+        *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+        "velora_config",
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The fields that decide what an adapter computes, under PEFT's names."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
+        """The config in a file's JSON object.
+
+        Raises:
+            ValueError: every field that is missing, malformed, or asks for something that jlora does not do.
+        """
+        problems = _problems(found)
+        if problems:
+            raise ValueError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(k for k, v in found.items() if k not in fields | IGNORED | set(UNSUPPORTED) and v)
+        if unknown:
+            warnings.warn(f"{path}: fields that jlora does not know are ignored: {', '.join(unknown)}", stacklevel=3)
+        layers = found.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        return cls(
+            r=found["r"],
+            lora_alpha=found["lora_alpha"],
+            target_modules=_frozen(found.get("target_modules")),
+            exclude_modules=_frozen(found.get("exclude_modules")),
+            layers_to_transform=tuple(layers) if layers else None,
+            lora_dropout=found.get("lora_dropout") or 0.0,
+            use_rslora=bool(found.get("use_rslora")),
+            rank_pattern=dict(found.get("rank_pattern") or {}),
+            alpha_pattern=dict(found.get("alpha_pattern") or {}),
+        )
+
+    def rank(self, module: str) -> int:
+        """The rank of a module by its Hub name."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / √r for rsLoRA."""
+        rank = self.rank(module)
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool | None:
+        """Whether the adapter is meant for this linear; None when the file leaves it to PEFT's defaults."""
+        if self.target_modules is None:
+            return None
+        if self.exclude_modules and _matches(self.exclude_modules, module):
+            return False
+        if self.target_modules == "all-linear":
+            return module != "lm_head"
+        layer = re.search(r"\.(\d+)\.", module)
+        if self.layers_to_transform and (not layer or int(layer[1]) not in self.layers_to_transform):
+            return False
+        return _matches(self.target_modules, module)
+
+
+def to_json(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], *, linears: Iterable[str], dropout: float, base: str | None
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter on the modules that are the keys of `ranks` and `alphas`.
+
+    Args:
+        linears: every linear of the base, by which target names are kept short without meaning more than they should.
+    """
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "alpha_pattern": {module: value for module, value in sorted(alphas.items()) if value != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_bias": False,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": r,
+        "rank_pattern": {module: value for module, value in sorted(ranks.items()) if value != r},
+        "revision": None,
+        "target_modules": _target_names(list(ranks), linears),
+        "target_parameters": None,
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _problems(found: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    if found.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {found.get('peft_type')!r}; only 'LORA' adapters are read")
+    problems += [
+        f"{name}={found[name]!r} is not supported"
+        for name, unused in sorted(UNSUPPORTED.items())
+        if name in found and found[name] not in unused
+    ]
+    start = found.get("init_lora_weights", True)
+    if isinstance(start, str) and re.fullmatch(CHANGES_BASE, start):
+        problems.append(
+            f"init_lora_weights={start!r} changes the base weights as well; save it from PEFT as a plain LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if not isinstance(found.get("r"), int) or found["r"] < 1:
+        problems.append(f"r is {found.get('r')!r}; expected a positive integer")
+    if not _is_number(found.get("lora_alpha")):
+        problems.append(f"lora_alpha is {found.get('lora_alpha')!r}; expected a number")
+    if not _is_number(found.get("lora_dropout") or 0.0):
+        problems.append(f"lora_dropout is {found['lora_dropout']!r}; expected a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = found.get(name) or {}
+        if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
+            problems.append(f"{name} is {pattern!r}; expected an object of numbers")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return names if names is None or isinstance(names, str) else tuple(names)
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    """PEFT's rule: a string is a regular expression of the whole name, a list holds whole names or their last parts."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, is the module's name or ends it after a dot."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    """The most frequent value, the largest of equally frequent ones."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def _target_names(modules: Sequence[str], linears: Iterable[str]) -> list[str]:
+    """Sorted names: the last part where every linear of the base that ends so is adapted, the whole name elsewhere."""
+    adapted = set(modules)
+    partial = {name.rpartition(".")[2] for name in linears if name not in adapted}
+    return sorted({name if name.rpartition(".")[2] in partial else name.rpartition(".")[2] for name in adapted})

@@ -1,0 +1,140 @@
+"""A model as a Hugging Face folder that transformers opens: adapters merged, packed leaves unpacked, one by one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora import lora, quant, tree
+from jlora.hub import names
+from jlora.hub.folder import replacing
+from jlora.hub.weights import INDEX, SINGLE
+from jlora.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+SHARD_BYTES = 5_000_000_000
+STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
+
+
+class Piece(NamedTuple):
+    """One tensor to write: its Hub name and shape, and the leaf and layer it comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    path: str
+    layer: int | None
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def save_model(
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
+
+    Args:
+        shard_bytes: the most bytes of tensors in one file; more make several files and an index.
+
+    Raises:
+        ValueError: `params` are not those of `model`.
+        FileExistsError: `path` holds something other than a model.
+    """
+    pieces = _pieces(model, params)
+    shards = _shards(pieces, shard_bytes)
+    with replacing(path, marker="config.json", stale=STALE) as folder:
+        config, generation = _configs(model, pieces)
+        _write_json(folder / "config.json", config)
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        for name, members in shards.items():
+            tensors = {piece.name: _tensor(params, piece) for piece in members}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {piece.name: name for name, members in shards.items() for piece in members}
+            total = sum(piece.nbytes for piece in pieces)
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _pieces(model: "Model", params: Params) -> list[Piece]:
+    """Every tensor of the folder, sorted by name."""
+    base = tree.flatten(lora.strip(params))
+    expected = {path: leaf.shape for path, leaf in tree.flatten(model.abstract_params(np.float32)).items()}
+    problems = [f"missing {path} {shape}" for path, shape in expected.items() if path not in base]
+    problems += [f"unknown {path} {leaf.shape}" for path, leaf in base.items() if path not in expected]
+    problems += [
+        f"{path} has shape {base[path].shape}, expected {shape}"
+        for path, shape in expected.items()
+        if path in base and base[path].shape != shape
+    ]
+    if problems:
+        raise ValueError("these params are not the model's:\n  " + "\n  ".join(problems))
+    pieces = [
+        Piece(*tensor, path, layer if names.is_stacked(path) else None, np.dtype(leaf.dtype))
+        for path, leaf in base.items()
+        for layer, tensor in enumerate(names.hub_tensors(path, leaf.shape))
+    ]
+    return sorted(pieces)
+
+
+def _shards(pieces: Sequence[Piece], limit: int) -> dict[str, list[Piece]]:
+    """File name → its tensors, each file at most `limit` bytes unless one tensor alone is more."""
+    groups: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if groups[-1] and size + piece.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _tensor(params: Params, piece: Piece) -> np.ndarray:
+    """The tensor's values on the host, as the Hub has them."""
+    module_path, _, name = piece.path.rpartition("/")
+    module: Any = params
+    for part in module_path.split("/"):
+        module = module[part]
+    # Only a kernel has adapters, so nothing else of the module is fetched for the other leaves.
+    wanted = {k: v for k, v in module.items() if k == name or (name == "kernel" and lora.is_adapter(k))}
+    if piece.layer is not None:
+        wanted = jax.tree.map(lambda leaf: leaf[piece.layer], wanted)
+    if isinstance(wanted[name], quant.NF4Array):
+        wanted[name] = quant.dequantize(wanted[name])
+    values = np.asarray(lora.merge({"module": wanted})["module"][name])
+    return np.ascontiguousarray(values.T if piece.transposed else values)
+
+
+def _configs(model: "Model", pieces: Sequence[Piece]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """config.json and generation_config.json."""
+    config = dict(model.config.to_hf())
+    generation = config.pop("generation_config", None)
+    for outdated in ("torch_dtype", "quantization_config"):
+        config.pop(outdated, None)
+    config["dtype"] = max(pieces, key=lambda piece: piece.nbytes).dtype.name
+    return config, generation
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 # What a faulty file can raise while it is run. Anything else is not the file's fault.
-ERRORS = (SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, ImportError, OSError)
+ERRORS = (
+    SyntaxError,
+    NameError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:

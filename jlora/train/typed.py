@@ -81,10 +81,12 @@ def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     faults = []
     for path in _paths(cls, values):
         group, _, key = path.rpartition(".")
-        here = [name for name in known if name.rpartition(".")[0] == group] or _groups(known)
+        here = [name for name in known if group and name.rpartition(".")[0] == group] or _groups(known)
         near = [name for name in known if name.rpartition(".")[2] == key]
-        near += difflib.get_close_matches(path, known + _groups(known), n=1, cutoff=0.75)
-        near += [name for name in here if key in name.rpartition(".")[2].split("_")]
+        near += difflib.get_close_matches(path, known if group else _groups(known), n=1, cutoff=0.75)
+        words = {name: name.rpartition(".")[2].split("_") for name in here + known}
+        near += [name for name in here if key in words[name]]
+        near += [name for name, parts in words.items() if key == "".join(word[0] for word in parts if word)]
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(here)}"
         faults.append(f"{path}: unknown key; {hint}")
     return faults

@@ -1,0 +1,8 @@
+"""`python -m jlora` is `jlora`."""
+
+import sys
+
+from jlora.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`jlora generate`: the model's answer to a prompt."""
+
+import argparse
+from typing import Any
+
+from jlora.cli.model import add_model_options, load_model, positive
+from jlora.generate import generate
+
+
+def run(arguments: list[str]) -> int:
+    """0; what is wrong is raised."""
+    options = _parser().parse_args(arguments)
+    model, params, tokenizer = load_model(options)
+    texts = generate(
+        model,
+        params,
+        tokenizer,
+        [_prompt(prompt, options, tokenizer) for prompt in options.prompt],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    for text in texts:
+        print(text)
+    return 0
+
+
+def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | list[dict[str, str]]:
+    """Chat messages for a chat model; the text itself for a base model or on request."""
+    if options.raw or not tokenizer.chat_template:
+        if options.system is not None:
+            raise ValueError("--system needs a chat template: the model's tokenizer has none, or --raw was given")
+        return text
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, {"role": "user", "content": text}]
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"found {number}, expected 0 (the likeliest token) or more")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora generate", description="Print the model's answer to each prompt.", allow_abbrev=False
+    )
+    add_model_options(parser)
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, always the same"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    return parser

@@ -1,0 +1,91 @@
+"""The `jlora` command: finds the command, and turns what goes wrong into a message and an exit code."""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+
+COMMANDS = {
+    "train": "fine-tune a model with LoRA or QLoRA",
+    "eval": "loss, perplexity and answers of a model on a JSONL file",
+    "generate": "answer a prompt",
+    "export": "a PEFT adapter or a merged model from a training run",
+}
+
+USAGE = """usage: jlora COMMAND [OPTIONS]
+
+LoRA and QLoRA fine-tuning of language models in JAX.
+
+{commands}
+
+`jlora COMMAND --help` explains a command.
+
+options:
+  --traceback   before COMMAND: show where in the code a mistake was noticed
+  --version     show the version
+  -h, --help    show this
+
+exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped early with everything saved
+"""
+
+# What the library raises for whatever a user can cause.
+MISTAKES = (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `jlora` with these arguments (the process's own when there are none)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = arguments[:1] == ["--traceback"]
+    arguments = arguments[1:] if show_traceback else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return DONE if arguments else MISTAKE
+    if arguments[0] == "--version":
+        print(f"jlora {importlib.metadata.version('jlora')}")
+        return DONE
+    if arguments[0] not in COMMANDS:
+        return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
+    # Only tokenizers of transformers are used: its advice to install PyTorch is of no use here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return _run(arguments[0], arguments[1:], show_traceback)
+
+
+def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
+    try:
+        return importlib.import_module(f"jlora.cli.{command}").run(arguments)
+    except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
+        return finished.code if isinstance(finished.code, int) else FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return FAILED
+    except (*MISTAKES, ImportError) as error:
+        if show_traceback or not _is_mistake(error):
+            traceback.print_exc()
+        return _complain(_message(error)) if _is_mistake(error) else FAILED
+
+
+def _is_mistake(error: Exception) -> bool:
+    """All of them but an import that fails for another reason than an optional package that is not installed."""
+    return not isinstance(error, ImportError) or "pip install" in str(error)
+
+
+def _message(error: Exception) -> str:
+    # The text of a KeyError is its argument in quotes, newlines escaped.
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def _complain(message: str) -> int:
+    print(f"jlora: {message}", file=sys.stderr)
+    return MISTAKE
+
+
+def _usage() -> str:
+    return USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The options that say which model a command works on, and the model they stand for."""
+
+import argparse
+from typing import Any
+
+from jlora import hub
+from jlora.models import Model
+from jlora.types import Params
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --adapter, --quant and --dtype."""
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
+    parser.add_argument("--quant", metavar="FORMAT", help="pack the model's linears: nf4 (default: as they are)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
+    )
+
+
+def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
+    """The model, its params with the adapter in place, and the tokenizer."""
+    model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant)
+    if options.adapter:
+        params = hub.load_adapter(params, options.adapter)
+    return model, params, hub.load_tokenizer(options.model)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
+    return number

@@ -1,0 +1,98 @@
+"""`jlora train`: a recipe, overrides, a workdir."""
+
+import argparse
+import dataclasses
+import pathlib
+import signal
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from jlora.cli.overrides import read_config
+from jlora.train import Interrupted, loop
+from jlora.train.config import RunConfig, resolve
+from jlora.train.progress import Progress
+from jlora.train.typed import describe, is_required
+
+INTERRUPTED = 75
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code: 0, or 75 when stopped early with everything saved."""
+    options, overrides = _parser().parse_known_args(arguments)
+    config = resolve(read_config(options.config, overrides))
+    workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
+    if options.distributed:
+        jax.distributed.initialize()
+    with _stop_on_signal() as stop, Progress(sys.stderr) as progress:
+        try:
+            loop.run(config, workdir, progress=progress if jax.process_index() == 0 else None, stop=stop)
+        except Interrupted as stopped:
+            print(f"stopped early: {stopped}; the same command goes on from there", file=sys.stderr)
+            return INTERRUPTED
+    if jax.process_index() == 0:
+        print(f"done: {workdir}/adapter (PEFT), {workdir}/metrics.jsonl")
+    return 0
+
+
+class _Stop:
+    """Becomes true when the process is asked to end; asking twice ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Handles SIGTERM (preemption) and SIGINT (Ctrl-C) inside, and puts back what handled them before."""
+    stop = _Stop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stop.handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora train",
+        usage="jlora train --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--workdir=DIR]",
+        description="Fine-tune a model. Run the same command again to go on after an interruption.",
+        epilog="settings and their defaults:\n\n" + "\n".join(_settings(RunConfig)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="a file with get_config(), see configs/")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
+    )
+    parser.add_argument("--distributed", action="store_true", help="several hosts: call jax.distributed.initialize()")
+    return parser
+
+
+def _settings(cls: type, path: str = "") -> Iterator[str]:
+    """A line for every setting: its path, type and default."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _settings(hint, f"{path}{field.name}.")
+            continue
+        default = "required" if is_required(field) else f"default {field.default!r}"
+        kind = describe(hint) if not typing.get_args(hint) or len(describe(hint)) < 40 else "see the documentation"
+        yield f"  --config.{path + field.name:<26} {kind}; {default}"

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""`jlora train` as a script, to be started on every host of a TPU VM slice:
+
+python scripts/train.py --config=configs/sft.py --workdir=DIR --distributed ...
+"""
+
+import sys
+
+from jlora.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

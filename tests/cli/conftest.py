@@ -1,0 +1,75 @@
+"""A random Llama of a few thousand weights with a byte tokenizer, as a Hugging Face folder, and a few records."""
+
+import json
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+RECORDS = [
+    {"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]}
+    for i in range(12)
+]
+
+
+def byte_tokenizer():
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(["<|end|>", *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, model_folder, data_file):
+    """A recipe that trains the tiny model for three steps."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(
+        "from jlora.train.config import default_config\n\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.path = {model_folder!r}\n"
+        f"    config.data.path = {data_file!r}\n"
+        "    config.train.steps = 3\n"
+        "    config.train.batch_size = 2\n"
+        "    config.train.seq_len = 32\n"
+        "    config.lora.r = 2\n"
+        "    return config\n"
+    )
+    return str(path)

@@ -1,0 +1,130 @@
+"""Whatever a user gets wrong ends with code 2 and one message; only real failures show a traceback."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jlora.cli import eval as eval_command
+from jlora.cli.main import COMMANDS, main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "'trian' is not a command; the commands are train, eval, generate, export"),
+        (["train"], "--config"),
+        (["train", "--config=nowhere.py"], "nowhere.py is not a file"),
+        (["train", "--config={folder}/empty.py"], "defines no function get_config()"),
+        (["train", "--config={folder}/broken.py"], "broken.py, line 2: SyntaxError"),
+        (["train", "--config={folder}/failing.py"], "failing.py, line 2: ZeroDivisionError"),
+        (["train", "--config={folder}/dict.py"], "get_config() returned dict, expected a ml_collections.ConfigDict"),
+        (["train", "--config={recipe}", "--config.lora.rnk=8"], "lora.rnk: unknown key; did you mean lora.r?"),
+        (["train", "--config={recipe}", "--config.lroa.r=8"], "lroa.r: unknown key; did you mean lora.r?"),
+        (["train", "--config={recipe}", "--config.lr=8"], "lr: unknown key; did you mean optim.learning_rate?"),
+        (["train", "--config={recipe}", "--config.lora.r=many"], "--config.lora.r=many: invalid literal for int()"),
+        (["train", "--config={recipe}", "--config.train.steps=0"], "train.steps: found 0, expected at least 1"),
+        (["train", "--config={recipe}", "--config.model.quant=int3"], "int3"),
+        (["train", "--config={recipe}", "--config.algorithm=ppo"], "algorithm: found 'ppo' (str), expected one of 'sft'"),
+        (["train", "--config={recipe}", "--lora.r=8"], "unknown option --lora.r"),
+        (["train", "--config={recipe}", "extra"], "unexpected 'extra'"),
+        (["train", "--config={recipe}", "--workdir={folder}/w", "--config.data.path=no.jsonl"], "no.jsonl"),
+        (["train", "--config={recipe}", "--workdir={folder}/w", "--config.model.path={folder}/no"], "/no"),
+        (["eval", "--model={model}"], "--data"),
+        (["eval", "--model={model}", "--data=no.jsonl"], "no.jsonl"),
+        (["eval", "--model={model}", "--data={data}", "--metric=no.py"], "no.py"),
+        (["eval", "--model={folder}/no", "--data={data}"], "/no"),
+        (["eval", "--model={model}", "--data={data}", "--batch_size=0"], "found 0, expected at least 1"),
+        (["eval", "--model={model}", "--data={data}", "--quant=nf5"], "nf5"),
+        (["generate", "--model={model}"], "--prompt"),
+        (["generate", "--model={model}", "--prompt=x", "--temperature=-1"], "found -1.0"),
+        (["generate", "--model={model}", "--prompt=x", "--adapter={folder}/no"], "/no"),
+        (["generate", "--model={model}", "--prompt=x", "--raw", "--system=y"], "--system needs a chat template"),
+        (["export", "--out={folder}/o"], "--workdir"),
+        (["export", "--workdir={folder}/no", "--out={folder}/o"], "/no"),
+    ],
+)
+def test_a_mistake_is_one_message_and_code_2(arguments, message, tmp_path, recipe, model_folder, data_file, capfd):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("x = 1\ndef get_config(:\n")
+    (tmp_path / "failing.py").write_text("def get_config():\n    return 1 / 0\n")
+    (tmp_path / "dict.py").write_text("def get_config():\n    return {}\n")
+    names = {"folder": tmp_path, "recipe": recipe, "model": model_folder, "data": data_file}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_all_faults_of_the_settings_come_in_one_message(recipe, capsys):
+    changes = ["--config.train.stps=3", "--config.train.seq_len=1", "--config.lora.r=-1"]
+    assert main(["train", f"--config={recipe}", *changes]) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in ("train.stps", "train.seq_len", "r=-1"))
+
+
+def test_no_command_shows_the_commands_and_is_a_mistake(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: jlora {name} ")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_every_setting_is_in_the_help_of_train(capsys):
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert re.search(r"--config\.model\.path +str; required", text)
+    assert re.search(r"--config\.train\.batch_size +int; default 4", text)
+
+
+def raise_it(monkeypatch, error):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(eval_command, "run", run)
+    return main(["eval"])
+
+
+def test_a_missing_extra_is_a_mistake(monkeypatch, capsys):
+    error = ImportError("this needs the package 'gguf', which is not installed: pip install 'jlora[gguf]'")
+    assert raise_it(monkeypatch, error) == 2
+    assert capsys.readouterr().err == f"jlora: {error}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), TypeError("boom"), ZeroDivisionError("boom")])
+def test_a_failure_of_the_program_is_left_to_python(monkeypatch, error):
+    # Python prints the traceback and exits with 1.
+    with pytest.raises(type(error)):
+        raise_it(monkeypatch, error)
+
+
+def test_an_import_that_fails_for_another_reason_shows_its_traceback(monkeypatch, capsys):
+    assert raise_it(monkeypatch, ModuleNotFoundError("No module named 'jaxlib.nothing'")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_text_of_a_key_error_is_not_quoted(monkeypatch, capsys):
+    assert raise_it(monkeypatch, KeyError("first line\nsecond line")) == 2
+    assert capsys.readouterr().err == "jlora: first line\nsecond line\n"
+
+
+def test_the_traceback_of_a_mistake_is_shown_on_request(capsys):
+    assert main(["--traceback", "train", "--config=nowhere.py"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_python_m_jlora_is_the_command():
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-m", "jlora", "--help"], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: jlora COMMAND")

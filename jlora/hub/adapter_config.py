@@ -48,14 +48,14 @@ class AdapterConfig:
     """The fields that decide what an adapter computes, under PEFT's names."""
 
     r: int
-    lora_alpha: float
+    lora_alpha: int | float
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: int | float = 0.0
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
@@ -109,7 +109,12 @@ class AdapterConfig:
 
 
 def to_json(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], *, linears: Iterable[str], dropout: float, base: str | None
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, int | float],
+    *,
+    linears: Iterable[str],
+    dropout: float,
+    base: str | None,
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter on the modules that are the keys of `ranks` and `alphas`.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from jlora import lora, sharding, tree
+from jlora import lora, quant, sharding, tree
 from jlora.hub import names
 from jlora.hub.adapter_config import AdapterConfig, to_json
 from jlora.hub.folder import replacing
@@ -24,7 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 STALE = ("adapter_model*",)
 PREFIX = "base_model.model."
-A, B = ".lora_A.weight", ".lora_B.weight"
+A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 
 
 class Linear(NamedTuple):
@@ -48,7 +48,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None) -> N
     """
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    alphas: dict[str, int | float] = {}
     dropout = 0.0
     modules = _modules(params)
     for module_path, module in modules.items():
@@ -82,8 +82,9 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     file = _weights(folder)
     found = tensor_infos([file])
     linears = _linears(params)
-    adapted = _adapted({name: info.shape for name, info in found.items()}, linears, config, file)
     leaves = tree.flatten(lora.strip(params))
+    shapes = {name: info.shape for name, info in found.items() if not _is_base_copy(file, name, linears, leaves)}
+    adapted = _adapted(shapes, linears, config, file)
     by_path: dict[str, list[str]] = {}
     for name in adapted:
         by_path.setdefault(linears[name].path, []).append(name)
@@ -132,7 +133,7 @@ def _dropout(module: Mapping[str, Any]) -> float:
     return float(np.max(module["lora_dropout"])) if "lora_dropout" in module else 0.0
 
 
-def _tidy(alpha: float) -> float:
+def _tidy(alpha: float) -> int | float:
     """The integer that alpha was before its scale was rounded to float32, if it was one."""
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
@@ -189,6 +190,18 @@ def _why(tensor: str, present: set[str]) -> str:
     return f": {CONFIG} does not target this module" if module in present else ": the model has no such linear"
 
 
+def _is_base_copy(file: Path, tensor: str, linears: Mapping[str, Linear], leaves: Mapping[str, Any]) -> bool:
+    """Whether the tensor repeats the base's own head, as PEFT writes it beside an adapter of the head."""
+    linear = linears.get(tensor.removeprefix(PREFIX).removesuffix(BASE))
+    if linear is None or not tensor.endswith(BASE):
+        return False
+    kernel = leaves[f"{linear.path}/kernel"]
+    values = read_tensor(file, tensor).astype(np.float32).T
+    if isinstance(kernel, quant.NF4Array) or kernel.shape != values.shape:
+        return False
+    return np.allclose(np.asarray(kernel, np.float32), values, rtol=0.01, atol=1e-6)
+
+
 def _read(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A [in, r] and B [r, out] in float32."""
     a, b = (read_tensor(file, f"{PREFIX}{name}{part}").astype(np.float32).T for part in (A, B))
@@ -197,7 +210,7 @@ def _read(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _stacked(
     layers: Mapping[int, tuple[np.ndarray, np.ndarray]],
-    scales: Mapping[int, float],
+    scales: Mapping[int, int | float],
     kernel: Any,
     dropout: float,
     stacked: bool,
@@ -216,7 +229,7 @@ def _stacked(
         leaves["lora_rank"] = rank
     if dropout:
         leaves["lora_dropout"] = np.full(count, dropout, np.float32)
-    return leaves if stacked else {name: value[0] for name, value in leaves.items()}
+    return leaves if stacked else {name: value.reshape(value.shape[1:]) for name, value in leaves.items()}
 
 
 def _place(path: str, value: np.ndarray, kernel: Any) -> jax.Array:

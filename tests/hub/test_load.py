@@ -12,6 +12,8 @@ from jlora import hub, quant, sharding, tree
 from jlora.hub.load import float_dtype
 from jlora.hub.weights import SINGLE
 
+# Two kernels are enough, one that a mesh splits over its inputs and one over its outputs: each compiles a second.
+PACK_MLP = quant.QuantConfig(rules=((r".*/(up|down)_proj/kernel", "nf4"),))
 TOKENS = np.array([[1, 5, 9, 100, 7, 3, 2], [8, 8, 4, 50, 60, 70, 80]], np.int32)
 
 
@@ -85,18 +87,13 @@ def test_dtypes():
 def test_nf4_equals_quantising_the_whole(llama_folder, changes, dtype):
     folder, _ = llama_folder(**changes)
     _, dense = hub.load(folder, dtype=dtype)
-    _, packed = hub.load(folder, dtype=dtype, quant="nf4")
-    config = quant.as_config("nf4")
+    _, packed = hub.load(folder, dtype=dtype, quant=PACK_MLP)
 
     def pack(path, leaf):
-        return quant.quantize(leaf) if quant.leaf_format(path, config) else leaf
+        return quant.quantize(leaf) if quant.leaf_format(path, PACK_MLP) else leaf
 
     assert isinstance(packed["layers"]["mlp"]["up_proj"]["kernel"], quant.NF4Array)
     assert_same(packed, tree.map_with_path(pack, dense))
-
-
-# Two kernels are enough, one split over its inputs and one over its outputs: compiling each for a mesh takes seconds.
-PACK_MLP = quant.QuantConfig(rules=((r".*/(up|down)_proj/kernel", "nf4"),))
 
 
 @pytest.mark.parametrize("quantised", [None, PACK_MLP], ids=["dense", "nf4"])
@@ -114,6 +111,13 @@ def test_a_mesh_changes_the_placement_only(llama_folder, quantised):
     part = kernel.codes if quantised else kernel
     assert part.addressable_shards[0].data.size * 8 == part.size
     np.testing.assert_allclose(model(here, TOKENS), model(spread, TOKENS), atol=1e-3)
+
+
+def test_nf4_packs_the_stacked_kernels(llama_folder):
+    folder, _ = llama_folder(num_hidden_layers=1)
+    _, params = hub.load(folder, quant="nf4")
+    packed = {path for path, leaf in tree.flatten(params).items() if isinstance(leaf, quant.NF4Array)}
+    assert packed == {path for path in tree.flatten(params) if path.startswith("layers/") and path.endswith("/kernel")}
 
 
 def test_a_quant_config_decides_by_path(llama_folder):

@@ -1,0 +1,81 @@
+"""Tokenizers: the same ids, template and end of text as the ones they were saved from, out of a folder and out of GGUF."""
+
+import gguf
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jlora import hub
+
+TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+TEXTS = ["ab ab  ab", "a  12 b", "   7", "ba 345, ab"]
+
+
+def byte_level(*, digits: bool) -> Tokenizer:
+    """A byte-level BPE with a few merges, runs of spaces among them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "b"), ("Ġ", "Ġ"), ("Ġ", "ab"), ("Ġ", "1")]
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *letters, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    split = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def write_gguf(path, tokenizer: Tokenizer, pre: str):
+    vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocab)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(vocab) - 2))
+    writer.add_token_merges(["a b", "Ġ Ġ", "Ġ ab", "Ġ 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def test_from_a_folder(llama_folder):
+    from transformers import PreTrainedTokenizerFast
+
+    folder, _ = llama_folder()
+    saved = PreTrainedTokenizerFast(tokenizer_object=byte_level(digits=True), bos_token="<s>", eos_token="</s>")
+    saved.chat_template = TEMPLATE
+    saved.save_pretrained(folder)
+    loaded = hub.load_tokenizer(folder)
+    assert [loaded(text).input_ids for text in TEXTS] == [saved(text).input_ids for text in TEXTS]
+    assert (loaded.eos_token, loaded.chat_template) == ("</s>", TEMPLATE)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2"])
+def test_from_gguf(tmp_path, pre):
+    original = byte_level(digits=pre == "smollm")
+    write_gguf(tmp_path / "tiny.gguf", original, pre)
+    loaded = hub.load_tokenizer(tmp_path)
+    assert [loaded(text).input_ids for text in TEXTS] == [original.encode(text).ids for text in TEXTS]
+    assert original.encode("a  12 b").ids != byte_level(digits=pre != "smollm").encode("a  12 b").ids
+    assert (loaded.eos_token_id, loaded.chat_template) == (1, TEMPLATE)
+    assert [loaded.decode(loaded(text).input_ids) for text in TEXTS] == TEXTS
+    loaded.save_pretrained(tmp_path / "saved")
+    again = hub.load_tokenizer(tmp_path / "saved")
+    assert [again(text).input_ids for text in TEXTS] == [loaded(text).input_ids for text in TEXTS]
+
+
+def test_an_exported_model_has_its_tokenizer(llama_folder, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", byte_level(digits=True), "smollm")
+    tokenizer = hub.load_tokenizer(tmp_path / "tiny.gguf")
+    model, params = hub.load(llama_folder()[0])
+    hub.save_model(tmp_path / "out", model, params, tokenizer)
+    loaded = hub.load_tokenizer(tmp_path / "out")
+    assert loaded("a  12 b").input_ids == tokenizer("a  12 b").input_ids
+    assert loaded.chat_template == TEMPLATE
+
+
+def test_a_folder_without_a_tokenizer(llama_folder):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        hub.load_tokenizer(llama_folder()[0])

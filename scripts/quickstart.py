@@ -7,6 +7,7 @@ scripts/quickstart.sh installs what this needs and starts it. `--config.GROUP.KE
 import argparse
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -101,4 +102,9 @@ def _peft_lines(gguf: pathlib.Path, adapter: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        sys.exit(f"quickstart: {error}")

@@ -1,4 +1,4 @@
-"""Tokenizers: the same ids, template and end of text as the ones they were saved from, out of a folder and out of GGUF."""
+"""Tokenizers: the same ids, template and end of text as what they were saved from, out of a folder and out of GGUF."""
 
 import gguf
 import pytest

@@ -161,9 +161,9 @@ def _quantize(array: jax.Array, double_quant: bool) -> NF4Array:
     blocks = columns.reshape(*columns.shape[:-2], -1, BLOCK, columns.shape[-1])
     absmax = jnp.max(jnp.abs(blocks), axis=-2)
     scaled = _scale(blocks, absmax[..., None, :], partial=(matrix[0] * matrix[1]) % BLOCK != 0)
-    midpoints = jnp.asarray((CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2))
-    index = jnp.searchsorted(midpoints, scaled, side="left", method="scan_unrolled")  # a tie goes to the lower code
-    index = index.astype(jnp.uint8).reshape(columns.shape)
+    # how many midpoints lie strictly below: a tie goes to the lower code
+    index = sum((scaled > midpoint).astype(jnp.uint8) for midpoint in (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2))
+    index = index.reshape(columns.shape)
     codes = (index[..., 0::2, :] << 4) | index[..., 1::2, :]
     nested, offset = None, None
     if double_quant:
@@ -180,7 +180,7 @@ def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     blocks = centred.reshape(*flat.shape[:-1], -1, NESTED_BLOCK)
     nested = jnp.max(jnp.abs(blocks), axis=-1)
     scaled = _scale(blocks[..., None], nested[..., None, None], partial=False)
-    codes = jnp.searchsorted(jnp.asarray(_dynamic_thresholds()), scaled, side="right", method="scan_unrolled")
+    codes = jnp.searchsorted(jnp.asarray(_dynamic_thresholds()), scaled, side="right")
     codes = jnp.where(nested[..., None, None] == 0, 0, codes)  # all equal to the offset: bitsandbytes writes code 0
     codes = codes.astype(jnp.uint8).reshape(*flat.shape[:-1], -1)[..., :count]
     stacked = codes.reshape(*absmax.shape[:-2], absmax.shape[-1], absmax.shape[-2])

@@ -1,0 +1,50 @@
+"""Keeps a benchmark's figures as JSON in benchmarks/results, with the device, the versions and the commit they were made with."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def save(name: str, figures: dict) -> pathlib.Path:
+    """Writes results/<name>.json and returns its path."""
+    device = jax.devices()[0]
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "device": f"{_cpu_name()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return (names[0] if names else platform.processor()) + (f" ({', '.join(extras)})" if extras else "")

@@ -1,0 +1,201 @@
+"""Training speed and peak memory of one LoRA and one QLoRA step: jlora against PEFT + torch, alternating in one run.
+
+    python benchmarks/step_time.py                 # 4 × 256 tokens on SmolLM2-135M's architecture, float32
+    python benchmarks/step_time.py --rounds 3      # quicker
+
+Both sides have random weights, r=16 on all linears, AdamW, loss on every token. PEFT runs without gradient checkpointing, which is
+its faster setting. Rounds alternate (ours, theirs, ours, …); the figures are medians. Memory is taken in a fresh process a side: the
+high-water mark of the resident set over whole steps, everything the process holds included.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+SIZES = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=8192,
+)
+RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
+
+
+def tokens(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (batch, length))
+
+
+def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Callable[[], None]:
+    """A function that does one optimizer step in jlora."""
+    import jax
+
+    import jlora
+    from jlora import models, sharding, tree
+    from jlora.optim import OptimConfig, make_optimizer
+    from jlora.train.sft import sft_loss
+    from jlora.train.state import create_state
+    from jlora.train.step import make_step
+
+    model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
+    params = model.random_params(jax.random.key(0))
+    config = jlora.quant.as_config(quant)
+    params = tree.map_with_path(lambda path, leaf: leaf if jlora.quant.leaf_format(path, config) is None else jlora.quant.quantize(leaf), params)
+    params = jlora.lora.init(params, jlora.LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(1))
+    frozen, trainable = jlora.lora.split(params)
+    optimizer = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, schedule="constant"), 1000)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    state = create_state(trainable, optimizer, 0, mesh)
+    del params, trainable
+    step = make_step(sft_loss(model, remat=remat), optimizer)
+    ids = tokens(batch, length).astype(np.int32)[None]
+    arrays = {
+        "tokens": ids,
+        "targets": np.roll(ids, -1, axis=2),
+        "weights": np.ones(ids.shape, np.float32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape),
+        "segment_ids": np.ones_like(ids),
+    }
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = step(state, frozen, sharding.put_batch(arrays, mesh))
+        assert np.isfinite(float(metrics["loss"]))
+
+    return run
+
+
+def peft_step(quant: str | None, batch: int, length: int, remat: bool) -> Callable[[], None]:
+    """A function that does one optimizer step in PEFT + torch (+ bitsandbytes)."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        config = transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        options = {}
+        if quant:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quant,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    if quant:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=remat)
+    elif remat:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    ids = torch.from_numpy(tokens(batch, length))
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert np.isfinite(loss.item())
+
+    return run
+
+
+SIDES = {"jlora": jlora_step, "peft": peft_step}
+
+
+def compare(quant: str | None, options: argparse.Namespace) -> dict:
+    """Median seconds a step of both sides, measured in turns."""
+    steps = {side: make(quant, options.batch, options.length, options.remat) for side, make in SIDES.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(options.rounds):
+        for side, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[side].append(time.perf_counter() - start)
+    return {side: statistics.median(values) for side, values in seconds.items()}
+
+
+def peak_memory(side: str, quant: str | None, options: argparse.Namespace) -> float:
+    """GiB: the resident set's high-water mark over two steps of a fresh process."""
+    command = [sys.executable, __file__, "--child", side, "--quant", quant or "none"]
+    command += ["--batch", str(options.batch), "--length", str(options.length)] + ["--remat"] * options.remat
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])["peak_gib"]
+
+
+def child(options: argparse.Namespace) -> None:
+    quant = None if options.quant == "none" else options.quant
+    step = SIDES[options.child](quant, options.batch, options.length, options.remat)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark: loading is not part of a step
+    step()
+    step()
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({"peak_gib": peak / 2**20}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--remat", action="store_true", help="recompute layers in the backward pass, on both sides")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", choices=("lora", "qlora"))
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--quant", default="none", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options)
+    rows = []
+    for name, quant in (("lora", None), ("qlora", "nf4")):
+        if options.only in (None, name):
+            seconds = compare(quant, options)
+            memory = {} if options.no_memory else {side: peak_memory(side, quant, options) for side in SIDES}
+            rows.append({"method": name, "seconds": seconds, "peak_gib": memory})
+    report(rows, options)
+
+
+def report(rows: list[dict], options: argparse.Namespace) -> None:
+    """Prints the table and keeps it as JSON beside this file."""
+    import record
+    import rich
+    import rich.table
+
+    table = rich.table.Table(title=f"one training step, {options.batch} × {options.length} tokens, float32, r={RANK} on all linears")
+    for column in ("method", "side", "seconds", "tokens/s", "ratio", "peak GiB"):
+        table.add_column(column, justify="left" if column in ("method", "side") else "right")
+    for row in rows:
+        for side, seconds in row["seconds"].items():
+            ratio = row["seconds"]["peft"] / seconds
+            memory = row["peak_gib"].get(side)
+            rate = options.batch * options.length / seconds
+            table.add_row(
+                row["method"], side, f"{seconds:.2f}", f"{rate:.0f}", f"{ratio:.2f}", "" if memory is None else f"{memory:.2f}"
+            )
+    rich.print(table)
+    record.save("step_time", {"batch": options.batch, "length": options.length, "remat": options.remat, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What a step changes: adapters, moments, the step counter and the random key. Frozen weights are not part of it."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jlora import sharding, tree
+from jlora.types import Params
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "trainable", "moments", "key"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The carry of training.
+
+    Attributes:
+        step: int32, optimizer steps done.
+        trainable: the adapters' trained half.
+        moments: the optimizer's state.
+        key: random key data (uint32) from which each step's dropout key follows.
+    """
+
+    step: jax.Array
+    trainable: Params
+    moments: optax.OptState
+    key: jax.Array
+
+
+def create_state(trainable: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """The state before the first step, created under the shardings that the step returns it with."""
+
+    def create(trainable: Params) -> TrainState:
+        key = jax.random.key_data(jax.random.key(seed))
+        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), key)
+
+    shardings = state_shardings(jax.eval_shape(create, trainable), mesh)
+    return jax.jit(create, out_shardings=shardings)(trainable)
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Adapters and their moments are split as their kernel is; counters and keys are on every device."""
+    adapters = sharding.tree_shardings(state.trainable, mesh)
+    places = tree.flatten(adapters)
+    everywhere = sharding.replicated(mesh)
+
+    def moment(path: tuple, _: jax.Array) -> NamedSharding:
+        # optax keeps moments in trees shaped like the params, so the dict keys that end a moment's path are its leaf's path
+        keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+        return places.get("/".join(reversed([key.key for key in keys])), everywhere)
+
+    moments = jax.tree_util.tree_map_with_path(moment, state.moments)
+    return TrainState(everywhere, adapters, moments, everywhere)

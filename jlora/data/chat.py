@@ -50,10 +50,9 @@ def encode(
     The loss counts every assistant turn of `messages`, and the completion of a prompt, each with the token that ends
     it, so that the model learns to stop. Nothing behind the last counted token is kept.
     """
-    _require_template(records, tokenizer)
+    stop = _template_stop(records, tokenizer)
     examples, faults = [], []
     cut = dropped = untrained = 0
-    stop = _template_stop(tokenizer) if tokenizer.chat_template else None
     for number, record in enumerate(records, start=1):
         try:
             tokens, trained = _encode_record(record, tokenizer, stop)
@@ -98,13 +97,22 @@ def split_prompt(record: Record) -> tuple[str | list[dict[str, Any]], str]:
     return messages[:last], messages[last].get("content") or ""
 
 
-def _require_template(records: Sequence[Record], tokenizer: Any) -> None:
+def _template_stop(records: Sequence[Record], tokenizer: Any) -> int | None:
+    """The first special token that the template writes behind an assistant's words, or None when it writes none."""
     chats = sum(not _is_text(record) for record in records)
-    if chats and not tokenizer.chat_template:
+    if not chats:
+        return None
+    if not tokenizer.chat_template:
         raise ValueError(
             f"{chats} of {len(records)} records are chats, but the tokenizer has no chat template; use a model whose "
             'tokenizer has one, or records with "prompt" and "completion" as plain text'
         )
+    words = "jlora"
+    text = _render([{"role": "user", "content": "?"}, {"role": "assistant", "content": words}], tokenizer)
+    behind = text.rpartition(words)[2]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special.update(tokenizer.all_special_ids)
+    return next((t for t in tokenizer(behind, add_special_tokens=False)["input_ids"] if t in special), None)
 
 
 def _is_text(record: Record) -> bool:
@@ -177,16 +185,6 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, *, add_generation_pr
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
-
-
-def _template_stop(tokenizer: Any) -> int | None:
-    """The first special token that the template writes behind an assistant's words, or None when it writes none."""
-    words = "jlora"
-    text = _render([{"role": "user", "content": "?"}, {"role": "assistant", "content": words}], tokenizer)
-    behind = text[text.rindex(words) + len(words) :]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special.update(tokenizer.all_special_ids)
-    return next((t for t in tokenizer(behind, add_special_tokens=False)["input_ids"] if t in special), None)
 
 
 def _end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:

@@ -149,7 +149,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def _defaults(cls: type) -> ConfigDict:
     """A ConfigDict that knows the type of each field, for the command line; mixed types are Python literals there."""
-    config = ConfigDict(type_safe=False, allow_dotted_keys=True)
+    config = ConfigDict(type_safe=False)
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]
         if dataclasses.is_dataclass(hint):

@@ -7,6 +7,8 @@ import tokenizers
 import torch
 import transformers
 
+from jlora.cli.main import main
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -73,3 +75,11 @@ def recipe(tmp_path_factory, model_folder, data_file):
         "    return config\n"
     )
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, recipe):
+    """The workdir of the recipe's run, from the first step to the last."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    assert main(["train", f"--config={recipe}", f"--workdir={workdir}", "--config.train.save_every=2"]) == 0
+    return workdir

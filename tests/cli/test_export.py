@@ -1,0 +1,35 @@
+import filecmp
+
+import pytest
+import transformers
+
+from jlora import hub
+from jlora.cli.main import main
+
+
+@pytest.mark.parametrize("step", [(), ("--step=3",)])
+def test_the_last_step_is_the_adapter_of_the_run(trained, tmp_path, step):
+    assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", *step]) == 0
+    names = sorted(path.name for path in (trained / "adapter").iterdir())
+    assert filecmp.cmpfiles(trained / "adapter", tmp_path / "out", names, shallow=False) == (names, [], [])
+
+
+def test_an_earlier_step_is_another_adapter(trained, tmp_path):
+    assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--step=2"]) == 0
+    assert not filecmp.cmp(*(path / "adapter_model.safetensors" for path in (trained / "adapter", tmp_path / "out")))
+
+
+def test_a_merged_model_opens_in_transformers_without_the_adapter(trained, model_folder, tmp_path):
+    assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--merged"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    changed = {name for name in base if not merged[name].equal(base[name])}
+    assert changed == {name for name in base if "_proj" in name}
+    assert hub.load_tokenizer(tmp_path / "out").chat_template == hub.load_tokenizer(model_folder).chat_template
+
+
+def test_a_step_that_was_not_saved_is_a_mistake(trained, tmp_path, capsys):
+    assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--step=1"]) == 2
+    message = capsys.readouterr().err
+    assert "1" in message
+    assert "2, 3" in message

@@ -1,0 +1,72 @@
+"""A run leaves what the design promises; a stopped one says so with its exit code and goes on where it was."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from jlora.cli.main import main
+from jlora.train.metrics import read_metrics
+from jlora.train.progress import Progress
+
+
+def test_a_run_leaves_config_metrics_curves_and_adapter(trained):
+    config = json.loads((trained / "config.json").read_text())
+    assert (config["lora"]["r"], config["train"]["save_every"]) == (2, 2)
+    assert [record["step"] for record in read_metrics(trained)] == [1, 2, 3]
+    assert {"loss", "learning_rate", "grad_norm"} <= set(read_metrics(trained)[0])
+    assert (trained / "curves.png").stat().st_size > 1000
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"2", "3"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (trained / "adapter").iterdir()
+    }
+
+
+def test_a_finished_run_started_again_changes_nothing(trained, recipe):
+    before = (trained / "adapter" / "adapter_model.safetensors").read_bytes(), read_metrics(trained)
+    assert main(["train", f"--config={recipe}", f"--workdir={trained}", "--config.train.save_every=2"]) == 0
+    assert ((trained / "adapter" / "adapter_model.safetensors").read_bytes(), read_metrics(trained)) == before
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(trained, recipe, tmp_path, monkeypatch, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    update = Progress.update
+
+    def preempted(progress, step, metrics):
+        update(progress, step, metrics)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["train", f"--config={recipe}", f"--workdir={tmp_path}", "--config.train.save_every=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", preempted)
+        assert main(command) == 75
+    assert "SIGTERM" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+    assert main(command) == 0
+    losses = [record["loss"] for record in read_metrics(trained)]
+    assert [record["loss"] for record in read_metrics(tmp_path)] == losses
+    weights = [path / "adapter" / "adapter_model.safetensors" for path in (trained, tmp_path)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_the_workdir_is_named_after_the_recipe_unless_given(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", f"--config={recipe}", "--config.train.steps=1"]) == 0
+    assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
+
+
+def test_the_script_is_the_command():
+    script = pathlib.Path(__file__).parents[2] / "scripts" / "train.py"
+    root = script.parents[1]
+    done = subprocess.run(
+        [sys.executable, str(script), "--config=nowhere.py"],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "jlora: nowhere.py is not a file; expected a Python file that defines get_config()\n"

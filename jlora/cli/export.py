@@ -1,0 +1,32 @@
+"""`jlora export`: what a training run made, as a PEFT adapter or as a merged Hugging Face model."""
+
+import argparse
+
+from jlora import hub
+from jlora.train.restore import load_run
+
+
+def run(arguments: list[str]) -> int:
+    """0; what is wrong is raised."""
+    options = _parser().parse_args(arguments)
+    config, model, params = load_run(options.workdir, options.step)
+    if options.merged:
+        hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
+    else:
+        hub.save_adapter(options.out, params, base=config.model.path)
+    print(f"{'merged model' if options.merged else 'adapter (PEFT)'}: {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora export",
+        description="Write the adapter of a training run, or its model with the adapter merged in.",
+        epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")
+    parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")
+    parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    return parser

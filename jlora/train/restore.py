@@ -1,0 +1,71 @@
+"""The model as a run left it, from its workdir: for export, not for going on (the loop does that)."""
+
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jlora import checkpoint, hub, lora, tree
+from jlora.models import Model
+from jlora.train.config import RunConfig, resolve
+from jlora.types import Params
+
+
+def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunConfig, Model, Params]:
+    """The run's settings, its model, and the params with the adapter as it was after `step` (None: the newest saved).
+
+    The base is loaded as the run held it: quantised where the run quantised it.
+
+    Raises:
+        FileNotFoundError: not the workdir of a run, or nothing was saved at that step.
+        ValueError: the base model is not the one that the run was trained on.
+    """
+    folder = pathlib.Path(workdir)
+    config = _read_config(folder)
+    with ocp.CheckpointManager(
+        _checkpoints(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as saved:
+        found = _choose(folder, sorted(saved.all_steps()), step)
+        model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant)
+        frozen, trainable = lora.split(lora.init(params, config.lora, jax.random.key(config.train.seed)))
+        manifest = saved.restore(found, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
+        if manifest["base"] != checkpoint.fingerprint(frozen):
+            raise ValueError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
+        return config, model, lora.combine(frozen, _restore(saved, found, trainable))
+
+
+def _read_config(folder: pathlib.Path) -> RunConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not the workdir of a run: there is no config.json in it")
+    return resolve(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _checkpoints(folder: pathlib.Path) -> pathlib.Path:
+    path = folder / "checkpoints"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} has no checkpoints: the run ended before the first one was saved")
+    return path
+
+
+def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None) -> int:
+    if not steps:
+        raise FileNotFoundError(f"{folder} has no checkpoints: the run ended before the first one was saved")
+    if wanted is not None and wanted not in steps:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint of step {wanted}; there are those of {', '.join(map(str, steps))}"
+        )
+    return steps[-1] if wanted is None else wanted
+
+
+def _restore(saved: ocp.CheckpointManager, step: int, trainable: Params) -> Params:
+    """The adapters alone, as host arrays put where `trainable` is: what devices the run had does not matter."""
+    wanted = {"trainable": trainable}
+    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+    found = saved.restore(step, args=ocp.args.Composite(state=args)).state["trainable"]
+    flat = tree.flatten(found)
+    return tree.map_with_path(lambda path, leaf: jax.device_put(flat[path], leaf.sharding), trainable)

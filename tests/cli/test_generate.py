@@ -1,3 +1,4 @@
+from jlora.cli import generate as command
 from jlora.cli.main import main
 
 
@@ -13,16 +14,18 @@ def test_the_same_command_gives_the_same_text(model_folder, capsys):
     assert texts(capsys, model_folder, "--prompt=1+1=") == first
 
 
-def test_system_template_temperature_and_seed_matter(model_folder, capsys):
-    variants = [
-        (),
-        ("--system=Be brief.",),
-        ("--raw",),
-        ("--temperature=1", "--seed=1"),
-        ("--temperature=1", "--seed=2"),
-    ]
+def test_the_template_the_temperature_and_the_seed_matter(model_folder, capsys):
+    variants = [(), ("--raw",), ("--temperature=1", "--seed=1"), ("--temperature=1", "--seed=2")]
     found = {texts(capsys, model_folder, "--prompt=1+1=", *variant) for variant in variants}
     assert len(found) == len(variants)
+
+
+def test_a_system_message_goes_before_the_prompt(model_folder, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "generate", lambda *arguments, **settings: seen.append(arguments[3]) or [])
+    texts(capsys, model_folder, "--prompt=x", "--system=Be brief.")
+    texts(capsys, model_folder, "--prompt=x", "--raw")
+    assert seen == [[[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]], ["x"]]
 
 
 def test_several_prompts_are_answered_in_order(model_folder, capsys):

@@ -1,4 +1,6 @@
-"""Keeps a benchmark's figures as JSON in benchmarks/results, with the device, the versions and the commit they were made with."""
+"""Keeps a benchmark's figures as JSON in benchmarks/results, with the device, the versions and the commit they were
+made with.
+"""
 
 import datetime
 import importlib.metadata

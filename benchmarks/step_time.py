@@ -3,9 +3,10 @@
     python benchmarks/step_time.py                 # 4 × 256 tokens on SmolLM2-135M's architecture, float32
     python benchmarks/step_time.py --rounds 3      # quicker
 
-Both sides have random weights, r=16 on all linears, AdamW, loss on every token. PEFT runs without gradient checkpointing, which is
-its faster setting. Rounds alternate (ours, theirs, ours, …); the figures are medians. Memory is taken in a fresh process a side: the
-high-water mark of the resident set over whole steps, everything the process holds included.
+Both sides have random weights, r=16 on all linears, AdamW, loss on every token. PEFT runs without gradient
+checkpointing, which is its faster setting. Rounds alternate (ours, theirs, ours, …); the figures are medians. Memory
+is taken in a fresh process a side: the high-water mark of the resident set over whole steps, everything the process
+holds included.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
     params = model.random_params(jax.random.key(0))
     config = jlora.quant.as_config(quant)
-    params = tree.map_with_path(lambda path, leaf: leaf if jlora.quant.leaf_format(path, config) is None else jlora.quant.quantize(leaf), params)
+    params = tree.map_with_path(
+        lambda path, leaf: leaf if jlora.quant.leaf_format(path, config) is None else jlora.quant.quantize(leaf), params
+    )
     params = jlora.lora.init(params, jlora.LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(1))
     frozen, trainable = jlora.lora.split(params)
     optimizer = make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, schedule="constant"), 1000)
@@ -103,7 +106,9 @@ def peft_step(quant: str | None, batch: int, length: int, remat: bool) -> Callab
         model.enable_input_require_grads()
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
     ids = torch.from_numpy(tokens(batch, length))
 
     def run() -> None:
@@ -182,7 +187,9 @@ def report(rows: list[dict], options: argparse.Namespace) -> None:
     import rich
     import rich.table
 
-    table = rich.table.Table(title=f"one training step, {options.batch} × {options.length} tokens, float32, r={RANK} on all linears")
+    table = rich.table.Table(
+        title=f"one training step, {options.batch} × {options.length} tokens, float32, r={RANK} on all linears"
+    )
     for column in ("method", "side", "seconds", "tokens/s", "ratio", "peak GiB"):
         table.add_column(column, justify="left" if column in ("method", "side") else "right")
     for row in rows:
@@ -191,7 +198,12 @@ def report(rows: list[dict], options: argparse.Namespace) -> None:
             memory = row["peak_gib"].get(side)
             rate = options.batch * options.length / seconds
             table.add_row(
-                row["method"], side, f"{seconds:.2f}", f"{rate:.0f}", f"{ratio:.2f}", "" if memory is None else f"{memory:.2f}"
+                row["method"],
+                side,
+                f"{seconds:.2f}",
+                f"{rate:.0f}",
+                f"{ratio:.2f}",
+                "" if memory is None else f"{memory:.2f}",
             )
     rich.print(table)
     record.save("step_time", {"batch": options.batch, "length": options.length, "remat": options.remat, "rows": rows})

@@ -42,7 +42,11 @@ class OptimConfig:
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)}: expected zero or more")
-        problems += [f"{name}={getattr(self, name)}: expected [0, 1)" for name in ("b1", "b2") if not 0 <= getattr(self, name) < 1]
+        problems += [
+            f"{name}={getattr(self, name)}: expected [0, 1)"
+            for name in ("b1", "b2")
+            if not 0 <= getattr(self, name) < 1
+        ]
         if problems:
             raise ValueError("optim:\n  " + "\n  ".join(problems))
 
@@ -62,7 +66,9 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on A and B; leaves that are no adapter weights get no update even if given one."""
+    """Clipping by global norm, then AdamW on A and B; leaves that are no adapter weights get no update even if given
+    one.
+    """
 
     def adamw(ratio: float) -> optax.GradientTransformation:
         schedule = learning_rate(config, steps)

@@ -1,4 +1,6 @@
-"""Param trees: nested dicts whose leaves are named by '/'-joined paths, and ordered full-match rules over those paths."""
+"""Param trees: nested dicts whose leaves are named by '/'-joined paths, and ordered full-match rules over those
+paths.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Sequence

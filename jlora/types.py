@@ -2,7 +2,8 @@
 
 Letters used in shape annotations everywhere:
     B batch   T tokens (queries)   S tokens (keys)   D model width   N output width of a linear   V vocabulary
-    H query heads   K key/value heads   G query heads a key/value head   F width of a head   R LoRA rank   L stacked layers
+    H query heads   K key/value heads   G query heads a key/value head   F width of a head   R LoRA rank   L stacked
+    layers
 """
 
 import importlib

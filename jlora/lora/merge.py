@@ -11,8 +11,8 @@ from jlora.types import Params
 def merge(params: Params) -> Params:
     """The base tree with every adapter added to its kernel: kernel + scale · lora_a @ lora_b, in float32, rounded once.
 
-    A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates. Trees that
-    hold no adapter come back as they are.
+    A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
+    Trees that hold no adapter come back as they are.
     """
     return tree.map_modules(_merge_module, params)
 

@@ -15,14 +15,15 @@ from jlora.types import Params
 
 
 def init(params: Params, config: LoraConfig, key: jax.Array) -> Params:
-    """The same tree with adapters beside the targeted kernels; with the default initialisation the model computes the same.
+    """The same tree with adapters beside the targeted kernels; with the default initialisation the model computes the
+    same.
 
     q_proj/kernel [L, D, N]  →  q_proj/kernel [L, D, N]          untouched, packed or not
                                 q_proj/lora_a [L, D, R] float32  trainable
                                 q_proj/lora_b [L, R, N] float32  trainable
                                 q_proj/lora_scale [L]   float32  alpha / r; 0 switches the adapter off
-                                q_proj/lora_rank [L]    int32    only where layers differ: columns beyond a layer's rank are zero
-                                q_proj/lora_dropout [L] float32  only with dropout: the probability
+                                q_proj/lora_rank [L]    int32    only where layers differ: columns beyond a layer's
+                                rank are zero q_proj/lora_dropout [L] float32  only with dropout: the probability
 
     Each leaf's random key follows from its path alone, so adding a target never changes another target's start.
 
@@ -45,7 +46,7 @@ def _adapter(target: Target, kernel_shape: tuple[int, ...], config: LoraConfig, 
     ranks = np.array(target.ranks).reshape(stack)
     lora_a, lora_b = _draw((*stack, inputs, rank), (*stack, rank, outputs), config, _path_key(key, target.path))
     if (ranks != rank).any():
-        used = jnp.arange(rank) < jnp.asarray(ranks)[..., None]
+        used = jnp.asarray(np.arange(rank) < ranks[..., None])
         lora_a, lora_b = lora_a * used[..., None, :], lora_b * used[..., :, None]
     adapter = {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": _per_layer(target.scales, stack)}
     if (ranks != rank).any():

@@ -1,4 +1,6 @@
-"""Which modules a LoraConfig adapts, and with what rank and scale: PEFT's matching rules over the Hub's dotted names."""
+"""Which modules a LoraConfig adapts, and with what rank and scale: PEFT's matching rules over the Hub's dotted
+names.
+"""
 
 import dataclasses
 import math
@@ -16,7 +18,9 @@ HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adapted linear: its path, and a rank (0: left alone) and scale for each layer of its stack, or one of each."""
+    """One adapted linear: its path, and a rank (0: left alone) and scale for each layer of its stack, or one of
+    each.
+    """
 
     path: str
     ranks: tuple[int, ...]
@@ -28,9 +32,12 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
     """The linears of `params` that `config` adapts.
 
     Raises:
-        ValueError: a target, an exclusion or a pattern that matches no linear (all are listed, with the linears there are).
+        ValueError: a target, an exclusion or a pattern that matches no linear (all are listed, with the linears there
+        are).
     """
-    kernels = {path.removesuffix("/kernel"): leaf for path, leaf in tree.flatten(params).items() if path.endswith("/kernel")}
+    kernels = {
+        path.removesuffix("/kernel"): leaf for path, leaf in tree.flatten(params).items() if path.endswith("/kernel")
+    }
     names = {path: module_names(path, leaf) for path, leaf in kernels.items()}
     every_name = [name for stack in names.values() for name in stack]
     _require_matches(config, every_name)
@@ -41,7 +48,9 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
             ranks, scales = zip(*settings, strict=True)
             targets.append(Target(path, ranks, scales, is_stacked(path)))
     if not targets:
-        raise ValueError(f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(sorted(names))}")
+        raise ValueError(
+            f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(sorted(names))}"
+        )
     return targets
 
 
@@ -59,7 +68,9 @@ def module_names(path: str, kernel: Any) -> list[str]:
 
 
 def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
-    """PEFT's rule for target_modules and exclude_modules: a tuple matches by suffix, a string by full regular expression."""
+    """PEFT's rule for target_modules and exclude_modules: a tuple matches by suffix, a string by full regular
+    expression.
+    """
     if isinstance(pattern, str):
         return any(re.fullmatch(pattern, prefix + name) for prefix in HUB_PREFIXES)
     return any(full == item or full.endswith("." + item) for item in pattern for full in _with_prefixes(name))
@@ -89,7 +100,13 @@ def _require_matches(config: LoraConfig, names: list[str]) -> None:
     problems = []
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
-        items = [] if pattern in (None, "all-linear") else [pattern] if isinstance(pattern, str) else [(p,) for p in pattern]
+        items = (
+            []
+            if pattern in (None, "all-linear")
+            else [pattern]
+            if isinstance(pattern, str)
+            else [(p,) for p in pattern]
+        )
         problems += [f"{field} {item!r}" for item in items if not any(matches(name, item) for name in names)]
     for field in ("rank_pattern", "alpha_pattern"):
         keys = [key for key, _ in getattr(config, field)]
@@ -97,5 +114,7 @@ def _require_matches(config: LoraConfig, names: list[str]) -> None:
     if problems:
         last = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(
-            "these match no linear of the model:\n  " + "\n  ".join(problems) + f"\nthe model's linears end in: {', '.join(last)}"
+            "these match no linear of the model:\n  "
+            + "\n  ".join(problems)
+            + f"\nthe model's linears end in: {', '.join(last)}"
         )

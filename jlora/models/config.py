@@ -45,7 +45,8 @@ class ModelConfig:
         """The config of a parsed config.json.
 
         Raises:
-            ValueError: missing or contradictory fields, or values that change the computation and are not supported; all listed.
+            ValueError: missing or contradictory fields, or values that change the computation and are not supported;
+            all listed.
         """
         if missing := [name for name in REQUIRED if config.get(name) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -59,14 +60,20 @@ class ModelConfig:
             "eos_token_ids": _as_tuple(config.get("eos_token_id")),
         }
         if config.get("head_dim") is None and width % heads:
-            problems.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is not given")
+            problems.append(
+                f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
+            )
         if heads % values["num_key_value_heads"]:
-            problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}")
+            problems.append(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
+            )
         if (activation := config.get("hidden_act", "silu")) != "silu":
             problems.append(f"hidden_act {activation!r} is not supported (supported: 'silu')")
         if problems:
             raise ValueError("config.json:\n  " + "\n  ".join(problems))
-        return cls(**values, rope_theta=rope_theta, rope_scaling=rope_scaling, source=json.dumps(config, sort_keys=True))
+        return cls(
+            **values, rope_theta=rope_theta, rope_scaling=rope_scaling, source=json.dumps(config, sort_keys=True)
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json this was made from, every key of it."""
@@ -92,6 +99,9 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling, list[str]]:
     if rope_type not in known:
         return theta, RopeScaling(), [f"rope_type {rope_type!r} is not supported (supported: {', '.join(known)})"]
     problems = [f"rope_type {rope_type!r} needs {name!r}" for name in known[rope_type] if scaling.get(name) is None]
-    problems += [f"rope_type {rope_type!r} with {name!r} is not supported" for name in sorted(set(scaling) - set(known[rope_type]))]
+    problems += [
+        f"rope_type {rope_type!r} with {name!r} is not supported"
+        for name in sorted(set(scaling) - set(known[rope_type]))
+    ]
     values = {name: scaling[name] for name in known[rope_type] if scaling.get(name) is not None}
     return theta, RopeScaling(rope_type=rope_type, **values), problems

@@ -19,5 +19,7 @@ def build(hf_config: dict[str, Any]) -> Model:
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
+        )
     return Model(ModelConfig.from_hf(hf_config), FAMILIES[model_type])

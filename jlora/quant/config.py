@@ -12,7 +12,8 @@ DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"layers/.*/kernel", "nf4"
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """Ordered (regular expression, format or None) rules over full leaf paths, the first match wins; plus the block scales' form.
+    """Ordered (regular expression, format or None) rules over full leaf paths, the first match wins; plus the block
+    scales' form.
 
     Attributes:
         rules: formats by path; paths that no rule matches stay as they are.
@@ -25,7 +26,9 @@ class QuantConfig:
     def __post_init__(self) -> None:
         unknown = sorted({str(fmt) for _, fmt in self.rules if fmt is not None and fmt not in FORMATS})
         if unknown:
-            raise ValueError(f"QuantConfig.rules: unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)} or None")
+            raise ValueError(
+                f"QuantConfig.rules: unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)} or None"
+            )
 
 
 def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:

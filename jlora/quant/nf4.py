@@ -1,15 +1,19 @@
 """NF4: 4-bit NormalFloat arrays (QLoRA, Dettmers et al. 2023) with bitsandbytes' values to the bit, as a pytree.
 
-Invariants of an `NF4Array` of logical shape [..., D, N] (a kernel maps D inputs to N outputs; leading axes are stacked layers):
+Invariants of an `NF4Array` of logical shape [..., D, N] (a kernel maps D inputs to N outputs; leading axes are stacked
+layers):
   - blocks are 64 consecutive inputs of one output, which is bitsandbytes' order (it flattens the [N, D] transpose);
-  - codes, absmax and the logical array have the same rank and axis order, so sharding D or N of a kernel shards its parts;
+  - codes, absmax and the logical array have the same rank and axis order, so sharding D or N of a kernel shards its
+  parts;
   - two neighbours on D share a byte, the first in the high nibble.
-When D is not a multiple of 64, bitsandbytes' blocks straddle outputs; then the flattened transpose is kept as one column.
+When D is not a multiple of 64, bitsandbytes' blocks straddle outputs; then the flattened transpose is kept as one
+column.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,19 +43,21 @@ CODEBOOK = np.array(
 class NF4Array:
     """A packed array; see the module's invariants.
 
+    The parts may also be ShapeDtypeStructs or shardings, whatever JAX puts in an array's place.
+
     Attributes:
         codes: uint8 [..., D/2, N], two 4-bit codes a byte.
         absmax: block scales [..., D/64, N]: float32, or uint8 codes of the 8-bit dynamic map when nested.
-        nested_absmax: float32 [..., ceil(D·N/64/256)], one scale for 256 block scales in bitsandbytes' order; None if not nested.
-        offset: float32 [...], the mean subtracted from the block scales before they were quantised; None if not nested.
-        matrix: (D, N), the logical last two dimensions.
+        nested_absmax: float32 [..., ceil(D·N/64/256)], one scale for 256 block scales in bitsandbytes' order; None if
+        not nested. offset: float32 [...], the mean subtracted from the block scales before they were quantised; None
+        if not nested. matrix: (D, N), the logical last two dimensions.
         dtype: the dtype that dequantised values are rounded to.
     """
 
-    codes: jax.Array
-    absmax: jax.Array
-    nested_absmax: jax.Array | None
-    offset: jax.Array | None
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    offset: Any
     matrix: tuple[int, int]
     dtype: np.dtype
 
@@ -71,8 +77,9 @@ class NF4Array:
 def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: bool = True) -> NF4Array:
     """The packed form of a kernel [..., D, N]; each leading index is quantised as a tensor of its own.
 
-    Equal to `bitsandbytes.functional.quantize_4bit(kernel.T, quant_type="nf4", compress_statistics=double_quant)` on a CPU. The
-    one thing that may differ is the last bit of `offset`, a float32 mean that torch sums in an order of its own.
+    Equal to `bitsandbytes.functional.quantize_4bit(kernel.T, quant_type="nf4", compress_statistics=double_quant)` on a
+    CPU. The one thing that may differ is the last bit of `offset`, a float32 mean that torch sums in an order of its
+    own.
 
     Raises:
         ValueError: an unknown format, or an array of fewer than two dimensions.
@@ -86,7 +93,8 @@ def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: b
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def dequantize(leaf: NF4Array, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
-    """The array [..., D, N] that a packed value stands for: codebook · scale in float32, rounded once to the leaf's dtype.
+    """The array [..., D, N] that a packed value stands for: codebook · scale in float32, rounded once to the leaf's
+    dtype.
 
     Args:
         dtype: of the result, when it is to differ from the leaf's.
@@ -122,9 +130,11 @@ def dynamic_map() -> np.ndarray:
 
 @functools.cache
 def _dynamic_thresholds() -> np.ndarray:
-    """For each code but the first, the least float32 in [-1, 1] that bitsandbytes' CPU quantiser gives that code or a higher one.
+    """For each code but the first, the least float32 in [-1, 1] that bitsandbytes' CPU quantiser gives that code or a
+    higher one.
 
-    It rounds a value to one of 65,536 levels and takes the code nearest to the level, so small codes have coarse borders.
+    It rounds a value to one of 65,536 levels and takes the code nearest to the level, so small codes have coarse
+    borders.
     """
     codes = dynamic_map()
     levels = np.float32(-1) + np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535)
@@ -132,7 +142,9 @@ def _dynamic_thresholds() -> np.ndarray:
 
     def level(values: np.ndarray) -> np.ndarray:
         half = (values + np.float32(1)) * np.float32(0.5)
-        return (half.astype(np.float64) * 65535 + 0.5).astype(np.float32).astype(np.int64)  # one rounding: a fused multiply-add
+        return (
+            (half.astype(np.float64) * 65535 + 0.5).astype(np.float32).astype(np.int64)
+        )  # one rounding: a fused multiply-add
 
     def as_float(order: np.ndarray) -> np.ndarray:  # float32s as integers in the same order
         return np.where(order < 0, np.int64(-(2**31)) - order, order).astype(np.int32).view(np.float32)
@@ -172,7 +184,9 @@ def _quantize(array: jax.Array, double_quant: bool) -> NF4Array:
 
 
 def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """8-bit codes, nested scales and offset of block scales [..., blocks, N]; nested blocks run in bitsandbytes' flat order."""
+    """8-bit codes, nested scales and offset of block scales [..., blocks, N]; nested blocks run in bitsandbytes' flat
+    order.
+    """
     flat = jnp.swapaxes(absmax, -1, -2).reshape(*absmax.shape[:-2], -1)
     offset = _mean(flat)
     count = flat.shape[-1]
@@ -188,7 +202,9 @@ def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def _mean(flat: jax.Array) -> jax.Array:
-    """The float32 mean over the last axis, summed in pairs so that its error does not grow with the number of blocks."""
+    """The float32 mean over the last axis, summed in pairs so that its error does not grow with the number of
+    blocks.
+    """
     count = flat.shape[-1]
     total = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, (1 << (count - 1).bit_length()) - count)])
     while total.shape[-1] > 1:
@@ -207,7 +223,9 @@ def _scale(blocks: jax.Array, absmax: jax.Array, *, partial: bool) -> jax.Array:
 
 
 def _to_blocks(array: jax.Array) -> jax.Array:
-    """[..., D', N'] whose columns hold whole blocks: the array itself, or its flattened transpose as one padded column."""
+    """[..., D', N'] whose columns hold whole blocks: the array itself, or its flattened transpose as one padded
+    column.
+    """
     *stack, inputs, outputs = array.shape
     if inputs % BLOCK == 0:
         return array
@@ -230,7 +248,9 @@ def _unpack(codes: jax.Array) -> jax.Array:
 
 
 def _lookup(index: jax.Array) -> jax.Array:
-    """Codebook values of 4-bit indices by a tree of four selects, which vectorises where a gather from a table does not."""
+    """Codebook values of 4-bit indices by a tree of four selects, which vectorises where a gather from a table does
+    not.
+    """
 
     def choose(bit: int, values: np.ndarray) -> jax.Array:
         if len(values) == 1:

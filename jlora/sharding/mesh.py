@@ -14,7 +14,8 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1: whatever devices are left.
 
-    data and fsdp split the batch; fsdp also splits every weight, tensor splits heads and hidden units, sequence splits tokens.
+    data and fsdp split the batch; fsdp also splits every weight, tensor splits heads and hidden units, sequence splits
+    tokens.
     """
 
     data: int = 1
@@ -36,14 +37,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh over `devices` (default: all). Axes left at 1 cost nothing.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, except that a mesh of one takes the first device.
+        ValueError: the sizes do not multiply to the number of devices, except that a mesh of one takes the first
+        device.
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(config.sizes)
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if len(devices) % known:
-            raise ValueError(f"{config}: the fixed sizes multiply to {known}, which does not divide {len(devices)} devices")
+            raise ValueError(
+                f"{config}: the fixed sizes multiply to {known}, which does not divide {len(devices)} devices"
+            )
         sizes[sizes.index(-1)] = len(devices) // known
     total = math.prod(sizes)
     if total == 1:

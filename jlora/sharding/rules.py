@@ -1,4 +1,6 @@
-"""Which mesh axes split which dimension of a leaf: one table of path rules for the base, its packed forms and its adapters."""
+"""Which mesh axes split which dimension of a leaf: one table of path rules for the base, its packed forms and its
+adapters.
+"""
 
 from typing import Any
 
@@ -7,8 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import tree
 
-# Axes of the last two dimensions (input, output) of a kernel. Column-parallel linears split their outputs over `tensor`,
-# row-parallel ones their inputs, so one all-reduce a block is all that tensor parallelism costs (Megatron-LM, 2019).
+# Axes of the last two dimensions (input, output) of a kernel. Column-parallel linears split their outputs over
+# `tensor`, row-parallel ones their inputs, so one all-reduce a block is all that tensor parallelism costs
+# (Megatron-LM, 2019).
 COLUMN = ("fsdp", "tensor")
 ROW = ("tensor", "fsdp")
 
@@ -27,9 +30,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
     """NamedShardings in the shape of `leaf`: an array, a ShapeDtypeStruct, or a packed value made of several.
 
-    The rule names axes for the trailing dimensions. A packed value's parts that have its rank (codes, block scales) are all
-    split the same way, so blocks stay whole; parts of another rank (nested scales) are tiny and kept on every device. An axis
-    that does not divide a dimension of every such part is left out.
+    The rule names axes for the trailing dimensions. A packed value's parts that have its rank (codes, block scales)
+    are all split the same way, so blocks stay whole; parts of another rank (nested scales) are tiny and kept on every
+    device. An axis that does not divide a dimension of every such part is left out.
     """
     axes = tree.match_rules(RULES, [path], allow_unused=True)[path]
     parts = [part for part in jax.tree.leaves(leaf) if part.ndim == leaf.ndim]

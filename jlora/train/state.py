@@ -51,7 +51,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     everywhere = sharding.replicated(mesh)
 
     def moment(path: tuple, _: jax.Array) -> NamedSharding:
-        # optax keeps moments in trees shaped like the params, so the dict keys that end a moment's path are its leaf's path
+        # optax keeps moments in trees shaped like the params, so the dict keys that end a moment's path are its leaf's
+        # path
         keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
         return places.get("/".join(reversed([key.key for key in keys])), everywhere)
 

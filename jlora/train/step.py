@@ -21,8 +21,8 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, dropout: bool = False) -> Step:
     """step(state, frozen, batch) → (state, metrics), jitted; it donates the state and never the frozen weights.
 
-    The batch's leaves are [A, B, T]: A micro-batches, one after another. The loss is Σ over all of them divided once by the weight
-    of all of them, so accumulation equals the large batch whatever the micro-batches hold.
+    The batch's leaves are [A, B, T]: A micro-batches, one after another. The loss is Σ over all of them divided once
+    by the weight of all of them, so accumulation equals the large batch whatever the micro-batches hold.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

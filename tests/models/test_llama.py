@@ -17,10 +17,14 @@ CASES = {
     "untied": dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False),
     "wide_heads": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=20),
     "biases": dict(num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
-    "theta": dict(num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+    "theta": dict(
+        num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(rope_type="default", rope_theta=1e5)
+    ),
     "llama3": dict(num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(rope_theta=5e5, **LLAMA3)),
     "linear": dict(
-        num_attention_heads=4, num_key_value_heads=4, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0),
     ),
 }
 
@@ -34,11 +38,20 @@ def pair(**overrides):
             value.normal_(1.0 if "norm" in name else 0.0, 0.3)
     model = models.build(reference.config.to_dict())
     weights = {name: value.numpy() for name, value in reference.state_dict().items()}
-    return reference, model, tree.map_with_path(lambda path, leaf: jnp.asarray(_read(path, leaf, weights)), model.abstract_params())
+    return (
+        reference,
+        model,
+        tree.map_with_path(lambda path, leaf: jnp.asarray(_read(path, leaf, weights)), model.abstract_params()),
+    )
 
 
 def _read(path, leaf, weights):
-    name = path.replace("/", ".").replace(".kernel", ".weight").replace(".scale", ".weight").replace(".embedding", ".weight")
+    name = (
+        path.replace("/", ".")
+        .replace(".kernel", ".weight")
+        .replace(".scale", ".weight")
+        .replace(".embedding", ".weight")
+    )
     turn = (lambda value: value.T) if path.endswith("kernel") else (lambda value: value)
     if path.startswith("layers/"):
         layers = [turn(weights[f"model.layers.{i}.{name.removeprefix('layers.')}"]) for i in range(leaf.shape[0])]
@@ -97,7 +110,9 @@ def test_left_padding_changes_nothing():
     padded = jnp.pad(ids, ((0, 0), (5, 0)))
     positions = jnp.maximum(jnp.arange(13) - 5, 0)[None]
     segments = jnp.asarray([[0] * 5 + [1] * 8])
-    np.testing.assert_allclose(model(params, padded, positions, segments)[:, 5:], model(params, ids), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        model(params, padded, positions, segments)[:, 5:], model(params, ids), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_unsupported_configs_name_the_field():

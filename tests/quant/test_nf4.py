@@ -36,7 +36,9 @@ def flat_codes(leaf):
 
 
 def bitsandbytes_values(packed, absmax, state):
-    """What bitsandbytes dequantises, as a kernel. Its fast CPU kernel reads wrong scales when a block straddles rows."""
+    """What bitsandbytes dequantises, as a kernel. Its fast CPU kernel reads wrong scales when a block straddles
+    rows.
+    """
     if state.shape[1] % 64 == 0:
         return bnb.dequantize_4bit(packed, state).float().numpy().T
     values = _dequantize_4bit_compute(packed.ravel(), absmax, state.code, 64, state.shape, state.dtype)

@@ -33,13 +33,14 @@ MEASURES = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Everything, from the download to the table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", default=os.path.relpath(ROOT / "runs" / "quickstart"), help="default: %(default)s")
     parser.add_argument("--cache", default=function_calling.CACHE, help="folder for downloads (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=100, help="test questions to measure with (default: all 100)")
-    options, overrides = parser.parse_known_args()
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="of an answer (default: %(default)s)")
+    options, overrides = parser.parse_known_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     workdir = pathlib.Path(options.workdir)
 
@@ -54,7 +55,15 @@ def main() -> None:
     def measure(params: dict, when: str) -> tuple[dict, list]:
         started = time.monotonic()
         console.print(f"Measuring on {len(questions)} test questions, {when} training")
-        result = evaluate(model, params, tokenizer, questions, metric=function_calling.metric, batch_size=20)
+        result = evaluate(
+            model,
+            params,
+            tokenizer,
+            questions,
+            metric=function_calling.metric,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=20,
+        )
         console.print(f"  took {time.monotonic() - started:.0f} s")
         return result
 

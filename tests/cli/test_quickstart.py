@@ -46,8 +46,8 @@ def quickstart(monkeypatch, model_folder):
 
 def test_it_measures_trains_measures_and_shows_where_everything_is(quickstart, model_folder, tmp_path, capsys):
     workdir = tmp_path / "run"
-    short = ["--config.train.epochs=1", "--config.train.seq_len=128", "--config.lora.r=2"]
-    quickstart.main([f"--workdir={workdir}", "--questions=3", *short])
+    short = ["--config.train.epochs=1", "--config.train.seq_len=192", "--config.lora.r=2"]
+    quickstart.main([f"--workdir={workdir}", "--questions=3", "--max_new_tokens=4", *short])
     text = capsys.readouterr().out
     assert "3 test questions" in text
     assert all(line in text for line in quickstart.MEASURES.values())

@@ -1,0 +1,107 @@
+"""linear: base, packing and adapter in one place, against the written-out formula and PEFT."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+from jlora import lora, quant
+
+
+def module(inputs=64, outputs=24, rank=3, packed=False, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    kernel = jax.random.normal(keys[0], (inputs, outputs)) * 0.1
+    return {
+        "kernel": quant.quantize(kernel) if packed else kernel,
+        "bias": jax.random.normal(keys[1], (outputs,)),
+        "lora_a": jax.random.normal(keys[2], (inputs, rank)),
+        "lora_b": jax.random.normal(keys[3], (rank, outputs)),
+        "lora_scale": jnp.float32(0.25),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [5, 301])
+def test_values_and_gradients_are_the_formulas(packed, rows):
+    m = module(packed=packed)
+    x = jax.random.normal(jax.random.key(9), (2, rows, 64))
+    weights = jax.random.normal(jax.random.key(10), (2, rows, 24))
+    frozen, trainable = lora.split(m)
+    dense = quant.dequantize(m["kernel"]) if packed else m["kernel"]
+
+    def ours(x, trainable):
+        return jnp.sum(weights * lora.linear(x, lora.combine(frozen, trainable)))
+
+    def formula(x, t):
+        y = x @ (dense + 0.25 * t["lora_a"] @ t["lora_b"]) + m["bias"].reshape(1, 1, -1)
+        return jnp.sum(weights * y)
+
+    value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, trainable)
+    expected, expected_grads = jax.value_and_grad(formula, argnums=(0, 1))(x, trainable)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), grads, expected_grads)
+    without = lora.linear(x, lora.strip(m))
+    assert np.abs(lora.linear(x, m) - without).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pefts_linear_gives_the_same(dtype):
+    m = {name: leaf.astype(dtype) if name in ("kernel", "bias") else leaf for name, leaf in module().items()}
+    x = jax.random.normal(jax.random.key(9), (7, 64)).astype(dtype)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(64, 24)
+
+    net = Net().to(getattr(torch, dtype))
+    net = peft.inject_adapter_in_model(peft.LoraConfig(r=3, lora_alpha=0.75, target_modules=["proj"]), net)
+
+    def to_torch(a):
+        return torch.from_numpy(np.array(a, np.float32)).to(getattr(torch, str(a.dtype)))
+
+    with torch.no_grad():
+        net.proj.base_layer.weight.copy_(to_torch(m["kernel"]).T)
+        net.proj.base_layer.bias.copy_(to_torch(m["bias"]))
+        net.proj.lora_A["default"].weight.copy_(to_torch(m["lora_a"]).T)
+        net.proj.lora_B["default"].weight.copy_(to_torch(m["lora_b"]).T)
+        expected = net.proj(to_torch(x))
+    ours = lora.linear(x, m)
+    assert ours.dtype == x.dtype
+    expected = expected.float().numpy()
+    tolerance = (1e-6 if dtype == "float32" else 2**-7) * np.abs(expected).max()  # bfloat16: we round before the bias, torch after
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_nothing_dequantised_is_a_residual(remat):
+    m = module(inputs=128, outputs=96, packed=True)
+    frozen, trainable = lora.split(m)
+
+    def f(trainable, x):
+        return jnp.tanh(lora.linear(x, lora.combine(frozen, trainable)))
+
+    f = jax.checkpoint(f) if remat else f
+    _, pullback = jax.vjp(f, trainable, jnp.ones((4, 128)))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert (64, 96) in shapes, "the codes are what the backward pass dequantises"
+    assert (128, 96) not in shapes and (96, 128) not in shapes
+
+
+def test_dropout_only_with_a_key():
+    m = module() | {"lora_dropout": jnp.float32(0.5)}
+    x = jnp.ones((4, 64))
+    plain = lora.linear(x, {name: leaf for name, leaf in m.items() if name != "lora_dropout"})
+    np.testing.assert_allclose(lora.linear(x, m), plain, rtol=1e-6)
+    dropped = [lora.linear(x, m, key=jax.random.key(i)) for i in range(400)]
+    assert np.abs(dropped[0] - dropped[1]).max() > 0.1
+    deviation = np.std(np.stack(dropped), axis=0).max() / 20
+    np.testing.assert_allclose(np.mean(np.stack(dropped), axis=0), plain, atol=5 * deviation)
+
+
+def test_scale_zero_switches_the_adapter_off():
+    m = module() | {"lora_scale": jnp.float32(0)}
+    x = jnp.ones((2, 64))
+    np.testing.assert_allclose(lora.linear(x, m), lora.linear(x, lora.strip(m)), rtol=1e-6)

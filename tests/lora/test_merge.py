@@ -1,0 +1,43 @@
+"""Merged equals factored, on dense and packed bases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import lora, models, quant, tree
+
+SIZES = dict(
+    model_type="llama", vocab_size=31, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_merged_model_computes_what_the_adapted_one_does(packed):
+    model = models.build(SIZES)
+    base = model.random_params(jax.random.key(0))
+    if packed:
+        config = quant.as_config("nf4")
+        base = tree.map_with_path(
+            lambda path, leaf: quant.quantize(leaf) if quant.leaf_format(path, config) else leaf, base
+        )
+    params = lora.init(base, lora.LoraConfig(r=4, init_lora_weights=False), jax.random.key(1))
+    merged = lora.merge(params)
+    tokens = jnp.arange(9)[None]
+    adapted = model(params, tokens)
+    np.testing.assert_allclose(model(merged, tokens), adapted, rtol=1e-4, atol=1e-4)
+    assert np.abs(adapted - model(base, tokens)).max() > 0.01
+    assert not [path for path in tree.flatten(merged) if "lora" in path]
+
+
+def test_the_sum_is_rounded_once():
+    kernel = jax.random.normal(jax.random.key(0), (32, 16)).astype(jnp.bfloat16)
+    module = {
+        "kernel": kernel,
+        "lora_a": jnp.ones((32, 1)),
+        "lora_b": jnp.full((1, 16), 1e-3),
+        "lora_scale": jnp.float32(1),
+    }
+    merged = lora.merge({"proj": module})["proj"]["kernel"]
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(merged, (kernel.astype(jnp.float32) + 1e-3).astype(jnp.bfloat16))

@@ -1,0 +1,70 @@
+"""Where leaves go on a mesh of eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jlora import quant, sharding
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("layers/self_attn/q_proj/kernel", (3, 64, 32), P(None, "fsdp", "tensor")),
+        ("layers/self_attn/o_proj/kernel", (3, 64, 32), P(None, "tensor", "fsdp")),
+        ("layers/self_attn/q_proj/lora_a", (3, 64, 4), P(None, "fsdp", None)),
+        ("layers/self_attn/q_proj/lora_b", (3, 4, 32), P(None, None, "tensor")),
+        ("layers/mlp/down_proj/lora_a", (3, 64, 4), P(None, "tensor", None)),
+        ("layers/mlp/down_proj/lora_b", (3, 4, 32), P(None, None, "fsdp")),
+        ("layers/self_attn/q_proj/lora_scale", (3,), P(None)),
+        ("embed_tokens/embedding", (64, 32), P("tensor", "fsdp")),
+        ("layers/self_attn/q_proj/kernel", (3, 63, 32), P(None, None, "tensor")),
+        ("norm/scale", (64,), P(None)),
+    ],
+)
+def test_specs(mesh, path, shape, spec):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert sharding.leaf_sharding(path, leaf, mesh).spec == spec
+
+
+def test_packed_parts_are_split_alike_and_blocks_stay_whole(mesh):
+    leaf = quant.quantize(jnp.ones((2, 512, 32)))
+    placed = sharding.leaf_sharding("layers/mlp/up_proj/kernel", leaf, mesh)
+    assert placed.codes.spec == placed.absmax.spec == P(None, "fsdp", "tensor")
+    assert placed.nested_absmax.spec == P()
+    narrow = quant.quantize(jnp.ones((2, 192, 32)))  # three blocks do not divide by four
+    placed = sharding.leaf_sharding("layers/mlp/up_proj/kernel", narrow, mesh)
+    assert placed.codes.spec == placed.absmax.spec == P(None, None, "tensor")
+
+
+def test_each_device_holds_its_part_only(mesh):
+    params = {"layers": {"up_proj": {"kernel": quant.quantize(jnp.ones((2, 512, 32)))}}}
+    codes = sharding.shard(params, mesh)["layers"]["up_proj"]["kernel"].codes
+    assert {shard.data.shape for shard in codes.addressable_shards} == {(2, 64, 16)}
+
+
+def test_batches_are_split_by_rows(mesh):
+    batch = {"tokens": np.arange(2 * 8 * 6, dtype=np.int32).reshape(2, 8, 6)}
+    placed = sharding.put_batch(batch, mesh)["tokens"]
+    np.testing.assert_array_equal(placed, batch["tokens"])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 6)}
+    with pytest.raises(ValueError, match="has 6 rows of 6 tokens; the mesh splits rows 4 ways"):
+        sharding.put_batch({"tokens": batch["tokens"][:, :6]}, mesh)
+
+
+def test_mesh_sizes():
+    assert dict(sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=2)).shape)["data"] == 4
+    assert sharding.make_mesh(sharding.MeshConfig()).size == 1
+    with pytest.raises(ValueError, match="multiply to 3, but there are 8 devices"):
+        sharding.make_mesh(sharding.MeshConfig(data=3))
+    with pytest.raises(ValueError, match="does not divide 8 devices"):
+        sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=3))
+    with pytest.raises(ValueError, match="at most one of them -1"):
+        sharding.MeshConfig(data=-1, fsdp=-1)

@@ -1,6 +1,9 @@
 import filecmp
+import json
+import shutil
 
 import pytest
+import torch
 import transformers
 
 from jlora import hub
@@ -33,3 +36,17 @@ def test_a_step_that_was_not_saved_is_a_mistake(trained, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "1" in message
     assert "2, 3" in message
+
+
+def test_another_base_than_the_one_trained_on_is_refused(trained, model_folder, tmp_path, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(tmp_path / "other")
+    shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["path"] = str(tmp_path / "other")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "its weights differ" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

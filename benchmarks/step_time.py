@@ -62,7 +62,7 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     mesh = sharding.make_mesh(sharding.MeshConfig())
     state = create_state(trainable, optimizer, 0, mesh)
     del params, trainable
-    step = make_step(sft_loss(model, remat=remat), optimizer)
+    step = make_step(sft_loss(model, remat=remat), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
     ids = tokens(batch, length).astype(np.int32)[None]
     arrays = {
         "tokens": ids,

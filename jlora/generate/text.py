@@ -47,7 +47,7 @@ def generate(
     _check(max_new_tokens, temperature, top_k, top_p, batch_size)
     encoded = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    stop_ids = tuple(sorted({*model.config.eos_token_ids, *filter(None.__ne__, [tokenizer.eos_token_id])}))
+    stop_ids = tuple(sorted({*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}))
     texts = [""] * len(encoded)
     batch_size = min(batch_size, len(encoded))
     for start in range(0, len(order), batch_size or 1):
@@ -100,7 +100,7 @@ def _pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray
     return tokens, lengths
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, batch_size: int) -> None:
+def _check(max_new_tokens: int, temperature: int | float, top_k: int, top_p: int | float, batch_size: int) -> None:
     problems = [
         f"{name}={value}: expected {expected}"
         for name, value, good, expected in (

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ class Cache:
         length: int32 scalar, how many of the S are written; the same for every row (shorter prompts are padded on the left).
     """
 
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    length: jax.Array
+    keys: Any
+    values: Any
+    positions: Any
+    segment_ids: Any
+    length: Any
 
     @classmethod
     def empty(cls, layers: int, batch: int, size: int, heads: int, width: int, dtype: jax.typing.DTypeLike) -> "Cache":

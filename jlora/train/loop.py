@@ -126,7 +126,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, note: Callable[[str], None
     frozen, trainable = lora.split(params)
     note(_describe_params(frozen, trainable))
     optimizer = make_optimizer(config.optim, len(steps))
-    dropout = config.lora.lora_dropout > 0
+    state = create_state(trainable, optimizer, train.seed, mesh)
     return _Run(
         config=config,
         workdir=folder,
@@ -136,8 +136,13 @@ def _prepare(config: RunConfig, folder: pathlib.Path, note: Callable[[str], None
         batches=data.loader(examples, steps, train.grad_accum),
         total_steps=len(steps),
         frozen=sharding.shard(frozen, mesh),
-        state=create_state(trainable, optimizer, train.seed, mesh),
-        step=make_step(sft_loss(model, remat=train.remat), optimizer, dropout=dropout),
+        state=state,
+        step=make_step(
+            sft_loss(model, remat=train.remat),
+            optimizer,
+            jax.tree.map(lambda leaf: leaf.sharding, state),
+            dropout=config.lora.lora_dropout > 0,
+        ),
         schedule=learning_rate(config.optim, len(steps)),
         note=note,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jlora.types import Params
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The carry of training.
+    """The carry of training; JAX may put shapes or shardings in the arrays' places.
 
     Attributes:
         step: int32, optimizer steps done.
@@ -27,10 +28,10 @@ class TrainState:
         key: random key data (uint32) from which each step's dropout key follows.
     """
 
-    step: jax.Array
-    trainable: Params
+    step: Any
+    trainable: Any
     moments: optax.OptState
-    key: jax.Array
+    key: Any
 
 
 def create_state(trainable: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
@@ -50,9 +51,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     places = tree.flatten(adapters)
     everywhere = sharding.replicated(mesh)
 
-    def moment(path: tuple, _: jax.Array) -> NamedSharding:
-        # optax keeps moments in trees shaped like the params, so the dict keys that end a moment's path are its leaf's
-        # path
+    def moment(path: tuple, _: Any) -> NamedSharding:
+        # optax keeps moments in trees shaped like the params: the dict keys that end a moment's path are a leaf's path
         keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
         return places.get("/".join(reversed([key.key for key in keys])), everywhere)
 

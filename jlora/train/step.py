@@ -18,11 +18,17 @@ Loss = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, dropout: bool = False) -> Step:
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
+) -> Step:
     """step(state, frozen, batch) → (state, metrics), jitted; it donates the state and never the frozen weights.
 
     The batch's leaves are [A, B, T]: A micro-batches, one after another. The loss is Σ over all of them divided once
     by the weight of all of them, so accumulation equals the large batch whatever the micro-batches hold.
+
+    Args:
+        shardings: those the state was created under; it is returned under the same.
+        dropout: hand the loss a random key of its own for each micro-batch.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -44,7 +50,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, *, dropout: b
         metrics = sums | {"grad_norm": global_norm(grads)}
         return TrainState(state.step + 1, trainable, moments, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _accumulate(micro: Callable, batch: Batch) -> tuple[Params, Metrics]:

@@ -3,36 +3,19 @@
 import json
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
 from jlora.cli.main import main
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 RECORDS = [
     {"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]}
     for i in range(12)
 ]
 
 
-def byte_tokenizer():
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(["<|end|>", *alphabet])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|end|>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def model_folder(tmp_path_factory, byte_tokenizer):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=257,
@@ -47,7 +30,7 @@ def model_folder(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("model")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
     return str(folder)
 
 

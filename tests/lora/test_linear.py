@@ -71,7 +71,8 @@ def test_pefts_linear_gives_the_same(dtype):
     ours = lora.linear(x, m)
     assert ours.dtype == x.dtype
     expected = expected.float().numpy()
-    tolerance = (1e-6 if dtype == "float32" else 2**-7) * np.abs(expected).max()  # bfloat16: we round before the bias, torch after
+    # in bfloat16 we round before the bias and torch after it
+    tolerance = (1e-6 if dtype == "float32" else 2**-7) * np.abs(expected).max()
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=tolerance)
 
 

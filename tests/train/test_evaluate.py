@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tokenizers
-import transformers
 
 from jlora import models
 from jlora.data import encode
@@ -13,14 +11,8 @@ from jlora.train.evaluate import evaluate, load_metric
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(["<|end|>", *alphabet])}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<|end|>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+def tokenizer(byte_tokenizer):
+    return byte_tokenizer
 
 
 @pytest.fixture(scope="module")

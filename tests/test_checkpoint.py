@@ -1,0 +1,42 @@
+"""Checkpoints: exact, pruned, and refused when they belong to something else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import checkpoint, quant, sharding
+
+STATE = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(3)}
+
+
+def test_round_trip_newest_kept_and_other_bases_refused(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}})
+    assert saved.latest is None
+    for step in (1, 2, 3):
+        saved.save(step, {**STATE, "step": jnp.int32(step)}, {"next": step})
+    saved.close()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "3"]
+
+    again = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}})
+    state, data = again.restore(jax.tree.map(jnp.zeros_like, STATE))
+    again.close()
+    assert data == {"next": 3}
+    jax.tree.map(np.testing.assert_array_equal, state, STATE)
+
+    other = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "y", "lora": {"r": 8}})
+    with pytest.raises(ValueError) as error:
+        other.restore(STATE)
+    other.close()
+    assert "base: found 'x', expected 'y'" in str(error.value) and "lora.r: found 4, expected 8" in str(error.value)
+
+
+def test_fingerprints_see_every_bit_and_no_sharding():
+    params = {"q_proj": {"kernel": quant.quantize(jnp.ones((512, 32)))}, "norm": {"scale": jnp.arange(8.0)}}
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    assert checkpoint.fingerprint(params) == checkpoint.fingerprint(sharding.shard(params, mesh))
+    swapped = {**params, "norm": {"scale": params["norm"]["scale"].at[jnp.array([1, 2])].set(jnp.array([2.0, 1.0]))}}
+    flipped = {**params, "norm": {"scale": jnp.nextafter(params["norm"]["scale"], 9.0)}}
+    renamed = {"k_proj": params["q_proj"], "norm": params["norm"]}
+    prints = {checkpoint.fingerprint(p) for p in (params, swapped, flipped, renamed)}
+    assert len(prints) == 4

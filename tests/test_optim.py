@@ -1,0 +1,65 @@
+"""Schedules against transformers', updates against torch's AdamW, and the second lock."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from jlora.optim import OptimConfig, learning_rate, make_optimizer
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules_are_transformers(name, warmup):
+    kind = "constant_with_warmup" if name == "constant" else name
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = transformers.get_scheduler(kind, reference, num_warmup_steps=warmup, num_training_steps=12)
+    ours = learning_rate(OptimConfig(learning_rate=0.1, schedule=name, warmup_steps=warmup), 12)
+    for step in range(12):
+        assert float(ours(step)) == pytest.approx(reference.param_groups[0]["lr"], abs=1e-7)
+        reference.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_updates_are_torchs_adamw(clip):
+    rng = np.random.default_rng(0)
+    start = {"lora_a": rng.normal(size=(4, 3)), "lora_b": rng.normal(size=(3, 5))}
+    grads = [{name: rng.normal(size=value.shape) for name, value in start.items()} for _ in range(4)]
+    weights = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float32)) for name, value in start.items()}
+    groups = [{"params": [weights["lora_a"]], "lr": 0.01}, {"params": [weights["lora_b"]], "lr": 0.04}]
+    reference = torch.optim.AdamW(groups, weight_decay=0.1)
+    config = OptimConfig(
+        learning_rate=0.01, schedule="constant", weight_decay=0.1, loraplus_lr_ratio=4.0, max_grad_norm=clip
+    )
+    optimizer = make_optimizer(config, 10)
+    params = {"proj": {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}}
+    state = optimizer.init(params)
+    for grad in grads:
+        for name, weight in weights.items():
+            weight.grad = torch.tensor(grad[name], dtype=torch.float32)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(list(weights.values()), clip)
+        reference.step()
+        updates, state = optimizer.update(
+            {"proj": {n: jnp.asarray(g, jnp.float32) for n, g in grad.items()}}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+    for name, weight in weights.items():
+        np.testing.assert_allclose(params["proj"][name], weight.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_a_frozen_leaf_gets_no_update_even_with_a_gradient():
+    params = {"proj": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}}
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.5), 10)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert not np.any(updates["proj"]["kernel"]) and np.all(updates["proj"]["lora_a"])
+
+
+def test_faults_are_all_listed():
+    with pytest.raises(ValueError) as error:
+        OptimConfig(schedule="exponential", learning_rate=0.0, b1=1.0, warmup_steps=-1)
+    for part in ("schedule='exponential'", "learning_rate=0.0", "b1=1.0", "warmup_steps=-1"):
+        assert part in str(error.value)

@@ -1,0 +1,66 @@
+"""The loop: the same run on a mesh, refused workdirs, and faults that leave nothing behind."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jlora.train import resolve, run
+from jlora.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    texts = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in texts))
+    return {
+        "model": {"path": model_folder, "quant": "nf4"},
+        "data": {"path": str(path)},
+        "lora": {"r": 4},
+        "optim": {"learning_rate": 1e-3},
+        "train": {"steps": 3, "batch_size": 4, "seq_len": 32, "grad_accum": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    run(resolve(settings), workdir)
+    return workdir
+
+
+def test_the_same_command_on_a_mesh_gives_the_same_losses_and_adapter(settings, finished, tmp_path):
+    run(resolve(settings | {"mesh": {"fsdp": 4, "tensor": 2}}), tmp_path)
+    losses = [[record["loss"] for record in read_metrics(folder)] for folder in (finished, tmp_path)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, many = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (finished, tmp_path))
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], many[name], atol=1e-4)
+
+
+def test_a_workdir_of_another_run_is_refused(settings, finished):
+    before = sorted(path.name for path in finished.iterdir())
+    other = settings | {"optim": {"learning_rate": 5e-3}, "lora": {"r": 2}}
+    with pytest.raises(ValueError) as error:
+        run(resolve(other), finished)
+    assert "optim.learning_rate: found 0.001, expected 0.005" in str(error.value)
+    assert "lora.r: found 4, expected 2" in str(error.value)
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"path": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"lora": {"target_modules": ["qqq_proj"]}}, "qqq_proj"),
+        ({"train": {"steps": 1, "seq_len": 3}}, "no token to train on in 40 records"),
+        ({"mesh": {"data": 3}, "train": {"steps": 1, "batch_size": 3}}, "there are 8 devices"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing(settings, tmp_path, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(resolve(settings | change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

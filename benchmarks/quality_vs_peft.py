@@ -1,15 +1,13 @@
 #!/usr/bin/env python3
 """Does jlora's QLoRA learn as much as PEFT's LoRA? Both learn function calling from the same weights and batches.
 
-    python benchmarks/quality_vs_peft.py [--dtype=bf16] [--steps=20 --questions=10] [--skip-peft]
+    python benchmarks/quality_vs_peft.py [--dtype=f32] [--steps=20 --questions=10] [--skip-peft]
 
 Prints a table and writes it as JSON, with device, versions and commit, to benchmarks/results/.
 Needs the packages of `pip install 'jlora[test]'`.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
 import subprocess
@@ -22,6 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
+import record
 import rich.console
 import rich.table
 
@@ -35,7 +34,6 @@ from jlora.train.progress import Progress
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASK = ROOT / "scripts" / "function_calling.py"
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-PACKAGES = ("jlora", "jax", "flax", "optax", "torch", "transformers", "peft")
 RANK, ALPHA, LEARNING_RATE, BATCH_SIZE, SEQ_LEN, BUCKET, MAX_NEW_TOKENS = 16, 32, 1e-3, 4, 512, 64, 128
 
 Numbers = dict[str, float]
@@ -235,35 +233,19 @@ def _table(results: dict[str, Numbers], options: Any) -> rich.table.Table:
 
 
 def _write(results: dict[str, Numbers], options: Any) -> pathlib.Path:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    found = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
-    content = {
-        "benchmark": "quality_vs_peft",
-        "device": _device(),
+    settings = {
         "dtype": options.dtype,
         "seed": options.seed,
         "questions": options.questions,
-        "settings": {
-            "r": RANK,
-            "lora_alpha": ALPHA,
-            "learning_rate": LEARNING_RATE,
-            "schedule": "linear",
-            "batch_size": BATCH_SIZE,
-            "seq_len": SEQ_LEN,
-            "steps": options.steps,
-        },
-        "results": results,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES if name in found},
-        "commit": commit.stdout.strip(),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "learning_rate": LEARNING_RATE,
+        "schedule": "linear",
+        "batch_size": BATCH_SIZE,
+        "seq_len": SEQ_LEN,
+        "steps": options.steps,
     }
-    path = options.results / f"quality_vs_peft-{jax.default_backend()}-{options.dtype}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
-    return path
+    return record.save("quality_vs_peft", {"settings": settings, "results": results})
 
 
 def _device() -> str:
@@ -273,7 +255,7 @@ def _device() -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights and the computation")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="f32", help="of the weights and the computation")
     parser.add_argument("--steps", type=int, help="stop after this many steps (default: one epoch)")
     parser.add_argument("--questions", type=int, default=100, help="how many test questions are asked")
     parser.add_argument("--skip-peft", action="store_true", help="train with jlora alone")
@@ -282,7 +264,6 @@ def _parse() -> argparse.Namespace:
         "--work", type=pathlib.Path, default=pathlib.Path("~/.cache/jlora/quality"), help="for what is made"
     )
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("~/.cache/jlora"), help="for downloads")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
 
 

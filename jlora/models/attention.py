@@ -2,23 +2,32 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from jlora.lora.linear import SAVED
+
+LOWEST = float(np.finfo(np.float32).min)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["keys", "values", "positions", "segment_ids", "length"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "positions", "segment_ids", "length"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of earlier tokens, stacked over layers, with room for S tokens a row.
 
     Attributes:
-        keys, values: [L, B, S, K, F].
+        keys, values: [L, B, K, S, F], the order in which attention reads them.
         positions, segment_ids: int32 [B, S]; segment 0 marks what is padding or not written yet.
         length: int32 scalar, how many of the S are written; the same for every row (shorter prompts are padded on the left).
     """
@@ -32,7 +41,7 @@ class Cache:
     @classmethod
     def empty(cls, layers: int, batch: int, size: int, heads: int, width: int, dtype: jax.typing.DTypeLike) -> "Cache":
         """A cache with nothing written."""
-        shape = (layers, batch, size, heads, width)
+        shape = (layers, batch, heads, size, width)
         marks = jnp.zeros((batch, size), jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
 
@@ -63,11 +72,85 @@ def attend(
     values: Float[Array, "B S K F"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H F"]:
-    """softmax(q·k / sqrt(F)) @ v with H/K query heads for each key head; scores and softmax in float32."""
+    """softmax(q·k / sqrt(F)) @ v with H/K query heads for each key head; scores and softmax in float32.
+
+    Where T = S, a query must not need keys that come after it in the array: blocks of queries look at the keys up to their end.
+    """
     batch, tokens, heads, width = queries.shape
-    groups = heads // keys.shape[2]
-    grouped = queries.reshape(batch, tokens, keys.shape[2], groups, width)
-    scores = jnp.einsum("btkgf,bskf->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * (1 / math.sqrt(width)), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bskf->btkgf", weights, values).reshape(batch, tokens, heads, width)
+    grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
+    y = _attend(grouped, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), mask)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
+
+
+@jax.custom_vjp
+def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, G, T, F] from queries [B, K, G, T, F], keys and values [B, K, S, F] and mask [B, T, S]."""
+    return _attend_forward(queries, keys, values, mask)[0]
+
+
+def _attend_forward(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The output, and what the backward pass needs: the scores are computed again there, they would be the largest residual."""
+    outputs, log_totals = [], []
+    for rows, seen in _blocks(mask):
+        q = queries[..., rows, :]
+        scores = _product("bkmf,bksf->bkms", _rows(q), keys[:, :, seen]).reshape(*q.shape[:-1], -1)
+        scores = jnp.where(mask[:, None, None, rows, seen], scores * _scale(q), LOWEST)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        y = _product("bkms,bksf->bkmf", _rows(weights.astype(values.dtype)), values[:, :, seen]).reshape(q.shape)
+        outputs.append((y / total).astype(values.dtype))
+        log_totals.append((top + jnp.log(total))[..., 0])
+    y = checkpoint_name(jnp.concatenate(outputs, axis=3), SAVED)
+    return y, (queries, keys, values, mask, y, checkpoint_name(jnp.concatenate(log_totals, axis=3), SAVED))
+
+
+def _attend_backward(residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """With the scores as [S, T], in which the products for keys and values need no transpose."""
+    queries, keys, values, mask, y, log_totals = residuals
+    delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+    grad_queries, grad_keys, grad_values = [], 0, 0
+    for rows, seen in _blocks(mask):
+        q, k, v, g = queries[..., rows, :], keys[:, :, seen], values[:, :, seen], grad[..., rows, :]
+        turned = (*k.shape[:3], *q.shape[2:4])  # [B, K, S, G, T]
+        scores = _product("bksf,bkmf->bksm", k, _rows(q)).reshape(turned) * _scale(q)
+        scores = jnp.where(jnp.swapaxes(mask[:, rows, seen], 1, 2)[:, None, :, None], scores, LOWEST)
+        weights = jnp.exp(scores - log_totals[:, :, None, :, rows])
+        grad_weights = _product("bksf,bkmf->bksm", v, _rows(g)).reshape(turned)
+        grad_scores = weights * (grad_weights - delta[:, :, None, :, rows]) * _scale(q)
+        weights, grad_scores = (x.astype(q.dtype).reshape(*turned[:3], -1) for x in (weights, grad_scores))
+        grad_queries.append(_product("bksm,bksf->bkmf", grad_scores, k).reshape(q.shape))
+        later = [(0, 0), (0, 0), (0, keys.shape[2] - k.shape[2]), (0, 0)]
+        grad_keys += jnp.pad(_product("bksm,bkmf->bksf", grad_scores, _rows(q)), later)
+        grad_values += jnp.pad(_product("bksm,bkmf->bksf", weights, _rows(g)), later)
+    grad_queries = jnp.concatenate(grad_queries, axis=3).astype(queries.dtype)
+    return grad_queries, grad_keys.astype(keys.dtype), grad_values.astype(values.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(mask: jax.Array) -> list[tuple[slice, slice]]:
+    """Pieces of the queries, each with the keys that it may see, which saves most of the masked half of the scores.
+
+    Up to four pieces of at least 64 queries: the products stay large, and four skip 3/8 of the scores.
+    """
+    _, tokens, size = mask.shape
+    count = max(1, min(4, tokens // 64)) if tokens == size else 1
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [(slice(i, j), slice(0, j if count > 1 else size)) for i, j in itertools.pairwise(edges)]
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, X] as [B, K, G·T, X]: products with a single row axis are those that XLA leaves as they are."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _scale(queries: jax.Array) -> float:
+    return 1 / math.sqrt(queries.shape[-1])
+
+
+def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

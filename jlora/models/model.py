@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import tree
 from jlora.lora import linear
+from jlora.lora.linear import SAVED
 from jlora.models.attention import Cache, attention_mask
 from jlora.models.config import ModelConfig
 from jlora.models.layers import Embed, Linear, RMSNorm
@@ -134,8 +135,9 @@ class Model:
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
             return self.block(self.config).apply({"params": params}, x, context, cache, index, rngs=rngs), None
 
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        # Without remat only the dear values are kept: norms, rotations and activations cost less again than in memory.
+        policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         indices = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (indices, layers))
         return x, cache

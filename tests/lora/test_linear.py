@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jlora import lora, quant
+from jlora.lora.linear import merged, update
 
 
 def module(inputs=64, outputs=24, rank=3, packed=False, seed=0):
@@ -46,6 +47,35 @@ def test_values_and_gradients_are_the_formulas(packed, rows):
     assert np.abs(lora.linear(x, m) - without).max() > 0.1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_merged_is_the_factored_sum(packed):
+    """The form for many rows, against the two products that define it; all gradients but a packed kernel's."""
+    m = module(packed=packed) | {"lora_scale": jnp.float32(-0.7)}
+    x = jax.random.normal(jax.random.key(9), (2, 33, 64))
+    weights = jax.random.normal(jax.random.key(10), (2, 33, 24))
+    del m["bias"]
+    frozen = {"kernel": m.pop("kernel")} if packed else {}
+
+    def twin(x, module):
+        return quant.matmul(x, module["kernel"]) + update(x, module)
+
+    def run(form):
+        return jax.value_and_grad(lambda x, m: jnp.sum(weights * form(x, m | frozen)), argnums=(0, 1))(x, m)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(merged), run(twin))
+
+
+def test_many_float32_rows_are_merged_and_few_are_not():
+    m = module(inputs=64, outputs=24)
+
+    def products(x):
+        return str(jax.make_jaxpr(lambda x: lora.linear(x, m))(x)).count("custom_vjp_call")
+
+    assert products(jnp.ones((2, 9, 64))) == 1  # 18 rows · (64 + 24) > 64 · 24
+    assert products(jnp.ones((17, 64))) == 0
+    assert products(jnp.ones((2, 9, 64), jnp.bfloat16)) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pefts_linear_gives_the_same(dtype):
     m = {name: leaf.astype(dtype) if name in ("kernel", "bias") else leaf for name, leaf in module().items()}
@@ -77,7 +107,8 @@ def test_pefts_linear_gives_the_same(dtype):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_nothing_dequantised_is_a_residual(remat):
+@pytest.mark.parametrize("rows", [4, 80])
+def test_nothing_dequantised_is_a_residual(remat, rows):
     m = module(inputs=128, outputs=96, packed=True)
     frozen, trainable = lora.split(m)
 
@@ -85,7 +116,7 @@ def test_nothing_dequantised_is_a_residual(remat):
         return jnp.tanh(lora.linear(x, lora.combine(frozen, trainable)))
 
     f = jax.checkpoint(f) if remat else f
-    _, pullback = jax.vjp(f, trainable, jnp.ones((4, 128)))
+    _, pullback = jax.vjp(f, trainable, jnp.ones((rows, 128)))
     shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
     assert (64, 96) in shapes, "the codes are what the backward pass dequantises"
     assert (128, 96) not in shapes and (96, 128) not in shapes

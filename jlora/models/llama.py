@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jlora.models.attention import Cache, attend
 from jlora.models.config import ModelConfig
@@ -85,8 +86,11 @@ def _remember(
     """The cache with a layer's new keys and values written at `length`, and all of that layer's keys and values."""
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, cache.length, 0, 0))
+        new = jnp.swapaxes(new, 1, 2)[None].astype(stack.dtype)
+        return jax.lax.dynamic_update_slice(stack, new, (layer, 0, 0, cache.length, 0))
+
+    def read(stack: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), 1, 2)
 
     cache = dataclasses.replace(cache, keys=write(cache.keys, keys), values=write(cache.values, values))
-    read = jax.lax.dynamic_index_in_dim
-    return cache, read(cache.keys, layer, keepdims=False), read(cache.values, layer, keepdims=False)
+    return cache, read(cache.keys), read(cache.values)

@@ -16,8 +16,8 @@ SAVED = "saved"
 def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
     """x @ kernel + bias + scale · (dropout(x) @ lora_a) @ lora_b, with whichever of these leaves `module` holds.
 
-    The update is computed in the adapter's dtype (float32) and the sum rounded once to x's dtype, as PEFT does (LoRA, Hu et al.
-    2021).
+    The update is computed in the adapter's dtype (float32) and the sum rounded once to x's dtype, as PEFT does (LoRA,
+    Hu et al. 2021).
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
@@ -46,16 +46,17 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
 
 
 def merged(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch N"]:
-    """x @ (kernel + scale · lora_a @ lora_b): one wide product. The sum is formed again in the backward pass, not kept."""
+    """x @ (kernel + scale · lora_a @ lora_b): one wide product, whose sum the backward pass forms again."""
     rows = x.reshape(-1, x.shape[-1])
     y = _merged(rows, module["kernel"], module["lora_a"], module["lora_b"], module["lora_scale"])
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
-    """Whether adding the update to the kernel touches less memory than adding it to the outputs and, backwards, to the inputs.
+    """Whether adding the update to the kernel touches less memory than adding it to the outputs (and inputs, backwards).
 
-    On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in the sum.
+    On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in
+    the sum.
     """
     if "lora_a" not in module or (key is not None and "lora_dropout" in module):
         return False
@@ -76,8 +77,8 @@ def _merged_forward(*inputs: Kernel) -> tuple[jax.Array, tuple]:
 def _merged_backward(inputs: tuple, grad: jax.Array) -> tuple:
     x, kernel, lora_a, lora_b, scale = inputs
     hidden, grad_hidden = x @ lora_a, grad @ lora_b.T
-    # XLA's CPU backend is slow where the wide operand would be transposed: it is the right one here, and the barriers keep XLA
-    # from folding the narrow transposes into the products.
+    # XLA's CPU backend is slow where the wide operand would be transposed: it is the right one here, and the barriers
+    # keep XLA from folding the narrow transposes into the products.
     hold = jax.lax.optimization_barrier
     grad_a = hold(hold(grad_hidden * scale).T @ x).T
     grad_b = hold(hidden * scale).T @ grad

@@ -39,9 +39,9 @@ def cross_entropy(
 ) -> TokenSums:
     """Σ weight · -log softmax(project(head, hidden))[target], in float32.
 
-    In every row the trained tokens are moved to the front; then chunks of about `chunk` tokens are projected one after another, and
-    only as many as hold a trained token. A chunk's gradient is computed together with its loss, while its logits exist (the
-    loss is the last thing in the network and linear in these terms), so nothing is projected twice.
+    In every row the trained tokens are moved to the front; then chunks of about `chunk` tokens are projected one after
+    another, and only as many as hold a trained token. A chunk's gradient is computed together with its loss, while its
+    logits exist (the loss is the last thing in the network and linear in these terms), so nothing is projected twice.
 
     Args:
         project: (head, hidden [..., D]) → float32 logits [..., V].
@@ -64,7 +64,13 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(
-    project: Project, columns: int, trainable: Params, hidden: jax.Array, frozen: Params, targets: jax.Array, weights: jax.Array
+    project: Project,
+    columns: int,
+    trainable: Params,
+    hidden: jax.Array,
+    frozen: Params,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, correct) summed over chunks of `columns` tokens of every row."""
 
@@ -77,7 +83,13 @@ def _sums(
 
 
 def _sums_forward(
-    project: Project, columns: int, trainable: Params, hidden: jax.Array, frozen: Params, targets: jax.Array, weights: jax.Array
+    project: Project,
+    columns: int,
+    trainable: Params,
+    hidden: jax.Array,
+    frozen: Params,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Params, jax.Array]]:
     """The sums, and as residuals the gradients of the loss."""
 
@@ -109,7 +121,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(loss, correct) of one chunk's logits. A compare instead of a gather picks the target: it stays local on a sharded V."""
+    """(loss, correct) of one chunk's logits. A compare picks the target: unlike a gather it stays local on a sharded V."""
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     target_logits = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
     correct = target_logits >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))

@@ -29,7 +29,8 @@ class Cache:
     Attributes:
         keys, values: [L, B, K, S, F], the order in which attention reads them.
         positions, segment_ids: int32 [B, S]; segment 0 marks what is padding or not written yet.
-        length: int32 scalar, how many of the S are written; the same for every row (shorter prompts are padded on the left).
+        length: int32 scalar, how many of the S are written; the same for every row (shorter prompts are padded on the
+        left).
     """
 
     keys: Any
@@ -74,7 +75,8 @@ def attend(
 ) -> Float[Array, "B T H F"]:
     """softmax(q·k / sqrt(F)) @ v with H/K query heads for each key head; scores and softmax in float32.
 
-    Where T = S, a query must not need keys that come after it in the array: blocks of queries look at the keys up to their end.
+    Where T = S, a query must not need keys that come after it in the array: blocks of queries look at the keys up to
+    their end.
     """
     batch, tokens, heads, width = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
@@ -91,7 +93,7 @@ def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Ar
 def _attend_forward(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The output, and what the backward pass needs: the scores are computed again there, they would be the largest residual."""
+    """The output, and what the backward pass needs: not the scores, which would be the largest residual."""
     outputs, log_totals = [], []
     for rows, seen in _blocks(mask):
         q = queries[..., rows, :]

@@ -9,7 +9,7 @@ from jlora.types import Params
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias), by `jlora.lora.linear`: packed kernels and adapters at this path are its business, not the model's."""
+    """x @ kernel (+ bias) by `jlora.lora.linear`, whose business packed kernels and adapters at this path are."""
 
     features: int
     use_bias: bool = False
@@ -38,7 +38,7 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, the mean square in float32 (Zhang and Sennrich 2019), rounded as in transformers' LlamaRMSNorm."""
+    """x / rms(x) · scale, the mean square in float32 (Zhang and Sennrich 2019), rounded as transformers does."""
 
     epsilon: float
 

@@ -80,9 +80,7 @@ class Block(nn.Module):
         return x + y, cache
 
 
-def _remember(
-    cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array
-) -> tuple[Cache, jax.Array, jax.Array]:
+def _remember(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
     """The cache with a layer's new keys and values written at `length`, and all of that layer's keys and values."""
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:

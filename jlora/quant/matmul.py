@@ -1,4 +1,4 @@
-"""The product of activations with a kernel, dense or packed. A packed kernel is dequantised again in the backward pass."""
+"""The product of activations with a kernel, dense or packed (then dequantised again in the backward pass)."""
 
 import jax
 from jaxtyping import Array, Float
@@ -7,7 +7,7 @@ from jlora.quant.nf4 import NF4Array, dequantize
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | NF4Array") -> Float[Array, "*batch N"]:
-    """x @ kernel in x's dtype. With a packed kernel only x's gradient exists, and nothing dequantised is kept for it."""
+    """x @ kernel in x's dtype. With a packed kernel only x's gradient exists; nothing dequantised is kept."""
     # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes.
     rows = x.reshape(-1, x.shape[-1])
     y = _packed(rows, kernel) if isinstance(kernel, NF4Array) else rows @ kernel.astype(x.dtype)

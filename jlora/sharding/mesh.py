@@ -79,7 +79,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         if value.shape[1] % rows or value.shape[2] % mesh.shape["sequence"]:
             raise ValueError(
                 f"batch {name!r} has {value.shape[1]} rows of {value.shape[2]} tokens; the mesh splits rows {rows} "
-                f"ways (data × fsdp) and tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
+                f"ways (data × fsdp), tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
             )
     return {
         name: jax.make_array_from_callback(value.shape, sharding, lambda index, value=value: value[index])

@@ -53,7 +53,7 @@ def merged(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch 
 
 
 def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
-    """Whether adding the update to the kernel touches less memory than adding it to the outputs (and inputs, backwards).
+    """Whether adding the update to the kernel costs less than adding it to the outputs (and backwards, the inputs).
 
     On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in
     the sum.

@@ -121,7 +121,7 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(loss, correct) of one chunk's logits. A compare picks the target: unlike a gather it stays local on a sharded V."""
+    """(loss, correct) of one chunk's logits. A compare picks the target: it stays local on a sharded V."""
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     target_logits = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
     correct = target_logits >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))

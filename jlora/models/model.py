@@ -21,7 +21,7 @@ from jlora.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An architecture without weights: every method takes the params. Hashable, so jit takes it as a static argument."""
+    """An architecture without weights: every method takes the params. Hashable, so it can be static in jit."""
 
     config: ModelConfig
     block: type[nn.Module]

@@ -242,9 +242,14 @@ def _from_blocks(columns: jax.Array, matrix: tuple[int, int]) -> jax.Array:
 
 
 def _unpack(codes: jax.Array) -> jax.Array:
-    """uint8 codes [..., D, N] from bytes [..., D/2, N]."""
+    """uint8 codes [..., D, N] from bytes [..., D/2, N].
+
+    Each byte is repeated and then shifted by 4 or 0: XLA vectorises that, where it would branch on stacked halves.
+    """
     *stack, half, outputs = codes.shape
-    return jnp.stack([codes >> 4, codes & 15], axis=-2).reshape(*stack, 2 * half, outputs)
+    twice = jnp.broadcast_to(codes[..., :, None, :], (*stack, half, 2, outputs))
+    shift = 4 - 4 * jax.lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 2)
+    return ((twice >> shift) & 15).reshape(*stack, 2 * half, outputs)
 
 
 def _lookup(index: jax.Array) -> jax.Array:

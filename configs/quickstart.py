@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     # packed ones, and attend to less.
     config.data.packing = False
     config.data.bucket = 128
+    config.train.remat = False  # the activations of this small model fit anywhere, and recomputing them takes time
     return config

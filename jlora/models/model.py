@@ -37,7 +37,7 @@ class Model:
         """float32 logits of every next token.
 
         Args:
-            positions: default 0, 1, 2, …
+            positions: default 0, 1, 2, …; within a segment they must rise with the index, or keys are missed
             segment_ids: tokens see only their own segment; default one segment. 0 is padding by convention.
         """
         hidden, _ = self.hidden(params, tokens, positions, segment_ids)

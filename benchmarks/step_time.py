@@ -4,13 +4,14 @@
     python benchmarks/step_time.py --rounds 3      # quicker
 
 Both sides have random weights, r=16 on all linears, AdamW, loss on every token. PEFT runs without gradient
-checkpointing, which is its faster setting. Rounds alternate (ours, theirs, ours, …); the figures are medians. Memory
-is taken in a fresh process a side: the high-water mark of the resident set over whole steps, everything the process
-holds included.
+checkpointing, which is its faster setting. Each side has a process of its own, so that neither's thread pool or
+allocator is in the other's way; steps alternate (ours, theirs, ours, …) and the seconds are medians. Memory is the
+high-water mark of the process's resident set over whole steps, everything that it holds included.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -122,41 +123,65 @@ def peft_step(quant: str | None, batch: int, length: int, remat: bool) -> Callab
     return run
 
 
-SIDES = {"jlora": jlora_step, "peft": peft_step}
+STEPS = {"jlora": jlora_step, "peft": peft_step}
 
 
-def compare(quant: str | None, options: argparse.Namespace) -> dict:
-    """Median seconds a step of both sides, measured in turns."""
-    steps = {side: make(quant, options.batch, options.length, options.remat) for side, make in SIDES.items()}
-    seconds: dict[str, list[float]] = {side: [] for side in steps}
-    for step in steps.values():
-        step()
-        step()
+class Side:
+    """One side in a process of its own, which does a step whenever it is asked to."""
+
+    def __init__(self, name: str, quant: str | None, options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--child", name, "--quant", quant or "none"]
+        command += ["--batch", str(options.batch), "--length", str(options.length)] + ["--remat"] * options.remat
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.step()  # answered when the child is ready
+
+    def step(self) -> dict[str, float]:
+        """What the child says of the step it has just done: its `seconds`, and `peak_gib` of all so far."""
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(self._process.args)} ended with code {self._process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(quant: str | None, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds a step and peak GiB of both sides, which take turns."""
+    sides = {name: Side(name, quant, options) for name in STEPS}
+    answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(options.rounds):
-        for side, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[side].append(time.perf_counter() - start)
-    return {side: statistics.median(values) for side, values in seconds.items()}
-
-
-def peak_memory(side: str, quant: str | None, options: argparse.Namespace) -> float:
-    """GiB: the resident set's high-water mark over two steps of a fresh process."""
-    command = [sys.executable, __file__, "--child", side, "--quant", quant or "none"]
-    command += ["--batch", str(options.batch), "--length", str(options.length)] + ["--remat"] * options.remat
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])["peak_gib"]
+        for name, side in sides.items():
+            answers[name].append(side.step())
+    for side in sides.values():
+        side.close()
+    seconds = {name: statistics.median(answer["seconds"] for answer in found) for name, found in answers.items()}
+    return seconds, {name: found[-1]["peak_gib"] for name, found in answers.items()}
 
 
 def child(options: argparse.Namespace) -> None:
-    quant = None if options.quant == "none" else options.quant
-    step = SIDES[options.child](quant, options.batch, options.length, options.remat)
+    """One side: a step for every line on standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print what they like
+    step = STEPS[options.child](None if options.quant == "none" else options.quant, *_sizes(options))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark: loading is not part of a step
     step()
-    step()
-    status = pathlib.Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(json.dumps({"peak_gib": peak / 2**20}))
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        status = pathlib.Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+        print(json.dumps({"seconds": seconds, "peak_gib": peak / 2**20}), file=answers, flush=True)
+
+
+def _sizes(options: argparse.Namespace) -> tuple[int, int, bool]:
+    return options.batch, options.length, options.remat
 
 
 def main() -> None:
@@ -165,9 +190,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--remat", action="store_true", help="recompute layers in the backward pass, on both sides")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", choices=("lora", "qlora"))
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--quant", default="none", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -175,8 +199,7 @@ def main() -> None:
     rows = []
     for name, quant in (("lora", None), ("qlora", "nf4")):
         if options.only in (None, name):
-            seconds = compare(quant, options)
-            memory = {} if options.no_memory else {side: peak_memory(side, quant, options) for side in SIDES}
+            seconds, memory = compare(quant, options)
             rows.append({"method": name, "seconds": seconds, "peak_gib": memory})
     report(rows, options)
 
@@ -195,7 +218,6 @@ def report(rows: list[dict], options: argparse.Namespace) -> None:
     for row in rows:
         for side, seconds in row["seconds"].items():
             ratio = row["seconds"]["peft"] / seconds
-            memory = row["peak_gib"].get(side)
             rate = options.batch * options.length / seconds
             table.add_row(
                 row["method"],
@@ -203,7 +225,7 @@ def report(rows: list[dict], options: argparse.Namespace) -> None:
                 f"{seconds:.2f}",
                 f"{rate:.0f}",
                 f"{ratio:.2f}",
-                "" if memory is None else f"{memory:.2f}",
+                f"{row['peak_gib'][side]:.2f}",
             )
     rich.print(table)
     record.save("step_time", {"batch": options.batch, "length": options.length, "remat": options.remat, "rows": rows})

@@ -60,10 +60,10 @@ class GGUFFile:
         return values
 
 
-def pre_tokenizer_name(path: Path) -> str | None:
-    """GGUF's name for how the text is split before the tokenizer's merges, or None when the file does not say."""
-    field = _open(path).fields.get("tokenizer.ggml.pre")
-    return None if field is None else field.contents()
+def tokenizer_fields(path: Path) -> dict[str, Any]:
+    """What the file says of its tokenizer: its metadata by the names that follow "tokenizer."."""
+    prefix, fields = "tokenizer.", _open(path).fields
+    return {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
 
 
 def _open(path: Path) -> Any:

@@ -1,5 +1,8 @@
 """Tokenizers: the same ids, template and end of text as what they were saved from, out of a folder and out of GGUF."""
 
+import subprocess
+import sys
+
 import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,7 +25,7 @@ def byte_level(*, digits: bool) -> Tokenizer:
     return tokenizer
 
 
-def write_gguf(path, tokenizer: Tokenizer, pre: str):
+def write_gguf(path, tokenizer: Tokenizer, pre: str, *, add_bos: bool = False):
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -33,7 +36,7 @@ def write_gguf(path, tokenizer: Tokenizer, pre: str):
     writer.add_token_merges(["a b", "Ġ Ġ", "Ġ ab", "Ġ 1"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(add_bos)
     writer.add_chat_template(TEMPLATE)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,6 +67,31 @@ def test_from_gguf(tmp_path, pre):
     loaded.save_pretrained(tmp_path / "saved")
     again = hub.load_tokenizer(tmp_path / "saved")
     assert [again(text).input_ids for text in TEXTS] == [loaded(text).input_ids for text in TEXTS]
+
+
+def test_from_gguf_with_a_begin_token(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", byte_level(digits=True), "smollm", add_bos=True)
+    loaded = hub.load_tokenizer(tmp_path)
+    assert loaded("ab").input_ids == [0, *byte_level(digits=True).encode("ab").ids]
+    assert loaded("<s>ab</s>", add_special_tokens=False).input_ids == [0, *byte_level(digits=True).encode("ab").ids, 1]
+    assert loaded.decode(loaded("ab</s>").input_ids, skip_special_tokens=True) == "ab"
+
+
+def test_gguf_needs_no_torch(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", byte_level(digits=True), "smollm")
+    write_gguf(tmp_path / "other.gguf", byte_level(digits=True), "qwen2")
+    code = (
+        "import importlib.util, sys\n"
+        "sys.modules['torch'] = None\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from jlora import hub\n"
+        f"print(hub.load_tokenizer({str(tmp_path / 'tiny.gguf')!r})('a  12 b').input_ids)\n"
+        f"hub.load_tokenizer({str(tmp_path / 'other.gguf')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(byte_level(digits=True).encode("a  12 b").ids), done.stderr
+    assert "'gpt2' / 'qwen2'" in done.stderr and "pip install torch" in done.stderr
 
 
 def test_an_exported_model_has_its_tokenizer(llama_folder, tmp_path):

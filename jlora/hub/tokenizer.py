@@ -37,6 +37,8 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     import transformers
 
     fields = tokenizer_fields(path)
+    if not fields.get("ggml.tokens"):
+        raise FileNotFoundError(f"{path} has no tokenizer (no tokenizer.ggml.tokens in its metadata)")
     if fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre", "default") in SPLITS_DIGITS:
         return _byte_level(fields)
     if importlib.util.find_spec("torch") is None:

@@ -107,3 +107,13 @@ def test_an_exported_model_has_its_tokenizer(llama_folder, tmp_path):
 def test_a_folder_without_a_tokenizer(llama_folder):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         hub.load_tokenizer(llama_folder()[0])
+
+
+def test_a_gguf_file_without_a_tokenizer(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(FileNotFoundError, match=r"bare\.gguf has no tokenizer"):
+        hub.load_tokenizer(tmp_path / "bare.gguf")

@@ -45,12 +45,13 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     import jax
 
     import jlora
-    from jlora import models, sharding, tree
+    from jlora import allocator, models, sharding, tree
     from jlora.optim import OptimConfig, make_optimizer
     from jlora.train.sft import sft_loss
     from jlora.train.state import create_state
     from jlora.train.step import make_step
 
+    allocator.keep_freed_pages()  # as `jlora train` does
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
     params = model.random_params(jax.random.key(0))
     config = jlora.quant.as_config(quant)
@@ -132,8 +133,9 @@ class Side:
     def __init__(self, name: str, quant: str | None, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--child", name, "--quant", quant or "none"]
         command += ["--batch", str(options.batch), "--length", str(options.length)] + ["--remat"] * options.remat
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the child)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
         self.step()  # answered when the child is ready
 
@@ -143,7 +145,9 @@ class Side:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{' '.join(self._process.args)} ended with code {self._process.wait()}")
+            code = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(f"{self._errors.read()}\n{' '.join(self._process.args)} ended with code {code}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -167,7 +171,7 @@ def compare(quant: str | None, options: argparse.Namespace) -> tuple[dict[str, f
 def child(options: argparse.Namespace) -> None:
     """One side: a step for every line on standard input."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print what they like
+    os.dup2(2, 1)
     step = STEPS[options.child](None if options.quant == "none" else options.quant, *_sizes(options))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark: loading is not part of a step
     step()

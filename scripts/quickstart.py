@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jlora
+from jlora import allocator
 from jlora.cli.overrides import read_config
 from jlora.data import read_records
 from jlora.train import loop
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--max_new_tokens", type=int, default=80, help="of an answer (default: %(default)s)")
     options, overrides = parser.parse_known_args(argv)
+    allocator.keep_freed_pages()
     console = Console(highlight=False, soft_wrap=True)
     workdir = pathlib.Path(options.workdir)
 

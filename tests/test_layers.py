@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-    ("tree", "types"),
+    ("allocator", "tree", "types"),
     ("kernels", "sharding"),
     ("quant",),
     ("lora",),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import jax
 
+from jlora import allocator
 from jlora.cli.overrides import read_config
 from jlora.train import Interrupted, loop
 from jlora.train.config import RunConfig, resolve
@@ -25,6 +26,7 @@ def run(arguments: list[str]) -> int:
     """The exit code: 0, or 75 when stopped early with everything saved."""
     options, overrides = _parser().parse_known_args(arguments)
     config = resolve(read_config(options.config, overrides))
+    allocator.keep_freed_pages()
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
     if options.distributed:
         jax.distributed.initialize()

@@ -3,12 +3,37 @@ paths.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 Value = TypeVar("Value")
+
+# Where decoder layers are stacked: every leaf below has a leading axis of layers. A stack that holds only some of the
+# layers says which: "layers@0-2" the first three, "layers@1-23:2" every second from layer 1 to 23. Below a number the
+# layers are separate (the lists of other Flax models).
+STACK = re.compile(
+    r"(?P<stack>(?:gpt_neox/)?layers|h)(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
+)
+
+
+class Stack(NamedTuple):
+    """What a path below a stack says.
+
+    Attributes:
+        name: the stack's own path, without the layers that it holds: "layers".
+        layers: which layers, None: all of the model's.
+        rest: the path inside a layer.
+    """
+
+    name: str
+    layers: range | None
+    rest: str
+
+    def indices(self, count: int) -> range:
+        """The layers that a leaf of `count` entries holds."""
+        return range(count) if self.layers is None else self.layers
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -88,3 +113,47 @@ def count(tree: Any) -> int:
 def nbytes(tree: Any) -> int:
     """The bytes that the tree's arrays hold, packed arrays as packed."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def stack_of(path: str) -> Stack | None:
+    """The stack that the leaf or module at `path` is in; None for one that is not stacked."""
+    match = STACK.fullmatch(path)
+    if match is None:
+        return None
+    layers = None
+    if match["first"] is not None:
+        layers = range(int(match["first"]), int(match["last"]) + 1, int(match["step"] or 1))
+    return Stack(match["stack"], layers, match["rest"])
+
+
+def stack_key(name: str, layers: range, total: int) -> str:
+    """The path of the stack that holds `layers` out of `total`: the inverse of `stack_of`."""
+    if layers == range(total):
+        return name
+    step = f":{layers.step}" if layers.step > 1 else ""
+    return f"{name}@{layers[0]}-{layers[-1]}{step}"
+
+
+def stack_ranges(signatures: Sequence[Hashable]) -> list[range]:
+    """The layers of each stack when only layers of one signature can be stacked: all, every n-th, or runs of equals."""
+    total = len(signatures)
+    for period in range(1, min(8, total // 2) + 1):
+        if total % period == 0 and all(signatures[i] == signatures[i % period] for i in range(total)):
+            return [range(first, total, period) for first in range(period)]
+    edges = [i for i in range(total) if i == 0 or signatures[i] != signatures[i - 1]]
+    return [range(first, last) for first, last in zip(edges, [*edges[1:], total], strict=True)]
+
+
+def subtree(tree: dict, path: str) -> dict:
+    """The part of the tree at `path`."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def stacks(tree: dict, name: str) -> dict[str, dict]:
+    """Path → leaves of every stack of layers called `name`, whichever layers it holds."""
+    parent, _, last = name.rpartition("/")
+    node = subtree(tree, parent) if parent else tree
+    prefix = f"{parent}/" if parent else ""
+    return {prefix + key: leaves for key, leaves in node.items() if key.partition("@")[0] == last}

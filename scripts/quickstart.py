@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", default=os.path.relpath(ROOT / "runs" / "quickstart"), help="default: %(default)s")
     parser.add_argument("--cache", default=function_calling.CACHE, help="folder for downloads (default: %(default)s)")
     parser.add_argument(
-        "--questions", type=int, default=50, help="test questions to measure with, of 100 (default: 50)"
+        "--questions", type=int, default=40, help="test questions to measure with, of 100 (default: %(default)s)"
     )
     parser.add_argument("--max_new_tokens", type=int, default=80, help="of an answer (default: %(default)s)")
     options, overrides = parser.parse_known_args(argv)
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(read_config(str(ROOT / "configs" / "quickstart.py"), [*paths, *overrides]))
 
     questions = read_records(str(workdir / "data" / "test.jsonl"))
-    every = max(1, len(questions) // options.questions)  # evenly: they are sorted by kind
-    questions = questions[::every][: options.questions]
+    count = min(options.questions, len(questions))
+    questions = [questions[i * len(questions) // count] for i in range(count)]  # evenly: they are sorted by kind
     model, params = jlora.load(gguf, dtype=config.model.dtype, quant=config.model.quant)
     tokenizer = jlora.load_tokenizer(gguf)
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             questions,
             metric=function_calling.metric,
             max_new_tokens=options.max_new_tokens,
-            batch_size=25,
+            batch_size=20,
         )
         console.print(f"  took {time.monotonic() - started:.0f} s")
         return result

@@ -1,6 +1,7 @@
 """The strictest JAX for every test: eight CPU devices, no implicit rank promotion."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,40 @@ import tokenizers
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PARITY = "parity"
+
+
+@pytest.fixture
+def parity(record_property):
+    """parity(row, column, difference) notes a largest relative difference for the table of `--parity-table`."""
+
+    def note(row, column, difference):
+        record_property(PARITY, [row, column, difference])
+
+    return note
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity-table", metavar="FILE", help="write the differences that parity tests saw as Markdown")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not (path := config.getoption("--parity-table")):
+        return
+    table = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == PARITY and report.when == "call":
+                row, column, difference = value
+                table.setdefault(row, {})[column] = difference
+    columns = list(dict.fromkeys(column for found in table.values() for column in found))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, found in table.items():
+        cells = [f"{found[column]:.0e}" if column in found else "" for column in columns]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    pathlib.Path(path).write_text("\n".join(lines) + "\n")
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"

@@ -25,18 +25,19 @@ STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
 
 
 class Piece(NamedTuple):
-    """One tensor to write: its Hub name and shape, and the leaf and layer it comes from."""
+    """One tensor to write, and the leaf it comes from."""
 
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool
+    tensor: names.HubTensor
     path: str
-    layer: int | None
     dtype: np.dtype
 
     @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return int(np.prod(self.tensor.shape)) * self.dtype.itemsize
 
 
 def save_model(
@@ -76,22 +77,27 @@ def save_model(
 
 def _pieces(model: "Model", params: Params) -> list[Piece]:
     """Every tensor of the folder, sorted by name."""
-    base = tree.flatten(lora.strip(params))
-    expected = {path: leaf.shape for path, leaf in tree.flatten(model.abstract_params(np.float32)).items()}
-    problems = [f"missing {path} {shape}" for path, shape in expected.items() if path not in base]
-    problems += [f"unknown {path} {leaf.shape}" for path, leaf in base.items() if path not in expected]
+    kind = model.config.model_type
+    expected = {
+        tensor.name: tensor.shape
+        for path, leaf in tree.flatten(model.abstract_params(np.float32)).items()
+        for tensor in names.hub_tensors(path, leaf.shape, kind)
+    }
+    pieces = [
+        Piece(tensor, path, np.dtype(leaf.dtype))
+        for path, leaf in tree.flatten(lora.strip(params)).items()
+        for tensor in names.hub_tensors(path, leaf.shape, kind)
+    ]
+    found = {piece.name: piece.tensor.shape for piece in pieces}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in expected]
     problems += [
-        f"{path} has shape {base[path].shape}, expected {shape}"
-        for path, shape in expected.items()
-        if path in base and base[path].shape != shape
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
     if problems:
         raise ValueError("these params are not the model's:\n  " + "\n  ".join(problems))
-    pieces = [
-        Piece(*tensor, path, layer if names.is_stacked(path) else None, np.dtype(leaf.dtype))
-        for path, leaf in base.items()
-        for layer, tensor in enumerate(names.hub_tensors(path, leaf.shape))
-    ]
     return sorted(pieces)
 
 
@@ -118,12 +124,19 @@ def _tensor(params: Params, piece: Piece) -> np.ndarray:
         module = module[part]
     # Only a kernel has adapters, so nothing else of the module is fetched for the other leaves.
     wanted = {k: v for k, v in module.items() if k == name or (name == "kernel" and lora.is_adapter(k))}
-    if piece.layer is not None:
-        wanted = jax.tree.map(lambda leaf: leaf[piece.layer], wanted)
+    tensor = piece.tensor
+    wanted = {k: _at(leaf, tensor.index, k) for k, leaf in wanted.items()}
     if isinstance(wanted[name], quant.NF4Array):
         wanted[name] = quant.dequantize(wanted[name])
     values = np.asarray(lora.merge({"module": wanted})["module"][name])
-    return np.ascontiguousarray(values.T if piece.transposed else values)
+    values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
+    return np.ascontiguousarray(values.T if tensor.transposed else values)
+
+
+def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
+    """The leaf's entry for one layer (and expert); an adapter's settings have no axis of experts."""
+    index = index[:1] if name in lora.SETTINGS else index
+    return jax.tree.map(lambda part: part[index], leaf)
 
 
 def _configs(model: "Model", pieces: Sequence[Piece]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:

@@ -1,6 +1,7 @@
 """GGUF files of the `llama` architecture, dequantised one tensor at a time into the Hub's names and layout."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class GGUFFile:
             name: TensorInfo(_shape(tensor), tensor.tensor_type.name, path)
             for name, tensor in (self._tensors | unknown).items()
         }
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Nothing: every tensor has the Hub's name already."""
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in float32, in the Hub's layout."""

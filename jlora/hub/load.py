@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,10 +54,11 @@ def load(
     checkpoint = open_source(source)
     _refuse_packed(source, checkpoint)
     model = _build(checkpoint)
-    leaves = tree.flatten(model.abstract_params(dtype))
-    _check(checkpoint, leaves)
     config = as_config(quant)
-    params = {path: _load_leaf(checkpoint, path, leaf, config, mesh) for path, leaf in leaves.items()}
+    leaves = tree.flatten(model.abstract_params(dtype, _stacks(model, config)))
+    tensors = {path: names.hub_tensors(path, leaf.shape, model.config.model_type) for path, leaf in leaves.items()}
+    _check(checkpoint, tensors)
+    params = {path: _load_leaf(checkpoint, path, leaf, tensors[path], config, mesh) for path, leaf in leaves.items()}
     return model, tree.unflatten(params)
 
 
@@ -98,41 +100,60 @@ def _build(checkpoint: Source) -> "Model":
     return dataclasses.replace(model, config=config)
 
 
-def _check(checkpoint: Source, leaves: dict[str, jax.ShapeDtypeStruct]) -> None:
-    expected = {t.name: t.shape for path, leaf in leaves.items() for t in names.hub_tensors(path, leaf.shape)}
+def _stacks(model: "Model", config: QuantConfig | None) -> tuple[range, ...]:
+    """The layers of each stack: those that agree in structure and in the format of every leaf."""
+    total = model.config.num_hidden_layers
+    signatures: list[dict[str, str | None]] = [{} for _ in range(total)]
+    for path in tree.flatten(model.abstract_params()):
+        if stack := tree.stack_of(path):
+            for layer in stack.indices(total):
+                signatures[layer][stack.rest] = leaf_format(path, config, layer)
+    return tuple(tree.stack_ranges([tuple(signature.items()) for signature in signatures]))
+
+
+def _check(checkpoint: Source, tensors: dict[str, list[names.HubTensor]]) -> None:
+    expected = {tensor.name: tensor.shape for members in tensors.values() for tensor in members}
+    checkpoint.rename(names.without_prefix(expected, checkpoint.tensors))
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
     harmless = {name for name in checkpoint.tensors if names.is_harmless(name, tied=tied)}
     check_tensors(checkpoint.tensors, expected, harmless=harmless)
 
 
 def _load_leaf(
-    checkpoint: Source, path: str, leaf: jax.ShapeDtypeStruct, config: QuantConfig | None, mesh: Mesh | None
+    checkpoint: Source,
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    tensors: list[names.HubTensor],
+    config: QuantConfig | None,
+    mesh: Mesh | None,
 ) -> Any:
     """One leaf, its layers written one after another into a buffer that is given up and returned every time."""
-    tensors, stacked = names.hub_tensors(path, leaf.shape), names.is_stacked(path)
     double_quant = config is not None and config.double_quant
     packing = Packing(tensors[0].transposed, np.dtype(leaf.dtype), leaf_format(path, config), double_quant, None)
     whole = jax.eval_shape(functools.partial(_pack, packing=packing._replace(transposed=False)), leaf)
+    leading = len(tensors[0].index)
     placement = None
     if mesh is not None:
         packing = packing._replace(shardings=tuple(jax.tree.leaves(sharding.leaf_sharding(path, whole, mesh))))
-        placement = _placement(path, leaf, mesh, stacked=stacked, transposed=packing.transposed)
-    if not stacked:
+        placement = _placement(path, leaf, mesh, leading=leading, transposed=packing.transposed)
+    if not leading:
         return _convert(_put(checkpoint.read(tensors[0].name), placement), packing)
     parts, structure = jax.tree.flatten(whole)
     buffer = jax.tree.unflatten(structure, _zeros(tuple(parts), packing.shardings))
-    for layer, tensor in enumerate(tensors):
-        raw = _put(checkpoint.read(tensor.name), placement)
+    for index, members in itertools.groupby(tensors, lambda tensor: tensor.index):
+        # Some leaves lie on the Hub as several tensors of columns.
+        pieces = [checkpoint.read(tensor.name) for tensor in members]
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if packing.transposed else -1)
         # Without the wait, reading would run ahead of the device and the host would hold many tensors.
-        buffer = jax.block_until_ready(_write(buffer, raw, layer, packing))
+        buffer = jax.block_until_ready(_write(buffer, _put(values, placement), index, packing))
     return buffer
 
 
-def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, stacked: bool, transposed: bool) -> NamedSharding:
+def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: int, transposed: bool) -> NamedSharding:
     """Where the checkpoint's tensor goes, so that each device is sent only the part that it will keep."""
     axes = list(sharding.leaf_sharding(path, leaf, mesh).spec)
     axes += [None] * (len(leaf.shape) - len(axes))
-    axes = axes[1:] if stacked else axes
+    axes = axes[leading:]
     return NamedSharding(mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
 
 
@@ -165,12 +186,14 @@ def _convert(raw: jax.Array, packing: Packing) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("packing",), donate_argnames=("buffer",))
-def _write(buffer: Any, raw: jax.Array, layer: jax.Array, packing: Packing) -> Any:
-    """The buffer with `raw` packed into its row `layer`."""
-    new = jax.tree.map(
-        lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, axis=0), buffer, _pack(raw, packing)
-    )
-    return _constrain(new, packing)
+def _write(buffer: Any, raw: jax.Array, index: tuple[jax.Array, ...], packing: Packing) -> Any:
+    """The buffer with `raw` packed at `index` of its leading axes."""
+
+    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+        start = (*index, *[0] * part.ndim)
+        return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(index) + part.shape), start)
+
+    return _constrain(jax.tree.map(write, buffer, _pack(raw, packing)), packing)
 
 
 @functools.partial(jax.jit, static_argnames=("parts", "shardings"))

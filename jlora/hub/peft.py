@@ -92,7 +92,9 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         layers = {linears[name].layer: _read(file, name) for name in members}
         scales = {linears[name].layer: config.scale(name) for name in members}
         kernel = leaves[f"{module_path}/kernel"]
-        for leaf, value in _stacked(layers, scales, kernel, config.lora_dropout, names.is_stacked(module_path)).items():
+        for leaf, value in _stacked(
+            layers, scales, kernel, config.lora_dropout, tree.stack_of(module_path) is not None
+        ).items():
             leaves[f"{module_path}/{leaf}"] = _place(f"{module_path}/{leaf}", value, kernel)
     return tree.unflatten(leaves)
 
@@ -120,7 +122,7 @@ def _unstacked(path: str, module: Mapping[str, Any]) -> Iterable[tuple[str, np.n
     """(Hub name, A [r, in], B [out, r], scale) of every layer that has an adapter, in float32."""
     a, b = (np.asarray(module[leaf], np.float32) for leaf in ("lora_a", "lora_b"))
     scales = np.asarray(module["lora_scale"], np.float64)
-    if not names.is_stacked(path):
+    if tree.stack_of(path) is None:
         a, b, scales = a[None], b[None], scales[None]
     ranks = np.broadcast_to(np.asarray(module.get("lora_rank", a.shape[-1])), (len(a),))
     for name, a_layer, b_layer, scale, rank in zip(names.module_names(path, len(a)), a, b, scales, ranks, strict=True):

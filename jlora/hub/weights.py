@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +44,17 @@ class SafetensorsFolder:
         generation = folder / "generation_config.json"
         self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
         self.tensors: dict[str, TensorInfo] = tensor_infos(weight_files(folder))
+        self._stored: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the file's own dtype, bfloat16 included."""
-        return read_tensor(self.tensors[name].file, name)
+        return read_tensor(self.tensors[name].file, self._stored.get(name, name))
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """From now on the tensors that are the values of `names` go by its keys."""
+        for name, stored in names.items():
+            self.tensors[name] = self.tensors.pop(stored)
+            self._stored[name] = stored
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:

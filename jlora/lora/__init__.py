@@ -3,7 +3,7 @@
 from jlora.lora.config import LoraConfig
 from jlora.lora.linear import linear
 from jlora.lora.merge import merge
-from jlora.lora.partition import combine, is_adapter, labels, split, strip
+from jlora.lora.partition import SETTINGS, combine, is_adapter, labels, split, strip
 from jlora.lora.setup import init
 
-__all__ = ["LoraConfig", "combine", "init", "is_adapter", "labels", "linear", "merge", "split", "strip"]
+__all__ = ["SETTINGS", "LoraConfig", "combine", "init", "is_adapter", "labels", "linear", "merge", "split", "strip"]

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jlora import quant
 from jlora.types import Params
@@ -30,6 +30,19 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
             y = (y + update(x, module, key=key).astype(jnp.float32)).astype(y.dtype)
     if "bias" in module:
         y = y + module["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return checkpoint_name(y, SAVED)
+
+
+def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Params) -> Float[Array, "rows N"]:
+    """`linear` with a kernel for each of E groups of rows: the first sizes[0] rows take kernel[0], and so on.
+
+    Every leaf has a leading axis of groups, but for lora_scale, which is one.
+    """
+    y = quant.grouped_matmul(x, module["kernel"], sizes)
+    if "lora_a" in module:
+        lora_a, lora_b = module["lora_a"], module["lora_b"]
+        hidden = quant.grouped_matmul(x.astype(lora_a.dtype), lora_a, sizes) * module["lora_scale"]
+        y = (y + quant.grouped_matmul(hidden, lora_b, sizes).astype(jnp.float32)).astype(y.dtype)
     return checkpoint_name(y, SAVED)
 
 

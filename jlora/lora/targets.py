@@ -10,8 +10,7 @@ from typing import Any
 from jlora import tree
 from jlora.lora.config import LoraConfig
 
-STACKS = ("layers",)
-HEADS = ("lm_head",)
+HEADS = ("lm_head", "embed_out")
 # What Hugging Face's causal-LM classes put before a module's own name; a pattern may be written with it or without.
 HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
@@ -36,7 +35,9 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
         are).
     """
     kernels = {
-        path.removesuffix("/kernel"): leaf for path, leaf in tree.flatten(params).items() if path.endswith("/kernel")
+        path.removesuffix("/kernel"): leaf
+        for path, leaf in tree.flatten(params).items()
+        if path.endswith("/kernel") and not is_expert(path)
     }
     names = {path: module_names(path, leaf) for path, leaf in kernels.items()}
     every_name = [name for stack in names.values() for name in stack]
@@ -46,7 +47,7 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
         settings = [_settings(name, path, config) for name in stack]
         if any(rank for rank, _ in settings):
             ranks, scales = zip(*settings, strict=True)
-            targets.append(Target(path, ranks, scales, is_stacked(path)))
+            targets.append(Target(path, ranks, scales, tree.stack_of(path) is not None))
     if not targets:
         raise ValueError(
             f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(sorted(names))}"
@@ -54,17 +55,18 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
     return targets
 
 
-def is_stacked(path: str) -> bool:
-    """Whether the module at `path` holds one entry a layer along its leading axis."""
-    return path.split("/")[0] in STACKS
+def is_expert(path: str) -> bool:
+    """Whether the leaf or module at `path` is a kernel of experts, which is no linear to PEFT."""
+    return "/experts/" in path
 
 
 def module_names(path: str, kernel: Any) -> list[str]:
     """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…"""
-    if not is_stacked(path):
+    stack = tree.stack_of(path)
+    if stack is None:
         return [path.replace("/", ".")]
-    stack, _, rest = path.partition("/")
-    return [f"{stack}.{i}.{rest.replace('/', '.')}" for i in range(kernel.shape[0])]
+    name, rest = stack.name.replace("/", "."), stack.rest.replace("/", ".")
+    return [f"{name}.{layer}.{rest}" for layer in stack.indices(kernel.shape[0])]
 
 
 def matches(name: str, pattern: str | tuple[str, ...]) -> bool:

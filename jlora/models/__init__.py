@@ -1,8 +1,9 @@
-"""Language models from their Hugging Face config: one small file a family, one `Model` that runs them."""
+"""Language models from their Hugging Face config: every family is data, one decoder computes them."""
 
 from jlora.models.attention import Cache
 from jlora.models.config import ModelConfig
+from jlora.models.families import FAMILIES
 from jlora.models.model import Model
-from jlora.models.registry import FAMILIES, build
+from jlora.models.registry import build
 
 __all__ = ["FAMILIES", "Cache", "Model", "ModelConfig", "build"]

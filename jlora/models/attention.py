@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +61,13 @@ def attention_mask(
     segment_ids: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
     key_segment_ids: Int[Array, "B S"],
+    window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query may see: its own segment's, at its own position or earlier."""
+    """Which keys each query may see: its own segment's, at its own position or fewer than `window` earlier."""
     same = segment_ids[:, :, None] == key_segment_ids[:, None, :]
-    return same & (positions[:, :, None] >= key_positions[:, None, :])
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    seen = same & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
 
 
 def attend(
@@ -72,33 +75,57 @@ def attend(
     keys: Float[Array, "B S K F"],
     values: Float[Array, "B S K F"],
     mask: Bool[Array, "B T S"],
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H F"]:
-    """softmax(q·k / sqrt(F)) @ v with H/K query heads for each key head; scores and softmax in float32.
+    """softmax(scale · q·k) @ v with H/K query heads for each key head; scores and softmax in float32.
+
+    Args:
+        scale: of the scores, default 1/sqrt(F).
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
 
     Where T = S, a query must not need keys that come after it in the array: blocks of queries look at the keys up to
     their end.
     """
     batch, tokens, heads, width = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
-    y = _attend(grouped, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), mask)
+    scores = _Scores(1 / math.sqrt(width) if scale is None else scale, softcap)
+    y = _attend(scores, grouped, jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), mask)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
-@jax.custom_vjp
-def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+class _Scores(NamedTuple):
+    """How products of queries and keys become scores."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(self, products: jax.Array) -> jax.Array:
+        scores = products * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def gradient(self, scores: jax.Array, grad: jax.Array) -> jax.Array:
+        """The gradient of the products from that of the scores."""
+        if self.softcap is not None:
+            grad = grad * (1 - (scores / self.softcap) ** 2)
+        return grad * self.scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule: _Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, K, G, T, F] from queries [B, K, G, T, F], keys and values [B, K, S, F] and mask [B, T, S]."""
-    return _attend_forward(queries, keys, values, mask)[0]
+    return _attend_forward(rule, queries, keys, values, mask)[0]
 
 
 def _attend_forward(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+    rule: _Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The output, and what the backward pass needs: not the scores, which would be the largest residual."""
     outputs, log_totals = [], []
     for rows, seen in _blocks(mask):
         q = queries[..., rows, :]
         scores = _product("bkmf,bksf->bkms", _rows(q), keys[:, :, seen]).reshape(*q.shape[:-1], -1)
-        scores = jnp.where(mask[:, None, None, rows, seen], scores * _scale(q), LOWEST)
+        scores = jnp.where(mask[:, None, None, rows, seen], rule(scores), LOWEST)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -109,7 +136,9 @@ def _attend_forward(
     return y, (queries, keys, values, mask, y, checkpoint_name(jnp.concatenate(log_totals, axis=3), SAVED))
 
 
-def _attend_backward(residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _attend_backward(
+    rule: _Scores, residuals: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """With the scores as [S, T], in which the products for keys and values need no transpose."""
     queries, keys, values, mask, y, log_totals = residuals
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
@@ -117,11 +146,11 @@ def _attend_backward(residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple
     for rows, seen in _blocks(mask):
         q, k, v, g = queries[..., rows, :], keys[:, :, seen], values[:, :, seen], grad[..., rows, :]
         turned = (*k.shape[:3], *q.shape[2:4])  # [B, K, S, G, T]
-        scores = _product("bksf,bkmf->bksm", k, _rows(q)).reshape(turned) * _scale(q)
-        scores = jnp.where(jnp.swapaxes(mask[:, rows, seen], 1, 2)[:, None, :, None], scores, LOWEST)
-        weights = jnp.exp(scores - log_totals[:, :, None, :, rows])
+        scores = rule(_product("bksf,bkmf->bksm", k, _rows(q)).reshape(turned))
+        seen_scores = jnp.where(jnp.swapaxes(mask[:, rows, seen], 1, 2)[:, None, :, None], scores, LOWEST)
+        weights = jnp.exp(seen_scores - log_totals[:, :, None, :, rows])
         grad_weights = _product("bksf,bkmf->bksm", v, _rows(g)).reshape(turned)
-        grad_scores = weights * (grad_weights - delta[:, :, None, :, rows]) * _scale(q)
+        grad_scores = rule.gradient(scores, weights * (grad_weights - delta[:, :, None, :, rows]))
         weights, grad_scores = (x.astype(q.dtype).reshape(*turned[:3], -1) for x in (weights, grad_scores))
         grad_queries.append(_product("bksm,bksf->bkmf", grad_scores, k).reshape(q.shape))
         later = [(0, 0), (0, 0), (0, keys.shape[2] - k.shape[2]), (0, 0)]
@@ -148,10 +177,6 @@ def _blocks(mask: jax.Array) -> list[tuple[slice, slice]]:
 def _rows(x: jax.Array) -> jax.Array:
     """[B, K, G, T, X] as [B, K, G·T, X]: products with a single row axis are those that XLA leaves as they are."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _scale(queries: jax.Array) -> float:
-    return 1 / math.sqrt(queries.shape[-1])
 
 
 def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:

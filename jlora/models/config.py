@@ -1,26 +1,97 @@
-"""A model's config.json as a frozen dataclass with the same names."""
+"""What a decoder's computation depends on, as one frozen dataclass that every family's config.json is read into."""
 
 import dataclasses
 import json
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+from jlora import tree
+
+
+class Layer(NamedTuple):
+    """What a decoder layer does otherwise than its neighbours.
+
+    Attributes:
+        window: keys this many positions back are not seen any more; None: all are.
+        rope: which of `ModelConfig.ropes` turns its queries and keys; None: nothing does.
+        experts: its MLP is a mixture of experts.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+    experts: bool = False
+
+
+class Names(NamedTuple):
+    """Where the parts of a model lie in its tree, as Hugging Face calls them."""
+
+    stack: str = "layers"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    norm: str = "norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
+    mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_down: str = "down_proj"
+    # (norm before, norm after) of attention and of the MLP
+    attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)
+    mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """The fields of `rope_scaling` (transformers 4) or `rope_parameters` (5), under the same names."""
+class Rope:
+    """Rotary positions: the fields of `rope_parameters`, and what transformers derives from other fields.
 
+    Attributes:
+        dim: how many values of a head are turned.
+        attention_factor: of cos and sin.
+        max_position_embeddings: where "dynamic" begins to stretch.
+    """
+
+    dim: int
+    rope_theta: float = 10000.0
     rope_type: str = "default"
     factor: float = 1.0
+    attention_factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: every token goes to the `top_k` that its router likes best."""
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalize: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the computation needs of config.json, under its names; `source` keeps the whole file for writing it back."""
+    """A decoder; `source` keeps the whole config.json for writing it back.
+
+    Attributes:
+        hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS`.
+        gated: down(act(gate) · up) rather than down(act(up)).
+        norm: "rms", "rms_wide" (scaled before it is rounded), "rms_plus_one" (scaled by 1 + weight) or "layer".
+        qk_norm: of queries and keys: None, "head" (each head by itself) or "all" (all heads together).
+        qkv_by_head: a fused projection gives head after head, each its query, key and value.
+        parallel: attention and MLP read the same input.
+        attention_scale: of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
+        attention_softcap, final_softcap: s → cap · tanh(s / cap) of scores and logits.
+        embedding_scale, residual_scale, logits_divisor: factors of the embeddings, of what a block adds, and of logits.
+        layers: one entry a layer.
+    """
 
     model_type: str
     vocab_size: int
@@ -30,78 +101,142 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    layers: tuple[Layer, ...]
+    ropes: tuple[Rope, ...] = ()
+    names: Names = Names()
+    hidden_act: str = "silu"
+    gated: bool = True
+    norm: str = "rms"
+    qk_norm: str | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
+    qkv_by_head: bool = False
+    parallel: bool = False
+    attention_scale: float = 1.0
+    inverse_layer_scale: bool = False
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    experts: Experts | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """The config of a parsed config.json.
-
-        Raises:
-            ValueError: missing or contradictory fields, or values that change the computation and are not supported;
-            all listed.
-        """
-        if missing := [name for name in REQUIRED if config.get(name) is None]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        rope_theta, rope_scaling, problems = _rope(config)
-        names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling", "source"}
-        values = {name: config[name] for name in names if config.get(name) is not None}
-        values |= {
-            "num_key_value_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or width // heads,
-            "eos_token_ids": _as_tuple(config.get("eos_token_id")),
-        }
-        if config.get("head_dim") is None and width % heads:
-            problems.append(
-                f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
-            )
-        if heads % values["num_key_value_heads"]:
-            problems.append(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {values['num_key_value_heads']}"
-            )
-        if (activation := config.get("hidden_act", "silu")) != "silu":
-            problems.append(f"hidden_act {activation!r} is not supported (supported: 'silu')")
-        if problems:
-            raise ValueError("config.json:\n  " + "\n  ".join(problems))
-        return cls(
-            **values, rope_theta=rope_theta, rope_scaling=rope_scaling, source=json.dumps(config, sort_keys=True)
-        )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json this was made from, every key of it."""
         return json.loads(self.source)
 
+    @property
+    def stacks(self) -> tuple[range, ...]:
+        """Which layers can lie in one stack: those of the same structure."""
+        return tuple(tree.stack_ranges([layer.experts for layer in self.layers]))
 
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+class Fields:
+    """A config.json being read: what was asked for, what is missing, and every problem found on the way."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.seen: set[str] = set()
+        self.missing: list[str] = []
+        self.problems: list[str] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field's value; `default` when it is absent or null."""
+        self.seen.add(name)
+        value = self.config.get(name)
+        return default if value is None else value
+
+    def require(self, name: str) -> int:
+        """The field's value; one that is absent is noted, and 1 stands for it until `finish`."""
+        value = self.get(name)
+        if value is None:
+            self.missing.append(name)
+        return 1 if value is None else value
+
+    def only(self, name: str, *supported: Any) -> None:
+        """Notes a value that is none of those supported; an absent field is none."""
+        value = self.get(name)
+        if value is not None and value not in supported:
+            self.problems.append(
+                f"{name} {value!r} is not supported (supported: {', '.join(map(repr, supported)) or 'null'})"
+            )
+
+    def finish(self) -> None:
+        """Raises ValueError with everything that is wrong, if anything is."""
+        if self.missing:
+            raise ValueError(f"config.json lacks {', '.join(self.missing)}")
+        if self.problems:
+            raise ValueError("config.json:\n  " + "\n  ".join(self.problems))
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling, list[str]]:
-    """rope_theta, the scaling, and what is wrong with them; transformers 4 and 5 write them in different places."""
-    parameters = config.get("rope_parameters") or {}
-    scaling = {**(config.get("rope_scaling") or {}), **parameters}
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    rope_type = scaling.pop("rope_type", None) or scaling.get("type") or "default"
-    scaling.pop("type", None)
-    known = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if rope_type not in known:
-        return theta, RopeScaling(), [f"rope_type {rope_type!r} is not supported (supported: {', '.join(known)})"]
-    problems = [f"rope_type {rope_type!r} needs {name!r}" for name in known[rope_type] if scaling.get(name) is None]
-    problems += [
+# rope_type → (needed, optional) parameters
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+}
+
+
+def read_rope(fields: Fields, parameters: dict[str, Any], *, theta: float, head_dim: int, partial: float = 1.0) -> Rope:
+    """The rotary positions that `rope_parameters` (transformers 5) or `rope_scaling` (4) describe."""
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    theta = float(parameters.pop("rope_theta", theta))
+    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
+    parameters.pop("type", None)
+    dim = int(head_dim * parameters.pop("partial_rotary_factor", partial))
+    longest = fields.get("max_position_embeddings", 2048)
+    own_original = parameters.pop("original_max_position_embeddings", longest)
+    original = fields.get("original_max_position_embeddings", own_original)
+    if rope_type not in ROPE_TYPES:
+        fields.problems.append(f"rope_type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
+        return Rope(dim)
+    needed, optional = ROPE_TYPES[rope_type]
+    if rope_type == "default":  # transformers reads nothing else of it
+        parameters = {}
+    fields.problems += [f"rope_type {rope_type!r} needs {name!r}" for name in needed if name not in parameters]
+    fields.problems += [
         f"rope_type {rope_type!r} with {name!r} is not supported"
-        for name in sorted(set(scaling) - set(known[rope_type]))
+        for name in sorted(set(parameters) - {*needed, *optional})
     ]
-    values = {name: scaling[name] for name in known[rope_type] if scaling.get(name) is not None}
-    return theta, RopeScaling(rope_type=rope_type, **values), problems
+    if rope_type == "longrope":
+        parameters |= {name: tuple(parameters.get(name, ())) for name in needed}
+        parameters.setdefault("factor", longest / original)
+        fields.problems += [
+            f"rope_type 'longrope' needs {dim // 2} numbers in {name!r}, found {len(parameters[name])}"
+            for name in needed
+            if len(parameters[name]) != dim // 2
+        ]
+    parameters.setdefault("attention_factor", _attention_factor(rope_type, parameters, original))
+    names = {field.name for field in dataclasses.fields(Rope)}
+    return Rope(
+        dim=dim,
+        rope_theta=theta,
+        rope_type=rope_type,
+        original_max_position_embeddings=original,
+        max_position_embeddings=longest,
+        **{name: value for name, value in parameters.items() if name in names},
+    )
+
+
+def _attention_factor(rope_type: str, parameters: dict[str, Any], original: int) -> float:
+    """What YaRN (Peng et al. 2023) and LongRoPE (Ding et al. 2024) multiply cos and sin by."""
+    factor = parameters.get("factor", 1.0)
+    if factor <= 1:
+        return 1.0
+    if rope_type == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    if rope_type == "yarn":
+        mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        if mscale and all_dim:
+            return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+        return 0.1 * math.log(factor) + 1
+    return 1.0

@@ -1,11 +1,23 @@
 """The Flax modules every family is built from. A module computes with whatever leaves lie at its path."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jlora.lora import linear
 from jlora.types import Params
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+}
 
 
 class Linear(nn.Module):
@@ -37,19 +49,34 @@ class Embed(nn.Module):
         return jnp.take(leaves(self)["embedding"], tokens, axis=0)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · scale, the mean square in float32 (Zhang and Sennrich 2019), rounded as transformers does."""
+class Norm(nn.Module):
+    """A norm over the last axis, its statistics in float32, rounded where transformers rounds.
 
+    "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019), scaled after or before rounding to
+    x's dtype, the last by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et al. 2016).
+    """
+
+    kind: str
     epsilon: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_initializing():
-            self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        scale = leaves(self)["scale"].astype(x.dtype)
+            start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+            self.param("scale", start, (x.shape[-1],))
+            if self.kind == "layer":
+                self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return scale.reshape((1,) * (x.ndim - 1) + (-1,)) * normal.astype(x.dtype)
+        scale = leaves(self)["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.kind == "rms":
+            return scale.astype(x.dtype) * normal.astype(x.dtype)
+        y = normal * (scale.astype(jnp.float32) + (1 if self.kind == "rms_plus_one" else 0))
+        if self.kind == "layer":
+            y = y + leaves(self)["bias"].astype(jnp.float32).reshape(scale.shape)
+        return y.astype(x.dtype)
 
 
 def leaves(module: nn.Module) -> Params:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora import tree
@@ -13,10 +15,25 @@ from jlora.lora import linear
 from jlora.lora.linear import SAVED
 from jlora.models.attention import Cache, attention_mask
 from jlora.models.config import ModelConfig
-from jlora.models.layers import Embed, Linear, RMSNorm
-from jlora.models.llama import Context
-from jlora.models.rope import rope_tables
+from jlora.models.decoder import Block, Context
+from jlora.models.layers import Embed, Linear, Norm
+from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import Params
+
+
+class Tables(NamedTuple):
+    """Every mask and every rotation that some layer uses, of which each layer takes one.
+
+    Attributes:
+        cos, sin: [rotations, B, T, F], None where no layer rotates.
+        masks: bool [windows, B, T, S].
+        windows: the window of each mask.
+    """
+
+    cos: jax.Array | None
+    sin: jax.Array | None
+    masks: jax.Array
+    windows: tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +41,6 @@ class Model:
     """An architecture without weights: every method takes the params. Hashable, so it can be static in jit."""
 
     config: ModelConfig
-    block: type[nn.Module]
 
     @functools.partial(jax.jit, static_argnums=0)
     def __call__(
@@ -64,24 +80,32 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
-        context, cache = self._context(positions, segment_ids, cache)
         config = self.config
-        x = Embed(config.vocab_size, config.hidden_size).apply({"params": params["embed_tokens"]}, tokens)
-        x, cache = self._layers(params["layers"], x, context, cache, key, remat)
+        tables, cache = self._tables(positions, segment_ids, cache)
+        x = self._embed(params, tokens, positions)
+        x, cache = self._layers(params, x, tables, cache, key, remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
-        return RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x), cache
+        norm = tree.subtree(params, config.names.norm)
+        return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
 
     def head(self, params: Params) -> Params:
         """The leaves that `project` needs: the head's, or the embedding when the two are tied."""
-        return params["embed_tokens"] if self.config.tie_word_embeddings else params["lm_head"]
+        names = self.config.names
+        return tree.subtree(params, names.embedding if self.config.tie_word_embeddings else names.head)
 
     def project(self, head: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits from hidden states."""
         if "embedding" in head:
             embedding = head["embedding"].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
-        return linear(hidden, head).astype(jnp.float32)
+            logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        else:
+            logits = linear(hidden, head).astype(jnp.float32)
+        if self.config.logits_divisor != 1:
+            logits = logits / self.config.logits_divisor
+        if cap := self.config.final_softcap:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
 
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits from hidden states."""
@@ -89,55 +113,150 @@ class Model:
 
     def empty_cache(self, params: Params, batch: int, size: int) -> Cache:
         """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations."""
-        config, dtype = self.config, params["embed_tokens"]["embedding"].dtype
+        config = self.config
+        dtype = tree.subtree(params, config.names.embedding)["embedding"].dtype
         return Cache.empty(config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim, dtype)
 
-    def abstract_params(self, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
-        """The base tree as ShapeDtypeStructs: what a checkpoint of this architecture must hold."""
-        return jax.eval_shape(lambda: self.random_params(jax.random.key(0), dtype))
+    def abstract_params(
+        self, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
+    ) -> Params:
+        """The base tree as ShapeDtypeStructs: what a checkpoint of this architecture must hold.
 
-    def random_params(self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Params:
+        Args:
+            stacks: the layers of each stack, default as few stacks as the architecture allows.
+        """
+        return jax.eval_shape(lambda: self.random_params(jax.random.key(0), dtype, stacks))
+
+    def random_params(
+        self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
+    ) -> Params:
         """Random params of this architecture, for tests and dry runs."""
-        config = self.config
+        config, names = self.config, self.config.names
         tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.hidden_size))
-        context, _ = self._context(tokens, tokens, None)
-        keys = jax.random.split(key, config.num_hidden_layers + 3)
-
-        def layer(key: jax.Array) -> Params:
-            return self.block(config).init(key, x, context, None, jnp.int32(0))["params"]
-
-        params = {
-            "embed_tokens": Embed(config.vocab_size, config.hidden_size).init(keys[0], tokens)["params"],
-            "layers": jax.vmap(layer)(keys[3:]),
-            "norm": RMSNorm(config.rms_norm_eps).init(keys[1], x)["params"],
+        keys = jax.random.split(key, config.num_hidden_layers + 4)
+        flat = {
+            names.embedding: Embed(config.vocab_size, config.hidden_size).init(keys[0], tokens)["params"],
+            names.norm: Norm(config.norm, config.norm_eps).init(keys[1], x)["params"],
         }
+        if names.positions:
+            positions = Embed(config.max_position_embeddings, config.hidden_size)
+            flat[names.positions] = positions.init(keys[2], tokens)["params"]
         if not config.tie_word_embeddings:
-            params["lm_head"] = Linear(config.vocab_size).init(keys[2], x)["params"]
-        return tree.map_with_path(lambda _, leaf: leaf.astype(dtype), params)
+            flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
+        tables, _ = self._tables(tokens, tokens, None)
+        for layers in stacks or config.stacks:
+            block = Block(config, config.layers[layers[0]].experts)
+            first = _context(tables, jnp.int32(0), jnp.int32(0))
+            init = jax.vmap(
+                lambda key, block=block, first=first: block.init(key, x, first, None, jnp.int32(0))["params"]
+            )
+            key_of_stack = tree.stack_key(names.stack, layers, config.num_hidden_layers)
+            flat[key_of_stack] = init(keys[4 + np.asarray(layers)])
+        return tree.map_with_path(lambda _, leaf: leaf.astype(dtype), tree.unflatten(flat))
 
-    def _context(
-        self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None
-    ) -> tuple[Context, Cache | None]:
-        cos, sin = rope_tables(self.config, positions)
-        if cache is None:
-            return Context(cos, sin, attention_mask(positions, segment_ids, positions, segment_ids)), None
-        cache = cache.mark(positions, segment_ids)
-        return Context(cos, sin, attention_mask(positions, segment_ids, cache.positions, cache.segment_ids)), cache
+    def _embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        config = self.config
+        embed = Embed(config.vocab_size, config.hidden_size)
+        x = embed.apply({"params": tree.subtree(params, config.names.embedding)}, tokens)
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.names.positions:
+            learned = Embed(config.max_position_embeddings, config.hidden_size)
+            x = x + learned.apply({"params": tree.subtree(params, config.names.positions)}, positions)
+        return x
+
+    def _tables(self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> tuple[Tables, Cache | None]:
+        config = self.config
+        key_positions, key_segments = positions, segment_ids
+        if cache is not None:
+            cache = cache.mark(positions, segment_ids)
+            key_positions, key_segments = cache.positions, cache.segment_ids
+        windows = tuple(dict.fromkeys(layer.window for layer in config.layers))
+        masks = [attention_mask(positions, segment_ids, key_positions, key_segments, window) for window in windows]
+        if all(layer.rope is None for layer in config.layers):
+            return Tables(None, None, jnp.stack(masks), windows), cache
+        lengths = None
+        if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
+            same = segment_ids[:, :, None] == key_segments[:, None, :]
+            lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
+        rotations = [rope_tables(rope, positions, lengths) for rope in config.ropes]
+        if any(layer.rope is None for layer in config.layers):  # a rotation by nothing, for layers without one
+            cos, sin = rotations[0]
+            rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)))
+        cos, sin = (jnp.stack(parts) for parts in zip(*rotations, strict=True))
+        return Tables(cos, sin, jnp.stack(masks), windows), cache
 
     def _layers(
-        self, layers: Params, x: jax.Array, context: Context, cache: Cache | None, key: jax.Array | None, remat: bool
+        self,
+        params: Params,
+        x: jax.Array,
+        tables: Tables,
+        cache: Cache | None,
+        key: jax.Array | None,
+        remat: bool,
     ) -> tuple[jax.Array, Cache | None]:
-        """Every block in turn: one compiled body, scanned over the stack."""
+        """Every block in turn: one compiled body for each stack, scanned over it.
 
-        def body(carry: tuple[jax.Array, Cache | None], layer: tuple) -> tuple[tuple[jax.Array, Cache | None], None]:
-            x, cache = carry
-            index, params = layer
-            rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
-            return self.block(self.config).apply({"params": params}, x, context, cache, index, rngs=rngs), None
-
-        # Without remat only the dear values are kept: norms, rotations and activations cost less again than in memory.
+        Layers that differ in window or rotation only share a body, which picks its mask and tables by number; stacks
+        that alternate are scanned together.
+        """
+        config = self.config
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (indices, layers))
+
+        def block(experts: bool) -> Callable:
+            module = Block(config, experts)
+
+            def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None]:
+                index, rotation, window, leaves = layer
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
+                context = _context(tables, rotation, window)
+                return module.apply({"params": leaves}, x, context, cache, index, rngs=rngs)
+
+            # Without remat only the dear values are kept: norms, rotations and activations cost less again than in
+            # memory.
+            return jax.checkpoint(apply, prevent_cse=False, policy=policy)
+
+        for group in self._groups(params):
+            blocks = [block(config.layers[layers[0]].experts) for _, layers in group]
+
+            def body(carry: tuple, members: tuple, blocks: list = blocks) -> tuple[tuple, None]:
+                for apply, member in zip(blocks, members, strict=True):
+                    carry = apply(*carry, member)
+                return carry, None
+
+            members = tuple((*self._numbers(layers, tables), leaves) for leaves, layers in group)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), members)
         return x, cache
+
+    def _numbers(self, layers: range, tables: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of every layer: its index, its rotation's and its mask's."""
+        chosen = [self.config.layers[i] for i in layers]
+        rotations = [len(self.config.ropes) if layer.rope is None else layer.rope for layer in chosen]
+        windows = [tables.windows.index(layer.window) for layer in chosen]
+        return tuple(jnp.asarray(np.array(values, np.int32)) for values in (layers, rotations, windows))
+
+    def _groups(self, params: Params) -> list[list[tuple[Params, range]]]:
+        """The stacks in the order of their layers; those that alternate are in one group."""
+        total = self.config.num_hidden_layers
+        stacks = []
+        for key, leaves in tree.stacks(params, self.config.names.stack).items():
+            stacks.append((leaves, tree.stack_of(f"{key}/leaf").indices(total)))
+        groups: list[list[tuple[Params, range]]] = []
+        for leaves, layers in sorted(stacks, key=lambda stack: stack[1][0]):
+            last = groups[-1] if groups else []
+            if last and layers.step > 1 and len(layers) == len(last[0][1]) and layers[0] == last[-1][1][0] + 1:
+                last.append((leaves, layers))
+            else:
+                groups.append([(leaves, layers)])
+        return groups
+
+
+def _context(tables: Tables, rotation: jax.Array, window: jax.Array) -> Context:
+    """One layer's rotation and mask."""
+
+    def pick(stack: jax.Array | None, index: jax.Array) -> jax.Array | None:
+        if stack is None or len(stack) == 1:
+            return None if stack is None else stack[0]
+        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+    return Context(pick(tables.cos, rotation), pick(tables.sin, rotation), pick(tables.masks, window))

@@ -1,25 +1,39 @@
-"""model_type → decoder block."""
+"""config.json → model."""
 
+import json
 from typing import Any
 
-import flax.linen as nn
-
-from jlora.models.config import ModelConfig
-from jlora.models.llama import Block as LlamaBlock
+from jlora.models.config import Fields, ModelConfig
+from jlora.models.families import FAMILIES
+from jlora.models.layers import ACTIVATIONS
 from jlora.models.model import Model
-
-FAMILIES: dict[str, type[nn.Module]] = {"llama": LlamaBlock}
 
 
 def build(hf_config: dict[str, Any]) -> Model:
     """The model of a parsed config.json.
 
     Raises:
-        ValueError: an unknown model_type, or fields that are missing or not supported.
+        ValueError: an unknown model_type, fields that are missing or contradict each other, or values that change the
+        computation and are not supported; all are listed.
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
             f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
         )
-    return Model(ModelConfig.from_hf(hf_config), FAMILIES[model_type])
+    fields = Fields(hf_config)
+    values = FAMILIES[model_type](fields)
+    if values["hidden_act"] not in ACTIVATIONS:
+        fields.problems.append(
+            f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(ACTIVATIONS)})"
+        )
+    fields.finish()
+    ends = fields.get("eos_token_id", ())
+    return Model(
+        ModelConfig(
+            **values,
+            model_type=model_type,
+            eos_token_ids=(ends,) if isinstance(ends, int) else tuple(ends),
+            source=json.dumps(hf_config, sort_keys=True),
+        )
+    )

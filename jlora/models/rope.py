@@ -2,49 +2,103 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlora.models.config import ModelConfig, RopeScaling
+from jlora.models.config import Rope
+
+# Their frequencies depend on how long the document is.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def rope_tables(
-    config: ModelConfig, positions: Int[Array, "B T"]
+    rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """(cos, sin) of every position's angles, float32, each half of F a repeat of the other."""
-    frequencies = jnp.asarray(inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    """(cos, sin) of every position's angles, float32, each half of F a repeat of the other.
+
+    Args:
+        lengths: of the document that each token is in; needed by the types in LENGTH_DEPENDENT.
+    """
+    if rope.rope_type == "dynamic":
+        frequencies = _dynamic(rope, lengths)
+    elif rope.rope_type == "longrope":
+        short, long = (jnp.asarray(_frequencies(rope, factors)) for factors in (rope.short_factor, rope.long_factor))
+        is_long = lengths[..., None] > rope.original_max_position_embeddings
+        frequencies = jnp.where(is_long, long[None, None], short[None, None])
+    else:
+        frequencies = jnp.asarray(inverse_frequencies(rope))[None, None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """The float32 [F/2] angular frequencies, scaled as transformers' `modeling_rope_utils` does for each rope_type."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.float32(theta) ** exponents
-    if scaling.rope_type == "linear":
-        return frequencies / np.float32(scaling.factor)
-    if scaling.rope_type == "llama3":
-        return _llama3(frequencies, scaling)
+def inverse_frequencies(rope: Rope) -> np.ndarray:
+    """The float32 [dim/2] angular frequencies, scaled as transformers' `modeling_rope_utils` does for each rope_type
+    that does not depend on the length.
+    """
+    frequencies = _frequencies(rope)
+    if rope.rope_type == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.rope_type == "llama3":
+        return _llama3(frequencies, rope)
+    if rope.rope_type == "yarn":
+        return _yarn(frequencies, rope)
     return frequencies
 
 
-def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _frequencies(rope: Rope, factors: tuple[float, ...] = (1.0,)) -> np.ndarray:
+    exponents = np.arange(0, rope.dim, 2, dtype=np.int64).astype(np.float32) / np.float32(rope.dim)
+    return np.float32(1) / (np.asarray(factors, np.float32) * np.float32(rope.rope_theta) ** exponents)
+
+
+def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
     """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those in between interpolated."""
-    length = scaling.original_max_position_embeddings
+    length = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
-    low, high = length / scaling.low_freq_factor, length / scaling.high_freq_factor
-    smooth = (length / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    slowed = np.where(wavelengths > low, frequencies / scaling.factor, frequencies)
+    low, high = length / rope.low_freq_factor, length / rope.high_freq_factor
+    smooth = (length / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    slowed = np.where(wavelengths > low, frequencies / rope.factor, frequencies)
     return np.where((wavelengths <= low) & (wavelengths >= high), between, slowed).astype(np.float32)
 
 
+def _yarn(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
+    """YaRN: frequencies that turn less than beta_slow times in the original length are slowed by `factor`, those that
+    turn more than beta_fast times kept, with a linear ramp in between.
+    """
+
+    def dimension(turns: float) -> float:
+        length = rope.original_max_position_embeddings
+        return rope.dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    high += 0.001 if low == high else 0
+    slowed = np.clip((np.arange(rope.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    return (frequencies / np.float32(rope.factor) * slowed + frequencies * (1 - slowed)).astype(np.float32)
+
+
+def _dynamic(rope: Rope, lengths: jax.Array) -> jax.Array:
+    """NTK-aware scaling: past max_position_embeddings the base grows with the length. [B, T, dim/2]."""
+    longest = jnp.float32(rope.max_position_embeddings)
+    stretch = rope.factor * jnp.maximum(lengths.astype(jnp.float32), longest) / longest - (rope.factor - 1)
+    base = rope.rope_theta * stretch ** (rope.dim / (rope.dim - 2))
+    exponents = jnp.arange(0, rope.dim, 2, dtype=jnp.float32) / rope.dim
+    return 1 / base[..., None] ** exponents[None, None]
+
+
 def rotate(
-    x: Float[Array, "B T heads F"], cos: Float[Array, "B T F"], sin: Float[Array, "B T F"]
+    x: Float[Array, "B T heads F"], cos: Float[Array, "B T dim"], sin: Float[Array, "B T dim"]
 ) -> Float[Array, "B T heads F"]:
-    """x with every head turned by its position's angles, in x's dtype (transformers' `apply_rotary_pos_emb`)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[:, :, None, :].astype(x.dtype) + turned * sin[:, :, None, :].astype(x.dtype)
+    """x with the first `dim` values of every head turned by its position's angles, in x's dtype (transformers'
+    `apply_rotary_pos_emb`).
+    """
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = jnp.split(turned, 2, axis=-1)
+    crossed = jnp.concatenate([-second, first], axis=-1)
+    turned = turned * cos[:, :, None, :].astype(x.dtype) + crossed * sin[:, :, None, :].astype(x.dtype)
+    return jnp.concatenate([turned, kept], axis=-1) if kept.shape[-1] else turned

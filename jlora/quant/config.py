@@ -1,13 +1,14 @@
 """Which leaves of a param tree are packed, and how."""
 
 import dataclasses
+import re
 
 from jlora import tree
 
 FORMATS = ("nf4",)
 
 # Every linear inside the stack; embeddings, the head and norms keep their precision (as bitsandbytes' users do).
-DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"layers/.*/kernel", "nf4"), (r".*", None))
+DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"((gpt_neox/)?layers|h)/.*/kernel", "nf4"), (r".*", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class QuantConfig:
     scales' form.
 
     Attributes:
-        rules: formats by path; paths that no rule matches stay as they are.
+        rules: formats by path; paths that no rule matches stay as they are. A rule may name a layer or not:
+            "layers/0/mlp/down_proj/kernel" is that of the first layer, "layers/mlp/down_proj/kernel" all of them.
         double_quant: block scales in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits a weight).
     """
 
@@ -44,8 +46,19 @@ def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
     return QuantConfig(rules=tuple((pattern, quant if fmt else None) for pattern, fmt in DEFAULT_RULES))
 
 
-def leaf_format(path: str, config: QuantConfig | None) -> str | None:
-    """The format in which the leaf at `path` is kept; None keeps it as it is."""
+def leaf_format(path: str, config: QuantConfig | None, layer: int | None = None) -> str | None:
+    """The format in which the leaf at `path` is kept; None keeps it as it is.
+
+    Args:
+        layer: which layer of a stacked leaf; None: the one that its path names first.
+    """
     if config is None:
         return None
-    return tree.match_rules((*config.rules, (r".*", None)), [path], allow_unused=True)[path]
+    paths = [path]
+    if stack := tree.stack_of(path):
+        layer = layer if layer is not None else stack.layers[0] if stack.layers else 0
+        paths = [f"{stack.name}/{layer}/{stack.rest}", f"{stack.name}/{stack.rest}"]
+    for pattern, found in config.rules:
+        if any(re.fullmatch(pattern, form) for form in paths):
+            return found
+    return None

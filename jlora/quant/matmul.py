@@ -1,7 +1,8 @@
 """The product of activations with a kernel, dense or packed (then dequantised again in the backward pass)."""
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jlora.quant.nf4 import NF4Array, dequantize
 
@@ -12,6 +13,32 @@ def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | NF4Array"
     rows = x.reshape(-1, x.shape[-1])
     y = _packed(rows, kernel) if isinstance(kernel, NF4Array) else rows @ kernel.astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def grouped_matmul(
+    x: Float[Array, "rows D"], kernel: "Float[Array, 'E D N'] | NF4Array", sizes: Int[Array, "E"]
+) -> Float[Array, "rows N"]:
+    """`matmul` with a kernel for each of E groups of consecutive rows, of `sizes` rows each."""
+    if isinstance(kernel, NF4Array):
+        return _packed_groups(x, kernel, sizes)
+    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+
+
+@jax.custom_vjp
+def _packed_groups(x: jax.Array, kernel: NF4Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, dequantize(kernel, x.dtype), sizes)
+
+
+def _packed_groups_forward(x: jax.Array, kernel: NF4Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
+    return _packed_groups(x, kernel, sizes), (kernel, sizes)
+
+
+def _packed_groups_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, None, None]:
+    kernel, sizes = residuals
+    return jax.lax.ragged_dot(grad, jnp.swapaxes(dequantize(kernel, grad.dtype), -1, -2), sizes), None, None
+
+
+_packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 
 
 @jax.custom_vjp

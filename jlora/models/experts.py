@@ -1,0 +1,68 @@
+"""Mixtures of experts: a router, and gated MLPs of which every token passes a few (Shazeer et al. 2017)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.lora.linear import grouped_linear
+from jlora.models.config import ModelConfig
+from jlora.models.layers import ACTIVATIONS, leaves
+
+
+class Router(nn.Module):
+    """float32 probabilities of the experts; the leaf is no `kernel`, for it is neither adapted nor packed."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_initializing():
+            self.param("router", nn.initializers.lecun_normal(), (x.shape[-1], self.count))
+        return jax.nn.softmax((x @ leaves(self)["router"].astype(x.dtype)).astype(jnp.float32), axis=-1)
+
+
+class Grouped(nn.Module):
+    """Rows sorted by expert through their experts' kernels [E, D, N]."""
+
+    count: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        if self.is_initializing():
+            initialise = nn.initializers.lecun_normal(batch_axis=0)
+            self.param("kernel", initialise, (self.count, x.shape[-1], self.features))
+        return grouped_linear(x, sizes, leaves(self))
+
+
+class GatedExperts(nn.Module):
+    """down(act(gate) · up) in every expert, gate and up in one product."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        experts = self.config.experts
+        joined = Grouped(experts.count, 2 * experts.intermediate_size, name="gate_up_proj")(x, sizes)
+        gate, up = jnp.split(joined, 2, axis=-1)
+        y = ACTIVATIONS[self.config.hidden_act](gate) * up
+        return Grouped(experts.count, self.config.hidden_size, name="down_proj")(y, sizes)
+
+
+class Mixture(nn.Module):
+    """Every token through its `top_k` likeliest experts, weighted by the router; no token is dropped."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        experts = self.config.experts
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = jax.lax.top_k(Router(experts.count, name="gate")(rows), experts.top_k)
+        if experts.normalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
+        y = GatedExperts(self.config, name="experts")(rows[order // experts.top_k], sizes)
+        y = y[jnp.argsort(order)].reshape(-1, experts.top_k, x.shape[-1])  # back in the tokens' order
+        return jnp.sum(y * weights.astype(x.dtype)[..., None], axis=1).reshape(x.shape)

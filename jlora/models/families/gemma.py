@@ -1,0 +1,93 @@
+"""Gemma 1, 2 and 3 (text): norms by 1 + weight, scaled embeddings, windows, soft caps."""
+
+import math
+
+from jlora.models.config import Fields, Layer, Names, read_rope
+from jlora.models.families.llama import Values, common, read_windows
+
+SANDWICH = Names(
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+
+
+def gemma(fields: Fields) -> Values:
+    """Gemma 1."""
+    activation = fields.get("hidden_act", "gelu_pytorch_tanh")
+    # The first releases say "gelu" and mean the approximation; transformers reads it so too.
+    return _gemma(fields) | {"hidden_act": "gelu_pytorch_tanh" if activation == "gelu" else activation}
+
+
+def gemma2(fields: Fields) -> Values:
+    """Gemma 2: norms around attention and MLP, soft caps, every other layer with a window."""
+    values = _gemma(fields)
+    count = values["num_hidden_layers"]
+    default = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+    windows = read_windows(fields, fields.get("sliding_window", 4096), count, default)
+    return (
+        values
+        | _second(fields)
+        | {
+            "attention_softcap": _nullable(fields, "attn_logit_softcapping", 50.0),
+            "final_softcap": _nullable(fields, "final_logit_softcapping", 30.0),
+            "layers": tuple(Layer(window=window) for window in windows),
+        }
+    )
+
+
+def gemma3(fields: Fields) -> Values:
+    """Gemma 3's text model: five layers with a window and their own rotation to one without; norms of query and key."""
+    nested = fields.get("rope_parameters", {})
+    nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
+    full = (nested.get("full_attention") or {}) | (fields.get("rope_scaling") or {})
+    local = nested.get("sliding_attention") or {}
+    values = _gemma(fields, own_rope=True)
+    count, head_dim = values["num_hidden_layers"], values["head_dim"]
+    pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
+    window = fields.get("sliding_window", 4096)
+    windows = read_windows(fields, window, count, default)
+    ropes = (
+        read_rope(fields, full, theta=fields.get("rope_theta", 1e6), head_dim=head_dim),
+        read_rope(fields, local, theta=fields.get("rope_local_base_freq", 1e4), head_dim=head_dim),
+    )
+    return (
+        values
+        | _second(fields)
+        | {
+            "qk_norm": "head",
+            "ropes": ropes,
+            "attention_softcap": fields.get("attn_logit_softcapping"),
+            "final_softcap": fields.get("final_logit_softcapping"),
+            "layers": tuple(Layer(window=window, rope=0 if window is None else 1) for window in windows),
+        }
+    )
+
+
+def _gemma(fields: Fields, *, own_rope: bool = False) -> Values:
+    fields.only("use_bidirectional_attention", False)
+    bias = fields.get("attention_bias", False)
+    shared = Fields({k: v for k, v in fields.config.items() if not (own_rope and k.startswith("rope_"))})
+    values = common(shared, head_dim=256, tied=True)
+    fields.seen |= shared.seen
+    fields.missing += shared.missing
+    fields.problems += shared.problems
+    return values | {
+        "norm": "rms_plus_one",
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "embedding_scale": math.sqrt(values["hidden_size"]),
+    }
+
+
+def _second(fields: Fields) -> Values:
+    return {
+        "names": SANDWICH,
+        "hidden_act": fields.get("hidden_activation", "gelu_pytorch_tanh"),
+        "attention_scale": fields.get("query_pre_attn_scalar", 256) ** -0.5,
+    }
+
+
+def _nullable(fields: Fields, name: str, default: float) -> float | None:
+    """The field's value where null means none and only absence means the default."""
+    return fields.get(name, None if name in fields.config else default)

@@ -1,0 +1,154 @@
+"""Llama (Touvron et al. 2023) and those that differ from it in a field or two: Mistral, SmolLM3, OLMo 2, Granite,
+Phi-3.
+"""
+
+from typing import Any
+
+from jlora.models.config import Experts, Fields, Layer, Names, read_rope
+
+Values = dict[str, Any]
+
+
+def llama(fields: Fields) -> Values:
+    """Llama 1 to 3.3."""
+    bias = fields.get("attention_bias", False)
+    return common(fields) | {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": fields.get("mlp_bias", False),
+    }
+
+
+def mistral(fields: Fields) -> Values:
+    """Mistral: a window in every layer, unless `sliding_window` is null (as it is since v0.2)."""
+    fields.only("layer_types")
+    values = common(fields, num_key_value_heads=8)
+    return values | {"layers": (Layer(window=fields.get("sliding_window")),) * values["num_hidden_layers"]}
+
+
+def smollm3(fields: Fields) -> Values:
+    """SmolLM3: some layers without positions (NoPE, Kazemnejad et al. 2023)."""
+    values = llama(fields) | common(fields, num_key_value_heads=4, rope_theta=2e6, tied=True)
+    count = values["num_hidden_layers"]
+    interval = fields.get("no_rope_layer_interval", 4)
+    rotated = fields.get("no_rope_layers", [(i + 1) % interval != 0 for i in range(count)])
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", False) else None
+    default = ["full_attention" if window is None or rotated[i] else "sliding_attention" for i in range(count)]
+    windows = read_windows(fields, window, count, default)
+    _require_length(fields, "no_rope_layers", rotated, count)
+    layers = tuple(Layer(window=w, rope=0 if turn else None) for w, turn in zip(windows, rotated, strict=False))
+    return values | {"layers": layers}
+
+
+def olmo2(fields: Fields) -> Values:
+    """OLMo 2: norms after attention and MLP, and of queries and keys."""
+    names = Names(attention_norms=(None, "post_attention_layernorm"), mlp_norms=(None, "post_feedforward_layernorm"))
+    bias = fields.get("attention_bias", False)
+    values = common(fields, norm_eps=1e-5)
+    return values | {"names": names, "norm": "rms_wide", "qk_norm": "all", "qkv_bias": bias, "output_bias": bias}
+
+
+def granite(fields: Fields) -> Values:
+    """Granite 3: Llama with four factors."""
+    return llama(fields) | {
+        "embedding_scale": float(fields.get("embedding_multiplier", 1.0)),
+        "residual_scale": float(fields.get("residual_multiplier", 1.0)),
+        "logits_divisor": float(fields.get("logits_scaling", 1.0)),
+        "attention_scale": float(fields.get("attention_multiplier", 1.0)),
+    }
+
+
+def phi3(fields: Fields) -> Values:
+    """Phi-3, Phi-3.5 and Phi-4: fused projections, part of each head rotated, LongRoPE."""
+    rope = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    if isinstance(rope, dict) and rope.get("type", rope.get("rope_type")) in ("su", "yarn"):  # its names of old
+        fields = _WithRope(fields, rope | {"rope_type": "longrope", "type": "longrope"})
+    values = common(fields, norm_eps=1e-5, partial=fields.get("partial_rotary_factor", 1.0))
+    names = Names(queries_keys_values=("qkv_proj",), mlp_up=("gate_up_proj",))
+    return values | {
+        "names": names,
+        "layers": (Layer(window=fields.get("sliding_window")),) * values["num_hidden_layers"],
+    }
+
+
+def mixtral(fields: Fields) -> Values:
+    """Mixtral (Jiang et al. 2024)."""
+    values = common(fields, num_key_value_heads=8, norm_eps=1e-5, rope_theta=1e6)
+    experts = Experts(
+        count=fields.get("num_local_experts", 8),
+        top_k=fields.get("num_experts_per_tok", 2),
+        intermediate_size=values["intermediate_size"],
+        normalize=True,
+    )
+    layer = Layer(window=fields.get("sliding_window"), experts=True)
+    return values | {"experts": experts, "layers": (layer,) * values["num_hidden_layers"]}
+
+
+class _WithRope(Fields):
+    """The same fields with other rotary parameters."""
+
+    def __init__(self, fields: Fields, rope: dict[str, Any]) -> None:
+        super().__init__(fields.config | {"rope_parameters": rope})
+        self.seen, self.missing, self.problems = fields.seen, fields.missing, fields.problems
+
+
+def common(
+    fields: Fields,
+    *,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    rope_theta: float = 10000.0,
+    partial: float = 1.0,
+    tied: bool = False,
+) -> Values:
+    """What nearly all families have in common; the arguments are what their transformers configs default to."""
+    width, heads = fields.require("hidden_size"), fields.require("num_attention_heads")
+    if fields.get("head_dim", head_dim) is None and width % heads:
+        fields.problems.append(
+            f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
+        )
+    head_dim = fields.get("head_dim", head_dim or width // heads)
+    values = sizes(fields, heads=heads, head_dim=head_dim, num_key_value_heads=num_key_value_heads)
+    rope = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    theta = fields.get("rope_theta", rope_theta)
+    return values | {
+        "hidden_size": width,
+        "intermediate_size": fields.require("intermediate_size"),
+        "num_hidden_layers": fields.require("num_hidden_layers"),
+        "norm_eps": fields.get("rms_norm_eps", norm_eps),
+        "max_position_embeddings": fields.get("max_position_embeddings", 2048),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", tied),
+        "hidden_act": fields.get("hidden_act", "silu"),
+        "attention_scale": head_dim**-0.5,
+        "ropes": (read_rope(fields, rope, theta=theta, head_dim=head_dim, partial=partial),),
+        "layers": (Layer(),) * fields.require("num_hidden_layers"),
+    }
+
+
+def sizes(fields: Fields, *, heads: int, head_dim: int, num_key_value_heads: int | None) -> Values:
+    """Vocabulary and heads, checked."""
+    groups = fields.get("num_key_value_heads", num_key_value_heads or heads)
+    if heads % groups:
+        fields.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    return {
+        "vocab_size": fields.require("vocab_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+    }
+
+
+def read_windows(fields: Fields, window: int | None, count: int, default: list[str]) -> list[int | None]:
+    """The window of every layer by `layer_types`."""
+    kinds = fields.get("layer_types", default)
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        fields.problems.append(f"layer_types: {', '.join(unknown)} is not supported")
+    _require_length(fields, "layer_types", kinds, count)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _require_length(fields: Fields, name: str, values: list, count: int) -> None:
+    if len(values) != count:
+        fields.problems.append(f"{name} has {len(values)} entries for {count} layers")

@@ -1,0 +1,354 @@
+"""Every family against transformers and PEFT, from random weights: the same logits, gradients and files."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import jlora
+from jlora import models, tree
+from jlora.losses import cross_entropy
+from jlora.models import config as model_config
+from jlora.models.families import FAMILIES, HARMLESS
+
+LENGTH = 21
+# Sizes that nothing divides evenly.
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1e4)
+GPT_SIZES = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64)
+NEOX_SIZES = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+MOE = SIZES | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=12)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    short_factor=[1.0, 1.1],
+    long_factor=[1.5, 3.0],
+    original_max_position_embeddings=16,
+    partial_rotary_factor=0.5,
+)
+
+# (transformers' config class, its fields)
+CASES = {
+    "llama": ("LlamaConfig", SIZES | dict(tie_word_embeddings=True)),
+    "llama-yarn": ("LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN)),
+    "llama-yarn-mscale": (
+        "LlamaConfig",
+        SIZES | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.8, truncate=False, beta_fast=16.0)),
+    ),
+    "llama-dynamic": (
+        "LlamaConfig",
+        SIZES | dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+    ),
+    "mistral": ("MistralConfig", SIZES | dict(head_dim=10, sliding_window=5)),
+    "mistral-full": ("MistralConfig", SIZES | dict(sliding_window=None)),
+    "mixtral": ("MixtralConfig", SIZES | dict(num_local_experts=5, num_experts_per_tok=2)),
+    "mixtral-window": ("MixtralConfig", SIZES | dict(num_local_experts=3, num_experts_per_tok=3, sliding_window=6)),
+    "qwen2": ("Qwen2Config", SIZES | dict(tie_word_embeddings=True)),
+    "qwen2-window": ("Qwen2Config", SIZES | dict(use_sliding_window=True, sliding_window=6, max_window_layers=2)),
+    "qwen3": ("Qwen3Config", SIZES | dict(head_dim=20)),
+    "qwen3-bias": ("Qwen3Config", SIZES | dict(head_dim=8, attention_bias=True, tie_word_embeddings=True)),
+    "qwen3_moe": ("Qwen3MoeConfig", MOE | dict(norm_topk_prob=True)),
+    "qwen3_moe-sparse-step": ("Qwen3MoeConfig", MOE | dict(decoder_sparse_step=2)),
+    "qwen3_moe-dense-first": ("Qwen3MoeConfig", MOE | dict(mlp_only_layers=[0])),
+    "gemma": ("GemmaConfig", SIZES | dict(head_dim=20)),
+    "gemma2": (
+        "Gemma2Config",
+        SIZES
+        | dict(head_dim=10, sliding_window=6, query_pre_attn_scalar=12, attn_logit_softcapping=2.0)
+        | dict(final_logit_softcapping=3.0),
+    ),
+    "gemma2-odd": (
+        "Gemma2Config",
+        SIZES | dict(num_hidden_layers=3, head_dim=10, sliding_window=6, final_logit_softcapping=None),
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        SIZES | dict(num_hidden_layers=7, head_dim=12, sliding_window=6, query_pre_attn_scalar=10),
+    ),
+    "gemma3_text-linear": (
+        "Gemma3TextConfig",
+        SIZES
+        | dict(head_dim=12, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+    ),
+    "phi3": ("Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5, sliding_window=9)),
+    "phi3-longrope": (
+        "Phi3Config",
+        SIZES | dict(pad_token_id=0, original_max_position_embeddings=16, rope_parameters=LONGROPE),
+    ),
+    "smollm3": ("SmolLM3Config", SIZES | dict(pad_token_id=0)),
+    "smollm3-window": (
+        "SmolLM3Config",
+        SIZES
+        | dict(num_hidden_layers=5, pad_token_id=0, use_sliding_window=True, sliding_window=6, no_rope_layer_interval=2)
+        | dict(mlp_bias=True, attention_bias=True, tie_word_embeddings=False),
+    ),
+    "olmo2": ("Olmo2Config", SIZES),
+    "granite": (
+        "GraniteConfig",
+        SIZES
+        | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
+        | dict(attention_bias=True),
+    ),
+    "gpt2": ("GPT2Config", GPT_SIZES),
+    "gpt2-scaled": (
+        "GPT2Config",
+        GPT_SIZES | dict(n_inner=50, scale_attn_by_inverse_layer_idx=True, activation_function="relu"),
+    ),
+    "gpt_neox": ("GPTNeoXConfig", NEOX_SIZES | dict(rotary_pct=0.5)),
+    "gpt_neox-serial": (
+        "GPTNeoXConfig",
+        NEOX_SIZES | dict(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True, rotary_pct=1.0),
+    ),
+}
+
+
+@functools.cache
+def reference(case):
+    """transformers' model with random weights everywhere, norms and biases too."""
+    name, fields = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**fields, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            center = 1.0 if "norm" in key or "ln_" in key else 0.0
+            value.copy_(center + 0.3 * torch.randn_like(value))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """case → the folder that transformers saved the model in."""
+
+    @functools.cache
+    def save(case):
+        folder = tmp_path_factory.mktemp(case)
+        reference(case).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def load(folders):
+    return functools.cache(lambda case: jlora.load(folders(case)))
+
+
+def tokens(rows=2, length=LENGTH, seed=1):
+    return np.random.default_rng(seed).integers(1, 101, (rows, length))
+
+
+def logits_of(model, ids, **inputs):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids), use_cache=False, **inputs).logits.numpy()
+
+
+def difference(ours, theirs):
+    """The largest difference, relative to the largest value."""
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, load, parity):
+    model, params = load(case)
+    ids = tokens()
+    found = difference(model(params, jnp.asarray(ids)), logits_of(reference(case), ids))
+    parity(case, "logits", found)
+    assert found < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cache_token_by_token(case, load, parity):
+    model, params = load(case)
+    ids = tokens(length=13)
+    step = jax.jit(lambda params, ids, positions, cache: model.hidden(params, ids, positions, cache=cache))
+    cache, parts = model.empty_cache(params, batch=2, size=17), []
+    for i in range(13):
+        hidden, cache = step(params, jnp.asarray(ids[:, i : i + 1]), jnp.full((2, 1), i), cache)
+        parts.append(hidden)
+    found = difference(model.logits(params, jnp.concatenate(parts, axis=1)), logits_of(reference(case), ids))
+    parity(case, "cache", found)
+    assert found < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding(case, load, parity):
+    """A row of its own, with padding on either side, and transformers with the same padding."""
+    model, params = load(case)
+    ids = tokens(rows=1, length=11)
+    expected = logits_of(reference(case), ids)
+    left, right = np.pad(ids, ((0, 0), (5, 0))), np.pad(ids, ((0, 0), (0, 5)))
+    segments = np.pad(np.ones_like(ids), ((0, 0), (5, 0)))
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
+    ours_left = model(params, jnp.asarray(left), jnp.asarray(positions), jnp.asarray(segments))[:, 5:]
+    ours_right = model(params, jnp.asarray(right), None, jnp.asarray(segments[:, ::-1].copy()))[:, :11]
+    theirs = logits_of(
+        reference(case), left, attention_mask=torch.from_numpy(segments), position_ids=torch.from_numpy(positions)
+    )[:, 5:]
+    found = max(difference(ours, other) for ours in (ours_left, ours_right) for other in (expected, theirs))
+    parity(case, "padding", found)
+    assert found < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packing(case, load, parity):
+    model, params = load(case)
+    first, second, other = (tokens(rows=1, length=n, seed=n) for n in (8, 10, 7))
+    positions = jnp.concatenate([jnp.arange(8), jnp.arange(10)])[None]
+    segments = jnp.asarray([[1] * 8 + [2] * 10])
+    packed = model(params, jnp.concatenate([first, second], axis=1), positions, segments)
+    found = max(
+        difference(packed[:, :8], logits_of(reference(case), first)),
+        difference(packed[:, 8:], logits_of(reference(case), second)),
+    )
+    parity(case, "packing", found)
+    assert found < 1e-4
+    changed = model(params, jnp.concatenate([first[:, :1], other, second], axis=1), positions, segments)
+    np.testing.assert_array_equal(changed[:, 8:], packed[:, 8:])
+    assert not np.array_equal(changed[:, :8], packed[:, :8])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lora_gradients(case, folders, load, parity, tmp_path):
+    """The gradients of a LoRA step on all linears, and the export's tensors, are PEFT's."""
+    model, params = load(case)
+    torch.manual_seed(2)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folders(case), attn_implementation="eager")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    ids = tokens(seed=3)
+    loss = theirs(torch.from_numpy(ids), labels=torch.from_numpy(ids), use_cache=False).loss
+    loss.backward()
+    expected = {
+        name.replace(".default", ""): value.grad.numpy()
+        for name, value in theirs.named_parameters()
+        if value.requires_grad
+    }
+
+    params = jlora.load_adapter(params, tmp_path / "peft")
+    frozen, trainable = jlora.lora.split(params)
+    targets, weights = np.roll(ids, -1, axis=1), np.ones(ids.shape, np.float32)
+    weights[:, -1] = 0
+
+    def mean_loss(trainable):
+        whole = jlora.lora.combine(frozen, trainable)
+        hidden, _ = model.hidden(whole, jnp.asarray(ids), remat=True)
+        sums = cross_entropy(model.project, model.head(whole), hidden, jnp.asarray(targets), jnp.asarray(weights))
+        return sums.loss / sums.weight
+
+    ours, gradients = jax.jit(jax.value_and_grad(mean_loss))(trainable)
+    np.testing.assert_allclose(float(ours), loss.item(), rtol=1e-4)
+    jlora.save_adapter(tmp_path / "gradients", jlora.lora.combine(frozen, gradients))
+    found = load_file(tmp_path / "gradients" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    largest = max(difference(found[name], expected[name]) for name in expected)
+    parity(case, "LoRA gradients", largest)
+    assert largest < 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export(case, load, parity, tmp_path):
+    """transformers opens what jlora saves, with the same tensors and logits."""
+    model, params = load(case)
+    jlora.save_model(tmp_path / "out", model, params)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    state = reference(case).state_dict()
+    assert opened.state_dict().keys() == state.keys()
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    ids = tokens()
+    found = difference(logits_of(opened.eval(), ids), np.asarray(model(params, jnp.asarray(ids))))
+    parity(case, "export", found)
+    assert found < 1e-4
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_field_of_the_config_is_known(model_type):
+    """Each field of transformers' config class is read, or known to change nothing."""
+    theirs = transformers.CONFIG_MAPPING[model_type]().to_dict()
+    fields = model_config.Fields(theirs)
+    FAMILIES[model_type](fields)
+    fields.finish()
+    known = fields.seen | HARMLESS | {"model_type", "eos_token_id"}
+    assert not {name for name, value in theirs.items() if value is not None} - known
+
+
+def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
+    stacks = {case: {path.split("/")[0] for path in tree.flatten(load(case)[1]) if "layers" in path} for case in CASES}
+    assert stacks["qwen3_moe"] == {"layers"}
+    assert stacks["qwen3_moe-sparse-step"] == {"layers@0-2:2", "layers@1-3:2"}
+    assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3_moe-sparse-step"])
+def test_the_compiled_program_does_not_grow_with_depth(case, folders):
+    def size(depth):
+        config = json.loads((folders(case) / "config.json").read_text())
+        config |= {"num_hidden_layers": depth}
+        config.pop("layer_types", None)
+        model = models.build(config)
+        params = model.abstract_params()
+        ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+        return len(jax.jit(lambda params, ids: model(params, ids)).lower(params, ids).as_text())
+
+    assert size(80) < 1.5 * size(8)
+
+
+def test_a_checkpoint_of_the_base_model_alone(tmp_path):
+    """Its names lack the head class's prefix, as those of the original GPT-2 do."""
+    base = reference("gpt2").transformer
+    base.save_pretrained(tmp_path)
+    model, params = jlora.load(tmp_path)
+    ids = tokens()
+    assert difference(model(params, jnp.asarray(ids)), logits_of(reference("gpt2"), ids)) < 1e-4
+
+
+def test_mixed_formats_lie_in_stacks_of_their_own(folders):
+    rules = ((r"layers/(0|3)/mlp/.*", None), (r"layers/.*/kernel", "nf4"))
+    model, params = jlora.load(folders("llama"), quant=jlora.QuantConfig(rules=rules))
+    packed = {path for path, leaf in tree.flatten(params).items() if not isinstance(leaf, jax.Array)}
+    assert "layers@0-0/self_attn/q_proj/kernel" in packed and "layers@1-2/mlp/up_proj/kernel" in packed
+    assert not any(path.startswith(("layers@0-0/mlp", "layers@3-3/mlp")) for path in packed)
+    dense = tree.map_with_path(
+        lambda _, leaf: leaf if isinstance(leaf, jax.Array) else jlora.quant.dequantize(leaf), params
+    )
+    ids = jnp.asarray(tokens())
+    assert difference(model(params, ids), np.asarray(model(dense, ids))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}, "layer_types: chunked_attention is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial' is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs 'factor'"),
+        ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "found 1"),
+        ("gpt_neox", {"hidden_size": 50}, "the width 50 is not a multiple of the 6 attention heads"),
+        ("gpt2", {"n_layer": None}, "config.json lacks n_layer"),
+    ],
+)
+def test_what_is_not_supported_is_named(case, change, message, folders):
+    config = json.loads((folders(case) / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        models.build(config | change)

@@ -83,13 +83,16 @@ def _pieces(model: "Model", params: Params) -> list[Piece]:
         for path, leaf in tree.flatten(model.abstract_params(np.float32)).items()
         for tensor in names.hub_tensors(path, leaf.shape, kind)
     }
-    pieces = [
-        Piece(tensor, path, np.dtype(leaf.dtype))
-        for path, leaf in tree.flatten(lora.strip(params)).items()
-        for tensor in names.hub_tensors(path, leaf.shape, kind)
-    ]
+    pieces, problems = [], []
+    for path, leaf in tree.flatten(lora.strip(params)).items():
+        try:
+            tensors = names.hub_tensors(path, leaf.shape, kind)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            pieces += [Piece(tensor, path, np.dtype(leaf.dtype)) for tensor in tensors]
     found = {piece.name: piece.tensor.shape for piece in pieces}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in expected]
     problems += [
         f"{name} has shape {found[name]}, expected {shape}"

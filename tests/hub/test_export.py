@@ -109,7 +109,7 @@ def test_params_of_another_model_are_refused(llama_folder, tmp_path):
     with pytest.raises(ValueError) as caught:
         hub.save_model(tmp_path / "out", model, params)
     message = str(caught.value)
-    assert "missing lm_head/kernel (48, 101)" in message
-    assert "unknown extra/kernel (2, 2)" in message
-    assert "norm/scale has shape (47,), expected (48,)" in message
+    assert "missing lm_head.weight (101, 48)" in message
+    assert "module 'extra' has no name on the Hub" in message
+    assert "model.norm.weight has shape (47,), expected (48,)" in message
     assert not (tmp_path / "out").exists()

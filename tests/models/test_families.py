@@ -45,6 +45,20 @@ LONGROPE = dict(
 # (transformers' config class, its fields)
 CASES = {
     "llama": ("LlamaConfig", SIZES | dict(tie_word_embeddings=True)),
+    "llama-biases": (
+        "LlamaConfig",
+        SIZES
+        | dict(num_attention_heads=3, num_key_value_heads=3, head_dim=20, attention_bias=True, mlp_bias=True)
+        | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e5, factor=2.0)),
+    ),
+    "llama-3": (
+        "LlamaConfig",
+        SIZES
+        | dict(
+            rope_parameters=dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+            | dict(original_max_position_embeddings=16, rope_theta=5e5)
+        ),
+    ),
     "llama-yarn": ("LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN)),
     "llama-yarn-mscale": (
         "LlamaConfig",
@@ -230,7 +244,11 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     model, params = load(case)
     torch.manual_seed(2)
     base = transformers.AutoModelForCausalLM.from_pretrained(folders(case), attn_implementation="eager")
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    # Of mixtures PEFT takes "all-linear" to mean the experts' fused parameters as well.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "mix" in case or "moe" in case else "all-linear"
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, fan_in_fan_out="gpt2" in case
+    )
     theirs = peft.get_peft_model(base, config).eval()
     theirs.save_pretrained(tmp_path / "peft")
     ids = tokens(seed=3)
@@ -346,9 +364,12 @@ def test_mixed_formats_lie_in_stacks_of_their_own(folders):
         ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "found 1"),
         ("gpt_neox", {"hidden_size": 50}, "the width 50 is not a multiple of the 6 attention heads"),
         ("gpt2", {"n_layer": None}, "config.json lacks n_layer"),
+        ("llama", {"hidden_size": None, "num_hidden_layers": None}, "lacks hidden_size, num_hidden_layers"),
+        ("llama", {"model_type": "mamba9"}, "model_type 'mamba9' is not supported; expected one of llama"),
     ],
 )
 def test_what_is_not_supported_is_named(case, change, message, folders):
     config = json.loads((folders(case) / "config.json").read_text())
+    assert models.build(config)
     with pytest.raises(ValueError, match=message):
         models.build(config | change)

@@ -129,7 +129,7 @@ def _tensor(params: Params, piece: Piece) -> np.ndarray:
     wanted = {k: v for k, v in module.items() if k == name or (name == "kernel" and lora.is_adapter(k))}
     tensor = piece.tensor
     wanted = {k: _at(leaf, tensor.index, k) for k, leaf in wanted.items()}
-    if isinstance(wanted[name], quant.NF4Array):
+    if quant.is_packed(wanted[name]):
         wanted[name] = quant.dequantize(wanted[name])
     values = np.asarray(lora.merge({"module": wanted})["module"][name])
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]

@@ -199,7 +199,7 @@ def _is_base_copy(file: Path, tensor: str, linears: Mapping[str, Linear], leaves
         return False
     kernel = leaves[f"{linear.path}/kernel"]
     values = read_tensor(file, tensor).astype(np.float32).T
-    if isinstance(kernel, quant.NF4Array) or kernel.shape != values.shape:
+    if quant.is_packed(kernel) or kernel.shape != values.shape:
         return False
     return np.allclose(np.asarray(kernel, np.float32), values, rtol=0.01, atol=1e-6)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from jlora import quant
 from jlora.types import Params
 
-Kernel = jax.Array | quant.NF4Array
+Kernel = jax.Array | quant.PackedArray
 # The checkpoint_name of values that are dear to compute again: outputs of products and of attention.
 SAVED = "saved"
 
@@ -95,7 +95,7 @@ def _merged_backward(inputs: tuple, grad: jax.Array) -> tuple:
     hold = jax.lax.optimization_barrier
     grad_a = hold(hold(grad_hidden * scale).T @ x).T
     grad_b = hold(hidden * scale).T @ grad
-    grad_kernel = None if isinstance(kernel, quant.NF4Array) else (x.T @ grad).astype(kernel.dtype)
+    grad_kernel = None if quant.is_packed(kernel) else (x.T @ grad).astype(kernel.dtype)
     return grad @ _sum(kernel, lora_a, lora_b, scale).T, grad_kernel, grad_a, grad_b, jnp.sum(hidden * grad_hidden)
 
 
@@ -103,5 +103,5 @@ _merged.defvjp(_merged_forward, _merged_backward)
 
 
 def _sum(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: jax.Array) -> jax.Array:
-    dense = quant.dequantize(kernel) if isinstance(kernel, quant.NF4Array) else kernel
+    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
     return dense.astype(jnp.float32) + (lora_a * scale) @ lora_b

@@ -27,7 +27,7 @@ def _merge_module(path: str, module: Params) -> Params:
 def merged_kernel(module: Params) -> jax.Array:
     """kernel + scale · lora_a @ lora_b of one module, stacked or not, in the kernel's dtype."""
     kernel = module["kernel"]
-    dense = quant.dequantize(kernel) if isinstance(kernel, quant.NF4Array) else kernel
+    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
     scale = module["lora_scale"]
     scale = scale.reshape(scale.shape + (1,) * (kernel.ndim - scale.ndim))
     delta = jnp.matmul(module["lora_a"], module["lora_b"], precision="highest") * scale

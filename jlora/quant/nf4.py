@@ -74,6 +74,15 @@ class NF4Array:
         return math.prod(self.shape)
 
 
+# Whatever `quantize` returns.
+PackedArray = NF4Array
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether the leaf is a packed value rather than an array."""
+    return isinstance(leaf, PackedArray)
+
+
 def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: bool = True) -> NF4Array:
     """The packed form of a kernel [..., D, N]; each leading index is quantised as a tensor of its own.
 

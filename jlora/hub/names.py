@@ -55,17 +55,82 @@ HARMLESS = (
 # Copies of the embedding, written by some tools although the config says that head and embedding are one.
 TIED_COPIES = (r"(lm_head|embed_out)\.weight",)
 
-# GGUF's names for the modules of its `llama` architecture.
-GGUF_MODULES: tuple[tuple[str, str], ...] = (
+# (GGUF's module name, the Hub's); `{expert}` marks a stack of experts, which the Hub stores one by one.
+GGUF_OUTSIDE = (
     (r"token_embd", "model.embed_tokens"),
     (r"output_norm", "model.norm"),
     (r"output", "lm_head"),
-    (r"blk\.(\d+)\.attn_norm", r"model.layers.\1.input_layernorm"),
-    (r"blk\.(\d+)\.ffn_norm", r"model.layers.\1.post_attention_layernorm"),
+)
+GGUF_LINEARS = (
     (r"blk\.(\d+)\.attn_([qkv])", r"model.layers.\1.self_attn.\2_proj"),
     (r"blk\.(\d+)\.attn_output", r"model.layers.\1.self_attn.o_proj"),
     (r"blk\.(\d+)\.ffn_(gate|up|down)", r"model.layers.\1.mlp.\2_proj"),
 )
+GGUF_QK_NORMS = ((r"blk\.(\d+)\.attn_([qk])_norm", r"model.layers.\1.self_attn.\2_norm"),)
+GGUF_NORMS_BEFORE = (
+    (r"blk\.(\d+)\.attn_norm", r"model.layers.\1.input_layernorm"),
+    (r"blk\.(\d+)\.ffn_norm", r"model.layers.\1.post_attention_layernorm"),
+)
+GGUF_NORMS_AFTER = (
+    (r"blk\.(\d+)\.post_attention_norm", r"model.layers.\1.post_attention_layernorm"),
+    (r"blk\.(\d+)\.post_ffw_norm", r"model.layers.\1.post_feedforward_layernorm"),
+)
+GGUF_NORMS_AROUND = (
+    (r"blk\.(\d+)\.attn_norm", r"model.layers.\1.input_layernorm"),
+    (r"blk\.(\d+)\.ffn_norm", r"model.layers.\1.pre_feedforward_layernorm"),
+    *GGUF_NORMS_AFTER,
+)
+GGUF_EXPERTS = (
+    (r"blk\.(\d+)\.ffn_gate_inp", r"model.layers.\1.mlp.gate"),
+    (r"blk\.(\d+)\.ffn_(gate|up|down)_exps", r"model.layers.\1.mlp.experts.{expert}.\2_proj"),
+)
+GGUF_LLAMA = (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_NORMS_BEFORE)
+# model_type → GGUF's names for its modules.
+GGUF_MODULES: dict[str, tuple[tuple[str, str], ...]] = {
+    "llama": GGUF_LLAMA,
+    "mistral": GGUF_LLAMA,
+    "mixtral": (*GGUF_LLAMA, *GGUF_EXPERTS),
+    "smollm3": GGUF_LLAMA,
+    "granite": GGUF_LLAMA,
+    "olmo2": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_QK_NORMS, *GGUF_NORMS_AFTER),
+    "qwen2": GGUF_LLAMA,
+    "qwen3": (*GGUF_LLAMA, *GGUF_QK_NORMS),
+    "qwen3_moe": (*GGUF_LLAMA, *GGUF_QK_NORMS, *GGUF_EXPERTS),
+    "gemma": GGUF_LLAMA,
+    "gemma2": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_NORMS_AROUND),
+    "gemma3_text": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_QK_NORMS, *GGUF_NORMS_AROUND),
+    "phi3": (
+        *GGUF_OUTSIDE,
+        *GGUF_NORMS_BEFORE,
+        (r"blk\.(\d+)\.attn_qkv", r"model.layers.\1.self_attn.qkv_proj"),
+        (r"blk\.(\d+)\.attn_output", r"model.layers.\1.self_attn.o_proj"),
+        (r"blk\.(\d+)\.ffn_up", r"model.layers.\1.mlp.gate_up_proj"),
+        (r"blk\.(\d+)\.ffn_down", r"model.layers.\1.mlp.down_proj"),
+    ),
+    "gpt2": (
+        (r"token_embd", "transformer.wte"),
+        (r"position_embd", "transformer.wpe"),
+        (r"output_norm", "transformer.ln_f"),
+        (r"output", "lm_head"),
+        (r"blk\.(\d+)\.attn_norm", r"transformer.h.\1.ln_1"),
+        (r"blk\.(\d+)\.attn_qkv", r"transformer.h.\1.attn.c_attn"),
+        (r"blk\.(\d+)\.attn_output", r"transformer.h.\1.attn.c_proj"),
+        (r"blk\.(\d+)\.ffn_norm", r"transformer.h.\1.ln_2"),
+        (r"blk\.(\d+)\.ffn_up", r"transformer.h.\1.mlp.c_fc"),
+        (r"blk\.(\d+)\.ffn_down", r"transformer.h.\1.mlp.c_proj"),
+    ),
+    "gpt_neox": (
+        (r"token_embd", "gpt_neox.embed_in"),
+        (r"output_norm", "gpt_neox.final_layer_norm"),
+        (r"output", "embed_out"),
+        (r"blk\.(\d+)\.attn_norm", r"gpt_neox.layers.\1.input_layernorm"),
+        (r"blk\.(\d+)\.attn_qkv", r"gpt_neox.layers.\1.attention.query_key_value"),
+        (r"blk\.(\d+)\.attn_output", r"gpt_neox.layers.\1.attention.dense"),
+        (r"blk\.(\d+)\.ffn_norm", r"gpt_neox.layers.\1.post_attention_layernorm"),
+        (r"blk\.(\d+)\.ffn_up", r"gpt_neox.layers.\1.mlp.dense_h_to_4h"),
+        (r"blk\.(\d+)\.ffn_down", r"gpt_neox.layers.\1.mlp.dense_4h_to_h"),
+    ),
+}
 
 
 class HubTensor(NamedTuple):
@@ -169,16 +234,17 @@ def is_harmless(name: str, *, tied: bool) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def from_gguf(names: Iterable[str]) -> dict[str, str]:
-    """GGUF tensor name → Hub tensor name, for those that are weights of a `llama` model; others are left out.
+def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:
+    """GGUF tensor name → Hub tensor name, for those that are weights of such a model; others are left out.
 
     "blk.3.attn_q.weight" → "model.layers.3.self_attn.q_proj.weight"
+    "blk.3.ffn_up_exps.weight" → "model.layers.3.mlp.experts.{expert}.up_proj.weight", of one tensor [E, F, D]
     """
     found: dict[str, str] = {}
     for name in names:
         module, _, suffix = name.rpartition(".")
-        for pattern, replacement in GGUF_MODULES:
+        for pattern, replacement in GGUF_MODULES[model_type]:
             match = re.fullmatch(pattern, module)
             if match:
-                found[name] = f"{match.expand(replacement)}.{suffix}"
+                found[name] = _checkpoint_name(f"{match.expand(replacement)}.{suffix}", model_type)
     return found

@@ -1,0 +1,396 @@
+"""Every architecture read from GGUF, from files laid out as llama.cpp's converter lays them out, against transformers.
+
+Names come from the gguf package; where transformers reads the architecture from GGUF, its reading is a second judge.
+"""
+
+import functools
+import math
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jlora
+
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1e4)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5)
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    short_factor=[1.0, 1.25],
+    long_factor=[1.5, 3.0],
+    original_max_position_embeddings=16,
+    partial_rotary_factor=0.5,
+)
+MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
+NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64, tie_word_embeddings=True)
+
+# case → (GGUF's architecture, transformers' config class, its fields, general.name by which transformers reads it)
+CASES = {
+    "llama": ("llama", "LlamaConfig", SIZES | dict(tie_word_embeddings=True), "llama"),
+    "llama-wide-heads": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rms_norm_eps=1e-5), "llama"),
+    "llama-biases": ("llama", "LlamaConfig", SIZES | dict(attention_bias=True, mlp_bias=True), None),
+    "llama-linear": (
+        "llama",
+        "LlamaConfig",
+        SIZES | dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e5)),
+        None,
+    ),
+    "llama-yarn": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN), None),
+    "llama-yarn-betas": (
+        "llama",
+        "LlamaConfig",
+        SIZES | dict(head_dim=20, rope_parameters=YARN | dict(beta_fast=8.0, beta_slow=0.5, attention_factor=0.9)),
+        None,
+    ),
+    "llama-3": (
+        "llama",
+        "LlamaConfig",
+        SIZES
+        | dict(head_dim=16, max_position_embeddings=16384)
+        | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192)),
+        None,
+    ),
+    "mistral": ("llama", "MistralConfig", SIZES | dict(head_dim=10, sliding_window=None), "mistral"),
+    "mixtral": (
+        "llama",
+        "MixtralConfig",
+        SIZES | dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
+        None,
+    ),
+    "qwen2": ("qwen2", "Qwen2Config", SIZES | dict(tie_word_embeddings=True), "qwen2"),
+    "qwen2-yarn": ("qwen2", "Qwen2Config", SIZES | dict(rope_parameters=YARN), None),
+    "qwen3": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=128), "qwen3"),
+    "qwen3-bias": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=20, attention_bias=True), None),
+    "qwen3moe": ("qwen3moe", "Qwen3MoeConfig", SIZES | MOE | dict(head_dim=12), None),
+    "gemma": ("gemma", "GemmaConfig", SIZES | dict(head_dim=20), None),
+    "gemma2": (
+        "gemma2",
+        "Gemma2Config",
+        SIZES
+        | dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=6)
+        | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        None,
+    ),
+    "gemma3": (
+        "gemma3",
+        "Gemma3TextConfig",
+        SIZES | dict(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=6),
+        "gemma3",
+    ),
+    "gemma3-linear": (
+        "gemma3",
+        "Gemma3TextConfig",
+        SIZES
+        | dict(num_hidden_layers=7, head_dim=12, query_pre_attn_scalar=12, sliding_window=6)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+        None,
+    ),
+    "phi3": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, sliding_window=9), None),
+    "phi3-partial": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5), "phi3"),
+    "phi3-longrope": (
+        "phi3",
+        "Phi3Config",
+        SIZES | dict(pad_token_id=0, original_max_position_embeddings=16, rope_parameters=LONGROPE),
+        None,
+    ),
+    "granite": (
+        "granite",
+        "GraniteConfig",
+        SIZES
+        | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
+        | dict(attention_bias=True),
+        None,
+    ),
+    "smollm3": ("smollm3", "SmolLM3Config", SIZES | dict(num_hidden_layers=5, pad_token_id=0), None),
+    "olmo2": ("olmo2", "Olmo2Config", SIZES, None),
+    "gpt2": ("gpt2", "GPT2Config", GPT2, "gpt2"),
+    "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), None),
+    "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.25, num_attention_heads=3), None),
+    "gptneox-serial": (
+        "gptneox",
+        "GPTNeoXConfig",
+        NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True, rotary_pct=1.0),
+        None,
+    ),
+}
+# What jlora's config may say otherwise than transformers' config, which computes the same.
+EQUIVALENT = {"mistral": "llama"}
+
+
+@functools.cache
+def reference(case):
+    """transformers' model with random weights everywhere, norms and biases too."""
+    _, name, fields, _ = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**fields, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            center = 0.0 if "gemma" in case or not ("norm" in key or "ln_" in key) else 1.0
+            value.copy_(center + 0.3 * torch.randn_like(value))
+    return model
+
+
+def rope_parameters(config):
+    nested = config.rope_parameters or {}
+    return nested.get("full_attention", nested)
+
+
+def write_common(writer, config):
+    """What llama.cpp's converter writes for most architectures."""
+    rope = rope_parameters(config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        settings = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+        for name, key in (settings | {"attention_factor": "yarn_attn_factor"}).items():
+            if rope.get(name) is not None:
+                getattr(writer, f"add_rope_scaling_{key}")(rope[name])
+    if getattr(config, "head_dim", None) is not None:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+
+
+def write_llama(writer, config):
+    write_common(writer, config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    if hasattr(config, "num_local_experts"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def write_qwen3moe(writer, config):
+    write_common(writer, config)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def write_gemma2(writer, config):
+    write_common(writer, config)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def write_gemma3(writer, config):
+    write_common(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def write_granite(writer, config):
+    write_llama(writer, config)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def write_phi3(writer, config):
+    rope = rope_parameters(config)
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head_dim))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_sliding_window(config.sliding_window or 0)
+    if "long_factor" in rope:
+        scale = math.log(config.max_position_embeddings / config.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + scale / math.log(config.original_max_position_embeddings)))
+        writer.add_tensor("rope_factors_long.weight", np.array(rope["long_factor"], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], np.float32))
+
+
+def write_gpt2(writer, config):
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+
+
+def write_gptneox(writer, config):
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_rope_dimension_count(int(rope_parameters(config)["partial_rotary_factor"] * head_dim))
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_parallel_residual(config.use_parallel_residual)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+
+
+METADATA = {
+    "llama": write_llama,
+    "smollm3": write_llama,
+    "granite": write_granite,
+    "qwen3moe": write_qwen3moe,
+    "gemma2": write_gemma2,
+    "gemma3": write_gemma3,
+    "phi3": write_phi3,
+    "gpt2": write_gpt2,
+    "gptneox": write_gptneox,
+}
+
+
+def interleaved(array, heads):
+    """The two halves of each head's rows, taken in turns."""
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def laid_out(architecture, config, name, array):
+    """[(name, array)] with what llama.cpp's converter changes about a tensor."""
+    module = name.split(".")[-2] if "." in name else name
+    if architecture in ("llama", "granite", "smollm3") and module in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
+        return [(name, interleaved(array, heads))]
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        return [(name, array + 1)]
+    if architecture == "gpt2" and module in ("c_attn", "c_proj", "c_fc") and name.endswith("weight"):
+        return [(name, array.T)]
+    if architecture == "gptneox" and module == "query_key_value":
+        heads = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
+        return [(name, np.concatenate([heads[:, i].reshape(-1, *array.shape[1:]) for i in range(3)]))]
+    if name.endswith("experts.gate_up_proj"):
+        stem, (gate, up) = name.removesuffix("gate_up_proj"), np.split(array, 2, axis=1)
+        return [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]
+    if name.endswith("experts.down_proj"):
+        return [(f"{name}.weight", array)]
+    return [(name, array)]
+
+
+def llama3_divisors(config):
+    """What Llama 3's rule divides each rotary frequency by."""
+    rope, dim = rope_parameters(config), config.head_dim
+    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    smooth = (context / wavelengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    divisors = np.where(wavelengths > context / low, rope["factor"], between)
+    return np.where(wavelengths < context / high, 1, divisors).astype(np.float32)
+
+
+def write(path, case, *, change=lambda writer: None, packed=lambda name, array: "F32"):
+    """The reference model of `case` as a GGUF file; `change` may add metadata, `packed` picks a tensor's type."""
+    architecture, _, _, known_as = CASES[case]
+    model = reference(case)
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(known_as or case)
+    if config.pad_token_id is not None:
+        writer.add_pad_token_id(config.pad_token_id)
+    METADATA.get(architecture, write_common)(writer, config)
+    table = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
+    )
+    if (config.rope_parameters if architecture != "gpt2" else {}).get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
+    for hub_name, value in model.state_dict().items():
+        if config.tie_word_embeddings and hub_name in ("lm_head.weight", "embed_out.weight"):
+            continue
+        for name, array in laid_out(architecture, config, hub_name, value.numpy()):
+            target = table.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert target, name
+            kind = gguf.GGMLQuantizationType[packed(target, array)]
+            writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """case → the GGUF file of its reference model."""
+    return functools.cache(lambda case: write(tmp_path_factory.mktemp(case) / "model.gguf", case))
+
+
+def tokens(rows=2, length=21):
+    return np.random.default_rng(1).integers(1, 101, (rows, length))
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+
+
+def difference(ours, theirs):
+    """The largest difference, relative to the largest value."""
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, files, parity):
+    model, params = jlora.load(files(case))
+    ids = tokens()
+    found = difference(model(params, jnp.asarray(ids)), logits_of(reference(case), ids))
+    parity(f"GGUF {case}", "logits", found)
+    assert found < 1e-4
+
+
+@pytest.mark.parametrize("case", [case for case, (*_, known_as) in CASES.items() if known_as])
+def test_logits_of_transformers_reading_the_same_file(case, files):
+    model, params = jlora.load(files(case))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        files(case).parent, gguf_file="model.gguf", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = tokens()
+    assert difference(model(params, jnp.asarray(ids)), logits_of(theirs, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_is_read_as_the_one_it_was_written_from(case, files, tmp_path):
+    """jlora reads the same ModelConfig from the GGUF file and from the folder that transformers saves."""
+    reference(case).save_pretrained(tmp_path)
+    expected, found = jlora.load(tmp_path)[0].config, jlora.load(files(case))[0].config
+    fields = {name: value for name, value in vars(expected).items() if name not in ("source", "eos_token_ids")}
+    fields["model_type"] = EQUIVALENT.get(fields["model_type"], fields["model_type"])
+    for name, value in fields.items():
+        assert getattr(found, name) == value, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_reads_the_config(case, files, tmp_path):
+    """What jlora saves of a model that came from GGUF, transformers opens, with the same logits."""
+    model, params = jlora.load(files(case))
+    jlora.save_model(tmp_path, model, params)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids = tokens()
+    assert difference(logits_of(opened, ids), logits_of(reference(case), ids)) < 1e-4

@@ -7,7 +7,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jlora.lora.targets import HEADS
 
 # The PEFT whose fields are written; readers decide by it how old an adapter is.
 PEFT_VERSION = "0.21.2"
@@ -16,17 +18,11 @@ PEFT_VERSION = "0.21.2"
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none", None),
     "kasa_config": (None,),
     "layer_replication": (None, []),
-    "lora_bias": (False, None),
     "megatron_config": (None,),
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
-    "use_dora": (False, None),
     "use_qalora": (False, None),
 }
 # Starts that change the base weights too: the saved A and B are right only on top of that changed base.
@@ -35,7 +31,7 @@ CHANGES_BASE = r"pissa.*|olora|corda|loftq|lora_ga"
 # Fields that say how an adapter came about, or only matter to training or to the classes above.
 IGNORED = frozenset(
     (
-        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+        *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
         *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config"),
         *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
         "velora_config",
@@ -56,6 +52,13 @@ class AdapterConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
@@ -73,6 +76,7 @@ class AdapterConfig:
             warnings.warn(f"{path}: fields that jlora does not know are ignored: {', '.join(unknown)}", stacklevel=3)
         layers = found.get("layers_to_transform")
         layers = [layers] if isinstance(layers, int) else layers
+        tokens = found.get("trainable_token_indices")
         return cls(
             r=found["r"],
             lora_alpha=found["lora_alpha"],
@@ -83,6 +87,13 @@ class AdapterConfig:
             use_rslora=bool(found.get("use_rslora")),
             rank_pattern=dict(found.get("rank_pattern") or {}),
             alpha_pattern=dict(found.get("alpha_pattern") or {}),
+            use_dora=bool(found.get("use_dora")),
+            lora_bias=bool(found.get("lora_bias")),
+            bias=found.get("bias") or "none",
+            modules_to_save=tuple(found.get("modules_to_save") or ()),
+            trainable_token_indices=tokens if isinstance(tokens, dict) else tuple(tokens or ()),
+            target_parameters=tuple(found.get("target_parameters") or ()),
+            ensure_weight_tying=bool(found.get("ensure_weight_tying")),
         )
 
     def rank(self, module: str) -> int:
@@ -94,60 +105,95 @@ class AdapterConfig:
         rank = self.rank(module)
         return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool | None:
-        """Whether the adapter is meant for this linear; None when the file leaves it to PEFT's defaults."""
-        if self.target_modules is None:
-            return None
-        if self.exclude_modules and _matches(self.exclude_modules, module):
+    def targets(self, module: str, *, linear: bool = True) -> bool | None:
+        """Whether the adapter is meant for this module; None when the file leaves it to PEFT's defaults.
+
+        Args:
+            linear: whether it is one, rather than an embedding.
+        """
+        if self.saves(module) or (self.exclude_modules and _matches(self.exclude_modules, module)):
             return False
+        if self.target_modules is None:
+            return False if self.target_parameters else None
         if self.target_modules == "all-linear":
-            return module != "lm_head"
+            return linear and module not in HEADS
         layer = re.search(r"\.(\d+)\.", module)
         if self.layers_to_transform and (not layer or int(layer[1]) not in self.layers_to_transform):
             return False
         return _matches(self.target_modules, module)
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter is meant for this parameter: of experts, or a router's weight."""
+        return _matches(self.target_parameters, name)
 
-def to_json(
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, int | float],
-    *,
-    linears: Iterable[str],
-    dropout: float,
-    base: str | None,
-) -> dict[str, Any]:
-    """adapter_config.json of an adapter on the modules that are the keys of `ranks` and `alphas`.
+    def saves(self, module: str) -> bool:
+        """Whether the adapter holds a whole copy of this module."""
+        return any(module.endswith(name) for name in self.modules_to_save)
 
-    Args:
-        linears: every linear of the base, by which target names are kept short without meaning more than they should.
+    def token_rows(self, embedding: str) -> dict[str, Sequence[int]]:
+        """Module name → the tokens whose rows the adapter replaces; those of no named module are `embedding`'s."""
+        tokens = self.trainable_token_indices
+        return dict(tokens) if isinstance(tokens, Mapping) else {embedding: tokens} if tokens else {}
+
+
+class Summary(NamedTuple):
+    """An adapter as adapter_config.json describes it.
+
+    Attributes:
+        ranks, alphas: of every adapted module, by its full name.
+        linears: every module of the base that could be adapted, by which target names are kept short without meaning
+            more than they should.
+        targets, parameters: the adapted modules, and parameters that are no modules.
+        tokens: as `trainable_token_indices`.
+        tied: the embedding's adapter acts in the head too.
     """
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, int | float]
+    linears: Sequence[str]
+    targets: Sequence[str]
+    parameters: Sequence[str]
+    dropout: float
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: Sequence[str]
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | None
+    tied: bool
+    fan_in_fan_out: bool
+
+
+def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
+    """adapter_config.json of an adapter."""
+    ranks, alphas = summary.ranks, summary.alphas
+    r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
     return {
         "alpha_pattern": {module: value for module, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "bias": "none",
+        "bias": summary.bias,
+        "ensure_weight_tying": summary.tied,
         "exclude_modules": None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": summary.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "layer_replication": None,
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_bias": False,
-        "lora_dropout": dropout,
-        "modules_to_save": None,
+        "lora_bias": summary.lora_bias,
+        "lora_dropout": summary.dropout,
+        "modules_to_save": list(summary.modules_to_save) or None,
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": r,
         "rank_pattern": {module: value for module, value in sorted(ranks.items()) if value != r},
         "revision": None,
-        "target_modules": _target_names(list(ranks), linears),
-        "target_parameters": None,
+        "target_modules": _target_names(summary.targets, summary.linears),
+        "target_parameters": _parameter_names(summary.parameters),
         "task_type": "CAUSAL_LM",
-        "trainable_token_indices": None,
-        "use_dora": False,
+        "trainable_token_indices": summary.tokens,
+        "use_dora": summary.use_dora,
         "use_rslora": False,
     }
 
@@ -178,6 +224,11 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
         if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
             problems.append(f"{name} is {pattern!r}; expected an object of numbers")
     return problems
+
+
+def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
+    """Sorted ends of the names, which mean the parameter in every layer; all layers have one adapter or none has."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}) or None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """A model as a Hugging Face folder that transformers opens: adapters merged, packed leaves unpacked, one by one."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jlora import lora, quant, tree
+from jlora import lora, tree
 from jlora.hub import names
 from jlora.hub.folder import replacing
 from jlora.hub.weights import INDEX, SINGLE
@@ -57,6 +58,8 @@ def save_model(
         ValueError: `params` are not those of `model`.
         FileExistsError: `path` holds something other than a model.
     """
+    params = lora.untie(params)
+    model = _untied(model, params)
     pieces = _pieces(model, params)
     shards = _shards(pieces, shard_bytes)
     with replacing(path, marker="config.json", stale=STALE) as folder:
@@ -75,6 +78,16 @@ def save_model(
             tokenizer.save_pretrained(folder)
 
 
+def _untied(model: "Model", params: Params) -> "Model":
+    """The model whose config says so if its tied embedding and head have become two."""
+    if not model.config.tie_word_embeddings or "kernel" not in params.get(model.config.names.head, {}):
+        return model
+    source = json.dumps(model.config.to_hf() | {"tie_word_embeddings": False}, sort_keys=True)
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
+    )
+
+
 def _pieces(model: "Model", params: Params) -> list[Piece]:
     """Every tensor of the folder, sorted by name."""
     kind = model.config.model_type
@@ -91,6 +104,7 @@ def _pieces(model: "Model", params: Params) -> list[Piece]:
             problems.append(str(error))
         else:
             pieces += [Piece(tensor, path, np.dtype(leaf.dtype)) for tensor in tensors]
+    problems += _biases_without_base(params)
     found = {piece.name: piece.tensor.shape for piece in pieces}
     problems += [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in expected]
@@ -102,6 +116,16 @@ def _pieces(model: "Model", params: Params) -> list[Piece]:
     if problems:
         raise ValueError("these params are not the model's:\n  " + "\n  ".join(problems))
     return sorted(pieces)
+
+
+def _biases_without_base(params: Params) -> list[str]:
+    flat = tree.flatten(params)
+    modules = [path.rpartition("/")[0] for path in flat if path.endswith("/lora_bias")]
+    return [
+        f"{module}: the adapter adds a bias where the model has none"
+        for module in modules
+        if f"{module}/bias" not in flat
+    ]
 
 
 def _shards(pieces: Sequence[Piece], limit: int) -> dict[str, list[Piece]]:
@@ -122,23 +146,18 @@ def _shards(pieces: Sequence[Piece], limit: int) -> dict[str, list[Piece]]:
 def _tensor(params: Params, piece: Piece) -> np.ndarray:
     """The tensor's values on the host, as the Hub has them."""
     module_path, _, name = piece.path.rpartition("/")
-    module: Any = params
-    for part in module_path.split("/"):
-        module = module[part]
-    # Only a kernel has adapters, so nothing else of the module is fetched for the other leaves.
-    wanted = {k: v for k, v in module.items() if k == name or (name == "kernel" and lora.is_adapter(k))}
-    tensor = piece.tensor
-    wanted = {k: _at(leaf, tensor.index, k) for k, leaf in wanted.items()}
-    if quant.is_packed(wanted[name]):
-        wanted[name] = quant.dequantize(wanted[name])
-    values = np.asarray(lora.merge({"module": wanted})["module"][name])
+    module, tensor = tree.subtree(params, module_path), piece.tensor
+    # A module's other leaves of its own have no part in this one, and need not be fetched.
+    wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
+    values = np.asarray(lora.merged_leaf(wanted, name))
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
     return np.ascontiguousarray(values.T if tensor.transposed else values)
 
 
 def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
     """The leaf's entry for one layer (and expert); an adapter's settings have no axis of experts."""
-    index = index[:1] if name in lora.SETTINGS else index
+    if name in ("lora_scale", "lora_rank"):
+        index = index[:1]
     return jax.tree.map(lambda part: part[index], leaf)
 
 

@@ -1,7 +1,8 @@
 """PEFT adapter folders: the same bytes for the same adapter, read strictly: all of it fits, or nothing is loaded."""
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from safetensors.numpy import save_file
 
 from jlora import lora, quant, sharding, tree
 from jlora.hub import names
-from jlora.hub.adapter_config import AdapterConfig, to_json
+from jlora.hub.adapter_config import AdapterConfig, Summary, to_json
 from jlora.hub.folder import replacing
 from jlora.hub.source import locate
-from jlora.hub.weights import listing, read_json, read_tensor, tensor_infos
+from jlora.hub.weights import TensorInfo, listing, read_json, read_tensor, tensor_infos
+from jlora.lora.merge import MAIN, TIED_HEADS
+from jlora.lora.partition import TRAINED
 from jlora.types import Params
 
 CONFIG = "adapter_config.json"
@@ -24,47 +27,127 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 STALE = ("adapter_model*",)
 PREFIX = "base_model.model."
-A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 
 
-class Linear(NamedTuple):
-    """One linear of the base as PEFT sees it: where it is in the tree, and its sizes."""
+class Codec(NamedTuple):
+    """How a value of one layer lies in the tree and in the file."""
 
+    to_file: Callable[[np.ndarray], np.ndarray]
+    from_file: Callable[[np.ndarray], np.ndarray]
+
+
+PLAIN = Codec(lambda x: x, lambda x: x)
+TRANSPOSED = Codec(lambda x: x.T, lambda x: x.T)
+
+
+def _expert_codecs(experts: int) -> tuple[Codec, Codec]:
+    """A [E, D, R] ↔ [E·R, D], expert by expert; B [E, R, N] ↔ [N, R·E], rank by rank (PEFT's `ParamWrapper`)."""
+    a = Codec(
+        lambda x: x.swapaxes(1, 2).reshape(-1, x.shape[1]),
+        lambda x: x.reshape(experts, -1, x.shape[-1]).swapaxes(1, 2),
+    )
+    b = Codec(
+        lambda x: x.transpose(2, 1, 0).reshape(x.shape[2], -1),
+        lambda x: x.reshape(x.shape[0], -1, experts).transpose(2, 1, 0),
+    )
+    return a, b
+
+
+class Module(NamedTuple):
+    """One adaptable module of one layer, as PEFT sees it.
+
+    Attributes:
+        name: PEFT's: of a module, or of a parameter ("….experts.down_proj", "….gate.weight").
+        path, index: where it lies in the tree: the module, and the layer's place in its stack (None if not stacked).
+        leaf: "kernel", "embedding" or "router".
+        inputs, outputs: of one expert if there are several.
+        experts: how many, 0 for a plain module.
+        tensors: what its tensors' names begin with.
+    """
+
+    name: str
     path: str
-    layer: int
+    index: int | None
+    leaf: str
     inputs: int
     outputs: int
+    experts: int
+    tensors: str
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.experts > 0 or self.leaf == "router"
+
+    def factors(self, rank: int) -> dict[str, tuple[str, tuple[int, ...], Codec]]:
+        """Leaf → (tensor name, its shape, codec) of A and B."""
+        if self.leaf == "embedding":
+            ends = (".lora_embedding_A", ".lora_embedding_B")
+        else:
+            ends = (".lora_A.weight", ".lora_B.weight")
+        a, b = _expert_codecs(self.experts) if self.experts else (TRANSPOSED, TRANSPOSED)
+        wide = rank * max(1, self.experts)
+        return {
+            "lora_a": (self.tensors + ends[0], (wide, self.inputs), a),
+            "lora_b": (self.tensors + ends[1], (self.outputs, wide), b),
+        }
 
 
-def save_adapter(path: str | Path, params: Params, base: str | None = None) -> None:
+class Slot(NamedTuple):
+    """One tensor of the file, and its place in the tree."""
+
+    path: str
+    index: int | None
+    shape: tuple[int, ...]
+    codec: Codec
+
+
+def save_adapter(path: str | Path, params: Params, base: str | None = None, *, fold: bool = False) -> None:
     """Write the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
+
+    A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank, on the untouched
+    base.
 
     Args:
         base: the Hub id or path of the base model, for adapter_config.json.
+        fold: multiply every scale into B, so that lora_alpha is r for any reader, of any version.
 
     Raises:
-        ValueError: there is no adapter in `params`.
+        ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
         FileExistsError: `path` holds something other than an adapter.
     """
+    params = _whole_starts(params)
+    flat = tree.flatten(params)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
-    dropout = 0.0
-    modules = _modules(params)
-    for module_path, module in modules.items():
-        if "lora_a" not in module:
+    modules = [module for module in _modules(params) if f"{module.path}/lora_a" in flat]
+    for module in modules:
+        scale, rank = _settings(flat, module)
+        if not rank:
             continue
-        dropout = max(dropout, _dropout(module))
-        for name, a, b, scale in _unstacked(module_path, module):
-            tensors |= {f"{PREFIX}{name}{A}": a, f"{PREFIX}{name}{B}": b}
-            ranks[name], alphas[name] = a.shape[0], _tidy(scale * a.shape[0])
-    if not ranks:
+        ranks[module.name], alphas[module.name] = rank, rank if fold else _tidy(scale * rank)
+        for leaf, (name, _, codec) in module.factors(rank).items():
+            value = _layer(flat[f"{module.path}/{leaf}"], module.index)
+            value = value[..., :rank] if leaf == "lora_a" else value[..., :rank, :] * (scale if fold else 1)
+            tensors[name] = codec.to_file(value)
+        if f"{module.path}/lora_bias" in flat:
+            factor = scale if fold else 1
+            tensors[f"{module.tensors}.lora_B.bias"] = _layer(flat[f"{module.path}/lora_bias"], module.index) * factor
+        if f"{module.path}/lora_magnitude" in flat:
+            name = f"{module.tensors}.lora_magnitude_vector"
+            tensors[name] = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
+    tensors |= _mirrored_head(tensors, flat)
+    extra = _extra_slots(flat, _wrapped(modules, ranks))
+    tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
+    if not tensors:
         raise ValueError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
-    config = to_json(ranks, alphas, linears=_linears(params), dropout=dropout, base=base)
+    tensors |= _base_copies(flat, modules)
+    config = to_json(_summary(params, ranks, alphas), base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / "README.md").write_text(_card(config), encoding="utf-8")
 
 
@@ -81,58 +164,458 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     config = AdapterConfig.from_json(read_json(folder / CONFIG), folder / CONFIG)
     file = _weights(folder)
     found = tensor_infos([file])
-    linears = _linears(params)
-    leaves = tree.flatten(lora.strip(params))
-    shapes = {name: info.shape for name, info in found.items() if not _is_base_copy(file, name, linears, leaves)}
-    adapted = _adapted(shapes, linears, config, file)
-    by_path: dict[str, list[str]] = {}
-    for name in adapted:
-        by_path.setdefault(linears[name].path, []).append(name)
-    for module_path, members in by_path.items():
-        layers = {linears[name].layer: _read(file, name) for name in members}
-        scales = {linears[name].layer: config.scale(name) for name in members}
-        kernel = leaves[f"{module_path}/kernel"]
-        for leaf, value in _stacked(
-            layers, scales, kernel, config.lora_dropout, tree.stack_of(module_path) is not None
-        ).items():
-            leaves[f"{module_path}/{leaf}"] = _place(f"{module_path}/{leaf}", value, kernel)
-    return tree.unflatten(leaves)
+    base = lora.strip(params)
+    leaves = tree.flatten(base)
+    modules = _outermost(_modules(base), found, config)
+    adapted = [module for module in modules if _is_wanted(module, found, config)]
+    slots = _factor_slots(adapted, config) | _config_slots(leaves, config, adapted)
+    mirrored = _mirrored_names(config, adapted)
+    _check(file, found, slots, _optional(file, found, leaves, modules) | mirrored, modules, adapted)
+    values = {name: slot.codec.from_file(read_tensor(file, name).astype(np.float32)) for name, slot in slots.items()}
+    new = _stacked(slots, values, leaves)
+    new |= _setting_leaves(adapted, config, leaves, new)
+    new |= _mark_tied(leaves, new, config)
+    placed = {name: _place(name, value, leaves) for name, value in new.items()}
+    return tree.unflatten(_with_norms(leaves | placed))
 
 
-def _modules(params: Params) -> dict[str, dict[str, Any]]:
-    """Module path → its leaves, for every linear of the tree."""
-    modules: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.flatten(params).items():
+# ---------------------------------------------------------------- what there is to adapt
+
+
+def _modules(params: Params) -> list[Module]:
+    """Every module that PEFT could adapt, layer by layer, in the order of the tree."""
+    flat = tree.flatten(lora.strip(params))
+    found = []
+    for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
-        modules.setdefault(module, {})[name] = leaf
-    return {path: module for path, module in modules.items() if "kernel" in module}
-
-
-def _linears(params: Params) -> dict[str, Linear]:
-    """Hub module name → the linear, in the order of the tree."""
-    found: dict[str, Linear] = {}
-    for path, module in _modules(params).items():
-        shape = module["kernel"].shape
-        for layer, name in enumerate(names.module_names(path, shape[0])):
-            found[name] = Linear(path, layer, shape[-2], shape[-1])
+        if name in MAIN:
+            found += _module_layers(module, name, tuple(leaf.shape), params)
+    for embedding, head in TIED_HEADS.items():
+        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
+            shape = flat[f"{embedding}/embedding"].shape
+            found.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
     return found
 
 
-def _unstacked(path: str, module: Mapping[str, Any]) -> Iterable[tuple[str, np.ndarray, np.ndarray, float]]:
-    """(Hub name, A [r, in], B [out, r], scale) of every layer that has an adapter, in float32."""
-    a, b = (np.asarray(module[leaf], np.float32) for leaf in ("lora_a", "lora_b"))
-    scales = np.asarray(module["lora_scale"], np.float64)
-    if tree.stack_of(path) is None:
-        a, b, scales = a[None], b[None], scales[None]
-    ranks = np.broadcast_to(np.asarray(module.get("lora_rank", a.shape[-1])), (len(a),))
-    for name, a_layer, b_layer, scale, rank in zip(names.module_names(path, len(a)), a, b, scales, ranks, strict=True):
-        if rank:
-            a_hub, b_hub = a_layer[:, :rank].T, b_layer[:rank].T
-            yield name, np.ascontiguousarray(a_hub), np.ascontiguousarray(b_hub), float(scale)
+def _module_layers(path: str, leaf: str, shape: tuple[int, ...], params: Params) -> list[Module]:
+    stacked = tree.stack_of(path) is not None
+    is_expert = re.fullmatch(names.EXPERTS, path) is not None
+    try:
+        full_names = names.module_names(path, shape[0])
+    except ValueError:  # other trees than language models: their own names
+        full_names = [path.replace("/", ".")]
+    layers = []
+    for i, name in enumerate(full_names):
+        tensors = f"{PREFIX}{name.rpartition('.')[0] if is_expert else name}"
+        if is_expert and name.endswith("gate_up_proj") and _is_adapted(params, path.rpartition("/")[0] + "/down_proj"):
+            tensors += ".base_layer"  # PEFT wraps the experts' module once for each parameter
+        full = f"{name}.weight" if leaf == "router" else name
+        experts = shape[-3] if is_expert else 0
+        layers.append(Module(full, path, i if stacked else None, leaf, shape[-2], shape[-1], experts, tensors))
+    return layers
 
 
-def _dropout(module: Mapping[str, Any]) -> float:
-    return float(np.max(module["lora_dropout"])) if "lora_dropout" in module else 0.0
+def _is_adapted(params: Params, path: str) -> bool:
+    return f"{path}/lora_a" in tree.flatten(params)
+
+
+def _outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig) -> list[Module]:
+    """The modules with experts' tensors named by whether both or one of the two parameters are in the file."""
+    wanted = {module.name for module in modules if module.experts and _is_wanted(module, found, config)}
+
+    def rename(module: Module) -> Module:
+        if not module.name.endswith(".gate_up_proj") or not module.experts:
+            return module
+        outer = module.name.removesuffix("gate_up_proj") + "down_proj"
+        return module._replace(tensors=f"{module.tensors}.base_layer") if outer in wanted else module
+
+    return [rename(module) for module in modules]
+
+
+def _is_wanted(module: Module, found: Mapping[str, TensorInfo], config: AdapterConfig) -> bool:
+    if module.is_parameter:
+        return config.targets_parameter(module.name)
+    wanted = config.targets(module.name, linear=module.leaf == "kernel")
+    if wanted is None:  # left to PEFT's defaults: what the file holds
+        return any(name in found for name, _, _ in module.factors(1).values())
+    if wanted and module.path in TIED_HEADS.values() and config.ensure_weight_tying:
+        return False  # the same adapter as the embedding's
+    return wanted
+
+
+# ---------------------------------------------------------------- the file's tensors
+
+
+def _factor_slots(adapted: list[Module], config: AdapterConfig) -> dict[str, Slot]:
+    """The tensors of the updates themselves."""
+    slots = {}
+    for module in adapted:
+        for leaf, (name, shape, codec) in module.factors(config.rank(module.name)).items():
+            slots[name] = Slot(f"{module.path}/{leaf}", module.index, shape, codec)
+        if config.use_dora:
+            name = f"{module.tensors}.lora_magnitude_vector"
+            slots[name] = Slot(f"{module.path}/lora_magnitude", module.index, (module.outputs,), PLAIN)
+        if config.lora_bias:
+            name = f"{module.tensors}.lora_B.bias"
+            slots[name] = Slot(f"{module.path}/lora_bias", module.index, (module.outputs,), PLAIN)
+    return slots
+
+
+def _extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
+    """The tensors of trained copies and of token rows that the tree holds.
+
+    Args:
+        wrapped: names of adapted modules, whose own leaves PEFT calls "base_layer".
+    """
+    slots: dict[str, Slot] = {}
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        if name.startswith(TRAINED):
+            slots |= _copy_slots(module, name.removeprefix(TRAINED), tuple(leaf.shape), wrapped)
+        if name == "lora_tokens":
+            tensor = f"{PREFIX}{names.module_names(module, 1)[0]}.token_adapter.trainable_tokens_delta"
+            slots[tensor] = Slot(path, None, tuple(leaf.shape), PLAIN)
+    return slots
+
+
+def _copy_slots(module: str, leaf: str, shape: tuple[int, ...], wrapped: set[str]) -> dict[str, Slot]:
+    slots = {}
+    for tensor in names.hub_tensors(f"{module}/{leaf}", shape):
+        owner, _, last = tensor.name.rpartition(".")
+        name = f"{owner}.base_layer.{last}" if owner in wrapped else tensor.name
+        index = tensor.index[0] if tensor.index else None
+        codec = TRANSPOSED if tensor.transposed else PLAIN
+        slots[f"{PREFIX}{name}"] = Slot(f"{module}/{TRAINED}{leaf}", index, tensor.shape, codec)
+    return slots
+
+
+def _config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list[Module]) -> dict[str, Slot]:
+    """The tensors of trained copies and token rows that a config asks for."""
+    slots: dict[str, Slot] = {}
+    wrapped = {module.name for module in adapted}
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        full = names.module_names(module, leaf.shape[0])
+        saved = [config.saves(item) for item in full]
+        biased = name == "bias" and (
+            config.bias == "all" or (config.bias == "lora_only" and any(item in wrapped for item in full))
+        )
+        if any(saved) or biased:
+            slots |= _copy_slots(module, name, tuple(leaf.shape), wrapped)
+    for embedding, head in TIED_HEADS.items():
+        if f"{embedding}/embedding" in leaves and f"{head}/kernel" not in leaves:
+            if config.saves(head) and not config.ensure_weight_tying:
+                slots |= _copy_slots(head, "kernel", leaves[f"{embedding}/embedding"].shape[::-1], wrapped)
+    for item, tokens in config.token_rows(_input_embedding(leaves)).items():
+        for path, leaf in leaves.items():
+            module, _, name = path.rpartition("/")
+            full = names.module_names(module, leaf.shape[0])[0]
+            if name in ("kernel", "embedding") and (full == item or full.endswith(f".{item}")):
+                width = leaf.shape[1] if name == "embedding" else leaf.shape[0]
+                tensor = f"{PREFIX}{full}.token_adapter.trainable_tokens_delta"
+                slots[tensor] = Slot(f"{module}/lora_tokens", None, (len(tokens), width), PLAIN)
+    return slots
+
+
+def _input_embedding(leaves: Mapping[str, Any]) -> str:
+    return next((path.split("/")[-1] for path in TIED_HEADS if f"{path}/embedding" in leaves), "")
+
+
+def _check(
+    file: Path,
+    found: Mapping[str, TensorInfo],
+    slots: Mapping[str, Slot],
+    optional: set[str],
+    modules: list[Module],
+    adapted: list[Module],
+) -> None:
+    """Nothing, if the file holds just the tensors of `slots`, and perhaps some of those that may be left out."""
+    problems = [f"missing {name} {slot.shape}" for name, slot in slots.items() if name not in found]
+    problems += [
+        f"{name} has shape {found[name].shape}, expected {slot.shape}"
+        for name, slot in slots.items()
+        if name in found and found[name].shape != slot.shape
+    ]
+    there = {module.tensors for module in modules}
+    problems += [
+        f"unknown {name} {info.shape}{_why(name, there)}"
+        for name, info in found.items()
+        if name not in slots and name not in optional
+    ]
+    if not slots and not problems:
+        problems.append("target_modules match no linear of the model")
+    if problems:
+        raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
+
+
+def _why(tensor: str, there: set[str]) -> str:
+    if not tensor.startswith(PREFIX):
+        return f": PEFT's names begin with {PREFIX!r}"
+    module = re.sub(r"\.lora_.*$", "", tensor)
+    return f": {CONFIG} does not target this module" if module in there else ": the model has no such linear"
+
+
+def _optional(
+    file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], modules: list[Module]
+) -> set[str]:
+    """Tensors that repeat the base's own embedding or head, as PEFT writes them beside adapters of these."""
+    copies = set()
+    for module in modules:
+        name = f"{module.tensors}.base_layer.weight"
+        if name not in found or module.index is not None:
+            continue
+        weight = _base_weight(leaves, module)
+        if quant.is_packed(weight) or found[name].shape != weight.shape:
+            continue
+        values = read_tensor(file, name).astype(np.float32)
+        if np.allclose(np.asarray(weight, np.float32), values, rtol=0.01, atol=1e-6):
+            copies.add(name)
+    return copies
+
+
+def _base_weight(leaves: Mapping[str, Any], module: Module) -> Any:
+    """The base's weight of an embedding or head, as the Hub has it [V, D]."""
+    for embedding, head in TIED_HEADS.items():
+        if module.path == head and f"{head}/kernel" not in leaves:
+            return leaves[f"{embedding}/embedding"]
+    weight = leaves[f"{module.path}/{module.leaf}"]
+    return weight if module.leaf == "embedding" or quant.is_packed(weight) else weight.T
+
+
+# ---------------------------------------------------------------- from tensors to leaves
+
+
+def _stacked(
+    slots: Mapping[str, Slot], values: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The leaves that the tensors make, padded with zeros to the widest rank; a layer without a tensor is zero."""
+    by_path: dict[str, dict[int | None, np.ndarray]] = {}
+    for name, slot in slots.items():
+        by_path.setdefault(slot.path, {})[slot.index] = values[name]
+    made = {}
+    for path, layers in by_path.items():
+        if None in layers:
+            made[path] = layers[None]
+            continue
+        shape = np.max([value.shape for value in layers.values()], axis=0)
+        whole = np.zeros((_layers(path, leaves), *shape), np.float32)
+        for index, value in layers.items():
+            whole[(index, *map(slice, value.shape))] = value
+        if path.rpartition("/")[2].startswith(TRAINED) and len(layers) != len(whole):
+            raise ValueError(f"{path}: trained copies of {len(layers)} of {len(whole)} layers; all of a stack or none")
+        made[path] = whole
+    return made
+
+
+def _layers(path: str, leaves: Mapping[str, Any]) -> int:
+    """How many layers the stack has that the leaf at `path` is in."""
+    module = path.rpartition("/")[0]
+    return next(leaf.shape[0] for name, leaf in leaves.items() if name.rpartition("/")[0] == module)
+
+
+def _setting_leaves(
+    adapted: list[Module], config: AdapterConfig, leaves: Mapping[str, Any], made: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Scales, ranks, dropout and token ids."""
+    settings: dict[str, np.ndarray] = {}
+    by_path: dict[str, list[Module]] = {}
+    for module in adapted:
+        by_path.setdefault(module.path, []).append(module)
+    for path, members in by_path.items():
+        stacked = members[0].index is not None
+        count = _layers(f"{path}/lora_a", leaves) if stacked else 1
+        scale, rank = np.zeros(count, np.float32), np.zeros(count, np.int32)
+        for module in members:
+            scale[module.index or 0], rank[module.index or 0] = config.scale(module.name), config.rank(module.name)
+        found = {"lora_scale": scale}
+        if np.any(rank != made[f"{path}/lora_a"].shape[-1]):
+            found["lora_rank"] = rank
+        if config.lora_dropout and members[0].leaf == "kernel":
+            found["lora_dropout"] = np.full(count, config.lora_dropout, np.float32)
+        settings |= {f"{path}/{leaf}": value if stacked else value.reshape(()) for leaf, value in found.items()}
+    rows = config.token_rows(_input_embedding(leaves))
+    for path in made:
+        module, _, name = path.rpartition("/")
+        if name == "lora_tokens":
+            full = names.module_names(module, 1)[0]
+            tokens = next(ids for item, ids in rows.items() if full == item or full.endswith(f".{item}"))
+            settings[f"{module}/lora_token_ids"] = np.array(tokens, np.int32)
+    return settings
+
+
+def _with_norms(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves with the frozen lengths that DoRA needs; magnitudes of layers left out are those lengths."""
+    for path in [path for path in leaves if path.endswith("/lora_magnitude")]:
+        module = path.rpartition("/")[0]
+        norms = jax.jit(lora.base_norms)(leaves[f"{module}/kernel"])
+        leaves[f"{module}/lora_base_norm"] = norms
+        if f"{module}/lora_rank" in leaves:
+            leaves[path] = jnp.where(leaves[f"{module}/lora_rank"][..., None] > 0, leaves[path], norms)
+    return leaves
+
+
+def _place(path: str, value: np.ndarray, leaves: Mapping[str, Any]) -> jax.Array:
+    """The leaf on the devices that hold its module."""
+    module = path.rpartition("/")[0]
+    siblings = [leaf for name, leaf in leaves.items() if name.rpartition("/")[0] == module]
+    placed = getattr(jax.tree.leaves(siblings)[0], "sharding", None) if siblings else None
+    if isinstance(placed, NamedSharding):
+        return jax.device_put(value, sharding.leaf_sharding(path, value, placed.mesh))
+    return jnp.asarray(value)
+
+
+# ---------------------------------------------------------------- tied embeddings
+
+
+def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The head's tensors that are the embedding's, for adapters that act in both places."""
+    mirrored = {}
+    for path, head in TIED_HEADS.items():
+        if f"{path}/lora_tied" not in flat:
+            continue
+        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
+        if f"{name}.lora_embedding_A" in tensors:
+            mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
+            mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T
+        if f"{path}/{TRAINED}embedding" in flat:
+            mirrored[f"{PREFIX}{head}.weight"] = np.asarray(flat[f"{path}/{TRAINED}embedding"])
+    return mirrored
+
+
+def _mirrored_names(config: AdapterConfig, adapted: list[Module]) -> set[str]:
+    """Names that an adapter with `ensure_weight_tying` may repeat for the head."""
+    if not config.ensure_weight_tying:
+        return set()
+    ends = ("lora_A.weight", "lora_B.weight", "weight", "base_layer.weight")
+    return {f"{PREFIX}{head}.{end}" for head in TIED_HEADS.values() for end in ends}
+
+
+def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: AdapterConfig) -> dict[str, np.ndarray]:
+    marks = {}
+    for path, head in TIED_HEADS.items():
+        changed = f"{path}/lora_a" in made or f"{path}/{TRAINED}embedding" in made
+        if changed and f"{head}/kernel" not in leaves and config.ensure_weight_tying:
+            marks[f"{path}/lora_tied"] = np.array(1, np.int32)
+    return marks
+
+
+def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np.ndarray]:
+    """The base's own embedding and head beside their adapters, as PEFT writes them."""
+    wanted = {*TIED_HEADS, *TIED_HEADS.values()}
+    copies = {}
+    for module in modules:
+        heads = [TIED_HEADS[module.path]] if f"{module.path}/lora_tied" in flat else []
+        weight = _base_weight(flat, module) if module.path in wanted else None
+        if weight is not None and not quant.is_packed(weight):
+            names_of_copies = [module.tensors, *[PREFIX + head for head in heads]]
+            copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in names_of_copies}
+    return copies
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+def _whole_starts(params: Params) -> Params:
+    """The tree in which starts that the base is read without are part of A and B."""
+
+    def widen(path: str, module: Params) -> Params:
+        if "lora_start_a" not in module:
+            return module
+        if "lora_rank" in module:
+            raise ValueError(f"{path}: a start from the weights whose rank differs by layer cannot be written for PEFT")
+        kept = {name: leaf for name, leaf in module.items() if not name.startswith("lora_start_")}
+        return kept | {
+            "lora_a": jnp.concatenate([module["lora_a"], module["lora_start_a"]], axis=-1),
+            "lora_b": jnp.concatenate([module["lora_b"], -module["lora_start_b"]], axis=-2),
+        }
+
+    return tree.map_modules(widen, params)
+
+
+def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
+    """(scale, rank) of one layer's adapter."""
+    scale = float(_layer(flat[f"{module.path}/lora_scale"], module.index))
+    rank = flat.get(f"{module.path}/lora_rank")
+    width = flat[f"{module.path}/lora_a"].shape[-1]
+    return scale, width if rank is None else int(_layer(rank, module.index))
+
+
+def _layer(leaf: Any, index: int | None) -> np.ndarray:
+    value = np.asarray(leaf if index is None else leaf[index])
+    return value.astype(np.float32) if value.dtype != np.int32 else value
+
+
+def _wrapped(modules: list[Module], ranks: Mapping[str, int]) -> set[str]:
+    return {module.name for module in modules if module.name in ranks}
+
+
+def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
+    """What adapter_config.json says of the adapter in `params`."""
+    flat = tree.flatten(params)
+    every = _modules(params)
+    adapted = [module for module in every if module.name in ranks]
+    tied = [TIED_HEADS[path] for path in TIED_HEADS if f"{path}/lora_tied" in flat and f"{path}/lora_a" in flat]
+
+    def leaf_of_all(name: str) -> bool:
+        have = [f"{module.path}/{name}" in flat for module in adapted]
+        if any(have) and not all(have):
+            raise ValueError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
+        return any(have)
+
+    dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
+    return Summary(
+        ranks=ranks,
+        alphas=alphas,
+        linears=[module.name for module in every if not module.is_parameter],
+        targets=[module.name for module in adapted if not module.is_parameter] + tied,
+        parameters=[module.name for module in adapted if module.is_parameter],
+        dropout=float(max(dropouts, default=0.0)),
+        use_dora=leaf_of_all("lora_magnitude"),
+        lora_bias=leaf_of_all("lora_bias"),
+        bias=_bias(flat, {module.path for module in adapted}),
+        modules_to_save=_saved(flat),
+        tokens=_token_ids(flat),
+        tied=any(f"{path}/lora_tied" in flat for path in TIED_HEADS),
+        fan_in_fan_out=any(module.path.startswith("h/") for module in adapted),
+    )
+
+
+def _bias(flat: Mapping[str, Any], adapted: set[str]) -> str:
+    saved = {path.rpartition("/")[0] for path in flat if path.endswith(tuple(f"/{TRAINED}{leaf}" for leaf in MAIN))}
+    saved |= {path.rpartition("/")[0] for path in flat if path.endswith(f"/{TRAINED}scale")}
+    trained = {path.rpartition("/")[0] for path in flat if path.endswith(f"/{TRAINED}bias")} - saved
+    every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")}
+    if not trained:
+        return "none"
+    if trained == every:
+        return "all"
+    if trained == every & adapted:
+        return "lora_only"
+    raise ValueError("PEFT's format trains all biases, or those of adapted modules; here are others: " + str(trained))
+
+
+def _saved(flat: Mapping[str, Any]) -> list[str]:
+    """`modules_to_save`: the shortest names that mean these modules and no others."""
+    main = tuple(f"/{TRAINED}{leaf}" for leaf in (*MAIN, "scale"))
+    modules = {path.rpartition("/")[0] for path in flat if path.endswith(main)}
+    others = {path.rpartition("/")[0] for path in flat if "/" in path} - modules
+    found = set()
+    for module in modules:
+        last = module.rpartition("/")[2]
+        if any(other.endswith(last) for other in others):
+            found |= set(names.module_names(module, flat[next(p for p in flat if p.startswith(module))].shape[0]))
+        else:
+            found.add(last)
+    return sorted(found)
+
+
+def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
+    ids = {
+        path.rpartition("/")[0].split("/")[-1]: np.asarray(leaf).tolist()
+        for path, leaf in flat.items()
+        if path.endswith("/lora_token_ids")
+    }
+    return ids.get(_input_embedding(flat)) if len(ids) == 1 and _input_embedding(flat) in ids else ids or None
 
 
 def _tidy(alpha: float) -> int | float:
@@ -150,96 +633,6 @@ def _weights(folder: Path) -> Path:
             f"load it with PEFT and save it again: save_pretrained writes {WEIGHTS}"
         )
     raise FileNotFoundError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
-
-
-def _adapted(
-    found: Mapping[str, tuple[int, ...]], linears: Mapping[str, Linear], config: AdapterConfig, file: Path
-) -> list[str]:
-    """The linears that the file's tensors are for, in the model's order.
-
-    Raises:
-        ValueError: every tensor that is missing, unknown or misshapen.
-    """
-    present = {name for name in linears if any(f"{PREFIX}{name}{part}" in found for part in (A, B))}
-    wanted = {name for name in linears if (name in present if config.targets(name) is None else config.targets(name))}
-    problems: list[str] = []
-    expected: dict[str, tuple[int, ...]] = {}
-    for name in linears:
-        if name in wanted:
-            rank = config.rank(name)
-            expected[f"{PREFIX}{name}{A}"] = (rank, linears[name].inputs)
-            expected[f"{PREFIX}{name}{B}"] = (linears[name].outputs, rank)
-    problems += [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems += [
-        f"unknown {name} {shape}{_why(name, present)}" for name, shape in found.items() if name not in expected
-    ]
-    if not expected and not problems:
-        problems.append(f"target_modules={config.target_modules!r} match no linear of the model")
-    if problems:
-        raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
-    return [name for name in linears if name in wanted]
-
-
-def _why(tensor: str, present: set[str]) -> str:
-    if not tensor.startswith(PREFIX):
-        return f": PEFT's names begin with {PREFIX!r}"
-    module = tensor.removeprefix(PREFIX).removesuffix(A).removesuffix(B)
-    return f": {CONFIG} does not target this module" if module in present else ": the model has no such linear"
-
-
-def _is_base_copy(file: Path, tensor: str, linears: Mapping[str, Linear], leaves: Mapping[str, Any]) -> bool:
-    """Whether the tensor repeats the base's own head, as PEFT writes it beside an adapter of the head."""
-    linear = linears.get(tensor.removeprefix(PREFIX).removesuffix(BASE))
-    if linear is None or not tensor.endswith(BASE):
-        return False
-    kernel = leaves[f"{linear.path}/kernel"]
-    values = read_tensor(file, tensor).astype(np.float32).T
-    if quant.is_packed(kernel) or kernel.shape != values.shape:
-        return False
-    return np.allclose(np.asarray(kernel, np.float32), values, rtol=0.01, atol=1e-6)
-
-
-def _read(file: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A [in, r] and B [r, out] in float32."""
-    a, b = (read_tensor(file, f"{PREFIX}{name}{part}").astype(np.float32).T for part in (A, B))
-    return a, b
-
-
-def _stacked(
-    layers: Mapping[int, tuple[np.ndarray, np.ndarray]],
-    scales: Mapping[int, int | float],
-    kernel: Any,
-    dropout: float,
-    stacked: bool,
-) -> dict[str, np.ndarray]:
-    """The adapter leaves beside one kernel, padded with zeros to the widest rank."""
-    count = kernel.shape[0] if stacked else 1
-    widest = max(a.shape[1] for a, _ in layers.values())
-    lora_a = np.zeros((count, kernel.shape[-2], widest), np.float32)
-    lora_b = np.zeros((count, widest, kernel.shape[-1]), np.float32)
-    scale, rank = np.zeros(count, np.float32), np.zeros(count, np.int32)
-    for layer, (a, b) in layers.items():
-        rank[layer], scale[layer] = a.shape[1], scales[layer]
-        lora_a[layer, :, : a.shape[1]], lora_b[layer, : a.shape[1]] = a, b
-    leaves = {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": scale}
-    if np.any(rank != widest):
-        leaves["lora_rank"] = rank
-    if dropout:
-        leaves["lora_dropout"] = np.full(count, dropout, np.float32)
-    return leaves if stacked else {name: value.reshape(value.shape[1:]) for name, value in leaves.items()}
-
-
-def _place(path: str, value: np.ndarray, kernel: Any) -> jax.Array:
-    """The leaf on the devices that hold the kernel."""
-    placed = getattr(jax.tree.leaves(kernel)[0], "sharding", None)
-    if isinstance(placed, NamedSharding):
-        return jax.device_put(value, sharding.leaf_sharding(path, value, placed.mesh))
-    return jnp.asarray(value)
 
 
 def _card(config: Mapping[str, Any]) -> str:

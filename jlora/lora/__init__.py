@@ -1,9 +1,28 @@
-"""LoRA as a transformation of a param tree: adapters beside kernels, a frozen half and a trainable half."""
+"""LoRA as a transformation of a param tree: adapters beside base leaves, a frozen half and a trainable half."""
 
 from jlora.lora.config import LoraConfig
-from jlora.lora.linear import linear
-from jlora.lora.merge import merge
-from jlora.lora.partition import SETTINGS, combine, is_adapter, labels, split, strip
+from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
+from jlora.lora.merge import merge, merged_leaf, untie
+from jlora.lora.partition import combine, is_adapter, is_trainable, labels, resolve, split, strip
 from jlora.lora.setup import init
 
-__all__ = ["SETTINGS", "LoraConfig", "combine", "init", "is_adapter", "labels", "linear", "merge", "split", "strip"]
+__all__ = [
+    "LoraConfig",
+    "base_norms",
+    "combine",
+    "embed",
+    "grouped_linear",
+    "init",
+    "is_adapter",
+    "is_trainable",
+    "labels",
+    "linear",
+    "merge",
+    "merged_leaf",
+    "resolve",
+    "split",
+    "strip",
+    "unembed",
+    "untie",
+    "update",
+]

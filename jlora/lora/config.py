@@ -4,7 +4,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-INITS = (True, False, "gaussian", "default", "zero_a")
+# Starts that draw numbers, and those that come from the base weights ("pissa_niter_4" is a quicker "pissa").
+DRAWN = (True, False, "default", "gaussian", "zero_a", "orthogonal")
+FROM_WEIGHTS = r"pissa(_niter_\d+)?|olora|loftq"
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,15 +18,27 @@ class LoraConfig:
         r: rank of the update.
         lora_alpha: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with `use_rslora`).
         target_modules: "all-linear" (every linear but the head), a sequence of names (a module matches when its dotted
-        name is
-            one of them or ends in "." + one of them), or one regular expression for the full dotted name.
+            name is one of them or ends in "." + one of them), or one regular expression for the full dotted name.
+            Embeddings and the head can be named too. An embedding that is also the head has one adapter, which acts in
+            both places.
         exclude_modules: same forms; these are left out.
         lora_dropout: probability of dropping an input of the update in training.
         use_rslora: see lora_alpha.
         rank_pattern, alpha_pattern: (name or regular expression) → rank or alpha of the modules whose name ends in a
-        match. init_lora_weights: True or "default": A uniform in ±1/sqrt(in), B zero. "gaussian": A normal with
-        deviation 1/r, B zero.
-            "zero_a": A zero, B uniform in ±1/sqrt(r). False: both random, so that the start is not the base model.
+            match.
+        init_lora_weights: True or "default": A uniform in ±1/sqrt(in), B zero (embeddings: A zero, B normal).
+            "gaussian": A normal with deviation 1/r, B zero. "zero_a": A zero, B uniform in ±1/sqrt(r). False: both
+            random, so that the start is not the base model. "orthogonal": both random, their product zero.
+            "pissa", "pissa_niter_N", "olora": the base's leading singular vectors, or its QR factors, which the base is
+            then read without. "loftq": what packing the base lost; `init` needs the unpacked base for it.
+        use_dora: also train the length of every output's weights (DoRA).
+        lora_bias: the update has a bias as well.
+        bias: "none", or train copies of the biases: "all", or "lora_only" those of adapted modules.
+        modules_to_save: names; modules whose dotted name ends in one are trained whole, as copies.
+        layers_to_transform: adapt these layers only; with a sequence of target_modules.
+        trainable_token_indices: tokens whose embeddings are trained as new rows: a sequence for the input embedding
+            (and its tied head), or (module name → tokens).
+        target_parameters: dotted names' ends of experts' kernels and routers ("mlp.experts.down_proj", "gate.weight").
     """
 
     r: int = 8
@@ -35,17 +50,30 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     alpha_pattern: Mapping[str, int | float] | tuple[tuple[str, int | float], ...] = ()
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
+        # Everything hashable, whatever it was given as.
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
-            object.__setattr__(
-                self, name, tuple(value.items()) if isinstance(value, Mapping) else tuple(map(tuple, value))
-            )
+            object.__setattr__(self, name, _pairs(getattr(self, name)))
+        layers = self.layers_to_transform
+        if layers is not None:
+            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            object.__setattr__(self, "trainable_token_indices", tuple((k, tuple(v)) for k, v in tokens.items()))
+        elif tokens is not None:
+            object.__setattr__(self, "trainable_token_indices", tuple(tokens))
         if problems := self._problems():
             raise ValueError("LoraConfig:\n  " + "\n  ".join(problems))
 
@@ -55,8 +83,18 @@ class LoraConfig:
             problems.append(f"r={self.r}: expected a positive integer")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout={self.lora_dropout}: expected a probability in [0, 1)")
-        if self.init_lora_weights not in INITS:
-            problems.append(f"init_lora_weights={self.init_lora_weights!r}: expected one of {INITS}")
+        start = self.init_lora_weights
+        if start not in DRAWN and not (isinstance(start, str) and re.fullmatch(FROM_WEIGHTS, start)):
+            known = (*DRAWN, "pissa", "pissa_niter_N", "olora", "loftq")
+            problems.append(f"init_lora_weights={start!r}: expected one of {known}")
+        if start == "orthogonal" and any(rank % 2 for rank in (self.r, *(rank for _, rank in self.rank_pattern))):
+            problems.append("init_lora_weights='orthogonal' needs even ranks")
+        if self.bias not in BIASES:
+            problems.append(f"bias={self.bias!r}: expected one of {BIASES}")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            problems.append("layers_to_transform needs target_modules to be a sequence of names")
+        if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias):
+            problems.append("target_parameters goes with neither lora_dropout, use_dora nor lora_bias (as in PEFT)")
         problems += [
             f"rank_pattern {name!r}: rank {rank} is not positive" for name, rank in self.rank_pattern if rank < 1
         ]
@@ -68,3 +106,7 @@ class LoraConfig:
             except re.error as error:
                 problems.append(f"{pattern!r} is not a regular expression: {error}")
         return problems
+
+
+def _pairs(pattern: Mapping | tuple) -> tuple:
+    return tuple(pattern.items()) if isinstance(pattern, Mapping) else tuple(map(tuple, pattern))

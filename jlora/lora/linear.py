@@ -1,4 +1,4 @@
-"""The one place where a base product, its packing and its adapter meet."""
+"""Where a base product, its packing and its adapter meet: linears, experts' linears, embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import quant
+from jlora.lora.partition import resolve
 from jlora.types import Params
 
 Kernel = jax.Array | quant.PackedArray
@@ -14,23 +15,70 @@ SAVED = "saved"
 
 
 def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
-    """x @ kernel + bias + scale · (dropout(x) @ lora_a) @ lora_b, with whichever of these leaves `module` holds.
+    """x @ kernel + bias + update(x), with whichever leaves `module` holds (see `jlora.lora.partition`).
 
     The update is computed in the adapter's dtype (float32) and the sum rounded once to x's dtype, as PEFT does (LoRA,
-    Hu et al. 2021).
+    Hu et al. 2021). With `lora_magnitude` every output is rescaled to that length (DoRA, Liu et al. 2024).
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
     """
+    module = resolve(module)
     if _merging_pays(x, module, key):
         y = merged(x, module)
+    elif "lora_magnitude" in module:
+        y = _dora(x, module, key)
     else:
         y = quant.matmul(x, module["kernel"])
         if "lora_a" in module:
             y = (y + update(x, module, key=key).astype(jnp.float32)).astype(y.dtype)
     if "bias" in module:
-        y = y + module["bias"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y + _row(module["bias"], y.ndim).astype(y.dtype)
+    if "lora_tokens" in module:  # of a head: rows of its weight are columns of the logits
+        y = y.at[..., module["lora_token_ids"]].set(x @ module["lora_tokens"].astype(x.dtype).T)
     return checkpoint_name(y, SAVED)
+
+
+def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
+    """What the adapter adds: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), less the update it started from."""
+    lora_a, lora_b = module["lora_a"], module["lora_b"]
+    inputs = x.astype(lora_a.dtype)
+    hidden = quant.matmul(_dropped(inputs, module, key), lora_a) * module["lora_scale"]
+    y = quant.matmul(hidden, lora_b)
+    if "lora_start_a" in module:
+        start = quant.matmul(inputs, module["lora_start_a"]) * module["lora_scale"]
+        y = y - quant.matmul(start, module["lora_start_b"])
+    if "lora_bias" in module:
+        y = y + _row(module["lora_bias"] * module["lora_scale"], y.ndim)
+    return y
+
+
+def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch D"]:
+    """Rows of `embedding` [V, D], with their update scale · lora_a[token] @ lora_b, or their new rows."""
+    module = resolve(module)
+    rows = jnp.take(module["embedding"], tokens, axis=0)
+    if "lora_a" in module:
+        hidden = jnp.take(module["lora_a"], tokens, axis=0) * module["lora_scale"]
+        rows = (rows + quant.matmul(hidden, module["lora_b"])).astype(rows.dtype)
+    if "lora_tokens" in module:
+        matches = tokens[..., None] == _row(module["lora_token_ids"], tokens.ndim + 1)
+        new = matches.astype(rows.dtype) @ module["lora_tokens"].astype(rows.dtype)
+        rows = jnp.where(jnp.any(matches, axis=-1, keepdims=True), new, rows)
+    return rows
+
+
+def unembed(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch V"]:
+    """float32 x @ embedding.T of a tied head, with the embedding's adapter where `lora_tied` says that it acts here."""
+    tied = resolve(module) if "lora_tied" in module else module
+    embedding = tied["embedding"].astype(x.dtype)
+    y = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
+    if "lora_tied" in module and "lora_a" in module:
+        hidden = quant.matmul(x.astype(module["lora_b"].dtype), module["lora_b"].T) * module["lora_scale"]
+        y = y + quant.matmul(hidden, module["lora_a"].T)
+    if "lora_tokens" in module:
+        new = x @ module["lora_tokens"].astype(x.dtype).T
+        y = y.at[..., module["lora_token_ids"]].set(new.astype(y.dtype))
+    return y
 
 
 def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Params) -> Float[Array, "rows N"]:
@@ -38,6 +86,7 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
 
     Every leaf has a leading axis of groups, but for lora_scale, which is one.
     """
+    module = resolve(module)
     y = quant.grouped_matmul(x, module["kernel"], sizes)
     if "lora_a" in module:
         lora_a, lora_b = module["lora_a"], module["lora_b"]
@@ -46,16 +95,58 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
     return checkpoint_name(y, SAVED)
 
 
-def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
-    """What the adapter adds: scale · (dropout(x) @ lora_a) @ lora_b."""
+def column_norms(module: Params) -> Float[Array, "*stack N"]:
+    """‖kernel + scale · lora_a @ lora_b‖ of every output, float32, without forming the sum.
+
+    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², where the first is frozen: O(D·N·R).
+    """
     lora_a, lora_b = module["lora_a"], module["lora_b"]
-    inputs = x.astype(lora_a.dtype)
+    scale = module["lora_scale"]
+    scale = scale.reshape(scale.shape + (1,) * (lora_b.ndim - scale.ndim)) * jnp.ones_like(lora_b[..., :1, :1])
+    if "lora_start_a" in module:
+        lora_a = jnp.concatenate([lora_a, module["lora_start_a"]], axis=-1)
+        lora_b = jnp.concatenate([lora_b, -module["lora_start_b"]], axis=-2)
+    kernel = quant.dequantize(module["kernel"]) if quant.is_packed(module["kernel"]) else module["kernel"]
+    crossed = jnp.swapaxes(lora_a, -1, -2) @ kernel.astype(jnp.float32)
+    gram = jnp.swapaxes(lora_a, -1, -2) @ lora_a
+    squares = 2 * scale * crossed * lora_b + scale**2 * (gram @ lora_b) * lora_b
+    return jnp.sqrt(jnp.maximum(module["lora_base_norm"] ** 2 + jnp.sum(squares, axis=-2), 0))
+
+
+def base_norms(kernel: Kernel) -> Float[Array, "*stack N"]:
+    """‖kernel‖ of every output, float32."""
+    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
+    return jnp.sqrt(jnp.sum(dense.astype(jnp.float32) ** 2, axis=-2))
+
+
+def gains(module: Params) -> Float[Array, "*stack N"]:
+    """DoRA's factor of every output, its magnitude over its present length (no gradient flows through the length)."""
+    factor = module["lora_magnitude"] / jax.lax.stop_gradient(column_norms(module))
+    if "lora_rank" in module:  # layers of a stack that are not adapted
+        factor = jnp.where(module["lora_rank"][..., None] > 0, factor, 1)
+    return factor
+
+
+def _dora(x: jax.Array, module: Params, key: jax.Array | None) -> jax.Array:
+    """gain · (x @ kernel + update(x)); with dropout the gain acts on what was not dropped, as in PEFT."""
+    y = quant.matmul(x, module["kernel"]).astype(jnp.float32)
+    gain = _row(gains(module), y.ndim)
+    kept = y
     if key is not None and "lora_dropout" in module:
-        rate = module["lora_dropout"]
-        keep = jax.random.bernoulli(key, 1 - rate, inputs.shape)
-        inputs = jnp.where(keep, inputs / (1 - rate), 0)
-    hidden = quant.matmul(inputs, lora_a) * module["lora_scale"]
-    return quant.matmul(hidden, lora_b)
+        kept = quant.matmul(_dropped(x, module, key), module["kernel"]).astype(jnp.float32)
+    return (y + (gain - 1) * kept + gain * update(x, module, key=key).astype(jnp.float32)).astype(x.dtype)
+
+
+def _dropped(x: jax.Array, module: Params, key: jax.Array | None) -> jax.Array:
+    if key is None or "lora_dropout" not in module:
+        return x
+    rate = module["lora_dropout"]
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _row(vector: jax.Array, ndim: int) -> jax.Array:
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def merged(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch N"]:
@@ -71,7 +162,8 @@ def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
     On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in
     the sum.
     """
-    if "lora_a" not in module or (key is not None and "lora_dropout" in module):
+    more = ("lora_magnitude", "lora_bias", "lora_start_a")
+    if "lora_a" not in module or any(name in module for name in more) or (key is not None and "lora_dropout" in module):
         return False
     inputs, outputs = module["kernel"].shape
     exact = jax.default_backend() == "cpu" and x.dtype == module["lora_a"].dtype == jnp.float32

@@ -1,34 +1,95 @@
-"""Baking adapters into their kernels."""
+"""Baking adapters into their base leaves."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora import quant, tree
-from jlora.lora.partition import is_adapter
+from jlora.lora.linear import gains
+from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
+
+# The leaf that an update is added to.
+MAIN = ("kernel", "embedding", "router")
+# Embedding → the head that is one with it where the tree holds no head of its own.
+TIED_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "gpt_neox/embed_in": "embed_out"}
 
 
 def merge(params: Params) -> Params:
-    """The base tree with every adapter added to its kernel: kernel + scale · lora_a @ lora_b, in float32, rounded once.
+    """The base tree with every adapter baked in: kernel + scale · lora_a @ lora_b, in float32, rounded once.
 
     A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
-    Trees that hold no adapter come back as they are.
+    Trees that hold no adapter come back as they are. Where the adapter changes embedding and tied head differently,
+    the merged tree has a head of its own.
     """
-    return tree.map_modules(_merge_module, params)
+    return tree.map_modules(_merge_module, untie(params))
 
 
-def _merge_module(path: str, module: Params) -> Params:
-    if "lora_a" not in module:
-        return module
-    base = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
-    return base | {"kernel": merged_kernel(module)}
+def untie(params: Params) -> Params:
+    """The tree with a head of its own if its adapter needs one; otherwise the tree itself."""
+    flat = tree.flatten(params)
+    for path, head in TIED_HEADS.items():
+        if f"{path}/embedding" not in flat or f"{head}/kernel" in flat:
+            continue
+        changed = any(f"{path}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
+        own = [name for name in flat if name.startswith(f"{head}/")]
+        if own or (changed and f"{path}/lora_tied" not in flat):
+            extra = {f"{head}/kernel": flat[f"{path}/embedding"].T}
+            if f"{path}/lora_tokens" in flat:
+                extra |= {f"{head}/{name}": flat[f"{path}/{name}"] for name in ("lora_tokens", "lora_token_ids")}
+            return tree.unflatten(flat | extra)
+    return params
+
+
+def merged_leaf(module: Params, name: str) -> jax.Array:
+    """One leaf of a module, stacked or not, with the module's adapter baked in, in the leaf's own dtype.
+
+    Raises:
+        ValueError: the leaf is a bias that only the adapter has.
+    """
+    if name == "bias" and "bias" not in module:
+        raise ValueError("the adapter adds a bias (lora_bias) where the model has none: it cannot be merged")
+    base = module[name]
+    base = quant.dequantize(base) if quant.is_packed(base) else base
+    value = module.get(f"{TRAINED}{name}", base)
+    if name in MAIN:
+        value = _with_update(value, module)
+        value = _with_tokens(value, module, rows=name == "embedding")
+    if name == "bias" and "lora_bias" in module:
+        value = value.astype(jnp.float32) + module["lora_bias"] * module["lora_scale"][..., None]
+    return value.astype(base.dtype)
 
 
 def merged_kernel(module: Params) -> jax.Array:
     """kernel + scale · lora_a @ lora_b of one module, stacked or not, in the kernel's dtype."""
-    kernel = module["kernel"]
-    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
+    return merged_leaf(module, "kernel")
+
+
+def _merge_module(path: str, module: Params) -> Params:
+    if not any(is_adapter(name) for name in module):
+        return module
+    base: dict[str, Any] = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
+    if "lora_bias" in module and "bias" not in module:
+        module = module | {"bias": jnp.zeros(module["lora_bias"].shape, base["kernel"].dtype)}
+        base["bias"] = module["bias"]
+    changed = {name for name in base if name in MAIN or f"{TRAINED}{name}" in module or name == "bias"}
+    return base | {name: merged_leaf(module, name) for name in changed}
+
+
+def _with_update(weight: jax.Array, module: Params) -> jax.Array:
+    if "lora_a" not in module:
+        return weight
+    delta = jnp.matmul(module["lora_a"], module["lora_b"], precision="highest")
+    if "lora_start_a" in module:
+        delta = delta - jnp.matmul(module["lora_start_a"], module["lora_start_b"], precision="highest")
     scale = module["lora_scale"]
-    scale = scale.reshape(scale.shape + (1,) * (kernel.ndim - scale.ndim))
-    delta = jnp.matmul(module["lora_a"], module["lora_b"], precision="highest") * scale
-    return (dense.astype(jnp.float32) + delta).astype(dense.dtype)
+    total = weight.astype(jnp.float32) + delta * scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
+    return total * gains(module)[..., None, :] if "lora_magnitude" in module else total
+
+
+def _with_tokens(weight: jax.Array, module: Params, *, rows: bool) -> jax.Array:
+    if "lora_tokens" not in module:
+        return weight
+    ids, new = module["lora_token_ids"], module["lora_tokens"].astype(weight.dtype)
+    return weight.at[ids].set(new) if rows else weight.at[:, ids].set(new.T)

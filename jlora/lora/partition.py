@@ -1,23 +1,50 @@
-"""Two halves of a param tree: what is trained and what is frozen. All of it follows from the leaf's name."""
+"""Two halves of a param tree: what is trained and what is frozen. All of it follows from the leaf's name.
+
+Beside a module's own leaves an adapter may hold:
+  lora_a, lora_b        the update's factors                         trained
+  lora_bias             what the update adds besides (PEFT's `lora_bias`)
+  lora_magnitude        DoRA's length of every output's weights
+  lora_tokens           new rows for the tokens `lora_token_ids`
+  trained_X             a copy of leaf X that takes its place        (`modules_to_save`, `bias`)
+  lora_scale, lora_rank, lora_dropout, lora_token_ids                settings, frozen
+  lora_start_a, _b      the update that the base is read without (PiSSA and its like)
+  lora_base_norm        lengths of the frozen weights, for DoRA
+  lora_tied             this embedding's adapter acts in the head too
+"""
 
 from jlora import tree
 from jlora.types import Params
 
-TRAINABLE = ("lora_a", "lora_b")
-SETTINGS = ("lora_scale", "lora_rank", "lora_dropout")
+TRAINABLE = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "lora_tokens")
+SETTINGS = (
+    *("lora_scale", "lora_rank", "lora_dropout", "lora_token_ids", "lora_tied"),
+    *("lora_start_a", "lora_start_b", "lora_base_norm"),
+)
+TRAINED = "trained_"
+# LoRA+ gives B's rate to whatever has one axis besides (PEFT's `create_loraplus_optimizer`).
+LIKE_B = ("lora_b", "lora_bias", "lora_magnitude", "trained_bias", "trained_scale")
+
+
+def is_trainable(path: str) -> bool:
+    """Whether the leaf at `path` is trained."""
+    name = path.rpartition("/")[2]
+    return name in TRAINABLE or name.startswith(TRAINED)
 
 
 def is_adapter(path: str) -> bool:
     """Whether the leaf at `path` belongs to an adapter: trained weights and their settings."""
-    return path.rpartition("/")[2] in (*TRAINABLE, *SETTINGS)
+    return is_trainable(path) or path.rpartition("/")[2] in SETTINGS
 
 
 def labels(params: Params) -> Params:
-    """The tree with "lora_a" or "lora_b" at every trainable leaf and "frozen" at every other, for `optax.partition`."""
+    """The tree with "lora_a" or "lora_b" (whose learning rates may differ) at every trainable leaf and "frozen" at
+    every other, for `optax.partition`.
+    """
 
     def label(path: str, _: object) -> str:
-        name = path.rpartition("/")[2]
-        return name if name in TRAINABLE else "frozen"
+        if not is_trainable(path):
+            return "frozen"
+        return "lora_b" if path.rpartition("/")[2] in LIKE_B else "lora_a"
 
     return tree.map_with_path(label, params)
 
@@ -29,7 +56,7 @@ def split(params: Params) -> tuple[Params, Params]:
       →  {"q_proj": {"kernel": w, "lora_scale": s}},  {"q_proj": {"lora_a": a, "lora_b": b}}
     """
     flat = tree.flatten(params)
-    trainable = {path: leaf for path, leaf in flat.items() if path.rpartition("/")[2] in TRAINABLE}
+    trainable = {path: leaf for path, leaf in flat.items() if is_trainable(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return tree.unflatten(frozen), tree.unflatten(trainable)
 
@@ -49,3 +76,9 @@ def combine(frozen: Params, trainable: Params) -> Params:
 def strip(params: Params) -> Params:
     """The base tree: `params` without adapters."""
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if not is_adapter(path)})
+
+
+def resolve(module: Params) -> Params:
+    """A module's leaves as they are to be used: trained copies in the place of what they were copied from."""
+    copies = {name.removeprefix(TRAINED): leaf for name, leaf in module.items() if name.startswith(TRAINED)}
+    return {name: leaf for name, leaf in module.items() if not name.startswith(TRAINED)} | copies

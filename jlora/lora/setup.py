@@ -2,20 +2,24 @@
 
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import tree
+from jlora import quant, tree
+from jlora.lora import starts
 from jlora.lora.config import LoraConfig
-from jlora.lora.partition import is_adapter
-from jlora.lora.targets import Target, find_targets
+from jlora.lora.linear import base_norms, column_norms
+from jlora.lora.merge import TIED_HEADS
+from jlora.lora.partition import TRAINED, is_adapter
+from jlora.lora.targets import Target, find_targets, matches, module_names, saves
 from jlora.types import Params
 
 
-def init(params: Params, config: LoraConfig, key: jax.Array) -> Params:
-    """The same tree with adapters beside the targeted kernels; with the default initialisation the model computes the
+def init(params: Params, config: LoraConfig, key: jax.Array, *, dense: Params | None = None) -> Params:
+    """The same tree with adapters beside the targeted leaves; with the default initialisation the model computes the
     same.
 
     q_proj/kernel [L, D, N]  →  q_proj/kernel [L, D, N]          untouched, packed or not
@@ -25,39 +29,161 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Params:
                                 q_proj/lora_rank [L]    int32    only where layers differ: columns beyond a layer's
                                 rank are zero q_proj/lora_dropout [L] float32  only with dropout: the probability
 
-    Each leaf's random key follows from its path alone, so adding a target never changes another target's start.
+    `jlora.lora.partition` lists every other leaf that the config may add. Each leaf's random key follows from its path
+    alone, so adding a target never changes another target's start.
+
+    Args:
+        dense: the same base before it was packed, for init_lora_weights="loftq".
 
     Raises:
-        ValueError: the tree has adapters already, or a pattern of the config matches nothing.
+        ValueError: the tree has adapters already, a pattern of the config matches nothing, or settings do not go
+        together.
     """
     flat = tree.flatten(params)
     if present := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
-    for target in find_targets(params, config):
-        shape = flat[f"{target.path}/kernel"].shape
-        for name, leaf in _adapter(target, shape, config, key).items():
+    originals = None if dense is None else tree.flatten(dense)
+    targets = find_targets(params, config)
+    for target in targets:
+        for name, leaf in _adapter(target, flat, config, _path_key(key, target.path), originals).items():
             flat[f"{target.path}/{name}"] = leaf
-    return tree.unflatten(flat)
+    flat |= _biases(flat, config, {target.path: target for target in targets})
+    flat |= _saved_modules(flat, config)
+    flat |= _tokens(flat, config)
+    return tree.unflatten(flat | _ties(flat))
 
 
-def _adapter(target: Target, kernel_shape: tuple[int, ...], config: LoraConfig, key: jax.Array) -> dict[str, jax.Array]:
-    *stack, inputs, outputs = kernel_shape
-    rank = max(target.ranks)
-    ranks = np.array(target.ranks).reshape(stack)
-    lora_a, lora_b = _draw((*stack, inputs, rank), (*stack, rank, outputs), config, _path_key(key, target.path))
+def _adapter(
+    target: Target, flat: dict[str, Any], config: LoraConfig, key: jax.Array, originals: dict[str, Any] | None
+) -> dict[str, jax.Array]:
+    candidate = target.candidate
+    *stack, inputs, outputs = candidate.shape
+    settings, rank = candidate.stack_shape, max(target.ranks)
+    ranks = np.array(target.ranks).reshape(settings)
+    scales = jnp.asarray(np.array(target.scales, np.float32).reshape(settings))
+    weight = flat.get(f"{candidate.path}/{candidate.leaf}")
+    adapter: dict[str, jax.Array] = {}
+    if starts.is_drawn(config.init_lora_weights):
+        lora_a, lora_b = _draw((*stack, inputs, rank), (*stack, rank, outputs), candidate.leaf, config, key)
+    else:
+        _require_kernel(target, config, weight)
+        original = None if originals is None else originals[f"{candidate.path}/kernel"]
+        lora_a, lora_b = starts.from_weights(config.init_lora_weights, weight, original, rank, scales, key)
     if (ranks != rank).any():
-        used = jnp.asarray(np.arange(rank) < ranks[..., None])
+        used = jnp.asarray(np.arange(rank) < ranks[..., None]).reshape(
+            *settings, *[1] * (len(stack) - len(settings)), rank
+        )
         lora_a, lora_b = lora_a * used[..., None, :], lora_b * used[..., :, None]
-    adapter = {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": _per_layer(target.scales, stack)}
-    if (ranks != rank).any():
         adapter["lora_rank"] = jnp.asarray(ranks, jnp.int32)
-    if config.lora_dropout:
-        adapter["lora_dropout"] = jnp.full(stack, config.lora_dropout, jnp.float32)
+    adapter |= {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": scales}
+    if starts.shifts_base(config.init_lora_weights):
+        adapter |= {"lora_start_a": lora_a, "lora_start_b": lora_b}
+    if config.lora_dropout and candidate.leaf == "kernel":
+        adapter["lora_dropout"] = jnp.full(settings, config.lora_dropout, jnp.float32)
+    if config.lora_bias:
+        _require_linear(target, "lora_bias", weight)
+        adapter["lora_bias"] = jnp.zeros((*settings, outputs), jnp.float32)
+    if config.use_dora:
+        _require_linear(target, "use_dora", weight)
+        adapter["lora_base_norm"] = base_norms(weight)
+        adapter["lora_magnitude"] = column_norms(adapter | {"kernel": weight})
     return adapter
 
 
-def _per_layer(values: tuple[float, ...], stack: list[int]) -> jax.Array:
-    return jnp.asarray(np.array(values, np.float32).reshape(stack))
+def _require_linear(target: Target, field: str, weight: Any) -> None:
+    if target.candidate.leaf != "kernel" or weight is None:
+        what = "a head that is its embedding" if weight is None else "embeddings"
+        raise ValueError(f"{field} is for linears; {target.path}: {what} cannot have it")
+
+
+def _require_kernel(target: Target, config: LoraConfig, weight: Any) -> None:
+    if target.candidate.leaf != "kernel" or weight is None or target.candidate.is_parameter:
+        raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linears, and {target.path} is none")
+
+
+def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]) -> dict[str, jax.Array]:
+    if config.bias == "none":
+        return {}
+    copies = {}
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        target = targets.get(module)
+        if name != "bias" or (config.bias == "lora_only" and target is None):
+            continue
+        if config.bias == "lora_only" and 0 in target.ranks:
+            raise ValueError(
+                f"bias='lora_only' needs all layers of a stack to be adapted; {module} has some that are not"
+            )
+        copies[f"{module}/{TRAINED}bias"] = leaf.astype(jnp.float32)
+    if not copies:
+        raise ValueError(f"bias={config.bias!r}: these modules have no biases")
+    return copies
+
+
+def _saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
+    copies: dict[str, jax.Array] = {}
+    used: set[str] = set()
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        if is_adapter(path):
+            continue
+        hits = [saves(full, config) for full in module_names(module, leaf.shape[0])]
+        if any(hits) and not all(hits):
+            raise ValueError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
+        if all(hits):
+            dense = quant.dequantize(leaf) if quant.is_packed(leaf) else leaf
+            copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
+            full = module_names(module, leaf.shape[0])[0]
+            used |= {item for item in config.modules_to_save if full.endswith(item)}
+    for embedding, head in TIED_HEADS.items():  # a tied head trained apart starts as a copy of the embedding
+        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat and saves(head, config):
+            copies[f"{head}/{TRAINED}kernel"] = flat[f"{embedding}/embedding"].T.astype(jnp.float32)
+            used |= {item for item in config.modules_to_save if head.endswith(item)}
+    if missing := sorted(set(config.modules_to_save or ()) - used):
+        raise ValueError(f"modules_to_save: no module's name ends in {', '.join(missing)}")
+    return copies
+
+
+def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
+    chosen = config.trainable_token_indices
+    if not chosen:
+        return {}
+    embeddings = [path for path in TIED_HEADS if f"{path}/embedding" in flat]
+    if not embeddings:
+        raise ValueError("trainable_token_indices: the tree has no input embedding that jlora knows")
+    named = chosen if isinstance(chosen[0], tuple) else ((embeddings[0].split("/")[-1], chosen),)
+    leaves: dict[str, jax.Array] = {}
+    for item, tokens in named:
+        places = [
+            path.rpartition("/")
+            for path in flat
+            if path.rpartition("/")[2] in ("kernel", "embedding")
+            and matches(path.rpartition("/")[0].replace("/", "."), (item,))
+        ]
+        if len(places) != 1:
+            raise ValueError(f"trainable_token_indices: {item!r} names {len(places)} modules, expected one")
+        module, _, name = places[0]
+        weight = flat[f"{module}/{name}"]
+        rows = weight if name == "embedding" else weight.T
+        if bad := [token for token in tokens if not 0 <= token < rows.shape[0]]:
+            raise ValueError(f"trainable_token_indices: {bad} are outside the vocabulary of {rows.shape[0]}")
+        if f"{module}/lora_a" in flat:
+            raise ValueError(
+                f"trainable_token_indices: {module} is adapted by LoRA already (as in PEFT, one or the other)"
+            )
+        ids = jnp.asarray(np.array(tokens, np.int32))
+        leaves |= {f"{module}/lora_token_ids": ids, f"{module}/lora_tokens": rows[ids].astype(jnp.float32)}
+    return leaves
+
+
+def _ties(flat: dict[str, Any]) -> dict[str, jax.Array]:
+    """The mark of embeddings that are their head as well and changed in both places."""
+    marks = {}
+    for embedding, head in TIED_HEADS.items():
+        adapted = any(f"{embedding}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
+        if adapted and not any(path.startswith(f"{head}/") for path in flat):
+            marks[f"{embedding}/lora_tied"] = jnp.int32(1)
+    return marks
 
 
 def _path_key(key: jax.Array, path: str) -> jax.Array:
@@ -65,20 +191,25 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def _draw(
-    a_shape: tuple[int, ...], b_shape: tuple[int, ...], config: LoraConfig, key: jax.Array
+    a_shape: tuple[int, ...], b_shape: tuple[int, ...], leaf: str, config: LoraConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A and B by PEFT's formulas: kaiming_uniform(a=sqrt(5)) is uniform in ±1/sqrt(fan in)."""
     inputs, rank = a_shape[-2:]
     key_a, key_b = jax.random.split(key)
     a_bound, b_bound = 1 / math.sqrt(inputs), 1 / math.sqrt(rank)
+    start = config.init_lora_weights
+    if leaf == "embedding" and start in (True, "default", "zero_a"):
+        return jnp.zeros(a_shape, jnp.float32), jax.random.normal(key_b, b_shape, jnp.float32)
     lora_a = jax.random.uniform(key_a, a_shape, jnp.float32, -a_bound, a_bound)
     lora_b = jnp.zeros(b_shape, jnp.float32)
-    match config.init_lora_weights:
+    match start:
         case "gaussian":
             lora_a = jax.random.normal(key_a, a_shape, jnp.float32) / rank
         case "zero_a":
             lora_a = jnp.zeros(a_shape, jnp.float32)
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
+        case "orthogonal":
+            lora_a, lora_b = starts.orthogonal(a_shape, b_shape, key)
         case False:
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
     return lora_a, lora_b

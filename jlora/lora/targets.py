@@ -5,54 +5,93 @@ names.
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import NamedTuple
 
 from jlora import tree
 from jlora.lora.config import LoraConfig
+from jlora.lora.merge import MAIN, TIED_HEADS
 
 HEADS = ("lm_head", "embed_out")
 # What Hugging Face's causal-LM classes put before a module's own name; a pattern may be written with it or without.
 HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One adapted linear: its path, and a rank (0: left alone) and scale for each layer of its stack, or one of
-    each.
+class Candidate(NamedTuple):
+    """A module that can be adapted.
+
+    Attributes:
+        path: the module's.
+        leaf: what its update is added to: "kernel", "embedding" or "router".
+        shape: of that leaf, [*stack, inputs, outputs].
+        names: the dotted name that patterns are matched with, one a layer.
     """
 
     path: str
+    leaf: str
+    shape: tuple[int, ...]
+    names: list[str]
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is no module of its own to PEFT, which then takes its name in `target_parameters` only."""
+        return self.leaf == "router" or is_expert(self.path)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """() or (layers,): the shape of its settings."""
+        return self.shape[:1] if tree.stack_of(self.path) else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted module: a rank (0: left alone) and scale for each layer of its stack, or one of each."""
+
+    candidate: Candidate
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    stacked: bool
+
+    @property
+    def path(self) -> str:
+        return self.candidate.path
 
 
 def find_targets(params: dict, config: LoraConfig) -> list[Target]:
-    """The linears of `params` that `config` adapts.
+    """What `config` adapts of `params`.
 
     Raises:
-        ValueError: a target, an exclusion or a pattern that matches no linear (all are listed, with the linears there
-        are).
+        ValueError: a target, an exclusion or a pattern that matches nothing (all are listed, with what there is).
     """
-    kernels = {
-        path.removesuffix("/kernel"): leaf
-        for path, leaf in tree.flatten(params).items()
-        if path.endswith("/kernel") and not is_expert(path)
-    }
-    names = {path: module_names(path, leaf) for path, leaf in kernels.items()}
-    every_name = [name for stack in names.values() for name in stack]
-    _require_matches(config, every_name)
+    found = candidates(params)
+    _require_matches(config, found)
     targets = []
-    for path, stack in names.items():
-        settings = [_settings(name, path, config) for name in stack]
+    for candidate in found:
+        settings = [_settings(name, candidate, config) for name in candidate.names]
         if any(rank for rank, _ in settings):
             ranks, scales = zip(*settings, strict=True)
-            targets.append(Target(path, ranks, scales, tree.stack_of(path) is not None))
+            targets.append(Target(candidate, ranks, scales))
     if not targets:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(sorted(names))}"
-        )
+        linears = sorted(candidate.path for candidate in found if candidate.leaf == "kernel")
+        raise ValueError(f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(linears)}")
     return targets
+
+
+def candidates(params: dict) -> list[Candidate]:
+    """Every module that can be adapted, in the tree's order; a head that is its embedding is one too."""
+    found = []
+    flat = tree.flatten(params)
+    for path, leaf in flat.items():
+        module, _, name = path.rpartition("/")
+        if name in MAIN and module:
+            found.append(Candidate(module, name, tuple(leaf.shape), _pattern_names(module, name, leaf.shape[0])))
+    for embedding, head in TIED_HEADS.items():
+        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
+            found.append(Candidate(head, "kernel", tuple(flat[f"{embedding}/embedding"].shape[::-1]), [head]))
+    return found
+
+
+def _pattern_names(module: str, leaf: str, count: int) -> list[str]:
+    names = module_names(module, count)
+    return [f"{name}.weight" for name in names] if leaf == "router" else names
 
 
 def is_expert(path: str) -> bool:
@@ -60,13 +99,17 @@ def is_expert(path: str) -> bool:
     return "/experts/" in path
 
 
-def module_names(path: str, kernel: Any) -> list[str]:
-    """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…"""
+def module_names(path: str, count: int) -> list[str]:
+    """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…
+
+    Args:
+        count: the length of the leading axis of its leaves if it is stacked.
+    """
     stack = tree.stack_of(path)
     if stack is None:
         return [path.replace("/", ".")]
     name, rest = stack.name.replace("/", "."), stack.rest.replace("/", ".")
-    return [f"{name}.{layer}.{rest}" for layer in stack.indices(kernel.shape[0])]
+    return [f"{name}.{layer}.{rest}" for layer in stack.indices(count)]
 
 
 def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
@@ -87,34 +130,52 @@ def _matches_suffix(name: str, key: str) -> bool:
     return any(re.match(rf"(.*\.)?({key})$", full) for full in _with_prefixes(name))
 
 
-def _settings(name: str, path: str, config: LoraConfig) -> tuple[int, float]:
+def saves(name: str, config: LoraConfig) -> bool:
+    """Whether `modules_to_save` means the module: PEFT looks only at how its name ends."""
+    return any(name.endswith(item) for item in config.modules_to_save or ())
+
+
+def _settings(name: str, candidate: Candidate, config: LoraConfig) -> tuple[int, float]:
     """Rank and scale of one module; rank 0 when it is not adapted."""
-    everything = config.target_modules == "all-linear"
-    wanted = path.split("/")[-1] not in HEADS if everything else matches(name, config.target_modules)
-    if not wanted or (config.exclude_modules is not None and matches(name, config.exclude_modules)):
+    if not _is_wanted(name, candidate, config):
         return 0, 0.0
     rank = next((value for key, value in config.rank_pattern if _matches_suffix(name, key)), config.r)
     alpha = next((value for key, value in config.alpha_pattern if _matches_suffix(name, key)), config.lora_alpha)
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _require_matches(config: LoraConfig, names: list[str]) -> None:
+def _is_wanted(name: str, candidate: Candidate, config: LoraConfig) -> bool:
+    if candidate.is_parameter:
+        return bool(config.target_parameters) and matches(name, config.target_parameters)
+    if (config.exclude_modules is not None and matches(name, config.exclude_modules)) or saves(name, config):
+        return False
+    if config.target_modules == "all-linear":
+        return candidate.leaf == "kernel" and candidate.path.split("/")[-1] not in HEADS
+    if config.layers_to_transform is not None:
+        layer = re.search(r"\.(\d+)\.", name)
+        if layer is None or int(layer[1]) not in config.layers_to_transform:
+            return False
+    return matches(name, config.target_modules)
+
+
+def _require_matches(config: LoraConfig, found: list[Candidate]) -> None:
+    modules = [name for candidate in found if not candidate.is_parameter for name in candidate.names]
+    parameters = [name for candidate in found if candidate.is_parameter for name in candidate.names]
     problems = []
-    for field in ("target_modules", "exclude_modules"):
+    for field, names in (("target_modules", modules), ("exclude_modules", modules), ("target_parameters", parameters)):
         pattern = getattr(config, field)
-        items = (
-            []
-            if pattern in (None, "all-linear")
-            else [pattern]
-            if isinstance(pattern, str)
-            else [(p,) for p in pattern]
-        )
+        if pattern is None or pattern == "all-linear":
+            continue
+        items = [pattern] if isinstance(pattern, str) else [(item,) for item in pattern]
         problems += [f"{field} {item!r}" for item in items if not any(matches(name, item) for name in names)]
     for field in ("rank_pattern", "alpha_pattern"):
         keys = [key for key, _ in getattr(config, field)]
-        problems += [f"{field} {key!r}" for key in keys if not any(_matches_suffix(name, key) for name in names)]
+        everything = modules + parameters
+        problems += [f"{field} {key!r}" for key in keys if not any(_matches_suffix(name, key) for name in everything)]
+    layers = {int(layer[1]) for name in modules if (layer := re.search(r"\.(\d+)\.", name))}
+    problems += [f"layers_to_transform {layer}" for layer in config.layers_to_transform or () if layer not in layers]
     if problems:
-        last = sorted({name.rpartition(".")[2] for name in names})
+        last = sorted({name.rpartition(".")[2] for name in modules} | {".".join(n.split(".")[-2:]) for n in parameters})
         raise ValueError(
             "these match no linear of the model:\n  "
             + "\n  ".join(problems)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.lora.linear import grouped_linear
+from jlora import lora
 from jlora.models.config import ModelConfig
 from jlora.models.layers import ACTIVATIONS, leaves
 
@@ -18,7 +18,11 @@ class Router(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_initializing():
             self.param("router", nn.initializers.lecun_normal(), (x.shape[-1], self.count))
-        return jax.nn.softmax((x @ leaves(self)["router"].astype(x.dtype)).astype(jnp.float32), axis=-1)
+        weights = leaves(self)
+        logits = lora.linear(
+            x, {name: leaf for name, leaf in weights.items() if name != "router"} | {"kernel": weights["router"]}
+        )
+        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
 class Grouped(nn.Module):
@@ -32,7 +36,7 @@ class Grouped(nn.Module):
         if self.is_initializing():
             initialise = nn.initializers.lecun_normal(batch_axis=0)
             self.param("kernel", initialise, (self.count, x.shape[-1], self.features))
-        return grouped_linear(x, sizes, leaves(self))
+        return lora.grouped_linear(x, sizes, leaves(self))
 
 
 class GatedExperts(nn.Module):

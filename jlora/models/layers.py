@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.lora import linear
+from jlora import lora
 from jlora.types import Params
 
 ACTIVATIONS = {
@@ -33,11 +33,11 @@ class Linear(nn.Module):
             if self.use_bias:
                 self.param("bias", nn.initializers.zeros, (self.features,))
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return linear(x, leaves(self), key=key)
+        return lora.linear(x, leaves(self), key=key)
 
 
 class Embed(nn.Module):
-    """Rows of `embedding` [V, D]."""
+    """Rows of `embedding` [V, D] by `jlora.lora.embed`."""
 
     vocabulary: int
     features: int
@@ -46,7 +46,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         if self.is_initializing():
             self.param("embedding", nn.initializers.normal(0.02), (self.vocabulary, self.features))
-        return jnp.take(leaves(self)["embedding"], tokens, axis=0)
+        return lora.embed(tokens, leaves(self))
 
 
 class Norm(nn.Module):
@@ -70,12 +70,13 @@ class Norm(nn.Module):
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        scale = leaves(self)["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
+        weights = lora.resolve(leaves(self))
+        scale = weights["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
         if self.kind == "rms":
             return scale.astype(x.dtype) * normal.astype(x.dtype)
         y = normal * (scale.astype(jnp.float32) + (1 if self.kind == "rms_plus_one" else 0))
         if self.kind == "layer":
-            y = y + leaves(self)["bias"].astype(jnp.float32).reshape(scale.shape)
+            y = y + weights["bias"].astype(jnp.float32).reshape(scale.shape)
         return y.astype(x.dtype)
 
 

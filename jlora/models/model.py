@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlora import tree
-from jlora.lora import linear
+from jlora import lora, tree
 from jlora.lora.linear import SAVED
 from jlora.models.attention import Cache, attention_mask
 from jlora.models.config import ModelConfig
@@ -90,17 +89,24 @@ class Model:
         return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
 
     def head(self, params: Params) -> Params:
-        """The leaves that `project` needs: the head's, or the embedding when the two are tied."""
+        """The leaves that `project` needs: the head's, or the embedding's when the two are tied, with `own` adapters
+        of the head beside them.
+        """
         names = self.config.names
-        return tree.subtree(params, names.embedding if self.config.tie_word_embeddings else names.head)
+        own = params.get(names.head, {})
+        if "kernel" in own or "trained_kernel" in own:
+            return own
+        embedding = tree.subtree(params, names.embedding)
+        return embedding | {"own": own} if own else embedding
 
     def project(self, head: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits from hidden states."""
         if "embedding" in head:
-            embedding = head["embedding"].astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+            logits = lora.unembed(hidden, head)
+            if "own" in head:
+                logits = logits + lora.update(hidden, head["own"]).astype(jnp.float32)
         else:
-            logits = linear(hidden, head).astype(jnp.float32)
+            logits = lora.linear(hidden, head).astype(jnp.float32)
         if self.config.logits_divisor != 1:
             logits = logits / self.config.logits_divisor
         if cap := self.config.final_softcap:

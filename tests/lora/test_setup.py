@@ -7,8 +7,8 @@ import peft
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jlora import lora, models, tree
-from jlora.lora.targets import find_targets, module_names
+from jlora import lora, models
+from jlora.lora.targets import find_targets
 
 CONFIG = LlamaConfig(
     vocab_size=31,
@@ -54,8 +54,9 @@ def test_targets_ranks_and_scales_are_pefts(case):
     config = lora.LoraConfig(r=4, lora_alpha=8, **SETTINGS[case])
     ours = {}
     for target in find_targets(PARAMS, config):
-        names = module_names(target.path, tree.flatten(PARAMS)[f"{target.path}/kernel"])
-        ours |= {name: (r, s) for name, r, s in zip(names, target.ranks, target.scales, strict=True) if r}
+        ours |= {
+            name: (r, s) for name, r, s in zip(target.candidate.names, target.ranks, target.scales, strict=True) if r
+        }
     expected = peft_adapters(SETTINGS[case])
     assert ours.keys() == expected.keys()
     for name, (rank, scale) in expected.items():
@@ -123,13 +124,13 @@ def test_what_matches_nothing_is_listed():
     with pytest.raises(ValueError) as error:
         lora.init(PARAMS, config, KEY)
     assert "target_modules ('qq_proj',)" in str(error.value) and "rank_pattern 'nope'" in str(error.value)
-    assert "'q_proj'" not in str(error.value) and "down_proj, gate_proj" in str(error.value)
+    assert "'q_proj'" not in str(error.value) and "down_proj, embed_tokens, gate_proj" in str(error.value)
     with pytest.raises(ValueError, match="already hold adapters"):
         lora.init(lora.init(PARAMS, lora.LoraConfig(), KEY), lora.LoraConfig(), KEY)
 
 
 def test_config_faults_are_all_listed():
     with pytest.raises(ValueError) as error:
-        lora.LoraConfig(r=0, lora_dropout=1.0, init_lora_weights="pissa", target_modules="(")
-    for part in ("r=0", "lora_dropout=1.0", "'pissa'", "'(' is not a regular expression"):
+        lora.LoraConfig(r=0, lora_dropout=1.0, init_lora_weights="eva", target_modules="(", bias="some")
+    for part in ("r=0", "lora_dropout=1.0", "'eva'", "bias='some'", "'(' is not a regular expression"):
         assert part in str(error.value)

@@ -261,7 +261,7 @@ def _share(part: int, whole: int) -> float:
 def _rope_scaling(
     metadata: Metadata, config: Config, values: Callable[[str], np.ndarray], *, theta: float, turned: int
 ) -> Config:
-    kind = metadata.get("rope.scaling.type", "none")
+    kind = metadata.get("rope.scaling.type", "linear")
     factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear"))
     original = metadata.get("rope.scaling.original_context_length")
     if {SHORT, LONG} & set(metadata.tensors):
@@ -306,7 +306,7 @@ def _longrope(
         if tensor not in metadata.tensors:
             metadata.problems.append(f"no tensor {tensor}")
         else:
-            scaling[name] = [_shortest(value) for value in values(tensor)]
+            scaling[name] = [_shortest(float(value)) for value in values(tensor)]
     usual = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
     attention = metadata.get("rope.scaling.attn_factor", usual)
     if not math.isclose(attention, usual, rel_tol=1e-5):
@@ -407,7 +407,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": _decoder(
         "phi3",
         "Phi3ForCausalLM",
-        optional=WINDOW,
+        optional={**WINDOW, "original_max_position_embeddings": "rope.scaling.original_context_length"},
         constants=SILU,
         share="partial_rotary_factor",
         more=_phi3,

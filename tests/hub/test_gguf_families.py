@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import jlora
+from jlora import models
+from jlora.hub.gguf import GGUFFile
 
 SIZES = dict(
     vocab_size=101,
@@ -36,25 +38,25 @@ LONGROPE = dict(
 )
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
 NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64, tie_word_embeddings=True)
+GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=1024, tie_word_embeddings=True)
 
-# case → (GGUF's architecture, transformers' config class, its fields, general.name by which transformers reads it)
+# case → (GGUF's architecture, transformers' config class, its fields, whether transformers can read its GGUF file too)
 CASES = {
-    "llama": ("llama", "LlamaConfig", SIZES | dict(tie_word_embeddings=True), "llama"),
-    "llama-wide-heads": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rms_norm_eps=1e-5), "llama"),
-    "llama-biases": ("llama", "LlamaConfig", SIZES | dict(attention_bias=True, mlp_bias=True), None),
+    "llama": ("llama", "LlamaConfig", SIZES | dict(tie_word_embeddings=True), True),
+    "llama-wide-heads": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rms_norm_eps=1e-5), True),
+    "llama-biases": ("llama", "LlamaConfig", SIZES | dict(attention_bias=True, mlp_bias=True), False),
     "llama-linear": (
         "llama",
         "LlamaConfig",
         SIZES | dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e5)),
-        None,
+        False,
     ),
-    "llama-yarn": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN), None),
+    "llama-yarn": ("llama", "LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN), False),
     "llama-yarn-betas": (
         "llama",
         "LlamaConfig",
         SIZES | dict(head_dim=20, rope_parameters=YARN | dict(beta_fast=8.0, beta_slow=0.5, attention_factor=0.9)),
-        None,
+        False,
     ),
     "llama-3": (
         "llama",
@@ -62,34 +64,35 @@ CASES = {
         SIZES
         | dict(head_dim=16, max_position_embeddings=16384)
         | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192)),
-        None,
+        False,
     ),
-    "mistral": ("llama", "MistralConfig", SIZES | dict(head_dim=10, sliding_window=None), "mistral"),
+    "mistral": ("llama", "MistralConfig", SIZES | dict(head_dim=10, sliding_window=None), True),
     "mixtral": (
         "llama",
         "MixtralConfig",
         SIZES | dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
-        None,
+        False,
     ),
-    "qwen2": ("qwen2", "Qwen2Config", SIZES | dict(tie_word_embeddings=True), "qwen2"),
-    "qwen2-yarn": ("qwen2", "Qwen2Config", SIZES | dict(rope_parameters=YARN), None),
-    "qwen3": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=128), "qwen3"),
-    "qwen3-bias": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=20, attention_bias=True), None),
-    "qwen3moe": ("qwen3moe", "Qwen3MoeConfig", SIZES | MOE | dict(head_dim=12), None),
-    "gemma": ("gemma", "GemmaConfig", SIZES | dict(head_dim=20), None),
+    "qwen2": ("qwen2", "Qwen2Config", SIZES | dict(tie_word_embeddings=True), True),
+    "qwen2-yarn": ("qwen2", "Qwen2Config", SIZES | dict(rope_parameters=YARN), False),
+    "qwen3": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=128), True),
+    "qwen3-bias": ("qwen3", "Qwen3Config", SIZES | dict(head_dim=20, attention_bias=True), False),
+    "qwen3moe": ("qwen3moe", "Qwen3MoeConfig", SIZES | MOE | dict(head_dim=12), False),
+    "gemma": ("gemma", "GemmaConfig", SIZES | dict(head_dim=20), False),
     "gemma2": (
         "gemma2",
         "Gemma2Config",
         SIZES
         | dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=6)
         | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-        None,
+        False,
     ),
+    "gemma2-plain": ("gemma2", "Gemma2Config", SIZES | dict(head_dim=256, sliding_window=6), True),
     "gemma3": (
         "gemma3",
         "Gemma3TextConfig",
         SIZES | dict(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=6),
-        "gemma3",
+        True,
     ),
     "gemma3-linear": (
         "gemma3",
@@ -97,15 +100,16 @@ CASES = {
         SIZES
         | dict(num_hidden_layers=7, head_dim=12, query_pre_attn_scalar=12, sliding_window=6)
         | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
-        None,
+        False,
     ),
-    "phi3": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, sliding_window=9), None),
-    "phi3-partial": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5), "phi3"),
+    "phi3": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, sliding_window=9), False),
+    "phi3-partial": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5), False),
+    "phi3-plain": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0), True),
     "phi3-longrope": (
         "phi3",
         "Phi3Config",
         SIZES | dict(pad_token_id=0, original_max_position_embeddings=16, rope_parameters=LONGROPE),
-        None,
+        False,
     ),
     "granite": (
         "granite",
@@ -113,18 +117,18 @@ CASES = {
         SIZES
         | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
         | dict(attention_bias=True),
-        None,
+        False,
     ),
-    "smollm3": ("smollm3", "SmolLM3Config", SIZES | dict(num_hidden_layers=5, pad_token_id=0), None),
-    "olmo2": ("olmo2", "Olmo2Config", SIZES, None),
-    "gpt2": ("gpt2", "GPT2Config", GPT2, "gpt2"),
-    "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), None),
-    "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.25, num_attention_heads=3), None),
+    "smollm3": ("smollm3", "SmolLM3Config", SIZES | dict(num_hidden_layers=5, pad_token_id=0), False),
+    "olmo2": ("olmo2", "Olmo2Config", SIZES, False),
+    "gpt2": ("gpt2", "GPT2Config", GPT2, True),
+    "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
+    "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.25, num_attention_heads=3), False),
     "gptneox-serial": (
         "gptneox",
         "GPTNeoXConfig",
         NEOX | dict(use_parallel_residual=False, tie_word_embeddings=True, rotary_pct=1.0),
-        None,
+        False,
     ),
 }
 # What jlora's config may say otherwise than transformers' config, which computes the same.
@@ -305,13 +309,15 @@ def llama3_divisors(config):
     return np.where(wavelengths < context / high, 1, divisors).astype(np.float32)
 
 
-def write(path, case, *, change=lambda writer: None, packed=lambda name, array: "F32"):
-    """The reference model of `case` as a GGUF file; `change` may add metadata, `packed` picks a tensor's type."""
-    architecture, _, _, known_as = CASES[case]
+def write(path, case, *, change=lambda writer: None):
+    """The reference model of `case` as a GGUF file; `change` may add to it."""
+    architecture = CASES[case][0]
     model = reference(case)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(known_as or case)
+    writer.add_name("tiny")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
     if config.pad_token_id is not None:
         writer.add_pad_token_id(config.pad_token_id)
     METADATA.get(architecture, write_common)(writer, config)
@@ -326,8 +332,7 @@ def write(path, case, *, change=lambda writer: None, packed=lambda name, array: 
         for name, array in laid_out(architecture, config, hub_name, value.numpy()):
             target = table.get_name(name, try_suffixes=(".weight", ".bias"))
             assert target, name
-            kind = gguf.GGMLQuantizationType[packed(target, array)]
-            writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+            writer.add_tensor(target, np.ascontiguousarray(array))
     change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -365,7 +370,7 @@ def test_logits(case, files, parity):
     assert found < 1e-4
 
 
-@pytest.mark.parametrize("case", [case for case, (*_, known_as) in CASES.items() if known_as])
+@pytest.mark.parametrize("case", [case for case, (*_, readable) in CASES.items() if readable])
 def test_logits_of_transformers_reading_the_same_file(case, files):
     model, params = jlora.load(files(case))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -394,3 +399,185 @@ def test_transformers_reads_the_config(case, files, tmp_path):
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     ids = tokens()
     assert difference(logits_of(opened, ids), logits_of(reference(case), ids)) < 1e-4
+
+
+# All that gguf unpacks.
+FILE_TYPES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("IQ4_NL", "IQ4_XS", "NVFP4"),
+)
+
+
+def write_tensors(path, architecture, metadata, tensors):
+    """A GGUF file of raw bytes: name → (bytes [..., row], type)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(path)
+
+
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_values_are_those_of_gguf(name, tmp_path):
+    """Of whole tensors, of rows in another order, and of one expert among several."""
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # Bytes below 0x3c are finite numbers in every type.
+    raw = np.random.default_rng(0).integers(0, 0x3C, (3, 8, 256 // block * size), dtype=np.uint8)
+    stored = raw.view({"F32": np.float32, "F16": np.float16}.get(name, np.uint8))
+    expected = gguf.quants.dequantize(stored, kind)
+    assert expected.shape == (3, 8, 256) and np.any(expected)
+    metadata = MINIMAL | {"expert_count": 3, "expert_used_count": 2}
+    tensors = {
+        "token_embd.weight": (stored[0], kind),
+        "blk.0.attn_q.weight": (stored[1], kind),
+        "blk.0.ffn_up_exps.weight": (stored, kind),
+    }
+    file = write_tensors(tmp_path / "tiny.gguf", "llama", metadata, tensors)
+    np.testing.assert_array_equal(file.read("model.embed_tokens.weight"), expected[0])
+    rows = [0, 2, 1, 3, 4, 6, 5, 7]
+    np.testing.assert_array_equal(file.read("model.layers.0.self_attn.q_proj.weight"), expected[1][rows])
+    for expert in range(3):
+        expert_name = f"model.layers.0.block_sparse_moe.experts.{expert}.w3.weight"
+        assert file.tensors[expert_name].shape == (8, 256)
+        np.testing.assert_array_equal(file.read(expert_name), expected[expert])
+
+
+MINIMAL = {
+    "embedding_length": 48,
+    "feed_forward_length": 80,
+    "block_count": 4,
+    "attention.head_count": 2,
+    "context_length": 64,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+EMBEDDING = {"token_embd.weight": (np.ones((4, 32), np.float32), None)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "metadata", "expected"),
+    [
+        ("llama", {"attention.sliding_window": 7}, {"model_type": "mistral", "sliding_window": 7}),
+        (
+            "llama",
+            {"expert_count": 4, "expert_used_count": 2, "attention.sliding_window": 7},
+            {"model_type": "mixtral", "sliding_window": 7, "num_local_experts": 4},
+        ),
+        ("llama", {"attention.head_count_kv": [1, 1, 1, 1]}, {"model_type": "llama", "num_key_value_heads": 1}),
+        ("llama", {"rope.scale_linear": 4.0}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"attention.causal": True, "expert_count": 0, "logit_scale": 0.0}, {"model_type": "llama"}),
+        # llama.cpp tells the largest Gemmas, whose scores are scaled otherwise, by their depth.
+        ("gemma2", {"block_count": 46, "attention.key_length": 16}, {"query_pre_attn_scalar": 24}),
+        ("gemma2", {"block_count": 42, "attention.key_length": 16}, {"query_pre_attn_scalar": 16}),
+        ("gemma3", {"block_count": 62, "attention.key_length": 16}, {"query_pre_attn_scalar": 24}),
+        ("gemma2", {}, {"sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("gemma3", {}, {"layer_types": ["full_attention"] * 4}),
+        (
+            "gemma3",
+            {"attention.sliding_window": 7, "attention.sliding_window_pattern": [True, False, False, True]},
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},
+        ),
+        (
+            "gemma3",
+            {"attention.sliding_window": 7, "attention.sliding_window_pattern": 3, "rope.freq_base_swa": 5000.0},
+            {
+                "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
+                "rope_local_base_freq": 5000.0,
+            },
+        ),
+        ("phi3", {"attention.sliding_window": 0, "rope.dimension_count": 18}, {"partial_rotary_factor": 0.75}),
+    ],
+)
+def test_what_follows_from_metadata(architecture, metadata, expected, tmp_path):
+    config = write_tensors(tmp_path / "tiny.gguf", architecture, MINIMAL | metadata, EMBEDDING).config
+    assert {name: config.get(name) for name in expected} == expected
+    models.build(config)
+
+
+@pytest.mark.parametrize(("turned", "head_dim"), [(30, 44), (60, 88), (26, 90)])
+def test_the_share_of_a_head_that_is_turned(turned, head_dim, tmp_path):
+    """Plain division gives shares of which int(head_dim · share) is one too few."""
+    assert int(head_dim * (turned / head_dim)) != turned
+    metadata = MINIMAL | {"embedding_length": 2 * head_dim, "rope.dimension_count": turned}
+    config = write_tensors(tmp_path / "tiny.gguf", "phi3", metadata, EMBEDDING).config
+    assert models.build(config).config.ropes[0].dim == turned
+
+
+def test_longrope_with_a_factor_of_its_own(tmp_path):
+    factors = {f"rope_factors_{name}.weight": (np.full(12, 2.0, np.float32), None) for name in ("short", "long")}
+    metadata = MINIMAL | {"rope.scaling.original_context_length": 16, "rope.scaling.attn_factor": 1.25}
+    config = write_tensors(tmp_path / "tiny.gguf", "phi3", metadata, EMBEDDING | factors).config
+    assert config["rope_scaling"] == {
+        "rope_type": "longrope",
+        "short_factor": [2.0] * 12,
+        "long_factor": [2.0] * 12,
+        "attention_factor": 1.25,
+    }
+    assert models.build(config).config.ropes[0].attention_factor == 1.25
+
+
+@pytest.mark.parametrize(
+    ("architecture", "metadata", "message"),
+    [
+        ("llama", {"block_count": None, "context_length": None}, r"no metadata llama\.block_count\n.*llama\.context_l"),
+        ("gptneox", {}, r"no metadata gptneox\.attention\.layer_norm_epsilon\n.*gptneox\.use_parallel_residual"),
+        ("qwen3moe", {}, r"no metadata qwen3moe\.expert_used_count"),
+        ("granite", {}, r"no metadata granite\.attention\.scale\n.*granite\.logit_scale"),
+        ("gemma4", {}, "has architecture 'gemma4'; GGUF is read for llama, qwen2"),
+        ("llama", {"rope.scaling.type": "su"}, r"llama\.rope\.scaling\.type is 'su'; linear, yarn"),
+        ("llama", {"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type is 'longrope'; linear, yarn"),
+        ("llama", {"rope.scaling.type": "yarn"}, r"no metadata llama\.rope\.scaling\.original_context_length"),
+        (
+            "llama",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 2.0,
+                "rope.scaling.original_context_length": 32,
+                "rope.scaling.yarn_log_multiplier": 0.1,
+                "rope.scaling.yarn_ext_factor": 0.5,
+            },
+            r"yarn_ext_factor is 0\.5; jlora computes only 1\.0 or -1\.0\n.*yarn_log_multiplier is 0\.1",
+        ),
+        ("llama", {"rope.scaling.attn_factor": 1.5}, r"llama\.rope\.scaling\.attn_factor is 1\.5"),
+        ("llama", {"rope.dimension_count": 8, "attention.key_length": 16}, r"rope\.dimension_count: 8 of 16 values"),
+        ("llama", {"attention.value_length": 8}, r"llama\.attention\.value_length is 8; jlora computes only 24"),
+        ("llama", {"attention.head_count_kv": [1, 2, 1, 1]}, r"head_count_kv differs from layer to layer"),
+        ("llama", {"attention.causal": False}, r"llama\.attention\.causal is False; jlora computes only True"),
+        ("llama", {"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not supported"),
+        ("llama", {"attention.scale": 0.5}, r"llama\.attention\.scale is 0\.5, which is not supported"),
+        ("granite", {"rope.scaling.finetuned": False}, r"granite\.rope\.scaling\.finetuned is False"),
+        ("olmo2", {"attention.sliding_window": 8}, r"olmo2\.attention\.sliding_window is 8, which is not supported"),
+        ("qwen3moe", {"expert_gating_func": 2}, r"qwen3moe\.expert_gating_func is 2; jlora computes only 0 or 1"),
+        ("qwen3moe", {"expert_shared_count": 1}, r"qwen3moe\.expert_shared_count is 1, which is not supported"),
+        ("gptneox", {"attention.head_count_kv": 1}, r"gptneox\.attention\.head_count_kv is 1; jlora computes only 2"),
+        ("gpt2", {"rope.freq_base": 1e4}, r"gpt2\.rope\.freq_base is 10000\.0, which is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(architecture, metadata, message, tmp_path):
+    chosen = {key: value for key, value in (MINIMAL | metadata).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        write_tensors(tmp_path / "tiny.gguf", architecture, chosen, EMBEDDING)
+
+
+def test_half_of_longrope_and_parts_of_a_file_are_refused(tmp_path):
+    half = {"rope_factors_long.weight": (np.ones(12, np.float32), None)}
+    with pytest.raises(ValueError, match=r"no tensor rope_factors_short\.weight"):
+        write_tensors(tmp_path / "half.gguf", "phi3", MINIMAL, EMBEDDING | half)
+    with pytest.raises(ValueError, match=r"no tensor token_embd\.weight"):
+        write_tensors(tmp_path / "empty.gguf", "llama", MINIMAL, half)
+    part = write(tmp_path / "part.gguf", "llama", change=lambda writer: writer.add_uint16("split.count", 2))
+    with pytest.raises(ValueError, match=r"split\.count is 2: merge the parts"):
+        jlora.load(part)
+
+
+def test_tensors_that_the_architecture_does_not_have_are_refused(tmp_path):
+    extra = np.ones(48, np.float32)
+    path = write(tmp_path / "extra.gguf", "llama", change=lambda w: w.add_tensor("blk.0.post_ffw_norm.weight", extra))
+    with pytest.raises(ValueError, match=r"unknown blk\.0\.post_ffw_norm\.weight"):
+        jlora.load(path)

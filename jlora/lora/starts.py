@@ -80,7 +80,7 @@ def _leading(matrix: jax.Array, rank: int, scale: jax.Array | float) -> tuple[ja
     """The leading singular triples, their values (over the scale) shared equally."""
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+    return left[:, :rank] * root[None, :], root[:, None] * right[:rank]
 
 
 def _leading_by_iteration(

@@ -16,13 +16,13 @@ COLUMN = ("fsdp", "tensor")
 ROW = ("tensor", "fsdp")
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(.*/)?(o_proj|down_proj)/kernel", ROW),
-    (r"(.*/)?(o_proj|down_proj)/lora_a", ("tensor", None)),
-    (r"(.*/)?(o_proj|down_proj)/lora_b", (None, "fsdp")),
-    (r"(.*/)?embedding", ROW),
-    (r"(.*/)?kernel", COLUMN),
-    (r"(.*/)?lora_a", ("fsdp", None)),
-    (r"(.*/)?lora_b", (None, "tensor")),
+    (r"(.*/)?(o_proj|down_proj)/(trained_)?kernel", ROW),
+    (r"(.*/)?(o_proj|down_proj)/lora_(start_)?a", ("tensor", None)),
+    (r"(.*/)?(o_proj|down_proj)/lora_(start_)?b", (None, "fsdp")),
+    (r"(.*/)?(trained_)?embedding", ROW),
+    (r"(.*/)?(trained_)?kernel", COLUMN),
+    (r"(.*/)?lora_(start_)?a", ("fsdp", None)),
+    (r"(.*/)?lora_(start_)?b", (None, "tensor")),
     (r".*", ()),
 )
 
@@ -31,18 +31,26 @@ def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
     """NamedShardings in the shape of `leaf`: an array, a ShapeDtypeStruct, or a packed value made of several.
 
     The rule names axes for the trailing dimensions. A packed value's parts that have its rank (codes, block scales)
-    are all split the same way, so blocks stay whole; parts of another rank (nested scales) are tiny and kept on every
-    device. An axis that does not divide a dimension of every such part is left out.
+    are all split the same way, so blocks stay whole, but for a dimension of which a part has one entry only (a scale
+    for all inputs): every device keeps that. Parts of another rank (nested scales) are tiny and kept on every device
+    too. An axis that does not divide a dimension of every part that is split is left out.
     """
     axes = tree.match_rules(RULES, [path], allow_unused=True)[path]
     parts = [part for part in jax.tree.leaves(leaf) if part.ndim == leaf.ndim]
     offset = leaf.ndim - len(axes)
     spec: list[str | None] = [None] * leaf.ndim
     for i, axis in enumerate(axes, start=offset):
-        if axis is not None and i >= 0 and all(part.shape[i] % mesh.shape[axis] == 0 for part in parts):
+        sizes = [part.shape[i] for part in parts if part.shape[i] > 1] if i >= 0 else []
+        if axis is not None and sizes and all(size % mesh.shape[axis] == 0 for size in sizes):
             spec[i] = axis
-    split, whole = NamedSharding(mesh, PartitionSpec(*spec)), NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda part: split if part.ndim == leaf.ndim else whole, leaf)
+
+    def place(part: Any) -> NamedSharding:
+        if part.ndim != leaf.ndim:
+            return NamedSharding(mesh, PartitionSpec())
+        kept = [axis if size > 1 else None for axis, size in zip(spec, part.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(place, leaf)
 
 
 def tree_shardings(params: dict, mesh: Mesh) -> dict:

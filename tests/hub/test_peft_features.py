@@ -173,6 +173,13 @@ def test_gradients_are_pefts(name, llama_folder, tmp_path, quiet):
         expected = parameter.grad.numpy()
         value = found[tensor.removesuffix(".weight") if "magnitude" in tensor else tensor]
         np.testing.assert_allclose(value, expected, atol=1e-3 * np.abs(expected).max(), err_msg=key)
+    if "ensure_weight_tying" in settings:  # one parameter here, two there: its gradient is the sum of theirs
+        grads = {key.replace(".default", ""): value.grad for key, value in adapted.named_parameters()}
+        embedding, head = "base_model.model.model.embed_tokens.lora_embedding_", "base_model.model.lm_head.lora_"
+        for ours, theirs in (("A", "B"), ("B", "A")):
+            expected = (grads[f"{embedding}{ours}"] + grads[f"{head}{theirs}.weight"].T).numpy()
+            value = found[f"{embedding}{ours}"]
+            np.testing.assert_allclose(value, expected, atol=1e-3 * np.abs(expected).max())
 
 
 MOE = dict(

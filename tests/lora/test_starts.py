@@ -1,0 +1,167 @@
+"""Starts from the base weights: PEFT's A and B, and a model that computes the same on an untouched base."""
+
+import warnings
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from jlora import hub, lora, models, quant, tree
+
+CONFIG = transformers.LlamaConfig(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    tie_word_embeddings=False,
+)
+TOKENS = np.arange(12, dtype=np.int32)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    transformers.LlamaForCausalLM(CONFIG).save_pretrained(folder)
+    return folder, *hub.load(folder)
+
+
+def pefts_delta(folder, **settings):
+    """Hub module name → scale · B @ A [out, in] of PEFT's start."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=10, **settings))
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
+        for name, module in adapted.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_500"])
+def test_the_update_is_pefts_and_the_model_starts_as_it_was(start, base, tmp_path):
+    folder, model, params = base
+    targets = ["q_proj", "up_proj", "down_proj"]
+    config = lora.LoraConfig(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=start)
+    adapted = lora.init(params, config, jax.random.key(0))
+    np.testing.assert_allclose(model(adapted, TOKENS), model(params, TOKENS), atol=1e-5)
+    assert tree.flatten(adapted)["layers/mlp/up_proj/kernel"] is tree.flatten(params)["layers/mlp/up_proj/kernel"]
+    expected = pefts_delta(folder, target_modules=targets, init_lora_weights=start)
+    loose = 1e-3 if "niter" in start else 1e-5  # both iterate until nothing changes
+    for path, module in (("self_attn/q_proj", "self_attn.q_proj"), ("mlp/down_proj", "mlp.down_proj")):
+        leaves = tree.subtree(adapted, f"layers/{path}")
+        for layer in range(2):
+            delta = 2.5 * leaves["lora_a"][layer] @ leaves["lora_b"][layer]
+            wanted = expected[f"model.layers.{layer}.{module}"].T
+            assert np.abs(delta - wanted).max() <= loose * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_pissa_is_written_as_plain_lora_for_the_untouched_base(dora, base, tmp_path):
+    folder, model, params = base
+    config = lora.LoraConfig(r=4, lora_alpha=10, init_lora_weights="pissa", use_dora=dora)
+    adapted = lora.init(params, config, jax.random.key(0))
+    trained = tree.map_with_path(
+        lambda path, leaf: (
+            leaf + 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+            if path.endswith(("lora_a", "lora_b"))
+            else leaf
+        ),
+        adapted,
+    )
+    hub.save_adapter(tmp_path / "adapter", trained, base=str(folder))
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert opened.peft_config["default"].r == 8
+    with torch.no_grad():
+        theirs = opened(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    ours = model(trained, TOKENS)
+    assert np.abs(ours - model(params, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(theirs, ours, atol=1e-4 * np.abs(ours).max())
+    np.testing.assert_allclose(model(lora.merge(trained), TOKENS), ours, atol=1e-4 * np.abs(ours).max())
+
+
+def test_orthogonal_factors_are_random_and_their_product_is_nothing(base):
+    _, model, params = base
+    adapted = lora.init(params, lora.LoraConfig(r=6, init_lora_weights="orthogonal"), jax.random.key(0))
+    leaves = adapted["layers"]["mlp"]["up_proj"]
+    assert leaves["lora_a"].shape == (2, 24, 6) and leaves["lora_b"].shape == (2, 6, 40)
+    assert 0.03 < np.std(leaves["lora_a"]) < 0.3 and 0.03 < np.std(leaves["lora_b"]) < 0.3
+    np.testing.assert_allclose(leaves["lora_a"] @ leaves["lora_b"], 0, atol=1e-6)
+    np.testing.assert_allclose(model(adapted, TOKENS), model(params, TOKENS), atol=1e-5)
+
+
+def test_loftq_starts_with_what_packing_lost():
+    """PEFT's formula (which needs a GPU there): the leading part of base - packed, as A = √S Vᵀ and B = U √S."""
+    model = models.build(CONFIG.to_dict())
+    dense = model.random_params(jax.random.key(0))
+    packed = tree.map_with_path(lambda p, x: quant.quantize(x) if p.endswith("up_proj/kernel") else x, dense)
+    config = lora.LoraConfig(r=8, lora_alpha=8, target_modules=["up_proj"], init_lora_weights="loftq")
+    adapted = lora.init(packed, config, jax.random.key(0), dense=dense)
+    kernel, leaves = dense["layers"]["mlp"]["up_proj"]["kernel"], adapted["layers"]["mlp"]["up_proj"]
+    for layer in range(2):
+        lost = np.asarray(kernel[layer] - quant.dequantize(leaves["kernel"])[layer])
+        left, values, right = np.linalg.svd(lost)
+        best = (left[:, :8] * values[:8]) @ right[:8]
+        np.testing.assert_allclose(leaves["lora_a"][layer] @ leaves["lora_b"][layer], best, atol=1e-6)
+    with pytest.raises(ValueError, match="needs packed params, and the same params unpacked"):
+        lora.init(packed, config, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "leaf"),
+    [
+        (dict(use_dora=True), "layers/mlp/up_proj/lora_magnitude"),
+        (dict(lora_bias=True), "layers/mlp/up_proj/lora_bias"),
+        (dict(modules_to_save=["norm", "lm_head"]), "lm_head/trained_kernel"),
+        (dict(trainable_token_indices=[3, 9]), "embed_tokens/lora_tokens"),
+        (dict(trainable_token_indices={"lm_head": [3, 9]}), "lm_head/lora_tokens"),
+        (dict(target_modules=["embed_tokens", "lm_head"]), "embed_tokens/lora_b"),
+        (dict(target_modules=["q_proj"], layers_to_transform=1), "layers/self_attn/q_proj/lora_rank"),
+    ],
+)
+def test_every_feature_starts_as_the_base_and_is_where_it_should_be(settings, leaf, base, tmp_path):
+    folder, model, params = base
+    adapted = lora.init(params, lora.LoraConfig(r=4, **settings), jax.random.key(0))
+    np.testing.assert_allclose(model(adapted, TOKENS), model(params, TOKENS), atol=1e-5)
+    assert leaf in tree.flatten(adapted)
+    assert tree.flatten(lora.strip(adapted)).keys() == tree.flatten(params).keys()
+    hub.save_adapter(tmp_path / "adapter", adapted, base=str(folder))
+    again = hub.load_adapter(params, tmp_path / "adapter")
+    for path, value in tree.flatten(adapted).items():
+        np.testing.assert_allclose(tree.flatten(again)[path], value, atol=1e-6, err_msg=path)
+
+
+def test_a_tied_embedding_has_one_adapter_in_both_places():
+    model = models.build(CONFIG.to_dict() | {"tie_word_embeddings": True})
+    params = model.random_params(jax.random.key(0))
+    config = lora.LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False)
+    adapted = lora.init(params, config, jax.random.key(0))
+    assert "lora_tied" in adapted["embed_tokens"]
+    merged = lora.merge(adapted)
+    assert "lm_head" not in merged
+    np.testing.assert_allclose(model(adapted, TOKENS), model(merged, TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(target_modules=["embed_tokens"], use_dora=True), "use_dora is for linears; embed_tokens"),
+        (dict(target_modules=["embed_tokens"], init_lora_weights="pissa"), "'pissa' is for linears, and embed_tokens"),
+        (dict(r=25, init_lora_weights="pissa"), "rank 25 is more than a kernel"),
+        (dict(bias="all"), "these modules have no biases"),
+        (dict(modules_to_save=["classifier"]), "no module's name ends in classifier"),
+        (dict(modules_to_save=["layers.1.mlp.up_proj"]), "must mean all layers of a stack or none"),
+        (dict(trainable_token_indices=[61]), r"\[61\] are outside the vocabulary of 61"),
+        (dict(trainable_token_indices={"proj": [1]}), "'proj' names 0 modules"),
+        (dict(target_modules=["q_proj"], layers_to_transform=[7]), "layers_to_transform 7"),
+        (dict(target_parameters=["experts.down_proj"]), "target_parameters"),
+    ],
+)
+def test_what_cannot_be_is_said(settings, message, base):
+    with pytest.raises(ValueError, match=message):
+        lora.init(base[2], lora.LoraConfig(**settings), jax.random.key(0))

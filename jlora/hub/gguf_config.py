@@ -52,11 +52,13 @@ class Metadata:
         return value[0] if isinstance(value, list) and value else value
 
     def require(self, key: str) -> Any:
-        """The value; one that is missing is noted, and 1 stands for it until `finish`."""
+        """The value; one that is missing or 0 is noted, and 1 stands for it until `finish`."""
         value = self.number(key)
         if value is None:
             self.problems.append(f"no metadata {self.name(key)}")
-        return 1 if value is None else value
+        elif value == 0 and not isinstance(value, bool):
+            self.problems.append(f"{self.name(key)} is 0")
+        return value if value or isinstance(value, bool) else 1
 
     def only(self, key: str, *supported: Any) -> None:
         """Notes a value that is none of those supported."""
@@ -276,9 +278,7 @@ def _rope_scaling(
     if kind == "yarn":
         return _yarn(metadata)
     supported = f"linear, yarn, Llama 3's ({FREQUENCIES}) and LongRoPE ({SHORT}, {LONG}) are read"
-    metadata.problems.append(
-        f"{metadata.name('rope.scaling.type')} is {kind!r}; {supported}"
-    )
+    metadata.problems.append(f"{metadata.name('rope.scaling.type')} is {kind!r}; {supported}")
     return {}
 
 

@@ -123,7 +123,7 @@ CASES = {
     "olmo2": ("olmo2", "Olmo2Config", SIZES, False),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
-    "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.25, num_attention_heads=3), False),
+    "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.5), False),
     "gptneox-serial": (
         "gptneox",
         "GPTNeoXConfig",
@@ -526,6 +526,7 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
     ("architecture", "metadata", "message"),
     [
         ("llama", {"block_count": None, "context_length": None}, r"no metadata llama\.block_count\n.*llama\.context_l"),
+        ("llama", {"attention.head_count": 0}, r"llama\.attention\.head_count is 0"),
         ("gptneox", {}, r"no metadata gptneox\.attention\.layer_norm_epsilon\n.*gptneox\.use_parallel_residual"),
         ("qwen3moe", {}, r"no metadata qwen3moe\.expert_used_count"),
         ("granite", {}, r"no metadata granite\.attention\.scale\n.*granite\.logit_scale"),

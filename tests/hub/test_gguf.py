@@ -137,7 +137,7 @@ def test_other_scalings(make_llama, tmp_path):
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
     source = hub.open_source(write_gguf(tmp_path / "linear.gguf", model, metadata=linear))
     assert source.config["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}
-    with pytest.raises(ValueError, match="no metadata llama.rope.scaling.factor"):
+    with pytest.raises(ValueError, match=r"no metadata llama\.rope\.scaling\.factor"):
         hub.open_source(write_gguf(tmp_path / "yarn.gguf", model, metadata={"llama.rope.scaling.type": "yarn"}))
 
 

@@ -1,12 +1,16 @@
-"""Packed 4-bit arrays, their matmul, and the rules for which leaves are packed."""
+"""Packed 4- and 8-bit arrays, their matmul, and the rules for which leaves are packed."""
 
 from jlora.quant.config import QuantConfig, as_config, leaf_format
+from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize
+from jlora.quant.four_bit import Packed4bit
+from jlora.quant.int8 import PackedInt8
 from jlora.quant.matmul import grouped_matmul, matmul
-from jlora.quant.nf4 import NF4Array, PackedArray, dequantize, is_packed, quantize
 
 __all__ = [
-    "NF4Array",
+    "FORMATS",
+    "Packed4bit",
     "PackedArray",
+    "PackedInt8",
     "QuantConfig",
     "as_config",
     "dequantize",

@@ -4,8 +4,7 @@ import dataclasses
 import re
 
 from jlora import tree
-
-FORMATS = ("nf4",)
+from jlora.quant.formats import FORMATS
 
 # Every linear inside the stack; embeddings, the head and norms keep their precision (as bitsandbytes' users do).
 DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"((gpt_neox/)?layers|h)/.*/kernel", "nf4"), (r".*", None))
@@ -19,7 +18,7 @@ class QuantConfig:
     Attributes:
         rules: formats by path; paths that no rule matches stay as they are. A rule may name a layer or not:
             "layers/0/mlp/down_proj/kernel" is that of the first layer, "layers/mlp/down_proj/kernel" all of them.
-        double_quant: block scales in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits a weight).
+        double_quant: block scales of 4-bit formats in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits).
     """
 
     rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES

@@ -4,32 +4,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.quant.nf4 import NF4Array, dequantize
+from jlora.quant.formats import PackedArray, dequantize, is_packed
 
 
-def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | NF4Array") -> Float[Array, "*batch N"]:
+def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
     """x @ kernel in x's dtype. With a packed kernel only x's gradient exists; nothing dequantised is kept."""
     # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes.
     rows = x.reshape(-1, x.shape[-1])
-    y = _packed(rows, kernel) if isinstance(kernel, NF4Array) else rows @ kernel.astype(x.dtype)
+    y = _packed(rows, kernel) if is_packed(kernel) else rows @ kernel.astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def grouped_matmul(
-    x: Float[Array, "rows D"], kernel: "Float[Array, 'E D N'] | NF4Array", sizes: Int[Array, "E"]
+    x: Float[Array, "rows D"], kernel: "Float[Array, 'E D N'] | PackedArray", sizes: Int[Array, "E"]
 ) -> Float[Array, "rows N"]:
     """`matmul` with a kernel for each of E groups of consecutive rows, of `sizes` rows each."""
-    if isinstance(kernel, NF4Array):
+    if is_packed(kernel):
         return _packed_groups(x, kernel, sizes)
     return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
 
 
 @jax.custom_vjp
-def _packed_groups(x: jax.Array, kernel: NF4Array, sizes: jax.Array) -> jax.Array:
+def _packed_groups(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(x, dequantize(kernel, x.dtype), sizes)
 
 
-def _packed_groups_forward(x: jax.Array, kernel: NF4Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
+def _packed_groups_forward(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> tuple[jax.Array, tuple]:
     return _packed_groups(x, kernel, sizes), (kernel, sizes)
 
 
@@ -42,15 +42,15 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 
 
 @jax.custom_vjp
-def _packed(x: jax.Array, kernel: NF4Array) -> jax.Array:
+def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
     return x @ dequantize(kernel, x.dtype)
 
 
-def _packed_forward(x: jax.Array, kernel: NF4Array) -> tuple[jax.Array, NF4Array]:
+def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, PackedArray]:
     return _packed(x, kernel), kernel
 
 
-def _packed_backward(kernel: NF4Array, grad: jax.Array) -> tuple[jax.Array, None]:
+def _packed_backward(kernel: PackedArray, grad: jax.Array) -> tuple[jax.Array, None]:
     return grad @ dequantize(kernel, grad.dtype).T, None
 
 

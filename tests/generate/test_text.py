@@ -54,7 +54,7 @@ def test_a_packed_base_generates_what_its_dense_form_does(folder, loaded):
     _, _, tokenizer = loaded
     model, packed = jlora.load(folder, quant="nf4")
     dense = jlora.tree.map_with_path(
-        lambda _, leaf: jlora.quant.dequantize(leaf) if isinstance(leaf, jlora.quant.NF4Array) else leaf, packed
+        lambda _, leaf: jlora.quant.dequantize(leaf) if jlora.quant.is_packed(leaf) else leaf, packed
     )
     texts = [jlora.generate(model, p, tokenizer, PROMPTS, max_new_tokens=8) for p in (packed, dense)]
     assert texts[0] == texts[1]

@@ -92,7 +92,7 @@ def test_nf4_equals_quantising_the_whole(llama_folder, changes, dtype):
     def pack(path, leaf):
         return quant.quantize(leaf) if quant.leaf_format(path, PACK_MLP) else leaf
 
-    assert isinstance(packed["layers"]["mlp"]["up_proj"]["kernel"], quant.NF4Array)
+    assert quant.is_packed(packed["layers"]["mlp"]["up_proj"]["kernel"])
     assert_same(packed, tree.map_with_path(pack, dense))
 
 
@@ -116,7 +116,7 @@ def test_a_mesh_changes_the_placement_only(llama_folder, quantised):
 def test_nf4_packs_the_stacked_kernels(llama_folder):
     folder, _ = llama_folder(num_hidden_layers=1)
     _, params = hub.load(folder, quant="nf4")
-    packed = {path for path, leaf in tree.flatten(params).items() if isinstance(leaf, quant.NF4Array)}
+    packed = {path for path, leaf in tree.flatten(params).items() if quant.is_packed(leaf)}
     assert packed == {path for path in tree.flatten(params) if path.startswith("layers/") and path.endswith("/kernel")}
 
 
@@ -124,7 +124,7 @@ def test_a_quant_config_decides_by_path(llama_folder):
     folder, _ = llama_folder()
     config = quant.QuantConfig(rules=((r".*/down_proj/kernel", "nf4"), (r"lm_head/kernel", "nf4")), double_quant=False)
     _, params = hub.load(folder, quant=config)
-    packed = {path for path, leaf in tree.flatten(params).items() if isinstance(leaf, quant.NF4Array)}
+    packed = {path for path, leaf in tree.flatten(params).items() if quant.is_packed(leaf)}
     assert packed == {"layers/mlp/down_proj/kernel", "lm_head/kernel"}
     assert params["lm_head"]["kernel"].nested_absmax is None
 

@@ -44,6 +44,13 @@ def test_packed_parts_are_split_alike_and_blocks_stay_whole(mesh):
     assert placed.codes.spec == placed.absmax.spec == P(None, None, "tensor")
 
 
+def test_a_scale_of_all_inputs_is_split_over_outputs_only(mesh):
+    leaf = quant.quantize(jnp.ones((2, 512, 32)), "int8")
+    placed = sharding.leaf_sharding("layers/mlp/up_proj/kernel", leaf, mesh)
+    assert placed.codes.spec == P(None, "fsdp", "tensor")
+    assert placed.scale.spec == P(None, None, "tensor")
+
+
 def test_each_device_holds_its_part_only(mesh):
     params = {"layers": {"up_proj": {"kernel": quant.quantize(jnp.ones((2, 512, 32)))}}}
     codes = sharding.shard(params, mesh)["layers"]["up_proj"]["kernel"].codes

@@ -1,0 +1,47 @@
+"""Every packed format behind one pair of functions: `quantize` makes a packed value, `dequantize` the array again."""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from jlora.quant import four_bit, int8
+from jlora.quant.four_bit import Packed4bit
+from jlora.quant.int8 import PackedInt8
+
+FORMATS = (*four_bit.CODEBOOKS, "int8")
+
+PackedArray = Packed4bit | PackedInt8
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether the leaf is a packed value rather than an array."""
+    return isinstance(leaf, PackedArray)
+
+
+def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: bool = True) -> PackedArray:
+    """The packed form of a kernel [..., D, N]; each leading index is quantised as a tensor of its own.
+
+    Args:
+        format: "nf4" or "fp4" (bitsandbytes' 4 bits), "int4" (4 bits, a uniform grid) or "int8" (LLM.int8's rows).
+        double_quant: block scales in 8 bits (4.13 bits a weight) instead of float32 (4.5); int8 has no blocks.
+
+    Raises:
+        ValueError: an unknown format, or an array of fewer than two dimensions.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
+    if array.ndim < 2:
+        raise ValueError(f"only arrays [..., D, N] can be packed; found shape {array.shape}")
+    if format == "int8":
+        return int8.pack(array)
+    return four_bit.pack(array, format, double_quant=double_quant)
+
+
+def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+    """The array [..., D, N] that a packed value stands for, computed in float32 and rounded to the leaf's dtype.
+
+    Args:
+        dtype: of the result, when it is to differ from the leaf's.
+    """
+    return int8.unpack(leaf, dtype) if isinstance(leaf, PackedInt8) else four_bit.unpack(leaf, dtype)

@@ -1,6 +1,7 @@
 """PEFT adapter folders: the same bytes for the same adapter, read strictly: all of it fits, or nothing is loaded."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from jlora.hub.source import locate
 from jlora.hub.weights import TensorInfo, listing, read_json, read_tensor, tensor_infos
 from jlora.lora.merge import MAIN, TIED_HEADS
 from jlora.lora.partition import TRAINED
+from jlora.lora.targets import module_names, split_axes
 from jlora.types import Params
 
 CONFIG = "adapter_config.json"
@@ -53,6 +55,13 @@ def _expert_codecs(experts: int) -> tuple[Codec, Codec]:
     return a, b
 
 
+def _flat_codecs(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[Codec, Codec]:
+    """A [*inputs, R] ↔ [R, inputs], B [R, *outputs] ↔ [outputs, R]."""
+    a = Codec(lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T.reshape(*inputs, -1))
+    b = Codec(lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T.reshape(-1, *outputs))
+    return a, b
+
+
 class Module(NamedTuple):
     """One adaptable module of one layer, as PEFT sees it.
 
@@ -60,9 +69,12 @@ class Module(NamedTuple):
         name: PEFT's: of a module, or of a parameter ("….experts.down_proj", "….gate.weight").
         path, index: where it lies in the tree: the module, and the layer's place in its stack (None if not stacked).
         leaf: "kernel", "embedding" or "router".
-        inputs, outputs: of one expert if there are several.
+        inputs, outputs: of one expert if there are several; of kernels with more axes, their products.
+        axes: the kernel's shape in one layer, where it has more axes than two.
         experts: how many, 0 for a plain module.
         tensors: what its tensors' names begin with.
+        kernel: (input axes, output axes) of a kernel that is no matrix, which other models than language models have;
+            in the file it is one.
     """
 
     name: str
@@ -73,6 +85,7 @@ class Module(NamedTuple):
     outputs: int
     experts: int
     tensors: str
+    kernel: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def is_parameter(self) -> bool:
@@ -85,6 +98,8 @@ class Module(NamedTuple):
         else:
             ends = (".lora_A.weight", ".lora_B.weight")
         a, b = _expert_codecs(self.experts) if self.experts else (TRANSPOSED, TRANSPOSED)
+        if self.kernel:
+            a, b = _flat_codecs(*self.kernel)
         wide = rank * max(1, self.experts)
         return {
             "lora_a": (self.tensors + ends[0], (wide, self.inputs), a),
@@ -166,7 +181,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)
-    modules = _outermost(_modules(base), found, config)
+    modules = _outermost(_modules(base, found), found, config)
     adapted = [module for module in modules if _is_wanted(module, found, config)]
     slots = _factor_slots(adapted, config) | _config_slots(leaves, config, adapted)
     mirrored = _mirrored_names(config, adapted)
@@ -182,41 +197,67 @@ def load_adapter(params: Params, path: str | Path) -> Params:
 # ---------------------------------------------------------------- what there is to adapt
 
 
-def _modules(params: Params) -> list[Module]:
-    """Every module that PEFT could adapt, layer by layer, in the order of the tree."""
-    flat = tree.flatten(lora.strip(params))
-    found = []
+def _modules(params: Params, found: Mapping[str, TensorInfo] | None = None) -> list[Module]:
+    """Every module that PEFT could adapt, layer by layer, in the order of the tree.
+
+    Args:
+        found: a file's tensors, whose shapes say which of a kernel's several axes are inputs.
+    """
+    every = tree.flatten(params)
+    flat = {path: leaf for path, leaf in every.items() if not lora.is_adapter(path)}
+    modules = []
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
-        if name in MAIN:
-            found += _module_layers(module, name, tuple(leaf.shape), params)
+        if name in MAIN and leaf.ndim > 1:
+            modules += _module_layers(module, name, every, found or {})
     for embedding, head in TIED_HEADS.items():
         if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
             shape = flat[f"{embedding}/embedding"].shape
-            found.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
-    return found
+            modules.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
+    return modules
 
 
-def _module_layers(path: str, leaf: str, shape: tuple[int, ...], params: Params) -> list[Module]:
+def _module_layers(path: str, leaf: str, flat: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> list[Module]:
+    shape = tuple(flat[f"{path}/{leaf}"].shape)
     stacked = tree.stack_of(path) is not None
     is_expert = re.fullmatch(names.EXPERTS, path) is not None
-    try:
-        full_names = names.module_names(path, shape[0])
-    except ValueError:  # other trees than language models: their own names
-        full_names = [path.replace("/", ".")]
     layers = []
-    for i, name in enumerate(full_names):
+    for i, name in enumerate(_full_names(path, shape[0])):
         tensors = f"{PREFIX}{name.rpartition('.')[0] if is_expert else name}"
-        if is_expert and name.endswith("gate_up_proj") and _is_adapted(params, path.rpartition("/")[0] + "/down_proj"):
+        if is_expert and name.endswith("gate_up_proj") and f"{path.rpartition('/')[0]}/down_proj/lora_a" in flat:
             tensors += ".base_layer"  # PEFT wraps the experts' module once for each parameter
         full = f"{name}.weight" if leaf == "router" else name
-        experts = shape[-3] if is_expert else 0
-        layers.append(Module(full, path, i if stacked else None, leaf, shape[-2], shape[-1], experts, tensors))
+        own = shape[1:] if stacked else shape
+        experts = own[0] if is_expert else 0
+        kernel = None
+        if len(own) > 2 and not is_expert:
+            kernel = _kernel_axes(path, own, flat, found.get(f"{tensors}.lora_A.weight"))
+            own = tuple(map(math.prod, kernel))
+        layers.append(Module(full, path, i if stacked else None, leaf, own[-2], own[-1], experts, tensors, kernel))
     return layers
 
 
-def _is_adapted(params: Params, path: str) -> bool:
-    return f"{path}/lora_a" in tree.flatten(params)
+def _kernel_axes(
+    path: str, shape: tuple[int, ...], flat: Mapping[str, Any], lora_a: TensorInfo | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(input axes, output axes): as its adapter has them, or as the file's A fits, or as the bias says."""
+    stacked = 1 if tree.stack_of(path) else 0
+    bias = flat.get(f"{path}/bias")
+    _, outputs = split_axes(path, (1,) * stacked + shape, None if bias is None else bias.ndim)
+    if lora_a is not None:
+        sizes = [math.prod(shape[:count]) for count in range(1, len(shape))]
+        outputs = len(shape) - 1 - sizes.index(lora_a.shape[1]) if lora_a.shape[1] in sizes else outputs
+    elif f"{path}/lora_b" in flat:
+        outputs = flat[f"{path}/lora_b"].ndim - 1 - stacked
+    return shape[:-outputs], shape[-outputs:]
+
+
+def _full_names(path: str, count: int) -> list[str]:
+    """transformers' names of a module, one a layer; modules that it does not have go by their own."""
+    try:
+        return names.module_names(path, count)
+    except ValueError:
+        return module_names(path, count)
 
 
 def _outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig) -> list[Module]:
@@ -273,7 +314,7 @@ def _extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
         if name.startswith(TRAINED):
             slots |= _copy_slots(module, name.removeprefix(TRAINED), tuple(leaf.shape), wrapped)
         if name == "lora_tokens":
-            tensor = f"{PREFIX}{names.module_names(module, 1)[0]}.token_adapter.trainable_tokens_delta"
+            tensor = f"{PREFIX}{_full_names(module, 1)[0]}.token_adapter.trainable_tokens_delta"
             slots[tensor] = Slot(path, None, tuple(leaf.shape), PLAIN)
     return slots
 
@@ -295,7 +336,7 @@ def _config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: lis
     wrapped = {module.name for module in adapted}
     for path, leaf in leaves.items():
         module, _, name = path.rpartition("/")
-        full = names.module_names(module, leaf.shape[0])
+        full = _full_names(module, leaf.shape[0] if leaf.ndim else 1)
         saved = [config.saves(item) for item in full]
         biased = name == "bias" and (
             config.bias == "all" or (config.bias == "lora_only" and any(item in wrapped for item in full))
@@ -309,7 +350,7 @@ def _config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: lis
     for item, tokens in config.token_rows(_input_embedding(leaves)).items():
         for path, leaf in leaves.items():
             module, _, name = path.rpartition("/")
-            full = names.module_names(module, leaf.shape[0])[0]
+            full = _full_names(module, leaf.shape[0] if leaf.ndim else 1)[0]
             if name in ("kernel", "embedding") and (full == item or full.endswith(f".{item}")):
                 width = leaf.shape[1] if name == "embedding" else leaf.shape[0]
                 tensor = f"{PREFIX}{full}.token_adapter.trainable_tokens_delta"
@@ -437,7 +478,7 @@ def _setting_leaves(
     for path in made:
         module, _, name = path.rpartition("/")
         if name == "lora_tokens":
-            full = names.module_names(module, 1)[0]
+            full = _full_names(module, 1)[0]
             tokens = next(ids for item, ids in rows.items() if full == item or full.endswith(f".{item}"))
             settings[f"{module}/lora_token_ids"] = np.array(tokens, np.int32)
     return settings
@@ -473,7 +514,7 @@ def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -
     for path, head in TIED_HEADS.items():
         if f"{path}/lora_tied" not in flat:
             continue
-        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
+        name = f"{PREFIX}{_full_names(path, 1)[0]}"
         if f"{name}.lora_embedding_A" in tensors:
             mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
             mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T

@@ -1,5 +1,6 @@
 """LoRA as a transformation of a param tree: adapters beside base leaves, a frozen half and a trainable half."""
 
+from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
 from jlora.lora.merge import merge, merged_leaf, untie
@@ -9,8 +10,10 @@ from jlora.lora.setup import init
 __all__ = [
     "LoraConfig",
     "base_norms",
+    "bind",
     "combine",
     "embed",
+    "from_nnx",
     "grouped_linear",
     "init",
     "is_adapter",

@@ -80,12 +80,21 @@ def _merge_module(path: str, module: Params) -> Params:
 def _with_update(weight: jax.Array, module: Params) -> jax.Array:
     if "lora_a" not in module:
         return weight
-    delta = jnp.matmul(module["lora_a"], module["lora_b"], precision="highest")
-    if "lora_start_a" in module:
-        delta = delta - jnp.matmul(module["lora_start_a"], module["lora_start_b"], precision="highest")
     scale = module["lora_scale"]
+    delta = _product(module["lora_a"], module["lora_b"], weight.shape, scale.ndim)
+    if "lora_start_a" in module:
+        delta = delta - _product(module["lora_start_a"], module["lora_start_b"], weight.shape, scale.ndim)
     total = weight.astype(jnp.float32) + delta * scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
     return total * gains(module)[..., None, :] if "lora_magnitude" in module else total
+
+
+def _product(lora_a: jax.Array, lora_b: jax.Array, shape: tuple[int, ...], stacked: int) -> jax.Array:
+    """A @ B in the weight's shape; kernels of several input or output axes are matrices of their products."""
+    if lora_a.ndim == lora_b.ndim == len(shape):
+        return jnp.matmul(lora_a, lora_b, precision="highest")
+    stack, rank = lora_a.shape[:stacked], lora_a.shape[-1]
+    left, right = lora_a.reshape(*stack, -1, rank), lora_b.reshape(*stack, rank, -1)
+    return jnp.matmul(left, right, precision="highest").reshape(shape)
 
 
 def _with_tokens(weight: jax.Array, module: Params, *, rows: bool) -> jax.Array:

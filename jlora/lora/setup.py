@@ -14,11 +14,18 @@ from jlora.lora.config import LoraConfig
 from jlora.lora.linear import base_norms, column_norms
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED, is_adapter
-from jlora.lora.targets import Target, find_targets, matches, module_names, saves
+from jlora.lora.targets import Candidate, InputAxes, Target, find_targets, matches, module_names, saves
 from jlora.types import Params
 
 
-def init(params: Params, config: LoraConfig, key: jax.Array, *, dense: Params | None = None) -> Params:
+def init(
+    params: Params,
+    config: LoraConfig,
+    key: jax.Array,
+    *,
+    dense: Params | None = None,
+    input_axes: InputAxes = (),
+) -> Params:
     """The same tree with adapters beside the targeted leaves; with the default initialisation the model computes the
     same.
 
@@ -34,6 +41,8 @@ def init(params: Params, config: LoraConfig, key: jax.Array, *, dense: Params | 
 
     Args:
         dense: the same base before it was packed, for init_lora_weights="loftq".
+        input_axes: (regular expression for a module's path, how many of its kernel's axes are inputs), for kernels of
+            more than two axes without a bias that shows it (Flax's DenseGeneral).
 
     Raises:
         ValueError: the tree has adapters already, a pattern of the config matches nothing, or settings do not go
@@ -43,7 +52,7 @@ def init(params: Params, config: LoraConfig, key: jax.Array, *, dense: Params | 
     if present := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
     originals = None if dense is None else tree.flatten(dense)
-    targets = find_targets(params, config)
+    targets = find_targets(params, config, input_axes)
     for target in targets:
         for name, leaf in _adapter(target, flat, config, _path_key(key, target.path), originals).items():
             flat[f"{target.path}/{name}"] = leaf
@@ -57,23 +66,24 @@ def _adapter(
     target: Target, flat: dict[str, Any], config: LoraConfig, key: jax.Array, originals: dict[str, Any] | None
 ) -> dict[str, jax.Array]:
     candidate = target.candidate
-    *stack, inputs, outputs = candidate.shape
+    before, after = candidate.factor_shapes
     settings, rank = candidate.stack_shape, max(target.ranks)
     ranks = np.array(target.ranks).reshape(settings)
     scales = jnp.asarray(np.array(target.scales, np.float32).reshape(settings))
     weight = flat.get(f"{candidate.path}/{candidate.leaf}")
     adapter: dict[str, jax.Array] = {}
     if starts.is_drawn(config.init_lora_weights):
-        lora_a, lora_b = _draw((*stack, inputs, rank), (*stack, rank, outputs), candidate.leaf, config, key)
+        batch = before[: len(before) - candidate.axes[0]]
+        lora_a, lora_b = _draw((*before, rank), (*batch, rank, *after), candidate, config, key)
     else:
         _require_kernel(target, config, weight)
         original = None if originals is None else originals[f"{candidate.path}/kernel"]
         lora_a, lora_b = starts.from_weights(config.init_lora_weights, weight, original, rank, scales, key)
     if (ranks != rank).any():
-        used = jnp.asarray(np.arange(rank) < ranks[..., None]).reshape(
-            *settings, *[1] * (len(stack) - len(settings)), rank
-        )
-        lora_a, lora_b = lora_a * used[..., None, :], lora_b * used[..., :, None]
+        used = jnp.asarray(np.arange(rank) < ranks[..., None])
+        lora_a = lora_a * used.reshape(*settings, *[1] * (lora_a.ndim - 1 - len(settings)), rank)
+        between = [1] * (lora_b.ndim - 1 - len(settings) - len(after))
+        lora_b = lora_b * used.reshape(*settings, *between, rank, *[1] * len(after))
         adapter["lora_rank"] = jnp.asarray(ranks, jnp.int32)
     adapter |= {"lora_a": lora_a, "lora_b": lora_b, "lora_scale": scales}
     if starts.shifts_base(config.init_lora_weights):
@@ -82,7 +92,7 @@ def _adapter(
         adapter["lora_dropout"] = jnp.full(settings, config.lora_dropout, jnp.float32)
     if config.lora_bias:
         _require_linear(target, "lora_bias", weight)
-        adapter["lora_bias"] = jnp.zeros((*settings, outputs), jnp.float32)
+        adapter["lora_bias"] = jnp.zeros((*settings, *after), jnp.float32)
     if config.use_dora:
         _require_linear(target, "use_dora", weight)
         adapter["lora_base_norm"] = base_norms(weight)
@@ -91,13 +101,15 @@ def _adapter(
 
 
 def _require_linear(target: Target, field: str, weight: Any) -> None:
-    if target.candidate.leaf != "kernel" or weight is None:
-        what = "a head that is its embedding" if weight is None else "embeddings"
+    candidate = target.candidate
+    if candidate.leaf != "kernel" or weight is None or candidate.axes != (1, 1):
+        what = "a head that is its embedding" if weight is None else f"a {candidate.leaf} of shape {candidate.shape}"
         raise ValueError(f"{field} is for linears; {target.path}: {what} cannot have it")
 
 
 def _require_kernel(target: Target, config: LoraConfig, weight: Any) -> None:
-    if target.candidate.leaf != "kernel" or weight is None or target.candidate.is_parameter:
+    candidate = target.candidate
+    if candidate.leaf != "kernel" or weight is None or candidate.is_parameter or candidate.axes != (1, 1):
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linears, and {target.path} is none")
 
 
@@ -191,14 +203,15 @@ def _path_key(key: jax.Array, path: str) -> jax.Array:
 
 
 def _draw(
-    a_shape: tuple[int, ...], b_shape: tuple[int, ...], leaf: str, config: LoraConfig, key: jax.Array
+    a_shape: tuple[int, ...], b_shape: tuple[int, ...], candidate: Candidate, config: LoraConfig, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A and B by PEFT's formulas: kaiming_uniform(a=sqrt(5)) is uniform in ±1/sqrt(fan in)."""
-    inputs, rank = a_shape[-2:]
+    inputs = math.prod(a_shape[-1 - candidate.axes[0] : -1])
+    rank = a_shape[-1]
     key_a, key_b = jax.random.split(key)
     a_bound, b_bound = 1 / math.sqrt(inputs), 1 / math.sqrt(rank)
     start = config.init_lora_weights
-    if leaf == "embedding" and start in (True, "default", "zero_a"):
+    if candidate.leaf == "embedding" and start in (True, "default", "zero_a"):
         return jnp.zeros(a_shape, jnp.float32), jax.random.normal(key_b, b_shape, jnp.float32)
     lora_a = jax.random.uniform(key_a, a_shape, jnp.float32, -a_bound, a_bound)
     lora_b = jnp.zeros(b_shape, jnp.float32)
@@ -209,6 +222,8 @@ def _draw(
             lora_a = jnp.zeros(a_shape, jnp.float32)
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
         case "orthogonal":
+            if candidate.axes != (1, 1):
+                raise ValueError(f"init_lora_weights='orthogonal' is for matrices; {candidate.path} has {a_shape[:-1]}")
             lora_a, lora_b = starts.orthogonal(a_shape, b_shape, key)
         case False:
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)

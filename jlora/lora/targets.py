@@ -5,6 +5,7 @@ names.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jlora import tree
@@ -16,20 +17,31 @@ HEADS = ("lm_head", "embed_out")
 HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
 
+InputAxes = Sequence[tuple[str, int]]
+
+
 class Candidate(NamedTuple):
     """A module that can be adapted.
 
     Attributes:
         path: the module's.
         leaf: what its update is added to: "kernel", "embedding" or "router".
-        shape: of that leaf, [*stack, inputs, outputs].
+        shape: of that leaf, [*stack, *inputs, *outputs] (experts: [*stack, E, inputs, outputs]).
+        axes: how many of the shape's last axes are inputs, and how many outputs: (1, 1) for a matrix.
         names: the dotted name that patterns are matched with, one a layer.
     """
 
     path: str
     leaf: str
     shape: tuple[int, ...]
+    axes: tuple[int, int]
     names: list[str]
+
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B but for their rank: A ends in it, in B it comes before the outputs."""
+        outputs = self.axes[1]
+        return self.shape[:-outputs], self.shape[-outputs:]
 
     @property
     def is_parameter(self) -> bool:
@@ -55,13 +67,16 @@ class Target:
         return self.candidate.path
 
 
-def find_targets(params: dict, config: LoraConfig) -> list[Target]:
+def find_targets(params: dict, config: LoraConfig, input_axes: InputAxes = ()) -> list[Target]:
     """What `config` adapts of `params`.
+
+    Args:
+        input_axes: see `split_axes`.
 
     Raises:
         ValueError: a target, an exclusion or a pattern that matches nothing (all are listed, with what there is).
     """
-    found = candidates(params)
+    found = candidates(params, input_axes)
     _require_matches(config, found)
     targets = []
     for candidate in found:
@@ -75,18 +90,41 @@ def find_targets(params: dict, config: LoraConfig) -> list[Target]:
     return targets
 
 
-def candidates(params: dict) -> list[Candidate]:
+def candidates(params: dict, input_axes: InputAxes = ()) -> list[Candidate]:
     """Every module that can be adapted, in the tree's order; a head that is its embedding is one too."""
     found = []
     flat = tree.flatten(params)
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
-        if name in MAIN and module:
-            found.append(Candidate(module, name, tuple(leaf.shape), _pattern_names(module, name, leaf.shape[0])))
+        if name in MAIN and module and leaf.ndim > 1:
+            bias = flat.get(f"{module}/bias")
+            axes = split_axes(module, tuple(leaf.shape), None if bias is None else bias.ndim, input_axes)
+            found.append(Candidate(module, name, tuple(leaf.shape), axes, _pattern_names(module, name, leaf.shape[0])))
     for embedding, head in TIED_HEADS.items():
         if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
-            found.append(Candidate(head, "kernel", tuple(flat[f"{embedding}/embedding"].shape[::-1]), [head]))
+            shape = tuple(flat[f"{embedding}/embedding"].shape[::-1])
+            found.append(Candidate(head, "kernel", shape, (1, 1), [head]))
     return found
+
+
+def split_axes(
+    module: str, shape: tuple[int, ...], bias_axes: int | None, input_axes: InputAxes = ()
+) -> tuple[int, int]:
+    """How many of a kernel's axes are inputs, and how many outputs.
+
+    Flax's DenseGeneral and Conv have more than one of a kind. The first rule (regular expression for the module's path,
+    number of input axes) that matches decides; then the bias, whose axes are the outputs; else the last axis is the
+    output.
+    """
+    stacked = 1 if tree.stack_of(module) else 0
+    own = 2 if is_expert(module) else len(shape) - stacked
+    for pattern, count in input_axes:
+        if re.fullmatch(pattern, module):
+            if not 0 < count < own:
+                raise ValueError(f"input_axes: {module} has {own} axes; {count} of them cannot be inputs")
+            return count, own - count
+    outputs = 1 if bias_axes is None else bias_axes - stacked
+    return own - outputs, outputs
 
 
 def _pattern_names(module: str, leaf: str, count: int) -> list[str]:

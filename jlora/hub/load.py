@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models, sharding, tree
 from jlora.hub import names
+from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
+from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
 from jlora.hub.source import Source, check_tensors, open_source
-from jlora.quant import QuantConfig, as_config, leaf_format, quantize
+from jlora.hub.weights import SafetensorsFolder, TensorInfo
+from jlora.quant import QuantConfig, as_config, is_packed, quantize
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -27,9 +31,7 @@ class Packing(NamedTuple):
     """How one tensor of the checkpoint becomes (a layer of) a leaf."""
 
     transposed: bool
-    dtype: np.dtype
-    format: str | None
-    double_quant: bool
+    form: Form
     shardings: tuple[NamedSharding, ...] | None
 
 
@@ -43,7 +45,8 @@ def load(
 
     Args:
         dtype: of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
-        quant: which leaves are packed, from the values rounded to `dtype`.
+        quant: which leaves are packed, from the values rounded to `dtype`. A checkpoint that bitsandbytes packed takes
+            None: its packed tensors are taken over as they are.
         mesh: places every leaf by `jlora.sharding`; None leaves them on the default device.
 
     Raises:
@@ -52,13 +55,22 @@ def load(
     """
     dtype = float_dtype(dtype, mesh)
     checkpoint = open_source(source)
-    _refuse_packed(source, checkpoint)
-    model = _build(checkpoint)
     config = as_config(quant)
-    leaves = tree.flatten(model.abstract_params(dtype, _stacks(model, config)))
-    tensors = {path: names.hub_tensors(path, leaf.shape, model.config.model_type) for path, leaf in leaves.items()}
-    _check(checkpoint, tensors)
-    params = {path: _load_leaf(checkpoint, path, leaf, tensors[path], config, mesh) for path, leaf in leaves.items()}
+    stored = _stored(source, checkpoint, config)
+    model = _build(checkpoint)
+    leaves = tree.flatten(model.abstract_params(dtype))
+    tensors = _hub_tensors(model, leaves)
+    stored = _check(checkpoint, tensors, stored)
+    forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
+    leaves = tree.flatten(model.abstract_params(dtype, stack_layers(forms, model.config.num_hidden_layers)))
+    tensors = _hub_tensors(model, leaves)
+
+    def read(name: str) -> Any:
+        return read_packed(stored[name], stored[name].dtype or dtype) if name in stored else checkpoint.read(name)
+
+    params = {
+        path: _load_leaf(read, path, leaf, tensors[path], form_of(forms, path), mesh) for path, leaf in leaves.items()
+    }
     return model, tree.unflatten(params)
 
 
@@ -80,11 +92,24 @@ def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) ->
     return found
 
 
-def _refuse_packed(source: str | Path, checkpoint: Source) -> None:
-    packed = checkpoint.config.get("quantization_config")
-    if packed:
-        method = packed.get("quant_method", "an unnamed method") if isinstance(packed, dict) else packed
+def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
+    """The tensors that are packed already, by name."""
+    settings = checkpoint.config.get("quantization_config") or {}
+    settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)}
+    ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # what early versions wrote, and no method
+    method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
+    if settings and method != "bitsandbytes":
         raise ValueError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
+    stored = stored_tensors(checkpoint) if isinstance(checkpoint, SafetensorsFolder) else {}
+    if settings and not stored:
+        raise ValueError(f"{source}: config.json says that it is quantised ({method}), but no tensor is packed")
+    if stored and quant is not None:
+        formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
+        raise ValueError(
+            f"{source} is already quantised ({formats}) and is taken over as it is: leave quant out, or give the "
+            "original checkpoint"
+        )
+    return stored
 
 
 def _build(checkpoint: Source) -> "Model":
@@ -100,52 +125,65 @@ def _build(checkpoint: Source) -> "Model":
     return dataclasses.replace(model, config=config)
 
 
-def _stacks(model: "Model", config: QuantConfig | None) -> tuple[range, ...]:
-    """The layers of each stack: those that agree in structure and in the format of every leaf."""
-    total = model.config.num_hidden_layers
-    signatures: list[dict[str, str | None]] = [{} for _ in range(total)]
-    for path in tree.flatten(model.abstract_params()):
-        if stack := tree.stack_of(path):
-            for layer in stack.indices(total):
-                signatures[layer][stack.rest] = leaf_format(path, config, layer)
-    return tuple(tree.stack_ranges([tuple(signature.items()) for signature in signatures]))
+def _hub_tensors(model: "Model", leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, list[names.HubTensor]]:
+    return {path: names.hub_tensors(path, leaf.shape, model.config.model_type) for path, leaf in leaves.items()}
 
 
-def _check(checkpoint: Source, tensors: dict[str, list[names.HubTensor]]) -> None:
-    expected = {tensor.name: tensor.shape for members in tensors.values() for tensor in members}
-    checkpoint.rename(names.without_prefix(expected, checkpoint.tensors))
+def _check(
+    checkpoint: Source, tensors: dict[str, list[names.HubTensor]], stored: dict[str, Stored]
+) -> dict[str, Stored]:
+    """The packed tensors by the names that the model has for them, if all tensors are the model's."""
+    members = {tensor.name: tensor for tensors_of_leaf in tensors.values() for tensor in tensors_of_leaf}
+    renamed = names.without_prefix(members, checkpoint.tensors)
+    checkpoint.rename(renamed)
+    stored = {name: stored[renamed.get(name, name)] for name in checkpoint.tensors if renamed.get(name, name) in stored}
+    companions = {name for packed in stored.values() for name in packed.names} - stored.keys() - set(renamed.values())
+    found = {name: info for name, info in checkpoint.tensors.items() if name not in companions}
+    expected = {name: tensor.shape for name, tensor in members.items()}
+    for name, packed in stored.items():
+        # bitsandbytes' are [out, in] whatever the layer's class.
+        found[name] = TensorInfo(packed.matrix[::-1], "F32", found[name].file)
+        if name in members and not members[name].transposed:
+            expected[name] = expected[name][::-1]
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    harmless = {name for name in checkpoint.tensors if names.is_harmless(name, tied=tied)}
-    check_tensors(checkpoint.tensors, expected, harmless=harmless)
+    harmless = {name for name in found if names.is_harmless(name, tied=tied)}
+    check_tensors(found, expected, harmless=harmless)
+    return stored
 
 
 def _load_leaf(
-    checkpoint: Source,
+    read: Callable[[str], Any],
     path: str,
     leaf: jax.ShapeDtypeStruct,
     tensors: list[names.HubTensor],
-    config: QuantConfig | None,
+    form: Form,
     mesh: Mesh | None,
 ) -> Any:
     """One leaf, its layers written one after another into a buffer that is given up and returned every time."""
-    double_quant = config is not None and config.double_quant
-    packing = Packing(tensors[0].transposed, np.dtype(leaf.dtype), leaf_format(path, config), double_quant, None)
+    packing = Packing(tensors[0].transposed, form, None)
     whole = jax.eval_shape(functools.partial(_pack, packing=packing._replace(transposed=False)), leaf)
     leading = len(tensors[0].index)
-    placement = None
     if mesh is not None:
         packing = packing._replace(shardings=tuple(jax.tree.leaves(sharding.leaf_sharding(path, whole, mesh))))
-        placement = _placement(path, leaf, mesh, leading=leading, transposed=packing.transposed)
+
+    def put(values: Any) -> Any:
+        if mesh is None:
+            return jax.tree.map(jnp.asarray, values)
+        if is_packed(values):
+            return _put(values, [NamedSharding(mesh, PartitionSpec(*s.spec[leading:])) for s in packing.shardings])
+        values = values.astype(np.float32) if values.dtype == np.float64 else values
+        return _put(values, [_placement(path, leaf, mesh, leading=leading, transposed=packing.transposed)])
+
     if not leading:
-        return _convert(_put(checkpoint.read(tensors[0].name), placement), packing)
+        return _convert(put(read(tensors[0].name)), packing)
     parts, structure = jax.tree.flatten(whole)
     buffer = jax.tree.unflatten(structure, _zeros(tuple(parts), packing.shardings))
     for index, members in itertools.groupby(tensors, lambda tensor: tensor.index):
         # Some leaves lie on the Hub as several tensors of columns.
-        pieces = [checkpoint.read(tensor.name) for tensor in members]
+        pieces = [read(tensor.name) for tensor in members]
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if packing.transposed else -1)
         # Without the wait, reading would run ahead of the device and the host would hold many tensors.
-        buffer = jax.block_until_ready(_write(buffer, _put(values, placement), index, packing))
+        buffer = jax.block_until_ready(_write(buffer, put(values), index, packing))
     return buffer
 
 
@@ -157,19 +195,24 @@ def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: in
     return NamedSharding(mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
 
 
-def _put(values: np.ndarray, placement: NamedSharding | None) -> jax.Array:
-    values = values.astype(np.float32) if values.dtype == np.float64 else values
-    if placement is None:
-        return jnp.asarray(values)
-    return jax.make_array_from_callback(values.shape, placement, lambda index: values[index])
+def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
+    """Each part of what was read, put where it belongs; a dense tensor is its one part."""
+    parts, structure = jax.tree.flatten(values)
+    placed = [
+        jax.make_array_from_callback(part.shape, placement, lambda index, part=part: part[index])
+        for part, placement in zip(parts, placements, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
 
 
-def _pack(values: jax.Array, packing: Packing) -> Any:
-    values = values.T if packing.transposed else values
-    values = values.astype(packing.dtype)
-    if packing.format is None:
+def _pack(values: Any, packing: Packing) -> Any:
+    if is_packed(values):
         return values
-    return quantize(values, packing.format, double_quant=packing.double_quant)
+    values = values.T if packing.transposed else values
+    values = values.astype(packing.form.dtype)
+    if packing.form.format is None:
+        return values
+    return quantize(values, packing.form.format, double_quant=packing.form.double_quant)
 
 
 def _constrain(value: Any, packing: Packing) -> Any:
@@ -181,12 +224,12 @@ def _constrain(value: Any, packing: Packing) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("packing",))
-def _convert(raw: jax.Array, packing: Packing) -> Any:
+def _convert(raw: Any, packing: Packing) -> Any:
     return _constrain(_pack(raw, packing), packing)
 
 
 @functools.partial(jax.jit, static_argnames=("packing",), donate_argnames=("buffer",))
-def _write(buffer: Any, raw: jax.Array, index: tuple[jax.Array, ...], packing: Packing) -> Any:
+def _write(buffer: Any, raw: Any, index: tuple[jax.Array, ...], packing: Packing) -> Any:
     """The buffer with `raw` packed at `index` of its leading axes."""
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:

@@ -152,8 +152,11 @@ def test_misfits_are_refused(llama_folder, edit_json):
 
 def test_unknown_models_and_packed_checkpoints_are_refused(llama_folder, edit_json):
     folder, _ = llama_folder()
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ValueError, match=r"already quantised \(gptq\); give the original checkpoint"):
+        hub.load(folder)
     edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(ValueError, match=r"already quantised \(bitsandbytes\)"):
+    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\), but no tensor is packed"):
         hub.load(folder)
     edit_json(folder / "config.json", quantization_config=None, model_type="mamba")
     with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):

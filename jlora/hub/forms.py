@@ -1,0 +1,89 @@
+"""In which form every leaf of every layer is kept, and which layers can be stacked because they agree in that."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jlora import tree
+from jlora.hub.bitsandbytes import Stored
+from jlora.hub.names import HubTensor
+from jlora.quant import QuantConfig, leaf_format
+
+
+class Form(NamedTuple):
+    """How a leaf is kept: packed, or with format None as it is; `dtype` is the array's, or the dequantised values'."""
+
+    format: str | None
+    double_quant: bool
+    dtype: np.dtype
+
+
+# Leaf's path without the numbers of its stack's layers, and layer (None outside of stacks) → form.
+Forms = dict[tuple[str, int | None], Form]
+
+
+def chosen_forms(leaves: Mapping[str, jax.ShapeDtypeStruct], config: QuantConfig | None, dtype: np.dtype) -> Forms:
+    """The forms that a QuantConfig chooses."""
+    double_quant = config is not None and config.double_quant
+    return {
+        (canonical, layer): Form(leaf_format(path, config, layer), double_quant, dtype)
+        for path, leaf in leaves.items()
+        for canonical, layer in _layers(path, leaf.shape[0])
+    }
+
+
+def stored_forms(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Mapping[str, Sequence[HubTensor]],
+    stored: Mapping[str, Stored],
+    dtype: np.dtype,
+) -> Forms:
+    """The forms that a checkpoint's packed tensors already have.
+
+    Raises:
+        ValueError: packed tensors that are not whole kernels, or experts of one layer in several forms; all are listed.
+    """
+    forms: Forms = {}
+    problems: list[str] = []
+    for path, leaf in leaves.items():
+        keys = _layers(path, leaf.shape[0])
+        for tensor in tensors[path]:
+            form = Form(None, False, dtype)
+            if packed := stored.get(tensor.name):
+                form = Form(packed.format, packed.offset is not None, packed.dtype or dtype)
+                if not path.endswith("/kernel") or tensor.columns not in (None, (0, leaf.shape[-1])):
+                    problems.append(
+                        f"{tensor.name} is packed ({packed.format}); jlora packs whole kernels of linears only"
+                    )
+            key = keys[tensor.index[0] if tensor.index else 0]
+            if forms.setdefault(key, form) != form:
+                problems.append(f"{tensor.name} is {form.format or 'not packed'}, others of its layer are not")
+    if problems:
+        raise ValueError("packed tensors do not fit the model:\n  " + "\n  ".join(problems))
+    return forms
+
+
+def form_of(forms: Forms, path: str) -> Form:
+    """The form of the leaf at `path`, whose layers all have the same."""
+    stack = tree.stack_of(path)
+    if stack is None:
+        return forms[path, None]
+    return forms[f"{stack.name}/{stack.rest}", stack.layers[0] if stack.layers else 0]
+
+
+def stack_layers(forms: Forms, total: int) -> tuple[range, ...]:
+    """The layers of each stack: those that agree in structure and in the form of every leaf."""
+    signatures: list[dict[str, Form]] = [{} for _ in range(total)]
+    for (path, layer), form in forms.items():
+        if layer is not None:
+            signatures[layer][path] = form
+    return tuple(tree.stack_ranges([tuple(sorted(signature.items(), key=str)) for signature in signatures]))
+
+
+def _layers(path: str, count: int) -> list[tuple[str, int | None]]:
+    stack = tree.stack_of(path)
+    if stack is None:
+        return [(path, None)]
+    return [(f"{stack.name}/{stack.rest}", layer) for layer in stack.indices(count)]

@@ -6,6 +6,7 @@ from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed
 from jlora.lora.merge import merge, merged_leaf, untie
 from jlora.lora.partition import combine, is_adapter, is_trainable, labels, resolve, split, strip
 from jlora.lora.setup import init
+from jlora.lora.starts import kernel_gradients
 
 __all__ = [
     "LoraConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "init",
     "is_adapter",
     "is_trainable",
+    "kernel_gradients",
     "labels",
     "linear",
     "merge",

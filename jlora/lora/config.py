@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 # Starts that draw numbers, and those that come from the base weights ("pissa_niter_4" is a quicker "pissa").
 DRAWN = (True, False, "default", "gaussian", "zero_a", "orthogonal")
-FROM_WEIGHTS = r"pissa(_niter_\d+)?|olora|loftq"
+FROM_WEIGHTS = r"pissa(_niter_\d+)?|olora|loftq|lora_ga"
+FROM_DATA = ("eva", "lora_ga")
+DIRECTIONS, SCALES = ("ArBr", "A2rBr", "ArB2r"), ("stable", "gd_scale", "weight_svd")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -30,7 +32,9 @@ class LoraConfig:
             "gaussian": A normal with deviation 1/r, B zero. "zero_a": A zero, B uniform in ±1/sqrt(r). False: both
             random, so that the start is not the base model. "orthogonal": both random, their product zero.
             "pissa", "pissa_niter_N", "olora": the base's leading singular vectors, or its QR factors, which the base is
-            then read without. "loftq": what packing the base lost; `init` needs the unpacked base for it.
+            then read without. "loftq": what packing the base lost; `init` needs the unpacked base for it. "eva": the
+            directions in which the inputs vary, ranks shared out by how much. "lora_ga": the leading singular vectors
+            of the kernels' gradients. For these two `init` needs what was seen of the data.
         use_dora: also train the length of every output's weights (DoRA).
         lora_bias: the update has a bias as well.
         bias: "none", or train copies of the biases: "all", or "lora_only" those of adapted modules.
@@ -39,6 +43,9 @@ class LoraConfig:
         trainable_token_indices: tokens whose embeddings are trained as new rows: a sequence for the input embedding
             (and its tied head), or (module name → tokens).
         target_parameters: dotted names' ends of experts' kernels and routers ("mlp.experts.down_proj", "gate.weight").
+        eva_rho: no module's rank becomes more than this many times what was asked for (PEFT's `eva_config.rho`).
+        lora_ga_direction, lora_ga_scale, lora_ga_gamma: PEFT's `lora_ga_config`: "ArBr", "A2rBr" or "ArB2r"; "stable",
+            "gd_scale" or "weight_svd"; its `stable_gamma`.
     """
 
     r: int = 8
@@ -57,6 +64,10 @@ class LoraConfig:
     layers_to_transform: int | Sequence[int] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     target_parameters: Sequence[str] | None = None
+    eva_rho: float = 2.0
+    lora_ga_direction: str = "ArB2r"
+    lora_ga_scale: str = "stable"
+    lora_ga_gamma: float = 16.0
 
     def __post_init__(self) -> None:
         # Everything hashable, whatever it was given as.
@@ -84,11 +95,17 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout={self.lora_dropout}: expected a probability in [0, 1)")
         start = self.init_lora_weights
-        if start not in DRAWN and not (isinstance(start, str) and re.fullmatch(FROM_WEIGHTS, start)):
-            known = (*DRAWN, "pissa", "pissa_niter_N", "olora", "loftq")
+        if start not in (*DRAWN, "eva") and not (isinstance(start, str) and re.fullmatch(FROM_WEIGHTS, start)):
+            known = (*DRAWN, "pissa", "pissa_niter_N", "olora", "loftq", "eva", "lora_ga")
             problems.append(f"init_lora_weights={start!r}: expected one of {known}")
         if start == "orthogonal" and any(rank % 2 for rank in (self.r, *(rank for _, rank in self.rank_pattern))):
             problems.append("init_lora_weights='orthogonal' needs even ranks")
+        if self.lora_ga_direction not in DIRECTIONS:
+            problems.append(f"lora_ga_direction={self.lora_ga_direction!r}: expected one of {DIRECTIONS}")
+        if self.lora_ga_scale not in SCALES:
+            problems.append(f"lora_ga_scale={self.lora_ga_scale!r}: expected one of {SCALES}")
+        if self.eva_rho < 1 or self.lora_ga_gamma <= 0:
+            problems.append("eva_rho must be at least 1, and lora_ga_gamma positive")
         if self.bias not in BIASES:
             problems.append(f"bias={self.bias!r}: expected one of {BIASES}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

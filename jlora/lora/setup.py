@@ -1,5 +1,6 @@
 """New adapters for a param tree, initialised as PEFT does."""
 
+import dataclasses
 import math
 import zlib
 from typing import Any
@@ -24,6 +25,8 @@ def init(
     key: jax.Array,
     *,
     dense: Params | None = None,
+    gradients: Params | None = None,
+    moments: Params | None = None,
     input_axes: InputAxes = (),
 ) -> Params:
     """The same tree with adapters beside the targeted leaves; with the default initialisation the model computes the
@@ -41,6 +44,8 @@ def init(
 
     Args:
         dense: the same base before it was packed, for init_lora_weights="loftq".
+        gradients: of the kernels (`kernel_gradients`), for init_lora_weights="lora_ga".
+        moments: of the linears' inputs (`Model.input_moments`), for init_lora_weights="eva".
         input_axes: (regular expression for a module's path, how many of its kernel's axes are inputs), for kernels of
             more than two axes without a bias that shows it (Flax's DenseGeneral).
 
@@ -51,10 +56,15 @@ def init(
     flat = tree.flatten(params)
     if present := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
-    originals = None if dense is None else tree.flatten(dense)
+    seen = {"dense": dense or {}, "gradients": gradients or {}}
     targets = find_targets(params, config, input_axes)
+    directions: dict[str, jax.Array] = {}
+    if config.init_lora_weights == "eva":
+        targets, directions = _eva(targets, config, moments)
     for target in targets:
-        for name, leaf in _adapter(target, flat, config, _path_key(key, target.path), originals).items():
+        path_key = _path_key(key, target.path)
+        seen_here = {name: tree.flatten(values).get(f"{target.path}/kernel") for name, values in seen.items()}
+        for name, leaf in _adapter(target, flat, config, path_key, directions.get(target.path), **seen_here).items():
             flat[f"{target.path}/{name}"] = leaf
     flat |= _biases(flat, config, {target.path: target for target in targets})
     flat |= _saved_modules(flat, config)
@@ -63,7 +73,13 @@ def init(
 
 
 def _adapter(
-    target: Target, flat: dict[str, Any], config: LoraConfig, key: jax.Array, originals: dict[str, Any] | None
+    target: Target,
+    flat: dict[str, Any],
+    config: LoraConfig,
+    key: jax.Array,
+    directions: jax.Array | None,
+    dense: Any,
+    gradients: Any,
 ) -> dict[str, jax.Array]:
     candidate = target.candidate
     before, after = candidate.factor_shapes
@@ -77,8 +93,8 @@ def _adapter(
         lora_a, lora_b = _draw((*before, rank), (*batch, rank, *after), candidate, config, key)
     else:
         _require_kernel(target, config, weight)
-        original = None if originals is None else originals[f"{candidate.path}/kernel"]
-        lora_a, lora_b = starts.from_weights(config.init_lora_weights, weight, original, rank, scales, key)
+        lora_a, lora_b = starts.from_weights(config, weight, dense, gradients, rank, scales, key)
+    lora_a = lora_a if directions is None else directions[..., :rank]
     if (ranks != rank).any():
         used = jnp.asarray(np.arange(rank) < ranks[..., None])
         lora_a = lora_a * used.reshape(*settings, *[1] * (lora_a.ndim - 1 - len(settings)), rank)
@@ -98,6 +114,32 @@ def _adapter(
         adapter["lora_base_norm"] = base_norms(weight)
         adapter["lora_magnitude"] = column_norms(adapter | {"kernel": weight})
     return adapter
+
+
+def _eva(
+    targets: list[Target], config: LoraConfig, moments: Params | None
+) -> tuple[list[Target], dict[str, jax.Array]]:
+    """The targets with the common rank budget shared out, and the directions that their A start from (EVA)."""
+    if moments is None:
+        raise ValueError(
+            "init_lora_weights='eva' starts from a linear's inputs: give init(…, moments=…) what "
+            "Model.input_moments returns, summed over some batches"
+        )
+    found = tree.flatten(moments)
+    directions, shares, budget = {}, [], 0
+    for target in targets:
+        if f"{target.path}/gram" not in found:
+            raise ValueError(f"init_lora_weights='eva': no moments of the inputs of {target.path}")
+        names = ("count", "sum", "gram")
+        vectors, variance = starts.principal_inputs({name: found[f"{target.path}/{name}"] for name in names})
+        directions[target.path] = jnp.asarray(vectors)
+        for rank, share in zip(target.ranks, variance.reshape(-1, variance.shape[-1]), strict=True):
+            shares.append(share[: round(rank * config.eva_rho)])
+            budget += rank
+    ranks = iter(starts.share_out(shares, budget))
+    # As in PEFT, a module's scale stays what it was for the rank that was asked for.
+    shared = [dataclasses.replace(target, ranks=tuple(next(ranks) for _ in target.ranks)) for target in targets]
+    return [target for target in shared if any(target.ranks)], directions
 
 
 def _require_linear(target: Target, field: str, weight: Any) -> None:

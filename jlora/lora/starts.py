@@ -6,13 +6,17 @@ adapters.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jlora import quant
-from jlora.lora.config import FROM_WEIGHTS
+from jlora import quant, tree
+from jlora.lora.config import FROM_WEIGHTS, LoraConfig
+from jlora.lora.targets import find_targets
+from jlora.types import Params
 
 
 def is_drawn(start: bool | str) -> bool:
@@ -22,7 +26,7 @@ def is_drawn(start: bool | str) -> bool:
 
 def shifts_base(start: bool | str) -> bool:
     """Whether the base is read without the start's product."""
-    return isinstance(start, str) and start.startswith(("pissa", "olora"))
+    return isinstance(start, str) and start.startswith(("pissa", "olora", "lora_ga"))
 
 
 def orthogonal(a_shape: tuple[int, ...], b_shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -36,23 +40,36 @@ def orthogonal(a_shape: tuple[int, ...], b_shape: tuple[int, ...], key: jax.Arra
 
 
 def from_weights(
-    start: str, kernel: Any, original: Any, rank: int, scale: jax.Array, key: jax.Array
+    config: LoraConfig, kernel: Any, original: Any, gradient: Any, rank: int, scale: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """A [*stack, D, R] and B [*stack, R, N] from a kernel [*stack, D, N], one layer after another.
 
     Args:
         original: the kernel before it was packed; only "loftq" needs it.
+        gradient: of a loss by the kernel; only "lora_ga" needs it.
     """
+    start = str(config.init_lora_weights)
     if start == "loftq" and (original is None or not quant.is_packed(kernel)):
         raise ValueError(
             "init_lora_weights='loftq' starts from what packing lost: it needs packed params, and the same params "
             "unpacked as init(…, dense=…)"
         )
+    if start == "lora_ga" and gradient is None:
+        raise ValueError(
+            "init_lora_weights='lora_ga' starts from gradients: give init(…, gradients=…) what "
+            "jlora.lora.kernel_gradients returns"
+        )
     layers = kernel.shape[:-2]
     if not layers:
-        return _one(start, kernel, original, rank, scale, key)
+        return _one(config, kernel, original, gradient, rank, scale, key)
     pairs = [
-        _one(start, _layer(kernel, i), _layer(original, i), rank, scale[i], jax.random.fold_in(key, i))
+        _one(
+            config,
+            *(_layer(value, i) for value in (kernel, original, gradient)),
+            rank,
+            scale[i],
+            jax.random.fold_in(key, i),
+        )
         for i in range(layers[0])
     ]
     return tuple(jnp.stack(parts) for parts in zip(*pairs, strict=True))
@@ -62,18 +79,95 @@ def _layer(value: Any, index: int) -> Any:
     return None if value is None else jax.tree.map(lambda part: part[index], value)
 
 
-def _one(start: str, kernel: Any, original: Any, rank: int, scale: jax.Array, key: jax.Array) -> tuple:
+def _one(
+    config: LoraConfig, kernel: Any, original: Any, gradient: Any, rank: int, scale: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    start = str(config.init_lora_weights)
     dense = (quant.dequantize(kernel) if quant.is_packed(kernel) else kernel).astype(jnp.float32)
-    if rank > min(dense.shape):
+    if rank * (2 if start == "lora_ga" else 1) > min(dense.shape):
         raise ValueError(f"init_lora_weights={start!r}: rank {rank} is more than a kernel {dense.shape} has")
     if start == "loftq":  # PEFT does not divide by the scale here
-        return _leading(original.astype(jnp.float32) - dense, rank, 1.0)
+        return _leading(jnp.asarray(original, jnp.float32) - dense, rank, 1.0)
     if start == "olora":
         q, r = jnp.linalg.qr(dense.T)
         return r[:rank].T, q[:, :rank].T
+    if start == "lora_ga":
+        return _from_gradient(config, jnp.asarray(gradient, jnp.float32), dense, rank, scale)
     if start == "pissa":
         return _leading(dense, rank, scale)
     return _leading_by_iteration(dense, rank, scale, int(start.rpartition("_")[2]), key)
+
+
+def _from_gradient(
+    config: LoraConfig, gradient: jax.Array, kernel: jax.Array, rank: int, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """LoRA-GA (Wang et al. 2024): A and B are singular vectors of the gradient, which ones is the direction."""
+    left, values, right = jnp.linalg.svd(gradient, full_matrices=False)
+    first, second = slice(0, rank), slice(rank, 2 * rank)
+    of_a, of_b = {
+        "ArBr": (slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)),
+        "A2rBr": (second, first),
+        "ArB2r": (first, second),
+    }[config.lora_ga_direction]
+    lora_a, lora_b, values = left[:, of_a], values[of_b][:, None] * right[of_b], values[of_b]
+    match config.lora_ga_scale:
+        case "stable":
+            lora_b = lora_b * (kernel.shape[1] ** 0.25 / config.lora_ga_gamma**0.5)
+        case "weight_svd":
+            lora_b = lora_b * (jnp.linalg.norm(kernel, 2) / values[0])
+        case "gd_scale":
+            lora_a, lora_b = lora_a / scale, lora_b / scale
+    return lora_a, lora_b
+
+
+def principal_inputs(moments: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    """(directions [*stack, D, D], share of the variance along each [*stack, D]) of a linear's inputs, widest first.
+
+    Args:
+        moments: "count" [*stack], "sum" [*stack, D] and "gram" [*stack, D, D] of the inputs (`Model.input_moments`).
+    """
+    count, total, gram = (np.asarray(moments[name], np.float64) for name in ("count", "sum", "gram"))
+    count = count[..., None, None]
+    covariance = gram / count - (total[..., :, None] * total[..., None, :]) / count**2
+    values, vectors = np.linalg.eigh(covariance)
+    shares = np.maximum(values[..., ::-1], 0)
+    return vectors[..., ::-1].astype(np.float32), shares / np.sum(shares, axis=-1, keepdims=True)
+
+
+def share_out(shares: list[np.ndarray], budget: int) -> list[int]:
+    """How many directions each linear gets of a common budget: the widest of all, whosever they are (EVA, Paischer et
+    al. 2024).
+
+    Args:
+        shares: of every linear, as many as it may get, descending.
+    """
+    owners = np.concatenate([np.full(len(share), i) for i, share in enumerate(shares)])
+    widest = np.argsort(-np.concatenate(shares), kind="stable")[:budget]
+    return np.bincount(owners[widest], minlength=len(shares)).tolist()
+
+
+def kernel_gradients(loss: Callable[[Params], jax.Array], params: Params, config: LoraConfig) -> Params:
+    """The gradients of `loss` by every kernel that `config` adapts, at the values that packed ones stand for.
+
+    One kernel (stack) at a time, so that no more than one dense gradient is formed beside those that are kept, on the
+    host.
+
+    Args:
+        loss: params → scalar, for instance the mean over some batches.
+    """
+    flat = tree.flatten(params)
+    gradients = {}
+    for target in find_targets(params, config):
+        path = f"{target.path}/kernel"
+        if path not in flat:
+            continue
+        kernel = quant.dequantize(flat[path]) if quant.is_packed(flat[path]) else flat[path]
+
+        def of_kernel(kernel: jax.Array, path: str = path) -> jax.Array:
+            return loss(tree.unflatten(flat | {path: kernel}))
+
+        gradients[path] = np.asarray(jax.jit(jax.grad(of_kernel))(kernel.astype(jnp.float32)))
+    return tree.unflatten(gradients)
 
 
 def _leading(matrix: jax.Array, rank: int, scale: jax.Array | float) -> tuple[jax.Array, jax.Array]:

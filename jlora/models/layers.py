@@ -32,6 +32,7 @@ class Linear(nn.Module):
             self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
             if self.use_bias:
                 self.param("bias", nn.initializers.zeros, (self.features,))
+        self.sow("inputs", "x", x)  # kept only where a caller asks for this collection
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         return lora.linear(x, leaves(self), key=key)
 

@@ -75,18 +75,37 @@ class Model:
             key: turns on dropout.
             remat: recompute each layer in the backward pass, keeping only its input.
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        if segment_ids is None:
-            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         config = self.config
         tables, cache = self._tables(positions, segment_ids, cache)
         x = self._embed(params, tokens, positions)
-        x, cache = self._layers(params, x, tables, cache, key, remat)
+        x, cache, _ = self._layers(params, x, tables, cache, key, remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
         norm = tree.subtree(params, config.names.norm)
         return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def input_moments(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Params:
+        """Sums over these tokens of what every linear of the stack reads: "count" [L], "sum" [L, D] and "gram"
+        [L, D, D] at each linear's path, float32. They add up over batches; padding (segment 0) does not count.
+        """
+        positions, segment_ids = self._defaults(tokens, positions, segment_ids)
+        weights = (segment_ids != 0).astype(jnp.float32)
+
+        def moments(x: jax.Array) -> dict[str, jax.Array]:
+            rows = (x.astype(jnp.float32) * weights[..., None]).reshape(-1, x.shape[-1])
+            return {"count": jnp.sum(weights), "sum": jnp.sum(rows, axis=0), "gram": rows.T @ rows}
+
+        tables, _ = self._tables(positions, segment_ids, None)
+        _, _, seen = self._layers(params, self._embed(params, tokens, positions), tables, None, None, True, moments)
+        return seen
 
     def head(self, params: Params) -> Params:
         """The leaves that `project` needs: the head's, or the embedding's when the two are tied, with `own` adapters
@@ -160,6 +179,15 @@ class Model:
             flat[key_of_stack] = init(keys[4 + np.asarray(layers)])
         return tree.map_with_path(lambda _, leaf: leaf.astype(dtype), tree.unflatten(flat))
 
+    def _defaults(
+        self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        return positions, segment_ids
+
     def _embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config
         embed = Embed(config.vocab_size, config.hidden_size)
@@ -200,11 +228,15 @@ class Model:
         cache: Cache | None,
         key: jax.Array | None,
         remat: bool,
-    ) -> tuple[jax.Array, Cache | None]:
+        observe: Callable[[jax.Array], Params] | None = None,
+    ) -> tuple[jax.Array, Cache | None, Params]:
         """Every block in turn: one compiled body for each stack, scanned over it.
 
         Layers that differ in window or rotation only share a body, which picks its mask and tables by number; stacks
         that alternate are scanned together.
+
+        Args:
+            observe: of every linear's inputs; what it returns comes back at the linear's path, layer by layer.
         """
         config = self.config
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -212,27 +244,36 @@ class Model:
         def block(experts: bool) -> Callable:
             module = Block(config, experts)
 
-            def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None]:
+            def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None, Params]:
                 index, rotation, window, leaves = layer
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
                 context = _context(tables, rotation, window)
-                return module.apply({"params": leaves}, x, context, cache, index, rngs=rngs)
+                collections = ["inputs"] if observe else []
+                (x, cache), sown = module.apply(
+                    {"params": leaves}, x, context, cache, index, rngs=rngs, mutable=collections
+                )
+                return x, cache, _observed(sown, observe)
 
             # Without remat only the dear values are kept: norms, rotations and activations cost less again than in
             # memory.
             return jax.checkpoint(apply, prevent_cse=False, policy=policy)
 
+        seen: Params = {}
         for group in self._groups(params):
-            blocks = [block(config.layers[layers[0]].experts) for _, layers in group]
+            blocks = [block(config.layers[layers[0]].experts) for _, _, layers in group]
 
-            def body(carry: tuple, members: tuple, blocks: list = blocks) -> tuple[tuple, None]:
+            def body(carry: tuple, members: tuple, blocks: list = blocks) -> tuple[tuple, tuple]:
+                found = []
                 for apply, member in zip(blocks, members, strict=True):
-                    carry = apply(*carry, member)
-                return carry, None
+                    *carry, observed = apply(*carry, member)
+                    found.append(observed)
+                return tuple(carry), tuple(found)
 
-            members = tuple((*self._numbers(layers, tables), leaves) for leaves, layers in group)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), members)
-        return x, cache
+            members = tuple((*self._numbers(layers, tables), leaves) for _, leaves, layers in group)
+            (x, cache), found = jax.lax.scan(body, (x, cache), members)
+            for (path, _, _), observed in zip(group, found, strict=True):
+                seen |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(observed).items()}
+        return x, cache, tree.unflatten(seen)
 
     def _numbers(self, layers: range, tables: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of every layer: its index, its rotation's and its mask's."""
@@ -241,20 +282,33 @@ class Model:
         windows = [tables.windows.index(layer.window) for layer in chosen]
         return tuple(jnp.asarray(np.array(values, np.int32)) for values in (layers, rotations, windows))
 
-    def _groups(self, params: Params) -> list[list[tuple[Params, range]]]:
-        """The stacks in the order of their layers; those that alternate are in one group."""
+    def _groups(self, params: Params) -> list[list[tuple[str, Params, range]]]:
+        """(path, leaves, layers) of the stacks in the order of their layers; those that alternate are in one group."""
         total = self.config.num_hidden_layers
-        stacks = []
-        for key, leaves in tree.stacks(params, self.config.names.stack).items():
-            stacks.append((leaves, tree.stack_of(f"{key}/leaf").indices(total)))
-        groups: list[list[tuple[Params, range]]] = []
-        for leaves, layers in sorted(stacks, key=lambda stack: stack[1][0]):
-            last = groups[-1] if groups else []
-            if last and layers.step > 1 and len(layers) == len(last[0][1]) and layers[0] == last[-1][1][0] + 1:
-                last.append((leaves, layers))
+        found = [
+            (path, leaves, tree.stack_of(f"{path}/leaf").indices(total))
+            for path, leaves in tree.stacks(params, self.config.names.stack).items()
+        ]
+        groups: list[list[tuple[str, Params, range]]] = []
+        for stack in sorted(found, key=lambda stack: stack[2][0]):
+            layers, last = stack[2], groups[-1] if groups else []
+            alternates = layers.step > 1 and bool(last) and len(layers) == len(last[0][2])
+            if alternates and layers[0] == last[-1][2][0] + 1:
+                last.append(stack)
             else:
-                groups.append([(leaves, layers)])
+                groups.append([stack])
         return groups
+
+
+def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Params:
+    """What `observe` says of every linear's inputs, at the linear's path."""
+    if observe is None:
+        return {}
+    flat = {}
+    for path, calls in tree.flatten(sown["inputs"]).items():
+        module = path.rpartition("/")[0]
+        flat |= {f"{module}/{name}": value for name, value in observe(calls[0]).items()}
+    return tree.unflatten(flat)
 
 
 def _context(tables: Tables, rotation: jax.Array, window: jax.Array) -> Context:

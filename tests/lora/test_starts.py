@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -165,3 +166,107 @@ def test_a_tied_embedding_has_one_adapter_in_both_places():
 def test_what_cannot_be_is_said(settings, message, base):
     with pytest.raises(ValueError, match=message):
         lora.init(base[2], lora.LoraConfig(**settings), jax.random.key(0))
+
+
+def mean_loss(model):
+    def loss(params):
+        logits = model(params, TOKENS)[:, :-1]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1)
+        return -picked.mean()
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("direction", ["ArB2r", "ArBr", "A2rBr"])
+@pytest.mark.parametrize("scale", ["stable", "gd_scale", "weight_svd"])
+def test_lora_ga_is_pefts(direction, scale, base):
+    """The same A and B, but for signs, that PEFT makes of the same gradients."""
+    folder, model, params = base
+    settings = dict(r=3, lora_alpha=6, target_modules=["v_proj", "down_proj"], init_lora_weights="lora_ga")
+    config = lora.LoraConfig(**settings, lora_ga_direction=direction, lora_ga_scale=scale)
+    gradients = lora.kernel_gradients(mean_loss(model), params, config)
+    adapted = lora.init(params, config, jax.random.key(0), gradients=gradients)
+    np.testing.assert_allclose(model(adapted, TOKENS), model(params, TOKENS), atol=1e-5)
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(TOKENS, dtype=torch.long)
+    theirs = peft.LoraConfig(**settings, lora_ga_config=peft.LoraGAConfig(direction=direction, scale=scale))
+    peft.tuners.lora.preprocess_loraga(reference, theirs, lambda: reference(ids, labels=ids).loss.backward())
+    opened = peft.get_peft_model(reference, theirs)
+    for layer in range(2):
+        for path, name in (("self_attn/v_proj", "self_attn.v_proj"), ("mlp/down_proj", "mlp.down_proj")):
+            module = opened.get_submodule(f"base_model.model.model.layers.{layer}.{name}")
+            leaves = tree.subtree(adapted, f"layers/{path}")
+            expected_a = module.lora_A["default"].weight.detach().numpy().T
+            expected_b = module.lora_B["default"].weight.detach().numpy().T
+            for ours, wanted, axis in ((leaves["lora_a"], expected_a, 0), (leaves["lora_b"], expected_b, 1)):
+                signs = np.sign(np.sum(np.asarray(ours[layer]) * wanted, axis=axis, keepdims=True))
+                # PEFT takes the weight's norm from a randomised SVD, which underestimates it.
+                loose = 0.1 if scale == "weight_svd" else 2e-3
+                np.testing.assert_allclose(ours[layer] * signs, wanted, atol=loose * np.abs(wanted).max())
+
+
+def test_lora_ga_on_a_packed_base(base):
+    _, model, params = base
+    packed = tree.map_with_path(lambda p, x: quant.quantize(x) if p.endswith("down_proj/kernel") else x, params)
+    config = lora.LoraConfig(r=3, target_modules=["down_proj"], init_lora_weights="lora_ga")
+    gradients = lora.kernel_gradients(mean_loss(model), packed, config)
+    adapted = lora.init(packed, config, jax.random.key(0), gradients=gradients)
+    np.testing.assert_allclose(model(adapted, TOKENS), model(packed, TOKENS), atol=1e-5)
+    with pytest.raises(ValueError, match=r"what jlora\.lora\.kernel_gradients returns"):
+        lora.init(packed, config, jax.random.key(0))
+
+
+def test_eva_is_pefts(base, tmp_path):
+    """The same ranks, scales and directions, but for signs, that PEFT finds in the same inputs."""
+    folder, model, params = base
+    tokens = np.random.default_rng(3).integers(0, 61, (4, 40)).astype(np.int32)
+    targets = ["q_proj", "o_proj", "down_proj"]
+    config = lora.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights="eva")
+    halves = [model.input_moments(params, half) for half in (tokens[:2], tokens[2:])]
+    moments = jax.tree.map(jnp.add, *halves)
+    assert {path.rpartition("/")[0] for path in tree.flatten(moments)} >= {"layers/mlp/gate_proj"}
+    adapted = lora.init(params, config, jax.random.key(0), moments=moments)
+    np.testing.assert_array_equal(model(adapted, TOKENS), model(params, TOKENS))
+
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, init_lora_weights="eva", eva_config=peft.tuners.lora.EvaConfig()
+    )
+    ids = torch.tensor(tokens, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = peft.get_peft_model(reference, theirs)
+        peft.initialize_lora_eva_weights(opened, dataloader=[batch], show_progress_bar=False)
+    expected = {
+        name.removeprefix("base_model.model."): module
+        for name, module in opened.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    for path in ("self_attn/q_proj", "self_attn/o_proj", "mlp/down_proj"):
+        leaves = tree.subtree(adapted, f"layers/{path}")
+        for layer in range(2):
+            module = expected.get(f"model.layers.{layer}.{path.replace('/', '.')}")
+            rank = int(leaves["lora_rank"][layer]) if "lora_rank" in leaves else leaves["lora_a"].shape[-1]
+            assert rank == (module.r["default"] if module else 0)
+            if not module:
+                continue
+            assert float(leaves["lora_scale"][layer]) == pytest.approx(module.scaling["default"])
+            wanted = module.lora_A["default"].weight.detach().numpy()
+            ours = np.asarray(leaves["lora_a"][layer, :, :rank]).T
+            agreement = np.abs(np.sum(ours * wanted, axis=1))
+            assert np.all(agreement > 0.98), agreement
+    with pytest.raises(ValueError, match=r"what Model\.input_moments returns"):
+        lora.init(params, config, jax.random.key(0))
+
+
+def test_padding_is_no_input(base):
+    _, model, params = base
+    tokens = np.random.default_rng(3).integers(0, 61, (2, 9)).astype(np.int32)
+    segments = np.array([[1] * 9, [0] * 4 + [1] * 5], np.int32)
+    moments = model.input_moments(params, tokens, None, segments)
+    alone = [model.input_moments(params, tokens[:1]), model.input_moments(params, tokens[1:, 4:])]
+    for path, leaf in tree.flatten(jax.tree.map(jnp.add, *alone)).items():
+        np.testing.assert_allclose(tree.flatten(moments)[path], leaf, rtol=1e-3, atol=1e-3)

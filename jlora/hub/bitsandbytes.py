@@ -90,6 +90,32 @@ def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
     )
 
 
+def packed_tensors(name: str, leaf: PackedArray) -> dict[str, np.ndarray]:
+    """The tensors that hold a packed kernel [D, N] of the host under the weight's `name`: `read_packed` backwards."""
+    if isinstance(leaf, PackedInt8):
+        module = name.removesuffix(".weight")
+        return {
+            name: np.ascontiguousarray(leaf.codes.T),
+            f"{module}.SCB": leaf.scale.ravel(),
+            f"{module}.weight_format": np.zeros((), np.uint8),
+        }
+    codes, absmax = four_bit.to_flat(leaf)
+    inputs, outputs = leaf.matrix
+    state = {
+        "quant_type": leaf.format,
+        "blocksize": four_bit.BLOCK,
+        "dtype": leaf.dtype.name,
+        "shape": [outputs, inputs],
+    }
+    tensors = {name: codes.reshape(-1, 1), f"{name}.absmax": absmax}
+    tensors[f"{name}.quant_map"] = four_bit.CODEBOOKS[leaf.format]
+    if leaf.nested_absmax is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(leaf.offset)}
+        tensors |= {f"{name}.nested_absmax": leaf.nested_absmax, f"{name}.nested_quant_map": dynamic_map()}
+    tensors[f"{name}.{STATE}{leaf.format}"] = state_bytes(state)
+    return tensors
+
+
 def state_bytes(state: Mapping[str, Any]) -> np.ndarray:
     """The uint8 tensor that holds a quant_state."""
     return np.frombuffer(json.dumps(dict(state)).encode(), np.uint8)

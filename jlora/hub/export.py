@@ -1,8 +1,9 @@
 """A model as a Hugging Face folder that transformers opens: adapters merged, packed leaves unpacked, one by one."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,13 @@ class Piece(NamedTuple):
         return int(np.prod(self.tensor.shape)) * self.dtype.itemsize
 
 
+class Entry(NamedTuple):
+    """What is written together: tensors by name, made when their file is, and about how many bytes they have."""
+
+    nbytes: int
+    tensors: Callable[[], Mapping[str, np.ndarray]]
+
+
 def save_model(
     path: str | Path,
     model: "Model",
@@ -60,19 +68,32 @@ def save_model(
     """
     params = lora.untie(params)
     model = _untied(model, params)
-    pieces = _pieces(model, params)
-    shards = _shards(pieces, shard_bytes)
+    pieces = pieces_of(model, params)
+    entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
+    write_folder(path, configs(model, pieces), entries, tokenizer, shard_bytes)
+
+
+def write_folder(
+    path: str | Path,
+    configs: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+    entries: Sequence[Entry],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    shard_bytes: int,
+) -> None:
+    """Write config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
+    config, generation = configs
+    shards = _shards(entries, shard_bytes)
     with replacing(path, marker="config.json", stale=STALE) as folder:
-        config, generation = _configs(model, pieces)
         _write_json(folder / "config.json", config)
         if generation:
             _write_json(folder / "generation_config.json", generation)
+        weight_map, total = {}, 0
         for name, members in shards.items():
-            tensors = {piece.name: _tensor(params, piece) for piece in members}
+            tensors = {key: value for entry in members for key, value in entry.tensors().items()}
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(value.nbytes for value in tensors.values())
         if len(shards) > 1:
-            weight_map = {piece.name: name for name, members in shards.items() for piece in members}
-            total = sum(piece.nbytes for piece in pieces)
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -88,7 +109,7 @@ def _untied(model: "Model", params: Params) -> "Model":
     )
 
 
-def _pieces(model: "Model", params: Params) -> list[Piece]:
+def pieces_of(model: "Model", params: Params) -> list[Piece]:
     """Every tensor of the folder, sorted by name."""
     kind = model.config.model_type
     expected = {
@@ -128,22 +149,22 @@ def _biases_without_base(params: Params) -> list[str]:
     ]
 
 
-def _shards(pieces: Sequence[Piece], limit: int) -> dict[str, list[Piece]]:
-    """File name → its tensors, each file at most `limit` bytes unless one tensor alone is more."""
-    groups: list[list[Piece]] = [[]]
+def _shards(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
+    """File name → what it holds, each file at most `limit` bytes unless one entry alone is more."""
+    groups: list[list[Entry]] = [[]]
     size = 0
-    for piece in pieces:
-        if groups[-1] and size + piece.nbytes > limit:
+    for entry in entries:
+        if groups[-1] and size + entry.nbytes > limit:
             groups.append([])
             size = 0
-        groups[-1].append(piece)
-        size += piece.nbytes
+        groups[-1].append(entry)
+        size += entry.nbytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _tensor(params: Params, piece: Piece) -> np.ndarray:
+def tensors_of(params: Params, piece: Piece) -> dict[str, np.ndarray]:
     """The tensor's values on the host, as the Hub has them."""
     module_path, _, name = piece.path.rpartition("/")
     module, tensor = tree.subtree(params, module_path), piece.tensor
@@ -151,7 +172,7 @@ def _tensor(params: Params, piece: Piece) -> np.ndarray:
     wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
     values = np.asarray(lora.merged_leaf(wanted, name))
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
-    return np.ascontiguousarray(values.T if tensor.transposed else values)
+    return {piece.name: np.ascontiguousarray(values.T if tensor.transposed else values)}
 
 
 def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
@@ -161,7 +182,7 @@ def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
     return jax.tree.map(lambda part: part[index], leaf)
 
 
-def _configs(model: "Model", pieces: Sequence[Piece]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+def configs(model: "Model", pieces: Sequence[Piece]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """config.json and generation_config.json."""
     config = dict(model.config.to_hf())
     generation = config.pop("generation_config", None)

@@ -92,6 +92,13 @@ def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) ->
     return found
 
 
+def checkpoint_dtype(source: str | Path) -> np.dtype:
+    """The dtype that the checkpoint's config.json names; bfloat16 where it names none that can hold a model."""
+    config = open_source(source).config
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    return jnp.dtype(name if name in FLOATS else jnp.bfloat16)
+
+
 def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
     """The tensors that are packed already, by name."""
     settings = checkpoint.config.get("quantization_config") or {}

@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jlora import hub, quant, tree
+from jlora.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("options", "format", "nested"),
+    [([], "nf4", True), (["--quant=fp4", "--no-double-quant"], "fp4", False), (["--quant=int8"], "int8", False)],
+)
+def test_the_folder_holds_packed_linears(model_folder, tmp_path, options, format, nested, capsys):
+    assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", "--dtype=bfloat16", *options]) == 0
+    assert f"{format} model: {tmp_path / 'out'}" in capsys.readouterr().out
+    _, params = hub.load(tmp_path / "out", dtype="bfloat16")
+    packed = {path: leaf for path, leaf in tree.flatten(params).items() if quant.is_packed(leaf)}
+    assert len(packed) == 7
+    for leaf in packed.values():
+        found = leaf.format if format != "int8" else "int8"
+        assert (found, getattr(leaf, "nested_absmax", None) is not None) == (format, nested)
+    assert hub.load_tokenizer(tmp_path / "out").chat_template == hub.load_tokenizer(model_folder).chat_template
+
+
+def test_the_dtype_is_the_checkpoints(model_folder, tmp_path):
+    assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    norm = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert norm.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quant=int4"], "bitsandbytes has no format 'int4'; expected one of nf4, fp4, int8"),
+        (["--dtype=int8"], "expected one of bfloat16, float16, float32"),
+    ],
+)
+def test_mistakes(model_folder, tmp_path, options, message, capsys):
+    assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

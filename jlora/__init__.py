@@ -2,7 +2,7 @@
 
 from jlora import lora, quant, sharding, tree
 from jlora.generate import generate
-from jlora.hub import load, load_adapter, load_tokenizer, save_adapter, save_model
+from jlora.hub import convert_adapter, load, load_adapter, load_tokenizer, save_adapter, save_model
 from jlora.lora import LoraConfig
 from jlora.quant import QuantConfig
 from jlora.sharding import MeshConfig, make_mesh
@@ -11,6 +11,7 @@ __all__ = [
     "LoraConfig",
     "MeshConfig",
     "QuantConfig",
+    "convert_adapter",
     "generate",
     "load",
     "load_adapter",

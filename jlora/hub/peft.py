@@ -135,7 +135,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
-    modules = [module for module in _modules(params) if f"{module.path}/lora_a" in flat]
+    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
     for module in modules:
         scale, rank = _settings(flat, module)
         if not rank:
@@ -177,16 +177,32 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     """
     folder = locate(path)
     config = AdapterConfig.from_json(read_json(folder / CONFIG), folder / CONFIG)
-    file = _weights(folder)
+    file = weights_file(folder)
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)
-    modules = _outermost(_modules(base, found), found, config)
+    modules = _outermost(find_modules(base, found), found, config)
     adapted = [module for module in modules if _is_wanted(module, found, config)]
-    slots = _factor_slots(adapted, config) | _config_slots(leaves, config, adapted)
+    slots = _factor_slots(adapted, config) | config_slots(leaves, config, adapted)
     mirrored = _mirrored_names(config, adapted)
-    _check(file, found, slots, _optional(file, found, leaves, modules) | mirrored, modules, adapted)
-    values = {name: slot.codec.from_file(read_tensor(file, name).astype(np.float32)) for name, slot in slots.items()}
+    check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored, modules)
+    return assemble(base, adapted, config, slots, read_slots(file, slots))
+
+
+def read_slots(file: Path, slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+    """Tensor name → its float32 values as they lie in the tree."""
+    return {name: slot.codec.from_file(read_tensor(file, name).astype(np.float32)) for name, slot in slots.items()}
+
+
+def assemble(
+    base: Params,
+    adapted: list[Module],
+    config: AdapterConfig,
+    slots: Mapping[str, Slot],
+    values: Mapping[str, np.ndarray],
+) -> Params:
+    """The base tree with the adapter whose tensors are `values`; layers that it leaves out get rank 0."""
+    leaves = tree.flatten(base)
     new = _stacked(slots, values, leaves)
     new |= _setting_leaves(adapted, config, leaves, new)
     new |= _mark_tied(leaves, new, config)
@@ -197,7 +213,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
 # ---------------------------------------------------------------- what there is to adapt
 
 
-def _modules(params: Params, found: Mapping[str, TensorInfo] | None = None) -> list[Module]:
+def find_modules(params: Params, found: Mapping[str, TensorInfo] | None = None) -> list[Module]:
     """Every module that PEFT could adapt, layer by layer, in the order of the tree.
 
     Args:
@@ -330,7 +346,7 @@ def _copy_slots(module: str, leaf: str, shape: tuple[int, ...], wrapped: set[str
     return slots
 
 
-def _config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list[Module]) -> dict[str, Slot]:
+def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list[Module]) -> dict[str, Slot]:
     """The tensors of trained copies and token rows that a config asks for."""
     slots: dict[str, Slot] = {}
     wrapped = {module.name for module in adapted}
@@ -362,15 +378,22 @@ def _input_embedding(leaves: Mapping[str, Any]) -> str:
     return next((path.split("/")[-1] for path in TIED_HEADS if f"{path}/embedding" in leaves), "")
 
 
-def _check(
+def check_fits(
     file: Path,
     found: Mapping[str, TensorInfo],
     slots: Mapping[str, Slot],
     optional: set[str],
     modules: list[Module],
-    adapted: list[Module],
+    prefix: str = PREFIX,
 ) -> None:
-    """Nothing, if the file holds just the tensors of `slots`, and perhaps some of those that may be left out."""
+    """Nothing, if the file holds just the tensors of `slots`, and perhaps some of those that may be left out.
+
+    Args:
+        prefix: what every tensor's name begins with.
+
+    Raises:
+        ValueError: tensors that are missing, unknown or misshapen; all are listed.
+    """
     problems = [f"missing {name} {slot.shape}" for name, slot in slots.items() if name not in found]
     problems += [
         f"{name} has shape {found[name].shape}, expected {slot.shape}"
@@ -379,7 +402,7 @@ def _check(
     ]
     there = {module.tensors for module in modules}
     problems += [
-        f"unknown {name} {info.shape}{_why(name, there)}"
+        f"unknown {name} {info.shape}{_why(name, there, prefix)}"
         for name, info in found.items()
         if name not in slots and name not in optional
     ]
@@ -389,14 +412,14 @@ def _check(
         raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
 
 
-def _why(tensor: str, there: set[str]) -> str:
-    if not tensor.startswith(PREFIX):
-        return f": PEFT's names begin with {PREFIX!r}"
-    module = re.sub(r"\.lora_.*$", "", tensor)
+def _why(tensor: str, there: set[str], prefix: str) -> str:
+    if not tensor.startswith(prefix):
+        return f": PEFT's names begin with {prefix!r}"
+    module = re.sub(r"\.((lora|hada|lokr|ia3|vera)_.*|m)$", "", tensor)
     return f": {CONFIG} does not target this module" if module in there else ": the model has no such linear"
 
 
-def _optional(
+def optional_tensors(
     file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], modules: list[Module]
 ) -> set[str]:
     """Tensors that repeat the base's own embedding or head, as PEFT writes them beside adapters of these."""
@@ -593,7 +616,7 @@ def _wrapped(modules: list[Module], ranks: Mapping[str, int]) -> set[str]:
 def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
     """What adapter_config.json says of the adapter in `params`."""
     flat = tree.flatten(params)
-    every = _modules(params)
+    every = find_modules(params)
     adapted = [module for module in every if module.name in ranks]
     tied = [TIED_HEADS[path] for path in TIED_HEADS if f"{path}/lora_tied" in flat and f"{path}/lora_a" in flat]
 
@@ -665,7 +688,7 @@ def _tidy(alpha: float) -> int | float:
     return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
 
 
-def _weights(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
     if (folder / PICKLE).is_file():

@@ -1,0 +1,259 @@
+"""PEFT's other adapters as LoRA: the best update of a given rank for every change of weights, and what it misses."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jlora import lora, quant, tree
+from jlora.hub.adapter_config import AdapterConfig
+from jlora.hub.methods import Change, Method, Shapes, Tensors, open_method
+from jlora.hub.peft import (
+    CONFIG,
+    PLAIN,
+    Module,
+    Slot,
+    assemble,
+    check_fits,
+    config_slots,
+    find_modules,
+    optional_tensors,
+    read_slots,
+    weights_file,
+)
+from jlora.hub.source import locate
+from jlora.hub.weights import TensorInfo, read_json, read_tensor, tensor_infos
+from jlora.lora.merge import TIED_HEADS
+from jlora.lora.partition import TRAINED
+from jlora.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedModule:
+    """How well LoRA stands for one module's change.
+
+    Attributes:
+        name: PEFT's.
+        energy: the change's squared Frobenius norm.
+        lost: that of the difference.
+    """
+
+    name: str
+    rank: int
+    energy: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        """‖ΔW - AB‖ / ‖ΔW‖, Frobenius; 0 if nothing was changed."""
+        return (self.lost / self.energy) ** 0.5 if self.energy else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert_adapter` made of an adapter; as text, a table with a row a module."""
+
+    method: str
+    modules: tuple[ConvertedModule, ...]
+
+    @property
+    def energy_kept(self) -> float:
+        """1 - Σ‖ΔW - AB‖² / Σ‖ΔW‖² over all modules."""
+        total = sum(module.energy for module in self.modules)
+        return 1 - sum(module.lost for module in self.modules) / total if total else 1.0
+
+    def __str__(self) -> str:
+        width = max((len(module.name) for module in self.modules), default=0)
+        rows = [f"{module.name:<{width}}  {module.rank:>5}  {module.error:>8.2e}" for module in self.modules]
+        head = f"{'module':<{width}}  {'rank':>5}  {'error':>8}"
+        return "\n".join([f"{self.method} as LoRA: {self.energy_kept:.4%} of the energy kept", head, *rows])
+
+
+def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tuple[Params, Conversion]:
+    """(params with LoRA in place of whatever adapter they had, report) of a PEFT folder of (IA)³, LoHa, LoKr or VeRA.
+
+    Every change of a weight becomes its best approximation of the rank, by its singular values (Eckart and Young 1936),
+    with a scale of 1. Layers that the adapter leaves out get rank 0, as with `load_adapter`. Biases that (IA)³ scales
+    become trained copies, exactly.
+
+    Args:
+        rank: of every module, or less where a change has no more; or, as a float in (0, 1], the share of each change's
+            squared singular values to keep, with the smallest rank that does (as PEFT's `convert_to_lora` means it).
+
+    Raises:
+        FileNotFoundError: the folder or its files are missing.
+        ValueError: a rank or a field that cannot be; missing, unknown and misshapen tensors. All are listed.
+    """
+    _check_rank(rank)
+    folder = locate(path)
+    fields = read_json(folder / CONFIG)
+    method = open_method(fields, folder / CONFIG)
+    file = weights_file(folder)
+    source = _open(method, file, lora.strip(params))
+    factors, report = {}, []
+    scales: list[np.ndarray | None] = []
+    for module, tensors, change in _changes(method, source):
+        left, right, energy, lost = _best(change, rank)
+        factors |= _file_factors(module, left, right)
+        report.append(ConvertedModule(module.name, left.shape[1], energy, lost))
+        scales.append(method.output_scale(module, tensors))
+    biases = _biases(source, scales)
+    ranks = {module.name: module.rank for module in report}
+    config = _Converted(r=1, lora_alpha=1, modules_to_save=method.config.modules_to_save, ranks=ranks)
+    slots = {name: slot for module in source.adapted for name, slot in _factor_slots(module, ranks[module.name])}
+    values = {name: slots[name].codec.from_file(value) for name, value in factors.items()}
+    values |= read_slots(file, source.copies)
+    slots |= source.copies | {path: Slot(path, None, value.shape, PLAIN) for path, value in biases.items()}
+    adapted = assemble(source.base, source.adapted, config, slots, values | biases)
+    return adapted, Conversion(fields["peft_type"], tuple(report))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Converted(AdapterConfig):
+    """The settings of a LoRA whose every module has a rank of its own and a scale of 1."""
+
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def rank(self, module: str) -> int:
+        return self.ranks[module]
+
+    def scale(self, module: str) -> float:
+        return 1.0
+
+
+class _Source(NamedTuple):
+    """A file that fits the model.
+
+    Attributes:
+        copies: the tensors of `modules_to_save`.
+        shared: whole name → shape of tensors that belong to no module.
+    """
+
+    file: Path
+    base: Params
+    leaves: Mapping[str, Any]
+    adapted: list[Module]
+    copies: Mapping[str, Slot]
+    shared: Shapes
+
+
+def _open(method: Method, file: Path, base: Params) -> _Source:
+    """The file's tensors and their places.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    found = tensor_infos([file])
+    leaves = tree.flatten(base)
+    modules = [module for module in find_modules(base) if module.leaf == "kernel" and not module.experts]
+    adapted = [module for module in modules if _is_wanted(module, method, found)]
+    copies = config_slots(leaves, method.config, adapted)
+    shared = method.shared_shapes(adapted, found)
+    own = {f"{m.tensors}.{end}": shape for m in adapted for end, shape in method.shapes(m).items()}
+    expected = {name: Slot("", None, shape, PLAIN) for name, shape in (own | shared).items()}
+    optional = optional_tensors(file, found, leaves, find_modules(base))
+    check_fits(file, found, expected | copies, optional, modules)
+    return _Source(file, base, leaves, adapted, copies, shared)
+
+
+def _is_wanted(module: Module, method: Method, found: Mapping[str, TensorInfo]) -> bool:
+    wanted = method.config.targets(module.name)
+    if wanted is None:  # left to PEFT's defaults: what the file holds
+        return any(f"{module.tensors}.{end}" in found for end in method.shapes(module))
+    return wanted
+
+
+def _changes(method: Method, source: _Source) -> Iterator[tuple[Module, Tensors, Change]]:
+    """Every adapted module with its tensors and its change, one at a time: only one is ever held."""
+    shared = method.shared(source.adapted, {name: _read(source.file, name) for name in source.shared})
+    for module in source.adapted:
+        tensors = {end: _read(source.file, f"{module.tensors}.{end}") for end in method.shapes(module)}
+        weight = _weight(source.leaves, module) if method.needs_weight else None
+        yield module, tensors, method.change(module, tensors, shared, weight)
+
+
+def _read(file: Path, name: str) -> np.ndarray:
+    return read_tensor(file, name).astype(np.float32)
+
+
+def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N"]:
+    """The base's weight of one layer, float32, unpacked if it is packed."""
+    for embedding, head in TIED_HEADS.items():
+        if module.path == head and f"{head}/kernel" not in leaves:
+            return np.asarray(leaves[f"{embedding}/embedding"]).astype(np.float32).T
+    weight = leaves[f"{module.path}/kernel"]
+    if module.index is not None:
+        weight = jax.tree.map(lambda part: part[module.index], weight)
+    dense = quant.dequantize(weight) if quant.is_packed(weight) else weight
+    return np.asarray(dense).astype(np.float32).reshape(module.inputs, module.outputs)
+
+
+def _biases(source: _Source, scales: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
+    """Path of a bias's trained copy → [L, N] or [N], times what its module's output is scaled by.
+
+    Where one is needed, all adapted modules that have a bias get one: PEFT trains the biases of all or of none.
+    """
+    pairs = [(m, s) for m, s in zip(source.adapted, scales, strict=True) if f"{m.path}/bias" in source.leaves]
+    if all(scale is None for _, scale in pairs):
+        return {}
+    copies: dict[str, np.ndarray] = {}
+    for module, scale in pairs:
+        base = source.leaves[f"{module.path}/bias"]
+        copy = copies.setdefault(f"{module.path}/{TRAINED}bias", np.array(base, np.float32))
+        if scale is not None:
+            place = ... if module.index is None else module.index
+            copy[place] *= scale.reshape(copy[place].shape)
+    return copies
+
+
+# ---------------------------------------------------------------- the best update of a rank
+
+
+def _best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
+    """(A with orthonormal columns, B, the change's energy, the energy that is lost)."""
+    left, values, right = _singular(change)
+    squares = values.astype(np.float64) ** 2
+    kept = min(rank, len(values)) if isinstance(rank, int) else _enough(values, rank)
+    return left[:, :kept], values[:kept, None] * right[:kept], float(squares.sum()), float(squares[kept:].sum())
+
+
+def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular value decomposition; of a product of narrow factors it is that of the product of their QR's R."""
+    left, right = change
+    if right is None:
+        return np.linalg.svd(left, full_matrices=False)
+    if left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return np.linalg.svd(left @ right, full_matrices=False)
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    inner_left, values, inner_right = np.linalg.svd(r_left @ r_right.T)
+    return q_left @ inner_left, values, inner_right @ q_right.T
+
+
+def _enough(values: np.ndarray, share: float) -> int:
+    """The smallest rank that keeps the share of the energy.
+
+    The sums are float32 as PEFT's are: with a share of 1 that leaves out what only rounding put there.
+    """
+    energy = np.cumsum(values**2)
+    return int(np.searchsorted(energy, np.float32(share) * energy[-1])) + 1
+
+
+def _check_rank(rank: int | float) -> None:
+    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ValueError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
+
+
+def _factor_slots(module: Module, rank: int) -> Sequence[tuple[str, Slot]]:
+    places = module.factors(rank).items()
+    return [(name, Slot(f"{module.path}/{leaf}", module.index, shape, codec)) for leaf, (name, shape, codec) in places]
+
+
+def _file_factors(module: Module, left: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
+    """PEFT's A [R, D] and B [N, R] by the names that a LoRA of the module has there."""
+    names = module.factors(left.shape[1])
+    return {names["lora_a"][0]: left.T, names["lora_b"][0]: right.T}

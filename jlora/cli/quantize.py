@@ -1,20 +1,43 @@
 """`jlora quantize`: a model's linears in 4 or 8 bits, as a folder that transformers opens with bitsandbytes."""
 
 import argparse
+from typing import Any
 
-from jlora import hub, quant, tree
+from jlora import data, hub, quant, tree
 from jlora.hub.quantized import FORMATS, quantizable
+from jlora.train.sensitivity import measure
 
 
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
+    if options.data and options.bits is None:
+        raise ValueError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
     config = quant.QuantConfig(rules=quantizable(options.quant), double_quant=not options.no_double_quant)
     dtype = options.dtype or hub.checkpoint_dtype(options.model)
+    tokenizer = hub.load_tokenizer(options.model)
+    if options.bits is not None:
+        config = _mixed(options, config, dtype, tokenizer)
     model, params = hub.load(options.model, dtype=dtype, quant=config)
-    hub.save_quantized(options.out, model, params, tokenizer=hub.load_tokenizer(options.model))
+    hub.save_quantized(options.out, model, params, tokenizer=tokenizer)
     print(f"{options.quant} model: {options.out} ({8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight)")
     return 0
+
+
+def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, tokenizer: Any) -> quant.QuantConfig:
+    """The config with rules that keep what packing hurts most, as bitsandbytes' folders can say it: in 16 bits."""
+    records = data.read_records(options.data) if options.data else []
+    model, params = hub.load(options.model, dtype=dtype)
+    found = quant.candidates(params, config)
+    quant.choose(found, dict.fromkeys((kernel.name for kernel in found), 0.0), options.bits, config)  # can it be?
+    if records:
+        damage = measure(model, params, tokenizer, records, config)
+    else:
+        damage = quant.weight_damage(params, config)
+    chosen = quant.choose(found, damage, options.bits, config)
+    kept = len(chosen.rules) - len(config.rules)
+    print(f"{kept} of {len(found)} kernels stay in 16 bits: {options.bits:g} bits a weight of the layers' linears")
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(FORMATS)} (default: nf4)")
     parser.add_argument(
         "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"
+    )
+    parser.add_argument(
+        "--bits", type=float, metavar="BITS", help="a weight of the linears: the most sensitive stay in 16 bits"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
     )
     parser.add_argument("--dtype", help="of all that is not packed (default: the checkpoint's)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")

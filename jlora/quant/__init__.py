@@ -5,6 +5,7 @@ from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, qua
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.matmul import grouped_matmul, matmul
+from jlora.quant.mixed import candidates, choose, weight_damage
 
 __all__ = [
     "FORMATS",
@@ -13,10 +14,13 @@ __all__ = [
     "PackedInt8",
     "QuantConfig",
     "as_config",
+    "candidates",
+    "choose",
     "dequantize",
     "grouped_matmul",
     "is_packed",
     "leaf_format",
     "matmul",
     "quantize",
+    "weight_damage",
 ]

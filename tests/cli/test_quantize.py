@@ -31,10 +31,28 @@ def test_the_dtype_is_the_checkpoints(model_folder, tmp_path):
     assert norm.dtype == np.float32
 
 
+@pytest.mark.parametrize("by", ["data", "weights"])
+def test_mixed_precision_keeps_some_kernels(model_folder, data_file, tmp_path, by, capsys):
+    options = ["--bits=6", "--dtype=bfloat16", *([f"--data={data_file}"] if by == "data" else [])]
+    assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", *options]) == 0
+    assert "of 14 kernels stay in 16 bits: 6 bits a weight" in capsys.readouterr().out
+    _, params = hub.load(tmp_path / "out", dtype="bfloat16")
+    leaves = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("/kernel")}
+    weights = sum(leaf.size for leaf in leaves.values())
+    dense = sum(leaf.size for leaf in leaves.values() if not quant.is_packed(leaf))
+    assert 0 < (16 * dense + 4.127 * (weights - dense)) / weights <= 6
+    assert dense > 0.1 * weights
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert len(skipped) > 1 and "lm_head" in skipped
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--quant=int4"], "bitsandbytes has no format 'int4'; expected one of nf4, fp4, int8"),
+        (["--bits=3"], "bits=3.0: found no such mixture, expected from 4.127 to less than 16"),
+        (["--data=x.jsonl"], "--data says where 16 bits matter most, so it needs --bits"),
+        (["--bits=5", "--data=x.jsonl"], "x.jsonl"),
         (["--dtype=int8"], "expected one of bfloat16, float16, float32"),
     ],
 )

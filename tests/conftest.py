@@ -15,14 +15,15 @@ import transformers
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PARITY = "parity"
+COLUMNS = ("logits", "cache", "padding", "packing", "LoRA gradients", "export", "in", "out")
 
 
 @pytest.fixture
 def parity(record_property):
-    """parity(row, column, difference) notes a largest relative difference for the table of `--parity-table`."""
+    """parity(table, row, column, difference) notes a largest relative difference for `--parity-table`."""
 
-    def note(row, column, difference):
-        record_property(PARITY, [row, column, difference])
+    def note(table, row, column, difference):
+        record_property(PARITY, [table, row, column, float(difference)])
 
     return note
 
@@ -34,18 +35,30 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     if not (path := config.getoption("--parity-table")):
         return
-    table = {}
+    tables = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == PARITY and report.when == "call":
-                row, column, difference = value
-                table.setdefault(row, {})[column] = difference
-    columns = list(dict.fromkeys(column for found in table.values() for column in found))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, found in table.items():
-        cells = [f"{found[column]:.0e}" if column in found else "" for column in columns]
+                table, row, column, difference = value
+                cells = tables.setdefault(table, {}).setdefault(row, {})
+                cells[column] = max(difference, cells.get(column, 0.0))
+    pathlib.Path(path).write_text("\n".join(markdown(title, rows) for title, rows in sorted(tables.items())))
+
+
+def markdown(title, rows):
+    """A table of the largest differences: 3e-07, or "equal" where there was none."""
+
+    def cell(value):
+        return "" if value is None else f"{value:.0e}" if value else "equal"
+
+    columns = sorted({column for found in rows.values() for column in found}, key=COLUMNS.index)
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, found in sorted(rows.items()):
+        cells = [
+            "" if column not in found else f"{found[column]:.0e}" if found[column] else "equal" for column in columns
+        ]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    pathlib.Path(path).write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 CHAT_TEMPLATE = (

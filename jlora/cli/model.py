@@ -5,6 +5,7 @@ from typing import Any
 
 from jlora import hub
 from jlora.models import Model
+from jlora.quant import FORMATS
 from jlora.types import Params
 
 
@@ -14,7 +15,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
     )
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
-    parser.add_argument("--quant", metavar="FORMAT", help="pack the model's linears: nf4 (default: as they are)")
+    parser.add_argument(
+        "--quant", metavar="FORMAT", help=f"pack the model's linears: {', '.join(FORMATS)} (default: as they are)"
+    )
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
     )

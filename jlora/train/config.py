@@ -28,7 +28,7 @@ class ModelSource:
     Args:
       path: a Hugging Face folder, a Hub id, or a GGUF file.
       dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU.
-      quant: "nf4", a QuantConfig, or None for unquantised weights.
+      quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None: the weights as the checkpoint has them.
     """
 
     path: str

@@ -1,9 +1,10 @@
 """The Hub's files in and out: checkpoints, tokenizers, GGUF and PEFT adapters."""
 
+from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import Conversion, convert_adapter
 from jlora.hub.export import save_model
 from jlora.hub.load import checkpoint_dtype, load
-from jlora.hub.peft import load_adapter, save_adapter
+from jlora.hub.peft import save_adapter
 from jlora.hub.quantized import save_quantized
 from jlora.hub.source import Source, open_source
 from jlora.hub.tokenizer import load_tokenizer

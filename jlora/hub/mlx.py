@@ -1,0 +1,192 @@
+"""mlx-lm's adapter folders (LoRA and DoRA), read as strictly as PEFT's: all of it fits, or nothing is loaded."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora import lora, tree
+from jlora.hub.adapter_config import AdapterConfig
+from jlora.hub.peft import CONFIG, PLAIN, PREFIX, Module, Slot, assemble, check_fits, find_modules, read_slots
+from jlora.hub.weights import TensorInfo, listing, read_json, tensor_infos
+from jlora.lora.merge import TIED_HEADS
+from jlora.types import Params
+
+WEIGHTS = "adapters.safetensors"
+# Where mlx-lm's models call a module otherwise than transformers does.
+NAMES = (
+    (r"transformer\.", "model."),
+    (r"gpt_neox\.layers\.", "model.h."),
+    (r"gpt_neox\.", "model."),
+    (r"embed_out$", "model.embed_out"),
+)
+LAYER = re.compile(r"model\.(?:layers|h)\.(?P<layer>\d+)\.(?P<key>.+)")
+# Each expert's linear by itself (SwitchLinear), where jlora keeps gate and up as one.
+EXPERTS = ".switch_mlp."
+
+
+class Settings(NamedTuple):
+    """What mlx-lm's adapter_config.json decides.
+
+    Attributes:
+        layers: how many, counted from the last; None: all.
+        keys: adapted modules, by their names in a layer or in the model; None: what the file holds.
+        scale: what A @ B is multiplied by.
+    """
+
+    rank: int
+    scale: float
+    dropout: float
+    layers: int | None
+    keys: frozenset[str] | None
+    use_dora: bool
+
+
+def is_mlx(fields: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is mlx-lm's rather than PEFT's."""
+    return "peft_type" not in fields and ("lora_parameters" in fields or "fine_tune_type" in fields)
+
+
+def load_adapter(params: Params, folder: Path) -> Params:
+    """The params with the adapter of mlx-lm's folder in place of whatever adapter they had.
+
+    model.layers.3.self_attn.q_proj.lora_a (D, R), lora_b (R, N)  →  layers/self_attn/q_proj/lora_a[3], lora_b[3]
+                                    .m (N,) of DoRA               →  layers/self_attn/q_proj/lora_magnitude[3]
+
+    Raises:
+        FileNotFoundError: the folder or its files are missing.
+        ValueError: fields that cannot be; missing, unknown and misshapen tensors. All are listed.
+    """
+    settings = parse(read_json(folder / CONFIG), folder / CONFIG)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
+    found = tensor_infos([file])
+    if experts := [name for name in found if EXPERTS in name]:
+        raise ValueError(f"{file} adapts experts ({experts[0]}, …), which is not supported in mlx-lm's format")
+    base = lora.strip(params)
+    modules = _modules(base)
+    wanted = _wanted(modules, settings, found)
+    adapted = [module for module in modules if module.tensors in wanted]
+    slots = _slots(adapted, settings)
+    check_fits(file, found, slots, set(), modules, prefix="")
+    config = AdapterConfig(
+        r=settings.rank,
+        lora_alpha=settings.scale * settings.rank,
+        lora_dropout=settings.dropout,
+        use_dora=settings.use_dora,
+        ensure_weight_tying=True,  # an embedding that is the head too carries its adapter along (`as_linear`)
+    )
+    return assemble(base, adapted, config, slots, read_slots(file, slots))
+
+
+def parse(fields: Mapping[str, Any], path: Path) -> Settings:
+    """The settings in a config's fields, of any version of mlx-lm.
+
+    Up to September 2024 the number of layers was `lora_layers`, and DoRA a flag of its own. Up to June 2024 there was
+    an `alpha` too, and the scale was scale · alpha / rank; later versions ignore an alpha that was left in place.
+
+    Raises:
+        ValueError: every field that is missing, malformed, or of a full fine-tune.
+    """
+    old = "num_layers" not in fields
+    lora_fields = fields.get("lora_parameters") or {}
+    layers = fields.get("lora_layers" if old else "num_layers")
+    if problems := _problems(fields, lora_fields, layers):
+        raise ValueError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
+    scale = lora_fields["scale"]
+    if "alpha" in lora_fields and old:
+        scale = scale * lora_fields["alpha"] / lora_fields["rank"]
+    elif "alpha" in lora_fields:
+        warnings.warn(f"{path}: alpha is ignored, as mlx-lm has done since it writes num_layers", stacklevel=3)
+    keys = lora_fields.get("keys")
+    use_dora = bool(fields.get("use_dora")) if "fine_tune_type" not in fields else fields["fine_tune_type"] == "dora"
+    return Settings(
+        rank=lora_fields["rank"],
+        scale=float(scale),
+        dropout=float(lora_fields.get("dropout") or 0.0),
+        layers=None if layers < 0 or (layers == 0 and not old) else layers,
+        keys=None if keys is None else frozenset(keys),
+        use_dora=use_dora,
+    )
+
+
+def _problems(fields: Mapping[str, Any], lora_fields: Any, layers: Any) -> list[str]:
+    kind = fields.get("fine_tune_type", "lora")
+    if kind == "full":
+        return ["fine_tune_type is 'full': these are whole weights and no adapter; open the fused model instead"]
+    problems = []
+    if kind not in ("lora", "dora"):
+        problems.append(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
+    if not isinstance(layers, int) or isinstance(layers, bool):
+        problems.append(f"num_layers is {layers!r}; expected an integer")
+    if not isinstance(lora_fields, dict):
+        return [*problems, f"lora_parameters is {lora_fields!r}; expected an object"]
+    rank, keys = lora_fields.get("rank"), lora_fields.get("keys")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        problems.append(f"lora_parameters.rank is {rank!r}; expected a positive integer")
+    for name, default in (("scale", None), ("alpha", 0), ("dropout", 0.0)):
+        value = lora_fields.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            problems.append(f"lora_parameters.{name} is {value!r}; expected a number")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        problems.append(f"lora_parameters.keys is {keys!r}; expected a list of names")
+    return problems
+
+
+def _modules(base: Params) -> list[Module]:
+    """The modules that mlx-lm can adapt, with its names in `tensors`; a head that is its embedding is none."""
+    leaves = tree.flatten(base)
+    heads = {head for head in TIED_HEADS.values() if f"{head}/kernel" not in leaves}
+    return [
+        module._replace(tensors=_mlx_name(module.tensors.removeprefix(PREFIX)))
+        for module in find_modules(base)
+        if not module.experts and module.path not in heads
+    ]
+
+
+def _mlx_name(name: str) -> str:
+    for pattern, new in NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name, count=1)
+    return name
+
+
+def _wanted(modules: list[Module], settings: Settings, found: Mapping[str, TensorInfo]) -> set[str]:
+    """mlx-lm's names of the modules that the config means.
+
+    Without `keys` it means all linears of a layer, in old versions only some (by the kind of model): those that the
+    file holds in any layer, which then have to be in every layer that is adapted.
+    """
+    places = {module.tensors: LAYER.fullmatch(module.tensors) for module in modules}
+    keys = settings.keys
+    if keys is None:
+        named = (LAYER.fullmatch(name.rpartition(".")[0]) for name in found)
+        keys = {place["key"] for place in named if place}
+    total = 1 + max((int(place["layer"]) for place in places.values() if place), default=-1)
+    first = 0 if settings.layers is None else max(0, total - settings.layers)
+    return {
+        name
+        for name, place in places.items()
+        if name in keys or (place and place["key"] in keys and int(place["layer"]) >= first)
+    }
+
+
+def _slots(adapted: list[Module], settings: Settings) -> dict[str, Slot]:
+    """Tensor name → its place; nothing is transposed, mlx-lm's A and B lie as jlora's do.
+
+    Raises:
+        ValueError: DoRA of what is no linear.
+    """
+    slots = {}
+    for module in adapted:
+        if settings.use_dora and module.leaf != "kernel":
+            raise ValueError(f"DoRA of {module.tensors} is not supported: it is no linear")
+        shapes = {"lora_a": (module.inputs, settings.rank), "lora_b": (settings.rank, module.outputs)}
+        for leaf, shape in shapes.items():
+            slots[f"{module.tensors}.{leaf}"] = Slot(f"{module.path}/{leaf}", module.index, shape, PLAIN)
+        if settings.use_dora:
+            place = f"{module.path}/lora_magnitude"
+            slots[f"{module.tensors}.m"] = Slot(place, module.index, (module.outputs,), PLAIN)
+    return slots

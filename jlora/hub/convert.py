@@ -218,7 +218,8 @@ def _best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], 
     left, values, right = _singular(change)
     squares = values.astype(np.float64) ** 2
     kept = min(rank, len(values)) if isinstance(rank, int) else _enough(values, rank)
-    return left[:, :kept], values[:kept, None] * right[:kept], float(squares.sum()), float(squares[kept:].sum())
+    # A copy: a view would keep every singular vector of every module alive.
+    return left[:, :kept].copy(), values[:kept, None] * right[:kept], float(squares.sum()), float(squares[kept:].sum())
 
 
 def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -60,6 +60,7 @@ def from_weights(
             "jlora.lora.kernel_gradients returns"
         )
     layers = kernel.shape[:-2]
+    scale = jnp.where(scale == 0, 1, scale)  # of layers that are left alone, whose factors are dropped
     if not layers:
         return _one(config, kernel, original, gradient, rank, scale, key)
     pairs = [

@@ -41,6 +41,30 @@ def test_the_same_command_on_a_mesh_gives_the_same_losses_and_adapter(settings, 
         np.testing.assert_allclose(one[name], many[name], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("quant", "adapter"),
+    [
+        (
+            "int8",
+            dict(use_dora=True, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
+            | dict(modules_to_save=["norm"], trainable_token_indices=[0, 65], init_lora_weights="pissa"),
+        ),
+        ("fp4", dict(target_modules=["embed_tokens", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 2})),
+    ],
+)
+def test_every_kind_of_adapter_trains_on_a_mesh_as_on_one_device(settings, tmp_path, quant, adapter):
+    changed = settings | {"model": settings["model"] | {"quant": quant}, "lora": {"r": 4} | adapter}
+    run(resolve(changed), tmp_path / "one")
+    run(resolve(changed | {"mesh": {"fsdp": 4, "tensor": 2}}), tmp_path / "many")
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("one", "many")]
+    assert losses[0][-1] != losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, many = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], many[name], atol=1e-4, err_msg=name)
+
+
 def test_a_workdir_of_another_run_is_refused(settings, finished):
     before = sorted(path.name for path in finished.iterdir())
     other = settings | {"optim": {"learning_rate": 5e-3}, "lora": {"r": 2}}

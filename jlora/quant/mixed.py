@@ -1,6 +1,7 @@
 """Mixed precision: which layers' kernels to keep in more bits, by how much packing each of them hurts."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,8 +12,6 @@ import jax.numpy as jnp
 from jlora import tree
 from jlora.quant.config import QuantConfig, leaf_format
 from jlora.quant.formats import dequantize, quantize
-from jlora.quant.four_bit import BLOCK
-from jlora.quant.scales import NESTED_BLOCK
 from jlora.types import Params
 
 
@@ -23,6 +22,7 @@ class Candidate(NamedTuple):
         name: "layers/3/mlp/down_proj/kernel", a path that rules may name.
         path, index: the leaf that holds it, and where on its first axis.
         format: that the config gives it.
+        matrix: (D, N); with experts there are several.
         size: its weights.
     """
 
@@ -30,6 +30,7 @@ class Candidate(NamedTuple):
     path: str
     index: int
     format: str
+    matrix: tuple[int, int]
     size: int
 
 
@@ -40,9 +41,8 @@ def candidates(params: Params, config: QuantConfig) -> list[Candidate]:
         stack = tree.stack_of(path)
         for index, layer in enumerate(stack.indices(leaf.shape[0]) if stack else []):
             if format := leaf_format(path, config, layer):
-                found.append(
-                    Candidate(f"{stack.name}/{layer}/{stack.rest}", path, index, format, leaf.size // leaf.shape[0])
-                )
+                name, matrix = f"{stack.name}/{layer}/{stack.rest}", (leaf.shape[-2], leaf.shape[-1])
+                found.append(Candidate(name, path, index, format, matrix, leaf.size // leaf.shape[0]))
     return found
 
 
@@ -75,14 +75,14 @@ def choose(
         ValueError: `bits` is less than what `config` takes, or as many as `spare` takes.
     """
     total = sum(candidate.size for candidate in found)
-    used = sum(bits_of(candidate.format, config.double_quant) * candidate.size for candidate in found)
-    most = bits_of(spare)
-    if not found or not used <= bits * total < most * total:
-        least = used / total if found else 0.0
-        raise ValueError(f"bits={bits}: found no such mixture, expected from {least:.3f} to less than {most:g}")
+    used = sum(bits_of(candidate, candidate.format, config) for candidate in found)
+    most = sum(bits_of(candidate, spare, config) for candidate in found)
+    if not found or not used <= bits * total < most:
+        least, most = (float(count) / max(total, 1) for count in (used, most))
+        raise ValueError(f"bits={bits}: found no such mixture, expected from {least:.3f} to less than {most:.4g}")
     kept = []
     for candidate in sorted(found, key=lambda candidate: -damage[candidate.name] / candidate.size):
-        extra = (most - bits_of(candidate.format, config.double_quant)) * candidate.size
+        extra = bits_of(candidate, spare, config) - bits_of(candidate, candidate.format, config)
         if used + extra <= bits * total:
             used += extra
             kept.append(candidate.name)
@@ -90,11 +90,15 @@ def choose(
     return QuantConfig(rules=(*rules, *config.rules), double_quant=config.double_quant)
 
 
-def bits_of(format: str | None, double_quant: bool = True) -> float:
-    """Bits a weight of a large kernel, scales included (but int8's, which are one for an output)."""
-    if format is None or format == "int8":
-        return 16.0 if format is None else 8.0
-    return 4 + (8 + 32 / NESTED_BLOCK if double_quant else 32) / BLOCK
+def bits_of(candidate: Candidate, format: str | None, config: QuantConfig) -> int:
+    """Bits of the kernel in `format`, scales included; None: 16 a weight."""
+    if format is None:
+        return 16 * candidate.size
+    one = jax.eval_shape(
+        functools.partial(quantize, format=format, double_quant=config.double_quant),
+        jax.ShapeDtypeStruct(candidate.matrix, jnp.float32),
+    )
+    return 8 * tree.nbytes(one) * (candidate.size // math.prod(candidate.matrix))
 
 
 @functools.partial(jax.jit, static_argnames=("format", "double_quant"))

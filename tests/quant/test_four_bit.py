@@ -76,12 +76,12 @@ def test_code_books_are_bitsandbytes(format):
     np.testing.assert_array_equal(CODEBOOKS[format], bnb.get_4bit_type(format, device="cpu").numpy())
 
 
-def test_int4_is_sixteen_equal_steps_of_each_block():
+def test_int4_is_the_integers_of_four_bits_in_each_block():
     array = np.asarray(kernel((128, 5)))
     blocks = array.reshape(2, 64, 5)
     absmax = np.abs(blocks).max(1, keepdims=True)
-    code = np.clip(np.round((blocks / np.where(absmax == 0, 1, absmax) * 15 + 15) / 2), 0, 15)
-    expected = ((2 * code - 15) / 15 * absmax).reshape(128, 5)
+    code = np.clip(np.round(blocks / np.where(absmax == 0, 1, absmax) * 8), -8, 7)
+    expected = (code / 8 * absmax).reshape(128, 5)
     found = quant.dequantize(quant.quantize(jnp.asarray(array), "int4", double_quant=False))
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

@@ -46,6 +46,18 @@ def test_mixed_precision_keeps_some_kernels(model_folder, data_file, tmp_path, b
     assert len(skipped) > 1 and "lm_head" in skipped
 
 
+def test_a_packed_folder_can_be_trained_on(recipe, model_folder, tmp_path, capsys):
+    assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", "--bits=8"]) == 0
+    workdir = tmp_path / "run"
+    options = [f"--config.model.path={tmp_path / 'out'}", "--config.train.steps=2"]
+    assert main(["train", f"--config={recipe}", f"--workdir={workdir}", *options]) == 0
+    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    merged = tmp_path / "merged"
+    assert main(["export", f"--workdir={workdir}", f"--out={merged}", "--merged"]) == 0
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

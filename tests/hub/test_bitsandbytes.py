@@ -79,22 +79,24 @@ def assert_same_kernels(params, reference):
     ],
     ids=["nf4 nested", "fp4"],
 )
-def test_four_bit_checkpoints(llama_folder, tmp_path, sizes, settings, format):
+def test_four_bit_checkpoints(llama_folder, tmp_path, sizes, settings, format, parity):
     reference = quantised(llama_folder(**sizes)[0], load_in_4bit=True, **settings)
     reference.save_pretrained(tmp_path / "packed")
     _, params = hub.load(tmp_path / "packed")
     formats = assert_same_kernels(params, reference)
     assert len(formats) == 21 and set(formats.values()) == {format}
+    parity("format", f"bitsandbytes {format}", "in", 0)  # the kernels were equal
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.dtype == jnp.bfloat16 and (kernel.offset is not None) == settings["bnb_4bit_use_double_quant"]
     assert params["lm_head"]["kernel"].dtype == jnp.float32
 
 
-def test_int8_checkpoints(llama_folder, tmp_path):
+def test_int8_checkpoints(llama_folder, tmp_path, parity):
     reference = quantised(llama_folder()[0], load_in_8bit=True)
     reference.save_pretrained(tmp_path / "packed")
     model, params = hub.load(tmp_path / "packed", dtype="float32")
     assert set(assert_same_kernels(params, reference).values()) == {"int8"}
+    parity("format", "bitsandbytes int8", "in", 0)  # the kernels were equal
     dense = tree.map_with_path(lambda _, leaf: quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, params)
     np.testing.assert_allclose(model(params, TOKENS), model(dense, TOKENS), atol=1e-4)
 

@@ -72,7 +72,7 @@ def test_the_files_are_those_that_bitsandbytes_writes(llama_folder, tmp_path, fo
 
 
 @pytest.mark.parametrize("format", SETTINGS)
-def test_transformers_opens_it_with_the_same_values(llama_folder, tmp_path, format):
+def test_transformers_opens_it_with_the_same_values(llama_folder, tmp_path, format, parity):
     rules = ((r"layers/1/mlp/.*", None), *quantizable(format))
     model, params = hub.load(llama_folder(**WHOLE_BLOCKS)[0], dtype="bfloat16", quant=quant.QuantConfig(rules=rules))
     hub.save_quantized(tmp_path / "out", model, params)
@@ -91,6 +91,7 @@ def test_transformers_opens_it_with_the_same_values(llama_folder, tmp_path, form
                 dense = quant.dequantize(part, jnp.float32 if format == "int8" else None).astype(jnp.float32)
                 expected = torch.from_numpy(dequantised(module)).bfloat16().float().numpy()
                 np.testing.assert_array_equal(dense, expected, err_msg=name)
+    parity("format", f"bitsandbytes {format.partition(' ')[0]}", "out", 0)  # the kernels were equal
     tokens = np.array([[1, 5, 9, 100]])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

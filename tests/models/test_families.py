@@ -51,6 +51,8 @@ CASES = {
         | dict(num_attention_heads=3, num_key_value_heads=3, head_dim=20, attention_bias=True, mlp_bias=True)
         | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e5, factor=2.0)),
     ),
+    "internlm3": ("InternLM3Config", SIZES | dict(head_dim=20, attention_bias=True, mlp_bias=True)),
+    "iquestcoder": ("IQuestCoderConfig", SIZES | dict(head_dim=10)),
     "llama-3": (
         "LlamaConfig",
         SIZES
@@ -354,6 +356,8 @@ def test_mixed_formats_lie_in_stacks_of_their_own(folders):
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
+        ("internlm3", {"attention_bias": False}, "qkv_bias False with bias True is not supported"),
+        ("iquestcoder", {"clip_qkv": 8.0}, r"clip_qkv 8\.0 is not supported"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         ("llama", {"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),

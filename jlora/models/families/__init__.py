@@ -7,6 +7,8 @@ from jlora.models.families import gemma, gpt, llama, qwen
 
 FAMILIES: dict[str, Callable[[Fields], llama.Values]] = {
     "llama": llama.llama,
+    "internlm3": llama.internlm3,
+    "iquestcoder": llama.iquestcoder,
     "mistral": llama.mistral,
     "mixtral": llama.mixtral,
     "smollm3": llama.smollm3,
@@ -20,6 +22,7 @@ FAMILIES: dict[str, Callable[[Fields], llama.Values]] = {
     "gemma2": gemma.gemma2,
     "gemma3_text": gemma.gemma3,
     "gpt2": gpt.gpt2,
+    "gpt-sw3": gpt.gpt2,
     "gpt_neox": gpt.gpt_neox,
 }
 

@@ -19,6 +19,23 @@ def llama(fields: Fields) -> Values:
     }
 
 
+def internlm3(fields: Fields) -> Values:
+    """InternLM 3, which transformers computes as Llama."""
+    attention = fields.get("attention_bias", fields.get("qkv_bias", False))
+    mlp = fields.get("mlp_bias", fields.get("bias", False))
+    if attention != mlp:
+        fields.problems.append(f"qkv_bias {attention} with bias {mlp} is not supported (nor by transformers)")
+    values = common(fields, num_key_value_heads=2, head_dim=128, norm_eps=1e-5)
+    return values | {"qkv_bias": attention, "output_bias": attention, "mlp_bias": mlp}
+
+
+def iquestcoder(fields: Fields) -> Values:
+    """IQuest-Coder, which transformers computes as Llama."""
+    fields.only("clip_qkv")
+    fields.only("use_sliding_window", False)
+    return llama(fields) | common(fields, num_key_value_heads=8, head_dim=128, norm_eps=1e-5)
+
+
 def mistral(fields: Fields) -> Values:
     """Mistral: a window in every layer, unless `sliding_window` is null (as it is since v0.2)."""
     fields.only("layer_types")

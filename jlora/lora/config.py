@@ -62,7 +62,9 @@ class LoraConfig:
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    trainable_token_indices: (
+        Sequence[int] | Mapping[str, Sequence[int]] | tuple[tuple[str, Sequence[int]], ...] | None
+    ) = None
     target_parameters: Sequence[str] | None = None
     eva_rho: float = 2.0
     lora_ga_direction: str = "ArB2r"
@@ -81,10 +83,10 @@ class LoraConfig:
         if layers is not None:
             object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
         tokens = self.trainable_token_indices
-        if isinstance(tokens, Mapping):
-            object.__setattr__(self, "trainable_token_indices", tuple((k, tuple(v)) for k, v in tokens.items()))
-        elif tokens is not None:
-            object.__setattr__(self, "trainable_token_indices", tuple(tokens))
+        if tokens is not None:
+            tokens = tokens.items() if isinstance(tokens, Mapping) else tokens
+            tokens = tuple(item if isinstance(item, int) else (item[0], tuple(item[1])) for item in tokens)
+            object.__setattr__(self, "trainable_token_indices", tokens)
         if problems := self._problems():
             raise ValueError("LoraConfig:\n  " + "\n  ".join(problems))
 

@@ -36,8 +36,8 @@ def init(
                                 q_proj/lora_a [L, D, R] float32  trainable
                                 q_proj/lora_b [L, R, N] float32  trainable
                                 q_proj/lora_scale [L]   float32  alpha / r; 0 switches the adapter off
-                                q_proj/lora_rank [L]    int32    only where layers differ: columns beyond a layer's
-                                rank are zero q_proj/lora_dropout [L] float32  only with dropout: the probability
+                                q_proj/lora_rank [L]    int32    only where layers differ: the rest is zero
+                                q_proj/lora_dropout [L] float32  only with dropout: the probability
 
     `jlora.lora.partition` lists every other leaf that the config may add. Each leaf's random key follows from its path
     alone, so adding a target never changes another target's start.

@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 from ml_collections import ConfigDict, config_dict
 
+from jlora.lora import LoraConfig
+from jlora.train import typed
 from jlora.train.config import ModelSource, TrainConfig, default_config, resolve, to_dict
 
 GIVEN = {"model.path": "m", "data.path": "d", "train.steps": 3}
@@ -130,3 +133,18 @@ def test_a_required_placeholder_left_open_is_a_missing_setting():
 def test_config_json_gives_the_same_settings_back():
     resolved = resolve(config(model__quant={"double_quant": False}, lora__rank_pattern={"q_proj": 2}))
     assert resolve(json.loads(json.dumps(to_dict(resolved)))) == resolved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [3]}),
+        dict(trainable_token_indices=[1, 2]),
+        dict(layers_to_transform=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}),
+        dict(modules_to_save=["norm"], target_parameters=["experts.down_proj"]),
+    ],
+)
+def test_an_adapters_settings_come_back_from_json(settings):
+    made = LoraConfig(**settings)
+    again, problems = typed.build(LoraConfig, json.loads(json.dumps(dataclasses.asdict(made))))
+    assert not problems and again == made and hash(again) == hash(made)

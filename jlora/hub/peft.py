@@ -184,7 +184,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     modules = _outermost(find_modules(base, found), found, config)
     adapted = [module for module in modules if _is_wanted(module, found, config)]
     slots = _factor_slots(adapted, config) | config_slots(leaves, config, adapted)
-    mirrored = _mirrored_names(config, adapted)
+    mirrored = _mirrored(file, found, leaves, config)
     check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored, modules)
     return assemble(base, adapted, config, slots, read_slots(file, slots))
 
@@ -546,12 +546,31 @@ def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -
     return mirrored
 
 
-def _mirrored_names(config: AdapterConfig, adapted: list[Module]) -> set[str]:
-    """Names that an adapter with `ensure_weight_tying` may repeat for the head."""
-    if not config.ensure_weight_tying:
-        return set()
-    ends = ("lora_A.weight", "lora_B.weight", "weight", "base_layer.weight")
-    return {f"{PREFIX}{head}.{end}" for head in TIED_HEADS.values() for end in ends}
+def _mirrored(
+    file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], config: AdapterConfig
+) -> set[str]:
+    """Tensors of a tied head that repeat its embedding's, as they do with `ensure_weight_tying`.
+
+    Raises:
+        ValueError: they are not the same, so one adapter cannot stand for both; all are listed.
+    """
+    repeated, problems = set(), []
+    for path, head in TIED_HEADS.items():
+        if not config.ensure_weight_tying or f"{path}/embedding" not in leaves or f"{head}/kernel" in leaves:
+            continue
+        name = f"{PREFIX}{_full_names(path, 1)[0]}"
+        for tensor, source, codec in (
+            (f"{PREFIX}{head}.lora_A.weight", f"{name}.lora_embedding_B", TRANSPOSED),
+            (f"{PREFIX}{head}.lora_B.weight", f"{name}.lora_embedding_A", TRANSPOSED),
+            (f"{PREFIX}{head}.weight", f"{name}.weight", PLAIN),
+        ):
+            if tensor in found and source in found:
+                repeated.add(tensor)
+                if not np.array_equal(read_tensor(file, tensor), codec.to_file(read_tensor(file, source))):
+                    problems.append(f"{tensor} is not the same as {source}, although they are tied")
+    if problems:
+        raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(problems))
+    return repeated
 
 
 def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: AdapterConfig) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jlora import hub, lora, quant, tree
 
@@ -187,6 +187,21 @@ def test_gradients_are_pefts(name, llama_folder, tmp_path, quiet):
             expected = (grads[f"{embedding}{ours}"] + grads[f"{head}{theirs}.weight"].T).numpy()
             value = found[f"{embedding}{ours}"]
             np.testing.assert_allclose(value, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_tied_head_that_differs_from_its_embedding_is_refused(llama_folder, tmp_path, quiet):
+    fields, settings = FEATURES["tied, one adapter"]
+    folder, reference = llama_folder(**fields)
+    adapted = make_peft(reference, settings)
+    adapted.save_pretrained(tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.lora_A\.weight is not the same as .*embed_tokens\.lora_embedding_B"
+    ):
+        hub.load_adapter(hub.load(folder)[1], tmp_path / "peft")
 
 
 MOE = dict(

@@ -70,7 +70,6 @@ class Module(NamedTuple):
         path, index: where it lies in the tree: the module, and the layer's place in its stack (None if not stacked).
         leaf: "kernel", "embedding" or "router".
         inputs, outputs: of one expert if there are several; of kernels with more axes, their products.
-        axes: the kernel's shape in one layer, where it has more axes than two.
         experts: how many, 0 for a plain module.
         tensors: what its tensors' names begin with.
         kernel: (input axes, output axes) of a kernel that is no matrix, which other models than language models have;

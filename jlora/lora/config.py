@@ -24,7 +24,8 @@ class LoraConfig:
             Embeddings and the head can be named too. An embedding that is also the head has one adapter, which acts in
             both places.
         exclude_modules: same forms; these are left out.
-        lora_dropout: probability of dropping an input of the update in training.
+        lora_dropout: probability of dropping an input of the update in training; the head's and embeddings' updates are
+            never dropped.
         use_rslora: see lora_alpha.
         rank_pattern, alpha_pattern: (name or regular expression) → rank or alpha of the modules whose name ends in a
             match.

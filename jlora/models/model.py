@@ -137,8 +137,13 @@ class Model:
         return self.project(self.head(params), hidden)
 
     def empty_cache(self, params: Params, batch: int, size: int) -> Cache:
-        """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations."""
+        """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations.
+
+        Raises:
+            ValueError: the model has learned positions, and fewer than `size`.
+        """
         config = self.config
+        self._require_positions(size)
         dtype = tree.subtree(params, config.names.embedding)["embedding"].dtype
         return Cache.empty(config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim, dtype)
 
@@ -183,10 +188,17 @@ class Model:
         self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         if positions is None:
+            self._require_positions(tokens.shape[1])
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         return positions, segment_ids
+
+    def _require_positions(self, tokens: int) -> None:
+        """Beyond its learned positions a model has none: what is looked up there would not be a number."""
+        longest = self.config.max_position_embeddings
+        if self.config.names.positions and tokens > longest:
+            raise ValueError(f"{tokens} tokens in a row, but {self.config.model_type} has learned {longest} positions")
 
     def _embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config

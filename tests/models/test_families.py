@@ -331,6 +331,17 @@ def test_the_compiled_program_does_not_grow_with_depth(case, folders):
     assert size(80) < 1.5 * size(8)
 
 
+def test_more_tokens_than_learned_positions_are_refused(load):
+    model, params = load("gpt2")
+    for call in (
+        lambda: model(params, jnp.asarray(tokens(length=65))),
+        lambda: model.empty_cache(params, batch=1, size=65),
+    ):
+        with pytest.raises(ValueError, match="65 tokens in a row, but gpt2 has learned 64 positions"):
+            call()
+    assert np.all(np.isfinite(model(params, jnp.asarray(tokens(length=64)))))
+
+
 def test_a_checkpoint_of_the_base_model_alone(tmp_path):
     """Its names lack the head class's prefix, as those of the original GPT-2 do."""
     base = reference("gpt2").transformer

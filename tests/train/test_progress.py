@@ -52,9 +52,11 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 
 def test_closing_before_starting_and_twice_is_fine():
-    progress = Progress(io.StringIO())
+    stream = io.StringIO()
+    progress = Progress(stream)
     progress.close()
     progress.close()
+    assert stream.getvalue() == ""
 
 
 def test_notes_are_shown_as_they_are():

@@ -56,14 +56,14 @@ def init(
     flat = tree.flatten(params)
     if present := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
-    seen = {"dense": dense or {}, "gradients": gradients or {}}
+    seen = {"dense": tree.flatten(dense or {}), "gradients": tree.flatten(gradients or {})}
     targets = find_targets(params, config, input_axes)
     directions: dict[str, jax.Array] = {}
     if config.init_lora_weights == "eva":
         targets, directions = _eva(targets, config, moments)
     for target in targets:
         path_key = _path_key(key, target.path)
-        seen_here = {name: tree.flatten(values).get(f"{target.path}/kernel") for name, values in seen.items()}
+        seen_here = {name: values.get(f"{target.path}/kernel") for name, values in seen.items()}
         for name, leaf in _adapter(target, flat, config, path_key, directions.get(target.path), **seen_here).items():
             flat[f"{target.path}/{name}"] = leaf
     flat |= _biases(flat, config, {target.path: target for target in targets})

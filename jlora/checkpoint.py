@@ -1,13 +1,11 @@
 """Checkpoints of a run through Orbax: what training changes, where the data stands, and what base it belongs to."""
 
-import functools
 import json
 import pathlib
 import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jlora import tree
@@ -81,21 +79,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> 
 
 def fingerprint(params: Params) -> str:
     """Eight hex digits that follow from every bit, shape and path of a tree, however it is sharded."""
-    digests = {path: _digest(leaf) for path, leaf in tree.flatten(params).items()}
+    digest = jax.jit(tree.digest)
+    digests = {path: digest(leaf) for path, leaf in tree.flatten(params).items()}
     lines = [f"{path} {leaf.shape} {[int(d) for d in digests[path]]}" for path, leaf in tree.flatten(params).items()]
     return f"{zlib.crc32(chr(10).join(lines).encode()):08x}"
-
-
-@functools.partial(jax.jit)
-def _digest(leaf: Any) -> list[jax.Array]:
-    """For each array of a leaf, the sum of its words times odd weights, modulo 2³²: exact in any order of summation."""
-
-    def one(array: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-        total = words
-        for axis in range(array.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-            total = total * (index * jnp.uint32(2654435761) + jnp.uint32(2 * axis + 1))
-        return jnp.sum(total, dtype=jnp.uint32)
-
-    return [one(array) for array in jax.tree.leaves(leaf)]

@@ -15,7 +15,7 @@ import transformers
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PARITY = "parity"
-COLUMNS = ("logits", "cache", "padding", "packing", "LoRA gradients", "export", "in", "out")
+COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jlora.cli.pyfile import call, load_function
+from jlora.train.pyfile import call, load_function
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:

@@ -1,22 +1,48 @@
-"""Training data: JSONL records, chat templates, packing plans and the loader that feeds the training step."""
+"""Training data: records of files, chat templates, packing plans and the loader that feeds the training step."""
 
 from jlora.data.chat import EncodeReport, Example, encode, split_prompt
 from jlora.data.config import DataConfig
-from jlora.data.loader import Batch, collate, loader
+from jlora.data.items import (
+    Item,
+    collate_items,
+    encode_pairs,
+    encode_unpaired,
+    item_loader,
+    plan_items,
+    with_mismatched,
+)
+from jlora.data.loader import Batch, collate, describe, loader
 from jlora.data.packing import Step, plan
+from jlora.data.preference import read_preferences
+from jlora.data.prompts import PromptReport, encode_prompt, encode_prompts, read_prompts
 from jlora.data.records import Record, read_records
+from jlora.data.template import template_tail
 
 __all__ = [
     "Batch",
     "DataConfig",
     "EncodeReport",
     "Example",
+    "Item",
+    "PromptReport",
     "Record",
     "Step",
     "collate",
+    "collate_items",
+    "describe",
     "encode",
+    "encode_pairs",
+    "encode_prompt",
+    "encode_prompts",
+    "encode_unpaired",
+    "item_loader",
     "loader",
     "plan",
+    "plan_items",
+    "read_preferences",
+    "read_prompts",
     "read_records",
     "split_prompt",
+    "template_tail",
+    "with_mismatched",
 ]

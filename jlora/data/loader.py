@@ -1,11 +1,11 @@
 """The loader: a plan and its examples become a resumable grain iterator of arrays [A, B, T]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
-from jlora.data.chat import Example
+from jlora.data.chat import EncodeReport, Example
 from jlora.data.packing import Step
 
 Batch = dict[str, np.ndarray]
@@ -16,10 +16,29 @@ def loader(examples: Sequence[Example], steps: Sequence[Step], grad_accum: int =
 
     Each item is what `collate` returns.
     """
+    return batches(steps, lambda step: collate(examples, step, grad_accum), grad_accum)
+
+
+def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_accum: int) -> grain.DatasetIterator:
+    """The resumable iterator over what `collate_step` makes of each step."""
     if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
         raise ValueError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
-    dataset = grain.MapDataset.source(steps).map(lambda step: collate(examples, step, grad_accum))
+    dataset = grain.MapDataset.source(steps).map(collate_step)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def describe(report: EncodeReport, steps: Sequence[Step]) -> str:
+    """What will be trained on, in words, after the number of examples."""
+    text = (
+        f"{report.tokens:,} tokens of which {report.trained_tokens:,} are trained; {len(steps)} steps, rows of "
+        f"{', '.join(str(length) for length in sorted({step.length for step in steps}))} tokens"
+    )
+    lost = {
+        "cut at seq_len": report.cut,
+        "dropped as too long": report.dropped,
+        "without a trained token": report.untrained,
+    }
+    return "; ".join([text, *(f"{count} {what}" for what, count in lost.items() if count)])
 
 
 def collate(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> Batch:

@@ -1,10 +1,14 @@
-"""JSONL records: reading them, and saying for every bad line what was found and what was expected."""
+"""Records of JSONL, Parquet and Arrow files: reading them, and saying what was found and expected in every bad line."""
 
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from jlora.types import require
+
 Record = dict[str, Any]
+Accept = Callable[[Any], tuple[list[Record], list[str]]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHOWN_FAULTS = 50
@@ -12,55 +16,108 @@ _FORMS = 'an object with "messages", or with "prompt" and "completion"'
 
 
 def read_records(path: str | pathlib.Path) -> list[Record]:
-    """The records of a JSONL file, in order, with all their keys; blank lines are passed over.
+    """The records of a file (see `read_rows`), in order, with all their keys.
 
     A record is `{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message, or
     `{"prompt": ..., "completion": ...}` where both are text or lists of messages. With "messages" present, "prompt" is
     just another key that is kept.
     """
+    return read_rows(path, lambda row: ([row], check_record(row)), _FORMS)
+
+
+def read_rows(path: str | pathlib.Path, accept: Accept, forms: str) -> list[Record]:
+    """What `accept` makes of the rows of a JSONL, .parquet or .arrow file or of a folder of `datasets`, in order.
+
+    Blank lines of JSONL are passed over. All but JSONL needs the extra "datasets".
+
+    Args:
+        accept: (row) → (its records, what is wrong with it as "found ..., expected ..." sentences).
+        forms: what a row should be, for the messages.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; a row that is wrong (all are named, as path:number); no rows.
+    """
     path = pathlib.Path(path)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
-        raise FileNotFoundError(f"{path}: found {found}, expected a JSONL file of records, {_FORMS} on each line")
+    if not path.exists() or (path.is_dir() and not (path / "state.json").exists()):
+        found = "nothing there"
+        if path.is_dir():
+            splits = (path / "dataset_dict.json").exists()
+            found = "a folder of several splits (give one of them)" if splits else "a folder"
+        raise FileNotFoundError(
+            f"{path}: found {found}, expected a JSONL file of records, {forms} on each line, or .parquet or .arrow"
+        )
     records, faults = [], []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = _parse(line)
-                line_faults = check_record(record)
-            except ValueError as error:
-                line_faults = [str(error)]
-            faults += [f"{path}:{number}: {fault}" for fault in line_faults]
-            if not line_faults:
-                records.append(record)
+    for number, row in _rows(path):
+        try:
+            row_records, row_faults = accept(_parse(row) if isinstance(row, bytes) else row)
+        except ValueError as error:
+            row_records, row_faults = [], [str(error)]
+        faults += [f"{path}:{number}: {fault}" for fault in row_faults]
+        if not row_faults:
+            records += row_records
     if faults:
         raise ValueError(describe_faults(f"{path} has records that cannot be trained on", faults))
     if not records:
-        raise ValueError(f"{path}: found no records, expected {_FORMS} on each line")
+        raise ValueError(f"{path}: found no records, expected {forms} on each line")
     return records
 
 
 def check_record(record: Any) -> list[str]:
     """What is wrong with a record, as "found ..., expected ..." sentences; empty when it is fine."""
     if not isinstance(record, dict):
-        return [f"found {_kind(record)}, expected {_FORMS}"]
+        return [f"found {kind_of(record)}, expected {_FORMS}"]
     if "messages" in record:
-        faults = _message_faults("messages", record["messages"])
+        faults = message_faults("messages", record["messages"])
         if not faults and not any(message["role"] == "assistant" for message in record["messages"]):
             faults = ["messages: found no assistant message, expected at least one, since its text is what is learned"]
         return faults
     missing = [field for field in ("prompt", "completion") if field not in record]
     if missing:
         return [f"found the fields {sorted(record)} without {' and '.join(missing)}, expected {_FORMS}"]
-    return _side_faults("prompt", record["prompt"]) + _completion_faults(record["completion"])
+    return side_faults("prompt", record["prompt"]) + completion_faults("completion", record["completion"])
 
 
 def describe_faults(title: str, faults: list[str]) -> str:
     """One message with every fault on its own line; a very long list ends with the number of the rest."""
     rest = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
     return f"{title}:\n  " + "\n  ".join(faults[:SHOWN_FAULTS] + rest)
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row) of every row; a row of JSONL is a line yet to be parsed, and blank ones are left out."""
+    if path.is_dir():
+        rows = require("datasets", "datasets").load_from_disk(str(path)).with_format(None)
+    elif path.suffix in (".parquet", ".arrow"):
+        rows = _table_rows(path)
+    else:
+        with path.open("rb") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        return
+    yield from ((number, _without_nulls(row)) for number, row in enumerate(rows, start=1))
+
+
+def _table_rows(path: pathlib.Path) -> Iterator[Record]:
+    arrow = require("pyarrow", "datasets")
+    try:
+        if path.suffix == ".parquet":
+            with require("pyarrow.parquet", "datasets").ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    yield from batch.to_pylist()
+            return
+        with arrow.memory_map(str(path)) as source:
+            opened = arrow.ipc.open_file if source.read(6) == b"ARROW1" else arrow.ipc.open_stream
+            source.seek(0)
+            for batch in opened(source).read_all().to_batches():
+                yield from batch.to_pylist()
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: found no file of the kind that its name says ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every row all the keys of its column; those that a row did not have are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parse(line: bytes) -> Any:
@@ -73,34 +130,37 @@ def _parse(line: bytes) -> Any:
         raise ValueError(f"found {start!r}, expected one line of JSON ({error.msg}, column {error.colno})") from error
 
 
-def _side_faults(field: str, value: Any) -> list[str]:
+def side_faults(field: str, value: Any) -> list[str]:
+    """What is wrong with a prompt or an answer: text or a list of messages."""
     if isinstance(value, str):
         return []
     if isinstance(value, list):
-        return _message_faults(field, value)
-    return [f"{field}: found {_kind(value)}, expected text or a list of messages"]
+        return message_faults(field, value)
+    return [f"{field}: found {kind_of(value)}, expected text or a list of messages"]
 
 
-def _completion_faults(value: Any) -> list[str]:
-    faults = _side_faults("completion", value)
+def completion_faults(field: str, value: Any) -> list[str]:
+    """What is wrong with an answer: `side_faults`, and that there must be something in it to learn."""
+    faults = side_faults(field, value)
     if faults:
         return faults
     if isinstance(value, str):
-        return [] if value else ["completion: found empty text, expected the text to learn"]
+        return [] if value else [f"{field}: found empty text, expected the text to learn"]
     if not any(message["role"] == "assistant" for message in value):
-        return ["completion: found no assistant message, expected at least one"]
+        return [f"{field}: found no assistant message, expected at least one"]
     return []
 
 
-def _message_faults(field: str, messages: Any) -> list[str]:
+def message_faults(field: str, messages: Any) -> list[str]:
+    """What is wrong with a list of messages."""
     if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else _kind(messages)
+        found = "an empty list" if messages == [] else kind_of(messages)
         return [f"{field}: found {found}, expected a list of messages"]
     faults = []
     for index, message in enumerate(messages):
         where = f"{field}[{index}]"
         if not isinstance(message, dict):
-            faults.append(f'{where}: found {_kind(message)}, expected an object with "role" and "content"')
+            faults.append(f'{where}: found {kind_of(message)}, expected an object with "role" and "content"')
             continue
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
@@ -108,13 +168,14 @@ def _message_faults(field: str, messages: Any) -> list[str]:
         if role == "assistant" and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
-            found = _kind(content) if "content" in message else "no such field"
+            found = kind_of(content) if "content" in message else "no such field"
             faults.append(f"{where}.content: found {found}, expected text")
         elif role == "assistant" and not content:
             faults.append(f"{where}.content: found empty text, expected what the assistant says")
     return faults
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """A value's kind in words, as JSON has it."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,7 +1,18 @@
-"""Text from a model: batched decoding with a KV cache, greedy or sampled."""
+"""Text from a model: decoding with a KV cache and rows that are refilled, greedy or sampled."""
 
-from jlora.generate.decode import decode
-from jlora.generate.sampling import sample
+from jlora.generate.decode import Decoded, decode
+from jlora.generate.rollout import Completion, Rollout, policy_digest, rollout
+from jlora.generate.sampling import log_prob, sample
 from jlora.generate.text import generate
 
-__all__ = ["decode", "generate", "sample"]
+__all__ = [
+    "Completion",
+    "Decoded",
+    "Rollout",
+    "decode",
+    "generate",
+    "log_prob",
+    "policy_digest",
+    "rollout",
+    "sample",
+]

@@ -1,74 +1,212 @@
-"""The decode loop, all of it inside one jit: prefill, then a token a row and round until every row has stopped."""
+"""The decode loop, all of it inside one jit: a queue of prompts through a few rows, refilled as they finish."""
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jlora.generate.sampling import sample
+from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
 from jlora.types import Params
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_ids", "greedy", "top_k", "top_p"))
+class Decoded(NamedTuple):
+    """What follows each prompt.
+
+    Attributes:
+        tokens: the new tokens; 0 behind the count.
+        counts: how many there are. The last one is the first stop token, if that came before `max_new_tokens`.
+        log_probs: of each new token under softmax(logits / temperature) over the whole vocabulary: the policy's, before
+            `top_k` and `top_p` cut it. 0 behind the count.
+    """
+
+    tokens: Int[Array, "Q new"]
+    counts: Int[Array, "Q"]
+    log_probs: Float[Array, "Q new"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens", "stop_ids", "greedy", "top_k", "top_p"))
 def decode(
     model: Model,
     params: Params,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    tokens: Int[Array, "Q T"],
+    lengths: Int[Array, "Q"],
     keys: jax.Array,
     *,
+    rows: int,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     greedy: bool,
     temperature: float | Float[Array, ""] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> tuple[Int[Array, "B new"], Int[Array, "B"]]:
-    """(new tokens, how many of them count): a row's count ends with its first stop token, which is included.
+) -> Decoded:
+    """What follows each of Q prompts, of which at most `rows` run at a time.
+
+    A sequence depends on its prompt and its key, not on its place in the queue or the rows that it shares. Params are
+    used as they are: packed, sharded, adapters beside the base.
 
     Args:
         tokens: prompts padded on the left.
-        lengths: tokens of each prompt.
-        keys: one random key a row.
-        greedy: take the likeliest token; the sampling settings are not looked at.
+        lengths: tokens of each prompt; a prompt of none fills the queue and never runs.
+        keys: one random key a prompt.
+        rows: memory for keys and values is that of this many sequences.
+        greedy: take the likeliest token; `top_k` and `top_p` are not looked at, and `temperature` is the log-probs'.
     """
-    batch, width = tokens.shape
-    columns = jnp.arange(width)[None, :]
-    padding = width - lengths[:, None]
-    positions, segment_ids = jnp.maximum(columns - padding, 0), (columns >= padding).astype(jnp.int32)
-    cache = model.empty_cache(params, batch, width + max_new_tokens)
-    hidden, cache = model.hidden(params, tokens, positions, segment_ids, cache=cache)
+    settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
+    order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
+    decoder = _Decoder(model, params, tokens, lengths, keys, order, settings)
 
-    def choose(i: jax.Array, logits: jax.Array) -> jax.Array:
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i)
-        return sample(logits, step_keys, temperature=temperature, top_k=top_k, top_p=top_p)
+    def turn(state: _State) -> _State:
+        # Two loops rather than one with a choice inside: the cache is updated in place, and a step asks one question.
+        state = jax.lax.while_loop(decoder.may_refill, decoder.refill, state)
+        return jax.lax.while_loop(lambda state: state.running & ~decoder.may_refill(state), decoder.step, state)
 
-    def running(carry: tuple) -> jax.Array:
-        i, _, done, *_ = carry
-        return (i < max_new_tokens) & ~jnp.all(done)
+    start = decoder.start(min(rows, len(tokens)))
+    return jax.lax.while_loop(lambda state: state.running | (decoder.waiting(state) > 0), turn, start).found
 
-    def body(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, Cache]) -> tuple:
-        i, new, done, counts, logits, cache = carry
-        token = choose(i, logits)
-        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], i, axis=1)
-        counts = jnp.where(done, counts, i + 1)
-        for stop in stop_ids:
+
+class _Settings(NamedTuple):
+    """How the next token is chosen, and which is the last."""
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    greedy: bool
+    temperature: float | jax.Array
+    top_k: int
+    top_p: float
+
+
+class _State(NamedTuple):
+    """Where the queue and its rows stand.
+
+    Attributes:
+        taken: how many prompts have been taken from the queue.
+        owners: int32 [B], the number of each row's prompt; Q where the row is free.
+        steps: int32 [B], how many new tokens each row has.
+        last: int32 [B], the newest of them, not in the cache yet.
+        cache: with T columns for prompts and the others for new tokens.
+        found: what has been drawn so far.
+    """
+
+    taken: jax.Array
+    owners: jax.Array
+    steps: jax.Array
+    last: jax.Array
+    cache: Cache
+    found: Decoded
+
+    @property
+    def free(self) -> Bool[Array, "B"]:
+        return self.owners == len(self.found.counts)
+
+    @property
+    def running(self) -> Bool[Array, ""]:
+        return ~jnp.all(self.free)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """The queue, and what is done with it."""
+
+    model: Model
+    params: Params
+    tokens: jax.Array
+    lengths: jax.Array
+    keys: jax.Array
+    order: jax.Array
+    settings: _Settings
+
+    def start(self, rows: int) -> _State:
+        """Nothing taken, every row free."""
+        (queue, width), new = self.tokens.shape, self.settings.max_new_tokens
+        cache = self.model.empty_cache(self.params, rows, width + new)
+        if rows < queue:  # otherwise all rows start together, and one length does for all
+            cache = dataclasses.replace(cache, length=jnp.full(rows, width, jnp.int32))
+        shape = (queue, new)
+        found = Decoded(jnp.zeros(shape, jnp.int32), jnp.zeros(queue, jnp.int32), jnp.zeros(shape, jnp.float32))
+        zeros = jnp.zeros(rows, jnp.int32)
+        return _State(jnp.int32(0), zeros + queue, zeros, zeros, cache, found)
+
+    def waiting(self, state: _State) -> Int[Array, ""]:
+        """How many prompts have not been taken."""
+        return jnp.sum(self.lengths > 0, dtype=jnp.int32) - state.taken
+
+    def may_refill(self, state: _State) -> Bool[Array, ""]:
+        """Whether enough rows are free: a refill costs the same for one prompt as for all that it can take."""
+        waiting = self.waiting(state)
+        return (waiting > 0) & (jnp.sum(state.free) >= jnp.minimum(self._refills(state), waiting))
+
+    def refill(self, state: _State) -> _State:
+        """The next prompts in free rows, each with its first new token."""
+        queue, width = self.tokens.shape
+        count = self._refills(state)
+        (rows,) = jnp.nonzero(state.free, size=count, fill_value=len(state.owners))
+        numbers = state.taken + jnp.arange(count, dtype=jnp.int32)
+        real = numbers < state.taken + self.waiting(state)
+        owners = jnp.where(real, self.order.at[numbers].get(mode="clip"), queue)
+        rows = jnp.where(real, rows, len(state.owners))  # out of range: written nowhere
+
+        lengths = jnp.where(real, self.lengths.at[owners].get(mode="clip"), 0)
+        columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+        padding = width - lengths[:, None]
+        positions, segment_ids = jnp.maximum(columns - padding, 0), (columns >= padding).astype(jnp.int32)
+        prompts = self.tokens.at[owners].get(mode="clip")
+        cache = self.model.empty_cache(self.params, count, width)
+        hidden, cache = self.model.hidden(self.params, prompts, positions, segment_ids, cache=cache)
+        zeros = jnp.zeros(count, jnp.int32)
+        token, done, found = self._draw(state.found, owners, zeros, hidden[:, -1])
+        return _State(
+            state.taken + jnp.sum(real, dtype=jnp.int32),
+            state.owners.at[rows].set(jnp.where(done, queue, owners), mode="drop"),
+            state.steps.at[rows].set(zeros + 1, mode="drop"),
+            state.last.at[rows].set(token, mode="drop"),
+            state.cache.put(rows, cache),
+            found,
+        )
+
+    def step(self, state: _State) -> _State:
+        """One more token in every row. What free rows compute is written nowhere that is read."""
+        lengths = self.lengths.at[state.owners].get(mode="clip")
+        positions = (lengths + state.steps - 1)[:, None]
+        hidden, cache = self.model.hidden(
+            self.params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache
+        )
+        token, done, found = self._draw(state.found, state.owners, state.steps, hidden[:, 0])
+        # A free row's steps stand still: its positions stay among those that the model has.
+        steps = jnp.where(state.free, state.steps, state.steps + 1)
+        return _State(state.taken, jnp.where(done, len(self.tokens), state.owners), steps, token, cache, found)
+
+    def _refills(self, state: _State) -> int:
+        """How many prompts a refill takes."""
+        rows = len(state.owners)
+        return rows if rows == len(self.tokens) else max(1, rows // 4)
+
+    def _draw(
+        self, found: Decoded, owners: jax.Array, steps: jax.Array, hidden: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Decoded]:
+        """(the tokens after `hidden`, whether each is its sequence's last, everything found with these in it)."""
+        settings = self.settings
+        logits = self.model.logits(self.params, hidden)
+        if settings.greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            keys = jax.vmap(jax.random.fold_in)(self.keys.at[owners].get(mode="clip"), steps)
+            token = sample(logits, keys, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+        done = steps + 1 == settings.max_new_tokens
+        for stop in settings.stop_ids:
             done = done | (token == stop)
-        ones = jnp.ones((batch, 1), jnp.int32)
-        hidden, cache = model.hidden(params, token[:, None], (lengths + i)[:, None], ones, cache=cache)
-        return i + 1, new, done, counts, model.logits(params, hidden[:, 0]), cache
-
-    start = (
-        jnp.int32(0),
-        jnp.zeros((batch, max_new_tokens), jnp.int32),
-        lengths == 0,
-        jnp.zeros(batch, jnp.int32),
-        model.logits(params, hidden[:, -1]),
-        cache,
-    )
-    _, new, _, counts, *_ = jax.lax.while_loop(running, body, start)
-    return new, counts
+        return (
+            token,
+            done,
+            Decoded(
+                found.tokens.at[owners, steps].set(token, mode="drop"),
+                found.counts.at[owners].set(steps + 1, mode="drop"),
+                found.log_probs.at[owners, steps].set(
+                    log_prob(logits, token, temperature=settings.temperature), mode="drop"
+                ),
+            ),
+        )

@@ -1,4 +1,4 @@
-"""The next token from logits."""
+"""The next token from logits, and how likely it was."""
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,15 @@ def sample(
     if top_p < 1:
         logits = _nucleus(logits, top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def log_prob(
+    logits: Float[Array, "B V"], tokens: Int[Array, "B"], *, temperature: float | jax.Array
+) -> Float[Array, "B"]:
+    """log softmax(logits / temperature) of one token a row, over the whole vocabulary."""
+    logits = logits.astype(jnp.float32) / temperature
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:

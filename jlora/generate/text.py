@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.generate.decode import decode
+from jlora.generate.rollout import faults, queues
 from jlora.models import Model
 from jlora.types import Params
 
 Prompt = str | Sequence[dict[str, Any]]
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
+# No call answers more than this many times `batch_size` prompts, so that progress is seen.
+BATCHES = 8
 
 
 def generate(
@@ -44,35 +47,32 @@ def generate(
     Raises:
         ValueError: settings out of range, an empty prompt, or messages for a tokenizer without a chat template.
     """
-    _check(max_new_tokens, temperature, top_k, top_p, batch_size)
+    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p)
+    if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
+        raise ValueError("generate:\n  " + "\n  ".join(problems))
     encoded = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
-    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
     stop_ids = tuple(sorted({*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}))
-    texts = [""] * len(encoded)
-    batch_size = min(batch_size, len(encoded))
-    for start in range(0, len(order), batch_size or 1):
-        rows = order[start : start + batch_size]
-        tokens, lengths = _pad([encoded[number] for number in rows], batch_size)
-        keys = jnp.stack(
-            [jax.random.fold_in(jax.random.key(seed), number) for number in rows + rows[:1] * (batch_size - len(rows))]
-        )
-        new, counts = decode(
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
+    rows = max(1, min(batch_size, len(encoded)))
+    texts, answered = [""] * len(encoded), 0
+    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, most=BATCHES):
+        tokens, counts, _ = decode(
             model,
             params,
-            tokens,
-            lengths,
-            keys,
-            max_new_tokens=max_new_tokens,
+            queue.tokens,
+            queue.lengths,
+            queue.keys,
+            rows=rows,
             stop_ids=stop_ids,
             greedy=temperature == 0,
             temperature=float(temperature) or 1.0,
-            top_k=top_k,
-            top_p=float(top_p),
+            **settings,
         )
-        for number, ids, count in zip(rows, np.asarray(new), np.asarray(counts), strict=False):
+        for number, ids, count in zip(queue.numbers, np.asarray(tokens), np.asarray(counts), strict=False):
             texts[number] = tokenizer.decode(ids[:count], skip_special_tokens=True)
+        answered += len(queue.numbers)
         if on_batch is not None:
-            on_batch(start + len(rows))
+            on_batch(answered)
     return texts
 
 
@@ -87,30 +87,3 @@ def _encode(tokenizer: Any, prompt: Prompt, number: int) -> list[int]:
     if not ids:
         raise ValueError(f"prompt {number} is empty: there is nothing to continue")
     return ids
-
-
-def _pad(rows: list[list[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [B, T] padded on the left, lengths [B]); rows that only fill the batch have length 0 and never run."""
-    width = -(-max(map(len, rows)) // BUCKET) * BUCKET
-    tokens = np.zeros((batch_size, width), np.int32)
-    lengths = np.zeros(batch_size, np.int32)
-    for row, ids in enumerate(rows):
-        tokens[row, width - len(ids) :] = ids
-        lengths[row] = len(ids)
-    return tokens, lengths
-
-
-def _check(max_new_tokens: int, temperature: int | float, top_k: int, top_p: int | float, batch_size: int) -> None:
-    problems = [
-        f"{name}={value}: expected {expected}"
-        for name, value, good, expected in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "a probability in (0, 1]"),
-            ("batch_size", batch_size, batch_size >= 1, "1 or more"),
-        )
-        if not good
-    ]
-    if problems:
-        raise ValueError("generate:\n  " + "\n  ".join(problems))

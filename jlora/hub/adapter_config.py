@@ -14,6 +14,9 @@ from jlora.lora.targets import HEADS
 # The PEFT whose fields are written; readers decide by it how old an adapter is.
 PEFT_VERSION = "0.21.2"
 
+# What PEFT takes for "adapt no linear", where an empty list is an error.
+NO_TARGETS = "dummy-target-modules"
+
 # Fields that change what an adapter computes in ways that jlora does not have, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
@@ -146,6 +149,7 @@ class Summary(NamedTuple):
         targets, parameters: the adapted modules, and parameters that are no modules.
         tokens: as `trainable_token_indices`.
         tied: the embedding's adapter acts in the head too.
+        task_type: PEFT's; "SEQ_CLS" for reward models, whose score head is one of `modules_to_save`.
     """
 
     ranks: Mapping[str, int]
@@ -161,11 +165,14 @@ class Summary(NamedTuple):
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | None
     tied: bool
     fan_in_fan_out: bool
+    task_type: str
 
 
 def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
     """adapter_config.json of an adapter."""
     ranks, alphas = summary.ranks, summary.alphas
+    targets = _target_names(summary.targets, summary.linears)
+    only_saved = summary.modules_to_save and not targets and not summary.parameters
     r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
     return {
         "alpha_pattern": {module: value for module, value in sorted(alphas.items()) if value != alpha},
@@ -189,9 +196,9 @@ def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
         "r": r,
         "rank_pattern": {module: value for module, value in sorted(ranks.items()) if value != r},
         "revision": None,
-        "target_modules": _target_names(summary.targets, summary.linears),
+        "target_modules": NO_TARGETS if only_saved else targets,
         "target_parameters": _parameter_names(summary.parameters),
-        "task_type": "CAUSAL_LM",
+        "task_type": summary.task_type,
         "trainable_token_indices": summary.tokens,
         "use_dora": summary.use_dora,
         "use_rslora": False,

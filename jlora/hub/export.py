@@ -14,7 +14,9 @@ from safetensors.numpy import save_file
 from jlora import lora, tree
 from jlora.hub import names
 from jlora.hub.folder import replacing
+from jlora.hub.score import KERNEL, only_scored, scored_config, scored_leaves
 from jlora.hub.weights import INDEX, SINGLE
+from jlora.models.model import SCORE
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -59,18 +61,20 @@ def save_model(
 ) -> None:
     """Write the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
+    Params with a score head make a reward model (…ForSequenceClassification), which has no head for logits.
+
     Args:
         shard_bytes: the most bytes of tensors in one file; more make several files and an index.
 
     Raises:
-        ValueError: `params` are not those of `model`.
+        ValueError: `params` are not those of `model`, or have a score head that transformers has no class for.
         FileExistsError: `path` holds something other than a model.
     """
-    params = lora.untie(params)
+    params = only_scored(model, params) if SCORE in params else lora.untie(params)
     model = _untied(model, params)
     pieces = pieces_of(model, params)
     entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
-    write_folder(path, configs(model, pieces), entries, tokenizer, shard_bytes)
+    write_folder(path, configs(model, pieces, tokenizer), entries, tokenizer, shard_bytes)
 
 
 def write_folder(
@@ -112,9 +116,10 @@ def _untied(model: "Model", params: Params) -> "Model":
 def pieces_of(model: "Model", params: Params) -> list[Piece]:
     """Every tensor of the folder, sorted by name."""
     kind = model.config.model_type
+    leaves = tree.flatten(model.abstract_params(np.float32))
     expected = {
         tensor.name: tensor.shape
-        for path, leaf in tree.flatten(model.abstract_params(np.float32)).items()
+        for path, leaf in (scored_leaves(model, leaves, ()) if SCORE in params else leaves).items()
         for tensor in names.hub_tensors(path, leaf.shape, kind)
     }
     pieces, problems = [], []
@@ -182,13 +187,17 @@ def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
     return jax.tree.map(lambda part: part[index], leaf)
 
 
-def configs(model: "Model", pieces: Sequence[Piece]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+def configs(
+    model: "Model", pieces: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """config.json and generation_config.json."""
     config = dict(model.config.to_hf())
     generation = config.pop("generation_config", None)
     for outdated in ("torch_dtype", "quantization_config"):
         config.pop(outdated, None)
     config["dtype"] = max(pieces, key=lambda piece: piece.nbytes).dtype.name
+    if any(piece.path == KERNEL for piece in pieces):
+        config = scored_config(model, config, tokenizer)
     return config, generation
 
 

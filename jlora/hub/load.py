@@ -16,6 +16,7 @@ from jlora import models, sharding, tree
 from jlora.hub import names
 from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
 from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
+from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
 from jlora.hub.weights import SafetensorsFolder, TensorInfo
 from jlora.quant import QuantConfig, as_config, is_packed, quantize
@@ -43,6 +44,9 @@ def load(
 ) -> tuple["Model", Params]:
     """The model and its params from a Hugging Face folder, a Hub id or a GGUF file.
 
+    Reward models (…ForSequenceClassification with one label) come with score/kernel, which Model.score applies; unless
+    head and embedding are tied they have no head for logits.
+
     Args:
         dtype: of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
         quant: which leaves are packed, from the values rounded to `dtype`. A checkpoint that bitsandbytes packed takes
@@ -58,11 +62,11 @@ def load(
     config = as_config(quant)
     stored = _stored(source, checkpoint, config)
     model = _build(checkpoint)
-    leaves = tree.flatten(model.abstract_params(dtype))
+    leaves = _leaves(model, checkpoint, dtype)
     tensors = _hub_tensors(model, leaves)
     stored = _check(checkpoint, tensors, stored)
     forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
-    leaves = tree.flatten(model.abstract_params(dtype, stack_layers(forms, model.config.num_hidden_layers)))
+    leaves = _leaves(model, checkpoint, dtype, stack_layers(forms, model.config.num_hidden_layers))
     tensors = _hub_tensors(model, leaves)
 
     def read(name: str) -> Any:
@@ -130,6 +134,17 @@ def _build(checkpoint: Source) -> "Model":
         return model
     config = dataclasses.replace(model.config, eos_token_ids=(ends,) if isinstance(ends, int) else tuple(ends))
     return dataclasses.replace(model, config=config)
+
+
+def _leaves(
+    model: "Model", checkpoint: Source, dtype: np.dtype, stacks: tuple[range, ...] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path → what is to be read from the checkpoint."""
+    leaves = tree.flatten(model.abstract_params(dtype, stacks))
+    if not is_scored(checkpoint):
+        return leaves
+    heads = [path for path, tensors in _hub_tensors(model, leaves).items() if tensors[0].name in checkpoint.tensors]
+    return scored_leaves(model, leaves, heads)
 
 
 def _hub_tensors(model: "Model", leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, list[names.HubTensor]]:

@@ -13,7 +13,7 @@ from jlora import tree
 MODULES: tuple[tuple[str, str], ...] = (
     (r"layers/(?P<rest>.+)", "model.layers.{layer}.{rest}"),
     (r"(?P<rest>embed_tokens|norm)", "model.{rest}"),
-    (r"(?P<rest>lm_head|embed_out)", "{rest}"),
+    (r"(?P<rest>lm_head|embed_out|score)", "{rest}"),
     (r"h/(?P<rest>.+)", "transformer.h.{layer}.{rest}"),
     (r"(?P<rest>wte|wpe|ln_f)", "transformer.{rest}"),
     (r"gpt_neox/layers/(?P<rest>.+)", "gpt_neox.layers.{layer}.{rest}"),

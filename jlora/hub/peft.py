@@ -15,13 +15,15 @@ from safetensors.numpy import save_file
 
 from jlora import lora, quant, sharding, tree
 from jlora.hub import names
-from jlora.hub.adapter_config import AdapterConfig, Summary, to_json
+from jlora.hub.adapter_config import NO_TARGETS, AdapterConfig, Summary, to_json
 from jlora.hub.folder import replacing
+from jlora.hub.score import KERNEL, has_score
 from jlora.hub.source import locate
 from jlora.hub.weights import TensorInfo, listing, read_json, read_tensor, tensor_infos
 from jlora.lora.merge import MAIN, TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.lora.targets import module_names, split_axes
+from jlora.models.model import SCORE
 from jlora.types import Params
 
 CONFIG = "adapter_config.json"
@@ -119,7 +121,8 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     """Write the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
 
     A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank, on the untouched
-    base.
+    base. With a score head it is an adapter of transformers' …ForSequenceClassification with one label, which holds the
+    whole head.
 
     Args:
         base: the Hub id or path of the base model, for adapter_config.json.
@@ -129,7 +132,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
         ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
         FileExistsError: `path` holds something other than an adapter.
     """
-    params = _whole_starts(params)
+    params = _whole_score(_whole_starts(params))
     flat = tree.flatten(params)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -362,6 +365,8 @@ def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list
         if f"{embedding}/embedding" in leaves and f"{head}/kernel" not in leaves:
             if config.saves(head) and not config.ensure_weight_tying:
                 slots |= _copy_slots(head, "kernel", leaves[f"{embedding}/embedding"].shape[::-1], wrapped)
+    if config.saves(SCORE) and KERNEL not in leaves and (width := _width(leaves)):
+        slots |= _copy_slots(SCORE, "kernel", (width, 1), wrapped)
     for item, tokens in config.token_rows(_input_embedding(leaves)).items():
         for path, leaf in leaves.items():
             module, _, name = path.rpartition("/")
@@ -375,6 +380,11 @@ def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list
 
 def _input_embedding(leaves: Mapping[str, Any]) -> str:
     return next((path.split("/")[-1] for path in TIED_HEADS if f"{path}/embedding" in leaves), "")
+
+
+def _width(leaves: Mapping[str, Any]) -> int:
+    """The hidden states' size, by the input embedding; 0 for trees without one of the names that it has here."""
+    return next((leaves[f"{path}/embedding"].shape[1] for path in TIED_HEADS if f"{path}/embedding" in leaves), 0)
 
 
 def check_fits(
@@ -395,7 +405,7 @@ def check_fits(
     """
     problems = [f"missing {name} {slot.shape}" for name, slot in slots.items() if name not in found]
     problems += [
-        f"{name} has shape {found[name].shape}, expected {slot.shape}"
+        f"{name} has shape {found[name].shape}, expected {slot.shape}{_labels(slot)}"
         for name, slot in slots.items()
         if name in found and found[name].shape != slot.shape
     ]
@@ -409,6 +419,10 @@ def check_fits(
         problems.append("target_modules match no linear of the model")
     if problems:
         raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
+
+
+def _labels(slot: Slot) -> str:
+    return ": score heads have one label here (num_labels=1)" if slot.path.startswith(f"{SCORE}/") else ""
 
 
 def _why(tensor: str, there: set[str], prefix: str) -> str:
@@ -521,7 +535,8 @@ def _place(path: str, value: np.ndarray, leaves: Mapping[str, Any]) -> jax.Array
     """The leaf on the devices that hold its module."""
     module = path.rpartition("/")[0]
     siblings = [leaf for name, leaf in leaves.items() if name.rpartition("/")[0] == module]
-    placed = getattr(jax.tree.leaves(siblings)[0], "sharding", None) if siblings else None
+    # A module that is the adapter's alone goes where the others are.
+    placed = getattr(jax.tree.leaves(siblings or leaves)[0], "sharding", None)
     if isinstance(placed, NamedSharding):
         return jax.device_put(value, sharding.leaf_sharding(path, value, placed.mesh))
     return jnp.asarray(value)
@@ -618,6 +633,13 @@ def _whole_starts(params: Params) -> Params:
     return tree.map_modules(widen, params)
 
 
+def _whole_score(params: Params) -> Params:
+    """The tree with the whole score head as part of its adapter, as PEFT has it for sequence classifiers."""
+    if not has_score(params) or not any(lora.is_adapter(path) for path in tree.flatten(params)):
+        return params
+    return params | {SCORE: {f"{TRAINED}kernel": lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
+
+
 def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
     """(scale, rank) of one layer's adapter."""
     scale = float(_layer(flat[f"{module.path}/lora_scale"], module.index))
@@ -663,6 +685,7 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
         tokens=_token_ids(flat),
         tied=any(f"{path}/lora_tied" in flat for path in TIED_HEADS),
         fan_in_fan_out=any(module.path.startswith("h/") for module in adapted),
+        task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
     )
 
 
@@ -732,18 +755,21 @@ def _card(config: Mapping[str, Any]) -> str:
         "- lora",
         "---",
     ]
-    targets = ", ".join(f"`{name}`" for name in config["target_modules"])
+    targets = config["modules_to_save" if config["target_modules"] == NO_TARGETS else "target_modules"]
+    on = ", ".join(f"`{name}`" for name in targets)
+    scored = config["task_type"] == "SEQ_CLS"
+    auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
     body = [
         "",
         "# LoRA adapter",
         "",
         f"Trained with jlora{f' on `{base}`' if base else ''}.",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, on {targets}.",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, on {on}.",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
+        f"from peft import AutoPeftModelFor{auto}",
         "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = AutoPeftModelFor{auto}.from_pretrained("path/to/this/folder"{labels})',
         "```",
         "",
     ]

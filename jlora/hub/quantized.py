@@ -13,6 +13,8 @@ from jlora import lora, quant, tree
 from jlora.hub import names
 from jlora.hub.bitsandbytes import packed_tensors
 from jlora.hub.export import SHARD_BYTES, Entry, Piece, configs, pieces_of, tensors_of, write_folder
+from jlora.hub.score import only_scored
+from jlora.models.model import SCORE
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -42,11 +44,12 @@ def save_quantized(
         ValueError: `params` are not those of `model`, or hold what bitsandbytes' format cannot; all is listed.
         FileExistsError: `path` holds something other than a model.
     """
+    params = only_scored(model, params) if SCORE in params else params
     pieces = pieces_of(model, params)
     leaves = tree.flatten(params)
     packed = {piece.name: leaves[piece.path] for piece in pieces if quant.is_packed(leaves[piece.path])}
     format = _one_format(pieces, leaves)
-    config, generation = configs(model, pieces)
+    config, generation = configs(model, pieces, tokenizer)
     config["quantization_config"] = _settings(format, packed, config["dtype"], _skipped(model, pieces, packed))
     entries = [
         Entry(_nbytes(piece, leaves[piece.path]), functools.partial(_packed, piece, leaves[piece.path]))

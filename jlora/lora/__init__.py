@@ -4,12 +4,23 @@ from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
 from jlora.lora.merge import merge, merged_leaf, untie
-from jlora.lora.partition import combine, is_adapter, is_trainable, labels, resolve, split, strip
+from jlora.lora.partition import (
+    adapter_leaves,
+    combine,
+    is_adapter,
+    is_trainable,
+    labels,
+    overlay,
+    resolve,
+    split,
+    strip,
+)
 from jlora.lora.setup import init
 from jlora.lora.starts import kernel_gradients
 
 __all__ = [
     "LoraConfig",
+    "adapter_leaves",
     "base_norms",
     "bind",
     "combine",
@@ -24,6 +35,7 @@ __all__ = [
     "linear",
     "merge",
     "merged_leaf",
+    "overlay",
     "resolve",
     "split",
     "strip",

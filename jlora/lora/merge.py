@@ -21,7 +21,8 @@ def merge(params: Params) -> Params:
 
     A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
     Trees that hold no adapter come back as they are. Where the adapter changes embedding and tied head differently,
-    the merged tree has a head of its own.
+    the merged tree has a head of its own. What only the adapter has becomes the base's: score/trained_kernel →
+    score/kernel.
     """
     return tree.map_modules(_merge_module, untie(params))
 
@@ -74,6 +75,8 @@ def _merge_module(path: str, module: Params) -> Params:
         module = module | {"bias": jnp.zeros(module["lora_bias"].shape, base["kernel"].dtype)}
         base["bias"] = module["bias"]
     changed = {name for name in base if name in MAIN or f"{TRAINED}{name}" in module or name == "bias"}
+    alone = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)} - base.keys()
+    base |= {name: module[f"{TRAINED}{name}"] for name in alone}
     return base | {name: merged_leaf(module, name) for name in changed}
 
 

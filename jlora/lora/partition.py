@@ -5,7 +5,8 @@ Beside a module's own leaves an adapter may hold:
   lora_bias             what the update adds besides (PEFT's `lora_bias`)
   lora_magnitude        DoRA's length of every output's weights
   lora_tokens           new rows for the tokens `lora_token_ids`
-  trained_X             a copy of leaf X that takes its place        (`modules_to_save`, `bias`)
+  trained_X             a copy of leaf X that takes its place        (`modules_to_save`, `bias`), or, where the base
+                        has no such leaf, the leaf itself (`score/trained_kernel`)
   lora_scale, lora_rank, lora_dropout, lora_token_ids                settings, frozen
   lora_start_a, _b      the update that the base is read without (PiSSA and its like)
   lora_base_norm        lengths of the frozen weights, for DoRA
@@ -76,6 +77,25 @@ def combine(frozen: Params, trainable: Params) -> Params:
 def strip(params: Params) -> Params:
     """The base tree: `params` without adapters."""
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if not is_adapter(path)})
+
+
+def adapter_leaves(params: Params) -> Params:
+    """The adapter alone, trained weights and settings: what `strip` removes.
+
+    {"q_proj": {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": s}, "score": {"trained_kernel": k}}
+      →  {"q_proj": {"lora_a": a, "lora_b": b, "lora_scale": s}, "score": {"trained_kernel": k}}
+    """
+    return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if is_adapter(path)})
+
+
+def overlay(params: Params, adapter: Params) -> Params:
+    """The base of `params` with this adapter in place of whatever adapter they had; {} gives the base alone. The laws:
+    overlay(params, adapter_leaves(params)) == params, and adapter_leaves(overlay(params, adapter)) == adapter.
+
+    Raises:
+        ValueError: `adapter` holds leaves of the base; all are listed.
+    """
+    return combine(strip(params), adapter)
 
 
 def resolve(module: Params) -> Params:

@@ -12,7 +12,8 @@ from jlora import tree
 from jlora.lora.config import LoraConfig
 from jlora.lora.merge import MAIN, TIED_HEADS
 
-HEADS = ("lm_head", "embed_out")
+# "all-linear" leaves these alone: what makes logits, and what makes a reward model's score.
+HEADS = ("lm_head", "embed_out", "score")
 # What Hugging Face's causal-LM classes put before a module's own name; a pattern may be written with it or without.
 HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.lora import combine, split
+from jlora.losses.chunks import Chunks, columns_of, count, target_logits
 from jlora.types import Params
 
 Project = Callable[[Params, jax.Array], jax.Array]
@@ -50,15 +51,9 @@ def cross_entropy(
         chunk: tokens whose logits exist at once.
     """
     frozen, trainable = split(head)
-    columns = max(1, min(hidden.shape[1], chunk // hidden.shape[0]))
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    padding = -hidden.shape[1] % columns
-
-    def front(values: jax.Array) -> jax.Array:
-        moved = jnp.take_along_axis(values, order.reshape(order.shape + (1,) * (values.ndim - 2)), axis=1)
-        return jnp.pad(moved, [(0, 0), (0, padding)] + [(0, 0)] * (values.ndim - 2))
-
-    sums = _sums(project, columns, trainable, front(hidden), frozen, front(targets), front(weights))
+    chunks = Chunks.of(weights, chunk)
+    front = chunks.front
+    sums = _sums(project, chunks.columns, trainable, front(hidden), frozen, front(targets), front(weights))
     return TokenSums(sums[0], jax.lax.stop_gradient(sums[1]), jnp.sum(weights))
 
 
@@ -75,11 +70,11 @@ def _sums(
     """(loss, correct) summed over chunks of `columns` tokens of every row."""
 
     def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, t, w = (_columns(values, i, columns) for values in (hidden, targets, weights))
+        h, t, w = (columns_of(values, i, columns) for values in (hidden, targets, weights))
         return jax.tree.map(jnp.add, sums, _chunk(project(combine(frozen, trainable), h), t, w))
 
     zero = jnp.float32(0)
-    return jax.lax.fori_loop(0, _chunks(weights, columns), body, (zero, zero))
+    return jax.lax.fori_loop(0, count(weights, columns), body, (zero, zero))
 
 
 def _sums_forward(
@@ -95,7 +90,7 @@ def _sums_forward(
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         sums, grad_trainable, grad_hidden = carry
-        h, t, w = (_columns(values, i, columns) for values in (hidden, targets, weights))
+        h, t, w = (columns_of(values, i, columns) for values in (hidden, targets, weights))
 
         def loss(trainable: Params, h: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _chunk(project(combine(frozen, trainable), h), t, w)
@@ -108,7 +103,7 @@ def _sums_forward(
 
     zero = jnp.float32(0)
     start = ((zero, zero), jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(hidden))
-    sums, *grads = jax.lax.fori_loop(0, _chunks(weights, columns), body, start)
+    sums, *grads = jax.lax.fori_loop(0, count(weights, columns), body, start)
     return sums, tuple(grads)
 
 
@@ -121,18 +116,8 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(loss, correct) of one chunk's logits. A compare picks the target: it stays local on a sharded V."""
-    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-    target_logits = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-    correct = target_logits >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    """(loss, correct) of one chunk's logits."""
+    of_target = target_logits(logits, targets)
+    correct = of_target >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    nll = jax.nn.logsumexp(logits, axis=-1) - of_target
     return jnp.sum(nll * weights), jnp.sum(correct * weights)
-
-
-def _columns(values: jax.Array, i: jax.Array, columns: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(values, i * columns, columns, axis=1)
-
-
-def _chunks(weights: jax.Array, columns: int) -> jax.Array:
-    """How many chunks hold a trained token."""
-    return -(-jnp.max(jnp.sum(weights != 0, axis=1)) // columns)

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         if config.inverse_layer_scale:
             queries = queries / (layer + 1).astype(queries.dtype)
         if cache is not None:
-            cache, keys, values = _remember(cache, layer, keys, values)
+            cache, keys, values = cache.write(layer, keys, values)
         y = attend(queries, keys, values, context.mask, config.attention_scale, config.attention_softcap)
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
@@ -117,17 +117,3 @@ class Block(nn.Module):
     def _scaled(self, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale
         return y if scale == 1 else y * jnp.asarray(scale, y.dtype)
-
-
-def _remember(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-    """The cache with a layer's new keys and values written at `length`, and all of that layer's keys and values."""
-
-    def write(stack: jax.Array, new: jax.Array) -> jax.Array:
-        new = jnp.swapaxes(new, 1, 2)[None].astype(stack.dtype)
-        return jax.lax.dynamic_update_slice(stack, new, (layer, 0, 0, cache.length, 0))
-
-    def read(stack: jax.Array) -> jax.Array:
-        return jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), 1, 2)
-
-    cache = dataclasses.replace(cache, keys=write(cache.keys, keys), values=write(cache.values, values))
-    return cache, read(cache.keys), read(cache.values)

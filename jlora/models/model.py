@@ -12,12 +12,16 @@ from jaxtyping import Array, Float, Int
 
 from jlora import lora, tree
 from jlora.lora.linear import SAVED
+from jlora.lora.partition import TRAINED
 from jlora.models.attention import Cache, attention_mask
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Block, Context
 from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import Params
+
+# The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
+SCORE = "score"
 
 
 class Tables(NamedTuple):
@@ -115,6 +119,11 @@ class Model:
         own = params.get(names.head, {})
         if "kernel" in own or "trained_kernel" in own:
             return own
+        if not self.config.tie_word_embeddings:
+            raise ValueError(
+                f"{names.head}/kernel is not in these params: they make no logits. Reward models that transformers "
+                "saved have no such head (Model.score is theirs); load the language model for one"
+            )
         embedding = tree.subtree(params, names.embedding)
         return embedding | {"own": own} if own else embedding
 
@@ -135,6 +144,34 @@ class Model:
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """float32 logits from hidden states."""
         return self.project(self.head(params), hidden)
+
+    def add_score(self, params: Params, key: jax.Array | None = None) -> Params:
+        """The params with a score head that belongs to the adapter: score/trained_kernel [D, 1] float32.
+
+        Args:
+            key: draws its values from N(0, 0.02²), as transformers does; without it they are zero.
+
+        Raises:
+            ValueError: there is a score head already.
+        """
+        if SCORE in params:
+            raise ValueError(f"these params have a score head already: {', '.join(params[SCORE])}")
+        shape = (self.config.hidden_size, 1)
+        kernel = jnp.zeros(shape, jnp.float32) if key is None else 0.02 * jax.random.normal(key, shape, jnp.float32)
+        return params | {SCORE: {f"{TRAINED}kernel": kernel}}
+
+    def score(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        """float32 hidden @ kernel of the score head: the reward, or the value, at every position.
+
+        Raises:
+            ValueError: the params have no score head.
+        """
+        if SCORE not in params:
+            raise ValueError(
+                "these params have no score head: add one (Model.add_score), or load a reward model or its adapter"
+            )
+        kernel = lora.merged_leaf(lora.resolve(params[SCORE]), "kernel").astype(jnp.float32)
+        return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
 
     def empty_cache(self, params: Params, batch: int, size: int) -> Cache:
         """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations.

@@ -17,6 +17,29 @@ from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
 from jlora.sharding import MeshConfig
 from jlora.train import typed
+from jlora.train.settings import (
+    CPOConfig,
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    ORPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+
+# The groups that an algorithm has beside those of every run.
+GROUPS = {
+    "sft": (),
+    "dpo": ("dpo",),
+    "cpo": ("cpo",),
+    "orpo": ("orpo",),
+    "kto": ("kto",),
+    "reward": ("reward",),
+    "grpo": ("rollout", "grpo"),
+    "ppo": ("rollout", "ppo"),
+}
+TASK = "reasoning_gym:"  # how data.path names a task that is generated
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,11 +52,13 @@ class ModelSource:
       path: a Hugging Face folder, a Hub id, or a GGUF file.
       dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU.
       quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None: the weights as the checkpoint has them.
+      adapter: a PEFT folder to go on from; its settings take the place of the group `lora`.
     """
 
     path: str
     dtype: str | None = None
     quant: str | QuantConfig | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -96,17 +121,28 @@ class TrainConfig:
 class RunConfig:
     """Everything that decides what a run does."""
 
-    algorithm: Literal["sft"] = "sft"
+    algorithm: Literal["sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo"] = "sft"
     model: ModelSource
     lora: LoraConfig = LoraConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
+    dpo: DPOConfig = DPOConfig()
+    cpo: CPOConfig = CPOConfig()
+    orpo: ORPOConfig = ORPOConfig()
+    kto: KTOConfig = KTOConfig()
+    reward: RewardConfig = RewardConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    ppo: PPOConfig = PPOConfig()
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.train.eval_every and not self.data.eval_path:
+        faults = self._idle_groups() + (self._rollout_faults() if "rollout" in GROUPS[self.algorithm] else [])
+        task = self.data.path.startswith(TASK)
+        if task and "rollout" not in GROUPS[self.algorithm]:
+            faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
+        if self.train.eval_every and not (self.data.eval_path or task):
             faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
         rows = self.mesh.data * self.mesh.fsdp
         if rows > 0 and self.train.batch_size % rows:
@@ -118,6 +154,46 @@ class RunConfig:
                 f"train.seq_len is {self.train.seq_len}: not a multiple of mesh.sequence = {self.mesh.sequence}"
             )
         _raise_all(faults)
+
+    def _idle_groups(self) -> list[str]:
+        """Settings of algorithms that do not run would have no effect."""
+        used = GROUPS[self.algorithm]
+        faults = []
+        for name in sorted({name for names in GROUPS.values() for name in names} - set(used)):
+            group = getattr(self, name)
+            if changed := [
+                f"{name}.{key}" for key, value in vars(group).items() if value != getattr(type(group)(), key)
+            ]:
+                faults.append(f"{', '.join(changed)}: has no effect with algorithm={self.algorithm!r}")
+        return faults
+
+    def _rollout_faults(self) -> list[str]:
+        rollout, train = self.rollout, self.train
+        completions = train.batch_size * train.grad_accum
+        if self.algorithm == "grpo":
+            completions *= self.grpo.steps_per_generation
+        else:
+            completions *= self.ppo.num_mini_batches
+        faults = []
+        if completions % rollout.num_generations:
+            faults.append(
+                f"a rollout has {completions} completions: not a multiple of rollout.num_generations = "
+                f"{rollout.num_generations}; change train.batch_size or train.grad_accum"
+            )
+        if rollout.max_completion_length >= train.seq_len:
+            faults.append(
+                f"rollout.max_completion_length is {rollout.max_completion_length}: leaves no room for a prompt in "
+                f"train.seq_len = {train.seq_len}"
+            )
+        if not rollout.rewards and not self.data.path.startswith(TASK):
+            faults.append("rollout.rewards: found none, expected at least one")
+        if self.algorithm == "grpo" and self.grpo.advantage != "reinforce++" and rollout.num_generations < 2:
+            faults.append(
+                f"rollout.num_generations: found 1, expected 2 or more with {self.grpo.advantage!r} advantages"
+            )
+        if train.steps is None:
+            faults.append("train.steps: is required, since rollouts have no end")
+        return faults
 
 
 def default_config() -> ConfigDict:

@@ -1,7 +1,6 @@
 """Evaluation: the loss on completions, and how often the texts that a model generates are right."""
 
 import functools
-import importlib.util
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from jlora.generate import generate
 from jlora.losses import TokenSums, cross_entropy
 from jlora.models import Model
 from jlora.sharding import put_batch
+from jlora.train.pyfile import load_function
 from jlora.types import Params
 
 Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
@@ -94,26 +94,9 @@ def load_metric(path: str | pathlib.Path) -> Metric:
     """The function `metric` of a Python file.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, it is not Python, or it has no such function.
+      FileNotFoundError, ValueError: there is no such file, it cannot be run, or it has no such function.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: found nothing there, expected a Python file with a function metric(record, text)"
-        )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: found a file that is not .py, expected a Python file with metric(record, text)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"{path}:{error.lineno}: found no valid Python ({error.msg})") from error
-    metric = getattr(module, "metric", None)
-    if not callable(metric):
-        public = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-        raise ValueError(f"{path}: found the functions {public}, expected one called metric(record, text)")
-    return metric
+    return load_function(str(path), "metric")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,22 +8,33 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import optax
 
-from jlora import checkpoint, data, hub, lora, sharding, tree
-from jlora.models import Model
+from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.optim import learning_rate, make_optimizer
+from jlora.train import grpo, ppo, preference, sft
+from jlora.train.adapt import adapt
+from jlora.train.algorithm import Base, Job, Note, Plan
 from jlora.train.config import RunConfig, to_dict
-from jlora.train.evaluate import completion_loss
-from jlora.train.metrics import MetricsWriter, can_plot, plot_curves
+from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
-from jlora.train.sft import sft_loss
+from jlora.train.rollout import FILE as COMPLETIONS
 from jlora.train.state import TrainState, create_state
-from jlora.train.step import Metrics, Step, make_step
+from jlora.train.step import Step, make_step
 from jlora.types import Params
 
+# (settings, tokenizer, note) → the plan of a run.
+ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
+    "sft": sft.plan,
+    "dpo": preference.plan,
+    "cpo": preference.plan,
+    "orpo": preference.plan,
+    "kto": preference.plan,
+    "reward": preference.plan,
+    "grpo": grpo.plan,
+    "ppo": ppo.plan,
+}
 # What may differ when a run is taken up again: how it is watched and where it runs, not what it computes.
 FREE = {
     "mesh": None,
@@ -42,16 +53,14 @@ class _Run:
 
     config: RunConfig
     workdir: pathlib.Path
-    mesh: jax.sharding.Mesh
-    model: Model
-    tokenizer: Any
-    batches: grain.DatasetIterator
+    base: Base
+    job: Job
     total_steps: int
-    frozen: Params
     state: TrainState
     step: Step
     schedule: optax.Schedule
-    note: Callable[[str], None]
+    note: Note
+    tokens: int = 0
 
 
 def run(
@@ -78,15 +87,17 @@ def run(
     folder = pathlib.Path(workdir)
     _refuse_other_run(folder, config)
     this = _prepare(config, folder, progress.note if progress else lambda message: None)
-    manifest = {"base": checkpoint.fingerprint(this.frozen), "lora": dataclasses.asdict(config.lora)}
+    manifest = {"base": checkpoint.fingerprint(this.base.frozen), "lora": dataclasses.asdict(config.lora)}
     _write_json(folder / "config.json", to_dict(config))
     saved = checkpoint.Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints, manifest=manifest)
     try:
         start = 0
         if saved.latest is not None:
             this.state, position = saved.restore(this.state)
-            this.batches.set_state(position)
+            this.job.source.set_state(position["source"])
+            this.tokens = position["tokens"]
             start = int(this.state.step)
+        truncate(folder / COMPLETIONS, start)
         with MetricsWriter(folder, start_step=start, tensorboard=config.train.tensorboard) as writer:
             last = _steps(this, start, writer, saved, progress, stop)
     finally:
@@ -95,55 +106,43 @@ def run(
     return last
 
 
-def _prepare(config: RunConfig, folder: pathlib.Path, note: Callable[[str], None]) -> _Run:
+def _prepare(config: RunConfig, folder: pathlib.Path, note: Note) -> _Run:
     """Everything up to the first step; what the user may have got wrong is found before anything is written."""
-    train = config.train
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
-    records = data.read_records(config.data.path)
     tokenizer = hub.load_tokenizer(config.model.path)
-    examples, encoded = data.encode(
-        records,
-        tokenizer,
-        seq_len=train.seq_len,
-        overlong=config.data.overlong,
-        completion_only=config.data.completion_only,
-    )
-    steps = data.plan(
-        [len(example.tokens) for example in examples],
-        seq_len=train.seq_len,
-        batch_size=train.batch_size * train.grad_accum,
-        packing=config.data.packing,
-        bucket=config.data.bucket,
-        seed=train.seed,
-        epochs=train.epochs,
-        steps=train.steps,
-    )
-    note(_describe_data(encoded, steps))
+    plan = ALGORITHMS[config.algorithm](config, tokenizer, note)
     model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant, mesh=mesh)
-    params = lora.init(params, config.lora, jax.random.key(train.seed))
+    params = adapt(model, params, config)
     frozen, trainable = lora.split(params)
-    note(_describe_params(frozen, trainable))
-    optimizer = make_optimizer(config.optim, len(steps))
-    state = create_state(trainable, optimizer, train.seed, mesh)
+    note(_describe_params(config, frozen, trainable))
+    base = Base(
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        frozen=sharding.shard(frozen, mesh),
+        trainable=trainable,
+        reference=sharding.shard(lora.adapter_leaves(params), mesh) if config.model.adapter else {},
+        workdir=folder,
+    )
+    job = plan.start(base)
+    optimizer = make_optimizer(config.optim, plan.total_steps)
+    state = create_state(job.trainable, optimizer, config.train.seed, mesh)
     return _Run(
         config=config,
         workdir=folder,
-        mesh=mesh,
-        model=model,
-        tokenizer=tokenizer,
-        batches=data.loader(examples, steps, train.grad_accum),
-        total_steps=len(steps),
-        frozen=sharding.shard(frozen, mesh),
+        base=base,
+        job=job,
+        total_steps=plan.total_steps,
         state=state,
         step=make_step(
-            sft_loss(model, remat=train.remat),
+            job.objective,
             optimizer,
             jax.tree.map(lambda leaf: leaf.sharding, state),
-            dropout=config.lora.lora_dropout > 0,
+            dropout=any(path.endswith("/lora_dropout") for path in tree.flatten(frozen)),
         ),
-        schedule=learning_rate(config.optim, len(steps)),
+        schedule=learning_rate(config.optim, plan.total_steps),
         note=note,
     )
 
@@ -161,16 +160,19 @@ def _steps(
     if progress:
         progress.start(this.total_steps, start)
     last: dict[str, float] = {}
+    unsaved = False
     for number, metrics in _metrics(this, start):
         if train.eval_every and (number % train.eval_every == 0 or number == this.total_steps):
-            metrics |= {f"eval_{name}": value for name, value in _evaluate(this).items()}
+            metrics |= {f"eval_{name}": value for name, value in this.job.evaluate(this.state).items()}
         if number % train.log_every == 0 or number == this.total_steps:
             writer.write(number, metrics)
         if progress:
             progress.update(number, metrics)
-        stopping = stop() and number < this.total_steps
-        if stopping or number % train.save_every == 0 or number == this.total_steps:
-            saved.save(number, this.state, this.batches.get_state())
+        unsaved = unsaved or number % train.save_every == 0 or number == this.total_steps
+        stopping = stop() and number < this.total_steps and this.job.source.boundary
+        if stopping or (unsaved and this.job.source.boundary):
+            saved.save(number, this.state, {"source": this.job.source.get_state(), "tokens": this.tokens})
+            unsaved = False
         if stopping:
             raise Interrupted(f"saved after step {number} of {this.total_steps} in {this.workdir}")
         last = metrics
@@ -180,61 +182,38 @@ def _steps(
 def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, its metrics), each after the step is done."""
     for number in range(start + 1, this.total_steps + 1):
-        batch = next(this.batches)
         began = time.monotonic()
-        this.state, sums = this.step(this.state, this.frozen, sharding.put_batch(batch, this.mesh))
-        yield number, _report(this, number, sums, int((batch["segment_ids"] > 0).sum()), began)
-
-
-def _report(this: _Run, number: int, sums: Metrics, tokens: int, began: float) -> dict[str, float]:
-    values = {name: float(value) for name, value in sums.items()}
-    weight = max(values["weight"], 1.0)
-    return {
-        "loss": values["loss"] / weight,
-        "mean_token_accuracy": values["correct"] / weight,
-        "grad_norm": values["grad_norm"],
-        "learning_rate": float(this.schedule(number - 1)),
-        "num_tokens": tokens,
-        "tokens_per_second": tokens / (time.monotonic() - began),
-    }
-
-
-def _evaluate(this: _Run) -> dict[str, float]:
-    train = this.config.train
-    records = data.read_records(this.config.data.eval_path)
-    params = lora.combine(this.frozen, this.state.trainable)
-    rows = train.batch_size
-    return completion_loss(
-        this.model, params, this.tokenizer, records, batch_size=rows, seq_len=train.seq_len, mesh=this.mesh
-    )
+        batch, tokens, found = this.job.source.next(this.state)
+        this.state, metrics = this.step(this.state, this.job.frozen, batch)
+        metrics = jax.device_get(metrics)
+        this.job.source.observe(metrics)
+        this.tokens += tokens
+        numbers = {
+            "loss": float(metrics["loss"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "learning_rate": float(this.schedule(number - 1)),
+            "num_tokens": this.tokens,
+            "tokens_per_second": tokens / (time.monotonic() - began),
+        }
+        yield number, numbers | this.job.report(metrics) | found
 
 
 def _finish(this: _Run) -> None:
-    params = lora.combine(this.frozen, this.state.trainable)
+    adapters = this.job.adapters(this.state.trainable)
     if jax.process_index() == 0:
-        hub.save_adapter(this.workdir / "adapter", params, base=this.config.model.path)
+        for name, params in adapters.items():
+            hub.save_adapter(this.workdir / name, params, base=this.config.model.path)
         if can_plot():
-            plot_curves(this.workdir)
+            plot_curves(this.workdir, this.job.panels)
         else:
             this.note("no curves.png: pip install 'jlora[plots]' draws it")
+    this.job.finish(this.state)
 
 
-def _describe_params(frozen: Params, trainable: Params) -> str:
+def _describe_params(config: RunConfig, frozen: Params, trainable: Params) -> str:
     mebibytes = tree.nbytes(frozen) / 2**20
-    return f"{tree.count(trainable):,} trainable parameters, {tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
-
-
-def _describe_data(encoded: data.EncodeReport, steps: list[data.Step]) -> str:
-    text = (
-        f"{encoded.examples} examples, {encoded.tokens:,} tokens of which {encoded.trained_tokens:,} are trained; "
-        f"{len(steps)} steps, rows of {', '.join(str(n) for n in sorted({step.length for step in steps}))} tokens"
-    )
-    lost = {
-        "cut at seq_len": encoded.cut,
-        "dropped as too long": encoded.dropped,
-        "without a trained token": encoded.untrained,
-    }
-    return "; ".join([text, *(f"{count} {what}" for what, count in lost.items() if count)])
+    text = f"{tree.count(trainable):,} trainable parameters, {tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
+    return f"{text}; going on from {config.model.adapter}" if config.model.adapter else text
 
 
 def _refuse_other_run(folder: pathlib.Path, config: RunConfig) -> None:

@@ -16,7 +16,9 @@ from jlora.types import require
 FILE = "metrics.jsonl"
 CURVES = "curves.png"
 
-INK, BLUE, ORANGE, GRID = "#333333", "#2563a8", "#d9641e", "#e4e4e4"
+INK, BLUE, ORANGE, GREEN, GRID = "#333333", "#2563a8", "#d9641e", "#3b8f4a", "#e4e4e4"
+
+Panels = Sequence[tuple[str, tuple[str, ...]]]
 
 
 class MetricsWriter:
@@ -35,7 +37,7 @@ class MetricsWriter:
         if tensorboard:
             writer = require("tensorboardX", "tensorboard").SummaryWriter
             self._board = writer(str(folder / "tensorboard"), purge_step=start_step + 1)
-        _truncate(folder / FILE, start_step)
+        truncate(folder / FILE, start_step)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -84,65 +86,81 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_curves(workdir: str | os.PathLike) -> pathlib.Path:
-    """The path of curves.png, drawn from metrics.jsonl: loss, learning rate, gradient norm and speed by step."""
+def plot_curves(workdir: str | os.PathLike, panels: Panels = ()) -> pathlib.Path:
+    """The path of curves.png, drawn from metrics.jsonl: loss, learning rate, gradient norm and `panels` by step.
+
+    Args:
+        panels: (title, names of numbers), each a panel; what evaluation says of the same names is drawn with it.
+    """
     records = read_metrics(workdir)
-    figure_module = require("matplotlib.figure", "plots")
-    figure = figure_module.Figure(figsize=(11, 6.6), layout="constrained", facecolor="white")
-    panels = figure.subplots(2, 2, sharex=True).ravel()
-    _draw_loss(panels[0], records)
-    _draw_line(panels[1], records, "learning_rate", "Learning rate")
-    _draw_line(panels[2], records, "grad_norm", "Gradient norm (before clipping)", smoothed=True)
-    _draw_line(panels[3], records, "tokens_per_second", "Tokens per second", smoothed=True, from_zero=True)
-    for panel in panels[2:]:
-        panel.set_xlabel("step", color=INK)
+    basic = (("Learning rate", ("learning_rate",)), ("Gradient norm (before clipping)", ("grad_norm",)))
+    shown = (("Loss", ("loss",)), *panels, *basic)
+    columns = 2 if len(shown) <= 4 else 3
+    rows = -(-len(shown) // columns)
+    figure, axes = new_figure(rows, columns, (5.5 * columns, 3.3 * rows))
+    for axis, (title, names) in zip(axes, shown, strict=False):
+        _draw(axis, records, title, names)
+    for axis in axes[len(shown) :]:
+        axis.set_visible(False)
+    for axis in axes[len(shown) - columns : len(shown)]:
+        axis.set_xlabel("step", color=INK)
     path = pathlib.Path(workdir) / CURVES
-    part = path.with_name(f"{CURVES}.part")
-    # Without the version that matplotlib adds, the same numbers give the same bytes.
-    figure.savefig(part, format="png", dpi=130, metadata={"Software": None})
-    os.replace(part, path)
+    save_figure(figure, path)
     return path
 
 
-def _draw_loss(panel: Any, records: list[dict]) -> None:
-    _draw_line(panel, records, "loss", "Loss", smoothed=True, label="training")
-    steps, values = _series(records, "eval_loss")
-    if steps:
-        panel.plot(steps, values, "o-", color=ORANGE, markersize=4.5, linewidth=1.2, label="evaluation")
-        panel.legend(frameon=False, labelcolor=INK, loc="upper right")
+def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """(a matplotlib figure, its axes in reading order)."""
+    figure = require("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained", facecolor="white")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
-def _draw_line(
-    panel: Any,
-    records: list[dict],
-    key: str,
-    title: str,
-    *,
-    smoothed: bool = False,
-    from_zero: bool = False,
-    label: str | None = None,
-) -> None:
-    """One curve: faint as measured under its smoothed line where it is noisy, plain otherwise."""
-    steps, values = _series(records, key)
-    panel.set_title(title, loc="left", fontsize=11, color=INK)
-    panel.grid(True, color=GRID, linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(GRID)
-    panel.tick_params(colors=INK, labelsize=9)
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    if not steps:
-        panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", va="center", color="#999999")
-        return
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+    """Writes a PNG; the same numbers give the same bytes, so the version that matplotlib adds is left out."""
+    part = path.with_name(f"{path.name}.part")
+    figure.savefig(part, format="png", dpi=130, metadata={"Software": None})
+    os.replace(part, path)
+
+
+def style(axis: Any, title: str) -> None:
+    """The look of every plot."""
+    axis.set_title(title, loc="left", fontsize=11, color=INK)
+    axis.grid(True, color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GRID)
+    axis.tick_params(colors=INK, labelsize=9)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _draw(axis: Any, records: list[dict], title: str, names: tuple[str, ...]) -> None:
+    """The curves of some numbers: faint as measured under the smoothed line where there are many."""
+    style(axis, title)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    drawn = 0
+    for name, color in zip(names, (BLUE, ORANGE, GREEN), strict=False):
+        label = name.rpartition("/")[2].replace("_", " ") if len(names) > 1 else "training"
+        drawn += _draw_line(axis, *_series(records, name), color, label)
+        drawn += _draw_evaluation(axis, *_series(records, f"eval_{name}"), ORANGE if len(names) == 1 else color)
+    if not drawn:
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color="#999999")
+    elif drawn > 1:
+        axis.legend(frameon=False, labelcolor=INK, loc="best", fontsize=9)
+
+
+def _draw_line(axis: Any, steps: list[int], values: list[float], color: str, label: str) -> bool:
     window = max(1, len(values) // 20)
-    single = "o-" if len(values) == 1 else "-"
-    if smoothed and window > 1:
-        panel.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.9)
+    if window > 1:
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.9)
         values = smooth(values, window)
-    panel.plot(steps, values, single, color=BLUE, linewidth=1.6, label=label)
-    if from_zero:
-        panel.set_ylim(bottom=0)
+    axis.plot(steps, values, "o-" if len(values) == 1 else "-", color=color, linewidth=1.6, label=label)
+    return bool(steps)
+
+
+def _draw_evaluation(axis: Any, steps: list[int], values: list[float], color: str) -> bool:
+    if steps:
+        axis.plot(steps, values, "o--", color=color, markersize=4.5, linewidth=1.2, label="evaluation")
+    return bool(steps)
 
 
 def _series(records: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -150,12 +168,12 @@ def _series(records: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _truncate(path: pathlib.Path, last_step: int) -> None:
+def truncate(path: pathlib.Path, last_step: int) -> None:
     """Keeps the objects up to `last_step`, atomically: the file is the old one or the new one, never half of either."""
     if not path.exists():
         return
     kept = [record for record in _parse(path) if record["step"] <= last_step]
-    part = path.with_name(f"{FILE}.part")
+    part = path.with_name(f"{path.name}.part")
     part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(part, path)
 

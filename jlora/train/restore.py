@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from jlora import checkpoint, hub, lora, tree
 from jlora.models import Model
+from jlora.train.adapt import adapt
 from jlora.train.config import RunConfig, resolve
 from jlora.types import Params
 
@@ -30,11 +31,12 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
     ) as saved:
         found = _choose(folder, sorted(saved.all_steps()), step)
         model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant)
-        frozen, trainable = lora.split(lora.init(params, config.lora, jax.random.key(config.train.seed)))
+        frozen, trainable = lora.split(adapt(model, params, config))
         manifest = saved.restore(found, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
         if manifest["base"] != checkpoint.fingerprint(frozen):
             raise ValueError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
-        return config, model, lora.combine(frozen, _restore(saved, found, trainable))
+        path = ("policy",) if config.algorithm == "ppo" else ()  # beside it lies the value's adapter
+        return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 
 
 def _read_config(folder: pathlib.Path) -> RunConfig:
@@ -61,11 +63,19 @@ def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None) -> int:
     return steps[-1] if wanted is None else wanted
 
 
-def _restore(saved: ocp.CheckpointManager, step: int, trainable: Params) -> Params:
-    """The adapters alone, as host arrays put where `trainable` is: what devices the run had does not matter."""
-    wanted = {"trainable": trainable}
+def _restore(saved: ocp.CheckpointManager, step: int, trainable: Params, path: tuple[str, ...] = ()) -> Params:
+    """The adapters alone, as host arrays put where `trainable` is: what devices the run had does not matter.
+
+    Args:
+        path: where among the trained weights they are.
+    """
+    wanted = trainable
+    for name in reversed(("trainable", *path)):
+        wanted = {name: wanted}
     as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-    found = saved.restore(step, args=ocp.args.Composite(state=args)).state["trainable"]
+    found = saved.restore(step, args=ocp.args.Composite(state=args)).state
+    for name in ("trainable", *path):
+        found = found[name]
     flat = tree.flatten(found)
     return tree.map_with_path(lambda path, leaf: jax.device_put(flat[path], leaf.sharding), trainable)

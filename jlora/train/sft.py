@@ -1,21 +1,83 @@
 """Supervised fine-tuning: cross-entropy on the tokens that the data marks as trained."""
 
-import jax
+import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jlora import data, lora
 from jlora.losses import cross_entropy
 from jlora.models import Model
-from jlora.train.step import Batch, Loss, Metrics
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan
+from jlora.train.config import RunConfig
+from jlora.train.evaluate import completion_loss
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 
-def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Loss:
-    """The loss function of `make_step`: summed negative log-likelihood and the sums that metrics are made of."""
+def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
+    """The run on the records of `data.path`."""
+    train = config.train
+    examples, encoded = data.encode(
+        data.read_records(config.data.path),
+        tokenizer,
+        seq_len=train.seq_len,
+        overlong=config.data.overlong,
+        completion_only=config.data.completion_only,
+    )
+    steps = data.plan(
+        [len(example.tokens) for example in examples],
+        seq_len=train.seq_len,
+        batch_size=train.batch_size * train.grad_accum,
+        packing=config.data.packing,
+        bucket=config.data.bucket,
+        seed=train.seed,
+        epochs=train.epochs,
+        steps=train.steps,
+    )
+    note(f"{encoded.examples} examples, {data.describe(encoded, steps)}")
 
-    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    def start(base: Base) -> Job:
+        return Job(
+            trainable=base.trainable,
+            frozen=base.frozen,
+            objective=sft_loss(base.model, remat=train.remat),
+            source=FileSource(data.loader(examples, steps, train.grad_accum), base.mesh),
+            report=_report,
+            adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+            evaluate=functools.partial(_evaluate, config, base),
+            panels=(("Tokens per second", ("tokens_per_second",)),),
+        )
+
+    return Plan(len(steps), start)
+
+
+def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective:
+    """The mean negative log-likelihood of the trained tokens of a step, and the sums that metrics are made of."""
+
+    def loss(
+        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Report]:
+        params = lora.combine(frozen, trainable)
         hidden, _ = model.hidden(
             params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
         )
         sums = cross_entropy(model.project, model.head(params), hidden, batch["targets"], batch["weights"], chunk=chunk)
-        return sums.loss, sums._asdict()
+        return sums.loss / totals["tokens"], Report({"correct": sums.correct, "weight": sums.weight})
 
-    return loss
+    return Objective(loss, lambda batch: {"tokens": jnp.maximum(jnp.sum(batch["weights"]), 1)})
+
+
+def _report(metrics: Metrics) -> Numbers:
+    return {"mean_token_accuracy": float(metrics["correct"] / max(float(metrics["weight"]), 1.0))}
+
+
+def _evaluate(config: RunConfig, base: Base, state: TrainState) -> Numbers:
+    records = data.read_records(config.data.eval_path)
+    params = lora.combine(base.frozen, state.trainable)
+    rows, seq_len = config.train.batch_size, config.train.seq_len
+    return completion_loss(
+        base.model, params, base.tokenizer, records, batch_size=rows, seq_len=seq_len, mesh=base.mesh
+    )

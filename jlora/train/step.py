@@ -1,68 +1,98 @@
 """The training jit boundary: one optimizer step as a pure function of (state, frozen, batch)."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jlora import lora
 from jlora.optim import global_norm
 from jlora.train.state import TrainState
 from jlora.types import Params
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-# (params, micro-batch [B, T], dropout key or None) → (sum of the loss, sums to report)
-Loss = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
-Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+Metrics = dict[str, jax.Array | np.ndarray]
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+
+
+class Report(NamedTuple):
+    """What a micro-batch tells besides its loss.
+
+    Attributes:
+        sums: scalars that add up over the micro-batches of a step.
+        items: arrays [N] of one number an item, which a step returns as [A, N].
+    """
+
+    sums: Metrics
+    items: Metrics = {}  # noqa: RUF012 (never written to)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises.
+
+    Attributes:
+        loss: (trainable, frozen, micro-batch, totals, dropout key or None) → (its part of the step's loss, report). The
+            parts add up over the micro-batches to the loss of the step.
+        totals: (the step's batch, leaves [A, …]) → sums over all of it, by which the parts are divided.
+    """
+
+    loss: Callable[[Params, Any, Batch, Metrics, jax.Array | None], tuple[jax.Array, Report]]
+    totals: Callable[[Batch], Metrics]
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
+    objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
 ) -> Step:
     """step(state, frozen, batch) → (state, metrics), jitted; it donates the state and never the frozen weights.
 
-    The batch's leaves are [A, B, T]: A micro-batches, one after another. The loss is Σ over all of them divided once
-    by the weight of all of them, so accumulation equals the large batch whatever the micro-batches hold.
+    The batch's leaves are [A, …]: A micro-batches, one after another. What the loss is divided by is counted over all
+    of them, so accumulation equals the large batch whatever the micro-batches hold.
 
     Args:
         shardings: those the state was created under; it is returned under the same.
         dropout: hand the loss a random key of its own for each micro-batch.
+
+    The metrics are the report's sums and items, the loss and the gradient's norm.
     """
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        total = jnp.maximum(jnp.sum(batch["weights"]), 1)
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        totals = objective.totals(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step) if dropout else None
 
-        def micro(index: jax.Array, micro_batch: Batch) -> tuple[Params, Metrics]:
+        def micro(index: jax.Array, micro_batch: Batch) -> tuple[tuple[Params, jax.Array, Metrics], Metrics]:
             micro_key = None if key is None else jax.random.fold_in(key, index)
 
-            def scaled(trainable: Params) -> tuple[jax.Array, Metrics]:
-                value, sums = loss(lora.combine(frozen, trainable), micro_batch, micro_key)
-                return value / total, sums
+            def loss(trainable: Params) -> tuple[jax.Array, Report]:
+                return objective.loss(trainable, frozen, micro_batch, totals, micro_key)
 
-            return jax.grad(scaled, has_aux=True)(state.trainable)
+            (value, report), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+            return (grads, value, report.sums), report.items
 
-        grads, sums = _accumulate(micro, batch)
+        (grads, value, sums), items = _accumulate(micro, batch)
         updates, moments = optimizer.update(grads, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = sums | {"grad_norm": global_norm(grads)}
+        metrics = sums | items | {"loss": value, "grad_norm": global_norm(grads)}
         return TrainState(state.step + 1, trainable, moments, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def _accumulate(micro: Callable, batch: Batch) -> tuple[Params, Metrics]:
-    """Σ micro(i, micro-batch i); a single one needs no loop."""
-    count = batch["weights"].shape[0]
+def _accumulate(micro: Callable, batch: Batch) -> tuple[Any, Metrics]:
+    """Σ of the first of micro(i, micro-batch i), and the second stacked; a single one needs no loop."""
+    count = len(jax.tree.leaves(batch)[0])
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     if count == 1:
-        return micro(jnp.int32(0), first)
-    shapes = jax.eval_shape(micro, jnp.int32(0), first)
+        total, items = micro(jnp.int32(0), first)
+        return total, jax.tree.map(lambda leaf: leaf[None], items)
+    shapes, _ = jax.eval_shape(micro, jnp.int32(0), first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def body(sums: tuple, item: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, sums, micro(*item)), None
+    def body(sums: tuple, item: tuple) -> tuple[tuple, Metrics]:
+        found, items = micro(*item)
+        return jax.tree.map(jnp.add, sums, found), items
 
-    return jax.lax.scan(body, zeros, (jnp.arange(count), batch))[0]
+    return jax.lax.scan(body, zeros, (jnp.arange(count), batch))

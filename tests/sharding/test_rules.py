@@ -66,6 +66,14 @@ def test_batches_are_split_by_rows(mesh):
         sharding.put_batch({"tokens": batch["tokens"][:, :6]}, mesh)
 
 
+def test_numbers_of_items_are_on_every_device(mesh):
+    batch = {"tokens": np.zeros((2, 8, 6), np.int32), "margin": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    placed = sharding.put_batch(batch, mesh)["margin"]
+    assert len(placed.addressable_shards) == mesh.size
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, batch["margin"])
+
+
 def test_mesh_sizes():
     assert dict(sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=2)).shape)["data"] == 4
     assert sharding.make_mesh(sharding.MeshConfig()).size == 1

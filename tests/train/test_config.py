@@ -53,7 +53,11 @@ def test_everything_missing_is_named_at_once():
         ({"learning_rate": 3}, "learning_rate: unknown key; did you mean optim.learning_rate?"),
         ({"lr": 3}, "lr: unknown key; did you mean optim.learning_rate?"),
         ({"train__lr": 3}, "train.lr: unknown key; did you mean optim.learning_rate?"),
-        ({"qqq": 3}, "qqq: unknown key; known here: algorithm, model, lora, data, optim, train, mesh"),
+        (
+            {"qqq": 3},
+            "qqq: unknown key; known here: algorithm, model, lora, data, optim, train, mesh, "
+            "dpo, cpo, orpo, kto, reward, rollout, grpo, ppo",
+        ),
         ({"modle": ConfigDict({"path": "x"})}, "modle.path: unknown key; did you mean model.path?"),
         ({"mesh__qqq": 3}, "mesh.qqq: unknown key; known here: mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence"),
         ({"train__steps": True}, "train.steps: found True (bool), expected int or None"),
@@ -62,8 +66,11 @@ def test_everything_missing_is_named_at_once():
         ({"train__remat": 1}, "train.remat: found 1 (int), expected bool"),
         ({"optim__learning_rate": "fast"}, "optim.learning_rate: found 'fast' (str), expected float"),
         ({"data__path": None}, "data.path: is required"),
-        ({"model": "m"}, "model: found 'm', expected a group with the keys path, dtype, quant"),
-        ({"algorithm": "dpo"}, "algorithm: found 'dpo' (str), expected one of 'sft'"),
+        ({"model": "m"}, "model: found 'm', expected a group with the keys path, dtype, quant, adapter"),
+        (
+            {"algorithm": "gpo"},
+            "algorithm: found 'gpo' (str), expected one of 'sft', 'dpo', 'cpo', 'orpo', 'kto', 'reward', 'grpo', 'ppo'",
+        ),
         ({"model__dtype": "fp8"}, "model.dtype: found 'fp8', expected one of float32, bfloat16, float16, or None"),
         ({"train__batch_size": 0}, "train.batch_size: found 0, expected at least 1"),
         ({"train__epochs": 0}, "train.epochs: found 0.0, expected more than 0"),

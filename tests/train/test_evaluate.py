@@ -110,14 +110,16 @@ def test_what_a_metric_may_not_return(model, params, tokenizer, found, words):
 def test_load_metric_finds_the_function_or_says_what_is_there(tmp_path):
     (tmp_path / "good.py").write_text("def metric(record, text):\n    return {'right': float(record['x'] == text)}\n")
     assert load_metric(tmp_path / "good.py")({"x": "y"}, "y") == {"right": 1.0}
-    with pytest.raises(FileNotFoundError, match=r"gone.py: found nothing there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"gone.py is not a file; expected a Python file that defines metric\(\)"
+    ):
         load_metric(tmp_path / "gone.py")
-    (tmp_path / "other.py").write_text("def score(record, text):\n    return {}\n")
-    with pytest.raises(ValueError, match=r"other.py: found the functions \['score'\], expected one called metric"):
+    (tmp_path / "other.py").write_text("from math import sqrt\n\n\ndef score(record, text):\n    return {}\n")
+    with pytest.raises(ValueError, match=r"other.py defines no function metric\(\); it defines score$"):
         load_metric(tmp_path / "other.py")
     (tmp_path / "broken.py").write_text("\ndef metric(:\n")
-    with pytest.raises(ValueError, match=r"broken.py:2: found no valid Python"):
+    with pytest.raises(ValueError, match=r"broken.py, line 2: SyntaxError"):
         load_metric(tmp_path / "broken.py")
     (tmp_path / "data.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"data.jsonl: found a file that is not .py"):
+    with pytest.raises(ValueError, match=r"data.jsonl defines no function metric\(\); it defines none at all"):
         load_metric(tmp_path / "data.jsonl")

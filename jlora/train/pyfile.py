@@ -1,4 +1,4 @@
-"""Python files that users write: recipes and metrics, loaded by path, their errors told with file and line."""
+"""Python files that users write: recipes, metrics, rewards; loaded by path, their errors told with file and line."""
 
 import importlib.util
 import pathlib
@@ -40,7 +40,8 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     call(path, spec.loader.exec_module, module)
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{path} defines no function {name}()")
+        own = sorted(key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name)
+        raise ValueError(f"{path} defines no function {name}(); it defines {', '.join(own) or 'none at all'}")
     return function
 
 
@@ -49,11 +50,14 @@ def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ERRORS as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(pathlib.Path(path))
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
-        where = f"{path}, line {line}" if line else path
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+        raise ValueError(describe(path, error)) from error
+
+
+def describe(path: str, error: BaseException) -> str:
+    """'FILE, line 3: KeyError: ...' with the last line of the file that the error went through, if there is one."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(pathlib.Path(path))
+    ]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    where = f"{path}, line {line}" if line else path
+    return f"{where}: {type(error).__name__}: {error}"

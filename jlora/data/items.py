@@ -1,0 +1,237 @@
+"""Items: what a step may not divide, such as the two answers of a pair. From records to tokens, plans and batches."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jlora.data.chat import EncodeReport, Example, select
+from jlora.data.loader import Batch, batches, collate
+from jlora.data.packing import Step, plan
+from jlora.data.preference import NUMBERS
+from jlora.data.records import Record, describe_faults
+from jlora.data.template import common_prefix, require_template, template_tokens, text_tokens
+
+RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+    """Documents that belong to one step: (chosen, rejected), or one answer; and the numbers that go with them."""
+
+    documents: tuple[Example, ...]
+    values: Mapping[str, float]
+
+
+def encode_pairs(
+    records: Sequence[Record], tokenizer: Any, *, seq_len: int, overlong: str = "drop"
+) -> tuple[list[Item], EncodeReport]:
+    """An item of the documents (chosen, rejected) for each pair that can be learned from, in order, and a report.
+
+    The tokens are TRL's for DPO: an answer is trained from where prompt and prompt + answer part, in both documents
+    from the same place, to its very end. Of answers in plain text that is the tokenizer's end-of-text token; of
+    messages it is whatever the template writes behind the last one.
+
+    Args:
+        records: as `read_preferences` returns them.
+        overlong: of a document longer than `seq_len`, "cut" keeps the start, "drop" leaves its pair out, or "error".
+    """
+    return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len=seq_len, overlong=overlong)
+
+
+def encode_unpaired(
+    records: Sequence[Record], tokenizer: Any, *, seq_len: int, overlong: str = "drop"
+) -> tuple[list[Item], EncodeReport]:
+    """An item of one document for each answer, with "label" 1 or 0; all else as in `encode_pairs`."""
+    return _encode(records, tokenizer, ("completion",), ("label",), seq_len=seq_len, overlong=overlong)
+
+
+def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> list[Item]:
+    """The items with a second document: the item's prompt, with the answer of the item before it.
+
+    As TRL's KTO pairs them for its estimate of the KL: within each `batch_size` items in the order given, the first
+    with the last one's answer. An item alone in the last batch meets its own. The document loses its end at `seq_len`,
+    and of an answer that was cut there is no more than what was kept.
+    """
+    if batch_size < 2:
+        raise ValueError(f"found batch_size={batch_size}, expected 2 or more: an item alone has no other to meet")
+    if sides := {len(item.documents) for item in items} - {1}:
+        raise ValueError(f"found items of {sorted(sides)} documents, expected one document each")
+    found = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        for item, before in zip(batch, [*batch[-1:], *batch[:-1]], strict=True):
+            (own,), (other,) = item.documents, before.documents
+            prompt, answer = own.tokens[~own.trained], other.tokens[other.trained]
+            tokens = np.concatenate([prompt, answer])[:seq_len]
+            mismatched = Example(tokens, np.arange(len(tokens)) >= len(prompt))
+            found.append(dataclasses.replace(item, documents=(own, mismatched)))
+    return found
+
+
+def plan_items(
+    items: Sequence[Item],
+    *,
+    seq_len: int,
+    batch_size: int,
+    grad_accum: int = 1,
+    packing: bool,
+    bucket: int = 64,
+    seed: int = 0,
+    epochs: int | float | None = None,
+    steps: int | None = None,
+    shuffle: bool = True,
+) -> list[Step]:
+    """The steps of a run (see `plan`), whose rows hold documents: side s of item i is number i·S + s.
+
+    Without packing, a micro-batch has `batch_size` items and S times as many rows: all first documents, then all second
+    ones, and so on. With packing it has `batch_size` rows of up to S·`seq_len` tokens, each of several whole items.
+    """
+    sides, _ = _check(items)
+    lengths = np.array([[len(document.tokens) for document in item.documents] for item in items], np.int64)
+    planned = plan(
+        lengths.sum(axis=1) if packing else lengths.max(axis=1),
+        seq_len=seq_len * sides if packing else seq_len,
+        batch_size=batch_size * grad_accum,
+        packing=packing,
+        bucket=bucket,
+        seed=seed,
+        epochs=epochs,
+        steps=steps,
+        shuffle=shuffle,
+    )
+    groups = [(0, sides)] if packing else [(side, side + 1) for side in range(sides)]
+    return [
+        Step(
+            tuple(
+                tuple(item * sides + side for item in row for side in range(*group))
+                for start in range(0, len(step.rows), batch_size)
+                for group in groups
+                for row in step.rows[start : start + batch_size]
+            ),
+            step.length,
+        )
+        for step in planned
+    ]
+
+
+def item_loader(items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
+    """As `loader`, each item being what `collate_items` returns."""
+    sides, names = _check(items)
+    documents = _documents(items)
+    return batches(steps, lambda step: _collate(documents, items, sides, names, step, grad_accum), grad_accum)
+
+
+def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Batch:
+    """The arrays of one step of `plan_items`: those of `collate` [A, B, T], and for N places of items
+
+    documents     i32 [A, B, T]  s·N + n in the tokens of document s of item n, S·N in padding
+    items         f32 [A, N]     1 where there is an item, else 0
+    (each value)  f32 [A, N]     the items' values by name, 0 where there is no item
+
+    N is the number of items that a micro-batch may hold; with packing it is the next power of two above what the
+    step's fullest one does hold.
+    """
+    sides, names = _check(items)
+    return _collate(_documents(items), items, sides, names, step, grad_accum)
+
+
+def _collate(
+    documents: Sequence[Example], items: Sequence[Item], sides: int, names: Sequence[str], step: Step, grad_accum: int
+) -> Batch:
+    batch = collate(documents, step, grad_accum)
+    count, slots = _slots(step, sides, grad_accum)
+    numbers = {name: np.zeros((grad_accum, count), np.float32) for name in ("items", *names)}
+    of_segment = np.full((len(step.rows), 1 + max(map(len, step.rows))), sides * count, np.int32)
+    micro_rows = len(step.rows) // grad_accum
+    for row, (indices, row_slots) in enumerate(zip(step.rows, slots, strict=True)):
+        for segment, (index, slot) in enumerate(zip(indices, row_slots, strict=True), start=1):
+            item, side = divmod(index, sides)
+            of_segment[row, segment] = side * count + slot
+            place = row // micro_rows, slot
+            numbers["items"][place] = 1
+            for name in names:
+                numbers[name][place] = items[item].values[name]
+    segments = batch["segment_ids"].reshape(len(step.rows), -1)
+    batch["documents"] = np.take_along_axis(of_segment, segments, axis=1).reshape(batch["segment_ids"].shape)
+    return batch | numbers
+
+
+def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]]]:
+    """N, and for each row the places in its micro-batch of the items that its documents belong to.
+
+    A place is counted, not looked up by item: where epochs meet, a micro-batch may hold an item twice.
+    """
+    size = len(step.rows) // grad_accum
+    micro_batches = [step.rows[start : start + size] for start in range(0, len(step.rows), size)]
+    if all(len(row) <= 1 for row in step.rows):  # one document a row: not packed
+        count = size // sides
+        for rows in micro_batches:
+            if any(len({index // sides for row in rows[n::count] for index in row}) > 1 for n in range(count)):
+                raise ValueError(f"found a step that was not planned for grad_accum={grad_accum}")
+        return count, [[number % count] * len(row) for rows in micro_batches for number, row in enumerate(rows)]
+    slots, fullest = [], 0
+    for rows in micro_batches:
+        seen = 0
+        for row in rows:
+            slots.append([(seen + number) // sides for number in range(len(row))])
+            seen += len(row)
+        fullest = max(fullest, seen // sides)
+    return 1 << (fullest - 1).bit_length(), slots
+
+
+def _encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    sides: tuple[str, ...],
+    names: tuple[str, ...],
+    *,
+    seq_len: int,
+    overlong: str,
+) -> tuple[list[Item], EncodeReport]:
+    require_template(tokenizer, sum(not isinstance(record["prompt"], str) for record in records), len(records))
+    kept, report = select(
+        records, lambda record: _encode_sides(record, sides, tokenizer), seq_len=seq_len, overlong=overlong
+    )
+    return [
+        Item(documents, {name: float(record[name]) for name in names if name in record}) for record, documents in kept
+    ], report
+
+
+def _encode_sides(record: Record, sides: tuple[str, ...], tokenizer: Any) -> tuple[Example, ...]:
+    prompt, answers = record["prompt"], [record[side] for side in sides]
+    if isinstance(prompt, str):
+        before = text_tokens(prompt, tokenizer)
+        whole = [text_tokens(prompt + answer, tokenizer, end=True) for answer in answers]
+    else:
+        variables = ({"tools": record["tools"]} if "tools" in record else {}) | record.get("chat_template_kwargs", {})
+        before = template_tokens(prompt, tokenizer, add_generation_prompt=True, variables=variables)
+        whole = [template_tokens(prompt + answer, tokenizer, variables=variables) for answer in answers]
+    if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
+        raise ValueError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
+    start = min(common_prefix(before, tokens) for tokens in whole)
+    return tuple(Example(tokens, np.arange(len(tokens)) >= start) for tokens in whole)
+
+
+def _documents(items: Sequence[Item]) -> list[Example]:
+    return [document for item in items for document in item.documents]
+
+
+def _check(items: Sequence[Item]) -> tuple[int, tuple[str, ...]]:
+    """(documents of an item, names of its values), which must be the same of all."""
+    if not items:
+        raise ValueError("found no items, expected at least one")
+    sides, names = len(items[0].documents), tuple(sorted(items[0].values))
+    faults = [
+        f"item {number}: found {len(item.documents)} documents and the values {sorted(item.values)}, expected {sides} "
+        f"and {list(names)}, as in the first item"
+        for number, item in enumerate(items)
+        if len(item.documents) != sides or set(item.values) != set(names)
+    ]
+    if taken := sorted(set(names) & set(RESERVED)):
+        faults.append(f"found values called {taken}, expected names other than {', '.join(RESERVED)}")
+    if faults:
+        raise ValueError(describe_faults("the items do not go together", faults))
+    return sides, names

@@ -1,0 +1,212 @@
+"""Preference records: TRL's dataset formats in, two normal forms out. No tokens."""
+
+import json
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+
+from jlora.data.records import Record, completion_faults, kind_of, read_rows, side_faults
+from jlora.data.template import as_messages
+
+Kind = Literal["pairs", "unpaired"]
+
+NUMBERS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
+_OPTIONAL = ("prompt", "tools", "chat_template_kwargs", *NUMBERS)
+_PAIRS = (
+    '"prompt", "chosen" and "rejected" ("prompt" may be their shared start), or "prompt", "completions" and "scores"'
+)
+_FORMS = {
+    "pairs": f"an object with {_PAIRS}",
+    "unpaired": 'an object with "prompt", "completion" and "label", or with "prompt", "chosen" and "rejected"',
+}
+# Unpairing puts the rejected answers of this many records behind the chosen ones, as TRL does (the batch of
+# `datasets.map`): neighbours then rarely share a prompt, which KTO's mismatched pairs rely on.
+_UNPAIRING_BLOCK = 1000
+
+
+def read_preferences(path: str | pathlib.Path, kind: Kind) -> list[Record]:
+    """The preference records of a file (see `read_rows`) in one of two normal forms.
+
+    "pairs"     {"prompt", "chosen", "rejected"}   each text, or each a list of messages
+    "unpaired"  {"prompt", "completion", "label"}  likewise; label: True for an answer that is wanted
+
+    A pair whose prompt is missing has it as the shared start of the answers. Rankings (`{"prompt", "completions",
+    "scores"}`, or "ranks", 1 the best) become a pair for every two answers with different scores, whose "margin" is
+    the difference. As "unpaired", a pair becomes two records. All other keys are kept; "margin", "ref_chosen_logps" and
+    "ref_rejected_logps" are numbers, "tools" is a list, "chat_template_kwargs" an object.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_rows`.
+    """
+    first: set[str] | None = None
+
+    def accept(row: Any) -> tuple[list[Record], list[str]]:
+        nonlocal first
+        records, faults = _normal(row, kind)
+        for record in records if kind == "pairs" else ():
+            numbers = set(NUMBERS) & set(record)
+            first = numbers if first is None else first
+            if numbers != first:
+                found, expected = (", ".join(sorted(names)) or "none" for names in (numbers, first))
+                return [], [f"found the numbers {found}, expected {expected}, as in the first record"]
+        return records, faults
+
+    records = read_rows(path, accept, _FORMS[kind])
+    return records if kind == "pairs" else _unpair(records)
+
+
+def extract_prompt(chosen: str | list, rejected: str | list) -> tuple[str | list, str | list, str | list]:
+    """(prompt, chosen, rejected): the shared start taken off two answers, neither of which ends up empty.
+
+    As TRL's function of this name: a space that ends a shared text stays with the answers.
+    """
+    last = min(len(chosen), len(rejected)) - 1
+    start = next((index for index in range(last + 1) if chosen[index] != rejected[index]), None)
+    if start is None:
+        start = last
+    elif start and chosen[start - 1] == " ":
+        start -= 1
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _normal(row: Any, kind: Kind) -> tuple[list[Record], list[str]]:
+    """The records of one row (pairs, or unpaired ones), and what is wrong with it."""
+    if not isinstance(row, dict):
+        return [], [f"found {kind_of(row)}, expected {_FORMS[kind]}"]
+    row, faults = _options(row)
+    if {"chosen", "rejected"} & set(row):
+        form, fields = _pair, ("chosen", "rejected")
+    elif "completions" in row:
+        form, fields = _rankings, ("prompt", "completions")
+        if kind == "unpaired":
+            return [], [f"found rankings (completions), expected {_FORMS[kind]}"]
+    elif kind == "unpaired":
+        form, fields = _unpaired, ("prompt", "completion", "label")
+    else:
+        form, fields = _pair, ("chosen", "rejected")
+        if {"completion", "label"} <= set(row):
+            return [], [f'found unpaired data, which algorithm="kto" learns from; expected {_FORMS[kind]}']
+    if missing := [field for field in fields if field not in row]:
+        return [], [f"found the fields {sorted(row)} without {' and '.join(missing)}, expected {_FORMS[kind]}"]
+    records, form_faults = form(row)
+    if any(isinstance(record["prompt"], str) for record in records):
+        form_faults += [
+            f"{name}: found it beside plain text, expected messages, since it is for the chat template"
+            for name in ("tools", "chat_template_kwargs")
+            if row.get(name)
+        ]
+    return ([] if faults or form_faults else records), faults + form_faults
+
+
+def _pair(row: Record) -> tuple[list[Record], list[str]]:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    faults = side_faults("chosen", chosen) + side_faults("rejected", rejected)
+    if "prompt" in row:
+        faults += side_faults("prompt", prompt)
+    if not faults and type(chosen) is not type(rejected):
+        faults = [f"found {kind_of(chosen)} as chosen and {kind_of(rejected)} as rejected, expected both alike"]
+    if not faults and chosen == rejected:
+        faults = ["found chosen and rejected equal, expected two different answers"]
+    faults = faults or [f"{n}: found empty text, expected an answer" for n in ("chosen", "rejected") if not row[n]]
+    if faults:
+        return [], faults
+    # A text beside two conversations is the question that both begin with, which some data sets repeat.
+    if "prompt" not in row or (isinstance(prompt, str) and isinstance(chosen, list)):
+        shared, chosen, rejected = extract_prompt(chosen, rejected)
+        prompt = shared if shared or prompt is None else as_messages(prompt, "user")
+        if prompt == []:
+            return [], ['found no message that chosen and rejected share, expected them to begin alike, or a "prompt"']
+    elif isinstance(prompt, list):
+        chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
+    faults = completion_faults("chosen", chosen) + completion_faults("rejected", rejected)
+    return [{**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}], faults
+
+
+def _rankings(row: Record) -> tuple[list[Record], list[str]]:
+    """A pair of every two answers with different scores."""
+    completions, sign = row["completions"], 1.0 if "scores" in row else -1.0
+    name = "scores" if "scores" in row else "ranks"
+    scores = row.get(name)
+    if not isinstance(completions, list) or not isinstance(scores, list):
+        found = f"{kind_of(completions)} as completions and {kind_of(scores)} as {name}"
+        return [], [f"found {found}, expected a list of answers and a list of as many scores"]
+    faults = [fault for i, score in enumerate(scores) for fault in _number_faults(f"{name}[{i}]", score)]
+    faults += [fault for i, text in enumerate(completions) for fault in completion_faults(f"completions[{i}]", text)]
+    faults += side_faults("prompt", row["prompt"])
+    faults += [
+        f"{number}: found it beside completions, expected it with pairs only" for number in NUMBERS if number in row
+    ]
+    if len(scores) != len(completions):
+        faults.append(f"found {len(completions)} completions and {len(scores)} {name}, expected as many of each")
+    elif not faults and len(set(scores)) < 2:
+        faults.append(f"{name}: found {len(set(scores))} different values, expected at least 2")
+    if faults:
+        return [], faults
+    kept = {key: value for key, value in row.items() if key not in ("completions", "scores", "ranks")}
+    if any(isinstance(completion, list) for completion in completions):
+        kept["prompt"] = as_messages(row["prompt"], "user")
+    records = []
+    for i, better in enumerate(scores):
+        for j, worse in enumerate(scores):
+            if (margin := sign * (better - worse)) > 0:
+                found, pair_faults = _pair({**kept, "chosen": completions[i], "rejected": completions[j]})
+                records += [{**record, "margin": float(margin)} for record in found]
+                faults += [f"completions[{i}] over completions[{j}]: {fault}" for fault in pair_faults]
+    return records, faults
+
+
+def _unpaired(row: Record) -> tuple[list[Record], list[str]]:
+    prompt, completion, label = row["prompt"], row["completion"], row["label"]
+    faults = side_faults("prompt", prompt) + completion_faults("completion", completion)
+    if not isinstance(label, bool):
+        faults.append(f"label: found {kind_of(label)}, expected true or false")
+    if faults:
+        return [], faults
+    if isinstance(prompt, list) or isinstance(completion, list):
+        prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
+    return [{**row, "prompt": prompt, "completion": completion}], []
+
+
+def _options(row: Record) -> tuple[Record, list[str]]:
+    """The row without optional fields that are null, its tools as a list, and what is wrong with those fields."""
+    faults = []
+    row = {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}
+    for name in NUMBERS:
+        faults += _number_faults(name, row[name]) if name in row else []
+    if len({"ref_chosen_logps", "ref_rejected_logps"} & set(row)) == 1:
+        faults.append("found one of ref_chosen_logps and ref_rejected_logps, expected both or none")
+    if isinstance(row.get("tools"), str):
+        try:
+            row["tools"] = json.loads(row["tools"])
+        except json.JSONDecodeError as error:
+            faults.append(f"tools: found text that is not JSON ({error.msg}), expected a list of tools")
+            del row["tools"]
+    for name, expected in (("tools", list), ("chat_template_kwargs", dict)):
+        if not isinstance(row.get(name, expected()), expected):
+            faults.append(f"{name}: found {kind_of(row[name])}, expected {kind_of(expected())}")
+    return row, faults
+
+
+def _number_faults(field: str, value: Any) -> list[str]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return [f"{field}: found {kind_of(value)}, expected a number"]
+    # Also false for NaN; a batch holds float32.
+    return (
+        [] if abs(value) <= float(np.finfo(np.float32).max) else [f"{field}: found {value}, expected a finite number"]
+    )
+
+
+def _unpair(records: list[Record]) -> list[Record]:
+    """Every pair as two records, first the chosen answers of a block and then the rejected ones."""
+    unpaired = []
+    for start in range(0, len(records), _UNPAIRING_BLOCK):
+        block = records[start : start + _UNPAIRING_BLOCK]
+        unpaired += [_half(record, "chosen") if "chosen" in record else record for record in block]
+        unpaired += [_half(record, "rejected") for record in block if "chosen" in record]
+    return unpaired
+
+
+def _half(record: Record, side: str) -> Record:
+    kept = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
+    return {**kept, "completion": record[side], "label": side == "chosen"}

@@ -1,0 +1,191 @@
+"""Completions of token prompts, with what a policy-gradient trainer needs to know about them."""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from jlora import lora, tree
+from jlora.generate.decode import Decoded, decode
+from jlora.models import Model
+from jlora.types import Params
+
+
+class Completion(NamedTuple):
+    """What was drawn after a prompt.
+
+    Attributes:
+        tokens: int32, the stop token included if it was reached.
+        log_probs: float32, of each token under softmax(logits / temperature) over the whole vocabulary: the policy's,
+            before `top_k` and `top_p` cut it.
+        finished: whether the stop token was reached.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    finished: bool
+
+
+class Rollout(NamedTuple):
+    """Completions in the order of their prompts, and the `policy_digest` of the adapters that drew them."""
+
+    completions: list[Completion]
+    policy_digest: int
+
+
+class Queue(NamedTuple):
+    """One call of `decode`.
+
+    Attributes:
+        numbers: which of all the prompts these are.
+        tokens: int32 [Q, T], padded on the left.
+        lengths: int32 [Q]; 0 for what only fills the queue.
+        keys: [Q].
+    """
+
+    numbers: list[int]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    keys: jax.Array
+
+
+def rollout(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    *,
+    rows: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: int | float = 1.0,
+    top_k: int = 0,
+    top_p: int | float = 1.0,
+    bucket: int = 64,
+) -> Rollout:
+    """A sampled completion of every prompt, up to and with a stop token or of `max_new_tokens`.
+
+    A completion depends on its prompt and its key, not on the prompts beside it.
+
+    Args:
+        prompts: token ids.
+        keys: one random key a prompt.
+        rows: how many sequences run at a time.
+        top_k, top_p: see `sample`.
+        bucket: prompts are padded to a multiple of this.
+
+    Raises:
+        ValueError: no prompts, empty ones, or settings out of range; all are listed.
+    """
+    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p)
+    problems = faults(settings | dict(rows=rows, bucket=bucket)) + _unfit(prompts, keys, temperature)
+    if problems:
+        raise ValueError("rollout:\n  " + "\n  ".join(problems))
+    rows = min(rows, len(prompts))
+    settings |= dict(rows=rows, stop_ids=tuple(stop_ids), temperature=float(temperature))
+    calls = list(queues(prompts, keys, rows=rows, bucket=bucket))
+    drawn = [_draw(model, params, queue.tokens, queue.lengths, queue.keys, **settings) for queue in calls]
+    drawn = jax.device_get(drawn)
+    completions = {}
+    for queue, (decoded, _) in zip(calls, drawn, strict=True):
+        for number, tokens, count, log_probs in zip(queue.numbers, *decoded, strict=False):
+            finished = int(tokens[count - 1]) in stop_ids
+            completions[number] = Completion(tokens[:count], log_probs[:count], finished)
+    return Rollout([completions[number] for number in range(len(prompts))], int(drawn[0][1]))
+
+
+def policy_digest(trainable: Params) -> UInt32[Array, ""]:
+    """A number that changes with any one weight, name or shape of the trainable leaves, and not with their sharding.
+
+    `lora.split(params)[1]` gives those of a whole tree. The number is the same in every jit that computes it.
+    """
+    total = jnp.uint32(0)
+    for path, leaf in tree.flatten(trainable).items():
+        name = jnp.uint32(zlib.crc32(f"{path} {leaf.shape} {leaf.dtype}".encode()) | 1)
+        for part in tree.digest(leaf, scramble=True):
+            total += name * (part + jnp.uint32(1))
+    return total
+
+
+def queues(
+    prompts: Sequence[Sequence[int]], keys: jax.Array, *, rows: int, bucket: int, most: int | None = None
+) -> Iterator[Queue]:
+    """The prompts from short to long, in queues whose prompts are padded to one multiple of `bucket`.
+
+    A queue is filled up to `rows` times a power of two, so that few shapes are compiled. It holds several times `rows`
+    prompts only where those would be padded alike: long prompts are not waited for, and no row runs alone for long.
+
+    Args:
+        most: how many times `rows` prompts a queue holds at most.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    batches = [order[start : start + rows] for start in range(0, len(order), rows)]
+    widths = [-(-len(prompts[batch[-1]]) // bucket) * bucket for batch in batches]
+    start = 0
+    while start < len(batches):
+        end = start + widths[start:].count(widths[start])
+        end = end if most is None else min(end, start + most)
+        numbers = [number for batch in batches[start:end] for number in batch]
+        size = rows * 2 ** (end - start - 1).bit_length()
+        tokens, lengths = np.zeros((size, widths[start]), np.int32), np.zeros(size, np.int32)
+        for row, number in enumerate(numbers):
+            lengths[row] = len(prompts[number])
+            tokens[row, widths[start] - lengths[row] :] = prompts[number]
+        filled = np.array(numbers + numbers[:1] * (size - len(numbers)))
+        yield Queue(numbers, tokens, lengths, keys[filled])
+        start = end
+
+
+def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array, temperature: int | float) -> list[str]:
+    """A line for everything about the prompts that cannot be sampled from."""
+    problems = []
+    if not prompts:
+        problems.append("no prompts: expected at least one")
+    if empty := [number for number, prompt in enumerate(prompts) if not len(prompt)]:
+        problems.append(f"empty prompts {empty}: expected at least one token in each")
+    if keys.shape != (len(prompts),):
+        problems.append(f"keys of shape {keys.shape}: expected one for each of {len(prompts)} prompts")
+    if not temperature > 0:
+        problems.append(f"temperature={temperature}: expected more than 0")
+    return problems
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens", "stop_ids", "top_k", "top_p"))
+def _draw(
+    model: Model,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    temperature: float | jax.Array,
+    **static: Any,
+) -> tuple[Decoded, jax.Array]:
+    """What follows each prompt, and the digest of the very arrays that were used for it."""
+    decoded = decode(model, params, tokens, lengths, keys, greedy=False, temperature=temperature, **static)
+    return decoded, policy_digest(lora.split(params)[1])
+
+
+def faults(settings: dict[str, int | float]) -> list[str]:
+    """A line for every setting that is out of range."""
+    return [
+        f"{name}={value}: expected {_EXPECTED[name][0]}"
+        for name, value in settings.items()
+        if not _EXPECTED[name][1](value)
+    ]
+
+
+_EXPECTED: dict[str, tuple[str, Callable[[int | float], bool]]] = {
+    "max_new_tokens": ("1 or more", lambda value: value >= 1),
+    "temperature": ("0 (greedy) or more", lambda value: value >= 0),
+    "top_k": ("0 (off) or more", lambda value: value >= 0),
+    "top_p": ("a probability in (0, 1]", lambda value: 0 < value <= 1),
+    "batch_size": ("1 or more", lambda value: value >= 1),
+    "rows": ("1 or more", lambda value: value >= 1),
+    "bucket": ("1 or more", lambda value: value >= 1),
+}

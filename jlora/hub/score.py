@@ -1,0 +1,113 @@
+"""The scalar head of reward and value models as transformers has it: `score.weight` of a …ForSequenceClassification
+with one label, which has no other head.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jlora import lora, tree
+from jlora.hub.source import Source
+from jlora.models.model import SCORE
+from jlora.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+KERNEL = f"{SCORE}/kernel"
+TENSOR = f"{SCORE}.weight"
+SUFFIX = "ForSequenceClassification"
+# model_type → what transformers calls its class; other families have none there.
+PREFIXES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "smollm3": "SmolLM3",
+    "olmo2": "Olmo2",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "gpt2": "GPT2",
+    "gpt-sw3": "GPT2",
+    "gpt_neox": "GPTNeoX",
+}
+
+
+def has_score(params: Params) -> bool:
+    """Whether the tree, of whatever model, has a score head: a module of that name with a kernel [D, 1] and no bias."""
+    module = params.get(SCORE)
+    if not isinstance(module, dict):
+        return False
+    own = lora.resolve({name: leaf for name, leaf in module.items() if not name.startswith("lora_")})
+    return own.keys() == {"kernel"} and own["kernel"].shape[1:] == (1,)
+
+
+def is_scored(checkpoint: Source) -> bool:
+    """Whether the checkpoint is a reward model's.
+
+    Raises:
+        ValueError: its head has several labels.
+    """
+    tensor = checkpoint.tensors.get(TENSOR)
+    if tensor is not None and tensor.shape[0] != 1:
+        raise ValueError(
+            f"{TENSOR} has shape {tensor.shape}, a classifier of {tensor.shape[0]} labels; jlora reads heads of one "
+            "label (num_labels=1), as reward models have"
+        )
+    return tensor is not None or any(name.endswith(SUFFIX) for name in checkpoint.config.get("architectures") or ())
+
+
+def scored_leaves(model: "Model", leaves: Mapping[str, Any], heads: Collection[str]) -> dict[str, Any]:
+    """Path → abstract leaf of the model with a score head, and with its other head if that is one of `heads`.
+
+    Args:
+        leaves: those of the model without a score head.
+    """
+    head = f"{model.config.names.head}/kernel"
+    kept = {path: leaf for path, leaf in leaves.items() if path != head or path in heads}
+    embedding = leaves[f"{model.config.names.embedding}/embedding"]
+    return kept | {KERNEL: jax.ShapeDtypeStruct((model.config.hidden_size, 1), embedding.dtype)}
+
+
+def only_scored(model: "Model", params: Params) -> Params:
+    """The params with the score head as a leaf of the base, and without the head that makes logits."""
+    flat = tree.flatten(params)
+    heads = (f"{model.config.names.head}/", f"{SCORE}/")
+    kept = {path: leaf for path, leaf in flat.items() if not path.startswith(heads)}
+    # Resolved first: a trained copy keeps its own dtype.
+    return tree.unflatten(kept | {KERNEL: lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")})
+
+
+def scored_config(
+    model: "Model", config: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
+) -> dict[str, Any]:
+    """config.json of the model with its score head.
+
+    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's, or the config's, or if
+    both lack one the end-of-text token, at which then no text is scored.
+
+    Raises:
+        ValueError: transformers has no such class for the model's family.
+    """
+    kind = model.config.model_type
+    if kind not in PREFIXES:
+        raise ValueError(
+            f"transformers has no {SUFFIX} for model_type {kind!r}, so no folder can hold this score head; save the "
+            f"adapter instead (save_adapter). Families with such a class: {', '.join(PREFIXES)}"
+        )
+    ends = (None if tokenizer is None else tokenizer.eos_token_id, *model.config.eos_token_ids)
+    pads = (None if tokenizer is None else tokenizer.pad_token_id, config.get("pad_token_id"), *ends)
+    return {
+        **config,
+        "architectures": [PREFIXES[kind] + SUFFIX],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": next((token for token in pads if token is not None), None),
+    }

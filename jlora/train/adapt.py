@@ -1,0 +1,34 @@
+"""The adapter that a run starts with."""
+
+import jax
+
+from jlora import hub, lora
+from jlora.models import Model
+from jlora.train.config import RunConfig
+from jlora.types import Params
+
+
+def adapt(model: Model, params: Params, config: RunConfig) -> Params:
+    """The params with a new adapter, or with the one of `model.adapter`; for a reward model with its score head too.
+
+    Raises:
+        ValueError: `model.adapter` is a reward model and the algorithm trains a policy, or settings of the group `lora`
+        would have no effect on it.
+    """
+    key = jax.random.key(config.train.seed)
+    if not config.model.adapter:
+        params = lora.init(params, config.lora, key)
+    else:
+        if config.lora != lora.LoraConfig():
+            raise ValueError(
+                f"model.adapter is {config.model.adapter}: an adapter brings its own settings, so those of the group "
+                f"lora must stay at their defaults; found {config.lora}"
+            )
+        params = hub.load_adapter(params, config.model.adapter)
+    if config.algorithm == "reward":
+        return params if "score" in params else model.add_score(params, jax.random.fold_in(key, 1))
+    if "score" in params:
+        raise ValueError(
+            f"{config.model.adapter} is a reward model (it has a score head); {config.algorithm} trains a policy"
+        )
+    return params

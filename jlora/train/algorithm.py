@@ -1,0 +1,134 @@
+"""What the loop asks of an algorithm, whatever it learns from."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from jlora import data, lora, sharding
+from jlora.models import Model
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics, Objective
+from jlora.types import Params
+
+Numbers = dict[str, float]
+Note = Callable[[str], None]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where batches come from: files, or the policy itself."""
+
+    @property
+    def boundary(self) -> bool:
+        """Whether a run may be saved and stopped here: what `get_state` says is then enough to go on."""
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next step's batch on the mesh, how many tokens it holds, and what to report of how it came about."""
+
+    def observe(self, metrics: Metrics) -> None:
+        """Is told what the step on the last batch returned.
+
+        Raises:
+            RuntimeError: the step does not fit the batch.
+        """
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as plain values."""
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes to a position."""
+
+
+class FileSource:
+    """Batches of a fixed data set, from a grain iterator that can be resumed."""
+
+    boundary = True
+
+    def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh) -> None:
+        self._batches, self._mesh = batches, mesh
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next batch; the policy plays no part."""
+        batch = next(self._batches)
+        return sharding.put_batch(batch, self._mesh), int((batch["segment_ids"] > 0).sum()), {}
+
+    def observe(self, metrics: Metrics) -> None:
+        """Nothing to check."""
+
+    def get_state(self) -> dict[str, Any]:
+        """grain's position."""
+        return self._batches.get_state()
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes to a position of grain's."""
+        self._batches.set_state(position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A model with its adapter at the start, ready for an algorithm.
+
+    Attributes:
+        frozen, trainable: the two halves of its params, `frozen` placed on the mesh.
+        reference: the starting adapter when the run goes on from one, {} when it starts at the base.
+        workdir: where an algorithm may leave files of its own.
+    """
+
+    model: Model
+    tokenizer: Any
+    mesh: jax.sharding.Mesh
+    frozen: Params
+    trainable: Params
+    reference: Params
+    workdir: Any
+
+    @property
+    def constants(self) -> Params:
+        """What a step does not change: the frozen half, and the reference policy's adapter."""
+        return {"policy": self.frozen, "reference": self.reference}
+
+
+def reference_params(constants: Params) -> Params:
+    """The reference policy: the same base with the starting adapter, or with none."""
+    return lora.overlay(constants["policy"], constants["reference"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An algorithm at work on a base.
+
+    Attributes:
+        trainable: where training starts; `Base.trainable` alone, or several adapters by name.
+        frozen: the second argument of the step.
+        objective, source: what is minimised, and on which batches.
+        report: (a step's metrics on the host) → numbers for the log.
+        adapters: (trained weights) → params to be saved in PEFT's format, by the name of their folder.
+        evaluate: (state) → numbers, or None where there is nothing to evaluate on.
+        panels: (title, names of the numbers) of what curves.png shows beside loss, rate and gradient norm.
+        finish: (state) is called once at the end.
+    """
+
+    trainable: Params
+    frozen: Params
+    objective: Objective
+    source: Source
+    report: Callable[[Metrics], Numbers]
+    adapters: Callable[[Params], dict[str, Params]]
+    evaluate: Callable[[TrainState], Numbers] | None = None
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    finish: Callable[[TrainState], None] = lambda state: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run before its model is loaded, so that the user's mistakes are found early.
+
+    Attributes:
+        total_steps: optimizer steps.
+        start: puts the algorithm to work on a base.
+    """
+
+    total_steps: int
+    start: Callable[[Base], Job]

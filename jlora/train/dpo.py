@@ -1,0 +1,119 @@
+"""DPO and its relatives: chosen against rejected answers, seen from a reference policy."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora import lora, losses
+from jlora.losses import Pairs, TokenScores
+from jlora.losses.documents import by_document
+from jlora.models import Model
+from jlora.train.algorithm import Numbers, reference_params
+from jlora.train.config import RunConfig
+from jlora.train.scores import completion_scores, item_means, token_means, token_sums
+from jlora.train.settings import DPOConfig
+from jlora.train.step import Batch, Metrics, Objective, Report
+from jlora.types import Params
+
+CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
+
+
+def objective(model: Model, config: RunConfig) -> Objective:
+    """What a run with algorithm="dpo" minimises."""
+    return dpo_loss(model, config.dpo, remat=config.train.remat)
+
+
+def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool = True, chunk: int = 512) -> Objective:
+    """The weighted sum of the terms of `settings`, each the mean over the pairs of a step.
+
+    The frozen half is `Base.constants`. Where the batch brings the reference's log-probabilities, no reference is run.
+    """
+
+    def loss(
+        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Report]:
+        params = lora.combine(frozen["policy"], trainable)
+        scores = completion_scores(model, params, batch, key=key, remat=remat, chunk=chunk)
+        policy = document_sums(scores.log_probs, batch, settings.ld_alpha)
+        if CHOSEN in batch:
+            reference = jnp.concatenate([batch[CHOSEN], batch[REJECTED]])
+        else:
+            reference = reference_sums(model, frozen, batch, settings.ld_alpha, chunk)
+        pairs = as_pairs(policy, reference, batch)
+        value = sum(weight * _term(name, pairs, settings, totals) for name, weight in settings.terms)
+        return value, _report(pairs, settings.beta, scores, batch)
+
+    return Objective(loss, pair_totals)
+
+
+def pair_totals(batch: Batch) -> Metrics:
+    """How many pairs a step has, and how many tokens their chosen answers."""
+    slots = batch["items"].shape[-1]
+    chosen = jnp.sum(batch["weights"] * (batch["documents"] < slots))
+    return {"items": jnp.maximum(jnp.sum(batch["items"]), 1), "chosen_tokens": jnp.maximum(chosen, 1)}
+
+
+def document_sums(log_probs: jax.Array, batch: Batch, ld_alpha: float | None = None) -> jax.Array:
+    """Summed log-probabilities of the completions of every document, [2N]: chosen, then rejected."""
+    count = 2 * batch["items"].shape[0]
+    if ld_alpha is not None:
+        return losses.length_desensitised(log_probs, batch["weights"], batch["documents"], count, ld_alpha)
+    return by_document(log_probs, batch["documents"], count)
+
+
+def reference_sums(
+    model: Model, frozen: Params, batch: Batch, ld_alpha: float | None = None, chunk: int = 512
+) -> jax.Array:
+    """The same of the reference policy, without gradients or dropout."""
+    scores = completion_scores(model, reference_params(frozen), batch, chunk=chunk)
+    return jax.lax.stop_gradient(document_sums(scores.log_probs, batch, ld_alpha))
+
+
+def as_pairs(policy: jax.Array, reference: jax.Array, batch: Batch) -> Pairs:
+    """Sums [2N] as pairs [N]."""
+    slots = batch["items"].shape[0]
+    tokens = by_document(batch["weights"], batch["documents"], 2 * slots)
+    sides = [half for values in (policy, reference, tokens) for half in (values[:slots], values[slots:])]
+    return Pairs(*sides, batch["items"])
+
+
+def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics) -> jax.Array:
+    if name == "sft":
+        return -jnp.sum(pairs.chosen * pairs.items) / totals["chosen_tokens"]
+    per_pair = losses.dpo(
+        pairs,
+        loss_type=name,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        f_divergence_type=settings.f_divergence_type,
+        f_alpha_divergence_coef=settings.f_alpha_divergence_coef,
+        discopop_tau=settings.discopop_tau,
+    )
+    return jnp.sum(per_pair) / totals["items"]
+
+
+def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Report:
+    items = {
+        "items": pairs.items,
+        "rewards/chosen": beta * (pairs.chosen - pairs.reference_chosen),
+        "rewards/rejected": beta * (pairs.rejected - pairs.reference_rejected),
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+    }
+    return Report(token_sums(scores, batch, 2), items)
+
+
+def report(metrics: Metrics) -> Numbers:
+    """TRL's numbers of a step on pairs."""
+    names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    compared = {"items": metrics["items"], "rewards/accuracies": margins > 0, "rewards/margins": margins}
+    logits = {
+        f"logits/{name}": float(metrics[f"logits/{side}"]) / max(float(metrics[f"tokens/{side}"]), 1.0)
+        for side, name in enumerate(("chosen", "rejected"))
+    }
+    return (
+        item_means(metrics, names)
+        | item_means(compared, ("rewards/accuracies", "rewards/margins"))
+        | logits
+        | token_means(metrics)
+    )

@@ -1,0 +1,83 @@
+"""KTO: answers that are good or bad, each alone, seen from a reference policy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import lora, losses
+from jlora.losses.documents import by_document
+from jlora.models import Model
+from jlora.train.algorithm import Numbers, reference_params
+from jlora.train.config import RunConfig
+from jlora.train.scores import completion_scores, item_means, token_means
+from jlora.train.step import Batch, Metrics, Objective, Report
+from jlora.types import Params
+
+
+def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
+    """KTO's loss, the mean over the answers of a step.
+
+    A batch of loss_type "kto" holds a second document for each item: its prompt with another's answer, for the KL.
+    """
+    settings = config.kto
+    sides = 2 if settings.loss_type == "kto" else 1
+
+    def loss(
+        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Report]:
+        params = lora.combine(frozen["policy"], trainable)
+        scores = completion_scores(model, params, batch, key=key, remat=config.train.remat, chunk=chunk)
+        with_reference = completion_scores(model, reference_params(frozen), batch, chunk=chunk)
+        slots, items, label = batch["items"].shape[0], batch["items"], batch["label"]
+        policy = by_document(scores.log_probs, batch["documents"], sides * slots)
+        reference = jax.lax.stop_gradient(by_document(with_reference.log_probs, batch["documents"], sides * slots))
+        kl = jnp.float32(0)
+        if sides == 2:
+            kl = losses.kto_kl(policy[slots:], reference[slots:], items)
+        per_answer = losses.kto(
+            policy[:slots],
+            reference[:slots],
+            label > 0,
+            items,
+            kl=kl,
+            loss_type=settings.loss_type,
+            beta=settings.beta,
+            desirable_weight=settings.desirable_weight,
+            undesirable_weight=settings.undesirable_weight,
+        )
+        answers = batch["weights"] * (batch["documents"] < slots)
+        logits = by_document(scores.mean_logits * answers, batch["documents"], slots)
+        tokens = by_document(answers, batch["documents"], slots)
+        sums = {
+            "entropy": jnp.sum(scores.entropy * answers),
+            "correct": jnp.sum(scores.correct * answers),
+            "weight": jnp.sum(answers),
+        }
+        of_items = {
+            "items": items,
+            "chosen": items * label,
+            "rejected": items * (1 - label),
+            "rewards": settings.beta * (policy[:slots] - reference[:slots]),
+            "logps": policy[:slots],
+            "logits": logits,
+            "tokens": tokens,
+            "kl": jnp.broadcast_to(kl, items.shape),
+        }
+        return jnp.sum(per_answer) / totals["items"], Report(sums, of_items)
+
+    return Objective(loss, lambda batch: {"items": jnp.maximum(jnp.sum(batch["items"]), 1)})
+
+
+def report(metrics: Metrics) -> Numbers:
+    """TRL's numbers of a step on answers with labels; those of a side that the step lacks are left out."""
+    numbers = token_means(metrics) | item_means(metrics, ("kl",))
+    for side in ("chosen", "rejected"):
+        marked = metrics[side] > 0
+        if marked.any():
+            means = item_means(metrics, ("rewards", "logps"), side)
+            tokens = float(np.sum(metrics["tokens"][marked]))
+            numbers |= {f"{name}/{side}": value for name, value in means.items()}
+            numbers[f"logits/{side}"] = float(np.sum(metrics["logits"][marked])) / max(tokens, 1.0)
+    if "rewards/chosen" in numbers and "rewards/rejected" in numbers:
+        numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
+    return numbers

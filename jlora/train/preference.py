@@ -1,0 +1,195 @@
+"""Algorithms on judged answers: DPO, CPO, ORPO, KTO and reward models differ in their data and their objective."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import data, lora, sharding
+from jlora.models import Model
+from jlora.train import cpo, dpo, kto, reward_model
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan
+from jlora.train.config import RunConfig
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics, Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What tells one algorithm from another.
+
+    Attributes:
+        kind: of the data, "pairs" or "unpaired".
+        objective: (model, settings of the run) → what is minimised.
+        report: (a step's metrics) → numbers for the log.
+        reference: whether a reference policy takes part.
+        panels: of curves.png.
+        finish: (base, metrics of the evaluation) is called at the end, where there is something to evaluate on.
+    """
+
+    kind: str
+    objective: Callable[[Model, RunConfig], Objective]
+    report: Callable[[Metrics], Numbers]
+    reference: bool = False
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    finish: Callable[[Base, Metrics], None] | None = None
+
+
+REWARDS = (
+    ("Rewards", ("rewards/chosen", "rewards/rejected")),
+    ("Reward accuracy", ("rewards/accuracies",)),
+    ("Reward margin", ("rewards/margins",)),
+)
+METHODS = {
+    "dpo": Method("pairs", dpo.objective, dpo.report, reference=True, panels=REWARDS),
+    "cpo": Method("pairs", cpo.cpo_objective, cpo.report, panels=REWARDS),
+    "orpo": Method("pairs", cpo.orpo_objective, cpo.report, panels=REWARDS),
+    "kto": Method(
+        "unpaired", kto.objective, kto.report, reference=True, panels=(REWARDS[0], ("KL", ("kl",)), REWARDS[2])
+    ),
+    "reward": Method(
+        "pairs",
+        reward_model.objective,
+        reward_model.report,
+        panels=(
+            ("Accuracy", ("accuracy",)),
+            ("Reward", ("min_reward", "mean_reward", "max_reward")),
+            ("Margin", ("margin",)),
+        ),
+        finish=reward_model.plot_calibration,
+    ),
+}
+
+
+def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
+    """The run on the preferences of `data.path`."""
+    method, train = METHODS[config.algorithm], config.train
+    items, encoded = read_items(config, config.data.path, tokenizer)
+    held_out = read_items(config, config.data.eval_path, tokenizer)[0] if config.data.eval_path else []
+    steps = data.plan_items(
+        items,
+        seq_len=train.seq_len,
+        batch_size=train.batch_size,
+        grad_accum=train.grad_accum,
+        packing=config.data.packing,
+        bucket=config.data.bucket,
+        seed=train.seed,
+        epochs=train.epochs,
+        steps=train.steps,
+    )
+    note(f"{len(items)} {'pairs' if method.kind == 'pairs' else 'answers'}, {data.describe(encoded, steps)}")
+
+    def start(base: Base) -> Job:
+        objective = method.objective(base.model, config)
+        train_items, eval_items = items, held_out
+        if method.reference:
+            note(f"the reference policy is {_reference_name(config, items)}")
+            if config.dpo.precompute_ref_log_probs:
+                train_items, eval_items = (with_reference(base, config, some) for some in (items, held_out))
+        constants = base.constants
+        evaluate = functools.partial(evaluate_items, objective, config, base, eval_items)
+        return Job(
+            trainable=base.trainable,
+            frozen=constants,
+            objective=objective,
+            source=FileSource(data.item_loader(train_items, steps, train.grad_accum), base.mesh),
+            report=method.report,
+            adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+            evaluate=lambda state: _numbers(method, evaluate(state)),
+            panels=method.panels,
+            finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
+        )
+
+    return Plan(len(steps), start)
+
+
+def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.Item], data.EncodeReport]:
+    """The items of a file, as the algorithm wants them."""
+    kind = METHODS[config.algorithm].kind
+    records = data.read_preferences(path, kind)
+    encode = data.encode_pairs if kind == "pairs" else data.encode_unpaired
+    items, report = encode(records, tokenizer, seq_len=config.train.seq_len, overlong=config.data.overlong)
+    if config.algorithm == "kto" and config.kto.loss_type == "kto":
+        items = data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
+    return items, report
+
+
+def evaluate_items(
+    objective: Objective, config: RunConfig, base: Base, items: Sequence[data.Item], state: TrainState
+) -> Metrics:
+    """The metrics of all items as if they were one step's: sums added, arrays of items one after another.
+
+    The loss is the mean of the batches' losses, each with the weight of its items.
+    """
+    found = []
+    score = _scorer(objective)
+    for batch in _batches(items, config, base.mesh):
+        value, report = score(state.trainable, base.constants, batch)
+        weight = float(np.sum(batch["items"]))
+        found.append(jax.device_get((value * weight, weight, report)))
+    loss = sum(value for value, _, _ in found) / sum(weight for _, weight, _ in found)
+    sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *(report.sums for _, _, report in found))
+    arrays = jax.tree.map(lambda *values: np.concatenate(values), *(report.items for _, _, report in found))
+    return sums | arrays | {"loss": loss}
+
+
+def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:
+    """The same pairs with the reference's log-probabilities among their values."""
+    score = jax.jit(functools.partial(dpo.reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
+    found: list[data.Item] = []
+    for batch in _batches(items, config, base.mesh):
+        rows = jax.tree.map(lambda leaf: leaf[0], batch)
+        sums = np.asarray(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
+        for chosen, rejected in sums.T:
+            item = items[len(found)]
+            found.append(
+                dataclasses.replace(
+                    item, values=item.values | {dpo.CHOSEN: float(chosen), dpo.REJECTED: float(rejected)}
+                )
+            )
+    return found
+
+
+def _batches(items: Sequence[data.Item], config: RunConfig, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """Every item once, in order, a micro-batch at a time."""
+    steps = data.plan_items(
+        items,
+        seq_len=config.train.seq_len,
+        batch_size=config.train.batch_size,
+        grad_accum=1,
+        packing=False,
+        bucket=config.data.bucket,
+        epochs=1,
+        shuffle=False,
+    )
+    for step in steps:
+        yield sharding.put_batch(data.collate_items(items, step, 1), mesh)
+
+
+@functools.cache
+def _scorer(objective: Objective) -> Callable:
+    """The objective without gradients or dropout, on a batch of one micro-batch."""
+
+    def score(trainable: Any, frozen: Any, batch: Batch) -> Any:
+        micro = jax.tree.map(lambda leaf: leaf[0], batch)
+        return objective.loss(trainable, frozen, micro, objective.totals(batch), None)
+
+    return jax.jit(score)
+
+
+def _numbers(method: Method, metrics: Metrics) -> Numbers:
+    return {"loss": float(metrics["loss"])} | method.report(metrics)
+
+
+def _nothing(state: TrainState) -> None:
+    """There is nothing to do at the end."""
+
+
+def _reference_name(config: RunConfig, items: Sequence[data.Item]) -> str:
+    if dpo.CHOSEN in items[0].values:
+        return f"the one whose log-probabilities are in {config.data.path}"
+    name = f"the adapter {config.model.adapter}" if config.model.adapter else "the base model"
+    return f"{name}, scored once before the first step" if config.dpo.precompute_ref_log_probs else name

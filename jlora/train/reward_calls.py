@@ -1,0 +1,152 @@
+"""Calling reward functions: what their signatures accept, async ones together, and what is wrong with their answers."""
+
+import asyncio
+import collections
+import functools
+import inspect
+import reprlib
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from jlora.train import pyfile
+
+Fault = tuple[str, BaseException | None]
+
+
+def parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
+    """Names of the parameters and whether each must be given, and whether any other is welcome."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions of C have none to show
+        return {}, True
+    named = {p.name: p.default is p.empty for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The function's name; of an object that can be called its class's."""
+    function = _unwrap(function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+class Loop:
+    """One event loop in a thread of its own, so that callers may be in another, and functions may keep connections."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=_serve, args=(self._loop,), name="rewards", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._loop, thread)
+
+    def gather(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+        """What they return, or the exceptions that they raise."""
+        future = asyncio.run_coroutine_threadsafe(_gather(awaitables), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def call_all(calls: Sequence[Callable[[], Any]], loop: Callable[[], Loop]) -> list[Any]:
+    """What the calls return or raise, in their order. What they return to be awaited is awaited together at the end."""
+    results = [_attempt(call) for call in calls]
+    waiting = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
+    if waiting:
+        for index, result in zip(waiting, loop().gather([results[index] for index in waiting]), strict=True):
+            results[index] = result
+    return results
+
+
+def read(function: Callable[..., Any], result: Any, size: int) -> tuple[Float32[np.ndarray, " N"], int, list[Fault]]:
+    """The function's rewards, NaN where there is none; how many completions it failed on; and why."""
+    values = np.full(size, np.nan, np.float32)
+    if isinstance(result, BaseException):
+        return values, size, [(f"all {size} completions: {_describe(function, result)}", result)]
+    if isinstance(result, str | Mapping) or not hasattr(result, "__len__"):
+        return values, size, [(f"returned {reprlib.repr(result)}, expected a list of {size} numbers", None)]
+    if len(result) != size:
+        return values, size, [(f"returned {len(result)} values, expected {size}, one for each completion", None)]
+    faults: list[Fault] = []
+    for index, value in enumerate(result):
+        if isinstance(value, BaseException):
+            faults.append((f"completion {index}: {_describe(function, value)}", value))
+        elif value is not None:
+            values[index] = _number(value)
+            if np.isnan(values[index]):
+                faults.append((f"completion {index}: {reprlib.repr(value)}, expected a finite number or None", None))
+    return values, len(faults), faults
+
+
+class Log:
+    """What functions have to say besides their rewards."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self.columns = size, {}
+        self._values: dict[str, list[float]] = collections.defaultdict(list)
+
+    def metric(self, name: str, value: Any) -> None:
+        """Notes a number, of which the mean is reported."""
+        self._values[name].append(float(value))
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """Notes a value for each completion."""
+        if len(values) != self._size:
+            raise ValueError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
+        self.columns[column] = list(values)
+
+    def means(self) -> dict[str, float]:
+        """Of every metric."""
+        return {name: float(np.mean(values)) for name, values in self._values.items()}
+
+
+def _number(value: Any) -> np.float32:
+    """The value, or NaN when it is not a finite number of float32."""
+    if isinstance(value, str | bytes):
+        return np.float32(np.nan)
+    try:
+        with np.errstate(over="ignore"):
+            number = np.float32(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return np.float32(np.nan)
+    return number if np.isfinite(number) else np.float32(np.nan)
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 (a user's function raises anything; `read` reports it by name)
+        return error
+
+
+async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    if threading.current_thread() is not thread:
+        thread.join()
+
+
+def _describe(function: Callable[..., Any], error: BaseException) -> str:
+    function = _unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    known = code is not None and error.__traceback__ is not None
+    return pyfile.describe(code.co_filename, error) if known else f"{type(error).__name__}: {error}"
+
+
+def _unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.unwrap(function)

@@ -1,0 +1,163 @@
+"""Reward models: a scalar head beside an adapter that learns which of two answers is better."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import data, hub, lora, losses, sharding
+from jlora.losses.documents import by_document, last_token
+from jlora.models import Model
+from jlora.train.algorithm import Base, Numbers
+from jlora.train.config import RunConfig
+from jlora.train.metrics import new_figure, save_figure, style
+from jlora.train.step import Batch, Metrics, Objective, Report
+from jlora.types import Params
+
+CALIBRATION = "calibration.png"
+BINS = 10
+
+
+def objective(model: Model, config: RunConfig) -> Objective:
+    """The Bradley-Terry loss, the mean over the pairs of a step; a "margin" in the data is taken into account."""
+
+    def loss(
+        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Report]:
+        params = lora.combine(frozen["policy"], trainable)
+        slots = batch["items"].shape[0]
+        rewards = document_rewards(model, params, batch, 2 * slots, key=key, remat=config.train.remat)
+        chosen, rejected = rewards[:slots], rewards[slots:]
+        per_pair = losses.reward_model(
+            chosen,
+            rejected,
+            batch["items"],
+            margin=batch.get("margin"),
+            center_rewards_coefficient=config.reward.center_rewards_coefficient,
+        )
+        items = {"items": batch["items"], "chosen": chosen, "rejected": rejected}
+        return jnp.sum(per_pair) / totals["items"], Report({}, items)
+
+    return Objective(loss, lambda batch: {"items": jnp.maximum(jnp.sum(batch["items"]), 1)})
+
+
+def document_rewards(
+    model: Model, params: Params, batch: Batch, count: int, *, key: jax.Array | None = None, remat: bool = False
+) -> jax.Array:
+    """What the score head says at the last token of every document, float32 [count]."""
+    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat)
+    last = last_token(batch["documents"], count)
+    return by_document(model.score(params, hidden) * last, batch["documents"], count)
+
+
+def report(metrics: Metrics) -> Numbers:
+    """TRL's numbers of a step."""
+    marked = np.asarray(metrics["items"]) > 0
+    chosen, rejected = (np.asarray(metrics[side])[marked] for side in ("chosen", "rejected"))
+    both = np.concatenate([chosen, rejected])
+    return {
+        "accuracy": float(np.mean(chosen > rejected)),
+        "margin": float(np.mean(chosen - rejected)),
+        "min_reward": float(both.min()),
+        "mean_reward": float(both.mean()),
+        "max_reward": float(both.max()),
+    }
+
+
+class RewardModel:
+    """The reward model `rollout.reward_model` on the base that the policy has: the same arrays, another adapter.
+
+    Raises:
+        ValueError: the adapter does not fit, or has no score head.
+    """
+
+    def __init__(self, base: Base, config: RunConfig) -> None:
+        path = config.rollout.reward_model
+        params = hub.load_adapter(lora.strip(base.frozen), path)
+        if "score" not in params:
+            raise ValueError(f'{path} has no score head: expected an adapter that algorithm="reward" left')
+        self._base, self._config = base, config
+        self._params = sharding.shard(params, base.mesh)
+        self._tail = np.array(data.template_tail(base.tokenizer), np.int32)
+
+    def __call__(self, items: Sequence[data.Item], ended: Sequence[bool]) -> np.ndarray:
+        """The scores of prompts with their completions, float32 [N].
+
+        Args:
+            ended: whether an answer is a finished message: what the template writes behind one is then put behind it,
+                as in training.
+        """
+        whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
+        config = self._config
+        steps = data.plan_items(
+            whole,
+            seq_len=config.train.seq_len + len(self._tail),
+            batch_size=config.train.batch_size,
+            packing=False,
+            bucket=config.data.bucket,
+            epochs=1,
+            shuffle=False,
+        )
+        found = []
+        for step in steps:
+            batch = sharding.put_batch(data.collate_items(whole, step), self._base.mesh)
+            scores = _rewards(self._base.model, self._params, batch)
+            found.append(np.asarray(scores)[np.asarray(batch["items"][0]) > 0])
+        return np.concatenate(found)
+
+    def _finished(self, item: data.Item) -> data.Item:
+        [document] = item.documents
+        tokens = np.concatenate([document.tokens, self._tail])
+        return dataclasses.replace(item, documents=(data.Example(tokens, np.zeros(len(tokens), np.bool_)),))
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
+    rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    return document_rewards(model, params, rows, rows["items"].shape[0])
+
+
+def calibration(margins: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:
+    """(mean predicted probability that the first answer is better, share where it is, pairs) of each bin.
+
+    Every pair is counted in both orders, so that the predictions cover 0 to 1; bins without a pair are left out.
+    """
+    both = np.concatenate([margins, -margins])
+    better = np.concatenate([np.ones_like(margins), np.zeros_like(margins)])
+    predicted = 1 / (1 + np.exp(-both))
+    place = np.minimum((predicted * bins).astype(int), bins - 1)
+    found = []
+    for number in range(bins):
+        inside = place == number
+        if inside.any():
+            found.append((float(predicted[inside].mean()), float(better[inside].mean()), int(inside.sum())))
+    return found
+
+
+def plot_calibration(base: Base, metrics: Metrics) -> None:
+    """Writes calibration.png: how often the answer with the higher reward is the better one, by what the model says."""
+    if jax.process_index():
+        return
+    marked = np.asarray(metrics["items"]) > 0
+    margins = (np.asarray(metrics["chosen"]) - np.asarray(metrics["rejected"]))[marked]
+    draw_calibration(base.workdir / CALIBRATION, margins)
+
+
+def draw_calibration(path: pathlib.Path, margins: np.ndarray) -> None:
+    """Writes the plot of these margins (chosen - rejected) as a PNG."""
+    found = calibration(margins)
+    figure, (left, right) = new_figure(1, 2, (10, 4.2))
+    style(left, f"Calibration on {len(margins)} held-out pairs")
+    left.plot([0, 1], [0, 1], color="#999999", linewidth=0.9, linestyle="--")
+    left.plot([x for x, _, _ in found], [y for _, y, _ in found], "o-", color="#2563a8", linewidth=1.6)
+    left.set_xlabel("predicted probability of being the better answer")
+    left.set_ylabel("share that is")
+    style(right, f"Margins: {np.mean(margins > 0):.0%} are above 0")
+    right.hist(margins, bins=30, color="#2563a8")
+    right.axvline(0, color="#d9641e", linewidth=1.2)
+    right.set_xlabel("reward of chosen - reward of rejected")
+    save_figure(figure, path)

@@ -1,0 +1,251 @@
+"""Reward functions, called as TRL calls them: from Python files, from metrics, or handed over."""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from jlora.losses.advantages import total
+from jlora.train import pyfile, reward_calls
+
+__all__ = ["RewardTable", "Rewards", "load_rewards", "text_of", "total"]
+
+Messages = list[dict[str, Any]]
+Record = dict[str, Any]
+Reward = Callable[..., Any]
+
+METRIC = "metric:"
+FORMS = "FILE.py, FILE.py:FUNCTION, metric:FILE.py or metric:FILE.py:KEY"
+SHOWN_FAULTS = 20
+# What a function is given besides the columns of the records.
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RewardTable:
+    """What each completion earned from each function.
+
+    Attributes:
+        names: of the functions, [F].
+        values: NaN where a function gave none.
+        errors: completions that each function failed on, [F]; all 0 unless failures are skipped.
+        metrics: means of what the functions told `log_metric`, by name.
+        extra: what they told `log_extra`, one value a completion, by name.
+    """
+
+    names: tuple[str, ...]
+    values: Float32[np.ndarray, "N F"]
+    errors: tuple[int, ...]
+    metrics: dict[str, float]
+    extra: dict[str, list[Any]]
+
+    @property
+    def scored(self) -> Bool[np.ndarray, " N"]:
+        """False for completions to which no function gave a reward: they have nothing to teach."""
+        return ~np.isnan(self.values).all(axis=1)
+
+    def numbers(self) -> dict[str, float]:
+        """`rewards/NAME/mean`, `/std` (n - 1) and `/errors` for the log, and `metrics`; nothing for what is unknown."""
+        numbers = dict(self.metrics)
+        for name, column, errors in zip(self.names, self.values.T.astype(np.float64), self.errors, strict=True):
+            known = column[~np.isnan(column)]
+            numbers |= {f"rewards/{name}/mean": float(known.mean())} if len(known) else {}
+            numbers |= {f"rewards/{name}/std": float(known.std(ddof=1))} if len(known) > 1 else {}
+            numbers[f"rewards/{name}/errors"] = float(errors)
+        return numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewards:
+    """Reward functions with their names and weights; calling it scores completions."""
+
+    functions: tuple[Reward, ...]
+    names: tuple[str, ...]
+    weights: Float32[np.ndarray, " F"]
+    on_error: Literal["raise", "skip"] = "raise"
+
+    def __call__(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        trainer_state: Any = None,
+    ) -> RewardTable:
+        """The rewards of completions. A text that answers messages is handed on as one message of the assistant.
+
+        Functions are called with those of `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_metric`,
+        `log_extra` and the columns that their signatures accept. They return one number or None for each completion;
+        an exception in a number's place stands for that one completion's failure. Async functions run together.
+
+        Raises:
+            ValueError: the columns do not fit the functions or the completions; with on_error="raise", also everything
+                that failed: exceptions, a wrong number of values, and values that are not finite numbers.
+        """
+        completions = [_as_messages(*pair) for pair in zip(prompts, completions, strict=True)]
+        _check_columns(columns, len(completions))
+        log = reward_calls.Log(len(completions))
+        given = dict(columns) | dict(
+            prompts=list(prompts),
+            completions=completions,
+            completion_ids=[list(ids) for ids in completion_ids],
+            trainer_state=trainer_state,
+            log_metric=log.metric,
+            log_extra=log.extra,
+        )
+        results = reward_calls.call_all(self._calls(given), lambda: self._loop)
+        values, errors = self._read(results, len(completions))
+        return RewardTable(self.names, values, errors, log.means(), log.columns)
+
+    def of_records(
+        self,
+        records: Sequence[Record],
+        completions: Sequence[str | Messages],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        trainer_state: Any = None,
+    ) -> RewardTable:
+        """The rewards of one completion for each record, whose `prompt` is the prompt and all else columns."""
+        names = dict.fromkeys(name for record in records for name in record if name != "prompt")
+        columns = {name: [record.get(name) for record in records] for name in names}
+        prompts = [record["prompt"] for record in records]
+        return self(prompts, completions, completion_ids, columns, trainer_state=trainer_state)
+
+    def _calls(self, given: dict[str, Any]) -> list[Callable[[], Any]]:
+        calls, faults = [], []
+        for name, function in zip(self.names, self.functions, strict=True):
+            wanted, everything = reward_calls.parameters(function)
+            missing = [key for key, needed in wanted.items() if needed and key not in given]
+            if missing:
+                columns = sorted(set(given) - set(RESERVED))
+                faults.append(f"{name}: wants the columns {missing}, the records have {columns}")
+            arguments = given if everything else {key: given[key] for key in wanted if key in given}
+            calls.append(functools.partial(function, **arguments))
+        if faults:
+            raise ValueError("rewards do not fit the records:\n  " + "\n  ".join(faults))
+        return calls
+
+    def _read(self, results: list[Any], size: int) -> tuple[Float32[np.ndarray, "N F"], tuple[int, ...]]:
+        values = np.full((size, len(results)), np.nan, np.float32)
+        errors, faults, causes = [], [], []
+        for column, (name, function, result) in enumerate(zip(self.names, self.functions, results, strict=True)):
+            values[:, column], failed, found = reward_calls.read(function, result, size)
+            errors.append(failed)
+            faults += [f"{name}: {fault}" for fault, _ in found]
+            causes += [cause for _, cause in found if cause is not None]
+        if faults and self.on_error == "raise":
+            rest = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+            message = "rewards failed:\n  " + "\n  ".join(faults[:SHOWN_FAULTS] + rest)
+            raise ValueError(message) from (causes[0] if causes else None)
+        return values, tuple(errors)
+
+    @functools.cached_property
+    def _loop(self) -> reward_calls.Loop:
+        return reward_calls.Loop()
+
+
+def load_rewards(
+    names: Sequence[str | Reward],
+    weights: Sequence[float | int] | None = None,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Rewards:
+    """Reward functions by name, ready to be called; two of one name are told apart as NAME and NAME_2.
+
+    Args:
+        names: functions, "FILE.py:FUNCTION", "FILE.py" for its function `reward`, "metric:FILE.py:KEY" for what the
+            file's metric(record, text) returns under KEY, or "metric:FILE.py" when it returns one number only.
+        weights: of the rewards in their sum, default 1.
+        on_error: "raise", or "skip": a completion that a function fails on has no reward from it.
+
+    Raises:
+        ValueError, FileNotFoundError: every name that cannot be loaded, or another number of weights.
+    """
+    functions, found, faults = [], [], []
+    for name in names:
+        try:
+            function, label = (name, reward_calls.name_of(name)) if callable(name) else _load(name)
+        except (ValueError, FileNotFoundError) as error:
+            faults.append(error)
+            continue
+        functions.append(function)
+        found.append(label)
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names):
+        faults.append(ValueError(f"{len(weights)} reward weights: expected one for each of {len(names)} rewards"))
+    if faults:
+        raise faults[0] if len(faults) == 1 else ValueError("\n".join(map(str, faults)))
+    counts: collections.Counter = collections.Counter()
+    for index, label in enumerate(found):
+        counts[label] += 1
+        found[index] = f"{label}_{counts[label]}" if counts[label] > 1 else label
+    return Rewards(tuple(functions), tuple(found), np.array(weights, np.float32), on_error)
+
+
+def text_of(completion: str | Messages) -> str:
+    """The text, of messages that of the last one."""
+    return completion if isinstance(completion, str) else completion[-1].get("content") or ""
+
+
+class _MetricReward:
+    """A metric(record, text) as a reward: what it returns under `key`."""
+
+    def __init__(self, path: str, key: str) -> None:
+        self._path, self._key, self._metric = path, key, pyfile.load_function(path, "metric")
+
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | Exception]:
+        columns = {"prompt": prompts, **{name: of for name, of in columns.items() if name not in RESERVED}}
+        scores: list[float | Exception] = []
+        for index, completion in enumerate(completions):
+            record = {name: values[index] for name, values in columns.items()}
+            try:
+                scores.append(self._pick(pyfile.call(self._path, self._metric, record, text_of(completion))))
+            except ValueError as error:
+                scores.append(error)
+        return scores
+
+    def _pick(self, found: Any) -> float:
+        if not isinstance(found, Mapping):
+            raise ValueError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
+        if self._key in found:
+            return found[self._key]
+        if self._key or len(found) != 1:
+            wanted = repr(self._key) if self._key else f"only one; name yours: {METRIC}{self._path}:KEY"
+            raise ValueError(f"metric(record, text): found {sorted(found)}, expected {wanted}")
+        return next(iter(found.values()))
+
+
+def _load(name: str) -> tuple[Reward, str]:
+    """The function and what its numbers are called."""
+    match = re.fullmatch(r"(.+\.py)(?::([^:]+))?", name.removeprefix(METRIC))
+    if not match:
+        raise ValueError(f"reward {name!r}: expected {FORMS}")
+    path, key = match[1], match[2] or ""
+    label = key or pathlib.Path(path).stem
+    if name.startswith(METRIC):
+        return _MetricReward(path, key), label
+    return pyfile.load_function(path, key or "reward"), label
+
+
+def _as_messages(prompt: str | Messages, completion: str | Messages) -> str | Messages:
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def _check_columns(columns: Mapping[str, Sequence[Any]], size: int) -> None:
+    faults = [f"{name}: the name is taken, call the field otherwise" for name in columns if name in RESERVED]
+    faults += [
+        f"{name}: {len(values)} values, expected {size}, one for each completion"
+        for name, values in columns.items()
+        if len(values) != size
+    ]
+    if faults:
+        raise ValueError("columns of the records do not fit:\n  " + "\n  ".join(faults))

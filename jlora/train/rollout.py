@@ -1,0 +1,407 @@
+"""Batches that the policy makes itself: prompts, completions, rewards, and what the step needs to know of them."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import data, lora, sharding
+from jlora.data import Example, Item
+from jlora.generate import Completion, rollout
+from jlora.losses.advantages import overlong_penalty
+from jlora.train.algorithm import Base, Note, Numbers
+from jlora.train.config import TASK, RunConfig
+from jlora.train.reward_model import RewardModel
+from jlora.train.rewards import RewardTable, load_rewards, total
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics
+from jlora.train.tasks import reasoning_tasks
+from jlora.types import Params
+
+FILE = "completions.jsonl"
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What the policy is asked, as the records that rewards see and as tokens."""
+
+    records: tuple[Record, ...]
+    tokens: tuple[list[int], ...]
+
+    def order(self, seed: int, first: int, count: int) -> list[int]:
+        """Prompts number `first` to `first + count` of an endless shuffled order, each once an epoch."""
+        size = len(self.records)
+        chosen = []
+        for number in range(first, first + count):
+            epoch, place = divmod(number, size)
+            chosen.append(int(_permutation(size, seed, epoch)[place]))
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Groups of completions, group after group, and what they earned.
+
+    Attributes:
+        numbers: of the prompts, one for each completion.
+        items: prompt and completion as one document each, the completion trained; `index` is the item's place here.
+        table: what every reward function gave.
+        rewards: their weighted sums [N], NaN where none applies.
+        digest: checksum of the policy's weights that the sampler read.
+    """
+
+    numbers: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    items: list[Item]
+    table: RewardTable
+    rewards: np.ndarray
+    digest: int
+
+
+def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, list]:
+    """Training prompts, held-out ones where there are any, and the rewards, which a task may bring itself."""
+    settings = config.rollout
+    names: list = list(settings.rewards)
+    if config.data.path.startswith(TASK):
+        name = config.data.path.removeprefix(TASK)
+        train, held_out, reward = reasoning_tasks(
+            name,
+            size=settings.task_size,
+            held_out=settings.eval_size if config.train.eval_every else 0,
+            seed=config.train.seed,
+            system_prompt=settings.system_prompt,
+            **dict(settings.task_settings),
+        )
+        names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
+    else:
+        if settings.system_prompt:
+            raise ValueError("rollout.system_prompt is for tasks; the prompts of data.path bring their own")
+        train = data.read_prompts(config.data.path)
+        held_out = data.read_prompts(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
+    room = config.train.seq_len - settings.max_completion_length
+    prompts = _encode(train, tokenizer, room, config.data.overlong, note)
+    note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
+    return prompts, _encode(held_out, tokenizer, room, config.data.overlong, note) if held_out else None, names
+
+
+def _encode(records: Sequence[Record], tokenizer: Any, room: int, overlong: str, note: Note) -> Prompts:
+    if overlong == "cut":
+        raise ValueError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
+    tokens, report = data.encode_prompts(records, tokenizer, room, overlong=overlong)
+    if report.dropped:
+        note(f"{report.dropped} prompts of more than {room} tokens are left out")
+    return Prompts(tuple(records[index] for index in report.kept), tuple(tokens))
+
+
+class Sampler:
+    """Completions and their rewards, from whatever policy it is given."""
+
+    def __init__(self, config: RunConfig, base: Base, names: list) -> None:
+        settings = config.rollout
+        self._config, self._base = config, base
+        functions = [name for name in names if name != "model"]
+        weights = settings.reward_weights or (1.0,) * len(names)
+        self._functions = load_rewards(
+            functions,
+            [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
+            on_error=settings.on_error,
+        )
+        model_weight = [weights[names.index("model")]] if "model" in names else []
+        self._overlong = config.grpo.overlong_cache
+        self.weights = np.array(
+            [*self._functions.weights, *model_weight, *([1.0] if self._overlong else [])], np.float32
+        )
+        self._reward_model = RewardModel(base, config) if settings.reward_model else None
+        model_stops = base.model.config.eos_token_ids
+        self._stops = tuple(sorted({*model_stops, base.tokenizer.eos_token_id} - {None}))
+
+    def __call__(
+        self,
+        trainable: Params,
+        prompts: Prompts,
+        numbers: Sequence[int],
+        seed: tuple[int, ...],
+        *,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """A completion for every entry of `numbers`, which name prompts.
+
+        Args:
+            trainable: the policy's adapter.
+            seed: numbers that the draws follow from.
+            greedy: as evaluation asks for it.
+        """
+        settings = self._config.rollout
+        completions, digest = rollout(
+            self._base.model,
+            lora.combine(self._base.frozen, trainable),
+            [prompts.tokens[number] for number in numbers],
+            _keys(seed, len(numbers)),
+            rows=settings.rows,
+            max_new_tokens=settings.max_completion_length,
+            stop_ids=self._stops,
+            temperature=settings.eval_temperature if greedy else settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        texts = [self._base.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+        masked = self._config.algorithm == "grpo" and self._config.grpo.mask_truncated_completions
+        items = [
+            _item(prompts.tokens[number], completion, index, trained=completion.finished or not masked)
+            for index, (number, completion) in enumerate(zip(numbers, completions, strict=True))
+        ]
+        records = [prompts.records[number] for number in numbers]
+        table = self._functions.of_records(records, texts, [completion.tokens.tolist() for completion in completions])
+        if self._reward_model is not None:
+            chats = [not isinstance(record["prompt"], str) for record in records]
+            ended = [chat and completion.finished for chat, completion in zip(chats, completions, strict=True)]
+            table = with_column(table, "model", self._reward_model(items, ended))
+        if self._overlong:
+            lengths = np.array([len(completion.tokens) for completion in completions])
+            table = with_column(
+                table, "overlong", overlong_penalty(lengths, settings.max_completion_length, self._overlong)
+            )
+        return Rollouts(list(numbers), completions, texts, items, table, total(table.values, self.weights), int(digest))
+
+
+def lay_out(items: Sequence[Item], config: RunConfig, parts: int) -> data.Batch:
+    """The items as arrays [A, B, T], A a multiple of `parts`."""
+    steps = data.plan_items(
+        items,
+        seq_len=config.train.seq_len,
+        batch_size=config.train.batch_size,
+        grad_accum=1,
+        packing=config.data.packing,
+        bucket=config.data.bucket,
+        epochs=1,
+        shuffle=False,
+    )
+    rows = [row for step in steps for row in step.rows]
+    micro_batches = -(-len(steps) // parts) * parts
+    rows += [()] * (micro_batches * len(steps[0].rows) - len(rows))
+    step = data.Step(tuple(rows), max(step.length for step in steps))
+    return data.collate_items(items, step, micro_batches)
+
+
+def to_layout(batch: data.Batch, values: Sequence[np.ndarray]) -> np.ndarray:
+    """[A, B, T] with each item's per-token values at its trained places, 0 elsewhere."""
+    laid = np.zeros(batch["weights"].shape, np.float32)
+    for micro, slots in enumerate(batch["items"]):
+        for slot in np.flatnonzero(slots):
+            places = (batch["documents"][micro] == slot) & (batch["weights"][micro] > 0)
+            found = values[int(batch["index"][micro, slot])]
+            laid[micro][places] = found[: int(places.sum())]
+    return laid
+
+
+def by_item(batch: data.Batch, values: np.ndarray) -> np.ndarray:
+    """Sums [N] over the tokens [A, B, T] of every item, in the items' order."""
+    sums = np.zeros(int(batch["items"].sum()), np.float32)
+    for micro, slots in enumerate(batch["items"]):
+        for slot in np.flatnonzero(slots):
+            sums[int(batch["index"][micro, slot])] = values[micro][batch["documents"][micro] == slot].sum()
+    return sums
+
+
+def spread(batch: data.Batch, values: np.ndarray) -> np.ndarray:
+    """[A, B, T] with each item's one value at its trained places."""
+    lengths = by_item(batch, batch["weights"]).astype(int)
+    return to_layout(batch, [np.full(length, value, np.float32) for length, value in zip(lengths, values, strict=True)])
+
+
+class RolloutSource:
+    """Batches from the policy as it is: a rollout is sampled when the batches of the last one are used up."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base: Base,
+        prompts: Prompts,
+        collect: Callable[["RolloutSource", TrainState], tuple[list[data.Batch | Batch], Numbers, Rollouts]],
+    ) -> None:
+        self.config, self.base, self.prompts = config, base, prompts
+        self.drawn = 0
+        self.memory: dict[str, Any] = {}
+        self._collect = collect
+        self._queue: list[Batch] = []
+        self._numbers: Numbers = {}
+        self._digest: int | None = None
+
+    @property
+    def boundary(self) -> bool:
+        """Whether every batch of the last rollout is used."""
+        return not self._queue
+
+    def draw(self, count: int) -> list[int]:
+        """The numbers of the next prompts."""
+        numbers = self.prompts.order(self.config.train.seed, self.drawn, count)
+        self.drawn += count
+        return numbers
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next batch; the numbers of a rollout are reported with the first of its batches."""
+        self._digest = None
+        numbers: Numbers = {}
+        if not self._queue:
+            self._queue, numbers, rollouts = self._collect(self, state)
+            self._digest = rollouts.digest
+        batch = self._queue.pop(0)
+        tokens = int(np.sum(np.asarray(batch["segment_ids"]) > 0))
+        return sharding.put_batch(batch, self.base.mesh), tokens, numbers
+
+    def observe(self, metrics: Metrics) -> None:
+        """Compares the checksum of the weights that this step's gradient was taken at with the sampler's."""
+        if self._digest is None:
+            return
+        found = {int(value) for value in np.ravel(metrics["policy_digest"])}
+        if found != {self._digest}:
+            raise RuntimeError(
+                f"the sampler's policy (checksum {self._digest:08x}) is not the one of this step "
+                f"({', '.join(f'{value:08x}' for value in sorted(found))})"
+            )
+
+    def get_state(self) -> dict[str, Any]:
+        """How many prompts were drawn, and what the algorithm remembers from rollout to rollout."""
+        return {"drawn": self.drawn, "memory": self.memory}
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes on behind a rollout."""
+        self.drawn, self.memory = position["drawn"], dict(position["memory"])
+
+
+def describe(rollouts: Rollouts, group_size: int) -> Numbers:
+    """TRL's numbers of a rollout: rewards and lengths."""
+    lengths = np.array([len(completion.tokens) for completion in rollouts.completions])
+    finished = np.array([completion.finished for completion in rollouts.completions])
+    terminated = lengths[finished] if finished.any() else np.zeros(1)
+    groups = rollouts.rewards.reshape(-1, group_size)
+    numbers = {"reward": float(np.nanmean(rollouts.rewards))}
+    if group_size > 1:
+        numbers["reward_std"] = float(np.nanmean(np.nanstd(groups, axis=1, ddof=1)))
+    numbers |= rollouts.table.numbers()
+    for kind, of in (("length", lengths), ("terminated_length", terminated)):
+        numbers |= {
+            f"completions/{name}_{kind}": float(f(of))
+            for name, f in (("mean", np.mean), ("min", np.min), ("max", np.max))
+        }
+    return numbers | {"completions/clipped_ratio": float(1 - finished.mean())}
+
+
+def log_completions(
+    path: pathlib.Path, step: int, rollouts: Rollouts, prompts: Prompts, count: int, **values: np.ndarray
+) -> None:
+    """Adds some of the rollout to completions.jsonl: one of every group first."""
+    size = len(rollouts.numbers)
+    group = max(1, size // max(1, count))
+    with path.open("a", encoding="utf-8") as file:
+        for index in list(range(0, size, group))[:count]:
+            record = {
+                "step": step,
+                "prompt": prompts.records[rollouts.numbers[index]]["prompt"],
+                "completion": rollouts.texts[index],
+                "rewards": dict(zip(rollouts.table.names, map(_number, rollouts.table.values[index]), strict=True)),
+                **{name: _number(of[index]) for name, of in values.items()},
+                **{name: column[index] for name, column in rollouts.table.extra.items()},
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def evaluate(sampler: Sampler, prompts: Prompts, state_trainable: Params) -> Numbers:
+    """TRL's numbers of one completion for each held-out prompt."""
+    rollouts = sampler(state_trainable, prompts, range(len(prompts.records)), seed=(0,), greedy=True)
+    return describe(rollouts, 1)
+
+
+def _item(prompt: list[int], completion: Completion, index: int, *, trained: bool) -> Item:
+    tokens = np.concatenate([np.array(prompt, np.int32), completion.tokens.astype(np.int32)])
+    return Item((Example(tokens, (np.arange(len(tokens)) >= len(prompt)) & trained),), {"index": float(index)})
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, size]))).permutation(size)
+
+
+def _keys(seed: tuple[int, ...], count: int) -> jax.Array:
+    """A random key for each completion."""
+    return jax.random.split(functools.reduce(jax.random.fold_in, seed, jax.random.key(0)), count)
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)
+
+
+def parts(batch: data.Batch, count: int) -> list[data.Batch]:
+    """The batch of a rollout as the batches of `count` steps."""
+    size = len(batch["weights"]) // count
+    return [{name: leaf[i * size : (i + 1) * size] for name, leaf in batch.items()} for i in range(count)]
+
+
+def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts) -> Rollouts:
+    """Several rollouts of one policy as one.
+
+    Raises:
+        ValueError: groups in which nothing was generated, unless they are to be skipped: then their rewards are NaN.
+    """
+    together = found[0] if len(found) == 1 else _joined(found)
+    silent = np.array([not text.strip() for text in together.texts]).reshape(-1, group).all(axis=1)
+    if silent.any() and on_error == "raise":
+        asked = [prompts.records[together.numbers[index * group]]["prompt"] for index in np.flatnonzero(silent)]
+        raise ValueError(
+            "nothing was generated for any of the completions of these prompts (the policy stops at once); "
+            "lower optim.learning_rate, start from a model that answers, or set rollout.on_error='skip':\n  "
+            + "\n  ".join(str(prompt)[:200] for prompt in asked)
+        )
+    rewards = np.where(np.repeat(silent, group), np.nan, together.rewards).astype(np.float32)
+    return dataclasses.replace(together, rewards=rewards)
+
+
+def choose(rollouts: Rollouts, groups: np.ndarray, group: int) -> Rollouts:
+    """Some of the groups, in this order."""
+    rows = [int(number) * group + member for number in groups for member in range(group)]
+    return dataclasses.replace(
+        rollouts,
+        numbers=[rollouts.numbers[row] for row in rows],
+        completions=[rollouts.completions[row] for row in rows],
+        texts=[rollouts.texts[row] for row in rows],
+        items=[dataclasses.replace(rollouts.items[row], values={"index": float(i)}) for i, row in enumerate(rows)],
+        table=_rows(rollouts.table, rows),
+        rewards=rollouts.rewards[rows],
+    )
+
+
+def with_column(table: RewardTable, name: str, values: np.ndarray) -> RewardTable:
+    """The table with one more reward, which cannot fail."""
+    return dataclasses.replace(
+        table,
+        names=(*table.names, name),
+        values=np.concatenate([table.values, values[:, None].astype(np.float32)], axis=1),
+        errors=(*table.errors, 0),
+    )
+
+
+def _rows(table: RewardTable, rows: list[int]) -> RewardTable:
+    extra = {name: [column[row] for row in rows] for name, column in table.extra.items()}
+    return dataclasses.replace(table, values=table.values[rows], extra=extra)
+
+
+def _joined(found: Sequence[Rollouts]) -> Rollouts:
+    lists = {
+        name: [value for one in found for value in getattr(one, name)]
+        for name in ("numbers", "completions", "texts", "items")
+    }
+    tables = [one.table for one in found]
+    table = dataclasses.replace(
+        tables[0],
+        values=np.concatenate([table.values for table in tables]),
+        errors=tuple(np.sum([table.errors for table in tables], axis=0).tolist()),
+        extra={name: [value for table in tables for value in table.extra[name]] for name in tables[0].extra},
+    )
+    return dataclasses.replace(found[0], **lists, table=table, rewards=np.concatenate([one.rewards for one in found]))

@@ -1,0 +1,95 @@
+"""What a model says of a batch's completions, for every objective on whole documents."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import lora, sharding
+from jlora.losses import TokenScores, by_document, token_scores
+from jlora.models import Model
+from jlora.train.algorithm import Base, Numbers, reference_params
+from jlora.train.config import RunConfig
+from jlora.train.step import Batch, Metrics
+from jlora.types import Params
+
+
+def completion_scores(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    *,
+    weights: jax.Array | None = None,
+    key: jax.Array | None = None,
+    remat: bool = False,
+    chunk: int = 512,
+    temperature: int | float = 1.0,
+) -> TokenScores:
+    """The scores [B, T] of every completion token of a micro-batch.
+
+    Args:
+        weights: of the tokens to be scored, when they are others than the completions'.
+    """
+    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat)
+    return token_scores(
+        model.project,
+        model.head(params),
+        hidden,
+        batch["targets"],
+        batch["weights"] if weights is None else weights,
+        chunk=chunk,
+        temperature=temperature,
+    )
+
+
+def token_sums(scores: TokenScores, batch: Batch, sides: int) -> Metrics:
+    """Sums over the completion tokens, and those of every side of a pair, for `token_means`."""
+    slots = batch["items"].shape[0]
+    weights = batch["weights"]
+    sums = {
+        "entropy": jnp.sum(scores.entropy * weights),
+        "correct": jnp.sum(scores.correct * weights),
+        "weight": jnp.sum(weights),
+    }
+    of_sides = {"logits": scores.mean_logits * weights, "tokens": weights}
+    for name, values in of_sides.items():
+        by_side = by_document(values, batch["documents"], sides * slots).reshape(sides, slots).sum(axis=1)
+        sums |= {f"{name}/{side}": by_side[side] for side in range(sides)}
+    return sums
+
+
+def token_means(metrics: Metrics) -> Numbers:
+    """TRL's `entropy` and `mean_token_accuracy`."""
+    weight = max(float(metrics["weight"]), 1.0)
+    return {"entropy": float(metrics["entropy"]) / weight, "mean_token_accuracy": float(metrics["correct"]) / weight}
+
+
+def item_means(metrics: Metrics, names: tuple[str, ...], mask: str = "items") -> Numbers:
+    """The means of arrays [A, N] over the items that the mask marks; NaN where it marks none."""
+    marked = np.asarray(metrics[mask]) > 0
+    return {name: float(np.mean(np.asarray(metrics[name])[marked])) if marked.any() else np.nan for name in names}
+
+
+def score_batch(
+    base: Base, config: RunConfig, trainable: Params, batch: Metrics, *, old: bool, reference: bool
+) -> Metrics:
+    """`old_log_probs` and `reference_log_probs` [A, B, T] of a rollout, by the forward pass that training uses."""
+    found = {}
+    arrays = sharding.put_batch(batch, base.mesh)
+    temperature = config.rollout.temperature
+    if old:
+        params = lora.combine(base.frozen, trainable)
+        found["old_log_probs"] = np.asarray(_log_probs(base.model, params, arrays, temperature))
+    if reference:
+        params = reference_params(base.constants)
+        found["reference_log_probs"] = np.asarray(_log_probs(base.model, params, arrays, temperature))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _log_probs(model: Model, params: Params, batch: Batch, temperature: int | float | jax.Array) -> jax.Array:
+    def micro(rows: Batch) -> jax.Array:
+        return completion_scores(model, params, rows, temperature=temperature).log_probs
+
+    return jax.lax.map(micro, batch)

@@ -1,0 +1,277 @@
+"""Settings of the algorithms beyond supervised fine-tuning: one group each, with TRL's names where TRL has them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jlora.losses import check_dpo
+
+ErrorPolicy = Literal["raise", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation and its relatives (Rafailov et al. 2023); `jlora.losses.dpo` has the formulas.
+
+    Args:
+      loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several that are added with `loss_weights`.
+      beta: strength of the pull to the reference policy.
+      label_smoothing: where the loss's paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
+      ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO); None: 1.
+      precompute_ref_log_probs: the reference scores the data once before the first step, not at every step.
+    """
+
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    precompute_ref_log_probs: bool = False
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """(loss type, weight) of every term."""
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        return tuple(zip(types, self.loss_weights or (1.0,) * len(types), strict=True))
+
+    def __post_init__(self) -> None:
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        faults = [] if types else ["dpo.loss_type: found none, expected at least one"]
+        if self.loss_weights is not None and len(self.loss_weights) != len(types):
+            faults.append(f"dpo.loss_weights: found {len(self.loss_weights)}, expected one for each of {len(types)}")
+        faults += check_dpo(
+            types,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+        )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            faults.append(f"dpo.ld_alpha: found {self.ld_alpha}, expected 0 to 1, or None")
+        _raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class CPOConfig:
+    """Contrastive preference optimisation (Xu et al. 2024) and SimPO (Meng et al. 2024), without a reference.
+
+    Args:
+      cpo_alpha: weight of the chosen answers' negative log-likelihood; SimPO proper has 0.
+      simpo_gamma: SimPO's target margin (with loss_type="simpo").
+    """
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        _raise_all(_at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ORPOConfig:
+    """Odds-ratio preference optimisation (Hong et al. 2024).
+
+    Args:
+      beta: weight of the odds-ratio term (lambda in the paper).
+      nll_on_prompt: the likelihood term counts the prompt's tokens too, as TRL's does; else the answer's alone.
+    """
+
+    beta: float = 0.1
+    nll_on_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        _raise_all(_at_least("orpo", self, beta=1e-12))
+
+
+@dataclasses.dataclass(frozen=True)
+class KTOConfig:
+    """Kahneman-Tversky optimisation on answers that are good or bad (Ethayarajh et al. 2024)."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _raise_all(_at_least("kto", self, beta=1e-12, desirable_weight=0, undesirable_weight=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward model on pairs (Bradley and Terry 1952), with a margin where the data has one.
+
+    Args:
+      center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
+    """
+
+    center_rewards_coefficient: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.center_rewards_coefficient is not None:
+            _raise_all(_at_least("reward", self, center_rewards_coefficient=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled from the policy and how it is judged, for "grpo" and "ppo".
+
+    Args:
+      num_generations: completions of every prompt.
+      max_completion_length: tokens; prompts may have `train.seq_len` less this.
+      rows: completions that are sampled at once; finished ones make room for the next.
+      rewards: "FILE.py:FUNCTION", "metric:FILE.py:KEY", "reasoning_gym", or "model" (the reward model
+        `reward_model`); see `jlora.train.rewards`.
+      reward_weights: one for each, default 1.
+      reward_model: a PEFT folder with a score head, as `algorithm="reward"` leaves it.
+      on_error: "raise" ends the run when a reward fails, "skip" does not count it for that completion.
+      task_size, task_settings: how many questions of the reasoning-gym task that data.path="reasoning_gym:NAME" names,
+        and the task's own settings (needs the extra `tasks`). eval_size: how many held-out ones to evaluate on.
+      system_prompt: put before the task's questions.
+      eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
+      log_completions: how many examples of every rollout go to completions.jsonl.
+    """
+
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rows: int = 32
+    rewards: tuple[str, ...] = ()
+    reward_weights: tuple[float, ...] | None = None
+    reward_model: str | None = None
+    on_error: ErrorPolicy = "raise"
+    task_size: int = 1000
+    task_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval_size: int = 64
+    eval_temperature: float = 0.0
+    system_prompt: str | None = None
+    log_completions: int = 4
+
+    def __post_init__(self) -> None:
+        least = dict(num_generations=1, max_completion_length=1, top_k=0, rows=1, task_size=1, eval_size=1)
+        faults = _at_least("rollout", self, temperature=1e-6, eval_temperature=0, log_completions=0, **least)
+        if not 0 < self.top_p <= 1:
+            faults.append(f"rollout.top_p: found {self.top_p}, expected a probability in (0, 1]")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            faults.append(
+                f"rollout.reward_weights: found {len(self.reward_weights)}, expected one for each of "
+                f"{len(self.rewards)} rewards"
+            )
+        if ("model" in self.rewards) != (self.reward_model is not None):
+            faults.append('rollout.reward_model and the reward "model": one is given without the other')
+        _raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
+
+    Args:
+      loss_type: how tokens are clipped and averaged, see `jlora.losses.policy`.
+      beta: weight of the KL to the reference policy; 0 takes no reference.
+      num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
+      steps_per_generation: a rollout holds the completions of this many steps.
+      epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta above.
+      importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
+      advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
+      scale_rewards: advantages are divided by the deviation of the "group", the "batch", or not ("none": Dr. GRPO).
+      normalize_advantages: of "leave_one_out", over the batch.
+      multi_objective: several rewards are added and then normalised, or the reverse (GDPO).
+      kl_in_reward: beta · KL (k1) is taken off the reward and not added to the loss (RLOO, REINFORCE++).
+      use_bias_correction_kl: the loss's KL is multiplied by the ratio (DeepSeek-V3.2; TRL's default).
+      mask_truncated_completions: completions without a stop token are not trained on.
+      dynamic_sampling: groups whose rewards are all equal are sampled again, up to this many times (DAPO); 0: never.
+      overlong_cache: length of the soft punishment before `max_completion_length` (DAPO); 0: none.
+    """
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "dapo_prompt", "luspo", "cispo", "sapo"] = "dapo"
+    beta: float = 0.0
+    num_iterations: int = 1
+    steps_per_generation: int = 1
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    importance_sampling_level: Literal["token", "sequence", "sequence_sum"] = "token"
+    advantage: Literal["group", "leave_one_out", "reinforce++", "reinforce++_baseline"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    normalize_advantages: bool = False
+    multi_objective: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    kl_in_reward: bool = False
+    use_bias_correction_kl: bool = True
+    mask_truncated_completions: bool = False
+    dynamic_sampling: int = 0
+    overlong_cache: int = 0
+
+    def __post_init__(self) -> None:
+        least = dict(beta=0, num_iterations=1, steps_per_generation=1, epsilon=0, dynamic_sampling=0, overlong_cache=0)
+        faults = _at_least("grpo", self, **least)
+        if self.advantage.startswith("reinforce++") and self.beta and not self.kl_in_reward:
+            faults.append("grpo.beta with REINFORCE++ is a part of the reward: set grpo.kl_in_reward=True")
+        if self.kl_in_reward and self.advantage == "group":
+            faults.append('grpo.kl_in_reward: expected with "leave_one_out" or "reinforce++", not with "group"')
+        _raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation from human feedback (Schulman et al. 2017; Ziegler et al. 2019).
+
+    Args:
+      num_ppo_epochs: passes over every batch of rollouts.
+      num_mini_batches: optimizer steps of a pass.
+      kl_coef: what every nat of KL to the reference takes off the reward.
+      kl_estimator: "k1" or "k3" (Schulman 2020).
+      target_kl: where the adaptive coefficient holds the KL of a completion; None keeps `kl_coef` as it is.
+      kl_horizon: completions over which the adaptive coefficient moves.
+      vf_coef: weight of the value loss.
+      cliprange, cliprange_value: of the ratio, and of the values.
+      missing_eos_penalty: taken off the score of a completion without a stop token.
+    """
+
+    num_ppo_epochs: int = 4
+    num_mini_batches: int = 1
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    target_kl: float | None = None
+    kl_horizon: float = 10_000.0
+    cliprange: float = 0.2
+    vf_coef: float = 0.1
+    cliprange_value: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        least = dict(num_ppo_epochs=1, num_mini_batches=1, kl_coef=0, cliprange=0, vf_coef=0, cliprange_value=0)
+        faults = _at_least("ppo", self, kl_horizon=1e-6, **least)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"ppo.{name}: found {getattr(self, name)}, expected 0 to 1")
+        if self.target_kl is not None and self.target_kl <= 0:
+            faults.append(f"ppo.target_kl: found {self.target_kl}, expected more than 0, or None")
+        _raise_all(faults)
+
+
+def _at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:
+    return [
+        f"{group}.{name}: found {value}, expected a number of at least {bound:g}"
+        for name, bound in bounds.items()
+        if not ((value := getattr(settings, name)) >= bound and math.isfinite(value))
+    ]
+
+
+def _raise_all(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("\n".join(dict.fromkeys(faults)))

@@ -1,0 +1,146 @@
+"""reasoning-gym's tasks by name: questions made by chance, to train on and to hold out, and the reward for answers."""
+
+import difflib
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jlora.train.pyfile import ERRORS
+from jlora.train.rewards import Messages, Record, text_of
+from jlora.types import require
+
+SYSTEM_PROMPT = (
+    "Work out the answer step by step, then give it between <answer> and </answer>. "
+    "Put nothing but the answer inside the tags, in the form that the question asks for."
+)
+# What a task's score raises at an answer of a form that it did not foresee.
+UNREADABLE = (
+    SyntaxError,
+    NameError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+)
+# Questions held out are drawn this many times over at most, before the task is found to have too few.
+DRAWS = 20
+
+
+class TaskSet(NamedTuple):
+    """Questions to train on, others held out, and the reward for both."""
+
+    train: list[Record]
+    held_out: list[Record]
+    reward: "TaskReward"
+
+
+def reasoning_tasks(
+    name: str, *, size: int, seed: int, held_out: int = 0, system_prompt: str | None = None, **settings: Any
+) -> TaskSet:
+    """Questions of reasoning-gym's task `name`, always the same ones for the same arguments.
+
+    A record is {"prompt": [system, user], "answer", "task", "index"}: the answer is reasoning-gym's own, None where a
+    task only checks answers; the index is the reward's number of the question. Training questions may repeat where a
+    task has few; held-out ones are all different and none of them is trained on.
+
+    Args:
+        system_prompt: None takes `SYSTEM_PROMPT`; "" leaves the system message out.
+        settings: the task's own, as reasoning-gym documents them.
+
+    Raises:
+        ValueError: no such task, settings that it refuses, or too few different questions to hold out.
+    """
+    _check_name(name)
+    entries = list(_draw(name, f"{seed}/train", size, settings))
+    seen = {_plain(entry) for entry in entries}
+    others = itertools.chain.from_iterable(
+        _draw(name, f"{seed}/held out/{part}", held_out, settings) for part in range(DRAWS)
+    )
+    while len(entries) < size + held_out:
+        entry = next(others, None)
+        if entry is None:
+            raise ValueError(
+                f"reasoning-gym task {name!r}: only {len(entries) - size} of {DRAWS * held_out} questions to hold out "
+                f"are not among the {size} to train on, expected {held_out}: take fewer, or settings that allow more"
+            )
+        if _plain(entry) not in seen:
+            seen.add(_plain(entry))
+            entries.append(entry)
+    first = SYSTEM_PROMPT if system_prompt is None else system_prompt
+    records = [_record(name, index, entry, first) for index, entry in enumerate(entries)]
+    scorer = _dataset(name, f"{seed}/train", 1, settings)
+    return TaskSet(records[:size], records[size:], TaskReward(name, scorer, entries))
+
+
+class TaskReward:
+    """The task's own score, 0 to 1, of the answers to its questions; None for records of other tasks.
+
+    The answer is what stands in the last <answer>…</answer> of a completion, without spaces around it
+    (`reasoning_gym.utils.extract_answer`); without such tags it is the whole text, without spaces around it. An answer
+    that the task cannot read earns 0.
+
+    Some of reasoning-gym's tasks read answers with Python's eval (0.1.25: string_insertion, spiral_matrix,
+    binary_matrix, and through SymPy those of algebra), so that what a model writes is run: keep them in a sandbox.
+    """
+
+    def __init__(self, name: str, scorer: Any, entries: list[dict[str, Any]]) -> None:
+        self.__name__ = name
+        self._scorer, self._entries = scorer, entries
+
+    def __call__(
+        self, prompts: list[str | Messages], completions: list[str | Messages], task: list, index: list, **_: Any
+    ) -> list[float | Exception | None]:
+        """One score for each completion; an exception for a record that is not of this set of questions."""
+        return [
+            self._score(text_of(prompt), text_of(completion), number) if name == self.__name__ else None
+            for prompt, completion, name, number in zip(prompts, completions, task, index, strict=True)
+        ]
+
+    def _score(self, prompt: str, completion: str, index: int) -> float | Exception:
+        if not 0 <= index < len(self._entries) or self._entries[index]["question"] not in prompt:
+            return ValueError(f"question {index} of {self.__name__!r} is another one in the set that this reward is of")
+        answer = require("reasoning_gym.utils", "tasks").extract_answer(completion)
+        try:
+            return float(
+                self._scorer.score_answer(completion.strip() if answer is None else answer, self._entries[index])
+            )
+        except UNREADABLE:
+            return 0.0
+
+
+def _draw(name: str, seed: str, size: int, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if size:
+        dataset = _dataset(name, seed, size, settings)
+        yield from (dataset[index] for index in range(size))
+
+
+def _dataset(name: str, seed: str, size: int, settings: dict[str, Any]) -> Any:
+    # A question follows from seed + index: neighbouring seeds would share all their questions but one.
+    number = zlib.crc32(f"{name}/{seed}".encode())
+    create = require("reasoning_gym", "tasks").create_dataset
+    try:
+        return create(name, seed=number, size=size, **settings)
+    except ERRORS as error:
+        raise ValueError(f"reasoning-gym task {name!r} with {settings}: {type(error).__name__}: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    known = require("reasoning_gym.factory", "tasks").DATASETS
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        words = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(sorted(known))}"
+        raise ValueError(f"reasoning-gym has no task {name!r}; {words}")
+
+
+def _record(name: str, index: int, entry: dict[str, Any], system_prompt: str) -> Record:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    prompt = [*system, {"role": "user", "content": entry["question"]}]
+    return {"prompt": prompt, "answer": entry["answer"], "task": name, "index": index}
+
+
+def _plain(entry: dict[str, Any]) -> str:
+    return " ".join(entry["question"].split())

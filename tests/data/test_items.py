@@ -1,0 +1,296 @@
+"""Items: TRL's tokens for pairs and single answers, and batches in which every document is once and knows its item."""
+
+import json
+import types
+
+import datasets
+import numpy as np
+import pytest
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
+
+from jlora.data import (
+    Example,
+    Item,
+    Step,
+    collate_items,
+    describe,
+    encode_pairs,
+    encode_unpaired,
+    item_loader,
+    plan_items,
+    template_tail,
+    with_mismatched,
+)
+
+TEXTS = [("2+2=", "4", "5"), ("Sky?", " blue", " blue-green"), ("", "yes", "no"), ("p", "x" * 30, "y<|end|>")]
+
+
+def text_pairs():
+    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in TEXTS]
+
+
+def chat_pairs():
+    def says(role, text):
+        return [{"role": role, "content": text}]
+
+    pairs = [
+        {"prompt": says("user", p), "chosen": says("assistant", c), "rejected": says("assistant", r)}
+        for p, c, r in TEXTS
+    ]
+    pairs[1]["prompt"] = says("system", "Be kind.") + pairs[1]["prompt"]
+    pairs[1]["chosen"] += says("user", "More!") + says("assistant", "No.")
+    return pairs
+
+
+def trl_rows(trainer, collator, records, tokenizer, **settings):
+    """What the trainer's preparation and collation make of the records: (tokens, trained) of every row."""
+    arguments = types.SimpleNamespace(
+        dataset_num_proc=None, max_length=None, truncation_mode="keep_start", per_device_train_batch_size=1
+    )
+    vars(arguments).update(settings)
+    this = types.SimpleNamespace(_tokenizer=tokenizer, calculate_KL=settings.get("kl", False))
+    prepared = trainer._prepare_dataset(this, datasets.Dataset.from_list(records), tokenizer, arguments, "test")
+    batch = collator(pad_token_id=0, max_length=arguments.max_length)(list(prepared))
+    rows = []
+    for prefix in ("", "KL_")[: 1 + this.calculate_KL]:
+        arrays = (batch[prefix + name].numpy() for name in ("input_ids", "attention_mask", "completion_mask"))
+        rows += [(tokens[real == 1], trained[real == 1] == 1) for tokens, real, trained in zip(*arrays, strict=True)]
+    return rows
+
+
+def assert_same(documents, rows):
+    for document, (tokens, trained) in zip(documents, rows, strict=True):
+        np.testing.assert_array_equal(document.tokens, tokens)
+        np.testing.assert_array_equal(document.trained, trained)
+
+
+def sides(items):
+    return [document for side in zip(*(item.documents for item in items), strict=True) for document in side]
+
+
+@pytest.mark.parametrize("seq_len", [None, 60])
+@pytest.mark.parametrize("make", [text_pairs, chat_pairs])
+def test_pairs_have_the_tokens_of_trls_dpo(tokenizer, make, seq_len):
+    rows = trl_rows(DPOTrainer, DataCollatorForPreference, make(), tokenizer, max_length=seq_len)
+    items, report = encode_pairs(make(), tokenizer, seq_len=seq_len or 999, overlong="cut")
+    assert_same(sides(items), rows)
+    assert report.examples == len(items) == len(rows) // 2
+    assert report.tokens == sum(len(tokens) for tokens, _ in rows)
+
+
+@pytest.mark.parametrize("make", [text_pairs, chat_pairs])
+def test_pairs_have_the_tokens_of_trls_dpo_with_another_template(byte_tokenizer, make):
+    rows = trl_rows(DPOTrainer, DataCollatorForPreference, make(), byte_tokenizer)
+    items, _ = encode_pairs(make(), byte_tokenizer, seq_len=999)
+    assert_same(sides(items), rows)
+
+
+@pytest.mark.parametrize("make", [text_pairs, chat_pairs])
+def test_single_answers_and_mismatched_ones_are_those_of_trls_kto(tokenizer, make):
+    records = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+        for pair in make()
+    ][:7]
+    rows = trl_rows(
+        KTOTrainer, DataCollatorForUnpairedPreference, records, tokenizer, kl=True, per_device_train_batch_size=3
+    )
+    items, _ = encode_unpaired(records, tokenizer, seq_len=999)
+    assert [item.values for item in items] == [{"label": 1.0}] * 4 + [{"label": 0.0}] * 3
+    assert_same(sides(with_mismatched(items, 3, seq_len=999)), rows)
+
+
+def test_a_mismatched_answer_is_cut_and_needs_another_item(byte_tokenizer):
+    records = [{"prompt": "abc", "completion": "d", "label": True}, {"prompt": "e", "completion": "fg", "label": False}]
+    items, _ = encode_unpaired(records, byte_tokenizer, seq_len=5)
+    found = [item.documents[1] for item in with_mismatched(items, 2, seq_len=5)]
+    assert [byte_tokenizer.decode(document.tokens) for document in found] == ["abcfg", "ed<|end|>"]
+    assert [document.trained.tolist() for document in found] == [[False] * 3 + [True] * 2, [False] + [True] * 2]
+    with pytest.raises(ValueError, match="found batch_size=1, expected 2 or more"):
+        with_mismatched(items, 1, seq_len=5)
+    with pytest.raises(ValueError, match=r"found items of \[2\] documents"):
+        with_mismatched(with_mismatched(items, 2, seq_len=5), 2, seq_len=5)
+
+
+def test_what_a_template_writes_behind_an_answer_is_the_end_of_its_document(tokenizer, byte_tokenizer, text_tokenizer):
+    [item], _ = encode_pairs(chat_pairs()[:1], tokenizer, seq_len=99)
+    tail = template_tail(tokenizer)
+    assert tokenizer.decode(tail) == "\n"
+    for document in item.documents:
+        assert document.tokens[-len(tail) - 1 :].tolist() == [tokenizer.eos_token_id, *tail]
+    assert template_tail(byte_tokenizer) == template_tail(text_tokenizer) == []
+
+
+def test_numbers_of_a_record_become_values(byte_tokenizer):
+    numbers = {"margin": 2, "ref_chosen_logps": -1.5, "ref_rejected_logps": -3}
+    [item], _ = encode_pairs([{**text_pairs()[0], **numbers, "id": 4}], byte_tokenizer, seq_len=99)
+    assert item.values == numbers
+
+
+def test_tools_and_settings_reach_the_chat_template(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{{ tools | tojson if tools }}{{ mood }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+        "<|im_end|>",
+    )
+    pair = chat_pairs()[0] | {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"}}
+    [item], _ = encode_pairs([pair], tokenizer, seq_len=99)
+    assert tokenizer.decode(item.documents[0].tokens) == '[{"name": "f"}]glad2+2=<|im_end|>4<|im_end|>'
+    assert_same(item.documents, trl_rows(DPOTrainer, DataCollatorForPreference, [pair], tokenizer))
+
+
+def test_both_answers_begin_where_the_first_of_them_leaves_the_prompt(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}",
+        "<|im_end|>",
+    )
+    pair = chat_pairs()[0] | {"chosen": [{"role": "assistant", "content": "<thin air"}]}
+    [item], _ = encode_pairs([pair], tokenizer, seq_len=99)
+    assert [tokenizer.decode(d.tokens[d.trained]) for d in item.documents] == ["<thin air<|im_end|>", "5<|im_end|>"]
+    assert_same(item.documents, trl_rows(DPOTrainer, DataCollatorForPreference, [pair], tokenizer))
+
+
+def test_a_pair_is_cut_dropped_or_refused_as_a_whole(byte_tokenizer):
+    pairs = [("p", "a", "b"), ("p", "a", "b" * 9), ("pqrst", "a", "b"), ("p", "aaaaab", "aaaaac")]
+    records = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    items, report = encode_pairs(records, byte_tokenizer, seq_len=5, overlong="drop")
+    assert (len(items), report.examples, report.dropped, report.cut, report.untrained) == (1, 1, 3, 0, 0)
+    items, report = encode_pairs(records, byte_tokenizer, seq_len=5, overlong="cut")
+    assert [[len(d.tokens) for d in item.documents] for item in items] == [[3, 3], [3, 5]]
+    # The third has no room for an answer, and the answers of the fourth part behind the cut.
+    assert (report.examples, report.dropped, report.cut, report.untrained) == (2, 0, 1, 2)
+    assert (report.tokens, report.trained_tokens) == (14, 10)
+    steps = plan_items(items, seq_len=5, batch_size=1, packing=False, bucket=1, epochs=1)
+    assert describe(report, steps) == (
+        "14 tokens of which 10 are trained; 2 steps, rows of 3, 5 tokens; 1 cut at seq_len; 2 without a trained token"
+    )
+    with pytest.raises(ValueError) as error:
+        encode_pairs(records, byte_tokenizer, seq_len=5, overlong="error")
+    for words in ("record 2: found 11 tokens, expected at most 5", "record 3: found 7", "record 4: found 8"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="no token to train on in 4 records: 4 are longer than 2 tokens"):
+        encode_pairs(records, byte_tokenizer, seq_len=2)
+
+
+def test_answers_of_the_same_tokens_and_chats_without_a_template_are_refused(make_tokenizer):
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content | trim }}<|im_end|>{% endfor %}", "<|im_end|>")
+    good, bad = chat_pairs()[:2]
+    bad["chosen"], bad["rejected"] = ([{"role": "assistant", "content": text}] for text in ("a", "a "))
+    with pytest.raises(ValueError, match="record 2: found the same tokens for chosen and rejected"):
+        encode_pairs([good, bad], tokenizer, seq_len=99)
+    with pytest.raises(ValueError, match="1 of 2 records are chats, but the tokenizer has no chat template"):
+        encode_pairs([text_pairs()[0], good], make_tokenizer(None, "<|im_end|>"), seq_len=99)
+
+
+def item(*documents, **values):
+    examples = [Example(np.array(d, np.int32), np.arange(len(d)) >= 1) for d in documents]
+    return Item(tuple(examples), values)
+
+
+THREE = [item([1, 2], [3, 4, 5], margin=0.5), item([6, 7, 8], [9, 1], margin=2.0), item([2, 3], [4, 5], margin=3.0)]
+
+
+def test_a_batch_of_pairs_in_rows_of_their_own_drawn_out():
+    [step] = plan_items(THREE, seq_len=4, batch_size=2, grad_accum=2, packing=False, bucket=1, epochs=1, shuffle=False)
+    batch = collate_items(THREE, step, 2)
+    assert batch["tokens"].tolist() == [
+        [[1, 2, 0], [6, 7, 8], [3, 4, 5], [9, 1, 0]],
+        [[2, 3, 0], [0, 0, 0], [4, 5, 0], [0, 0, 0]],
+    ]
+    assert batch["documents"].tolist() == [
+        [[0, 0, 4], [1, 1, 1], [2, 2, 2], [3, 3, 4]],
+        [[0, 0, 4], [4, 4, 4], [2, 2, 4], [4, 4, 4]],
+    ]
+    assert batch["weights"].tolist()[0] == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]]
+    assert batch["items"].tolist() == [[1, 1], [1, 0]]
+    assert batch["margin"].tolist() == [[0.5, 2.0], [3.0, 0.0]]
+    kinds = {name: (array.dtype.name, array.ndim) for name, array in batch.items()}
+    assert kinds["documents"] == ("int32", 3)
+    assert kinds["items"] == kinds["margin"] == ("float32", 2)
+
+
+def test_a_packed_batch_of_pairs_drawn_out():
+    [step] = plan_items(THREE, seq_len=5, batch_size=2, packing=True, bucket=1, epochs=1, shuffle=False)
+    batch = collate_items(THREE, step)
+    # The two items of five tokens fill a row; three items take four places.
+    assert batch["tokens"].tolist() == [[[1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [2, 3, 4, 5, 0, 0, 0, 0, 0, 0]]]
+    assert batch["segment_ids"].tolist() == [[[1, 1, 2, 2, 2, 3, 3, 3, 4, 4], [1, 1, 2, 2, 0, 0, 0, 0, 0, 0]]]
+    assert batch["documents"].tolist() == [[[0, 0, 4, 4, 4, 1, 1, 1, 5, 5], [2, 2, 6, 6, 8, 8, 8, 8, 8, 8]]]
+    assert batch["items"].tolist() == [[1, 1, 1, 0]]
+    assert batch["margin"].tolist() == [[0.5, 2.0, 3.0, 0.0]]
+
+
+def random_items(count, sides, seed=0):
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return [
+        item(*(generator.integers(1, 99, n) for n in generator.integers(2, 30, sides)), number=float(number))
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("sides", [1, 2, 3])
+def test_every_document_comes_out_once_an_epoch_and_knows_its_item(sides, packing):
+    items = random_items(41, sides)
+    steps = plan_items(items, seq_len=32, batch_size=4, grad_accum=2, packing=packing, bucket=8, epochs=2)
+    seen = []
+    for step in steps:
+        batch = collate_items(items, step, 2)
+        accum, rows, length = batch["tokens"].shape
+        places = batch["items"].shape[1]
+        assert (accum, rows) == (2, 4 if packing else 4 * sides)
+        assert length <= (32 * sides if packing else 32)
+        assert places == (1 << (places - 1).bit_length() if packing else 4)
+        for a in range(accum):
+            assert batch["documents"][a].max(initial=0) <= sides * places
+            for n in np.flatnonzero(batch["items"][a]):
+                number = int(batch["number"][a, n])
+                for side, document in enumerate(items[number].documents):
+                    inside = batch["documents"][a] == side * places + n
+                    np.testing.assert_array_equal(batch["tokens"][a][inside], document.tokens)
+                    assert batch["weights"][a][inside].sum() == document.trained[1:].sum()
+                    assert len(set(batch["segment_ids"][a][inside])) == len(set(np.nonzero(inside)[0])) == 1
+                seen.append(number)
+        assert (batch["documents"] == sides * places).sum() == (batch["segment_ids"] == 0).sum()
+    assert sorted(seen) == sorted([*range(41)] * 2)
+
+
+def test_an_item_may_be_twice_in_a_micro_batch_where_epochs_meet():
+    items = random_items(3, 2)
+    steps = plan_items(items, seq_len=32, batch_size=2, packing=False, epochs=4)
+    for packed, step in [(True, Step(((0, 1, 0, 1), ()), 120)), *((False, step) for step in steps)]:
+        batch = collate_items(items, step)
+        assert batch["items"].tolist() == [[1, 1]]
+        assert set(np.unique(batch["documents"])) - {4} == {0, 1, 2, 3}, packed
+
+
+def test_a_resumed_iterator_goes_on_with_the_same_batches():
+    items = random_items(20, 2)
+    steps = plan_items(items, seq_len=32, batch_size=4, packing=True, epochs=2)
+    batches = item_loader(items, steps)
+    next(batches)
+    position = json.loads(json.dumps(batches.get_state()))
+    resumed = item_loader(items, steps)
+    resumed.set_state(position)
+    rest = list(batches)
+    assert len(rest) == len(steps) - 1
+    for step, found, again in zip(steps[1:], rest, resumed, strict=True):
+        for name, array in collate_items(items, step).items():
+            np.testing.assert_array_equal(found[name], array)
+            np.testing.assert_array_equal(again[name], array)
+
+
+def test_items_that_do_not_go_together_are_refused():
+    settings = dict(seq_len=32, batch_size=2, packing=False, epochs=1)
+    with pytest.raises(ValueError) as error:
+        plan_items([item([1, 2], label=1.0), item([1, 2]), item([1, 2], [3, 4], label=1.0)], **settings)
+    for words in ("item 1: found 1 documents and the values []", "item 2: found 2 documents and the values ['label']"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"found values called \['items', 'tokens'\], expected names other than"):
+        item_loader([item([1, 2], tokens=1.0, items=2.0)], [])
+    with pytest.raises(ValueError, match="found no items"):
+        plan_items([], **settings)
+    [step] = plan_items(THREE, seq_len=4, batch_size=2, grad_accum=2, packing=False, epochs=1)
+    with pytest.raises(ValueError, match="found a step that was not planned for grad_accum=1"):
+        collate_items(THREE, step, 1)

@@ -1,0 +1,157 @@
+"""Every algorithm with every feature at once: NF4, DoRA, dropout, packing, accumulation, a mesh, interruption."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jlora.train import Interrupted, resolve, run
+from jlora.train.metrics import read_metrics
+
+PAIRS = [{"prompt": f"q{i} ", "chosen": f"good {i}", "rejected": f"bad {7 * i}"} for i in range(10)]
+PROMPTS = [{"prompt": [{"role": "user", "content": f"say {i}"}], "n": i} for i in range(10)]
+REWARDS = """
+def vowels(completions, n, **columns):
+    return [sum(c in "aeiou\\u00e9" or ord(c) % 2 for c in m[0]["content"]) / 8 for m in completions]
+
+async def short(completions, **columns):
+    return [None if not m[0]["content"] else -len(m[0]["content"]) / 20 for m in completions]
+"""
+# TRL's names of what its trainers log.
+PAIR_NAMES = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
+    f"{kind}/{side}" for kind in ("logps", "logits") for side in ("chosen", "rejected")
+}
+ROLLOUT_NAMES = {"reward", "rewards/vowels/mean", "rewards/vowels/std", "completions/clipped_ratio"} | {
+    f"completions/{name}_{kind}length" for name in ("mean", "min", "max") for kind in ("", "terminated_")
+}
+NAMES = {
+    "sft": {"mean_token_accuracy"},
+    "dpo": PAIR_NAMES | {"entropy", "mean_token_accuracy"},
+    "cpo": PAIR_NAMES | {"nll_loss"},
+    "orpo": PAIR_NAMES | {"nll_loss", "log_odds_ratio", "log_odds_chosen"},
+    "kto": {"kl", "entropy", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"},
+    "reward": {"accuracy", "margin", "min_reward", "mean_reward", "max_reward"},
+    "grpo": ROLLOUT_NAMES
+    | {"reward_std", "frac_reward_zero_std", "kl", "entropy", "sampling/sampling_logp_difference/max"}
+    | {f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")},
+    "ppo": ROLLOUT_NAMES
+    | {f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores")}
+    | {"policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg"}
+    | {"val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens"},
+}
+COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
+ROLLOUTS = ("grpo", "ppo")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, records in (("pairs", PAIRS), ("prompts", PROMPTS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    texts = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in texts))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(files, model_folder):
+    """settings(algorithm, group={…}): a run of two steps with everything at once."""
+
+    def make(algorithm, **groups):
+        data = "prompts" if algorithm in ROLLOUTS else "texts" if algorithm == "sft" else "pairs"
+        config = {
+            "algorithm": algorithm,
+            "model": {"path": model_folder, "quant": "nf4"},
+            "data": {"path": str(files / f"{data}.jsonl"), "bucket": 16},
+            "lora": {
+                "r": 4,
+                "use_dora": True,
+                "lora_dropout": 0.1,
+                "target_modules": ["q_proj", "v_proj", "down_proj"],
+            },
+            "optim": {"learning_rate": 1e-2},
+            "train": {"steps": 2, "batch_size": 4, "grad_accum": 2, "seq_len": 64},
+        }
+        if algorithm in ROLLOUTS:
+            rewards = tuple(str(files / f"rewards.py:{name}") for name in ("vowels", "short"))
+            config["rollout"] = {"rewards": rewards, "max_completion_length": 6, "num_generations": 4, "rows": 4}
+        if algorithm == "grpo":
+            config["grpo"] = {"beta": 0.04, "scale_rewards": "batch"}
+        for name, group in groups.items():
+            config[name] = config.get(name, {}) | group
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("algorithm", NAMES)
+def test_everything_at_once_is_the_same_on_a_mesh_and_logs_trls_names(algorithm, settings, tmp_path):
+    run(resolve(settings(algorithm)), tmp_path / "one")
+    run(resolve(settings(algorithm, mesh={"data": 2, "fsdp": 2, "tensor": 2})), tmp_path / "many")
+    one, many = (read_metrics(tmp_path / name) for name in ("one", "many"))
+    assert set(one[0]) >= NAMES[algorithm] | COMMON
+    for name in ("loss", "grad_norm", *sorted(NAMES[algorithm] - {"rewards/accuracies"})):  # at first 0 > 0 or not
+        expected = [record[name] for record in one]
+        assert [record[name] for record in many] == pytest.approx(expected, rel=2e-3, abs=1e-4), name
+    assert one[1]["loss"] != one[0]["loss"]
+    folders = ["adapter", "value"] if algorithm == "ppo" else ["adapter"]
+    for folder in folders:
+        ours, theirs = (load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("one", "many"))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=5e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "groups"),
+    [
+        ("dpo", {}),
+        ("grpo", {"grpo": {"num_iterations": 2, "advantage": "leave_one_out", "kl_in_reward": True, "beta": 0.1}}),
+        ("ppo", {"ppo": {"num_ppo_epochs": 2, "target_kl": 1.0}}),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(algorithm, groups, settings, tmp_path):
+    config = resolve(settings(algorithm, train={"steps": 4}, **groups))
+    whole = run(config, tmp_path / "whole")
+    asked = iter([True])
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "parts", stop=lambda: next(asked, False) if algorithm == "dpo" else True)
+    assert run(config, tmp_path / "parts") == pytest.approx(whole | {"tokens_per_second": pytest.approx(0, abs=1e9)})
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
+    if algorithm in ROLLOUTS:
+        logs = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "parts")]
+        assert logs[0] == logs[1] and logs[0].count("\n") >= 2
+
+
+def first_loss(config, folder):
+    run(resolve(config), folder)
+    return read_metrics(folder)[0]
+
+
+def test_the_reference_is_where_the_run_starts(settings, tmp_path):
+    plain = {"use_dora": False, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    start = settings("dpo", lora=plain, train={"steps": 1})
+    from_base = first_loss(start, tmp_path / "base")
+    assert from_base["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert abs(from_base["rewards/chosen"]) < 1e-5
+    trained = settings("sft", lora=plain)
+    run(resolve(trained), tmp_path / "sft")
+    going_on = settings("dpo", train={"steps": 2}, model={"adapter": str(tmp_path / "sft" / "adapter")})
+    del going_on["lora"]
+    notes = []
+    progress = type("Progress", (), {"note": lambda self, text: notes.append(text), "start": lambda *a: None})()
+    progress.update = lambda *a: None
+    run(resolve(going_on), tmp_path / "dpo", progress=progress)
+    found = read_metrics(tmp_path / "dpo")
+    assert found[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # the starting adapter, not the base
+    assert found[0]["logps/chosen"] != pytest.approx(from_base["logps/chosen"], rel=1e-3)
+    assert any("reference policy is the adapter" in note for note in notes)
+    before = settings("dpo", train={"steps": 2}, model=going_on["model"], dpo={"precompute_ref_log_probs": True})
+    del before["lora"]
+    run(resolve(before), tmp_path / "before")
+    for left, right in zip(found, read_metrics(tmp_path / "before"), strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected"):
+            assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-5)

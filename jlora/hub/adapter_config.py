@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jlora.lora.targets import HEADS
 
+CONFIG = "adapter_config.json"
 # The PEFT whose fields are written; readers decide by it how old an adapter is.
 PEFT_VERSION = "0.21.2"
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jlora.hub import mlx, peft
+from jlora.hub.adapter_config import CONFIG
 from jlora.hub.source import locate
 from jlora.hub.weights import read_json
 from jlora.types import Params
@@ -18,6 +19,6 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
     folder = locate(path)
-    if mlx.is_mlx(read_json(folder / peft.CONFIG)):
+    if mlx.is_mlx(read_json(folder / CONFIG)):
         return mlx.load_adapter(params, folder)
     return peft.load_adapter(params, folder)

@@ -10,20 +10,18 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora import lora, quant, tree
-from jlora.hub.adapter_config import AdapterConfig
+from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.methods import Change, Method, Shapes, Tensors, open_method
-from jlora.hub.peft import (
-    CONFIG,
+from jlora.hub.peft import assemble, weights_file
+from jlora.hub.peft_slots import (
     PLAIN,
     Module,
     Slot,
-    assemble,
     check_fits,
     config_slots,
     find_modules,
     optional_tensors,
     read_slots,
-    weights_file,
 )
 from jlora.hub.source import locate
 from jlora.hub.weights import TensorInfo, read_json, read_tensor, tensor_infos

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.hub.adapter_config import AdapterConfig
-from jlora.hub.peft import Module
+from jlora.hub.peft_slots import Module
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, np.ndarray]

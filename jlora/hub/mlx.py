@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import lora, tree
-from jlora.hub.adapter_config import AdapterConfig
-from jlora.hub.peft import CONFIG, PLAIN, PREFIX, Module, Slot, assemble, check_fits, find_modules, read_slots
+from jlora.hub.adapter_config import CONFIG, AdapterConfig
+from jlora.hub.peft import assemble
+from jlora.hub.peft_slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
 from jlora.hub.weights import TensorInfo, listing, read_json, tensor_infos
 from jlora.lora.merge import TIED_HEADS
 from jlora.types import Params

@@ -53,8 +53,8 @@ def group_advantages(rewards: Rewards, group_size: int, *, scale: Scale = "group
     """A = (r - mean of group) / (std + eps), std with n - 1 (GRPO, Shao et al. 2024).
 
     Args:
-        scale: the std is that of the "group", of the "batch" (arXiv 2508.08221), or there is none: A = r - mean
-            (Dr. GRPO, Liu et al. 2025).
+        scale: the std is that of the "group", of the "batch" (arXiv 2508.08221), or there is none: A = r - mean of
+            group (Dr. GRPO, Liu et al. 2025).
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale {scale!r}: expected 'group', 'batch' or 'none'")
@@ -139,7 +139,8 @@ def token_rewards(
 def zero_std_groups(rewards: Rewards, group_size: int) -> Bool[np.ndarray, " G"]:
     """True for each group that teaches nothing: all of its rewards are equal, or fewer than two are known.
 
-    Its mean is TRL's frac_reward_zero_std, and these are the groups that DAPO samples again (Yu et al. 2025).
+    These are the groups that DAPO samples again (Yu et al. 2025). Their share is TRL's frac_reward_zero_std, but that
+    TRL does not count groups with fewer than two known rewards.
     """
     grouped = _groups(rewards, group_size)
     low = np.min(grouped, axis=1, initial=np.inf, where=~np.isnan(grouped))

@@ -46,13 +46,17 @@ class FileSource:
 
     boundary = True
 
-    def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh) -> None:
-        self._batches, self._mesh = batches, mesh
+    def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int | None = None) -> None:
+        """Of items, `sides` says how many documents of each count as tokens of the data; None for all."""
+        self._batches, self._mesh, self._sides = batches, mesh, sides
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
         """The next batch; the policy plays no part."""
         batch = next(self._batches)
-        return sharding.put_batch(batch, self._mesh), int((batch["segment_ids"] > 0).sum()), {}
+        counted = batch["segment_ids"] > 0
+        if self._sides is not None:
+            counted &= batch["documents"] < self._sides * batch["items"].shape[1]
+        return sharding.put_batch(batch, self._mesh), int(counted.sum()), {}
 
     def observe(self, metrics: Metrics) -> None:
         """Nothing to check."""

@@ -31,7 +31,7 @@ def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objec
         value = jnp.sum(per_pair) / totals["items"] + settings.cpo_alpha * nll
         rewards = losses.cpo_rewards(pairs, loss_type=settings.loss_type)
         items = _items(pairs, *rewards, settings.beta)
-        return value, Report(token_sums(scores, batch, 2) | {"nll_loss": nll}, items)
+        return value, Report(token_sums(scores, batch) | {"nll_loss": nll}, items)
 
     return Objective(loss, dpo.pair_totals)
 
@@ -65,7 +65,7 @@ def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Obje
             pairs.rejected / jnp.maximum(pairs.rejected_tokens, 1),
         )
         items = _items(pairs, *means, settings.beta) | {"log_odds_ratio": log_odds_ratio, "log_odds_chosen": log_odds}
-        return value, Report(token_sums(scores, batch, 2) | {"nll_loss": nll}, items)
+        return value, Report(token_sums(scores, batch) | {"nll_loss": nll}, items)
 
     def totals(batch: Batch) -> Metrics:
         return dpo.pair_totals(batch) | {"likelihood_tokens": jnp.maximum(jnp.sum(likelihood_weights(batch)), 1)}

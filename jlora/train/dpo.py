@@ -39,7 +39,9 @@ def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool = True, chunk: in
         else:
             reference = reference_sums(model, frozen, batch, settings.ld_alpha, chunk)
         pairs = as_pairs(policy, reference, batch)
-        value = sum(weight * _term(name, pairs, settings, totals) for name, weight in settings.terms)
+        chosen = jnp.sum(scores.log_probs * (batch["documents"] < batch["items"].shape[0]))
+        terms = {"sft": -chosen / totals["chosen_tokens"]}
+        value = sum(weight * _term(name, pairs, settings, totals, terms) for name, weight in settings.terms)
         return value, _report(pairs, settings.beta, scores, batch)
 
     return Objective(loss, pair_totals)
@@ -76,9 +78,9 @@ def as_pairs(policy: jax.Array, reference: jax.Array, batch: Batch) -> Pairs:
     return Pairs(*sides, batch["items"])
 
 
-def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics) -> jax.Array:
-    if name == "sft":
-        return -jnp.sum(pairs.chosen * pairs.items) / totals["chosen_tokens"]
+def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics, others: Metrics) -> jax.Array:
+    if name in others:
+        return others[name]
     per_pair = losses.dpo(
         pairs,
         loss_type=name,
@@ -99,7 +101,7 @@ def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Rep
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    return Report(token_sums(scores, batch, 2), items)
+    return Report(token_sums(scores, batch), items)
 
 
 def report(metrics: Metrics) -> Numbers:
@@ -107,13 +109,5 @@ def report(metrics: Metrics) -> Numbers:
     names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
     margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     compared = {"items": metrics["items"], "rewards/accuracies": margins > 0, "rewards/margins": margins}
-    logits = {
-        f"logits/{name}": float(metrics[f"logits/{side}"]) / max(float(metrics[f"tokens/{side}"]), 1.0)
-        for side, name in enumerate(("chosen", "rejected"))
-    }
-    return (
-        item_means(metrics, names)
-        | item_means(compared, ("rewards/accuracies", "rewards/margins"))
-        | logits
-        | token_means(metrics)
-    )
+    differences = item_means(compared, ("rewards/accuracies", "rewards/margins"))
+    return item_means(metrics, names) | differences | token_means(metrics)

@@ -9,7 +9,7 @@ from jlora.losses.documents import by_document
 from jlora.models import Model
 from jlora.train.algorithm import Numbers, reference_params
 from jlora.train.config import RunConfig
-from jlora.train.scores import completion_scores, item_means, token_means
+from jlora.train.scores import completion_scores, item_means
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
@@ -48,11 +48,7 @@ def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective
         answers = batch["weights"] * (batch["documents"] < slots)
         logits = by_document(scores.mean_logits * answers, batch["documents"], slots)
         tokens = by_document(answers, batch["documents"], slots)
-        sums = {
-            "entropy": jnp.sum(scores.entropy * answers),
-            "correct": jnp.sum(scores.correct * answers),
-            "weight": jnp.sum(answers),
-        }
+        sums = {"entropy": jnp.sum(scores.entropy * answers), "weight": jnp.sum(answers)}
         of_items = {
             "items": items,
             "chosen": items * label,
@@ -70,7 +66,8 @@ def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective
 
 def report(metrics: Metrics) -> Numbers:
     """TRL's numbers of a step on answers with labels; those of a side that the step lacks are left out."""
-    numbers = token_means(metrics) | item_means(metrics, ("kl",))
+    entropy = float(metrics["entropy"]) / max(float(metrics["weight"]), 1.0)
+    numbers = {"entropy": entropy} | item_means(metrics, ("kl",))
     for side in ("chosen", "rejected"):
         marked = metrics[side] > 0
         if marked.any():

@@ -95,7 +95,11 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             trainable=base.trainable,
             frozen=constants,
             objective=objective,
-            source=FileSource(data.item_loader(train_items, steps, train.grad_accum), base.mesh),
+            source=FileSource(
+                data.item_loader(train_items, steps, train.grad_accum),
+                base.mesh,
+                sides=2 if method.kind == "pairs" else 1,
+            ),
             report=method.report,
             adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
             evaluate=lambda state: _numbers(method, evaluate(state)),

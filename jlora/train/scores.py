@@ -43,26 +43,28 @@ def completion_scores(
     )
 
 
-def token_sums(scores: TokenScores, batch: Batch, sides: int) -> Metrics:
-    """Sums over the completion tokens, and those of every side of a pair, for `token_means`."""
-    slots = batch["items"].shape[0]
-    weights = batch["weights"]
-    sums = {
-        "entropy": jnp.sum(scores.entropy * weights),
-        "correct": jnp.sum(scores.correct * weights),
-        "weight": jnp.sum(weights),
-    }
-    of_sides = {"logits": scores.mean_logits * weights, "tokens": weights}
-    for name, values in of_sides.items():
-        by_side = by_document(values, batch["documents"], sides * slots).reshape(sides, slots).sum(axis=1)
-        sums |= {f"{name}/{side}": by_side[side] for side in range(sides)}
+def token_sums(scores: TokenScores, batch: Batch) -> Metrics:
+    """Sums over the completion tokens of pairs, and over those of the chosen (0) and the rejected (1) alone."""
+    slots, weights = batch["items"].shape[0], batch["weights"]
+    sums = {"entropy": jnp.sum(scores.entropy * weights), "weight": jnp.sum(weights)}
+    for name, values in {"logits": scores.mean_logits, "correct": scores.correct, "tokens": 1.0}.items():
+        by_side = by_document(values * weights, batch["documents"], 2 * slots).reshape(2, slots).sum(axis=1)
+        sums |= {f"{name}/{side}": by_side[side] for side in range(2)}
     return sums
 
 
 def token_means(metrics: Metrics) -> Numbers:
-    """TRL's `entropy` and `mean_token_accuracy`."""
-    weight = max(float(metrics["weight"]), 1.0)
-    return {"entropy": float(metrics["entropy"]) / weight, "mean_token_accuracy": float(metrics["correct"]) / weight}
+    """TRL's numbers made of `token_sums`; the accuracy is that on the chosen answers."""
+
+    def mean(name: str, count: str) -> float:
+        return float(metrics[name]) / max(float(metrics[count]), 1.0)
+
+    return {
+        "entropy": mean("entropy", "weight"),
+        "mean_token_accuracy": mean("correct/0", "tokens/0"),
+        "logits/chosen": mean("logits/0", "tokens/0"),
+        "logits/rejected": mean("logits/1", "tokens/1"),
+    }
 
 
 def item_means(metrics: Metrics, names: tuple[str, ...], mask: str = "items") -> Numbers:

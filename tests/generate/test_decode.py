@@ -43,22 +43,24 @@ def prompts_of(lengths=LENGTHS):
 @functools.cache
 def made(family):
     model = build(FAMILIES[family].to_dict())
-    return model, model.random_params(jax.random.key(3))
+    return model, jax.jit(model.random_params)(jax.random.key(3))
 
 
 @functools.cache
 def adapted():
     """A Llama in NF4 with adapters that do something."""
     model, params = made("llama")
-    packed = tree.map_with_path(lambda path, leaf: quant.quantize(leaf) if "_proj" in path else leaf, params)
-    params = lora.init(packed, jlora.LoraConfig(r=3, target_modules="all-linear"), key=jax.random.key(0))
 
     def start(path, leaf):
-        if not path.endswith("lora_b"):
-            return leaf
-        return jax.random.normal(jax.random.key(len(path)), leaf.shape) * 0.5
+        return jnp.sin(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape) if "lora_b" in path else leaf
 
-    return model, tree.map_with_path(start, params)
+    @jax.jit
+    def adapt(params):
+        packed = tree.map_with_path(lambda path, leaf: quant.quantize(leaf) if "_proj" in path else leaf, params)
+        config = jlora.LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
+        return tree.map_with_path(start, lora.init(packed, config, key=jax.random.key(0)))
+
+    return model, adapt(params)
 
 
 def run(model, params, order=None, **settings):
@@ -147,7 +149,7 @@ def test_packed_weights_and_adapters_sample_the_same_on_a_mesh():
 def test_rollouts_come_back_in_order_and_say_which_policy_drew_them():
     model, params = adapted()
     prompts, keys = prompts_of((9, 2, 20, 3, 18)), jax.random.split(jax.random.key(1), 5)
-    settings = dict(max_new_tokens=4, stop_ids=[*range(1, 20)])
+    settings = dict(max_new_tokens=4, stop_ids=[*range(1, 30)])
     found = rollout(model, params, prompts, keys, rows=2, bucket=16, **settings)
     assert found.policy_digest == int(jax.jit(policy_digest)(lora.split(params)[1]))
     again = rollout(model, params, prompts[::-1], keys[::-1], rows=9, bucket=32, **settings)

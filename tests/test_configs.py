@@ -1,6 +1,7 @@
 """Every recipe in configs/ resolves once its placeholders are filled, and says what they are while they are not."""
 
 import pathlib
+import runpy
 
 import pytest
 
@@ -15,8 +16,14 @@ PLACEHOLDERS = {
     "smollm2_135m.py": {"data.path"},
     "llama3_8b_qlora.py": {"data.path"},
     "llama3_8b_tpu.py": {"data.path"},
+    "dpo.py": {"model.path", "data.path", "train.epochs"},
+    "reward.py": {"model.path", "data.path", "train.epochs"},
+    "grpo.py": {"model.path", "data.path", "train.epochs"},
+    "ppo.py": {"model.path", "data.path", "train.epochs"},
 }
 VALUES = {"model.path": "some/model", "data.path": "train.jsonl", "train.epochs": "3"}
+# Rollouts have no end of their own, and want to be judged.
+MORE = ["--config.train.steps=3", "--config.rollout.rewards=('rewards.py',)"]
 
 
 def test_the_table_holds_every_recipe():
@@ -26,6 +33,7 @@ def test_the_table_holds_every_recipe():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_resolves_with_its_placeholders_filled(name):
     overrides = [f"--config.{key}={VALUES[key]}" for key in sorted(PLACEHOLDERS[name])]
+    overrides += MORE if name in ("grpo.py", "ppo.py") else []
     config = resolve(read_config(str(CONFIGS / name), overrides))
     assert isinstance(config, RunConfig)
     assert config.data.path == "train.jsonl"
@@ -38,6 +46,13 @@ def test_a_recipe_names_each_placeholder_that_is_not_filled(name):
     message = str(error.value)
     assert "unknown" not in message
     assert {key for key in VALUES if key in message} == PLACEHOLDERS[name]
+
+
+@pytest.mark.parametrize("variant", sorted(runpy.run_path(str(CONFIGS / "grpo.py"))["VARIANTS"]))
+def test_every_relative_of_grpo_resolves(variant):
+    overrides = ["--config.model.path=m", "--config.data.path=d", *MORE]
+    plain, config = (resolve(read_config(f"{CONFIGS / 'grpo.py'}{word}", overrides)) for word in ("", f":{variant}"))
+    assert variant == "dapo" or config.grpo != plain.grpo
 
 
 def test_the_general_recipe_is_the_defaults():

@@ -95,6 +95,9 @@ def _settings(cls: type, path: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(hint):
             yield from _settings(hint, f"{path}{field.name}.")
             continue
-        default = "required" if is_required(field) else f"default {field.default!r}"
+        made = field.default_factory is not dataclasses.MISSING
+        default = (
+            "required" if is_required(field) else f"default {field.default_factory() if made else field.default!r}"
+        )
         kind = describe(hint) if not typing.get_args(hint) or len(describe(hint)) < 40 else "see the documentation"
         yield f"  --config.{path + field.name:<26} {kind}; {default}"

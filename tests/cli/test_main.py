@@ -28,8 +28,8 @@ from jlora.cli.main import COMMANDS, main
         (["train", "--config={recipe}", "--config.train.steps=0"], "train.steps: found 0, expected at least 1"),
         (["train", "--config={recipe}", "--config.model.quant=int3"], "int3"),
         (
-            ["train", "--config={recipe}", "--config.algorithm=ppo"],
-            "algorithm: found 'ppo' (str), expected one of 'sft'",
+            ["train", "--config={recipe}", "--config.algorithm=gpo"],
+            "algorithm: found 'gpo' (str), expected one of 'sft'",
         ),
         (["train", "--config={recipe}", "--lora.r=8"], "unknown option --lora.r"),
         (["train", "--config={recipe}", "extra"], "unexpected 'extra'"),

@@ -217,18 +217,18 @@ def test_tokens_and_prompts():
 def test_nothing_that_counts_is_zero_in_value_and_gradient(how, level):
     documents, nothing = jnp.asarray([[0, 0, 1, 2]]), jnp.zeros((1, 4))
     step = {name: jnp.float32(0) for name in ("items", "tokens", "prompts")} | {"micro_batches": jnp.float32(1)}
+    settings = dict(how=how, totals=step, max_completion_length=5, group_tokens=jnp.zeros(2))
 
     def loss(log_probs):
         per_token, *_ = policy_loss(
             log_probs, nothing, nothing + 1, nothing, documents, 2, loss_type="grpo", level=level
         )
-        per_token += kl3(nothing, log_probs)
-        settings = dict(how=how, totals=step, max_completion_length=5, group_tokens=jnp.zeros(2))
         return aggregate(per_token, nothing, documents, jnp.ones(2), **settings)
 
     # A token that does not count may hold anything: e to these is infinite.
     value, gradient = jax.value_and_grad(loss)(jnp.asarray([[200.0, -200, -200, 200]]))
     assert value == 0 and not np.any(gradient)
+    assert aggregate(nothing + jnp.inf, nothing, documents, jnp.ones(2), **settings) == 0
 
 
 def test_ppo():

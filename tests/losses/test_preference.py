@@ -84,15 +84,15 @@ def test_orpo(make_trainer, documents_of, ours, agree, slots):
     np.testing.assert_allclose(slots.mean(odds), logged["log_odds_chosen"][0], rtol=1e-4)
 
 
+ANSWERS = ("cdefg", "hi", "p", "qrstuvw", "0123", "4567")
 LABELS = (True, False, True, True, True, False)
 
 
 @pytest.fixture(scope="module")
 def kto(make_trainer, documents_of, ours, slots):
-    texts = [record[side] for record in slots.records for side in ("chosen", "rejected")]
     records = [
         {"prompt": slots.records[i // 2]["prompt"], "completion": text, "label": label}
-        for i, (text, label) in enumerate(zip(texts, LABELS, strict=True))
+        for i, (text, label) in enumerate(zip(ANSWERS, LABELS, strict=True))
     ]
     trainer = make_trainer(trl.KTOTrainer, trl.KTOConfig, records, per_device_train_batch_size=6)
     batch = next(iter(trainer.get_train_dataloader()))

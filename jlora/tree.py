@@ -116,24 +116,17 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def digest(leaf: Any, *, scramble: bool = False) -> list[jax.Array]:
-    """For each array of a leaf, the sum of its words times weights that follow from their places, modulo 2³²: exact in
-    any order of summation.
-
-    Args:
-        scramble: no change of one word goes unseen, and several do not cancel except by chance. Fingerprints in
-            checkpoints are without: there a float32 that only changes its sign is unseen at an odd index, and two such
-            changes cancel anywhere.
+def digest(leaf: Any) -> list[jax.Array]:
+    """For each array of a leaf, the sum of its scrambled words times odd weights that follow from their places, modulo
+    2³²: exact in any order of summation. No change of one word goes unseen; several cancel by chance only.
     """
 
     def one(array: jax.Array) -> jax.Array:
-        total = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-        stride = 2654435761
-        if scramble:
-            total, stride = _scramble(total), 1013904226  # twice the other, modulo 2³²: every weight is odd
+        words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+        total = _scramble(words)
         for axis in range(array.ndim):
             index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-            total = total * (index * jnp.uint32(stride) + jnp.uint32(2 * axis + 1))
+            total = total * (index * jnp.uint32(1013904226) + jnp.uint32(2 * axis + 1))
         return jnp.sum(total, dtype=jnp.uint32)
 
     return [one(array) for array in jax.tree.leaves(leaf)]

@@ -14,7 +14,7 @@ from jlora.data.items import (
 from jlora.data.loader import Batch, collate, describe, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
-from jlora.data.prompts import PromptReport, encode_prompt, encode_prompts, read_prompts
+from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
 from jlora.data.records import Record, read_records
 from jlora.data.template import template_tail
 
@@ -24,6 +24,7 @@ __all__ = [
     "EncodeReport",
     "Example",
     "Item",
+    "Prompt",
     "PromptReport",
     "Record",
     "Step",

@@ -76,18 +76,21 @@ def rollout(
         prompts: token ids.
         keys: one random key a prompt.
         rows: how many sequences run at a time.
+        temperature: 0 takes the likeliest token each time; log-probabilities are then those at 1.
         top_k, top_p: see `sample`.
         bucket: prompts are padded to a multiple of this.
 
     Raises:
         ValueError: no prompts, empty ones, or settings out of range; all are listed.
     """
-    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p)
-    problems = faults(settings | dict(rows=rows, bucket=bucket)) + _unfit(prompts, keys, temperature)
+    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
+    checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
+    problems = faults(checked) + _unfit(prompts, keys)
     if problems:
         raise ValueError("rollout:\n  " + "\n  ".join(problems))
     rows = min(rows, len(prompts))
-    settings |= dict(rows=rows, stop_ids=tuple(stop_ids), temperature=float(temperature))
+    settings |= dict(rows=rows, stop_ids=tuple(stop_ids))
+    settings |= dict(greedy=temperature == 0, temperature=float(temperature) or 1.0)
     calls = list(queues(prompts, keys, rows=rows, bucket=bucket))
     drawn = [_draw(model, params, queue.tokens, queue.lengths, queue.keys, **settings) for queue in calls]
     drawn = jax.device_get(drawn)
@@ -107,7 +110,7 @@ def policy_digest(trainable: Params) -> UInt32[Array, ""]:
     total = jnp.uint32(0)
     for path, leaf in tree.flatten(trainable).items():
         name = jnp.uint32(zlib.crc32(f"{path} {leaf.shape} {leaf.dtype}".encode()) | 1)
-        for part in tree.digest(leaf, scramble=True):
+        for part in tree.digest(leaf):
             total += name * (part + jnp.uint32(1))
     return total
 
@@ -141,7 +144,7 @@ def queues(
         start = end
 
 
-def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array, temperature: int | float) -> list[str]:
+def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
     """A line for everything about the prompts that cannot be sampled from."""
     problems = []
     if not prompts:
@@ -150,12 +153,10 @@ def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array, temperature: int |
         problems.append(f"empty prompts {empty}: expected at least one token in each")
     if keys.shape != (len(prompts),):
         problems.append(f"keys of shape {keys.shape}: expected one for each of {len(prompts)} prompts")
-    if not temperature > 0:
-        problems.append(f"temperature={temperature}: expected more than 0")
     return problems
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens", "stop_ids", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames=("model", "greedy", "rows", "max_new_tokens", "stop_ids", "top_k", "top_p"))
 def _draw(
     model: Model,
     params: Params,
@@ -164,10 +165,11 @@ def _draw(
     keys: jax.Array,
     *,
     temperature: float | jax.Array,
+    greedy: bool,
     **static: Any,
 ) -> tuple[Decoded, jax.Array]:
     """What follows each prompt, and the digest of the very arrays that were used for it."""
-    decoded = decode(model, params, tokens, lengths, keys, greedy=False, temperature=temperature, **static)
+    decoded = decode(model, params, tokens, lengths, keys, greedy=greedy, temperature=temperature, **static)
     return decoded, policy_digest(lora.split(params)[1])
 
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import data
+from jlora.data import Prompt
 from jlora.generate.decode import decode
 from jlora.generate.rollout import faults, queues
 from jlora.models import Model
 from jlora.types import Params
 
-Prompt = str | Sequence[dict[str, Any]]
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
 # No call answers more than this many times `batch_size` prompts, so that progress is seen.
@@ -47,7 +48,7 @@ def generate(
     Raises:
         ValueError: settings out of range, an empty prompt, or messages for a tokenizer without a chat template.
     """
-    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p)
+    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
         raise ValueError("generate:\n  " + "\n  ".join(problems))
     encoded = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
@@ -77,13 +78,7 @@ def generate(
 
 
 def _encode(tokenizer: Any, prompt: Prompt, number: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif not tokenizer.chat_template:
-        raise ValueError(f"prompt {number} is a list of messages, but the tokenizer has no chat template: give a text")
-    else:
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"prompt {number} is empty: there is nothing to continue")
-    return ids
+    try:
+        return data.encode_prompt(prompt, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"prompt {number}: {error}") from error

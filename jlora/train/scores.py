@@ -24,7 +24,7 @@ def completion_scores(
     key: jax.Array | None = None,
     remat: bool = False,
     chunk: int = 512,
-    temperature: int | float = 1.0,
+    temperature: int | float | jax.Array = 1.0,
 ) -> TokenScores:
     """The scores [B, T] of every completion token of a micro-batch.
 

@@ -198,15 +198,30 @@ def test_what_cannot_be_rolled_out_is_said_at_once():
     model, params = made("llama")
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(ValueError) as error:
-        rollout(model, params, [[1], []], keys, rows=0, max_new_tokens=0, stop_ids=(), temperature=0.0, top_p=0)
+        rollout(model, params, [[1], []], keys, rows=0, max_new_tokens=0, stop_ids=(), temperature=-1.0, top_p=0)
     for text in (
         "rows=0: expected 1 or more",
         "max_new_tokens=0: expected 1 or more",
-        "temperature=0.0: expected more than 0",
-        "top_p=0: expected a probability",
+        "temperature=-1.0: expected 0 (greedy) or more",
+        "top_p=0.0: expected a probability",
         "empty prompts [1]: expected at least one token",
         "keys of shape (1,): expected one for each of 2 prompts",
     ):
         assert text in str(error.value)
     with pytest.raises(ValueError, match="no prompts: expected at least one"):
         rollout(model, params, [], keys[:0], rows=1, max_new_tokens=1, stop_ids=())
+
+
+def test_a_rollout_at_temperature_0_takes_the_likeliest_tokens():
+    model, params = made("llama")
+    prompts = [[3, 4, 5], [7]]
+    settings = dict(rows=2, max_new_tokens=5, stop_ids=(), temperature=0.0)
+    first, second = (
+        rollout(model, params, prompts, jax.random.split(jax.random.key(s), 2), **settings) for s in (0, 1)
+    )
+    for prompt, one, other in zip(prompts, first.completions, second.completions, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        sequence = list(prompt)
+        for token in one.tokens:
+            assert token == np.argmax(model(params, np.array([sequence], np.int32))[0, -1])
+            sequence.append(int(token))

@@ -98,6 +98,6 @@ def test_bad_settings_and_prompts_are_named(loaded):
         jlora.generate(model, params, tokenizer, PROMPTS, max_new_tokens=0, temperature=-1, top_p=0)
     for name in ("max_new_tokens=0", "temperature=-1", "top_p=0"):
         assert name in str(error.value)
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="prompt 1: found an empty prompt"):
         jlora.generate(model, params, tokenizer, ["a", ""])
     assert jlora.generate(model, params, tokenizer, []) == []

@@ -174,7 +174,7 @@ def truncate(path: pathlib.Path, last_step: int) -> None:
         return
     kept = [record for record in _parse(path) if record["step"] <= last_step]
     part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
     os.replace(part, path)
 
 

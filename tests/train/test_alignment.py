@@ -26,7 +26,6 @@ ROLLOUT_NAMES = {"reward", "rewards/vowels/mean", "rewards/vowels/std", "complet
     f"completions/{name}_{kind}length" for name in ("mean", "min", "max") for kind in ("", "terminated_")
 }
 NAMES = {
-    "sft": {"mean_token_accuracy"},
     "dpo": PAIR_NAMES | {"entropy", "mean_token_accuracy"},
     "cpo": PAIR_NAMES | {"nll_loss"},
     "orpo": PAIR_NAMES | {"nll_loss", "log_odds_ratio", "log_odds_chosen"},
@@ -42,6 +41,8 @@ NAMES = {
 }
 COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 ROLLOUTS = ("grpo", "ppo")
+# One of each kind is run on one device too; the others differ from them in their formulas alone.
+COMPARED = ("dpo", "grpo", "ppo")
 
 
 @pytest.fixture(scope="module")
@@ -87,43 +88,38 @@ def settings(files, model_folder):
 
 
 @pytest.mark.parametrize("algorithm", NAMES)
-def test_everything_at_once_is_the_same_on_a_mesh_and_logs_trls_names(algorithm, settings, tmp_path):
-    run(resolve(settings(algorithm)), tmp_path / "one")
+def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, settings, tmp_path):
     run(resolve(settings(algorithm, mesh={"data": 2, "fsdp": 2, "tensor": 2})), tmp_path / "many")
-    one, many = (read_metrics(tmp_path / name) for name in ("one", "many"))
-    assert set(one[0]) >= NAMES[algorithm] | COMMON
+    many = read_metrics(tmp_path / "many")
+    assert set(many[0]) >= NAMES[algorithm] | COMMON
+    assert all(np.isfinite([record[name] for name in NAMES[algorithm] | COMMON]).all() for record in many)
+    assert many[1]["loss"] != many[0]["loss"] and many[0]["grad_norm"] > 0
+    if algorithm not in COMPARED:
+        return
+    run(resolve(settings(algorithm)), tmp_path / "one")
+    one = read_metrics(tmp_path / "one")
     for name in ("loss", "grad_norm", *sorted(NAMES[algorithm] - {"rewards/accuracies"})):  # at first 0 > 0 or not
         expected = [record[name] for record in one]
         assert [record[name] for record in many] == pytest.approx(expected, rel=2e-3, abs=1e-4), name
-    assert one[1]["loss"] != one[0]["loss"]
-    folders = ["adapter", "value"] if algorithm == "ppo" else ["adapter"]
-    for folder in folders:
+    for folder in ("adapter", "value") if algorithm == "ppo" else ("adapter",):
         ours, theirs = (load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("one", "many"))
         assert ours.keys() == theirs.keys()
         for name in ours:
             np.testing.assert_allclose(ours[name], theirs[name], atol=5e-3, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "groups"),
-    [
-        ("dpo", {}),
-        ("grpo", {"grpo": {"num_iterations": 2, "advantage": "leave_one_out", "kl_in_reward": True, "beta": 0.1}}),
-        ("ppo", {"ppo": {"num_ppo_epochs": 2, "target_kl": 1.0}}),
-    ],
-)
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(algorithm, groups, settings, tmp_path):
-    config = resolve(settings(algorithm, train={"steps": 4}, **groups))
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(settings, tmp_path):
+    groups = {"ppo": {"num_ppo_epochs": 2, "target_kl": 1.0}, "lora": {"use_dora": False}}
+    config = resolve(settings("ppo", train={"steps": 4, "grad_accum": 1}, **groups))
     whole = run(config, tmp_path / "whole")
-    asked = iter([True])
-    with pytest.raises(Interrupted):
-        run(config, tmp_path / "parts", stop=lambda: next(asked, False) if algorithm == "dpo" else True)
-    assert run(config, tmp_path / "parts") == pytest.approx(whole | {"tokens_per_second": pytest.approx(0, abs=1e9)})
+    with pytest.raises(Interrupted, match="after step 2"):  # a rollout is used up before the run is saved
+        run(config, tmp_path / "parts", stop=lambda: True)
+    last = run(config, tmp_path / "parts")
+    assert {**last, "tokens_per_second": 0} == {**whole, "tokens_per_second": 0}
     adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert adapters[0] == adapters[1]
-    if algorithm in ROLLOUTS:
-        logs = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "parts")]
-        assert logs[0] == logs[1] and logs[0].count("\n") >= 2
+    logs = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 8  # four of each rollout
 
 
 def first_loss(config, folder):

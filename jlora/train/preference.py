@@ -87,13 +87,12 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         train_items, eval_items = items, held_out
         if method.reference:
             note(f"the reference policy is {_reference_name(config, items)}")
-            if config.dpo.precompute_ref_log_probs:
+            if config.dpo.precompute_ref_log_probs and dpo.CHOSEN not in items[0].values:
                 train_items, eval_items = (with_reference(base, config, some) for some in (items, held_out))
-        constants = base.constants
-        evaluate = functools.partial(evaluate_items, objective, config, base, eval_items)
+        evaluate = functools.partial(evaluate_items, jax.jit(_scorer(objective)), config, base, eval_items)
         return Job(
             trainable=base.trainable,
-            frozen=constants,
+            frozen=base.constants,
             objective=objective,
             source=FileSource(
                 data.item_loader(train_items, steps, train.grad_accum),
@@ -116,20 +115,27 @@ def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.
     records = data.read_preferences(path, kind)
     encode = data.encode_pairs if kind == "pairs" else data.encode_unpaired
     items, report = encode(records, tokenizer, seq_len=config.train.seq_len, overlong=config.data.overlong)
+    if dpo.CHOSEN in items[0].values and config.dpo.ld_alpha is not None:
+        raise ValueError(
+            f"{path} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh token "
+            "by token: leave out ref_chosen_logps and ref_rejected_logps, or dpo.ld_alpha"
+        )
     if config.algorithm == "kto" and config.kto.loss_type == "kto":
         items = data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
     return items, report
 
 
 def evaluate_items(
-    objective: Objective, config: RunConfig, base: Base, items: Sequence[data.Item], state: TrainState
+    score: Callable, config: RunConfig, base: Base, items: Sequence[data.Item], state: TrainState
 ) -> Metrics:
     """The metrics of all items as if they were one step's: sums added, arrays of items one after another.
 
     The loss is the mean of the batches' losses, each with the weight of its items.
+
+    Args:
+        score: see `_scorer`.
     """
     found = []
-    score = _scorer(objective)
     for batch in _batches(items, config, base.mesh):
         value, report = score(state.trainable, base.constants, batch)
         weight = float(np.sum(batch["items"]))
@@ -159,6 +165,8 @@ def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) ->
 
 def _batches(items: Sequence[data.Item], config: RunConfig, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
     """Every item once, in order, a micro-batch at a time."""
+    if not items:
+        return
     steps = data.plan_items(
         items,
         seq_len=config.train.seq_len,
@@ -173,15 +181,14 @@ def _batches(items: Sequence[data.Item], config: RunConfig, mesh: jax.sharding.M
         yield sharding.put_batch(data.collate_items(items, step, 1), mesh)
 
 
-@functools.cache
 def _scorer(objective: Objective) -> Callable:
-    """The objective without gradients or dropout, on a batch of one micro-batch."""
+    """score(trainable, frozen, batch of one micro-batch) → (loss, report), without gradients or dropout."""
 
     def score(trainable: Any, frozen: Any, batch: Batch) -> Any:
         micro = jax.tree.map(lambda leaf: leaf[0], batch)
         return objective.loss(trainable, frozen, micro, objective.totals(batch), None)
 
-    return jax.jit(score)
+    return score
 
 
 def _numbers(method: Method, metrics: Metrics) -> Numbers:

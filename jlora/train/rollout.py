@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ class Rollouts:
 
 def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, list]:
     """Training prompts, held-out ones where there are any, and the rewards, which a task may bring itself."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
     settings = config.rollout
     names: list = list(settings.rewards)
     if config.data.path.startswith(TASK):
@@ -231,7 +234,6 @@ class RolloutSource:
         self.memory: dict[str, Any] = {}
         self._collect = collect
         self._queue: list[Batch] = []
-        self._numbers: Numbers = {}
         self._digest: int | None = None
 
     @property
@@ -281,10 +283,11 @@ def describe(rollouts: Rollouts, group_size: int) -> Numbers:
     lengths = np.array([len(completion.tokens) for completion in rollouts.completions])
     finished = np.array([completion.finished for completion in rollouts.completions])
     terminated = lengths[finished] if finished.any() else np.zeros(1)
-    groups = rollouts.rewards.reshape(-1, group_size)
-    numbers = {"reward": float(np.nanmean(rollouts.rewards))}
-    if group_size > 1:
-        numbers["reward_std"] = float(np.nanmean(np.nanstd(groups, axis=1, ddof=1)))
+    known = [group[~np.isnan(group)] for group in rollouts.rewards.reshape(-1, group_size)]
+    deviations = [float(np.std(group, ddof=1)) for group in known if len(group) > 1]
+    numbers = {"reward": float(np.mean(np.concatenate(known))) if any(map(len, known)) else math.nan}
+    if deviations:
+        numbers["reward_std"] = float(np.mean(deviations))
     numbers |= rollouts.table.numbers()
     for kind, of in (("length", lengths), ("terminated_length", terminated)):
         numbers |= {

@@ -1,0 +1,103 @@
+"""Rollouts as arrays and back, the order of prompts, groups that say nothing, and the policy's checksum."""
+
+import numpy as np
+import pytest
+
+from jlora.data import Example, Item
+from jlora.generate import Completion
+from jlora.train import resolve, rollout
+from jlora.train.rewards import RewardTable
+
+LENGTHS = [(3, 4), (2, 1), (5, 6), (1, 2), (4, 3), (2, 5)]  # of prompts and completions
+
+
+def config(**data):
+    return resolve(
+        {
+            "algorithm": "grpo",
+            "model": {"path": "m"},
+            "data": {"path": "d", "bucket": 4} | data,
+            "train": {"steps": 1, "batch_size": 2, "grad_accum": 3, "seq_len": 24},
+            "rollout": {"rewards": ("r.py",), "num_generations": 2, "max_completion_length": 8},
+        }
+    )
+
+
+def made(texts=None, rewards=None):
+    items, completions = [], []
+    for index, (prompt, answer) in enumerate(LENGTHS):
+        tokens = np.arange(prompt + answer, dtype=np.int32) + 10 * index
+        items.append(Item((Example(tokens, np.arange(len(tokens)) >= prompt),), {"index": float(index)}))
+        completions.append(Completion(tokens[prompt:], np.float32(index + np.arange(answer) / 10), answer % 2 == 0))
+    values = np.arange(6, dtype=np.float32)[:, None] if rewards is None else np.array(rewards, np.float32)[:, None]
+    table = RewardTable(("r",), values, (0,), {}, {})
+    texts = texts or [f"text {index}" for index in range(6)]
+    return rollout.Rollouts([0, 0, 1, 1, 2, 2], completions, texts, items, table, values[:, 0], 7)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing):
+    rollouts = made()
+    batch = rollout.lay_out(rollouts.items, config(packing=packing), parts=2)
+    assert len(batch["tokens"]) % 2 == 0
+    laid = rollout.to_layout(batch, [completion.log_probs for completion in rollouts.completions])
+    assert (laid != 0).sum() == sum(answer for _, answer in LENGTHS) - 1  # the first log-probability is 0
+    # A place predicts the next token, so the completion's n-th number lies where its n-th token is the target.
+    for index, completion in enumerate(rollouts.completions):
+        for token, log_prob in zip(completion.tokens, completion.log_probs, strict=True):
+            places = (batch["targets"] == token) & (batch["weights"] > 0)
+            assert laid[places].tolist() == [pytest.approx(log_prob)], index
+    sums = [completion.log_probs.sum() for completion in rollouts.completions]
+    np.testing.assert_allclose(rollout.by_item(batch, laid), sums, rtol=1e-6)
+    spread = rollout.spread(batch, np.arange(6) + 1.0)
+    np.testing.assert_array_equal(spread > 0, batch["weights"] > 0)
+    lengths = np.array([answer for _, answer in LENGTHS])
+    np.testing.assert_allclose(rollout.by_item(batch, spread), lengths * (np.arange(6) + 1))
+
+
+def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
+    prompts = rollout.Prompts(tuple({"prompt": str(i)} for i in range(5)), ([1],) * 5)
+    order = prompts.order(3, 0, 15)
+    assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
+    assert order[:5] != order[5:10]
+    assert prompts.order(3, 4, 7) == order[4:11]
+    assert prompts.order(4, 0, 15) != order
+
+
+def test_a_group_in_which_nothing_was_generated():
+    rollouts = made(texts=["a", "b", " ", "", "c", ""])
+    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    with pytest.raises(ValueError, match=r"nothing was generated.*\n  question 1$"):
+        rollout.join([rollouts], "raise", 2, prompts)
+    skipped = rollout.join([rollouts], "skip", 2, prompts).rewards
+    np.testing.assert_array_equal(np.isnan(skipped), [False, False, True, True, False, False])
+
+
+def test_groups_are_chosen_whole_and_numbered_anew():
+    rollouts = made()
+    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    both = rollout.join([rollouts, made(rewards=range(6, 12))], "raise", 2, prompts)
+    chosen = rollout.choose(both, np.array([5, 1]), 2)
+    assert chosen.numbers == [2, 2, 1, 1]
+    assert chosen.rewards.tolist() == chosen.table.values[:, 0].tolist() == [10, 11, 2, 3]
+    assert [item.values["index"] for item in chosen.items] == [0, 1, 2, 3]
+    assert [item.documents[0].tokens[0] for item in chosen.items] == [40, 50, 20, 30]
+
+
+def test_what_is_said_of_a_rollout():
+    numbers = rollout.describe(made(rewards=[0, 1, 4, np.nan, np.nan, np.nan]), 2)
+    assert numbers["reward"] == pytest.approx(5 / 3)
+    assert numbers["reward_std"] == pytest.approx(np.std([0, 1], ddof=1))  # the one group with two rewards
+    assert (numbers["completions/min_length"], numbers["completions/max_length"]) == (1, 6)
+    assert numbers["completions/mean_terminated_length"] == pytest.approx((4 + 6 + 2) / 3)
+    assert numbers["completions/clipped_ratio"] == pytest.approx(0.5)
+
+
+def test_another_policy_than_the_samplers_is_noticed():
+    source = rollout.RolloutSource.__new__(rollout.RolloutSource)
+    source._digest = made().digest
+    source.observe({"policy_digest": np.array([[7], [7]], np.uint32)})
+    with pytest.raises(RuntimeError, match=r"checksum 00000007.*not the one of this step \(00000007, 00000008\)"):
+        source.observe({"policy_digest": np.array([[7], [8]], np.uint32)})
+    source._digest = None  # a later step on the same rollout: the policy has moved on
+    source.observe({"policy_digest": np.array([[9]], np.uint32)})

@@ -13,7 +13,10 @@ from rich.table import Table
 
 from jlora import data
 from jlora.cli.model import add_model_options, load_model, positive
+from jlora.models import Model
+from jlora.train import reward_model
 from jlora.train.evaluate import evaluate, load_metric
+from jlora.types import Params
 
 
 def run(arguments: list[str]) -> int:
@@ -21,8 +24,17 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     # What can be wrong without the model is found before the model is loaded.
     metric = load_metric(options.metric) if options.metric else None
-    records = data.read_records(options.data)
+    records = _read(options)
     model, params, tokenizer = load_model(options)
+    if ("score" in params) != options.pairs:
+        found = "a reward model" if "score" in params else "no reward model: it has no score head"
+        raise ValueError(
+            f"{options.adapter or options.model} is {found}; --pairs is for reward models, and only for them"
+        )
+    if options.pairs:
+        numbers, answers = _compare(options, model, params, tokenizer, records), []
+        _show(options, numbers)
+        return 0
     numbers, answers = evaluate(
         model,
         params,
@@ -36,11 +48,39 @@ def run(arguments: list[str]) -> int:
     )
     if options.answers:
         _write_answers(pathlib.Path(options.answers), answers)
+    _show(options, numbers)
+    return 0
+
+
+def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
+    given = {
+        "--metric": options.metric,
+        "--answers": options.answers,
+        "--loss_only": options.loss_only,
+    }
+    idle = [name for name, value in given.items() if value] if options.pairs else []
+    idle += ["--plot"] if options.plot and not options.pairs else []
+    if idle:
+        raise ValueError(f"{', '.join(idle)} has no effect {'with' if options.pairs else 'without'} --pairs")
+    return data.read_preferences(options.data, "pairs") if options.pairs else data.read_records(options.data)
+
+
+def _compare(
+    options: argparse.Namespace, model: Model, params: Params, tokenizer: Any, records: list[dict[str, Any]]
+) -> dict[str, float]:
+    """What a reward model makes of pairs; the plot where one is asked for."""
+    items, report = data.encode_pairs(records, tokenizer, seq_len=options.seq_len)
+    metrics = reward_model.compare(model, params, items, batch_size=options.batch_size, seq_len=options.seq_len)
+    if options.plot:
+        reward_model.draw_calibration(pathlib.Path(options.plot), metrics)
+    return reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)}
+
+
+def _show(options: argparse.Namespace, numbers: Mapping[str, float]) -> None:
     if options.json:
         print(json.dumps({name: value if math.isfinite(value) else None for name, value in numbers.items()}))
     else:
         _print_table(numbers, title=options.model + (f" + {options.adapter}" if options.adapter else ""))
-    return 0
 
 
 def _print_table(numbers: Mapping[str, float], title: str) -> None:
@@ -48,7 +88,7 @@ def _print_table(numbers: Mapping[str, float], title: str) -> None:
     table.add_column()
     table.add_column(justify="right")
     for name, value in numbers.items():
-        table.add_row(name, f"{value:.0f}" if name in ("n", "tokens") else f"{value:.4f}")
+        table.add_row(name, f"{value:.0f}" if name in ("n", "tokens", "dropped") else f"{value:.4f}")
     Console().print(table)
 
 
@@ -72,5 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", type=positive, default=512, metavar="N", help="tokens that the loss looks at")
     parser.add_argument("--loss_only", action="store_true", help="generate no texts")
     parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts there")
+    parser.add_argument("--pairs", action="store_true", help="of a reward model: accuracy on prompt, chosen, rejected")
+    parser.add_argument("--plot", metavar="FILE.png", help="with --pairs: draw how far its probabilities hold")
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     return parser

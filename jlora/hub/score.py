@@ -90,8 +90,8 @@ def scored_config(
 ) -> dict[str, Any]:
     """config.json of the model with its score head.
 
-    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's, or the config's, or if
-    both lack one the end-of-text token, at which then no text is scored.
+    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's or the config's, unless that
+    is a token which ends texts, for then it would not score at their ends. Without one it takes single texts only.
 
     Raises:
         ValueError: transformers has no such class for the model's family.
@@ -102,12 +102,12 @@ def scored_config(
             f"transformers has no {SUFFIX} for model_type {kind!r}, so no folder can hold this score head; save the "
             f"adapter instead (save_adapter). Families with such a class: {', '.join(PREFIXES)}"
         )
-    ends = (None if tokenizer is None else tokenizer.eos_token_id, *model.config.eos_token_ids)
-    pads = (None if tokenizer is None else tokenizer.pad_token_id, config.get("pad_token_id"), *ends)
+    ends = (None, None if tokenizer is None else tokenizer.eos_token_id, *model.config.eos_token_ids)
+    pads = (None if tokenizer is None else tokenizer.pad_token_id, config.get("pad_token_id"))
     return {
         **config,
         "architectures": [PREFIXES[kind] + SUFFIX],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": next((token for token in pads if token is not None), None),
+        "pad_token_id": next((token for token in pads if token not in ends), None),
     }

@@ -12,8 +12,8 @@ def adapt(model: Model, params: Params, config: RunConfig) -> Params:
     """The params with a new adapter, or with the one of `model.adapter`; for a reward model with its score head too.
 
     Raises:
-        ValueError: `model.adapter` is a reward model and the algorithm trains a policy, or settings of the group `lora`
-        would have no effect on it.
+        ValueError: the model or `model.adapter` is a reward model and the algorithm trains a policy; a reward model's
+        own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`.
     """
     key = jax.random.key(config.train.seed)
     if not config.model.adapter:
@@ -25,10 +25,17 @@ def adapt(model: Model, params: Params, config: RunConfig) -> Params:
                 f"lora must stay at their defaults; found {config.lora}"
             )
         params = hub.load_adapter(params, config.model.adapter)
-    if config.algorithm == "reward":
-        return params if "score" in params else model.add_score(params, jax.random.fold_in(key, 1))
-    if "score" in params:
+    head = params.get("score")
+    if config.algorithm != "reward":
+        if head is not None:
+            source = config.model.adapter or config.model.path
+            raise ValueError(f"{source} is a reward model (it has a score head); {config.algorithm} trains a policy")
+        return params
+    if head is None:
+        return model.add_score(params, jax.random.fold_in(key, 1))
+    if "trained_kernel" not in head:
         raise ValueError(
-            f"{config.model.adapter} is a reward model (it has a score head); {config.algorithm} trains a policy"
+            f"{config.model.path} is a reward model already, whose head would stay as it is: set "
+            "lora.modules_to_save=('score',) to train a copy of it"
         )
     return params

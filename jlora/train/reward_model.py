@@ -115,10 +115,23 @@ class RewardModel:
         return dataclasses.replace(item, documents=(data.Example(tokens, np.zeros(len(tokens), np.bool_)),))
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _rewards(model: Model, params: Params, batch: Batch) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _rewards(model: Model, params: Params, batch: Batch, sides: int = 1) -> jax.Array:
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
-    return document_rewards(model, params, rows, rows["items"].shape[0])
+    return document_rewards(model, params, rows, sides * rows["items"].shape[0])
+
+
+def compare(
+    model: Model, params: Params, items: Sequence[data.Item], *, batch_size: int = 8, seq_len: int = 512
+) -> Metrics:
+    """The rewards of pairs, "chosen" and "rejected", with "items" marking what is no filler; all [A, N]."""
+    steps = data.plan_items(items, seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
+    found = []
+    for step in steps:
+        batch = data.collate_items(items, step)
+        scores = np.asarray(_rewards(model, params, batch, 2)).reshape(2, -1)
+        found.append((batch["items"][0], *scores))
+    return dict(zip(("items", "chosen", "rejected"), map(np.stack, zip(*found, strict=True)), strict=True))
 
 
 def calibration(margins: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:
@@ -142,13 +155,13 @@ def plot_calibration(base: Base, metrics: Metrics) -> None:
     """Writes calibration.png: how often the answer with the higher reward is the better one, by what the model says."""
     if jax.process_index():
         return
+    draw_calibration(base.workdir / CALIBRATION, metrics)
+
+
+def draw_calibration(path: pathlib.Path, metrics: Metrics) -> None:
+    """Writes the plot of these rewards as a PNG."""
     marked = np.asarray(metrics["items"]) > 0
     margins = (np.asarray(metrics["chosen"]) - np.asarray(metrics["rejected"]))[marked]
-    draw_calibration(base.workdir / CALIBRATION, margins)
-
-
-def draw_calibration(path: pathlib.Path, margins: np.ndarray) -> None:
-    """Writes the plot of these margins (chosen - rejected) as a PNG."""
     found = calibration(margins)
     figure, (left, right) = new_figure(1, 2, (10, 4.2))
     style(left, f"Calibration on {len(margins)} held-out pairs")

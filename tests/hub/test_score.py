@@ -193,7 +193,7 @@ def test_a_classifier_of_transformers_scores_the_same_here(tmp_path, case):
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("again", "reward")]
     assert_equal(*files)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "reward")]
-    assert configs[0] == configs[1] | {"pad_token_id": SIZES["eos_token_id"]}
+    assert configs[0] == configs[1] | {"pad_token_id": None}
 
 
 @FAMILIES
@@ -212,7 +212,7 @@ def test_config_json_is_what_transformers_writes(save_base, tmp_path, byte_token
     model, params = hub.load(save_base("qwen3"))
     hub.save_model(tmp_path / "reward", model, model.add_score(params), byte_tokenizer)
     written = json.loads((tmp_path / "reward" / "config.json").read_text())
-    make_classifier("qwen3", pad_token_id=byte_tokenizer.eos_token_id).save_pretrained(tmp_path / "theirs")
+    make_classifier("qwen3", pad_token_id=None).save_pretrained(tmp_path / "theirs")
     theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert written == theirs
     assert "lm_head.weight" not in load_file(tmp_path / "reward" / "model.safetensors")
@@ -224,10 +224,14 @@ def test_config_json_is_what_transformers_writes(save_base, tmp_path, byte_token
     assert json.loads((tmp_path / "reward" / "config.json").read_text())["pad_token_id"] == 77
 
 
-def test_batches_of_several_lengths(save_base, tmp_path):
+def test_batches_of_several_lengths(save_base, tmp_path, byte_tokenizer):
     model, params = hub.load(save_base("llama"))
     params = with_adapter(model, params, ["q_proj"])
-    hub.save_model(tmp_path / "reward", model, params)
+    byte_tokenizer.pad_token_id = 77
+    try:
+        hub.save_model(tmp_path / "reward", model, params, byte_tokenizer)
+    finally:
+        byte_tokenizer.pad_token = None
     padded = torch.tensor(TOKENS).long()
     padded[0, 4:] = json.loads((tmp_path / "reward" / "config.json").read_text())["pad_token_id"]
     with torch.no_grad():

@@ -90,8 +90,8 @@ def scored_config(
 ) -> dict[str, Any]:
     """config.json of the model with its score head.
 
-    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's or the config's, unless that
-    is a token which ends texts, for then it would not score at their ends. Without one it takes single texts only.
+    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's or the config's, unless
+    that is a token which ends texts, for then it would not score at their ends. Without one it takes single texts only.
 
     Raises:
         ValueError: transformers has no such class for the model's family.

@@ -20,10 +20,20 @@ PLACEHOLDERS = {
     "reward.py": {"model.path", "data.path", "train.epochs"},
     "grpo.py": {"model.path", "data.path", "train.epochs"},
     "ppo.py": {"model.path", "data.path", "train.epochs"},
+    "function_calling_dpo.py": {"model.path", "data.path"},
+    "function_calling_reward.py": {"model.path", "data.path"},
+    "reasoning_grpo.py": {"model.path"},
 }
 VALUES = {"model.path": "some/model", "data.path": "train.jsonl", "train.epochs": "3"}
 # Rollouts have no end of their own, and want to be judged.
-MORE = ["--config.train.steps=3", "--config.rollout.rewards=('rewards.py',)"]
+JUDGED = ["--config.train.steps=3", "--config.rollout.rewards=('rewards.py',)"]
+HELD_OUT = ["--config.data.eval_path=held_out.jsonl"]
+MORE = {
+    "grpo.py": JUDGED,
+    "ppo.py": JUDGED,
+    "function_calling_dpo.py": HELD_OUT,
+    "function_calling_reward.py": HELD_OUT,
+}
 
 
 def test_the_table_holds_every_recipe():
@@ -33,10 +43,10 @@ def test_the_table_holds_every_recipe():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_resolves_with_its_placeholders_filled(name):
     overrides = [f"--config.{key}={VALUES[key]}" for key in sorted(PLACEHOLDERS[name])]
-    overrides += MORE if name in ("grpo.py", "ppo.py") else []
+    overrides += MORE.get(name, [])
     config = resolve(read_config(str(CONFIGS / name), overrides))
     assert isinstance(config, RunConfig)
-    assert config.data.path == "train.jsonl"
+    assert config.data.path == ("reasoning_gym:chain_sum" if name == "reasoning_grpo.py" else "train.jsonl")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,7 +60,7 @@ def test_a_recipe_names_each_placeholder_that_is_not_filled(name):
 
 @pytest.mark.parametrize("variant", sorted(runpy.run_path(str(CONFIGS / "grpo.py"))["VARIANTS"]))
 def test_every_relative_of_grpo_resolves(variant):
-    overrides = ["--config.model.path=m", "--config.data.path=d", *MORE]
+    overrides = ["--config.model.path=m", "--config.data.path=d", *JUDGED]
     plain, config = (resolve(read_config(f"{CONFIGS / 'grpo.py'}{word}", overrides)) for word in ("", f":{variant}"))
     assert variant == "dapo" or config.grpo != plain.grpo
 

@@ -32,8 +32,7 @@ def run(arguments: list[str]) -> int:
             f"{options.adapter or options.model} is {found}; --pairs is for reward models, and only for them"
         )
     if options.pairs:
-        numbers, answers = _compare(options, model, params, tokenizer, records), []
-        _show(options, numbers)
+        _show(options, _compare(options, model, params, tokenizer, records))
         return 0
     numbers, answers = evaluate(
         model,

@@ -109,7 +109,7 @@ def plot_curves(workdir: str | os.PathLike, panels: Panels = ()) -> pathlib.Path
     return path
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[int | float, int | float]) -> tuple[Any, Any]:
     """(a matplotlib figure, its axes in reading order)."""
     figure = require("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained", facecolor="white")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()

@@ -1,0 +1,26 @@
+"""A reward model of function calls on SmolLM2-135M, from the pairs that configs/function_calling_dpo.py learns from.
+
+    jlora train --config=configs/function_calling_reward.py --config.model.path=MODEL --config.data.path=pairs.jsonl \
+        --config.data.eval_path=held_out.jsonl --config.model.adapter=runs/quickstart/adapter
+"""
+
+from ml_collections import ConfigDict
+
+from jlora.train.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """It starts from the adapter that knows the task, with a head beside it."""
+    config = default_config()
+    config.algorithm = "reward"
+    config.reward.center_rewards_coefficient = 0.01
+    config.optim.learning_rate = 3e-4
+    config.optim.warmup_steps = 4
+    config.train.epochs = 1.0
+    config.train.batch_size = 4
+    config.train.seq_len = 576
+    config.train.eval_every = 34
+    config.train.remat = False
+    config.data.packing = False
+    config.data.bucket = 128
+    return config

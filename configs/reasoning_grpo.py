@@ -1,0 +1,36 @@
+"""GRPO of SmolLM2-135M on sums and differences of small numbers, with reasoning-gym's own reward; no data needed.
+
+jlora train --config=configs/reasoning_grpo.py --config.model.path=MODEL
+"""
+
+from ml_collections import ConfigDict
+
+from jlora.train.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """Groups of eight short answers; less than half an hour on two CPU cores."""
+    config = default_config()
+    config.algorithm = "grpo"
+    config.data.path = "reasoning_gym:chain_sum"
+    config.data.packing = False
+    config.data.bucket = 32
+    config.rollout.task_settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    config.rollout.task_size = 60
+    config.rollout.eval_size = 20
+    config.rollout.system_prompt = "Answer with the number alone."
+    config.rollout.max_completion_length = 16
+    config.rollout.num_generations = 8
+    config.rollout.rows = 64
+    config.grpo.loss_type = "dr_grpo"
+    config.grpo.scale_rewards = "none"
+    config.lora.r = 16
+    config.lora.lora_alpha = 32.0
+    config.optim.learning_rate = 1e-4
+    config.optim.schedule = "constant"
+    config.train.steps = 60
+    config.train.batch_size = 64
+    config.train.seq_len = 128
+    config.train.eval_every = 10
+    config.train.remat = False
+    return config

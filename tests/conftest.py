@@ -1,7 +1,10 @@
 """The strictest JAX for every test: eight CPU devices, no implicit rank promotion."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +16,12 @@ import tokenizers
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What one test has compiled no other test of the process compiles again. A folder for each process: they do not lock it.
+CACHE = tempfile.mkdtemp(prefix="jlora-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 PARITY = "parity"
 COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out")

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What one test has compiled no other test of the process compiles again. A folder for each process: they do not lock it.
+# What one test has compiled, no other test of the process compiles again. Processes share no folder: it has no lock.
 CACHE = tempfile.mkdtemp(prefix="jlora-tests-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", CACHE)

@@ -31,7 +31,6 @@ FAMILIES = {
     # as many positions as the longest row has places: one more would not be a number
     "gpt2": transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=2, n_head=3, n_positions=WIDTH + NEW),
     "gemma2": transformers.Gemma2Config(**SIZES, head_dim=10, sliding_window=6, query_pre_attn_scalar=12),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=5),
 }
 
 
@@ -221,7 +220,5 @@ def test_a_rollout_at_temperature_0_takes_the_likeliest_tokens():
     )
     for prompt, one, other in zip(prompts, first.completions, second.completions, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
-        sequence = list(prompt)
-        for token in one.tokens:
-            assert token == np.argmax(model(params, np.array([sequence], np.int32))[0, -1])
-            sequence.append(int(token))
+        logits = model(params, np.array([[*prompt, *one.tokens]], np.int32))[0]
+        np.testing.assert_array_equal(one.tokens, np.argmax(logits, axis=-1)[len(prompt) - 1 : -1])

@@ -18,15 +18,15 @@ def get_config() -> ConfigDict:
     config.rollout.task_settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     config.rollout.task_size = 60
     config.rollout.eval_size = 20
-    config.rollout.system_prompt = "Answer with the number alone."
-    config.rollout.max_completion_length = 16
+    config.rollout.system_prompt = (
+        "You are a calculator. You answer with one number and nothing else.\n2 + 3 = \n5\n7 - 9 = \n-2\n6 + 8 = \n14"
+    )
+    config.rollout.max_completion_length = 8
     config.rollout.num_generations = 8
     config.rollout.rows = 64
-    config.grpo.loss_type = "dr_grpo"
-    config.grpo.scale_rewards = "none"
     config.lora.r = 16
     config.lora.lora_alpha = 32.0
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 2e-4
     config.optim.schedule = "constant"
     config.train.steps = 60
     config.train.batch_size = 64

@@ -12,7 +12,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """About a quarter of an hour on two CPU cores; the likelihood of the right calls is held up beside the margin."""
+    """One pass over the pairs; the likelihood of the right calls is held up beside the margin."""
     config = default_config()
     config.algorithm = "dpo"
     config.dpo.loss_type = ("sigmoid", "sft")

@@ -9,7 +9,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Groups of eight short answers; less than half an hour on two CPU cores."""
+    """Groups of eight short answers; about half a minute a step on two CPU cores."""
     config = default_config()
     config.algorithm = "grpo"
     config.data.path = "reasoning_gym:chain_sum"

@@ -26,6 +26,7 @@ from jlora.train.settings import (
     PPOConfig,
     RewardConfig,
     RolloutConfig,
+    raise_all,
 )
 
 # The groups that an algorithm has beside those of every run.
@@ -70,7 +71,7 @@ class ModelSource:
             as_config(self.quant)
         except ValueError as error:
             faults.append(f"model.quant: {error}")
-        _raise_all(faults)
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 faults.append(f"train.{name}: found {value}, expected at least {bound}")
-        _raise_all(faults)
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ class RunConfig:
             faults.append(
                 f"train.seq_len is {self.train.seq_len}: not a multiple of mesh.sequence = {self.mesh.sequence}"
             )
-        _raise_all(faults)
+        raise_all(faults)
 
     def _idle_groups(self) -> list[str]:
         """Settings of algorithms that do not run would have no effect."""
@@ -263,8 +264,3 @@ def _value(reference: FieldReference) -> Any:
         return reference.get()
     except RequiredValueError:
         return None
-
-
-def _raise_all(faults: list[str]) -> None:
-    if faults:
-        raise ValueError("\n".join(faults))

@@ -94,10 +94,11 @@ def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics, others:
 
 
 def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Report:
+    chosen, rejected = losses.dpo_rewards(pairs, beta=beta)
     items = {
         "items": pairs.items,
-        "rewards/chosen": beta * (pairs.chosen - pairs.reference_chosen),
-        "rewards/rejected": beta * (pairs.rejected - pairs.reference_rejected),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }

@@ -94,11 +94,7 @@ def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective
             max_completion_length=config.rollout.max_completion_length,
             group_tokens=batch.get("group_tokens"),
         )
-        sums |= {
-            "entropy": jnp.sum(scores.entropy * weights),
-            "correct": jnp.sum(scores.correct * weights),
-            "weight": jnp.sum(weights),
-        }
+        sums |= {"entropy": jnp.sum(scores.entropy * weights), "weight": jnp.sum(weights)}
         return value, Report(sums, _items(trainable, log_probs, low, high, batch))
 
     return Objective(loss, _totals)

@@ -53,7 +53,7 @@ class DPOConfig:
         )
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             faults.append(f"dpo.ld_alpha: found {self.ld_alpha}, expected 0 to 1, or None")
-        _raise_all(faults)
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CPOConfig:
     simpo_gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        _raise_all(_at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0))
+        raise_all(_at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ORPOConfig:
     nll_on_prompt: bool = True
 
     def __post_init__(self) -> None:
-        _raise_all(_at_least("orpo", self, beta=1e-12))
+        raise_all(_at_least("orpo", self, beta=1e-12))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class KTOConfig:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _raise_all(_at_least("kto", self, beta=1e-12, desirable_weight=0, undesirable_weight=0))
+        raise_all(_at_least("kto", self, beta=1e-12, desirable_weight=0, undesirable_weight=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.center_rewards_coefficient is not None:
-            _raise_all(_at_least("reward", self, center_rewards_coefficient=0))
+            raise_all(_at_least("reward", self, center_rewards_coefficient=0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ class RolloutConfig:
             )
         if ("model" in self.rewards) != (self.reward_model is not None):
             faults.append('rollout.reward_model and the reward "model": one is given without the other')
-        _raise_all(faults)
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ class GRPOConfig:
             faults.append("grpo.beta with REINFORCE++ is a part of the reward: set grpo.kl_in_reward=True")
         if self.kl_in_reward and self.advantage == "group":
             faults.append('grpo.kl_in_reward: expected with "leave_one_out" or "reinforce++", not with "group"')
-        _raise_all(faults)
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ class PPOConfig:
                 faults.append(f"ppo.{name}: found {getattr(self, name)}, expected 0 to 1")
         if self.target_kl is not None and self.target_kl <= 0:
             faults.append(f"ppo.target_kl: found {self.target_kl}, expected more than 0, or None")
-        _raise_all(faults)
+        raise_all(faults)
 
 
 def _at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:
@@ -272,6 +272,7 @@ def _at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:
     ]
 
 
-def _raise_all(faults: list[str]) -> None:
+def raise_all(faults: list[str]) -> None:
+    """One ValueError with every fault, or nothing where there is none."""
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))

@@ -2,9 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jlora
+from jlora import data
 from jlora.cli.main import main
+from jlora.train import resolve, reward_model
+from jlora.train.algorithm import Base
 from jlora.train.metrics import read_metrics
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no" + "o" * i} for i in range(6)]
@@ -38,6 +44,43 @@ def test_evaluation_is_that_of_the_run_with_a_plot(model_folder, reward_run, pai
         assert found[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-4, abs=1e-5)
     assert found["n"] == 6
     assert plot.read_bytes()[:4] == (reward_run / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ppo_is_rewarded_by_the_reward_model(recipe, reward_run, data_file, tmp_path):
+    settings = {
+        "algorithm": "ppo",
+        "data.path": data_file,
+        "train.steps": 1,
+        "train.seq_len": 64,
+        "rollout.rewards": "('model',)",
+        "rollout.reward_model": reward_run / "adapter",
+        "rollout.num_generations": 1,
+        "rollout.max_completion_length": 4,
+        "ppo.num_ppo_epochs": 1,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    assert main(["train", f"--config={recipe}", f"--workdir={tmp_path}", *overrides]) == 0
+    [numbers] = read_metrics(tmp_path)
+    assert numbers["objective/scores"] == pytest.approx(numbers["rewards/model/mean"])
+    assert np.isfinite(numbers["loss"]) and (tmp_path / "value" / "adapter_config.json").exists()
+
+
+def test_a_rollout_is_scored_at_its_end_and_an_ended_message_behind_its_tail(model_folder, reward_run):
+    model, params = jlora.load(model_folder)
+    mesh = jlora.make_mesh(jlora.MeshConfig())
+    base = Base(model, jlora.load_tokenizer(model_folder), mesh, params, {}, {}, None)
+    given = {"rewards": ("model",), "reward_model": str(reward_run / "adapter"), "num_generations": 1}
+    config = {"algorithm": "ppo", "model": {"path": model_folder}, "data": {"path": "p"}, "rollout": given}
+    config |= {"train": {"steps": 1, "batch_size": 2, "seq_len": 300}}
+    scorer = reward_model.RewardModel(base, resolve(config))
+    scorer._tail = np.array([7, 9], np.int32)
+    rows = [[1, 2, 3, 4], [5, 6], [8, 8, 8]]
+    items = [data.Item((data.Example(np.array(row, np.int32), np.array(row) > 2),), {}) for row in rows]
+    found = scorer(items, [True, False, True])
+    adapted = jlora.load_adapter(params, reward_run / "adapter")
+    for score, row, tail in zip(found, rows, ([7, 9], [], [7, 9]), strict=True):
+        hidden, _ = model.hidden(adapted, jnp.array([row + tail], jnp.int32))
+        assert score == pytest.approx(float(model.score(adapted, hidden)[0, -1]), rel=1e-4, abs=1e-5)
 
 
 def test_what_does_not_go_together_is_said(model_folder, reward_run, pairs_file, data_file, capsys):

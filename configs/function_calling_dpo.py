@@ -18,12 +18,12 @@ def get_config() -> ConfigDict:
     config.dpo.loss_type = ("sigmoid", "sft")
     config.dpo.loss_weights = (1.0, 0.2)
     config.dpo.beta = 0.1
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 4
     config.train.epochs = 1.0
     config.train.batch_size = 4
     config.train.seq_len = 576
-    config.train.eval_every = 34
+    config.train.eval_every = 40
     config.train.remat = False
     config.data.packing = False
     config.data.bucket = 128

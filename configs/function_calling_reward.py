@@ -14,12 +14,12 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.algorithm = "reward"
     config.reward.center_rewards_coefficient = 0.01
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 4
     config.train.epochs = 1.0
     config.train.batch_size = 4
     config.train.seq_len = 576
-    config.train.eval_every = 34
+    config.train.eval_every = 40
     config.train.remat = False
     config.data.packing = False
     config.data.bucket = 128

@@ -9,7 +9,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Groups of eight short answers; about half a minute a step on two CPU cores."""
+    """Groups of eight short answers; all of it takes about ten minutes on two CPU cores."""
     config = default_config()
     config.algorithm = "grpo"
     config.data.path = "reasoning_gym:chain_sum"
@@ -18,19 +18,19 @@ def get_config() -> ConfigDict:
     config.rollout.task_settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     config.rollout.task_size = 60
     config.rollout.eval_size = 20
-    config.rollout.system_prompt = (
-        "You are a calculator. You answer with one number and nothing else.\n2 + 3 = \n5\n7 - 9 = \n-2\n6 + 8 = \n14"
-    )
+    config.rollout.system_prompt = "Answer with one number."
+    config.rollout.num_fewshot = 3
     config.rollout.max_completion_length = 8
     config.rollout.num_generations = 8
     config.rollout.rows = 64
     config.lora.r = 16
     config.lora.lora_alpha = 32.0
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = 1e-4
     config.optim.schedule = "constant"
     config.train.steps = 60
     config.train.batch_size = 64
-    config.train.seq_len = 128
+    config.train.seq_len = 256
     config.train.eval_every = 10
+    config.train.eval_on_start = True
     config.train.remat = False
     return config

@@ -12,6 +12,9 @@ from typing import Any
 
 Params = dict[str, Any]
 
+# Segment s + b · BRANCH is a branch of segment s: its tokens see those of s and their own, not those of other branches.
+BRANCH = 1 << 16
+
 
 def require(module: str, extra: str) -> types.ModuleType:
     """The optional package `module`, imported; an ImportError that names jlora's extra when it is not installed."""

@@ -22,6 +22,7 @@ PLACEHOLDERS = {
     "ppo.py": {"model.path", "data.path", "train.epochs"},
     "function_calling_dpo.py": {"model.path", "data.path"},
     "function_calling_reward.py": {"model.path", "data.path"},
+    "function_calling_ppo.py": {"model.path", "data.path"},
     "reasoning_grpo.py": {"model.path"},
 }
 VALUES = {"model.path": "some/model", "data.path": "train.jsonl", "train.epochs": "3"}
@@ -33,6 +34,7 @@ MORE = {
     "ppo.py": JUDGED,
     "function_calling_dpo.py": HELD_OUT,
     "function_calling_reward.py": HELD_OUT,
+    "function_calling_ppo.py": [*HELD_OUT, "--config.rollout.reward_model=reward/adapter"],
 }
 
 

@@ -5,6 +5,7 @@ from jlora.data.config import DataConfig
 from jlora.data.items import (
     Item,
     collate_items,
+    count_tokens,
     encode_pairs,
     encode_unpaired,
     item_loader,
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "collate",
     "collate_items",
+    "count_tokens",
     "describe",
     "encode",
     "encode_pairs",

@@ -15,6 +15,8 @@ class DataConfig:
       packing: several documents share a row of `train.seq_len`; attention and loss stay inside a document.
       overlong: what happens to a document longer than `train.seq_len`: "cut" keeps its start, "drop", or "error".
       completion_only: the loss counts assistant turns and completions only, not the prompt.
+      share_prompts: answers to one prompt (the sides of a pair, the completions of a group) stand behind one copy of
+        it, which is read once; what comes out is the same.
       bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
     """
 
@@ -23,6 +25,7 @@ class DataConfig:
     packing: bool = True
     overlong: str = "drop"
     completion_only: bool = True
+    share_prompts: bool = True
     bucket: int = 64
 
     def __post_init__(self) -> None:

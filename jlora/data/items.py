@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from jlora.data.chat import EncodeReport, Example, select
-from jlora.data.loader import Batch, batches, collate
+from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
 from jlora.data.records import Record, describe_faults
@@ -83,17 +83,32 @@ def plan_items(
     epochs: int | float | None = None,
     steps: int | None = None,
     shuffle: bool = True,
+    share: bool = False,
+    prompts: Sequence[int] | None = None,
 ) -> list[Step]:
     """The steps of a run (see `plan`), whose rows hold documents: side s of item i is number i·S + s.
 
     Without packing, a micro-batch has `batch_size` items and S times as many rows: all first documents, then all second
     ones, and so on. With packing it has `batch_size` rows of up to S·`seq_len` tokens, each of several whole items.
+
+    Args:
+        share: the documents of an item stand in one row of up to S·`seq_len` tokens, behind one copy of what they begin
+            with (see `common_start`).
+        prompts: a number for each item; neighbours with the same one share a row's copy too, as many as it has room
+            for. A row without packing then holds these, and `batch_size` counts rows.
     """
     sides, _ = _check(items)
-    lengths = np.array([[len(document.tokens) for document in item.documents] for item in items], np.int64)
+    if share:
+        units = _units(items, prompts, seq_len * sides)
+        lengths = np.array([length for _, length in units], np.int64)
+    else:
+        units = [((number,), 0) for number in range(len(items))]
+        of_documents = np.array([[len(document.tokens) for document in item.documents] for item in items], np.int64)
+        lengths = of_documents.sum(axis=1) if packing else of_documents.max(axis=1)
+    whole = share or packing
     planned = plan(
-        lengths.sum(axis=1) if packing else lengths.max(axis=1),
-        seq_len=seq_len * sides if packing else seq_len,
+        lengths,
+        seq_len=seq_len * sides if whole else seq_len,
         batch_size=batch_size * grad_accum,
         packing=packing,
         bucket=bucket,
@@ -102,19 +117,38 @@ def plan_items(
         steps=steps,
         shuffle=shuffle,
     )
-    groups = [(0, sides)] if packing else [(side, side + 1) for side in range(sides)]
+    blocks = [(0, sides)] if whole else [(side, side + 1) for side in range(sides)]
     return [
         Step(
             tuple(
-                tuple(item * sides + side for item in row for side in range(*group))
+                tuple(item * sides + side for unit in row for item in units[unit][0] for side in range(*block))
                 for start in range(0, len(step.rows), batch_size)
-                for group in groups
+                for block in blocks
                 for row in step.rows[start : start + batch_size]
             ),
             step.length,
+            tuple(tuple(sides * len(units[unit][0]) for unit in row) for row in step.rows) if share else None,
         )
         for step in planned
     ]
+
+
+def _units(items: Sequence[Item], prompts: Sequence[int] | None, room: int) -> list[tuple[tuple[int, ...], int]]:
+    """(numbers of the items whose documents stand behind one copy of their start, tokens of all that), in order."""
+    units: list[tuple[tuple[int, ...], int]] = []
+    for number, item in enumerate(items):
+        if units and prompts is not None and prompts[number] == prompts[number - 1]:
+            members = (*units[-1][0], number)
+            length = _shared_length([document for member in members for document in items[member].documents])
+            if length <= room:
+                units[-1] = members, length
+                continue
+        units.append(((number,), _shared_length(item.documents)))
+    return units
+
+
+def _shared_length(documents: Sequence[Example]) -> int:
+    return sum(len(document.tokens) for document in documents) - (len(documents) - 1) * common_start(documents)
 
 
 def item_loader(items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
@@ -127,35 +161,43 @@ def item_loader(items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 
 def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Batch:
     """The arrays of one step of `plan_items`: those of `collate` [A, B, T], and for N places of items
 
-    documents     i32 [A, B, T]  s·N + n in the tokens of document s of item n, S·N in padding
+    documents     i32 [A, B, T]  s·N + n in the tokens of document s of item n, S·N in padding and in shared tokens
     items         f32 [A, N]     1 where there is an item, else 0
     (each value)  f32 [A, N]     the items' values by name, 0 where there is no item
 
-    N is the number of items that a micro-batch may hold; with packing it is the next power of two above what the
-    step's fullest one does hold.
+    N is the number of items that a micro-batch may hold; where rows hold several items it is the next power of two
+    above what the step's fullest one does hold.
     """
     sides, names = _check(items)
     return _collate(_documents(items), items, sides, names, step, grad_accum)
 
 
+def count_tokens(batch: Batch, sides: int) -> int:
+    """The tokens of the first `sides` documents of every item, those counted that a document shares with others."""
+    documents = batch["documents"]
+    after = np.concatenate([documents[..., 1:], np.full_like(documents[..., :1], -1)], axis=-1)
+    last = (documents < sides * batch["items"].shape[1]) & (documents != after)
+    return int(np.sum(batch["positions"][last] + 1))
+
+
 def _collate(
     documents: Sequence[Example], items: Sequence[Item], sides: int, names: Sequence[str], step: Step, grad_accum: int
 ) -> Batch:
-    batch = collate(documents, step, grad_accum)
+    batch, owners = lay_out(documents, step, grad_accum)
     count, slots = _slots(step, sides, grad_accum)
     numbers = {name: np.zeros((grad_accum, count), np.float32) for name in ("items", *names)}
-    of_segment = np.full((len(step.rows), 1 + max(map(len, step.rows))), sides * count, np.int32)
+    of_place = np.full((len(step.rows), 1 + max(map(len, step.rows))), sides * count, np.int32)  # the last: of none
     micro_rows = len(step.rows) // grad_accum
     for row, (indices, row_slots) in enumerate(zip(step.rows, slots, strict=True)):
-        for segment, (index, slot) in enumerate(zip(indices, row_slots, strict=True), start=1):
+        for place, (index, slot) in enumerate(zip(indices, row_slots, strict=True)):
             item, side = divmod(index, sides)
-            of_segment[row, segment] = side * count + slot
-            place = row // micro_rows, slot
-            numbers["items"][place] = 1
+            of_place[row, place] = side * count + slot
+            number = row // micro_rows, slot
+            numbers["items"][number] = 1
             for name in names:
-                numbers[name][place] = items[item].values[name]
-    segments = batch["segment_ids"].reshape(len(step.rows), -1)
-    batch["documents"] = np.take_along_axis(of_segment, segments, axis=1).reshape(batch["segment_ids"].shape)
+                numbers[name][number] = items[item].values[name]
+    flat = owners.reshape(len(step.rows), -1)
+    batch["documents"] = np.take_along_axis(of_place, flat % of_place.shape[1], axis=1).reshape(owners.shape)
     return batch | numbers
 
 
@@ -166,8 +208,9 @@ def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]
     """
     size = len(step.rows) // grad_accum
     micro_batches = [step.rows[start : start + size] for start in range(0, len(step.rows), size)]
-    if all(len(row) <= 1 for row in step.rows):  # one document a row: not packed
-        count = size // sides
+    row_size = 1 if step.groups is None else sides
+    if all(len(row) <= row_size for row in step.rows):  # neither packed nor several items behind one prompt
+        count = size * row_size // sides
         for rows in micro_batches:
             if any(len({index // sides for row in rows[n::count] for index in row}) > 1 for n in range(count)):
                 raise ValueError(f"found a step that was not planned for grad_accum={grad_accum}")

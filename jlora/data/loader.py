@@ -7,6 +7,8 @@ import numpy as np
 
 from jlora.data.chat import EncodeReport, Example
 from jlora.data.packing import Step
+from jlora.data.template import common_prefix
+from jlora.types import BRANCH
 
 Batch = dict[str, np.ndarray]
 
@@ -48,21 +50,63 @@ def collate(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> Bat
     targets       i32   the next token of the same document
     weights       f32   1 where the loss on the target counts, else 0
     positions     i32   from 0 in each document
-    segment_ids   i32   1, 2, ... for the documents of a row, 0 for padding
+    segment_ids   i32   1, 2, ... for the documents of a row, or for what a group of them begins with, of which they are
+                        then the branches (`jlora.types.BRANCH`); 0 for padding
+    """
+    return lay_out(examples, step, grad_accum)[0]
+
+
+def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tuple[Batch, np.ndarray]:
+    """What `collate` returns, and each token's document: its place in the row's tuple, or -1 where it has none of its
+    own, in padding and in what documents share. int32 [A, B, T].
     """
     shape = (len(step.rows), step.length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
+    owners = np.full(shape, -1, np.int32)
+
+    def put(row: int, start: int, example: Example, skipped: int, segment: int, owner: int) -> int:
+        """Writes a document without its first tokens; where the next one goes."""
+        end = start + len(example.tokens) - skipped
+        place, before = (row, slice(start, end)), (row, slice(start, end - 1))
+        batch["tokens"][place] = example.tokens[skipped:]
+        batch["targets"][before] = example.tokens[skipped + 1 :]
+        batch["weights"][before] = example.trained[skipped + 1 :]
+        batch["positions"][place] = np.arange(skipped, len(example.tokens))
+        batch["segment_ids"][place] = segment
+        owners[place] = owner
+        return end
+
     for row, indices in enumerate(step.rows):
-        start = 0
-        for segment, index in enumerate(indices, start=1):
-            example = examples[index]
-            length = len(example.tokens)
-            place, before = (row, slice(start, start + length)), (row, slice(start, start + length - 1))
-            batch["tokens"][place] = example.tokens
-            batch["targets"][before] = example.tokens[1:]
-            batch["weights"][before] = example.trained[1:]
-            batch["positions"][place] = np.arange(length)
-            batch["segment_ids"][place] = segment
-            start += length
-    return {name: array.reshape(grad_accum, -1, step.length) for name, array in batch.items()}
+        start = first = 0
+        sizes = (1,) * len(indices) if step.groups is None else step.groups[row]
+        for segment, size in enumerate(sizes, start=1):
+            group = [examples[index] for index in indices[first : first + size]]
+            shared = common_start(group)
+            if shared:
+                start = put(row, start, Example(group[0].tokens[:shared], np.zeros(shared, np.bool_)), 0, segment, -1)
+            for number, example in enumerate(group, start=1):
+                branch = number * BRANCH if shared or size > 1 else 0
+                start = put(row, start, example, shared, segment + branch, first + number - 1)
+            first += size
+    return {name: array.reshape(grad_accum, -1, step.length) for name, array in batch.items()}, owners.reshape(
+        grad_accum, -1, step.length
+    )
+
+
+def common_start(examples: Sequence[Example]) -> int:
+    """How many tokens the examples can share: those that they all begin with, as far as nothing of them is trained.
+
+    The last token of a prompt is not shared: what it predicts differs. Of one example alone nothing is shared.
+    """
+    if len(examples) < 2:
+        return 0
+    first, *others = examples
+    alike = min(common_prefix(first.tokens, other.tokens) for other in others)
+    return min(alike, *(_untrained(example) for example in examples))
+
+
+def _untrained(example: Example) -> int:
+    """How many tokens stand before the one that predicts the first trained one; without any, all but the last."""
+    trained = np.flatnonzero(example.trained[1:])
+    return int(trained[0]) if len(trained) else len(example.tokens) - 1

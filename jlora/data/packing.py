@@ -17,10 +17,16 @@ Row = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The rows of one optimizer step, each a tuple of example indices (empty: padding), and their length."""
+    """The rows of one optimizer step, each a tuple of example indices (empty: padding), and their length.
+
+    Attributes:
+        groups: for each row, how many of its examples in turn stand behind one copy of the tokens that they all begin
+            with; None where every example has its own.
+    """
 
     rows: tuple[Row, ...]
     length: int
+    groups: tuple[tuple[int, ...], ...] | None = None
 
 
 def plan(

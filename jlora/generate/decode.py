@@ -43,6 +43,8 @@ def decode(
     temperature: float | Float[Array, ""] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    prompts: Int[Array, "P"] | None = None,
+    copies: Int[Array, "Q"] | None = None,
 ) -> Decoded:
     """What follows each of Q prompts, of which at most `rows` run at a time.
 
@@ -53,12 +55,16 @@ def decode(
         tokens: prompts padded on the left.
         lengths: tokens of each prompt; a prompt of none fills the queue and never runs.
         keys: one random key a prompt.
-        rows: memory for keys and values is that of this many sequences.
+        rows: memory for keys and values is that of this many sequences (and of `prompts`).
         greedy: take the likeliest token; `top_k` and `top_p` are not looked at, and `temperature` is the log-probs'.
+        prompts, copies: places in the queue of prompts that are all different, and for every prompt of the queue which
+            of these it is. Each is then read once, before the first token is drawn, and kept till the end.
     """
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
     decoder = _Decoder(model, params, tokens, lengths, keys, order, settings)
+    if prompts is not None:
+        decoder = dataclasses.replace(decoder, copies=copies, read=decoder.prefill(prompts))
 
     def turn(state: _State) -> _State:
         # Two loops rather than one with a choice inside: the cache is updated in place, and a step asks one question.
@@ -110,7 +116,11 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The queue, and what is done with it."""
+    """The queue, and what is done with it.
+
+    Attributes:
+        copies, read: which of the prompts that were read beforehand each one is, and what `prefill` made of those.
+    """
 
     model: Model
     params: Params
@@ -119,6 +129,8 @@ class _Decoder:
     keys: jax.Array
     order: jax.Array
     settings: _Settings
+    copies: jax.Array | None = None
+    read: tuple[jax.Array, Cache] | None = None
 
     def start(self, rows: int) -> _State:
         """Nothing taken, every row free."""
@@ -142,23 +154,20 @@ class _Decoder:
 
     def refill(self, state: _State) -> _State:
         """The next prompts in free rows, each with its first new token."""
-        queue, width = self.tokens.shape
+        queue = len(self.tokens)
         count = self._refills(state)
         (rows,) = jnp.nonzero(state.free, size=count, fill_value=len(state.owners))
         numbers = state.taken + jnp.arange(count, dtype=jnp.int32)
         real = numbers < state.taken + self.waiting(state)
         owners = jnp.where(real, self.order.at[numbers].get(mode="clip"), queue)
         rows = jnp.where(real, rows, len(state.owners))  # out of range: written nowhere
-
-        lengths = jnp.where(real, self.lengths.at[owners].get(mode="clip"), 0)
-        columns = jnp.arange(width, dtype=jnp.int32)[None, :]
-        padding = width - lengths[:, None]
-        positions, segment_ids = jnp.maximum(columns - padding, 0), (columns >= padding).astype(jnp.int32)
-        prompts = self.tokens.at[owners].get(mode="clip")
-        cache = self.model.empty_cache(self.params, count, width)
-        hidden, cache = self.model.hidden(self.params, prompts, positions, segment_ids, cache=cache)
+        if self.read is None:
+            last, cache = self.prefill(owners)
+        else:
+            which = self.copies.at[owners].get(mode="clip")
+            last, cache = self.read[0].at[which].get(mode="clip"), self.read[1].take(which)
         zeros = jnp.zeros(count, jnp.int32)
-        token, done, found = self._draw(state.found, owners, zeros, hidden[:, -1])
+        token, done, found = self._draw(state.found, owners, zeros, last)
         return _State(
             state.taken + jnp.sum(real, dtype=jnp.int32),
             state.owners.at[rows].set(jnp.where(done, queue, owners), mode="drop"),
@@ -167,6 +176,18 @@ class _Decoder:
             state.cache.put(rows, cache),
             found,
         )
+
+    def prefill(self, numbers: Int[Array, "R"]) -> tuple[jax.Array, Cache]:
+        """(the last hidden states [R, D], the cache) of these prompts of the queue; numbers out of range have none."""
+        width = self.tokens.shape[1]
+        lengths = self.lengths.at[numbers].get(mode="fill", fill_value=0)
+        columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+        padding = width - lengths[:, None]
+        positions, segment_ids = jnp.maximum(columns - padding, 0), (columns >= padding).astype(jnp.int32)
+        prompts = self.tokens.at[numbers].get(mode="clip")
+        cache = self.model.empty_cache(self.params, len(numbers), width)
+        hidden, cache = self.model.hidden(self.params, prompts, positions, segment_ids, cache=cache)
+        return hidden[:, -1], cache
 
     def step(self, state: _State) -> _State:
         """One more token in every row. What free rows compute is written nowhere that is read."""

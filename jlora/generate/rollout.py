@@ -46,12 +46,17 @@ class Queue(NamedTuple):
         tokens: int32 [Q, T], padded on the left.
         lengths: int32 [Q]; 0 for what only fills the queue.
         keys: [Q].
+        prompts: int32 [P], places in the queue of its different prompts, where reading these beforehand pays: they are
+            half as many or fewer, and no more than rows. P is a power of two; what is over is Q. Else None.
+        copies: int32 [Q], the number in `prompts` of each prompt; None where that is.
     """
 
     numbers: list[int]
     tokens: np.ndarray
     lengths: np.ndarray
     keys: jax.Array
+    prompts: np.ndarray | None
+    copies: np.ndarray | None
 
 
 def rollout(
@@ -92,7 +97,7 @@ def rollout(
     settings |= dict(rows=rows, stop_ids=tuple(stop_ids))
     settings |= dict(greedy=temperature == 0, temperature=float(temperature) or 1.0)
     calls = list(queues(prompts, keys, rows=rows, bucket=bucket))
-    drawn = [_draw(model, params, queue.tokens, queue.lengths, queue.keys, **settings) for queue in calls]
+    drawn = [_draw(model, params, *queue[1:], **settings) for queue in calls]
     drawn = jax.device_get(drawn)
     completions = {}
     for queue, (decoded, _) in zip(calls, drawn, strict=True):
@@ -122,6 +127,7 @@ def queues(
 
     A queue is filled up to `rows` times a power of two, so that few shapes are compiled. It holds several times `rows`
     prompts only where those would be padded alike: long prompts are not waited for, and no row runs alone for long.
+    Where prompts come several times, a queue is kept short enough for its different ones to be read beforehand.
 
     Args:
         most: how many times `rows` prompts a queue holds at most.
@@ -129,6 +135,9 @@ def queues(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     widths = [-(-len(prompts[batch[-1]]) // bucket) * bucket for batch in batches]
+    repeated = len(prompts) // max(1, len(set(map(tuple, prompts))))
+    if repeated > 1:
+        most = max(1, min(repeated // 2, most or repeated))
     start = 0
     while start < len(batches):
         end = start + widths[start:].count(widths[start])
@@ -140,8 +149,20 @@ def queues(
             lengths[row] = len(prompts[number])
             tokens[row, widths[start] - lengths[row] :] = prompts[number]
         filled = np.array(numbers + numbers[:1] * (size - len(numbers)))
-        yield Queue(numbers, tokens, lengths, keys[filled])
+        yield Queue(numbers, tokens, lengths, keys[filled], *_different([prompts[n] for n in numbers], size, rows))
         start = end
+
+
+def _different(prompts: list[Sequence[int]], size: int, rows: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """`Queue.prompts` and `Queue.copies` of a queue of this size that begins with these prompts."""
+    first: dict[tuple[int, ...], int] = {}
+    copies = [first.setdefault(tuple(prompt), len(first)) for prompt in prompts]
+    padded = 1 << (len(first) - 1).bit_length()
+    if padded > min(rows, len(prompts) // 2):
+        return None, None
+    places = [copies.index(number) for number in range(len(first))]
+    filled = np.array(places + [size] * (padded - len(places)), np.int32)
+    return filled, np.array(copies + [0] * (size - len(copies)), np.int32)
 
 
 def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
@@ -163,12 +184,15 @@ def _draw(
     tokens: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
+    prompts: jax.Array | None,
+    copies: jax.Array | None,
     *,
     temperature: float | jax.Array,
     greedy: bool,
     **static: Any,
 ) -> tuple[Decoded, jax.Array]:
     """What follows each prompt, and the digest of the very arrays that were used for it."""
+    static |= dict(prompts=prompts, copies=copies)
     decoded = decode(model, params, tokens, lengths, keys, greedy=greedy, temperature=temperature, **static)
     return decoded, policy_digest(lora.split(params)[1])
 

@@ -63,6 +63,8 @@ def generate(
             queue.tokens,
             queue.lengths,
             queue.keys,
+            prompts=queue.prompts,
+            copies=queue.copies,
             rows=rows,
             stop_ids=stop_ids,
             greedy=temperature == 0,

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jlora.lora.linear import SAVED
+from jlora.types import BRANCH
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -95,6 +96,16 @@ class Cache:
             length,
         )
 
+    def take(self, rows: Int[Array, "R"]) -> "Cache":
+        """The cache whose rows are these of this one, which has one length; a row may be taken several times."""
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[:, rows].get(mode="clip"),
+            values=self.values.at[:, rows].get(mode="clip"),
+            positions=self.positions.at[rows].get(mode="clip"),
+            segment_ids=self.segment_ids.at[rows].get(mode="clip"),
+        )
+
     def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
         """(rows [B, 1], columns [B, T]) of the next tokens of every row, where rows differ in length."""
         rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
@@ -108,8 +119,11 @@ def attention_mask(
     key_segment_ids: Int[Array, "B S"],
     window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query may see: its own segment's, at its own position or fewer than `window` earlier."""
-    same = segment_ids[:, :, None] == key_segment_ids[:, None, :]
+    """Which keys each query may see: those of its own segment, and of the one that it branches off (see `BRANCH`), at
+    its own position or fewer than `window` earlier.
+    """
+    queries, keys = segment_ids[:, :, None], key_segment_ids[:, None, :]
+    same = (queries == keys) | (queries % BRANCH == keys)
     distance = positions[:, :, None] - key_positions[:, None, :]
     seen = same & (distance >= 0)
     return seen if window is None else seen & (distance < window)

@@ -18,7 +18,7 @@ from jlora.models.config import ModelConfig
 from jlora.models.decoder import Block, Context
 from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
-from jlora.types import Params
+from jlora.types import BRANCH, Params
 
 # The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
 SCORE = "score"
@@ -57,7 +57,8 @@ class Model:
 
         Args:
             positions: default 0, 1, 2, …; within a segment they must rise with the index, or keys are missed
-            segment_ids: tokens see only their own segment; default one segment. 0 is padding by convention.
+            segment_ids: tokens see only their own segment, and the one it branches off (`jlora.types.BRANCH`); default
+                one segment. 0 is padding by convention.
         """
         hidden, _ = self.hidden(params, tokens, positions, segment_ids)
         return self.logits(params, hidden)
@@ -260,7 +261,8 @@ class Model:
             return Tables(None, None, jnp.stack(masks), windows), cache
         lengths = None
         if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
-            same = segment_ids[:, :, None] == key_segments[:, None, :]
+            # What branches share is rotated for the longest of them.
+            same = segment_ids[:, :, None] % BRANCH == key_segments[:, None, :] % BRANCH
             lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
         rotations = [rope_tables(rope, positions, lengths) for rope in config.ropes]
         if any(layer.rope is None for layer in config.layers):  # a rotation by nothing, for layers without one

@@ -1,6 +1,6 @@
 """Device meshes, and the rules that place every leaf of a param tree on them."""
 
-from jlora.sharding.mesh import MeshConfig, batch_sharding, make_mesh, put_batch, replicated
+from jlora.sharding.mesh import MeshConfig, batch_sharding, make_mesh, put_batch, replicated, row_ways
 from jlora.sharding.rules import leaf_sharding, shard, tree_shardings
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "make_mesh",
     "put_batch",
     "replicated",
+    "row_ways",
     "shard",
     "tree_shardings",
 ]

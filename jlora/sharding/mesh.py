@@ -67,13 +67,18 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence"))
 
 
+def row_ways(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The host's arrays (the same on every host): of [A, B, T] each device holds its rows only, of [A, N] everything.
 
     Raises:
         ValueError: B or T does not divide over the mesh.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_ways(mesh)
     for name, value in batch.items():
         if value.ndim == 3 and (value.shape[1] % rows or value.shape[2] % mesh.shape["sequence"]):
             raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from jlora import data, lora, sharding
 from jlora.models import Model
@@ -47,16 +48,14 @@ class FileSource:
     boundary = True
 
     def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int | None = None) -> None:
-        """Of items, `sides` says how many documents of each count as tokens of the data; None for all."""
+        """Of items, `sides` says how many documents of each count as tokens of the data; None: there are no items."""
         self._batches, self._mesh, self._sides = batches, mesh, sides
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
         """The next batch; the policy plays no part."""
         batch = next(self._batches)
-        counted = batch["segment_ids"] > 0
-        if self._sides is not None:
-            counted &= batch["documents"] < self._sides * batch["items"].shape[1]
-        return sharding.put_batch(batch, self._mesh), int(counted.sum()), {}
+        count = int(np.sum(batch["segment_ids"] > 0)) if self._sides is None else data.count_tokens(batch, self._sides)
+        return sharding.put_batch(batch, self._mesh), count, {}
 
     def observe(self, metrics: Metrics) -> None:
         """Nothing to check."""

@@ -85,6 +85,7 @@ class TrainConfig:
       grad_accum: micro-batches of a step.
       seed: of the adapter's start, the order of the data and dropout.
       log_every, save_every, eval_every: in steps; evaluation at 0 means never.
+      eval_on_start: also evaluate before the first step, so that the log says what training changed.
       keep_checkpoints: older ones are removed.
       remat: activations of a layer are computed again in the backward pass instead of being kept.
       tensorboard: also write TensorBoard files (needs the extra of that name).
@@ -100,6 +101,7 @@ class TrainConfig:
     save_every: int = 100
     keep_checkpoints: int = 2
     eval_every: int = 0
+    eval_on_start: bool = False
     remat: bool = True
     tensorboard: bool = False
 
@@ -145,6 +147,8 @@ class RunConfig:
             faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
         if self.train.eval_every and not (self.data.eval_path or task):
             faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        if self.train.eval_on_start and not self.train.eval_every:
+            faults.append("train.eval_on_start: has no effect without train.eval_every")
         rows = self.mesh.data * self.mesh.fsdp
         if rows > 0 and self.train.batch_size % rows:
             faults.append(

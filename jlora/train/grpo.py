@@ -169,7 +169,7 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
     config, settings = source.config, source.config.grpo
     group = config.rollout.num_generations
     rollouts, rounds = _sample_groups(sampler, source, state, note)
-    batch = rollout.lay_out(rollouts.items, config, settings.steps_per_generation)
+    batch = rollout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation)
     batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
     moved = settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
     scores = score_batch(source.base, config, state.trainable, batch, old=moved, reference=bool(settings.beta))

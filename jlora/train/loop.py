@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
 # What may differ when a run is taken up again: how it is watched and where it runs, not what it computes.
 FREE = {
     "mesh": None,
-    "train": ("log_every", "save_every", "keep_checkpoints", "eval_every", "tensorboard", "remat"),
+    "train": ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
     "data": ("eval_path",),
 }
 
@@ -98,7 +98,8 @@ def run(
             this.tokens = position["tokens"]
             start = int(this.state.step)
         truncate(folder / COMPLETIONS, start)
-        with MetricsWriter(folder, start_step=start, tensorboard=config.train.tensorboard) as writer:
+        # What was evaluated before the first step is written anew by a run that begins anew.
+        with MetricsWriter(folder, start_step=start or -1, tensorboard=config.train.tensorboard) as writer:
             last = _steps(this, start, writer, saved, progress, stop)
     finally:
         saved.close()
@@ -159,11 +160,13 @@ def _steps(
     train = this.config.train
     if progress:
         progress.start(this.total_steps, start)
+    if train.eval_on_start and start == 0:
+        writer.write(0, _evaluation(this))
     last: dict[str, float] = {}
     unsaved = False
     for number, metrics in _metrics(this, start):
         if train.eval_every and (number % train.eval_every == 0 or number == this.total_steps):
-            metrics |= {f"eval_{name}": value for name, value in this.job.evaluate(this.state).items()}
+            metrics |= _evaluation(this)
         if number % train.log_every == 0 or number == this.total_steps:
             writer.write(number, metrics)
         if progress:
@@ -177,6 +180,10 @@ def _steps(
             raise Interrupted(f"saved after step {number} of {this.total_steps} in {this.workdir}")
         last = metrics
     return last
+
+
+def _evaluation(this: _Run) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in this.job.evaluate(this.state).items()}
 
 
 def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:

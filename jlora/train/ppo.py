@@ -120,7 +120,7 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     numbers = [number for number in source.draw(completions // group) for _ in range(group)]
     found = sampler(state.trainable["policy"], source.prompts, numbers, seed=(config.train.seed, source.drawn))
     rollouts = rollout.join([found], config.rollout.on_error, group, source.prompts)
-    batch = rollout.lay_out(rollouts.items, config, settings.num_mini_batches)
+    batch = rollout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches)
     batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
     batch |= score_batch(base, config, state.trainable["policy"], batch, old=True, reference=True)
     value_params = lora.combine(base.frozen, state.trainable["value"])

@@ -79,6 +79,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         seed=train.seed,
         epochs=train.epochs,
         steps=train.steps,
+        share=shares(config),
     )
     note(f"{len(items)} {'pairs' if method.kind == 'pairs' else 'answers'}, {data.describe(encoded, steps)}")
 
@@ -123,6 +124,11 @@ def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.
     if config.algorithm == "kto" and config.kto.loss_type == "kto":
         items = data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
     return items, report
+
+
+def shares(config: RunConfig) -> bool:
+    """Whether the answers to a prompt stand behind one copy of it, which a loss on the prompt itself does not allow."""
+    return config.data.share_prompts and not (config.algorithm == "orpo" and config.orpo.nll_on_prompt)
 
 
 def evaluate_items(
@@ -176,6 +182,7 @@ def _batches(items: Sequence[data.Item], config: RunConfig, mesh: jax.sharding.M
         bucket=config.data.bucket,
         epochs=1,
         shuffle=False,
+        share=shares(config),
     )
     for step in steps:
         yield sharding.put_batch(data.collate_items(items, step, 1), mesh)

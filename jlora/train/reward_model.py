@@ -84,12 +84,13 @@ class RewardModel:
         self._params = sharding.shard(params, base.mesh)
         self._tail = np.array(data.template_tail(base.tokenizer), np.int32)
 
-    def __call__(self, items: Sequence[data.Item], ended: Sequence[bool]) -> np.ndarray:
+    def __call__(self, items: Sequence[data.Item], ended: Sequence[bool], prompts: Sequence[int]) -> np.ndarray:
         """The scores of prompts with their completions, float32 [N].
 
         Args:
             ended: whether an answer is a finished message: what the template writes behind one is then put behind it,
                 as in training.
+            prompts: a number for each item; neighbours with the same one have the same prompt.
         """
         whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
         config = self._config
@@ -101,6 +102,8 @@ class RewardModel:
             bucket=config.data.bucket,
             epochs=1,
             shuffle=False,
+            share=config.data.share_prompts,
+            prompts=prompts,
         )
         found = []
         for step in steps:
@@ -125,7 +128,8 @@ def compare(
     model: Model, params: Params, items: Sequence[data.Item], *, batch_size: int = 8, seq_len: int = 512
 ) -> Metrics:
     """The rewards of pairs, "chosen" and "rejected", with "items" marking what is no filler; all [A, N]."""
-    steps = data.plan_items(items, seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
+    settings = dict(packing=False, epochs=1, shuffle=False, share=True)
+    steps = data.plan_items(items, seq_len=seq_len, batch_size=batch_size, **settings)
     found = []
     for step in steps:
         batch = data.collate_items(items, step)

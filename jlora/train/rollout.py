@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -80,12 +81,15 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
             held_out=settings.eval_size if config.train.eval_every else 0,
             seed=config.train.seed,
             system_prompt=settings.system_prompt,
+            num_fewshot=settings.num_fewshot,
             **dict(settings.task_settings),
         )
         names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
     else:
-        if settings.system_prompt:
-            raise ValueError("rollout.system_prompt is for tasks; the prompts of data.path bring their own")
+        if settings.system_prompt or settings.num_fewshot:
+            raise ValueError(
+                "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
+            )
         train = data.read_prompts(config.data.path)
         held_out = data.read_prompts(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
     room = config.train.seq_len - settings.max_completion_length
@@ -165,7 +169,7 @@ class Sampler:
         if self._reward_model is not None:
             chats = [not isinstance(record["prompt"], str) for record in records]
             ended = [chat and completion.finished for chat, completion in zip(chats, completions, strict=True)]
-            table = with_column(table, "model", self._reward_model(items, ended))
+            table = with_column(table, "model", self._reward_model(items, ended, numbers))
         if self._overlong:
             lengths = np.array([len(completion.tokens) for completion in completions])
             table = with_column(
@@ -174,23 +178,52 @@ class Sampler:
         return Rollouts(list(numbers), completions, texts, items, table, total(table.values, self.weights), int(digest))
 
 
-def lay_out(items: Sequence[Item], config: RunConfig, parts: int) -> data.Batch:
-    """The items as arrays [A, B, T], A a multiple of `parts`."""
+def lay_out(rollouts: Rollouts, config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
+    """The items as arrays [A, B, T]: A a multiple of `parts`, B at most `train.batch_size`, rows spread evenly.
+
+    Raises:
+        ValueError: there are fewer rows than parts.
+    """
+    train = config.train
     steps = data.plan_items(
-        items,
-        seq_len=config.train.seq_len,
-        batch_size=config.train.batch_size,
-        grad_accum=1,
+        rollouts.items,
+        seq_len=train.seq_len,
+        batch_size=1,
         packing=config.data.packing,
         bucket=config.data.bucket,
         epochs=1,
         shuffle=False,
+        share=config.data.share_prompts,
+        prompts=rollouts.numbers,
     )
-    rows = [row for step in steps for row in step.rows]
-    micro_batches = -(-len(steps) // parts) * parts
-    rows += [()] * (micro_batches * len(steps[0].rows) - len(rows))
-    step = data.Step(tuple(rows), max(step.length for step in steps))
-    return data.collate_items(items, step, micro_batches)
+    if len(steps) < parts:
+        raise ValueError(
+            f"the {len(rollouts.items)} completions of a rollout fill {len(steps)} rows of up to {train.seq_len} "
+            f"tokens, too few for the {parts} steps that share it: set data.share_prompts and data.packing to False, "
+            "or raise train.batch_size"
+        )
+    micro_batches = parts * -(-len(steps) // (parts * train.batch_size))
+    height = min(train.batch_size, _height(-(-len(steps) // micro_batches), sharding.row_ways(mesh)))
+    edges = [len(steps) * i // micro_batches for i in range(micro_batches + 1)]
+    rows: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
+    for start, end in itertools.pairwise(edges):
+        padding = [()] * (height - (end - start))
+        rows += [step.rows[0] for step in steps[start:end]] + padding
+        groups += [step.groups[0] if step.groups else () for step in steps[start:end]] + padding
+    step = data.Step(
+        tuple(rows), max(step.length for step in steps), tuple(groups) if config.data.share_prompts else None
+    )
+    return data.collate_items(rollouts.items, step, micro_batches)
+
+
+def _height(rows: int, ways: int) -> int:
+    """Rows of a micro-batch on a mesh that splits them so many ways: up to a quarter more than needed, so that rollouts
+    of unlike sizes have few shapes.
+    """
+    rows = -(-rows // ways)
+    grain = 1 << max(0, rows.bit_length() - 3)
+    return ways * -(-rows // grain) * grain
 
 
 def to_layout(batch: data.Batch, values: Sequence[np.ndarray]) -> np.ndarray:
@@ -255,8 +288,7 @@ class RolloutSource:
             self._queue, numbers, rollouts = self._collect(self, state)
             self._digest = rollouts.digest
         batch = self._queue.pop(0)
-        tokens = int(np.sum(np.asarray(batch["segment_ids"]) > 0))
-        return sharding.put_batch(batch, self.base.mesh), tokens, numbers
+        return sharding.put_batch(batch, self.base.mesh), data.count_tokens(batch, 1), numbers
 
     def observe(self, metrics: Metrics) -> None:
         """Compares the checksum of the weights that this step's gradient was taken at with the sampler's."""

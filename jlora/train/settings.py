@@ -135,6 +135,7 @@ class RolloutConfig:
       task_size, task_settings: how many questions of the reasoning-gym task that data.path="reasoning_gym:NAME" names,
         and the task's own settings (needs the extra `tasks`). eval_size: how many held-out ones to evaluate on.
       system_prompt: put before the task's questions.
+      num_fewshot: so many solved questions of the task are put before each one, always the same.
       eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
       log_completions: how many examples of every rollout go to completions.jsonl.
     """
@@ -154,10 +155,13 @@ class RolloutConfig:
     eval_size: int = 64
     eval_temperature: float = 0.0
     system_prompt: str | None = None
+    num_fewshot: int = 0
     log_completions: int = 4
 
     def __post_init__(self) -> None:
-        least = dict(num_generations=1, max_completion_length=1, top_k=0, rows=1, task_size=1, eval_size=1)
+        least = dict(
+            num_generations=1, max_completion_length=1, top_k=0, rows=1, task_size=1, eval_size=1, num_fewshot=0
+        )
         faults = _at_least("rollout", self, temperature=1e-6, eval_temperature=0, log_completions=0, **least)
         if not 0 < self.top_p <= 1:
             faults.append(f"rollout.top_p: found {self.top_p}, expected a probability in (0, 1]")

@@ -39,24 +39,36 @@ class TaskSet(NamedTuple):
 
 
 def reasoning_tasks(
-    name: str, *, size: int, seed: int, held_out: int = 0, system_prompt: str | None = None, **settings: Any
+    name: str,
+    *,
+    size: int,
+    seed: int,
+    held_out: int = 0,
+    system_prompt: str | None = None,
+    num_fewshot: int = 0,
+    **settings: Any,
 ) -> TaskSet:
     """Questions of reasoning-gym's task `name`, always the same ones for the same arguments.
 
-    A record is {"prompt": [system, user], "answer", "task", "index"}: the answer is reasoning-gym's own, None where a
-    task only checks answers; the index is the reward's number of the question. Training questions may repeat where a
+    A record is {"prompt": [system, …, user], "answer", "task", "index"}: the answer is reasoning-gym's own, None where
+    a task only checks answers; the index is the reward's number of the question. Training questions may repeat where a
     task has few; held-out ones are all different and none of them is trained on.
 
     Args:
         system_prompt: None takes `SYSTEM_PROMPT`; "" leaves the system message out.
+        num_fewshot: so many further questions stand solved, as turns of user and assistant, before the one asked.
         settings: the task's own, as reasoning-gym documents them.
 
     Raises:
-        ValueError: no such task, settings that it refuses, or too few different questions to hold out.
+        ValueError: no such task, settings that it refuses, too few different questions to hold out, or questions to be
+        shown solved for which the task has no answer.
     """
     _check_name(name)
     entries = list(_draw(name, f"{seed}/train", size, settings))
-    seen = {_plain(entry) for entry in entries}
+    shown = list(_draw(name, f"{seed}/solved", num_fewshot, settings))
+    if any(entry["answer"] is None for entry in shown):
+        raise ValueError(f"reasoning-gym task {name!r} checks answers and has none to show: expected num_fewshot=0")
+    seen = {_plain(entry) for entry in entries + shown}
     others = itertools.chain.from_iterable(
         _draw(name, f"{seed}/held out/{part}", held_out, settings) for part in range(DRAWS)
     )
@@ -70,8 +82,14 @@ def reasoning_tasks(
         if _plain(entry) not in seen:
             seen.add(_plain(entry))
             entries.append(entry)
-    first = SYSTEM_PROMPT if system_prompt is None else system_prompt
-    records = [_record(name, index, entry, first) for index, entry in enumerate(entries)]
+    system = SYSTEM_PROMPT if system_prompt is None else system_prompt
+    before = [{"role": "system", "content": system}] if system else []
+    for entry in shown:
+        before += [
+            {"role": "user", "content": entry["question"]},
+            {"role": "assistant", "content": _solution(str(entry["answer"]), system)},
+        ]
+    records = [_record(name, index, entry, before) for index, entry in enumerate(entries)]
     scorer = _dataset(name, f"{seed}/train", 1, settings)
     return TaskSet(records[:size], records[size:], TaskReward(name, scorer, entries))
 
@@ -136,9 +154,13 @@ def _check_name(name: str) -> None:
         raise ValueError(f"reasoning-gym has no task {name!r}; {words}")
 
 
-def _record(name: str, index: int, entry: dict[str, Any], system_prompt: str) -> Record:
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    prompt = [*system, {"role": "user", "content": entry["question"]}]
+def _solution(answer: str, system_prompt: str) -> str:
+    """The answer as the instruction asks for it."""
+    return f"<answer>{answer}</answer>" if "<answer>" in system_prompt else answer
+
+
+def _record(name: str, index: int, entry: dict[str, Any], before: Messages) -> Record:
+    prompt = [*before, {"role": "user", "content": entry["question"]}]
     return {"prompt": prompt, "answer": entry["answer"], "task": name, "index": index}
 
 

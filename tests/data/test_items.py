@@ -14,6 +14,7 @@ from jlora.data import (
     Item,
     Step,
     collate_items,
+    count_tokens,
     describe,
     encode_pairs,
     encode_unpaired,
@@ -22,6 +23,7 @@ from jlora.data import (
     template_tail,
     with_mismatched,
 )
+from jlora.types import BRANCH
 
 TEXTS = [("2+2=", "4", "5"), ("Sky?", " blue", " blue-green"), ("", "yes", "no"), ("p", "x" * 30, "y<|end|>")]
 
@@ -219,6 +221,69 @@ def test_a_packed_batch_of_pairs_drawn_out():
     assert batch["documents"].tolist() == [[[0, 0, 4, 4, 4, 1, 1, 1, 5, 5], [2, 2, 6, 6, 8, 8, 8, 8, 8, 8]]]
     assert batch["items"].tolist() == [[1, 1, 1, 0]]
     assert batch["margin"].tolist() == [[0.5, 2.0, 3.0, 0.0]]
+
+
+def begun(start, *answers, **values):
+    """An item whose documents begin alike."""
+    documents = tuple(
+        Example(np.array([*start, *answer], np.int32), np.arange(len(start) + len(answer)) >= len(start))
+        for answer in answers
+    )
+    return Item(documents, values)
+
+
+def test_what_documents_begin_with_stands_in_a_row_once_drawn_out():
+    items = [begun([1, 2, 3], [4, 5], [6], margin=0.5), begun([7], [8], [9, 9], margin=1.0)]
+    [step] = plan_items(items, seq_len=6, batch_size=2, packing=False, bucket=1, epochs=1, shuffle=False, share=True)
+    assert step == Step(((0, 1), (2, 3)), 7, ((2,), (2,)))
+    batch = collate_items(items, step)
+    # The last token of a prompt is each answer's own, for it predicts the answer; of one token nothing is shared.
+    assert batch["tokens"].tolist() == [[[1, 2, 3, 4, 5, 3, 6], [7, 8, 7, 9, 9, 0, 0]]]
+    assert batch["targets"].tolist() == [[[2, 0, 4, 5, 0, 6, 0], [8, 0, 9, 9, 0, 0, 0]]]
+    assert batch["weights"].tolist() == [[[0, 0, 1, 1, 0, 1, 0], [1, 0, 1, 1, 0, 0, 0]]]
+    assert batch["positions"].tolist() == [[[0, 1, 2, 3, 4, 2, 3], [0, 1, 0, 1, 2, 0, 0]]]
+    one, two = 1 + BRANCH, 1 + 2 * BRANCH
+    assert batch["segment_ids"].tolist() == [[[1, 1, one, one, one, two, two], [one, one, two, two, two, 0, 0]]]
+    assert batch["documents"].tolist() == [[[4, 4, 0, 0, 0, 2, 2], [1, 1, 3, 3, 3, 4, 4]]]
+    assert batch["margin"].tolist() == [[0.5, 1.0]]
+    assert (count_tokens(batch, 1), count_tokens(batch, 2)) == (5 + 2, 5 + 2 + 4 + 3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_items_of_one_prompt_share_it_as_far_as_a_row_has_room(packing):
+    generator = np.random.Generator(np.random.PCG64(1))
+    prompts = [generator.integers(1, 99, length).tolist() for length in (9, 1, 20, 5)]
+    numbers = [number for number in range(4) for _ in range(5)]
+    items = [
+        begun(prompts[number], generator.integers(1, 99, generator.integers(1, 9)), number=float(index))
+        for index, number in enumerate(numbers)
+    ]
+    settings = dict(batch_size=2, packing=packing, bucket=4, epochs=1, shuffle=False)
+    steps = plan_items(items, seq_len=40, share=True, prompts=numbers, **settings)
+    alone = plan_items(items, seq_len=40, **settings)
+    assert sum(step.length * len(step.rows) for step in steps) < sum(step.length * len(step.rows) for step in alone)
+    assert max(size for step in steps for row in step.groups for size in row) > 1
+    seen = []
+    for step in steps:
+        assert step.length <= 40
+        batch = {name: array[0] for name, array in collate_items(items, step).items()}
+        for slot in np.flatnonzero(batch["items"]):
+            number = int(batch["number"][slot])
+            [document] = items[number].documents
+            row, own = np.nonzero(batch["documents"] == slot)
+            assert len(set(row)) == 1
+            [segment] = set(batch["segment_ids"][row[0], own])
+            start = np.flatnonzero(batch["segment_ids"][row[0]] == segment % BRANCH) if segment > BRANCH else []
+            places = [*start, *own]
+            np.testing.assert_array_equal(batch["tokens"][row[0], places], document.tokens)
+            np.testing.assert_array_equal(batch["positions"][row[0], places], np.arange(len(document.tokens)))
+            trained = batch["weights"][row[0], places]
+            np.testing.assert_array_equal(trained[:-1], document.trained[1:])
+            np.testing.assert_array_equal(
+                batch["targets"][row[0], places][trained > 0], document.tokens[1:][document.trained[1:]]
+            )
+            seen.append(number)
+    assert seen == list(range(20)) if not packing else sorted(seen) == list(range(20))
 
 
 def random_items(count, sides, seed=0):

@@ -126,6 +126,18 @@ def test_samples_do_not_depend_on_the_rows_and_log_probs_are_the_forward_pass(fa
         np.testing.assert_allclose(one.log_probs, expected, atol=2e-5)
 
 
+def test_prompts_that_are_read_once_are_answered_as_if_read_by_themselves():
+    model, params = made("llama")
+    settings = dict(temperature=0.7, stop_ids=(*range(1, 20),), order=[0, 1, 2, 2, 5, 5, 5])
+    plain = run(model, params, **settings)
+    different, copies = np.array([0, 2, 4, len(LENGTHS)], np.int32), np.array([0, 0, 1, 1, 2, 2, 2], np.int32)
+    for rows in (2, len(LENGTHS)):
+        found = run(model, params, rows=rows, prompts=different, copies=copies, **settings)
+        np.testing.assert_array_equal(found.tokens, plain.tokens)
+        np.testing.assert_array_equal(found.counts, plain.counts)
+        np.testing.assert_allclose(found.log_probs, plain.log_probs, atol=2e-5)
+
+
 def test_samples_follow_their_keys_through_any_order():
     order = [6, 2, 0, 5, 1, 4, 3]
     plain, mixed = run(*made("llama")), run(*made("llama"), order=order)
@@ -191,6 +203,19 @@ def test_queues_hold_every_prompt_once_in_few_shapes():
             assert tokens[len(tokens) - length :].tolist() == prompts[number] and key == keys[number]
         assert not queue.lengths[len(queue.numbers) :].any()
     assert max(len(queue.tokens) for queue in queues(prompts, keys, rows=4, bucket=16, most=2)) == 8
+    assert all(queue.prompts is None for queue in made)
+
+
+def test_queues_of_repeated_prompts_name_the_different_ones():
+    prompts = [prompt for prompt in prompts_of((5, 3, 9, 7)) for _ in range(6)]
+    made = list(queues(prompts, jax.random.split(jax.random.key(0), 24), rows=4, bucket=16))
+    # Half as many times `rows` as there are repetitions, filled up to a power of two.
+    assert [(len(queue.numbers), queue.tokens.shape) for queue in made] == [(12, (16, 16)), (12, (16, 16))]
+    for queue in made:
+        assert len(queue.prompts) == 2
+        for place, number in enumerate(queue.numbers):
+            same = queue.tokens[queue.prompts[queue.copies[place]]]
+            np.testing.assert_array_equal(same, queue.tokens[place], err_msg=str(number))
 
 
 def test_what_cannot_be_rolled_out_is_said_at_once():

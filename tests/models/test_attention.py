@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jlora.models.attention import attend, attention_mask
+from jlora.types import BRANCH
 
 
 def plain(queries, keys, values, mask):
@@ -60,3 +61,12 @@ def test_scores_are_no_residual():
     mask = attention_mask(*packed(96), *packed(96))
     _, pullback = jax.vjp(lambda *x: attend(*x, mask), *inputs)
     assert max(leaf.size for leaf in jax.tree.leaves(pullback)) <= max(mask.size, inputs[0].size)
+
+
+def test_a_branch_sees_its_segment_and_itself():
+    segments = jnp.array([[1, 1, 1 + BRANCH, 1 + BRANCH, 1 + 2 * BRANCH, 2, 0]], jnp.int32)
+    positions = jnp.array([[0, 1, 2, 3, 2, 0, 0]], jnp.int32)
+    [seen] = np.asarray(attention_mask(positions, segments, positions, segments))
+    assert [np.flatnonzero(row).tolist() for row in seen] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5], [6]]
+    [near] = np.asarray(attention_mask(positions, segments, positions, segments, window=2))
+    assert [np.flatnonzero(row).tolist() for row in near] == [[0], [0, 1], [1, 2], [2, 3], [1, 4], [5], [6]]

@@ -65,6 +65,21 @@ def test_every_kind_of_adapter_trains_on_a_mesh_as_on_one_device(settings, tmp_p
         np.testing.assert_allclose(one[name], many[name], atol=1e-4, err_msg=name)
 
 
+def test_what_training_changed_is_seen_from_the_start(settings, tmp_path):
+    path = settings["data"]["path"]
+    watched = settings | {
+        "data": {"path": path, "eval_path": path},
+        "train": settings["train"] | {"eval_every": 3, "eval_on_start": True},
+    }
+    run(resolve(watched), tmp_path)
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert records[0].keys() == {"step", "eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_tokens"}
+    assert records[3]["eval_loss"] < records[0]["eval_loss"]
+    run(resolve(watched), tmp_path)  # finished already: nothing is evaluated or lost
+    assert read_metrics(tmp_path) == records
+
+
 def test_a_workdir_of_another_run_is_refused(settings, finished):
     before = sorted(path.name for path in finished.iterdir())
     other = settings | {"optim": {"learning_rate": 5e-3}, "lora": {"r": 2}}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jlora import data, sharding
 from jlora.data import Example, Item
 from jlora.generate import Completion
 from jlora.train import resolve, rollout
@@ -23,10 +24,12 @@ def config(**data):
     )
 
 
-def made(texts=None, rewards=None):
+def made(texts=None, rewards=None, same_prompts=False):
     items, completions = [], []
     for index, (prompt, answer) in enumerate(LENGTHS):
         tokens = np.arange(prompt + answer, dtype=np.int32) + 10 * index
+        if same_prompts:  # of a group, as far as the shorter one goes
+            tokens[:prompt] = 100 * (index // 2) + np.arange(prompt)
         items.append(Item((Example(tokens, np.arange(len(tokens)) >= prompt),), {"index": float(index)}))
         completions.append(Completion(tokens[prompt:], np.float32(index + np.arange(answer) / 10), answer % 2 == 0))
     values = np.arange(6, dtype=np.float32)[:, None] if rewards is None else np.array(rewards, np.float32)[:, None]
@@ -35,11 +38,16 @@ def made(texts=None, rewards=None):
     return rollout.Rollouts([0, 0, 1, 1, 2, 2], completions, texts, items, table, values[:, 0], 7)
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
-def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing):
-    rollouts = made()
-    batch = rollout.lay_out(rollouts.items, config(packing=packing), parts=2)
+def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing, share):
+    rollouts = made(same_prompts=share)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
+    batch = rollout.lay_out(rollouts, config(packing=packing, share_prompts=share), mesh, parts=2)
     assert len(batch["tokens"]) % 2 == 0
+    shared = (batch["documents"] == batch["items"].shape[1]) & (batch["segment_ids"] > 0)
+    assert shared.any() == share
+    assert data.count_tokens(batch, 1) == sum(map(sum, LENGTHS))
     laid = rollout.to_layout(batch, [completion.log_probs for completion in rollouts.completions])
     assert (laid != 0).sum() == sum(answer for _, answer in LENGTHS) - 1  # the first log-probability is 0
     # A place predicts the next token, so the completion's n-th number lies where its n-th token is the target.
@@ -53,6 +61,16 @@ def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing)
     np.testing.assert_array_equal(spread > 0, batch["weights"] > 0)
     lengths = np.array([answer for _, answer in LENGTHS])
     np.testing.assert_allclose(rollout.by_item(batch, spread), lengths * (np.arange(6) + 1))
+
+
+def test_rows_are_spread_evenly_over_the_parts_and_too_few_are_refused():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
+    rollouts = made(same_prompts=True)
+    batch = rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, parts=1)
+    assert batch["tokens"].shape[:2] == (2, 2)  # rows of two completions each, 1 + 2, filled up for the mesh
+    assert batch["items"].sum(axis=1).tolist() == [2, 4]
+    with pytest.raises(ValueError, match="fill 3 rows of up to 24 tokens, too few for the 4 steps that share it"):
+        rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, parts=4)
 
 
 def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():

@@ -38,6 +38,25 @@ def test_another_seed_gives_other_questions_and_the_instruction_is_the_callers()
     assert record["prompt"][0] == {"role": "system", "content": "Be brief."}
 
 
+def test_solved_questions_stand_before_the_one_asked():
+    tasks = reasoning_tasks("chain_sum", size=20, seed=0, held_out=20, num_fewshot=2, min_terms=2, max_terms=2)
+    system, *turns, question = tasks.train[3]["prompt"]
+    assert (system["content"], question["role"]) == (SYSTEM_PROMPT, "user")
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert [record["prompt"][:-1] for record in tasks.held_out] == [[system, *turns]] * 20
+    # The solutions are right, as the task itself reads them, and nothing that is shown is asked.
+    shown = {turn["content"] for turn in turns[::2]}
+    assert not shown & {record["prompt"][-1]["content"] for record in tasks.held_out}
+    for asked, solved in zip(turns[::2], turns[1::2], strict=True):
+        sum_asked = asked["content"].rpartition(": ")[2].rstrip("= ")
+        left, operator, right = sum_asked.split()
+        value = int(left) + int(right) if operator == "+" else int(left) - int(right)
+        assert solved["content"] == f"<answer>{value}</answer>"
+    plain = reasoning_tasks("chain_sum", size=1, seed=0, num_fewshot=1, system_prompt="One number.").train[0]
+    assert "<answer>" not in plain["prompt"][2]["content"]
+    assert load_rewards([tasks.reward]).of_records([tasks.train[3]], [tasks.train[3]["answer"]], [[1]]).values == 1
+
+
 def test_the_answer_is_in_the_last_tags_or_is_the_whole_text():
     tasks = reasoning_tasks("chain_sum", size=4, seed=0, held_out=1)
     records = [*tasks.train, *tasks.held_out]

@@ -86,12 +86,11 @@ def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tup
             if shared:
                 start = put(row, start, Example(group[0].tokens[:shared], np.zeros(shared, np.bool_)), 0, segment, -1)
             for number, example in enumerate(group, start=1):
-                branch = number * BRANCH if shared or size > 1 else 0
+                branch = number * BRANCH if size > 1 else 0
                 start = put(row, start, example, shared, segment + branch, first + number - 1)
             first += size
-    return {name: array.reshape(grad_accum, -1, step.length) for name, array in batch.items()}, owners.reshape(
-        grad_accum, -1, step.length
-    )
+    micro = (grad_accum, -1, step.length)
+    return {name: array.reshape(micro) for name, array in batch.items()}, owners.reshape(micro)
 
 
 def common_start(examples: Sequence[Example]) -> int:

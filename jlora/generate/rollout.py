@@ -136,8 +136,8 @@ def queues(
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     widths = [-(-len(prompts[batch[-1]]) // bucket) * bucket for batch in batches]
     repeated = len(prompts) // max(1, len(set(map(tuple, prompts))))
-    if repeated > 1:
-        most = max(1, min(repeated // 2, most or repeated))
+    if repeated > 2:  # `rows` times one less than that hold no more than `rows` different ones
+        most = min(repeated - 1, most or repeated)
     start = 0
     while start < len(batches):
         end = start + widths[start:].count(widths[start])

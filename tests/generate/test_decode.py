@@ -209,10 +209,10 @@ def test_queues_hold_every_prompt_once_in_few_shapes():
 def test_queues_of_repeated_prompts_name_the_different_ones():
     prompts = [prompt for prompt in prompts_of((5, 3, 9, 7)) for _ in range(6)]
     made = list(queues(prompts, jax.random.split(jax.random.key(0), 24), rows=4, bucket=16))
-    # Half as many times `rows` as there are repetitions, filled up to a power of two.
-    assert [(len(queue.numbers), queue.tokens.shape) for queue in made] == [(12, (16, 16)), (12, (16, 16))]
+    # Five times `rows`, one less than there are repetitions, filled up to a power of two.
+    assert [(len(queue.numbers), queue.tokens.shape) for queue in made] == [(20, (32, 16)), (4, (4, 16))]
+    assert [len(queue.prompts) for queue in made] == [4, 1]
     for queue in made:
-        assert len(queue.prompts) == 2
         for place, number in enumerate(queue.numbers):
             same = queue.tokens[queue.prompts[queue.copies[place]]]
             np.testing.assert_array_equal(same, queue.tokens[place], err_msg=str(number))

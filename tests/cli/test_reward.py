@@ -74,11 +74,11 @@ def test_a_rollout_is_scored_at_its_end_and_an_ended_message_behind_its_tail(mod
     config |= {"train": {"steps": 1, "batch_size": 2, "seq_len": 300}}
     scorer = reward_model.RewardModel(base, resolve(config))
     scorer._tail = np.array([7, 9], np.int32)
-    rows = [[1, 2, 3, 4], [5, 6], [8, 8, 8]]
+    rows = [[1, 2, 3, 4], [1, 2, 3], [5, 6], [8, 8, 8]]
     items = [data.Item((data.Example(np.array(row, np.int32), np.array(row) > 2),), {}) for row in rows]
-    found = scorer(items, [True, False, True])
+    found = scorer(items, [True, False, False, True], [0, 0, 1, 2])
     adapted = jlora.load_adapter(params, reward_run / "adapter")
-    for score, row, tail in zip(found, rows, ([7, 9], [], [7, 9]), strict=True):
+    for score, row, tail in zip(found, rows, ([7, 9], [], [], [7, 9]), strict=True):
         hidden, _ = model.hidden(adapted, jnp.array([row + tail], jnp.int32))
         assert score == pytest.approx(float(model.score(adapted, hidden)[0, -1]), rel=1e-4, abs=1e-5)
 

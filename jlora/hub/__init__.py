@@ -1,7 +1,7 @@
 """The Hub's files in and out: checkpoints, tokenizers, GGUF and PEFT adapters."""
 
 from jlora.hub.adapters import load_adapter
-from jlora.hub.convert import Conversion, convert_adapter
+from jlora.hub.convert import convert_adapter
 from jlora.hub.export import save_model
 from jlora.hub.load import checkpoint_dtype, load
 from jlora.hub.peft import save_adapter
@@ -10,7 +10,6 @@ from jlora.hub.source import Source, open_source
 from jlora.hub.tokenizer import load_tokenizer
 
 __all__ = [
-    "Conversion",
     "Source",
     "checkpoint_dtype",
     "convert_adapter",

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jlora import lora, quant, tree
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
-from jlora.hub.methods import Change, Method, Shapes, Tensors, open_method
+from jlora.hub.methods import Method, Shapes, Tensors, open_method
 from jlora.hub.peft import assemble, weights_file
 from jlora.hub.peft_slots import (
     PLAIN,
@@ -25,53 +25,13 @@ from jlora.hub.peft_slots import (
 )
 from jlora.hub.source import locate
 from jlora.hub.weights import TensorInfo, read_json, read_tensor, tensor_infos
+from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.types import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertedModule:
-    """How well LoRA stands for one module's change.
-
-    Attributes:
-        name: PEFT's.
-        energy: the change's squared Frobenius norm.
-        lost: that of the difference.
-    """
-
-    name: str
-    rank: int
-    energy: float
-    lost: float
-
-    @property
-    def error(self) -> float:
-        """‖ΔW - AB‖ / ‖ΔW‖, Frobenius; 0 if nothing was changed."""
-        return (self.lost / self.energy) ** 0.5 if self.energy else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What `convert_adapter` made of an adapter; as text, a table with a row a module."""
-
-    method: str
-    modules: tuple[ConvertedModule, ...]
-
-    @property
-    def energy_kept(self) -> float:
-        """1 - Σ‖ΔW - AB‖² / Σ‖ΔW‖² over all modules."""
-        total = sum(module.energy for module in self.modules)
-        return 1 - sum(module.lost for module in self.modules) / total if total else 1.0
-
-    def __str__(self) -> str:
-        width = max((len(module.name) for module in self.modules), default=0)
-        rows = [f"{module.name:<{width}}  {module.rank:>5}  {module.error:>8.2e}" for module in self.modules]
-        head = f"{'module':<{width}}  {'rank':>5}  {'error':>8}"
-        return "\n".join([f"{self.method} as LoRA: {self.energy_kept:.4%} of the energy kept", head, *rows])
-
-
-def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tuple[Params, Conversion]:
+def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tuple[Params, Fits]:
     """(params with LoRA in place of whatever adapter they had, report) of a PEFT folder of (IA)³, LoHa, LoKr or VeRA.
 
     Every change of a weight becomes its best approximation of the rank, by its singular values (Eckart and Young 1936),
@@ -86,7 +46,7 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
         FileNotFoundError: the folder or its files are missing.
         ValueError: a rank or a field that cannot be; missing, unknown and misshapen tensors. All are listed.
     """
-    _check_rank(rank)
+    check_rank(rank)
     folder = locate(path)
     fields = read_json(folder / CONFIG)
     method = open_method(fields, folder / CONFIG)
@@ -95,9 +55,9 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
     factors, report = {}, []
     scales: list[np.ndarray | None] = []
     for module, tensors, change in _changes(method, source):
-        left, right, energy, lost = _best(change, rank)
+        left, right, energy, lost = best(change, rank)
         factors |= _file_factors(module, left, right)
-        report.append(ConvertedModule(module.name, left.shape[1], energy, lost))
+        report.append(Fit(module.name, left.shape[1], energy, lost))
         scales.append(method.output_scale(module, tensors))
     biases = _biases(source, scales)
     ranks = {module.name: module.rank for module in report}
@@ -107,7 +67,7 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
     values |= read_slots(file, source.copies)
     slots |= source.copies | {path: Slot(path, None, value.shape, PLAIN) for path, value in biases.items()}
     adapted = assemble(source.base, source.adapted, config, slots, values | biases)
-    return adapted, Conversion(fields["peft_type"], tuple(report))
+    return adapted, Fits(f"{fields['peft_type']} as LoRA", tuple(report))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,45 +166,6 @@ def _biases(source: _Source, scales: Sequence[np.ndarray | None]) -> dict[str, n
             place = ... if module.index is None else module.index
             copy[place] *= scale.reshape(copy[place].shape)
     return copies
-
-
-# ---------------------------------------------------------------- the best update of a rank
-
-
-def _best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
-    """(A with orthonormal columns, B, the change's energy, the energy that is lost)."""
-    left, values, right = _singular(change)
-    squares = values.astype(np.float64) ** 2
-    kept = min(rank, len(values)) if isinstance(rank, int) else _enough(values, rank)
-    # A copy: a view would keep every singular vector of every module alive.
-    return left[:, :kept].copy(), values[:kept, None] * right[:kept], float(squares.sum()), float(squares[kept:].sum())
-
-
-def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The singular value decomposition; of a product of narrow factors it is that of the product of their QR's R."""
-    left, right = change
-    if right is None:
-        return np.linalg.svd(left, full_matrices=False)
-    if left.shape[1] >= min(left.shape[0], right.shape[1]):
-        return np.linalg.svd(left @ right, full_matrices=False)
-    q_left, r_left = np.linalg.qr(left)
-    q_right, r_right = np.linalg.qr(right.T)
-    inner_left, values, inner_right = np.linalg.svd(r_left @ r_right.T)
-    return q_left @ inner_left, values, inner_right @ q_right.T
-
-
-def _enough(values: np.ndarray, share: float) -> int:
-    """The smallest rank that keeps the share of the energy.
-
-    The sums are float32 as PEFT's are: with a share of 1 that leaves out what only rounding put there.
-    """
-    energy = np.cumsum(values**2)
-    return int(np.searchsorted(energy, np.float32(share) * energy[-1])) + 1
-
-
-def _check_rank(rank: int | float) -> None:
-    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise ValueError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
 
 
 def _factor_slots(module: Module, rank: int) -> Sequence[tuple[str, Slot]]:

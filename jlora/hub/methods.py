@@ -9,22 +9,16 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jlora.hub.adapter_config import AdapterConfig
 from jlora.hub.peft_slots import Module
+from jlora.lora.low_rank import Change
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, np.ndarray]
-
-
-class Change(NamedTuple):
-    """What is added to a kernel [D, N]: `left`, or the product left [D, K] @ right [K, N] where K is small."""
-
-    left: np.ndarray
-    right: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

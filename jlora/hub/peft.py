@@ -62,7 +62,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
         ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
         FileExistsError: `path` holds something other than an adapter.
     """
-    params = _whole_score(_whole_starts(params))
+    params = _whole_score(lora.with_starts(params))
     flat = tree.flatten(params)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -288,27 +288,6 @@ def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np
 
 
 # ---------------------------------------------------------------- what is saved
-
-
-def _whole_starts(params: Params) -> Params:
-    """The tree in which starts that the base is read without are part of A and B."""
-
-    def widen(path: str, module: Params) -> Params:
-        if "lora_start_a" not in module:
-            return module
-        kept = {name: leaf for name, leaf in module.items() if not name.startswith("lora_start_")}
-        lora_a = jnp.concatenate([module["lora_a"], module["lora_start_a"]], axis=-1)
-        lora_b = jnp.concatenate([module["lora_b"], -module["lora_start_b"]], axis=-2)
-        if "lora_rank" in module:  # what a layer uses goes to the front, as where ranks differ it is to be
-            rank, width = module["lora_rank"][..., None], module["lora_a"].shape[-1]
-            used = jnp.arange(2 * width).reshape((1,) * (rank.ndim - 1) + (-1,)) % width < rank
-            order = jnp.argsort(~used, axis=-1, stable=True)
-            lora_a = jnp.take_along_axis(lora_a, order[..., None, :], axis=-1)
-            lora_b = jnp.take_along_axis(lora_b, order[..., :, None], axis=-2)
-            kept["lora_rank"] = 2 * module["lora_rank"]
-        return kept | {"lora_a": lora_a, "lora_b": lora_b}
-
-    return tree.map_modules(widen, params)
 
 
 def _whole_score(params: Params) -> Params:

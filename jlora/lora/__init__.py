@@ -3,7 +3,9 @@
 from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
+from jlora.lora.low_rank import Fit, Fits
 from jlora.lora.merge import merge, merged_leaf, untie
+from jlora.lora.mix import mix
 from jlora.lora.partition import (
     adapter_leaves,
     combine,
@@ -14,11 +16,14 @@ from jlora.lora.partition import (
     resolve,
     split,
     strip,
+    with_starts,
 )
 from jlora.lora.setup import init
 from jlora.lora.starts import kernel_gradients
 
 __all__ = [
+    "Fit",
+    "Fits",
     "LoraConfig",
     "adapter_leaves",
     "base_norms",
@@ -35,6 +40,7 @@ __all__ = [
     "linear",
     "merge",
     "merged_leaf",
+    "mix",
     "overlay",
     "resolve",
     "split",
@@ -42,4 +48,5 @@ __all__ = [
     "unembed",
     "untie",
     "update",
+    "with_starts",
 ]

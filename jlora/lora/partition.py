@@ -13,6 +13,8 @@ Beside a module's own leaves an adapter may hold:
   lora_tied             this embedding's adapter acts in the head too
 """
 
+import jax.numpy as jnp
+
 from jlora import tree
 from jlora.types import Params
 
@@ -102,3 +104,24 @@ def resolve(module: Params) -> Params:
     """A module's leaves as they are to be used: trained copies in the place of what they were copied from."""
     copies = {name.removeprefix(TRAINED): leaf for name, leaf in module.items() if name.startswith(TRAINED)}
     return {name: leaf for name, leaf in module.items() if not name.startswith(TRAINED)} | copies
+
+
+def with_starts(params: Params) -> Params:
+    """The tree in which starts that the base is read without are part of A and B."""
+
+    def widen(path: str, module: Params) -> Params:
+        if "lora_start_a" not in module:
+            return module
+        kept = {name: leaf for name, leaf in module.items() if not name.startswith("lora_start_")}
+        lora_a = jnp.concatenate([module["lora_a"], module["lora_start_a"]], axis=-1)
+        lora_b = jnp.concatenate([module["lora_b"], -module["lora_start_b"]], axis=-2)
+        if "lora_rank" in module:  # what a layer uses goes to the front, as where ranks differ it is to be
+            rank, width = module["lora_rank"][..., None], module["lora_a"].shape[-1]
+            used = jnp.arange(2 * width).reshape((1,) * (rank.ndim - 1) + (-1,)) % width < rank
+            order = jnp.argsort(~used, axis=-1, stable=True)
+            lora_a = jnp.take_along_axis(lora_a, order[..., None, :], axis=-1)
+            lora_b = jnp.take_along_axis(lora_b, order[..., :, None], axis=-2)
+            kept["lora_rank"] = 2 * module["lora_rank"]
+        return kept | {"lora_a": lora_a, "lora_b": lora_b}
+
+    return tree.map_modules(widen, params)

@@ -1,0 +1,99 @@
+"""A change of a weight as a product of two narrow matrices: the best one of a given rank, and what it misses."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Change(NamedTuple):
+    """What is added to a kernel [D, N]: `left`, or the product left [D, K] @ right [K, N] where K is small."""
+
+    left: np.ndarray
+    right: np.ndarray | None = None
+
+    def dense(self) -> np.ndarray:
+        """The whole matrix."""
+        return self.left if self.right is None else self.left @ self.right
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well a product stands for one module's change.
+
+    Attributes:
+        name: of the module.
+        energy: the change's squared Frobenius norm.
+        lost: that of the difference.
+    """
+
+    name: str
+    rank: int
+    energy: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        """‖ΔW - AB‖ / ‖ΔW‖, Frobenius; 0 if nothing was changed."""
+        return (self.lost / self.energy) ** 0.5 if self.energy else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fits:
+    """All modules of an adapter; as text, a table with a row a module."""
+
+    title: str
+    modules: tuple[Fit, ...]
+
+    @property
+    def energy_kept(self) -> float:
+        """1 - Σ‖ΔW - AB‖² / Σ‖ΔW‖² over all modules."""
+        total = sum(module.energy for module in self.modules)
+        return 1 - sum(module.lost for module in self.modules) / total if total else 1.0
+
+    def __str__(self) -> str:
+        width = max((len(module.name) for module in self.modules), default=0)
+        rows = [f"{module.name:<{width}}  {module.rank:>5}  {module.error:>8.2e}" for module in self.modules]
+        head = f"{'module':<{width}}  {'rank':>5}  {'error':>8}"
+        return "\n".join([f"{self.title}: {self.energy_kept:.4%} of the energy kept", head, *rows])
+
+
+def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
+    """(A with orthonormal columns, B, the change's energy, the energy that is lost) (Eckart and Young 1936).
+
+    Args:
+        rank: of the product, or less where the change has no more; or, as a float in (0, 1], the share of the squared
+            singular values to keep, with the smallest rank that does (as PEFT's `convert_to_lora` means it).
+    """
+    left, values, right = _singular(change)
+    squares = values.astype(np.float64) ** 2
+    kept = min(rank, len(values)) if isinstance(rank, int) else _enough(values, rank)
+    # A copy: a view would keep every singular vector of every module alive.
+    return left[:, :kept].copy(), values[:kept, None] * right[:kept], float(squares.sum()), float(squares[kept:].sum())
+
+
+def check_rank(rank: int | float) -> None:
+    """Raises ValueError for what `best` cannot take."""
+    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ValueError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
+
+
+def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular value decomposition; of a product of narrow factors it is that of the product of their QR's R."""
+    left, right = change
+    if right is None or left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return np.linalg.svd(change.dense(), full_matrices=False)
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    inner_left, values, inner_right = np.linalg.svd(r_left @ r_right.T)
+    return q_left @ inner_left, values, inner_right @ q_right.T
+
+
+def _enough(values: np.ndarray, share: float) -> int:
+    """The smallest rank that keeps the share of the energy.
+
+    The sums are float32 as PEFT's are: with a share of 1 that leaves out what only rounding put there.
+    """
+    energy = np.cumsum(values**2)
+    return int(np.searchsorted(energy, np.float32(share) * energy[-1])) + 1

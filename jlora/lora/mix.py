@@ -1,0 +1,387 @@
+"""Several adapters of one base made into one."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jlora import quant, tree
+from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
+from jlora.lora.merge import MAIN, merged_leaf
+from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
+from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes, add_changes_as_peft
+from jlora.types import Params
+
+# Leaves of an adapter that a mixture has no rule for.
+UNMIXABLE = {"lora_tokens": "trainable_token_indices"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How the changes of one weight become one product.
+
+    Attributes:
+        of: "factors" side by side; "sum": the best product for the sum; "values": that for what `add` makes of the
+            changes; "each factor": what `add` makes of all A and of all B.
+        add: `add_changes` or `add_changes_as_peft`, with `rule`.
+        whole_rank: the rank is that of the sum unless another is asked for; else the largest of the adapters' ranks.
+    """
+
+    of: str
+    rule: Rule = RULES["linear"]
+    add: Callable[..., np.ndarray] = add_changes
+    whole_rank: bool = False
+
+
+METHODS = {
+    "cat": Method("factors"),
+    "svd": Method("sum"),
+    "linear": Method("sum", whole_rank=True),
+    **{name: Method("values", rule) for name, rule in RULES.items() if name != "linear"},
+    "peft:cat": Method("factors"),
+    "peft:svd": Method("sum"),
+    **{f"peft:{name}": Method("each factor", rule, add_changes_as_peft) for name, rule in RULES.items()},
+    **{f"peft:{name}_svd": Method("values", RULES[name], add_changes_as_peft) for name in RULES if name != "linear"},
+}
+
+
+def mix(
+    params: Params,
+    adapters: Mapping[str, Params] | Sequence[Params],
+    weights: Sequence[int | float] | None = None,
+    *,
+    method: str = "cat",
+    rank: int | float | None = None,
+    density: int | float | None = None,
+    majority_sign_method: Sign = "total",
+    seed: int = 0,
+) -> tuple[Params, Fits]:
+    """(params with one adapter in place of whatever adapter they had, report) made of several adapters of this base.
+
+    What is combined are the changes that adapters make, scale · A @ B, not their factors:
+
+    "cat"               the weighted sum, exactly: factors side by side, of as many ranks as all have together
+    "svd"               the weighted sum at a given rank
+    "linear"            the weighted sum at the rank that it has
+    "magnitude_prune"   the sum of the largest `density` of each change's values
+    "ties"              those, where their sign is the majority's, averaged (TIES, Yadav et al. 2023)
+    "dare_linear"       the sum of a random `density` of each change's values, divided by it (DARE, Yu et al. 2024)
+    "dare_ties"         those, where their sign is the majority's
+
+    All but "cat" end in the best product of `rank` (by singular values), and the report says what that kept. Other
+    leaves that adapters train (whole copies, biases) are changes of the base's, and combined in the same way; one
+    adapter with weight 1 gives itself. "peft:" before PEFT's name for a method ("peft:ties_svd", "peft:linear", …) does
+    what `add_weighted_adapter` does: without _svd it combines A and B apart, which is no sum of changes.
+
+    Args:
+        params: the base, with or without an adapter.
+        adapters: trees that hold adapters (params, or their `adapter_leaves`), by name or in order.
+        weights: one for each, default 1.
+        rank: of the result, or a share of the energy to keep (see `low_rank.best`); default: the largest rank of the
+            adapters, for "linear" what the sum needs.
+        density: in (0, 1], for the methods that prune.
+        majority_sign_method: of "ties" and "dare_ties": signs are weighed ("total") or counted ("frequency").
+        seed: of "dare_linear" and "dare_ties".
+
+    Raises:
+        ValueError: settings that do not go together, or adapters that do not; all are listed.
+    """
+    named = adapters if isinstance(adapters, Mapping) else {str(i): tree for i, tree in enumerate(adapters, start=1)}
+    given = tuple(weights) if weights is not None else (1.0,) * len(named)
+    leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
+    _check(list(named), leaves, given, method, rank, density)
+    how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
+    base = strip(params)
+    flat = tree.flatten(base)
+    found: dict[str, Any] = {}
+    fits: list[Fit] = []
+    for path in sorted({path.rpartition("/")[0] for adapter in leaves for path in adapter}):
+        own, *members = (_module(leaf, path) for leaf in (flat, *leaves))
+        mixed = _mixed_factors(path, own, members, how, fits) | _mixed_leaves(path, own, members, how)
+        found |= {f"{path}/{name}": jnp.asarray(leaf) for name, leaf in mixed.items()}
+    title = f"{method} of {', '.join(f'{weight:g} · {name}' for name, weight in zip(named, given, strict=True))}"
+    return overlay(base, tree.unflatten(found)), Fits(title, tuple(fits))
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """The settings of `mix`."""
+
+    method: Method
+    weights: tuple[int | float, ...]
+    rank: int | float | None
+    density: int | float
+    majority_sign_method: Sign
+    seed: int
+
+    def add(self, place: str, changes: Sequence[np.ndarray], weights: Sequence[int | float]) -> np.ndarray:
+        """One change of several; what is left to chance follows from the seed and the place."""
+        entropy = [self.seed, zlib.crc32(place.encode())]
+        return self.method.add(
+            changes,
+            weights,
+            self.method.rule,
+            density=self.density,
+            majority_sign_method=self.majority_sign_method,
+            generator=np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy))),
+        )
+
+    def add_present(self, place: str, changes: Sequence[np.ndarray | None]) -> np.ndarray:
+        """The same of those that there are: None stands for an adapter that leaves this place alone."""
+        present = [(change, weight) for change, weight in zip(changes, self.weights, strict=True) if change is not None]
+        return self.add(place, *zip(*present, strict=True))
+
+
+# ---------------------------------------------------------------- whole copies and biases
+
+
+def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) -> Params:
+    """Everything but factors: changes of whole leaves, and of biases."""
+    found: Params = {}
+    for name in sorted({name for adapter in adapters for name in adapter if name.startswith(TRAINED)}):
+        # What only adapters have (a score head) is a change of nothing.
+        own = _float(base[name.removeprefix(TRAINED)]) if name.removeprefix(TRAINED) in base else np.float32(0)
+        changes = [_float(adapter[name]) - own if name in adapter else None for adapter in adapters]
+        found[name] = own + how.add_present(f"{path}/{name}", changes)
+    if any("lora_bias" in adapter for adapter in adapters):
+        biases = [
+            _float(adapter["lora_bias"]) * _float(adapter["lora_scale"])[..., None] if "lora_bias" in adapter else None
+            for adapter in adapters
+        ]
+        found["lora_bias"] = how.add_present(f"{path}/lora_bias", biases)
+    tied = [adapter["lora_tied"] for adapter in adapters if "lora_tied" in adapter]
+    return found | ({"lora_tied": tied[0]} if tied else {})
+
+
+# ---------------------------------------------------------------- factors
+
+
+class _Update(NamedTuple):
+    """What one adapter does to one weight [D, N]: scale · lora_a @ lora_b; or `lora_a` alone, no such product."""
+
+    lora_a: np.ndarray
+    lora_b: np.ndarray | None
+    scale: float
+    rank: int
+
+    def change(self, weight: int | float = 1) -> Change:
+        return Change(self.lora_a * np.float32(weight * self.scale), self.lora_b)
+
+
+class _Axes(NamedTuple):
+    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]; of the stacked ones
+    `layers` have scales of their own, experts have not.
+    """
+
+    layers: tuple[int, ...]
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, adapter: Params) -> "_Axes":
+        a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
+        stacked = len(a) - 2 if len(a) == len(b) else len(layers)
+        return cls(layers, a[:stacked], a[stacked:-1], b[stacked + 1 :])
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """How many weights there are, and the D and N of each as a matrix."""
+        return math.prod(self.stack), math.prod(self.inputs), math.prod(self.outputs)
+
+    def spread(self, of_layers: np.ndarray) -> np.ndarray:
+        """A layer's number for each of its weights, [count]."""
+        whole = of_layers.reshape(*self.layers, *(1,) * (len(self.stack) - len(self.layers)))
+        return np.broadcast_to(whole, self.stack).ravel()
+
+
+def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, fits: list[Fit]) -> Params:
+    """The factors of one module, all of its layers; what they keep of the changes goes to `fits`."""
+    adapting = [(adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if "lora_a" in adapter]
+    if not adapting:
+        return {}
+    axes = _Axes.of(adapting[0][0])
+    by_adapter = [_updates(base, adapter, axes) for adapter, _ in adapting]
+    count, inputs, outputs = axes.matrices
+    products = []
+    for number in range(count):
+        name = f"{path}[{number}]" if axes.stack else path
+        present = [
+            (updates[number], weight)
+            for updates, (_, weight) in zip(by_adapter, adapting, strict=True)
+            if updates[number] is not None
+        ]
+        if not present:
+            products.append((np.zeros((inputs, 0), np.float32), np.zeros((0, outputs), np.float32)))
+            continue
+        left, right, energy, lost = _product(name, *zip(*present, strict=True), how)
+        products.append((left, right))
+        fits.append(Fit(name, left.shape[1], energy, lost))
+    ranks = np.array([left.shape[1] for left, _ in products], np.int32)
+    lora_a = np.stack([np.pad(left, ((0, 0), (0, max(ranks) - left.shape[1]))) for left, _ in products])
+    lora_b = np.stack([np.pad(right, ((0, max(ranks) - right.shape[0]), (0, 0))) for _, right in products])
+    found = {
+        "lora_a": lora_a.reshape(*axes.stack, *axes.inputs, max(ranks)),
+        "lora_b": lora_b.reshape(*axes.stack, max(ranks), *axes.outputs),
+        "lora_scale": np.ones(axes.layers, np.float32),
+    }
+    if len(set(ranks)) > 1:  # a layer of experts has the rank of the one that needs most
+        found["lora_rank"] = ranks.reshape(*axes.layers, -1).max(axis=-1)
+    return found
+
+
+def _product(
+    name: str, updates: Sequence[_Update], weights: Sequence[int | float], how: _How
+) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
+    """(A, B, energy of the change that they stand for, energy of what they miss) of one weight."""
+    if how.method.of == "factors":
+        whole = _side_by_side(updates, weights)
+        energy = np.sum((whole.left.T @ whole.left) * (whole.right @ whole.right.T), dtype=np.float64)
+        return *whole, float(energy), 0.0
+    if how.method.of == "sum":
+        narrow = all(update.lora_b is not None for update in updates)
+        whole = _side_by_side(updates, weights) if narrow else Change(_dense_sum(updates, weights))
+    else:
+        whole = Change(how.add(name, [update.change().dense() for update in updates], weights))
+    if how.method.of == "each factor":
+        left, right = _each_factor(name, updates, weights, how)
+        missed = whole.left - left @ right
+        return left, right, _energy(whole.left), _energy(missed)
+    ranks = [update.rank for update in updates]
+    return best(whole, how.rank or (sum(ranks) if how.method.whole_rank else max(ranks)))
+
+
+def _side_by_side(updates: Sequence[_Update], weights: Sequence[int | float]) -> Change:
+    """The weighted sum of products as one product."""
+    changes = [update.change(weight) for update, weight in zip(updates, weights, strict=True)]
+    return Change(
+        np.concatenate([change.left for change in changes], axis=1),
+        np.concatenate([change.right for change in changes], axis=0),
+    )
+
+
+def _dense_sum(updates: Sequence[_Update], weights: Sequence[int | float]) -> np.ndarray:
+    return np.sum([update.change(weight).dense() for update, weight in zip(updates, weights, strict=True)], axis=0)
+
+
+def _each_factor(
+    name: str, updates: Sequence[_Update], weights: Sequence[int | float], how: _How
+) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B), each combined by itself: the root of weight · scale goes to either, its sign to A, as in PEFT."""
+    factors = [weight * update.scale for update, weight in zip(updates, weights, strict=True)]
+    roots = [math.sqrt(abs(factor)) for factor in factors]
+    signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
+    left = how.add(f"{name}/lora_a", [update.lora_a for update in updates], signed)
+    return left, how.add(f"{name}/lora_b", [update.lora_b for update in updates], roots)
+
+
+def _energy(matrix: np.ndarray) -> float:
+    return float(np.sum(matrix.astype(np.float64) ** 2))
+
+
+def _updates(base: Params, adapter: Params, axes: _Axes) -> list[_Update | None]:
+    """What the adapter does to every weight of a module; None for layers that it leaves out."""
+    count, inputs, outputs = axes.matrices
+    width = adapter["lora_a"].shape[-1]
+    ranks = axes.spread(np.asarray(adapter.get("lora_rank", np.full(axes.layers, width))))
+    scales = axes.spread(_float(adapter["lora_scale"]))
+    if "lora_magnitude" in adapter:  # DoRA: every output is rescaled, which makes a change of any rank
+        main = next(name for name in MAIN if name in base)
+        dense = quant.dequantize(base[main]) if quant.is_packed(base[main]) else base[main]
+        weight = jnp.asarray(dense, jnp.float32)
+        change = _float(merged_leaf({main: weight} | adapter, main)) - _float(weight)
+        found = [(matrix, None, 1.0) for matrix in change.reshape(count, inputs, outputs)]
+    else:
+        left = _float(adapter["lora_a"]).reshape(count, inputs, -1)
+        right = _float(adapter["lora_b"]).reshape(count, -1, outputs)
+        found = [
+            (a[:, :rank], b[:rank], float(scale)) for a, b, scale, rank in zip(left, right, scales, ranks, strict=True)
+        ]
+    return [_Update(*parts, int(rank)) if rank else None for parts, rank in zip(found, ranks, strict=True)]
+
+
+def _float(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.float32)
+
+
+def _module(flat: Mapping[str, Any], path: str) -> Params:
+    """The leaves of one module."""
+    return {name.rpartition("/")[2]: leaf for name, leaf in flat.items() if name.rpartition("/")[0] == path}
+
+
+# ---------------------------------------------------------------- what cannot be mixed
+
+
+def _check(
+    names: list[str],
+    leaves: list[dict[str, Any]],
+    weights: tuple[int | float, ...],
+    method: str,
+    rank: int | float | None,
+    density: int | float | None,
+) -> None:
+    faults = _setting_faults(names, weights, method, rank, density)
+    for name, flat in zip(names, leaves, strict=True):
+        if not flat:
+            faults.append(f"adapter {name}: found none in the tree")
+        faults += [
+            f"adapter {name}: {path} cannot be mixed ({UNMIXABLE[path.rpartition('/')[2]]}); merge it into the base"
+            for path in flat
+            if path.rpartition("/")[2] in UNMIXABLE
+        ]
+    faults += _shape_faults(names, leaves, METHODS[method].of == "each factor" if method in METHODS else False)
+    if faults:
+        raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
+
+
+def _setting_faults(
+    names: list[str],
+    weights: tuple[int | float, ...],
+    method: str,
+    rank: int | float | None,
+    density: int | float | None,
+) -> list[str]:
+    faults = [] if names else ["found no adapters, expected at least one"]
+    if len(weights) != len(names):
+        faults.append(f"weights: found {len(weights)}, expected one for each of {len(names)} adapters")
+    faults += [f"weights: found {weight}, expected finite numbers" for weight in weights if not math.isfinite(weight)]
+    if method not in METHODS:
+        return [*faults, f"method: found {method!r}, expected one of {', '.join(METHODS)}"]
+    prunes = METHODS[method].rule.prune is not None
+    if prunes and density is None:
+        faults.append(f"density: is required by {method!r}, the share of values to keep")
+    if density is not None and not (prunes and 0 < density <= 1):
+        expected = "more than 0 and at most 1" if prunes else f"none, for {method!r} does not prune"
+        faults.append(f"density: found {density}, expected {expected}")
+    if rank is not None and METHODS[method].of in ("factors", "each factor"):
+        faults.append(f"rank: found {rank}, expected none: {method!r} has a rank of its own")
+    elif rank is not None:
+        try:
+            check_rank(rank)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _shape_faults(names: list[str], leaves: list[dict[str, Any]], alike: bool) -> list[str]:
+    """Adapters that are not of one base, and (where `alike`) those that differ in rank or are no plain products."""
+    faults = []
+    for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
+        module = path.rpartition("/")[0]
+        members = [(name, _module(flat, module)) for name, flat in zip(names, leaves, strict=True) if path in flat]
+        axes = {name: _Axes.of(member) for name, member in members}
+        if len(set(axes.values())) > 1:
+            shapes = ", ".join(f"{name} {(*a.stack, *a.inputs)} → {a.outputs}" for name, a in axes.items())
+            faults.append(f"{module}: found weights of different shapes: {shapes}")
+        if len({"lora_tied" in member for _, member in members}) > 1:
+            faults.append(f"{module}: some of the adapters act in the tied head too and some do not")
+        if alike and len({member["lora_a"].shape for _, member in members}) > 1:
+            faults.append(f"{module}: found ranks that differ, which PEFT cannot combine factor by factor")
+        if alike and any("lora_magnitude" in member for _, member in members):
+            faults.append(f"{module}: found DoRA, which is no plain product; use a method that ends in _svd")
+    return faults

@@ -1,0 +1,101 @@
+"""Sums of changes that several trainings made to the same weights: pruned, by majority of signs, or plain."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+Sign = Literal["total", "frequency"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How changes become one.
+
+    Attributes:
+        prune: which values each change keeps: the largest ("magnitude"), or any, divided by their share ("random",
+            DARE, Yu et al. 2024); None: all.
+        elect: a value counts only where its sign is that of the majority (TIES, Yadav et al. 2023).
+        average: what is left is divided by the weights that took part.
+    """
+
+    prune: Literal["magnitude", "random"] | None = None
+    elect: bool = False
+    average: bool = False
+
+
+RULES = {
+    "linear": Rule(),
+    "magnitude_prune": Rule(prune="magnitude"),
+    "ties": Rule(prune="magnitude", elect=True, average=True),
+    "dare_linear": Rule(prune="random"),
+    "dare_ties": Rule(prune="random", elect=True),
+}
+
+
+def add_changes(
+    changes: Sequence[Float[np.ndarray, "..."]],
+    weights: Sequence[int | float],
+    rule: Rule,
+    *,
+    density: int | float = 1.0,
+    majority_sign_method: Sign = "total",
+    generator: np.random.Generator | None = None,
+) -> Float[np.ndarray, "..."]:
+    """One change of several, as mergekit's methods of these names define it (`generalized_task_arithmetic`).
+
+    The majority is that of the weighted changes, by their sum ("total") or by number ("frequency").
+    """
+    pruned = np.stack([_pruned(change, rule, density, generator) for change in changes])
+    weighted = pruned * _column(weights, pruned)
+    if not rule.elect:
+        return weighted.sum(axis=0)
+    agreeing = _majority(weighted, majority_sign_method)
+    total = (weighted * agreeing).sum(axis=0)
+    if not rule.average:
+        return total
+    divisor = (_column(weights, pruned) * agreeing).sum(axis=0)
+    return total / np.where(divisor == 0, 1, divisor)
+
+
+def add_changes_as_peft(
+    changes: Sequence[Float[np.ndarray, "..."]],
+    weights: Sequence[int | float],
+    rule: Rule,
+    *,
+    density: int | float = 1.0,
+    majority_sign_method: Sign = "total",
+    generator: np.random.Generator | None = None,
+) -> Float[np.ndarray, "..."]:
+    """The same as PEFT defines it (`peft.utils.merge_utils`): the majority is that of the changes without their
+    weights, and where there is one, the sum is divided by how many took part.
+    """
+    pruned = np.stack([_pruned(change, rule, density, generator) for change in changes])
+    weighted = pruned * _column(weights, pruned)
+    if not rule.elect:
+        return weighted.sum(axis=0)
+    agreeing = _majority(pruned, majority_sign_method)
+    return (weighted * agreeing).sum(axis=0) / np.maximum(agreeing.sum(axis=0), 1)
+
+
+def _pruned(change: np.ndarray, rule: Rule, density: int | float, generator: np.random.Generator | None) -> np.ndarray:
+    if rule.prune is None or density >= 1:
+        return change
+    if rule.prune == "random":
+        return np.where(generator.random(change.shape) < density, change / np.float32(density), np.float32(0))
+    kept = int(density * change.size)
+    places = np.argpartition(-np.abs(change).ravel(), kept - 1)[:kept] if kept else []
+    mask = np.zeros(change.size, bool)
+    mask[places] = True
+    return change * mask.reshape(change.shape)
+
+
+def _majority(changes: np.ndarray, method: Sign) -> Bool[np.ndarray, "..."]:
+    votes = changes if method == "total" else np.sign(changes)
+    return np.sign(changes) == np.where(votes.sum(axis=0) >= 0, 1, -1)
+
+
+def _column(weights: Sequence[int | float], changes: np.ndarray) -> np.ndarray:
+    return np.array(weights, np.float32).reshape(-1, *(1,) * (changes.ndim - 1))

@@ -26,10 +26,10 @@ def get_config() -> ConfigDict:
     config.ppo.missing_eos_penalty = 1.0
     config.optim.learning_rate = 1e-4
     config.optim.schedule = "constant"
-    config.train.steps = 96
+    config.train.steps = 64
     config.train.batch_size = 16
     config.train.seq_len = 640
-    config.train.eval_every = 24
+    config.train.eval_every = 16
     config.train.eval_on_start = True
     config.train.remat = False
     config.data.packing = False

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora import lora
 from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
 from jlora.types import Params
@@ -45,6 +46,7 @@ def decode(
     top_p: float = 1.0,
     prompts: Int[Array, "P"] | None = None,
     copies: Int[Array, "Q"] | None = None,
+    adapters: tuple[Int[Array, "Q K"], Float[Array, "Q K"]] | None = None,
 ) -> Decoded:
     """What follows each of Q prompts, of which at most `rows` run at a time.
 
@@ -59,10 +61,12 @@ def decode(
         greedy: take the likeliest token; `top_k` and `top_p` are not looked at, and `temperature` is the log-probs'.
         prompts, copies: places in the queue of prompts that are all different, and for every prompt of the queue which
             of these it is. Each is then read once, before the first token is drawn, and kept till the end.
+        adapters: of params that are a bank's (`jlora.lora.Bank`), the numbers of each prompt's adapters and their
+            weights; copies of a prompt share them.
     """
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
-    decoder = _Decoder(model, params, tokens, lengths, keys, order, settings)
+    decoder = _Decoder(model, params, tokens, lengths, keys, order, settings, adapters)
     if prompts is not None:
         decoder = dataclasses.replace(decoder, copies=copies, read=decoder.prefill(prompts))
 
@@ -119,6 +123,7 @@ class _Decoder:
     """The queue, and what is done with it.
 
     Attributes:
+        adapters: numbers and weights of each prompt's, where the params are a bank's.
         copies, read: which of the prompts that were read beforehand each one is, and what `prefill` made of those.
     """
 
@@ -129,6 +134,7 @@ class _Decoder:
     keys: jax.Array
     order: jax.Array
     settings: _Settings
+    adapters: tuple[jax.Array, jax.Array] | None = None
     copies: jax.Array | None = None
     read: tuple[jax.Array, Cache] | None = None
 
@@ -186,20 +192,28 @@ class _Decoder:
         positions, segment_ids = jnp.maximum(columns - padding, 0), (columns >= padding).astype(jnp.int32)
         prompts = self.tokens.at[numbers].get(mode="clip")
         cache = self.model.empty_cache(self.params, len(numbers), width)
-        hidden, cache = self.model.hidden(self.params, prompts, positions, segment_ids, cache=cache)
+        params = self._params_of(numbers)
+        hidden, cache = self.model.hidden(params, prompts, positions, segment_ids, cache=cache)
         return hidden[:, -1], cache
 
     def step(self, state: _State) -> _State:
         """One more token in every row. What free rows compute is written nowhere that is read."""
         lengths = self.lengths.at[state.owners].get(mode="clip")
         positions = (lengths + state.steps - 1)[:, None]
+        params = self._params_of(state.owners)
         hidden, cache = self.model.hidden(
-            self.params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache
+            params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache
         )
         token, done, found = self._draw(state.found, state.owners, state.steps, hidden[:, 0])
         # A free row's steps stand still: its positions stay among those that the model has.
         steps = jnp.where(state.free, state.steps, state.steps + 1)
         return _State(state.taken, jnp.where(done, len(self.tokens), state.owners), steps, token, cache, found)
+
+    def _params_of(self, numbers: Int[Array, "B"]) -> Params:
+        """The params for rows of these prompts."""
+        if self.adapters is None:
+            return self.params
+        return lora.choose(self.params, *(of_prompts.at[numbers].get(mode="clip") for of_prompts in self.adapters))
 
     def _refills(self, state: _State) -> int:
         """How many prompts a refill takes."""
@@ -211,7 +225,7 @@ class _Decoder:
     ) -> tuple[jax.Array, jax.Array, Decoded]:
         """(the tokens after `hidden`, whether each is its sequence's last, everything found with these in it)."""
         settings = self.settings
-        logits = self.model.logits(self.params, hidden)
+        logits = self.model.logits(self._params_of(owners), hidden)
         if settings.greedy:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:

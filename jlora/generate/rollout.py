@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +121,13 @@ def policy_digest(trainable: Params) -> UInt32[Array, ""]:
 
 
 def queues(
-    prompts: Sequence[Sequence[int]], keys: jax.Array, *, rows: int, bucket: int, most: int | None = None
+    prompts: Sequence[Sequence[int]],
+    keys: jax.Array,
+    *,
+    rows: int,
+    bucket: int,
+    most: int | None = None,
+    tags: Sequence[Hashable] | None = None,
 ) -> Iterator[Queue]:
     """The prompts from short to long, in queues whose prompts are padded to one multiple of `bucket`.
 
@@ -131,11 +137,13 @@ def queues(
 
     Args:
         most: how many times `rows` prompts a queue holds at most.
+        tags: one for each prompt; those that differ in it are not the same prompt.
     """
+    tagged = [(tuple(prompt), tags[number] if tags else None) for number, prompt in enumerate(prompts)]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     widths = [-(-len(prompts[batch[-1]]) // bucket) * bucket for batch in batches]
-    repeated = len(prompts) // max(1, len(set(map(tuple, prompts))))
+    repeated = len(prompts) // max(1, len(set(tagged)))
     if repeated > 2:  # `rows` times one less than that hold no more than `rows` different ones
         most = min(repeated - 1, most or repeated)
     start = 0
@@ -149,14 +157,14 @@ def queues(
             lengths[row] = len(prompts[number])
             tokens[row, widths[start] - lengths[row] :] = prompts[number]
         filled = np.array(numbers + numbers[:1] * (size - len(numbers)))
-        yield Queue(numbers, tokens, lengths, keys[filled], *_different([prompts[n] for n in numbers], size, rows))
+        yield Queue(numbers, tokens, lengths, keys[filled], *_different([tagged[n] for n in numbers], size, rows))
         start = end
 
 
-def _different(prompts: list[Sequence[int]], size: int, rows: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+def _different(prompts: list[Hashable], size: int, rows: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     """`Queue.prompts` and `Queue.copies` of a queue of this size that begins with these prompts."""
-    first: dict[tuple[int, ...], int] = {}
-    copies = [first.setdefault(tuple(prompt), len(first)) for prompt in prompts]
+    first: dict[Hashable, int] = {}
+    copies = [first.setdefault(prompt, len(first)) for prompt in prompts]
     padded = 1 << (len(first) - 1).bit_length()
     if padded > min(rows, len(prompts) // 2):
         return None, None

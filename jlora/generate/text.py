@@ -11,6 +11,7 @@ from jlora import data
 from jlora.data import Prompt
 from jlora.generate.decode import decode
 from jlora.generate.rollout import faults, queues
+from jlora.lora.bank import Bank, Choice, Places
 from jlora.models import Model
 from jlora.types import Params
 
@@ -22,10 +23,11 @@ BATCHES = 8
 
 def generate(
     model: Model,
-    params: Params,
+    params: Params | Bank,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
+    adapters: Sequence[Choice] | None = None,
     max_new_tokens: int = 64,
     temperature: int | float = 0.0,
     top_k: int = 0,
@@ -40,6 +42,9 @@ def generate(
     on which prompts share its batch.
 
     Args:
+        params: or a bank of adapters.
+        adapters: of a bank, what each prompt is answered with: an adapter's name, several with weights, or None for the
+            base alone; default None for all.
         prompts: texts, continued as they are, or lists of chat messages, put through the tokenizer's chat template.
         temperature: 0 takes the likeliest token each time.
         top_k, top_p: see `sample`.
@@ -47,16 +52,24 @@ def generate(
 
     Raises:
         ValueError: settings out of range, an empty prompt, or messages for a tokenizer without a chat template.
+        KeyError: an adapter that the bank does not hold.
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
         raise ValueError("generate:\n  " + "\n  ".join(problems))
+    params, places = _places(params, adapters, len(prompts))
     encoded = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
     stop_ids = tuple(sorted({*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
     rows = max(1, min(batch_size, len(encoded)))
     texts, answered = [""] * len(encoded), 0
-    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, most=BATCHES):
+    tags = (
+        None
+        if places is None
+        else [(*map(tuple, of_prompt),) for of_prompt in zip(*map(np.asarray, places), strict=True)]
+    )
+    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, most=BATCHES, tags=tags):
+        filled = queue.numbers + queue.numbers[:1] * (len(queue.tokens) - len(queue.numbers))
         tokens, counts, _ = decode(
             model,
             params,
@@ -65,6 +78,7 @@ def generate(
             queue.keys,
             prompts=queue.prompts,
             copies=queue.copies,
+            adapters=None if places is None else tuple(of_prompts[np.array(filled)] for of_prompts in places),
             rows=rows,
             stop_ids=stop_ids,
             greedy=temperature == 0,
@@ -77,6 +91,17 @@ def generate(
         if on_batch is not None:
             on_batch(answered)
     return texts
+
+
+def _places(params: Params | Bank, adapters: Sequence[Choice] | None, count: int) -> tuple[Params, Places | None]:
+    """The params, and which adapters of the bank each prompt is answered with."""
+    if not isinstance(params, Bank):
+        if adapters is not None:
+            raise ValueError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
+        return params, None
+    if adapters is not None and len(adapters) != count:
+        raise ValueError(f"adapters: found {len(adapters)}, expected one for each of {count} prompts")
+    return params.params, params.places([None] * count if adapters is None else adapters)
 
 
 def _encode(tokenizer: Any, prompt: Prompt, number: int) -> list[int]:

@@ -1,5 +1,6 @@
 """LoRA as a transformation of a param tree: adapters beside base leaves, a frozen half and a trainable half."""
 
+from jlora.lora.bank import Bank, choose
 from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
@@ -22,12 +23,14 @@ from jlora.lora.setup import init
 from jlora.lora.starts import kernel_gradients
 
 __all__ = [
+    "Bank",
     "Fit",
     "Fits",
     "LoraConfig",
     "adapter_leaves",
     "base_norms",
     "bind",
+    "choose",
     "combine",
     "embed",
     "from_nnx",

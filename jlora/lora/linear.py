@@ -41,6 +41,8 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
 
 def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
     """What the adapter adds: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), less the update it started from."""
+    if "lora_ids" in module:
+        return _update_by_row(x, module)
     lora_a, lora_b = module["lora_a"], module["lora_b"]
     inputs = x.astype(lora_a.dtype)
     hidden = quant.matmul(_dropped(inputs, module, key), lora_a) * module["lora_scale"]
@@ -53,11 +55,29 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     return y
 
 
+def _update_by_row(x: jax.Array, module: Params) -> jax.Array:
+    """What each row's own adapters add, of a bank: Σ weight · scale · (x @ lora_a @ lora_b + lora_bias) over K."""
+    ids, rows = module["lora_ids"], x.reshape(x.shape[0], -1, x.shape[-1])
+    lora_a, lora_b = module["lora_a"][ids], module["lora_b"][ids]  # [B, K, D, R], [B, K, R, N]
+    scale = module["lora_scale"][ids] * module["lora_weights"]
+    hidden = jnp.einsum("btd,bkdr->btkr", rows.astype(lora_a.dtype), lora_a) * scale[:, None, :, None]
+    y = jnp.einsum("btkr,bkrn->btn", hidden, lora_b)
+    if "lora_bias" in module:
+        y = y + jnp.einsum("bk,bkn->bn", scale, module["lora_bias"][ids])[:, None]
+    return y.reshape(*x.shape[:-1], -1)
+
+
 def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch D"]:
     """Rows of `embedding` [V, D], with their update scale · lora_a[token] @ lora_b, or their new rows."""
     module = resolve(module)
     rows = jnp.take(module["embedding"], tokens, axis=0)
-    if "lora_a" in module:
+    if "lora_ids" in module:
+        ids, scale = module["lora_ids"], module["lora_scale"][module["lora_ids"]] * module["lora_weights"]
+        of_tokens = tokens.reshape(tokens.shape[0], 1, -1)
+        hidden = module["lora_a"][ids[..., None], of_tokens] * scale[..., None, None]  # [B, K, T, R]
+        added = jnp.einsum("bktr,bkrd->btd", hidden, module["lora_b"][ids]).reshape(rows.shape)
+        rows = (rows + added).astype(rows.dtype)
+    elif "lora_a" in module:
         hidden = jnp.take(module["lora_a"], tokens, axis=0) * module["lora_scale"]
         rows = (rows + quant.matmul(hidden, module["lora_b"])).astype(rows.dtype)
     if "lora_tokens" in module:
@@ -162,7 +182,7 @@ def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
     On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in
     the sum.
     """
-    more = ("lora_magnitude", "lora_bias", "lora_start_a")
+    more = ("lora_magnitude", "lora_bias", "lora_start_a", "lora_ids")
     if "lora_a" not in module or any(name in module for name in more) or (key is not None and "lora_dropout" in module):
         return False
     inputs, outputs = module["kernel"].shape

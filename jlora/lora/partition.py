@@ -11,6 +11,7 @@ Beside a module's own leaves an adapter may hold:
   lora_start_a, _b      the update that the base is read without (PiSSA and its like)
   lora_base_norm        lengths of the frozen weights, for DoRA
   lora_tied             this embedding's adapter acts in the head too
+  lora_ids, lora_weights   which adapters of a bank every row of the batch uses (`jlora.lora.bank`)
 """
 
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jlora.types import Params
 TRAINABLE = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "lora_tokens")
 SETTINGS = (
     *("lora_scale", "lora_rank", "lora_dropout", "lora_token_ids", "lora_tied"),
-    *("lora_start_a", "lora_start_b", "lora_base_norm"),
+    *("lora_start_a", "lora_start_b", "lora_base_norm", "lora_ids", "lora_weights"),
 )
 TRAINED = "trained_"
 # LoRA+ gives B's rate to whatever has one axis besides (PEFT's `create_loraplus_optimizer`).

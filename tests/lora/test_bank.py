@@ -1,0 +1,159 @@
+"""A bank of adapters: every row of a batch is as if it were alone with its adapter, and nothing is compiled anew."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+import jlora
+from jlora import lora, quant, sharding, tree
+from jlora.generate import decode
+from jlora.lora import Bank
+from jlora.models import build
+
+MODEL = build(
+    transformers.Qwen2Config(
+        vocab_size=37,
+        hidden_size=64,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ).to_dict()
+)
+KINDS = {
+    "narrow": dict(r=2, target_modules=["q_proj", "down_proj"]),
+    "wide": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "uneven": dict(r=3, rank_pattern={"q_proj": 4}, layers_to_transform=[1], target_modules=["q_proj", "v_proj"]),
+    "biases": dict(r=2, lora_bias=True, target_modules=["v_proj"]),
+    "pissa": dict(r=2, init_lora_weights="pissa", target_modules=["q_proj"]),
+}
+
+
+@functools.cache
+def base():
+    return jax.jit(MODEL.random_params)(jax.random.key(0))
+
+
+@functools.cache
+def adapted(kind):
+    params = lora.init(base(), jlora.LoraConfig(**KINDS[kind]), jax.random.key(1))
+    frozen, trainable = lora.split(params)
+
+    def moved(path, leaf):
+        return leaf + 0.1 * jax.random.normal(jax.random.key(len(path + kind)), leaf.shape)
+
+    return lora.combine(frozen, tree.map_with_path(moved, trainable))
+
+
+@functools.cache
+def bank():
+    return Bank.of(base(), {kind: adapted(kind) for kind in KINDS}, places=7)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 37, (7, 9)), jnp.int32)
+LOGITS = jax.jit(lambda params, tokens: MODEL(params, tokens))
+
+
+def logits_of(kind, row):
+    return np.asarray(MODEL(base() if kind is None else adapted(kind), TOKENS[row : row + 1])[0])
+
+
+def test_every_row_is_as_if_it_were_alone_with_its_adapter():
+    choices = ["wide", None, "uneven", "narrow", "wide", "biases", "pissa"]
+    found = LOGITS(bank().choose(choices), TOKENS)
+    for row, kind in enumerate(choices):
+        np.testing.assert_allclose(found[row], logits_of(kind, row), atol=2e-5, err_msg=str(kind))
+    assert np.abs(found[0] - logits_of(None, 0)).max() > 0.1
+
+
+def test_weighted_sums_are_those_of_mixed_adapters():
+    weights = {"narrow": 0.5, "biases": -0.3, "pissa": 1.0}
+    found = LOGITS(bank().choose([weights, "wide", None, *[weights] * 4]), TOKENS)
+    mixed, _ = lora.mix(base(), [adapted(kind) for kind in weights], list(weights.values()))
+    expected = MODEL(mixed, TOKENS)
+    for row in (0, 3, 6):
+        np.testing.assert_allclose(found[row], expected[row], atol=2e-5)
+    np.testing.assert_allclose(found[1], logits_of("wide", 1), atol=2e-5)
+    np.testing.assert_allclose(found[2], logits_of(None, 2), atol=2e-5)
+
+
+def test_adding_removing_and_choosing_compile_nothing_anew():
+    held = bank()
+    compiled = LOGITS._cache_size()
+    LOGITS(held.choose(["wide"] * 7), TOKENS)
+    assert LOGITS._cache_size() <= compiled + 1
+    compiled = LOGITS._cache_size()
+    held = held.remove("wide").add("again", adapted("narrow")).add("narrow", adapted("uneven"))
+    assert held.names == ("narrow", "again", "uneven", "biases", "pissa", None, None)
+    found = LOGITS(held.choose(["again", "narrow", None, "pissa", "again", "narrow", None]), TOKENS)
+    assert LOGITS._cache_size() == compiled
+    for row, kind in enumerate(["narrow", "uneven", None, "pissa", "narrow"]):
+        np.testing.assert_allclose(found[row], logits_of(kind, row), atol=2e-5, err_msg=str(kind))
+    alone = held.remove("narrow").alone("uneven")
+    np.testing.assert_allclose(MODEL(alone, TOKENS)[3], logits_of("uneven", 3), atol=2e-5)
+
+
+def test_room_for_adapters_that_come_later():
+    config = jlora.LoraConfig(r=6, target_modules="all-linear")
+    held = Bank.of(base(), {}, places=2, config=config).add("narrow", adapted("narrow"))
+    found = MODEL(held.choose(["narrow"] * 7), TOKENS)
+    np.testing.assert_allclose(found[2], logits_of("narrow", 2), atol=2e-5)
+    with pytest.raises(ValueError) as error:
+        held.add("wide", adapted("wide"))
+    for words in ("no room at embed_tokens/lora_a", "no room at lm_head/lora_a"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="all 2 places are taken"):
+        held.add("pissa", adapted("pissa")).add("third", adapted("narrow"))
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_prompts_decode_with_their_adapters_on_packed_weights_and_a_mesh(rows):
+    packed = tree.map_with_path(
+        lambda path, leaf: quant.quantize(leaf) if path.endswith("proj/kernel") else leaf, base()
+    )
+    held = Bank.of(packed, {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")})
+    choices = ["narrow", "wide", None, "uneven", {"narrow": 1, "wide": 1}, "wide", "narrow"]
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    lengths = np.full(7, 9, np.int32)
+    keys = jax.random.split(jax.random.key(0), 7)
+    settings = dict(max_new_tokens=4, stop_ids=(), greedy=True)
+    found = decode(
+        MODEL,
+        sharding.shard(held.params, mesh),
+        TOKENS,
+        lengths,
+        keys,
+        rows=rows,
+        adapters=held.places(choices),
+        **settings,
+    )
+    for row, choice in enumerate(choices):
+        params = held.choose([choice])
+        sequence = np.concatenate([TOKENS[row], found.tokens[row]])
+        log_probs = jax.nn.log_softmax(MODEL(params, jnp.asarray(sequence[None])))[0, 8:-1]
+        np.testing.assert_allclose(
+            found.log_probs[row], log_probs[np.arange(4), sequence[9:]], atol=1e-4, err_msg=str(choice)
+        )
+        np.testing.assert_array_equal(np.argmax(log_probs, axis=-1), found.tokens[row])
+
+
+def test_faults_are_named_all_at_once():
+    held = bank()
+    with pytest.raises(KeyError, match="there is no adapter 'none' in the bank; it holds 'narrow', 'wide'"):
+        held.choose(["none"])
+    dora = lora.init(base(), jlora.LoraConfig(r=9, use_dora=True, target_modules=["q_proj"]), jax.random.key(0))
+    with pytest.raises(ValueError) as error:
+        held.add("dora", dora)
+    for words in (
+        "q_proj/lora_magnitude is more than a bank holds",
+        "q_proj/lora_a: found (2, 64, 9), expected at most (2, 64, 5)",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="found 1 places for 2 adapters"):
+        Bank.of(base(), {"a": adapted("narrow"), "b": adapted("wide")}, places=1)
+    with pytest.raises(ValueError, match="do not go into one bank"):
+        Bank.of(base(), {"dora": dora})

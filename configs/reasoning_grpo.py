@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.lora.lora_alpha = 32.0
     config.optim.learning_rate = 1e-4
     config.optim.schedule = "constant"
-    config.train.steps = 60
+    config.train.steps = 40
     config.train.batch_size = 64
     config.train.seq_len = 256
     config.train.eval_every = 10

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "fine-tune a model with LoRA or QLoRA",
     "eval": "loss, perplexity and answers of a model on a JSONL file",
     "generate": "answer a prompt",
+    "merge": "bake adapters into a model, or several into one",
     "export": "a PEFT adapter or a merged model from a training run",
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }

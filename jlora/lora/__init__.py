@@ -3,6 +3,7 @@
 from jlora.lora.bank import Bank, choose
 from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
+from jlora.lora.kept import Kept, kept
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
 from jlora.lora.low_rank import Fit, Fits
 from jlora.lora.merge import merge, merged_leaf, untie
@@ -26,6 +27,7 @@ __all__ = [
     "Bank",
     "Fit",
     "Fits",
+    "Kept",
     "LoraConfig",
     "adapter_leaves",
     "base_norms",
@@ -38,6 +40,7 @@ __all__ = [
     "init",
     "is_adapter",
     "is_trainable",
+    "kept",
     "kernel_gradients",
     "labels",
     "linear",

@@ -1,4 +1,4 @@
-"""How much packing one kernel changes what a model says: the divergence of its next-token distributions."""
+"""How much a change of weights changes what a model says: the divergence of its next-token distributions."""
 
 import functools
 from collections.abc import Sequence
@@ -45,6 +45,22 @@ def measure(
     return damage
 
 
+def divergence(
+    model: Model,
+    params: Params,
+    changed: Params,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    *,
+    count: int = 8,
+    seq_len: int = 128,
+) -> float:
+    """KL(params ‖ changed) in nats, the mean over the last `seq_len` tokens of the first `count` records."""
+    rows = _rows(tokenizer, records[:count], seq_len)
+    expected, found = (_log_probabilities(model, which, rows) for which in (params, changed))
+    return float(_mean_divergence(expected, found, rows))
+
+
 def _rows(tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
     """Tokens [B, seq_len] with what says which of them are none."""
     examples, _ = data.encode(records, tokenizer, seq_len=LONGEST, overlong="cut")
@@ -72,6 +88,10 @@ def _divergence(
     packed = quant.dequantize(quant.quantize(kernel, format, double_quant=double_quant))
     changed = jax.lax.dynamic_update_index_in_dim(flat[path], packed, index, 0)
     found = _log_probabilities(model, tree.unflatten({**flat, path: changed}), rows)
+    return _mean_divergence(expected, found, rows)
+
+
+def _mean_divergence(expected: jax.Array, found: jax.Array, rows: dict[str, jax.Array]) -> jax.Array:
     divergence = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
     real = rows["segment_ids"] > 0
     return jnp.sum(jnp.where(real, divergence, 0)) / jnp.sum(real)

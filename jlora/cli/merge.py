@@ -1,0 +1,121 @@
+"""`jlora merge`: adapters baked into their base, or several of them made into one."""
+
+import argparse
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora import data, hub, lora, quant, tree
+from jlora.hub.quantized import quantizable
+from jlora.lora.mix import METHODS
+from jlora.train.sensitivity import divergence
+from jlora.types import Params
+
+# What merged and unmerged model are compared on where no records are given.
+PROBES = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def add(a, b):\n    return a + b\n",
+    "Water boils at a hundred degrees and freezes at zero.",
+    "Dear Ms Green, thank you for your letter of the third of May.",
+    '{"name": "search", "arguments": {"query": "weather in Oslo", "limit": 3}}',
+    "Question: What is seven times eight? Answer: fifty-six.",
+)
+
+
+def run(arguments: list[str]) -> int:
+    """0; what is wrong is raised."""
+    options = _parser().parse_args(arguments)
+    adapters = [_weighted(text) for text in options.adapter]
+    if options.adapter_only and options.quant:
+        raise ValueError("--quant packs a merged model, of which --adapter-only leaves none")
+    records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
+    model, base = hub.load(options.model, dtype=options.dtype or hub.checkpoint_dtype(options.model))
+    tokenizer = hub.load_tokenizer(options.model)
+    params = _adapted(base, adapters, options)
+    if options.adapter_only:
+        hub.save_adapter(options.out, params, base=options.model)
+        print(f"adapter (PEFT): {options.out}")
+        return 0
+    merged = lora.merge(params)
+    if options.quant:
+        merged = _packed(merged, options.quant)
+    report = lora.kept(params, merged)
+    print(report)
+    print(f"KL(unmerged ‖ merged): {divergence(model, params, merged, tokenizer, records):.2e} nats a token")
+    if options.quant and not options.lossy:
+        raise ValueError(
+            f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update: nothing was written. "
+            "Keep the adapter beside the packed base, merge in 16 bits, or say --lossy"
+        )
+    if options.quant:
+        hub.save_quantized(options.out, model, merged, tokenizer=tokenizer)
+    else:
+        hub.save_model(options.out, model, merged, tokenizer=tokenizer)
+    print(f"merged model: {options.out}")
+    return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """DIR or DIR:WEIGHT."""
+    folder, colon, weight = text.rpartition(":")
+    try:
+        return (folder, float(weight)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
+
+
+def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.Namespace) -> Params:
+    """The base with the one adapter, or with what the method makes of several."""
+    loaded = [hub.load_adapter(base, folder) for folder, _ in adapters]
+    chosen = {name: getattr(options, name) for name in ("density", "rank") if getattr(options, name) is not None}
+    if len(loaded) == 1 and adapters[0][1] == 1 and options.method is None and not chosen:
+        return loaded[0]
+    weights = [weight for _, weight in adapters]
+    named = {f"{folder}": adapter for (folder, _), adapter in zip(adapters, loaded, strict=True)}
+    if len(named) < len(loaded):
+        raise ValueError("--adapter: found a folder twice; give its weights as one")
+    params, report = lora.mix(base, named, weights, method=options.method or "linear", seed=options.seed, **chosen)
+    print(str(report).partition("\n")[0])
+    return params
+
+
+def _packed(merged: Params, format: str) -> Params:
+    """The layers' linears packed, as `jlora quantize` packs them."""
+    config = quant.QuantConfig(rules=quantizable(format))
+
+    def pack(path: str, leaf: Any) -> Any:
+        chosen = None if quant.is_packed(leaf) else quant.leaf_format(path, config)
+        return leaf if chosen is None else quant.quantize(jnp.asarray(leaf), chosen, double_quant=config.double_quant)
+
+    return tree.map_with_path(pack, merged)
+
+
+def _rank(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora merge",
+        description="Bake an adapter, or what a method makes of several, into the model; say what that keeps.",
+        epilog="Sums are formed in float32 on the unpacked base and rounded once. The base itself is not changed: to "
+        "unmerge is to use it again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
+    )
+    parser.add_argument(
+        "--adapter", required=True, action="append", metavar="DIR[:WEIGHT]", help="a PEFT folder; may be given again"
+    )
+    parser.add_argument("--method", help=f"for several adapters: {', '.join(METHODS)} (default: linear)")
+    parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
+    parser.add_argument("--rank", type=_rank, help="of the mixture, or the share of its energy to keep, as 0.99")
+    parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
+    parser.add_argument("--adapter-only", action="store_true", help="write the mixture as a PEFT adapter")
+    parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
+    parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
+    parser.add_argument("--dtype", help="of the merged model (default: the checkpoint's)")
+    parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    return parser

@@ -1,0 +1,96 @@
+"""`jlora merge`: models that transformers opens, mixtures that load as adapters, and no packed sum by accident."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jlora
+from jlora import lora, tree
+from jlora.cli.main import main
+
+TOKENS = np.arange(20)[None] % 7 + 65
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory):
+    """Folders of two adapters that do something."""
+    model, params = jlora.load(model_folder)
+    found = []
+    for number in range(2):
+        config = jlora.LoraConfig(r=2 + number, lora_alpha=3, target_modules="all-linear")
+        frozen, trainable = lora.split(lora.init(params, config, jax.random.key(number)))
+        moved = tree.map_with_path(
+            lambda path, leaf: leaf + 0.05 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), trainable
+        )
+        found.append(str(tmp_path_factory.mktemp("adapter")))
+        jlora.save_adapter(found[-1], lora.combine(frozen, moved))
+    return found
+
+
+def logits(folder, adapter=None):
+    model, params = jlora.load(folder)
+    return np.asarray(model(params if adapter is None else jlora.load_adapter(params, adapter), jnp.asarray(TOKENS)))
+
+
+@pytest.fixture
+def merge(model_folder, tmp_path, capsys):
+    """merge(options…) → (exit code, what it printed, the folder that it wrote)."""
+
+    def run(*options):
+        code = main(["merge", f"--model={model_folder}", f"--out={tmp_path / 'out'}", *options])
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err, tmp_path / "out"
+
+    return run
+
+
+def test_a_merged_model_is_the_unmerged_one(merge, adapters, model_folder):
+    code, shown, out = merge(f"--adapter={adapters[0]}")
+    assert code == 0 and "100.00% of the update kept" in shown and "layers/mlp/down_proj/kernel" in shown
+    [divergence] = [line for line in shown.splitlines() if line.startswith("KL(")]
+    assert float(divergence.split()[-4]) < 1e-6
+    expected = logits(model_folder, adapters[0])
+    assert np.abs(expected - logits(model_folder)).max() > 1e-2
+    np.testing.assert_allclose(logits(out), expected, atol=1e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-5)
+
+
+def test_several_adapters_with_weights_are_one(merge, adapters, model_folder):
+    pair = [f"--adapter={adapters[0]}:0.5", f"--adapter={adapters[1]}:-2"]
+    code, shown, out = merge(*pair, "--adapter-only", "--method=ties", "--density=0.7", "--rank=4")
+    assert code == 0 and "ties of 0.5 · " in shown
+    model, params = jlora.load(model_folder)
+    trees = [jlora.load_adapter(params, folder) for folder in adapters]
+    mixed, _ = lora.mix(params, trees, [0.5, -2.0], method="ties", density=0.7, rank=4)
+    np.testing.assert_allclose(logits(model_folder, out), model(mixed, jnp.asarray(TOKENS)), atol=1e-5)
+    code, _, whole = merge(*pair)
+    exact, _ = lora.mix(params, trees, [0.5, -2.0])
+    np.testing.assert_allclose(logits(whole), model(exact, jnp.asarray(TOKENS)), atol=2e-5)
+
+
+def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--quant=nf4")
+    assert code == 2 and "of the update: nothing was written" in shown and "--lossy" in shown
+    assert not out.exists()
+    code, again, out = merge(f"--adapter={adapters[0]}", "--quant=nf4", "--lossy")
+    assert code == 0 and again.splitlines()[0] == shown.splitlines()[0]
+    assert jlora.quant.is_packed(jlora.load(out)[1]["layers"]["mlp"]["up_proj"]["kernel"])
+
+
+def test_mistakes_are_named(merge, adapters):
+    first = f"--adapter={adapters[0]}"
+    for options, message in (
+        ([first, "--adapter-only", "--quant=nf4"], "--quant packs a merged model"),
+        ([first, first], "found a folder twice"),
+        ([first, f"--adapter={adapters[1]}", "--method=ties"], "density: is required by 'ties'"),
+        ([first + ":nan"], "found nan, expected finite numbers"),
+        (["--adapter=nowhere:2"], "nowhere"),
+    ):
+        code, shown, out = merge(*options)
+        assert code == 2 and message in shown, shown
+        assert not out.exists()

@@ -1,0 +1,47 @@
+"""What merges keep of an update: everything in float32, next to nothing of a small one in 4 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import lora, quant
+
+
+def module(share, dtype=jnp.float32):
+    """A layer's kernel with an update of `share` of its norm."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernel = 0.02 * jax.random.normal(keys[0], (2, 256, 192))
+    lora_a, lora_b = jax.random.normal(keys[1], (2, 256, 8)), jax.random.normal(keys[2], (2, 8, 192))
+    size = jnp.linalg.norm(kernel) / jnp.linalg.norm(lora_a @ lora_b)
+    leaves = {"kernel": kernel.astype(dtype), "lora_a": lora_a, "lora_b": lora_b}
+    return {
+        "layers": {"up_proj": leaves | {"lora_scale": jnp.full(2, share * size)}, "norm": {"scale": jnp.ones((2, 4))}}
+    }
+
+
+def test_a_float32_merge_keeps_everything_and_rounding_shows():
+    found = lora.kept(module(0.01), lora.merge(module(0.01)))
+    assert found.fraction == pytest.approx(1, abs=1e-5) and found.error < 1e-4
+    rounded = lora.kept(module(0.01, jnp.bfloat16), lora.merge(module(0.01, jnp.bfloat16)))
+    assert rounded.fraction == pytest.approx(1, abs=0.02) and 0.05 < rounded.error < 0.5
+    assert str(rounded).splitlines()[2].startswith("layers/up_proj/kernel")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.002, 0.004), (0.01, 0.015), (0.05, 0.28), (0.1, 0.84)])
+def test_packing_the_sum_erases_small_updates(share, expected):
+    params = module(share)
+    packed = {
+        "layers": {"up_proj": {"kernel": quant.quantize(params["layers"]["up_proj"]["kernel"], double_quant=False)}}
+    }
+    base = quant.dequantize(packed["layers"]["up_proj"]["kernel"])
+    params["layers"]["up_proj"]["kernel"] = base  # what an adapter is trained on
+    merged = lora.merge(params)
+    merged["layers"]["up_proj"]["kernel"] = quant.quantize(merged["layers"]["up_proj"]["kernel"], double_quant=False)
+    found = lora.kept(params, merged)
+    changed = np.asarray(quant.dequantize(merged["layers"]["up_proj"]["kernel"]) - base, np.float64)
+    leaves = params["layers"]["up_proj"]
+    update = np.asarray(leaves["lora_a"] @ leaves["lora_b"] * leaves["lora_scale"][:, None, None], np.float64)
+    assert found.fraction == pytest.approx((changed * update).sum() / (update**2).sum(), rel=1e-3)
+    assert found.error == pytest.approx(np.linalg.norm(changed - update) / np.linalg.norm(update), rel=1e-3)
+    assert found.fraction == pytest.approx(expected, rel=0.6)

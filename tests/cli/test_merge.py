@@ -17,7 +17,7 @@ TOKENS = np.arange(20)[None] % 7 + 65
 @pytest.fixture(scope="module")
 def adapters(model_folder, tmp_path_factory):
     """Folders of two adapters that do something."""
-    model, params = jlora.load(model_folder)
+    _, params = jlora.load(model_folder)
     found = []
     for number in range(2):
         config = jlora.LoraConfig(r=2 + number, lora_alpha=3, target_modules="all-linear")

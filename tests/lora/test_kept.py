@@ -14,10 +14,13 @@ def module(share, dtype=jnp.float32):
     kernel = 0.02 * jax.random.normal(keys[0], (2, 256, 192))
     lora_a, lora_b = jax.random.normal(keys[1], (2, 256, 8)), jax.random.normal(keys[2], (2, 8, 192))
     size = jnp.linalg.norm(kernel) / jnp.linalg.norm(lora_a @ lora_b)
-    leaves = {"kernel": kernel.astype(dtype), "lora_a": lora_a, "lora_b": lora_b}
-    return {
-        "layers": {"up_proj": leaves | {"lora_scale": jnp.full(2, share * size)}, "norm": {"scale": jnp.ones((2, 4))}}
+    leaves = {
+        "kernel": kernel.astype(dtype),
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+        "lora_scale": jnp.full(2, share * size),
     }
+    return {"layers": {"up_proj": leaves, "norm": {"scale": jnp.ones((2, 4))}}}
 
 
 def test_a_float32_merge_keeps_everything_and_rounding_shows():
@@ -31,10 +34,7 @@ def test_a_float32_merge_keeps_everything_and_rounding_shows():
 @pytest.mark.parametrize(("share", "expected"), [(0.002, 0.004), (0.01, 0.015), (0.05, 0.28), (0.1, 0.84)])
 def test_packing_the_sum_erases_small_updates(share, expected):
     params = module(share)
-    packed = {
-        "layers": {"up_proj": {"kernel": quant.quantize(params["layers"]["up_proj"]["kernel"], double_quant=False)}}
-    }
-    base = quant.dequantize(packed["layers"]["up_proj"]["kernel"])
+    base = quant.dequantize(quant.quantize(params["layers"]["up_proj"]["kernel"], double_quant=False))
     params["layers"]["up_proj"]["kernel"] = base  # what an adapter is trained on
     merged = lora.merge(params)
     merged["layers"]["up_proj"]["kernel"] = quant.quantize(merged["layers"]["up_proj"]["kernel"], double_quant=False)

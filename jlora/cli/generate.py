@@ -3,14 +3,22 @@
 import argparse
 from typing import Any
 
+from jlora import hub
 from jlora.cli.model import add_model_options, load_model, positive
 from jlora.generate import generate
+from jlora.lora import Bank
+from jlora.types import Params
 
 
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
+    if len(options.adapter) > 1 and len(options.adapter) != len(options.prompt):
+        raise ValueError(
+            f"--adapter: found {len(options.adapter)} for {len(options.prompt)} prompts, expected one, or one for each"
+        )
     model, params, tokenizer = load_model(options)
+    params, adapters = _adapted(params, options.adapter)
     texts = generate(
         model,
         params,
@@ -19,10 +27,19 @@ def run(arguments: list[str]) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        adapters=adapters,
     )
     for text in texts:
         print(text)
     return 0
+
+
+def _adapted(params: Params, folders: list[str]) -> tuple[Params | Bank, list[str | None] | None]:
+    """The params with the one adapter, or a bank of several and what each prompt takes of it."""
+    if len(folders) < 2:
+        return (hub.load_adapter(params, folders[0]) if folders and folders[0] else params), None
+    adapters = {folder: hub.load_adapter(params, folder) for folder in dict.fromkeys(folders) if folder}
+    return (Bank.of(params, adapters), [folder or None for folder in folders]) if adapters else (params, None)
 
 
 def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | list[dict[str, str]]:
@@ -46,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jlora generate", description="Print the model's answer to each prompt.", allow_abbrev=False
     )
-    add_model_options(parser)
+    add_model_options(parser, several=True)
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
-        raise ValueError("--quant packs a merged model, of which --adapter-only leaves none")
+        raise ValueError("--quant packs a merged model, of which --adapter_only leaves none")
     records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
     model, base = hub.load(options.model, dtype=options.dtype or hub.checkpoint_dtype(options.model))
     tokenizer = hub.load_tokenizer(options.model)
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
     parser.add_argument("--rank", type=_rank, help="of the mixture, or the share of its energy to keep, as 0.99")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
-    parser.add_argument("--adapter-only", action="store_true", help="write the mixture as a PEFT adapter")
+    parser.add_argument("--adapter_only", action="store_true", help="write the mixture as a PEFT adapter")
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
     parser.add_argument("--dtype", help="of the merged model (default: the checkpoint's)")

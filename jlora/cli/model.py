@@ -9,12 +9,16 @@ from jlora.quant import FORMATS
 from jlora.types import Params
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --adapter, --quant and --dtype."""
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--model, --adapter (several: which may be given again), --quant and --dtype."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
     )
-    parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
+    if several:
+        more = 'a PEFT folder for all prompts; or again and again, one for each prompt, "" for none'
+        parser.add_argument("--adapter", metavar="DIR", action="append", default=[], help=more)
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
     parser.add_argument(
         "--quant", metavar="FORMAT", help=f"pack the model's linears: {', '.join(FORMATS)} (default: as they are)"
     )
@@ -24,9 +28,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
-    """The model, its params with the adapter in place, and the tokenizer."""
+    """The model, its params with the adapter in place, and the tokenizer; of several adapters none is in place."""
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant)
-    if options.adapter:
+    if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter)
     return model, params, hub.load_tokenizer(options.model)
 

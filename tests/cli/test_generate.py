@@ -1,3 +1,6 @@
+import jax
+
+import jlora
 from jlora.cli import generate as command
 from jlora.cli.main import main
 
@@ -31,3 +34,21 @@ def test_a_system_message_goes_before_the_prompt(model_folder, capsys, monkeypat
 def test_several_prompts_are_answered_in_order(model_folder, capsys):
     apart = [texts(capsys, model_folder, f"--prompt={prompt}", "--raw") for prompt in ("a", "bb")]
     assert texts(capsys, model_folder, "--prompt=a", "--prompt=bb", "--raw") == "".join(apart)
+
+
+def test_every_prompt_has_its_adapter(model_folder, tmp_path, capsys):
+    _, params = jlora.load(model_folder)
+    for number in range(2):
+        config = jlora.LoraConfig(r=2 + number, init_lora_weights=False, lora_alpha=400, target_modules="all-linear")
+        jlora.save_adapter(tmp_path / str(number), jlora.lora.init(params, config, jax.random.key(number)))
+    adapters = [str(tmp_path / "0"), "", str(tmp_path / "1")]
+    prompts = [f"--prompt={prompt}" for prompt in ("a", "a", "bb")]
+    apart = [
+        texts(capsys, model_folder, prompt, "--raw", *([f"--adapter={adapter}"] if adapter else []))
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
+    assert apart[0] != apart[1]
+    together = texts(capsys, model_folder, *prompts, "--raw", *(f"--adapter={adapter}" for adapter in adapters))
+    assert together == "".join(apart)
+    assert main(["generate", f"--model={model_folder}", *prompts, "--adapter=x", "--adapter=y"]) == 2
+    assert "--adapter: found 2 for 3 prompts" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_a_merged_model_is_the_unmerged_one(merge, adapters, model_folder):
 
 def test_several_adapters_with_weights_are_one(merge, adapters, model_folder):
     pair = [f"--adapter={adapters[0]}:0.5", f"--adapter={adapters[1]}:-2"]
-    code, shown, out = merge(*pair, "--adapter-only", "--method=ties", "--density=0.7", "--rank=4")
+    code, shown, out = merge(*pair, "--adapter_only", "--method=ties", "--density=0.7", "--rank=4")
     assert code == 0 and "ties of 0.5 · " in shown
     model, params = jlora.load(model_folder)
     trees = [jlora.load_adapter(params, folder) for folder in adapters]
@@ -85,7 +85,7 @@ def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):
 def test_mistakes_are_named(merge, adapters):
     first = f"--adapter={adapters[0]}"
     for options, message in (
-        ([first, "--adapter-only", "--quant=nf4"], "--quant packs a merged model"),
+        ([first, "--adapter_only", "--quant=nf4"], "--quant packs a merged model"),
         ([first, first], "found a folder twice"),
         ([first, f"--adapter={adapters[1]}", "--method=ties"], "density: is required by 'ties'"),
         ([first + ":nan"], "found nan, expected finite numbers"),

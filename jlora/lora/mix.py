@@ -91,7 +91,7 @@ def mix(
     Raises:
         ValueError: settings that do not go together, or adapters that do not; all are listed.
     """
-    named = adapters if isinstance(adapters, Mapping) else {str(i): tree for i, tree in enumerate(adapters, start=1)}
+    named = adapters if isinstance(adapters, Mapping) else {str(i): one for i, one in enumerate(adapters, start=1)}
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
     leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
     _check(list(named), leaves, given, method, rank, density)
@@ -292,8 +292,7 @@ def _updates(base: Params, adapter: Params, axes: _Axes) -> list[_Update | None]
     scales = axes.spread(_float(adapter["lora_scale"]))
     if "lora_magnitude" in adapter:  # DoRA: every output is rescaled, which makes a change of any rank
         main = next(name for name in MAIN if name in base)
-        dense = quant.dequantize(base[main]) if quant.is_packed(base[main]) else base[main]
-        weight = jnp.asarray(dense, jnp.float32)
+        weight = jnp.asarray(_float(base[main]))
         change = _float(merged_leaf({main: weight} | adapter, main)) - _float(weight)
         found = [(matrix, None, 1.0) for matrix in change.reshape(count, inputs, outputs)]
     else:
@@ -306,7 +305,8 @@ def _updates(base: Params, adapter: Params, axes: _Axes) -> list[_Update | None]
 
 
 def _float(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf, np.float32)
+    """A leaf on the host, unpacked if it is packed."""
+    return np.asarray(quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, np.float32)
 
 
 def _module(flat: Mapping[str, Any], path: str) -> Params:

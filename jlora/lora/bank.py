@@ -73,9 +73,12 @@ class Bank:
         bank = cls(overlay(base, tree.unflatten(empty)), (None,) * count)
         if faults := [fault for name, flat in leaves.items() for fault in bank._faults(name, flat)]:
             raise ValueError("these adapters do not go into one bank:\n  " + "\n  ".join(faults))
-        for name, adapter in adapters.items():
-            bank = bank.add(name, adapter)
-        return bank
+        for path, leaf in empty.items():
+            for place, flat in enumerate(leaves.values()):
+                if path in flat:
+                    leaf[_index(path, leaf, place, flat[path].shape)] = np.asarray(flat[path])
+        filled = tree.unflatten({path: jnp.asarray(leaf) for path, leaf in empty.items()})
+        return cls(overlay(base, filled), (*adapters, *(None,) * (count - len(adapters))))
 
     def add(self, name: str, adapter: Params) -> "Bank":
         """The bank with one more adapter, or with another one under a name that it has.
@@ -178,12 +181,8 @@ class Bank:
             if path.rpartition("/")[2] not in HELD:
                 return leaf
             axis = _place_axis(path, leaf)
-            shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-            value = np.zeros(shape, np.float32)
-            if path in flat:
-                given = np.asarray(flat[path], np.float32)
-                value[tuple(map(slice, given.shape))] = given
-            return leaf.at[(slice(None),) * axis + (place,)].set(value)
+            leaf = leaf.at[(slice(None),) * axis + (place,)].set(0)
+            return leaf.at[_index(path, leaf, place, flat[path].shape)].set(flat[path]) if path in flat else leaf
 
         names = (*self.names[:place], name, *self.names[place + 1 :])
         return Bank(tree.map_with_path(put, self.params), names)
@@ -212,11 +211,17 @@ def _union(rooms: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({path for flat in rooms for path in flat if path.rpartition("/")[2] in HELD})
 
 
-def _room(leaves: Sequence[Any], path: str, places: int) -> jax.Array:
+def _index(path: str, leaf: Any, place: int, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Where an adapter's leaf of this shape goes: its place, and the first ranks of those that there is room for."""
+    axis = _place_axis(path, leaf)
+    return (*map(slice, shape[:axis]), place, *map(slice, shape[axis:]))
+
+
+def _room(leaves: Sequence[Any], path: str, places: int) -> np.ndarray:
     """Zeros for so many leaves like these, of the widest rank, and an empty one."""
     shape = list(np.max([leaf.shape for leaf in leaves if leaf.ndim == leaves[0].ndim], axis=0))
     axis = len(shape) - _own_axes(path)
-    return jnp.zeros((*shape[:axis], places + 1, *shape[axis:]), jnp.float32)
+    return np.zeros((*shape[:axis], places + 1, *shape[axis:]), np.float32)
 
 
 def _own_axes(path: str) -> int:

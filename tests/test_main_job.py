@@ -99,12 +99,10 @@ def test_the_packed_base_is_what_bitsandbytes_would_use(run):
         np.testing.assert_array_equal(np.asarray(ours[layer].astype("float32")), values.float().numpy().T)
 
 
-def test_eval_and_generate_work_on_it(run, capsys):
+def test_eval_works_on_it(run, capsys):
     workdir, gguf = run
     options = [f"--model={gguf}", f"--adapter={workdir / 'adapter'}", "--quant=nf4"]
     data = [f"--data={workdir.parent / 'few.jsonl'}", f"--metric={ROOT / 'scripts' / 'function_calling.py'}"]
     assert main(["eval", *options, *data, "--max_new_tokens=8", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"loss", "perplexity", "exact_match", "correct", "valid_json"} <= numbers.keys()
-    assert main(["generate", *options, "--prompt=Say hello.", "--max_new_tokens=8"]) == 0
-    assert capsys.readouterr().out.strip()

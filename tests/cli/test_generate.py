@@ -38,11 +38,9 @@ def test_several_prompts_are_answered_in_order(model_folder, capsys):
 
 def test_every_prompt_has_its_adapter(model_folder, tmp_path, capsys):
     _, params = jlora.load(model_folder)
-    for number in range(2):
-        config = jlora.LoraConfig(r=2 + number, init_lora_weights=False, lora_alpha=400, target_modules="all-linear")
-        jlora.save_adapter(tmp_path / str(number), jlora.lora.init(params, config, jax.random.key(number)))
-    adapters = [str(tmp_path / "0"), "", str(tmp_path / "1")]
-    prompts = [f"--prompt={prompt}" for prompt in ("a", "a", "bb")]
+    config = jlora.LoraConfig(r=2, init_lora_weights=False, lora_alpha=400, target_modules="all-linear")
+    jlora.save_adapter(tmp_path / "adapter", jlora.lora.init(params, config, jax.random.key(0)))
+    adapters, prompts = [str(tmp_path / "adapter"), ""], ["--prompt=a", "--prompt=a"]
     apart = [
         texts(capsys, model_folder, prompt, "--raw", *([f"--adapter={adapter}"] if adapter else []))
         for prompt, adapter in zip(prompts, adapters, strict=True)
@@ -50,5 +48,6 @@ def test_every_prompt_has_its_adapter(model_folder, tmp_path, capsys):
     assert apart[0] != apart[1]
     together = texts(capsys, model_folder, *prompts, "--raw", *(f"--adapter={adapter}" for adapter in adapters))
     assert together == "".join(apart)
-    assert main(["generate", f"--model={model_folder}", *prompts, "--adapter=x", "--adapter=y"]) == 2
+    three = [*prompts, "--prompt=c"]
+    assert main(["generate", f"--model={model_folder}", *three, "--adapter=x", "--adapter=y"]) == 2
     assert "--adapter: found 2 for 3 prompts" in capsys.readouterr().err

@@ -40,9 +40,10 @@ def merge(model_folder, tmp_path, capsys):
     """merge(options…) → (exit code, what it printed, the folder that it wrote)."""
 
     def run(*options):
-        code = main(["merge", f"--model={model_folder}", f"--out={tmp_path / 'out'}", *options])
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        code = main(["merge", f"--model={model_folder}", f"--out={out}", *options])
         shown = capsys.readouterr()
-        return code, shown.out + shown.err, tmp_path / "out"
+        return code, shown.out + shown.err, out
 
     return run
 

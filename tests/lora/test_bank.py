@@ -27,8 +27,9 @@ MODEL = build(
 KINDS = {
     "narrow": dict(r=2, target_modules=["q_proj", "down_proj"]),
     "wide": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "embed_tokens", "lm_head"]),
-    "uneven": dict(r=3, rank_pattern={"q_proj": 4}, layers_to_transform=[1], target_modules=["q_proj", "v_proj"]),
-    "biases": dict(r=2, lora_bias=True, target_modules=["v_proj"]),
+    "uneven": dict(
+        r=3, rank_pattern={"q_proj": 4}, layers_to_transform=[1], lora_bias=True, target_modules=["q_proj", "v_proj"]
+    ),
     "pissa": dict(r=2, init_lora_weights="pissa", target_modules=["q_proj"]),
 }
 
@@ -63,7 +64,7 @@ def logits_of(kind, row):
 
 
 def test_every_row_is_as_if_it_were_alone_with_its_adapter():
-    choices = ["wide", None, "uneven", "narrow", "wide", "biases", "pissa"]
+    choices = ["wide", None, "uneven", "narrow", "wide", "uneven", "pissa"]
     found = LOGITS(bank().choose(choices), TOKENS)
     for row, kind in enumerate(choices):
         np.testing.assert_allclose(found[row], logits_of(kind, row), atol=2e-5, err_msg=str(kind))
@@ -71,7 +72,7 @@ def test_every_row_is_as_if_it_were_alone_with_its_adapter():
 
 
 def test_weighted_sums_are_those_of_mixed_adapters():
-    weights = {"narrow": 0.5, "biases": -0.3, "pissa": 1.0}
+    weights = {"narrow": 0.5, "uneven": -0.3, "pissa": 1.0}
     found = LOGITS(bank().choose([weights, "wide", None, *[weights] * 4]), TOKENS)
     mixed, _ = lora.mix(base(), [adapted(kind) for kind in weights], list(weights.values()))
     expected = MODEL(mixed, TOKENS)
@@ -88,7 +89,7 @@ def test_adding_removing_and_choosing_compile_nothing_anew():
     assert LOGITS._cache_size() <= compiled + 1
     compiled = LOGITS._cache_size()
     held = held.remove("wide").add("again", adapted("narrow")).add("narrow", adapted("uneven"))
-    assert held.names == ("narrow", "again", "uneven", "biases", "pissa", None, None)
+    assert held.names == ("narrow", "again", "uneven", "pissa", None, None, None)
     found = LOGITS(held.choose(["again", "narrow", None, "pissa", "again", "narrow", None]), TOKENS)
     assert LOGITS._cache_size() == compiled
     for row, kind in enumerate(["narrow", "uneven", None, "pissa", "narrow"]):

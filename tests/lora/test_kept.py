@@ -31,8 +31,10 @@ def test_a_float32_merge_keeps_everything_and_rounding_shows():
     assert str(rounded).splitlines()[2].startswith("layers/up_proj/kernel")
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.002, 0.004), (0.01, 0.015), (0.05, 0.28), (0.1, 0.84)])
-def test_packing_the_sum_erases_small_updates(share, expected):
+@pytest.mark.parametrize(
+    ("share", "least", "most"), [(0.002, 0, 0.05), (0.01, 0, 0.05), (0.05, 0.1, 0.5), (0.1, 0.6, 1)]
+)
+def test_packing_the_sum_erases_small_updates(share, least, most):
     params = module(share)
     base = quant.dequantize(quant.quantize(params["layers"]["up_proj"]["kernel"], double_quant=False))
     params["layers"]["up_proj"]["kernel"] = base  # what an adapter is trained on
@@ -44,4 +46,4 @@ def test_packing_the_sum_erases_small_updates(share, expected):
     update = np.asarray(leaves["lora_a"] @ leaves["lora_b"] * leaves["lora_scale"][:, None, None], np.float64)
     assert found.fraction == pytest.approx((changed * update).sum() / (update**2).sum(), rel=1e-3)
     assert found.error == pytest.approx(np.linalg.norm(changed - update) / np.linalg.norm(update), rel=1e-3)
-    assert found.fraction == pytest.approx(expected, rel=0.6)
+    assert least < found.fraction < most

@@ -84,6 +84,7 @@ def test_peft_and_transformers_compute_the_same(run, tmp_path):
     assert np.abs(ours - logits).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_packed_base_is_what_bitsandbytes_would_use(run):
     import bitsandbytes.functional as bnb
 

@@ -49,7 +49,11 @@ def test_the_same_command_on_a_mesh_gives_the_same_losses_and_adapter(settings, 
             dict(use_dora=True, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
             | dict(modules_to_save=["norm"], trainable_token_indices=[0, 65], init_lora_weights="pissa"),
         ),
-        ("fp4", dict(target_modules=["embed_tokens", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 2})),
+        pytest.param(
+            "fp4",
+            dict(target_modules=["embed_tokens", "v_proj"], use_rslora=True, rank_pattern={"v_proj": 2}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_kind_of_adapter_trains_on_a_mesh_as_on_one_device(settings, tmp_path, quant, adapter):

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.algorithm = "dpo"
     config.dpo.loss_type = ("sigmoid", "sft")
-    config.dpo.loss_weights = (1.0, 0.2)
+    config.dpo.loss_weights = (1.0, 1.0)
     config.dpo.beta = 0.1
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 4

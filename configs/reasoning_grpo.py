@@ -9,7 +9,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Groups of eight short answers; all of it takes about ten minutes on two CPU cores."""
+    """Groups of eight short answers, three solved sums before each question."""
     config = default_config()
     config.algorithm = "grpo"
     config.data.path = "reasoning_gym:chain_sum"

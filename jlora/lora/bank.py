@@ -35,7 +35,8 @@ class Bank:
     """Adapters in numbered places. Adding, removing and choosing compile nothing anew: places and ranks are fixed.
 
     Attributes:
-        params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty.
+        params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty. A
+            model takes what `choose` or `alone` make of them, not these.
         names: of the adapters, None where a place is free.
     """
 

@@ -44,7 +44,8 @@ def add_changes(
     majority_sign_method: Sign = "total",
     generator: np.random.Generator | None = None,
 ) -> Float[np.ndarray, "..."]:
-    """One change of several, as mergekit's methods of these names define it (`generalized_task_arithmetic`).
+    """One change of several, by the formulas of the papers; but for DARE's factor (1 / density here, there what keeps
+    the sum of absolute values) they are those of mergekit's `generalized_task_arithmetic`.
 
     The majority is that of the weighted changes, by their sum ("total") or by number ("frequency").
     """

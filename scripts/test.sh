@@ -27,4 +27,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # One process a core, but not more than memory allows; -n 0 after it runs all in this one.
-exec "$python" -m pytest -n auto --maxprocesses=8 "$@"
+# A file's tests stay in one process, which compiles once what they share.
+exec "$python" -m pytest -n auto --maxprocesses=8 --dist loadfile "$@"

@@ -23,6 +23,14 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_is_kept():
+    """Each program takes memory and several of the 65,530 mappings that Linux gives a process: a run needs more."""
+    yield
+    jax.clear_caches()
+
+
 PARITY = "parity"
 COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out")
 

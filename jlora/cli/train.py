@@ -14,7 +14,7 @@ import jax
 
 from jlora import allocator
 from jlora.cli.overrides import read_config
-from jlora.train import Interrupted, loop
+from jlora.train import Interrupted, loop, many
 from jlora.train.config import RunConfig, resolve
 from jlora.train.progress import Progress
 from jlora.train.typed import describe, is_required
@@ -37,7 +37,8 @@ def run(arguments: list[str]) -> int:
             print(f"stopped early: {stopped}; the same command goes on from there", file=sys.stderr)
             return INTERRUPTED
     if jax.process_index() == 0:
-        print(f"done: {workdir}/adapter (PEFT), {workdir}/metrics.jsonl")
+        folder = many.FOLDER if config.adapters else "adapter"
+        print(f"done: {workdir}/{folder} (PEFT), {workdir}/metrics.jsonl")
     return 0
 
 

@@ -94,8 +94,8 @@ def plan_items(
     Args:
         share: the documents of an item stand in one row of up to S·`seq_len` tokens, behind one copy of what they begin
             with (see `common_start`).
-        prompts: a number for each item; neighbours with the same one share a row's copy too, as many as it has room
-            for. A row without packing then holds these, and `batch_size` counts rows.
+        prompts: with `share`, a number for each item; neighbours with the same one share a row's copy too, as many as
+            it has room for. A row without packing then holds these, and `batch_size` counts rows.
     """
     sides, _ = _check(items)
     if share:

@@ -21,6 +21,7 @@ from jlora.lora.partition import (
     with_starts,
 )
 from jlora.lora.setup import init
+from jlora.lora.stack import stack, unstack
 from jlora.lora.starts import kernel_gradients
 
 __all__ = [
@@ -50,8 +51,10 @@ __all__ = [
     "overlay",
     "resolve",
     "split",
+    "stack",
     "strip",
     "unembed",
+    "unstack",
     "untie",
     "update",
     "with_starts",

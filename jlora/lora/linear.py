@@ -22,8 +22,12 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
+
+    Raises:
+        ValueError: a bank of adapters of which none are chosen, or for another number of rows.
     """
     module = resolve(module)
+    _check_bank(module, x)
     if _merging_pays(x, module, key):
         y = merged(x, module)
     elif "lora_magnitude" in module:
@@ -55,6 +59,21 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     return y
 
 
+def _check_bank(module: Params, x: jax.Array) -> None:
+    """Refuses a bank of adapters of which none are chosen, or for another number of rows."""
+    if "lora_ids" in module:
+        if (chosen := module["lora_ids"].shape[0]) != x.shape[0]:
+            raise ValueError(
+                f"found adapters chosen for {chosen} rows, and a batch of {x.shape[0]}: "
+                "Bank.choose takes one choice for every row"
+            )
+    elif "lora_scale" in module and module["lora_scale"].ndim:
+        raise ValueError(
+            f"these are the params of a bank of {module['lora_scale'].shape[0] - 1} adapters: "
+            "give the model those of Bank.choose, with a choice for every row, or of Bank.alone"
+        )
+
+
 def _update_by_row(x: jax.Array, module: Params) -> jax.Array:
     """What each row's own adapters add, of a bank: Σ weight · scale · (x @ lora_a @ lora_b + lora_bias) over K."""
     ids, rows = module["lora_ids"], x.reshape(x.shape[0], -1, x.shape[-1])
@@ -71,6 +90,7 @@ def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch 
     """Rows of `embedding` [V, D], with their update scale · lora_a[token] @ lora_b, or their new rows."""
     module = resolve(module)
     rows = jnp.take(module["embedding"], tokens, axis=0)
+    _check_bank(module, tokens)
     if "lora_ids" in module:
         ids, scale = module["lora_ids"], module["lora_scale"][module["lora_ids"]] * module["lora_weights"]
         of_tokens = tokens.reshape(tokens.shape[0], 1, -1)

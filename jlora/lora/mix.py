@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jlora import quant, tree
 from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
 from jlora.lora.merge import MAIN, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
-from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes, add_changes_as_peft
+from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
 from jlora.types import Params
 
 # Leaves of an adapter that a mixture has no rule for.
@@ -26,15 +26,15 @@ class Method:
     """How the changes of one weight become one product.
 
     Attributes:
-        of: "factors" side by side; "sum": the best product for the sum; "values": that for what `add` makes of the
-            changes; "each factor": what `add` makes of all A and of all B.
-        add: `add_changes` or `add_changes_as_peft`, with `rule`.
+        of: "factors" side by side; "sum": the best product for the sum; "values": that for what `add_changes`
+            makes of the changes; "each factor": what it makes of all A and of all B.
+        rule: and as_peft: what `add_changes` is told.
         whole_rank: the rank is that of the sum unless another is asked for; else the largest of the adapters' ranks.
     """
 
     of: str
     rule: Rule = RULES["linear"]
-    add: Callable[..., np.ndarray] = add_changes
+    as_peft: bool = False
     whole_rank: bool = False
 
 
@@ -45,8 +45,8 @@ METHODS = {
     **{name: Method("values", rule) for name, rule in RULES.items() if name != "linear"},
     "peft:cat": Method("factors"),
     "peft:svd": Method("sum"),
-    **{f"peft:{name}": Method("each factor", rule, add_changes_as_peft) for name, rule in RULES.items()},
-    **{f"peft:{name}_svd": Method("values", RULES[name], add_changes_as_peft) for name in RULES if name != "linear"},
+    **{f"peft:{name}": Method("each factor", rule, as_peft=True) for name, rule in RULES.items()},
+    **{f"peft:{name}_svd": Method("values", RULES[name], as_peft=True) for name in RULES if name != "linear"},
 }
 
 
@@ -122,12 +122,13 @@ class _How:
     def add(self, place: str, changes: Sequence[np.ndarray], weights: Sequence[int | float]) -> np.ndarray:
         """One change of several; what is left to chance follows from the seed and the place."""
         entropy = [self.seed, zlib.crc32(place.encode())]
-        return self.method.add(
+        return add_changes(
             changes,
             weights,
             self.method.rule,
             density=self.density,
             majority_sign_method=self.majority_sign_method,
+            as_peft=self.method.as_peft,
             generator=np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy))),
         )
 

@@ -43,42 +43,30 @@ def add_changes(
     density: int | float = 1.0,
     majority_sign_method: Sign = "total",
     generator: np.random.Generator | None = None,
+    as_peft: bool = False,
 ) -> Float[np.ndarray, "..."]:
     """One change of several, by the formulas of the papers; but for DARE's factor (1 / density here, there what keeps
     the sum of absolute values) they are those of mergekit's `generalized_task_arithmetic`.
 
     The majority is that of the weighted changes, by their sum ("total") or by number ("frequency").
+
+    Args:
+        as_peft: as PEFT defines them (`peft.utils.merge_utils`): the majority is that of the changes without their
+            weights, and where there is one, the sum is divided by how many took part.
     """
     pruned = np.stack([_pruned(change, rule, density, generator) for change in changes])
-    weighted = pruned * _column(weights, pruned)
+    column = np.array(weights, np.float32).reshape(-1, *(1,) * (pruned.ndim - 1))
+    weighted = pruned * column
     if not rule.elect:
         return weighted.sum(axis=0)
-    agreeing = _majority(weighted, majority_sign_method)
+    agreeing = _majority(pruned if as_peft else weighted, majority_sign_method)
     total = (weighted * agreeing).sum(axis=0)
+    if as_peft:
+        return total / np.maximum(agreeing.sum(axis=0), 1)
     if not rule.average:
         return total
-    divisor = (_column(weights, pruned) * agreeing).sum(axis=0)
+    divisor = (column * agreeing).sum(axis=0)
     return total / np.where(divisor == 0, 1, divisor)
-
-
-def add_changes_as_peft(
-    changes: Sequence[Float[np.ndarray, "..."]],
-    weights: Sequence[int | float],
-    rule: Rule,
-    *,
-    density: int | float = 1.0,
-    majority_sign_method: Sign = "total",
-    generator: np.random.Generator | None = None,
-) -> Float[np.ndarray, "..."]:
-    """The same as PEFT defines it (`peft.utils.merge_utils`): the majority is that of the changes without their
-    weights, and where there is one, the sum is divided by how many took part.
-    """
-    pruned = np.stack([_pruned(change, rule, density, generator) for change in changes])
-    weighted = pruned * _column(weights, pruned)
-    if not rule.elect:
-        return weighted.sum(axis=0)
-    agreeing = _majority(pruned, majority_sign_method)
-    return (weighted * agreeing).sum(axis=0) / np.maximum(agreeing.sum(axis=0), 1)
 
 
 def _pruned(change: np.ndarray, rule: Rule, density: int | float, generator: np.random.Generator | None) -> np.ndarray:
@@ -96,7 +84,3 @@ def _pruned(change: np.ndarray, rule: Rule, density: int | float, generator: np.
 def _majority(changes: np.ndarray, method: Sign) -> Bool[np.ndarray, "..."]:
     votes = changes if method == "total" else np.sign(changes)
     return np.sign(changes) == np.where(votes.sum(axis=0) >= 0, 1, -1)
-
-
-def _column(weights: Sequence[int | float], changes: np.ndarray) -> np.ndarray:
-    return np.array(weights, np.float32).reshape(-1, *(1,) * (changes.ndim - 1))

@@ -73,22 +73,23 @@ def row_ways(mesh: Mesh) -> int:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The host's arrays (the same on every host): of [A, B, T] each device holds its rows only, of [A, N] everything.
+    """The host's arrays (the same on every host): of [A, B, T] and [A, K, B, T] each device holds its rows only, of
+    [A, N] everything.
 
     Raises:
         ValueError: B or T does not divide over the mesh.
     """
     rows = row_ways(mesh)
     for name, value in batch.items():
-        if value.ndim == 3 and (value.shape[1] % rows or value.shape[2] % mesh.shape["sequence"]):
+        if value.ndim >= 3 and (value.shape[-2] % rows or value.shape[-1] % mesh.shape["sequence"]):
             raise ValueError(
-                f"batch {name!r} has {value.shape[1]} rows of {value.shape[2]} tokens; the mesh splits rows {rows} "
+                f"batch {name!r} has {value.shape[-2]} rows of {value.shape[-1]} tokens; the mesh splits rows {rows} "
                 f"ways (data × fsdp), tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
             )
     return {
         name: jax.make_array_from_callback(
             value.shape,
-            batch_sharding(mesh, leading=1) if value.ndim == 3 else replicated(mesh),
+            batch_sharding(mesh, leading=value.ndim - 2) if value.ndim >= 3 else replicated(mesh),
             lambda index, value=value: value[index],
         )
         for name, value in batch.items()

@@ -10,7 +10,7 @@ import numpy as np
 from jlora import data, lora, sharding
 from jlora.models import Model
 from jlora.train.state import TrainState
-from jlora.train.step import Batch, Metrics, Objective
+from jlora.train.step import Batch, Metrics, Objective, Step
 from jlora.types import Params
 
 Numbers = dict[str, float]
@@ -53,9 +53,14 @@ class FileSource:
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
         """The next batch; the policy plays no part."""
+        batch, count = self.read()
+        return sharding.put_batch(batch, self._mesh), count, {}
+
+    def read(self) -> tuple[data.Batch, int]:
+        """The next batch on the host, and how many tokens it holds."""
         batch = next(self._batches)
         count = int(np.sum(batch["segment_ids"] > 0)) if self._sides is None else data.count_tokens(batch, self._sides)
-        return sharding.put_batch(batch, self._mesh), count, {}
+        return batch, count
 
     def observe(self, metrics: Metrics) -> None:
         """Nothing to check."""
@@ -99,6 +104,26 @@ def reference_params(constants: Params) -> Params:
 
 
 @dataclasses.dataclass(frozen=True)
+class Learning:
+    """What the loop advances.
+
+    Attributes:
+        state: before the first step.
+        step: (state, `Job.frozen`, batch) → (state, metrics).
+        read: (a step's metrics on the host, the step's number) → numbers for the log.
+    """
+
+    state: TrainState
+    step: Step
+    read: Callable[[Metrics, int], Numbers]
+
+
+def placement(state: TrainState) -> TrainState:
+    """The shardings of a state's arrays, in their places."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """An algorithm at work on a base.
 
@@ -106,11 +131,12 @@ class Job:
         trainable: where training starts; `Base.trainable` alone, or several adapters by name.
         frozen: the second argument of the step.
         objective, source: what is minimised, and on which batches.
-        report: (a step's metrics on the host) → numbers for the log.
+        report: (a step's metrics on the host) → numbers for the log beside loss, rate and gradient norm.
         adapters: (trained weights) → params to be saved in PEFT's format, by the name of their folder.
         evaluate: (state) → numbers, or None where there is nothing to evaluate on.
         panels: (title, names of the numbers) of what curves.png shows beside loss, rate and gradient norm.
         finish: (state) is called once at the end.
+        learn: (settings, base, this job, total steps) → what the loop advances, where it is more than one state.
     """
 
     trainable: Params
@@ -122,6 +148,7 @@ class Job:
     evaluate: Callable[[TrainState], Numbers] | None = None
     panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
     finish: Callable[[TrainState], None] = lambda state: None
+    learn: Callable[..., Learning] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

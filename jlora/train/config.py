@@ -4,6 +4,7 @@ Defaults live in the dataclasses alone; recipes start from `default_config()` an
 """
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -41,6 +42,9 @@ GROUPS = {
     "ppo": ("rollout", "ppo"),
 }
 TASK = "reasoning_gym:"  # how data.path names a task that is generated
+
+# What may differ between the adapters of one run: groups, or settings of a group.
+OWN = ("data", "lora", "model.adapter", "optim.learning_rate", "train.seed")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -122,7 +126,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a run does."""
+    """Everything that decides what a run does.
+
+    Args:
+      adapters: several adapters trained side by side on one base: for each, by name, the settings that are its own
+        (`OWN`), as {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
+    """
 
     algorithm: Literal["sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo"] = "sft"
     model: ModelSource
@@ -139,9 +148,46 @@ class RunConfig:
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
     ppo: PPOConfig = PPOConfig()
+    adapters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def members(self) -> dict[str, "RunConfig"]:
+        """The settings under which each of `adapters` would be trained alone.
+
+        Raises:
+            ValueError: settings that cannot be an adapter's own, or do not hold; all are listed.
+        """
+        members, faults = {}, []
+        shared = dataclasses.asdict(self) | {"adapters": {}}
+        for name, own in self.adapters.items():
+            found = _foreign(own)
+            merged = {
+                group: value | own[group] if isinstance(value, dict) and isinstance(own.get(group), Mapping) else value
+                for group, value in shared.items()
+            }
+            if not found:
+                members[name], found = typed.build(RunConfig, merged)
+                found += typed.unknown_keys(RunConfig, merged)
+            faults += [f"adapters[{name!r}]: {fault}" for fault in found]
+        raise_all(faults)
+        return members
+
+    def _adapter_faults(self) -> list[str]:
+        faults = [
+            f"adapters: found the name {name!r}, expected letters, digits, '_', '-' and '.', since it names a folder"
+            for name in self.adapters
+            if not re.fullmatch(r"[\w-][\w.-]*", name)
+        ]
+        if self.algorithm != "sft":
+            faults.append(f"adapters: several are trained side by side by sft; train those of {self.algorithm} alone")
+        try:
+            self.members()
+        except ValueError as error:
+            faults.append(str(error))
+        return faults
 
     def __post_init__(self) -> None:
-        faults = self._idle_groups() + (self._rollout_faults() if "rollout" in GROUPS[self.algorithm] else [])
+        faults = self._adapter_faults() if self.adapters else []
+        faults += self._idle_groups() + (self._rollout_faults() if "rollout" in GROUPS[self.algorithm] else [])
         task = self.data.path.startswith(TASK)
         if task and "rollout" not in GROUPS[self.algorithm]:
             faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
@@ -199,6 +245,21 @@ class RunConfig:
         if train.steps is None:
             faults.append("train.steps: is required, since rollouts have no end")
         return faults
+
+
+def _foreign(own: Mapping[str, Any]) -> list[str]:
+    """A fault for each setting that all adapters of a run share."""
+    names = [
+        f"{group}.{key}" if isinstance(values, Mapping) else group
+        for group, values in own.items()
+        for key in (values if isinstance(values, Mapping) and values else (None,))
+    ]
+    allowed = ", ".join(OWN)
+    return [
+        f"{name}: is the same for all adapters of a run; their own may be {allowed}"
+        for name in names
+        if name not in OWN and name.partition(".")[0] not in OWN
+    ]
 
 
 def default_config() -> ConfigDict:

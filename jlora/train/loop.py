@@ -9,19 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import optax
 
 from jlora import checkpoint, hub, lora, sharding, tree
-from jlora.optim import learning_rate, make_optimizer
-from jlora.train import grpo, ppo, preference, sft
+from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt
-from jlora.train.algorithm import Base, Job, Note, Plan
+from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.config import RunConfig, to_dict
+from jlora.train.learning import learn
 from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
 from jlora.train.rollout import FILE as COMPLETIONS
-from jlora.train.state import TrainState, create_state
-from jlora.train.step import Step, make_step
+from jlora.train.state import TrainState
+from jlora.train.step import Metrics, Step
 from jlora.types import Params
 
 # (settings, tokenizer, note) → the plan of a run.
@@ -58,7 +57,7 @@ class _Run:
     total_steps: int
     state: TrainState
     step: Step
-    schedule: optax.Schedule
+    read: Callable[[Metrics, int], Numbers]
     note: Note
     tokens: int = 0
 
@@ -113,9 +112,11 @@ def _prepare(config: RunConfig, folder: pathlib.Path, note: Note) -> _Run:
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     tokenizer = hub.load_tokenizer(config.model.path)
-    plan = ALGORITHMS[config.algorithm](config, tokenizer, note)
+    one = ALGORITHMS[config.algorithm]
+    plan = many.plan(config, tokenizer, note, one) if config.adapters else one(config, tokenizer, note)
     model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant, mesh=mesh)
-    params = adapt(model, params, config)
+    if not config.adapters:  # several are put beside the base by their plan
+        params = adapt(model, params, config)
     frozen, trainable = lora.split(params)
     note(_describe_params(config, frozen, trainable))
     base = Base(
@@ -128,22 +129,16 @@ def _prepare(config: RunConfig, folder: pathlib.Path, note: Note) -> _Run:
         workdir=folder,
     )
     job = plan.start(base)
-    optimizer = make_optimizer(config.optim, plan.total_steps)
-    state = create_state(job.trainable, optimizer, config.train.seed, mesh)
+    learning = (job.learn or learn)(config, base, job, plan.total_steps)
     return _Run(
         config=config,
         workdir=folder,
         base=base,
         job=job,
         total_steps=plan.total_steps,
-        state=state,
-        step=make_step(
-            job.objective,
-            optimizer,
-            jax.tree.map(lambda leaf: leaf.sharding, state),
-            dropout=any(path.endswith("/lora_dropout") for path in tree.flatten(frozen)),
-        ),
-        schedule=learning_rate(config.optim, plan.total_steps),
+        state=learning.state,
+        step=learning.step,
+        read=learning.read,
         note=note,
     )
 
@@ -195,14 +190,8 @@ def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         metrics = jax.device_get(metrics)
         this.job.source.observe(metrics)
         this.tokens += tokens
-        numbers = {
-            "loss": float(metrics["loss"]),
-            "grad_norm": float(metrics["grad_norm"]),
-            "learning_rate": float(this.schedule(number - 1)),
-            "num_tokens": this.tokens,
-            "tokens_per_second": tokens / (time.monotonic() - began),
-        }
-        yield number, numbers | this.job.report(metrics) | found
+        speed = {"num_tokens": this.tokens, "tokens_per_second": tokens / (time.monotonic() - began)}
+        yield number, this.read(metrics, number) | speed | found
 
 
 def _finish(this: _Run) -> None:
@@ -219,7 +208,8 @@ def _finish(this: _Run) -> None:
 
 def _describe_params(config: RunConfig, frozen: Params, trainable: Params) -> str:
     mebibytes = tree.nbytes(frozen) / 2**20
-    text = f"{tree.count(trainable):,} trainable parameters, {tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
+    own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
+    text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
     return f"{text}; going on from {config.model.adapter}" if config.model.adapter else text
 
 

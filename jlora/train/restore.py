@@ -22,10 +22,15 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
 
     Raises:
         FileNotFoundError: not the workdir of a run, or nothing was saved at that step.
-        ValueError: the base model is not the one that the run was trained on.
+        ValueError: the base model is not the one that the run was trained on, or the run trained several adapters.
     """
     folder = pathlib.Path(workdir)
     config = _read_config(folder)
+    if config.adapters:
+        raise ValueError(
+            f"{folder} is a run of several adapters: give the folder of one, {folder}/adapters/"
+            f"{{{','.join(config.adapters)}}}, which is there once the run has ended"
+        )
     with ocp.CheckpointManager(
         _checkpoints(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
     ) as saved:

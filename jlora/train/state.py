@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,9 +39,28 @@ def create_state(trainable: Params, optimizer: optax.GradientTransformation, see
     """The state before the first step, created under the shardings that the step returns it with."""
 
     def create(trainable: Params) -> TrainState:
-        key = jax.random.key_data(jax.random.key(seed))
-        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), key)
+        return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), _key_data(seed))
 
+    return _created(create, trainable, mesh)
+
+
+def create_states(
+    trainable: Params, optimizer: optax.GradientTransformation, seeds: Sequence[int], mesh: Mesh
+) -> TrainState:
+    """The state of several adapters that are trained side by side: every leaf but the step is [K, …]."""
+
+    def create(trainable: Params) -> TrainState:
+        keys = jnp.stack([_key_data(seed) for seed in seeds])
+        return TrainState(jnp.int32(0), trainable, jax.vmap(optimizer.init)(trainable), keys)
+
+    return _created(create, trainable, mesh)
+
+
+def _key_data(seed: int) -> jax.Array:
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Mesh) -> TrainState:
     shardings = state_shardings(jax.eval_shape(create, trainable), mesh)
     return jax.jit(create, out_shardings=shardings)(trainable)
 

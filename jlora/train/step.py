@@ -1,6 +1,7 @@
 """The training jit boundary: one optimizer step as a pure function of (state, frozen, batch)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora import lora
 from jlora.optim import global_norm
 from jlora.train.state import TrainState
 from jlora.types import Params
@@ -58,27 +60,56 @@ def make_step(
 
     The metrics are the report's sums and items, the loss and the gradient's norm.
     """
+    step = functools.partial(_advance, objective, optimizer, dropout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def make_steps(
+    objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
+) -> Step:
+    """The step of K adapters side by side, each as `make_step` would advance it alone.
+
+    state and metrics are those of `create_states`, [K, …]; frozen is {"base": what all share, "settings": [K, …] of the
+    adapters, "rate": [K] factors of the learning rate}; the batch's leaves are [A, K, …].
+    """
+
+    def one(state: TrainState, settings: Params, rate: jax.Array, base: Params, batch: Batch) -> Any:
+        scaled = optax.chain(optimizer, optax.scale(rate))
+        return _advance(objective, scaled, dropout, state, lora.combine(base, settings), batch)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        totals = objective.totals(batch)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step) if dropout else None
-
-        def micro(index: jax.Array, micro_batch: Batch) -> tuple[tuple[Params, jax.Array, Metrics], Metrics]:
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-
-            def loss(trainable: Params) -> tuple[jax.Array, Report]:
-                return objective.loss(trainable, frozen, micro_batch, totals, micro_key)
-
-            (value, report), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-            return (grads, value, report.sums), report.items
-
-        (grads, value, sums), items = _accumulate(micro, batch)
-        updates, moments = optimizer.update(grads, state.moments, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = sums | items | {"loss": value, "grad_norm": global_norm(grads)}
-        return TrainState(state.step + 1, trainable, moments, state.key), metrics
+        axes = TrainState(step=None, trainable=0, moments=0, key=0)
+        every = jax.vmap(one, in_axes=(axes, 0, 0, None, 1), out_axes=(axes, 0))
+        return every(state, frozen["settings"], frozen["rate"], frozen["base"], batch)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def _advance(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    dropout: bool,
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    totals = objective.totals(batch)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step) if dropout else None
+
+    def micro(index: jax.Array, micro_batch: Batch) -> tuple[tuple[Params, jax.Array, Metrics], Metrics]:
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+
+        def loss(trainable: Params) -> tuple[jax.Array, Report]:
+            return objective.loss(trainable, frozen, micro_batch, totals, micro_key)
+
+        (value, report), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        return (grads, value, report.sums), report.items
+
+    (grads, value, sums), items = _accumulate(micro, batch)
+    updates, moments = optimizer.update(grads, state.moments, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = sums | items | {"loss": value, "grad_norm": global_norm(grads)}
+    return TrainState(state.step + 1, trainable, moments, state.key), metrics
 
 
 def _accumulate(micro: Callable, batch: Batch) -> tuple[Any, Metrics]:

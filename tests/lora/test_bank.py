@@ -157,3 +157,10 @@ def test_faults_are_named_all_at_once():
         Bank.of(base(), {"a": adapted("narrow"), "b": adapted("wide")}, places=1)
     with pytest.raises(ValueError, match="do not go into one bank"):
         Bank.of(base(), {"dora": dora})
+
+
+def test_a_bank_itself_is_refused_where_adapters_are_to_be_chosen():
+    with pytest.raises(ValueError, match="params of a bank of 7 adapters: give the model those of"):
+        MODEL(bank().params, TOKENS)
+    with pytest.raises(ValueError, match="adapters chosen for 2 rows, and a batch of 7"):
+        MODEL(bank().choose(["narrow", None]), TOKENS)

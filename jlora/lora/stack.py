@@ -1,0 +1,93 @@
+"""Adapters of one base as one tree of adapters, side by side along a leading axis: what trains them in one step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.lora.partition import adapter_leaves
+from jlora.types import Params
+
+# The axis of the rank, along which factors are padded. Zeros in A and B stay zeros: each one's gradient is a product
+# with the other.
+RANKED = {"lora_a": -1, "lora_b": -2, "lora_start_a": -1, "lora_start_b": -2}
+# Leaves that zeros stand for where an adapter does without them.
+OPTIONAL = ("lora_start_a", "lora_start_b", "lora_dropout")
+# Leaves of a module that an adapter leaves alone: with a scale of zero none of them acts or gets a gradient.
+WHOLE = ("lora_a", "lora_b", "lora_scale", "lora_bias", "lora_rank", *OPTIONAL)
+
+
+def stack(adapters: Mapping[str, Params]) -> Params:
+    """The adapters' leaves [K, …] in the order given, of the widest rank and at every module that one of them adapts.
+
+    q_proj/lora_a [L, D, 4], [L, D, 2]  →  [2, L, D, 4]
+
+    Args:
+        adapters: trees that hold them (params, or their `adapter_leaves`), by name.
+
+    Raises:
+        ValueError: adapters that differ in more than ranks, values and plain modules; all differences are listed.
+    """
+    leaves = {name: tree.flatten(adapter_leaves(adapter)) for name, adapter in adapters.items()}
+    faults: list[str] = []
+    stacked = {
+        path: _stacked(path, leaves, faults) for path in sorted({path for flat in leaves.values() for path in flat})
+    }
+    if faults:
+        raise ValueError("these adapters cannot be trained side by side:\n  " + "\n  ".join(faults))
+    return tree.unflatten(stacked)
+
+
+def unstack(stacked: Params, number: int, like: Params) -> Params:
+    """One adapter's leaves of a stack: those that `like` has, in its shapes."""
+    flat = tree.flatten(stacked)
+
+    def take(path: str, leaf: Any) -> Any:
+        return flat[path][number][tuple(map(slice, leaf.shape))]
+
+    return tree.map_with_path(take, like)
+
+
+def _stacked(path: str, leaves: Mapping[str, Mapping[str, Any]], faults: list[str]) -> Any:
+    held = {name: flat[path] for name, flat in leaves.items() if path in flat}
+    first = next(iter(held.values()))
+    shape = np.max([leaf.shape for leaf in held.values() if leaf.ndim == first.ndim], axis=0)
+    faults += _differences(path, leaves, held, shape)
+    if faults:
+        return None
+    return jnp.stack(
+        [_padded(held[name], shape) if name in held else _absent(path, flat, shape) for name, flat in leaves.items()]
+    )
+
+
+def _differences(
+    path: str, leaves: Mapping[str, Mapping[str, Any]], held: Mapping[str, Any], shape: np.ndarray
+) -> list[str]:
+    module, _, last = path.rpartition("/")
+    rank = RANKED.get(last)
+    faults = []
+    for name, flat in leaves.items():
+        if name in held:
+            found = held[name].shape
+            same = [a == b for i, (a, b) in enumerate(zip(found, shape, strict=False)) if i - len(shape) != rank]
+            if len(found) != len(shape) or not all(same):
+                faults.append(f"{name}: {path}: found {found}, others have {tuple(map(int, shape))}")
+        elif last not in WHOLE or (f"{module}/lora_scale" in flat and last not in (*OPTIONAL, "lora_rank")):
+            others = ", ".join(other for other in held)
+            faults.append(f"{name}: has no {path}, which {others} trains: give all of them this setting, or none")
+    return faults
+
+
+def _padded(leaf: Any, shape: np.ndarray) -> Any:
+    return jnp.pad(leaf, [(0, int(full) - own) for own, full in zip(leaf.shape, shape, strict=True)])
+
+
+def _absent(path: str, flat: Mapping[str, Any], shape: np.ndarray) -> Any:
+    """Zeros; where only the ranks of layers are not listed, they are all the same."""
+    module, _, last = path.rpartition("/")
+    if last == "lora_rank":
+        lora_a = flat.get(f"{module}/lora_a")
+        return jnp.full(shape, 0 if lora_a is None else lora_a.shape[-1], jnp.int32)
+    return jnp.zeros(shape, jnp.float32)

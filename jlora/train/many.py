@@ -1,0 +1,152 @@
+"""Several adapters of one base, trained side by side in one jitted step, each as if it were alone."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jlora import lora, sharding, tree
+from jlora.optim import learning_rate, make_optimizer
+from jlora.train.adapt import adapt
+from jlora.train.algorithm import Base, FileSource, Job, Learning, Note, Numbers, Plan, placement
+from jlora.train.config import RunConfig
+from jlora.train.state import TrainState, create_states
+from jlora.train.step import Batch, Metrics, make_steps
+from jlora.types import Params
+
+FOLDER = "adapters"
+
+
+def plan(config: RunConfig, tokenizer: Any, note: Note, plan_one: Callable[[RunConfig, Any, Note], Plan]) -> Plan:
+    """The run of all adapters that `config.adapters` names, as many steps as the longest of them has alone."""
+
+    def about(name: str) -> Note:
+        return lambda message: note(f"{name}: {message}")
+
+    members = config.members()
+    plans = {name: plan_one(member, tokenizer, about(name)) for name, member in members.items()}
+    steps = max(one.total_steps for one in plans.values())
+    for name, one in plans.items():
+        if one.total_steps < steps:
+            members[name] = _with_steps(members[name], steps)
+            note(f"{name}: has data for {one.total_steps} steps; it goes over them again until step {steps}")
+            plans[name] = plan_one(members[name], tokenizer, lambda message: None)
+
+    def start(base: Base) -> Job:
+        return _start(config, base, members, plans, note)
+
+    return Plan(steps, start)
+
+
+class Sources:
+    """Batches [A, K, …] of K sources, each padded with zeros (no tokens) to the largest of the step."""
+
+    boundary = True
+
+    def __init__(self, sources: Mapping[str, FileSource], mesh: jax.sharding.Mesh) -> None:
+        self._sources, self._mesh = sources, mesh
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next batches; the policies play no part."""
+        batches, counts = zip(*(source.read() for source in self._sources.values()), strict=True)
+        joined = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
+        return sharding.put_batch(joined, self._mesh), sum(counts), {}
+
+    def observe(self, metrics: Metrics) -> None:
+        """Nothing to check."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of each source."""
+        return {name: source.get_state() for name, source in self._sources.items()}
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes to the position of each source."""
+        for name, source in self._sources.items():
+            source.set_state(position[name])
+
+
+def _start(
+    config: RunConfig, base: Base, members: Mapping[str, RunConfig], plans: Mapping[str, Plan], note: Note
+) -> Job:
+    adapters = {name: lora.adapter_leaves(adapt(base.model, base.frozen, member)) for name, member in members.items()}
+    settings, trainable = lora.split(lora.stack(adapters))
+    note(f"{len(adapters)} adapters side by side: {tree.count(trainable):,} trainable parameters in all")
+    jobs, own = {}, {}
+    for name, adapter in adapters.items():
+        fixed, own[name] = lora.split(adapter)
+        frozen = lora.combine(base.frozen, sharding.shard(fixed, base.mesh))
+        jobs[name] = plans[name].start(dataclasses.replace(base, frozen=frozen, trainable=own[name]))
+
+    def alone(stacked: Params) -> dict[str, Params]:
+        return {name: lora.unstack(stacked, number, own[name]) for number, name in enumerate(members)}
+
+    def evaluate(state: TrainState) -> Numbers:
+        found = {
+            name: jobs[name].evaluate(dataclasses.replace(state, trainable=one))
+            for name, one in alone(state.trainable).items()
+        }
+        return _named(found)
+
+    def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
+        optimizer = make_optimizer(config.optim, total_steps)
+        seeds = [member.train.seed for member in members.values()]
+        # The same chain as in the step, where the scale is each adapter's own.
+        state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
+        dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(settings))
+        schedules = {name: learning_rate(member.optim, total_steps) for name, member in members.items()}
+
+        def read(metrics: Metrics, number: int) -> Numbers:
+            found = {}
+            for place, name in enumerate(members):
+                one = jax.tree.map(lambda leaf, place=place: np.asarray(leaf[place]), metrics)
+                numbers = {"loss": float(one["loss"]), "grad_norm": float(one["grad_norm"])}
+                found[name] = numbers | {"learning_rate": float(schedules[name](number - 1))} | jobs[name].report(one)
+            return _named(found)
+
+        return Learning(state, make_steps(job.objective, optimizer, placement(state), dropout=dropout), read)
+
+    first = next(iter(jobs.values()))
+    rates = [member.optim.learning_rate / config.optim.learning_rate for member in members.values()]
+    return Job(
+        trainable=trainable,
+        frozen={
+            "base": base.frozen,
+            "settings": sharding.shard(settings, base.mesh),
+            "rate": jnp.asarray(rates, jnp.float32),
+        },
+        objective=first.objective,
+        source=Sources({name: job.source for name, job in jobs.items()}, base.mesh),
+        report=lambda metrics: {},
+        adapters=lambda stacked: {
+            f"{FOLDER}/{name}": params
+            for name, one in alone(stacked).items()
+            for params in jobs[name].adapters(one).values()
+        },
+        evaluate=evaluate,
+        panels=(("Loss of each adapter", tuple(f"loss/{name}" for name in members)), *first.panels),
+        learn=learn,
+    )
+
+
+def _with_steps(config: RunConfig, steps: int) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, epochs=None))
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """[A, …] of each source as [A, K, …]."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    padded = [
+        np.pad(array, [(0, full - own) for own, full in zip(array.shape, shape, strict=True)]) for array in arrays
+    ]
+    return np.stack(padded, axis=1)
+
+
+def _named(found: Mapping[str, Numbers]) -> Numbers:
+    """Each number's mean under its name, and the adapters' own under name/adapter."""
+    first = next(iter(found.values()))
+    means = {key: float(np.mean([numbers[key] for numbers in found.values()])) for key in first}
+    return means | {f"{key}/{name}": numbers[key] for key in first for name, numbers in found.items()}

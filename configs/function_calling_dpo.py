@@ -12,18 +12,19 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """One pass over the pairs; the likelihood of the right calls is held up beside the margin."""
+    """About half a pass over the pairs; the likelihood of the right calls is held up beside the margin."""
     config = default_config()
     config.algorithm = "dpo"
     config.dpo.loss_type = ("sigmoid", "sft")
-    config.dpo.loss_weights = (1.0, 1.0)
-    config.dpo.beta = 0.1
+    config.dpo.loss_weights = (1.0, 3.0)
+    config.dpo.beta = 0.2
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 4
     config.train.epochs = 1.0
+    config.train.steps = 72
     config.train.batch_size = 4
     config.train.seq_len = 576
-    config.train.eval_every = 40
+    config.train.eval_every = 24
     config.train.remat = False
     config.data.packing = False
     config.data.bucket = 128

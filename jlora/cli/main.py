@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "loss, perplexity and answers of a model on a JSONL file",
     "generate": "answer a prompt",
     "merge": "bake adapters into a model, or several into one",
+    "extract": "an adapter from a model and the base it was trained from",
     "export": "a PEFT adapter or a merged model from a training run",
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }

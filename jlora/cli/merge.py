@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import data, hub, lora, quant, tree
+from jlora.cli.model import rank
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
 from jlora.train.sensitivity import divergence
@@ -90,10 +91,6 @@ def _packed(merged: Params, format: str) -> Params:
     return tree.map_with_path(pack, merged)
 
 
-def _rank(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jlora merge",
@@ -110,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--method", help=f"for several adapters: {', '.join(METHODS)} (default: linear)")
     parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
-    parser.add_argument("--rank", type=_rank, help="of the mixture, or the share of its energy to keep, as 0.99")
+    parser.add_argument("--rank", type=rank, help="of the mixture, or the share of its energy to keep, as 0.99")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
     parser.add_argument("--adapter_only", action="store_true", help="write the mixture as a PEFT adapter")
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")

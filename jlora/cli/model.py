@@ -41,3 +41,8 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
     return number
+
+
+def rank(text: str) -> int | float:
+    """A rank, or a share of the energy to keep, for argparse."""
+    return int(text) if text.isdigit() else float(text)

@@ -3,6 +3,7 @@
 from jlora.lora.bank import Bank, choose
 from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
+from jlora.lora.extract import extract
 from jlora.lora.kept import Kept, kept
 from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
 from jlora.lora.low_rank import Fit, Fits
@@ -36,6 +37,7 @@ __all__ = [
     "choose",
     "combine",
     "embed",
+    "extract",
     "from_nnx",
     "grouped_linear",
     "init",

@@ -1,10 +1,15 @@
 """A change of a weight as a product of two narrow matrices: the best one of a given rank, and what it misses."""
 
 import dataclasses
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from jlora import quant
+from jlora.types import Params
 
 
 class Change(NamedTuple):
@@ -59,6 +64,47 @@ class Fits:
         return "\n".join([f"{self.title}: {self.energy_kept:.4%} of the energy kept", head, *rows])
 
 
+class Axes(NamedTuple):
+    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]; of the stacked ones
+    `layers` have scales of their own, experts have not.
+    """
+
+    layers: tuple[int, ...]
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, adapter: Params) -> "Axes":
+        a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
+        stacked = len(a) - 2 if len(a) == len(b) else len(layers)
+        return cls(layers, a[:stacked], a[stacked:-1], b[stacked + 1 :])
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """How many weights there are, and the D and N of each as a matrix."""
+        return math.prod(self.stack), math.prod(self.inputs), math.prod(self.outputs)
+
+    def spread(self, of_layers: np.ndarray) -> np.ndarray:
+        """A layer's number for each of its weights, [count]."""
+        whole = of_layers.reshape(*self.layers, *(1,) * (len(self.stack) - len(self.layers)))
+        return np.broadcast_to(whole, self.stack).ravel()
+
+    def factors(self, products: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
+        """The leaves of a module whose weights are changed by A [D, r] @ B [r, N], each of a rank of its own."""
+        ranks = np.array([left.shape[1] for left, _ in products], np.int32)
+        lora_a = np.stack([np.pad(left, ((0, 0), (0, max(ranks) - left.shape[1]))) for left, _ in products])
+        lora_b = np.stack([np.pad(right, ((0, max(ranks) - right.shape[0]), (0, 0))) for _, right in products])
+        found = {
+            "lora_a": lora_a.reshape(*self.stack, *self.inputs, max(ranks)),
+            "lora_b": lora_b.reshape(*self.stack, max(ranks), *self.outputs),
+            "lora_scale": np.ones(self.layers, np.float32),
+        }
+        if len(set(ranks)) > 1:  # a layer of experts has the rank of the one that needs most
+            found["lora_rank"] = ranks.reshape(*self.layers, -1).max(axis=-1)
+        return found
+
+
 def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
     """(A with orthonormal columns, B, the change's energy, the energy that is lost) (Eckart and Young 1936).
 
@@ -97,3 +143,8 @@ def _enough(values: np.ndarray, share: float) -> int:
     """
     energy = np.cumsum(values**2)
     return int(np.searchsorted(energy, np.float32(share) * energy[-1])) + 1
+
+
+def as_float(leaf: Any) -> np.ndarray:
+    """A leaf on the host in float32, unpacked if it is packed."""
+    return np.asarray(quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, np.float32)

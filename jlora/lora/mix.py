@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jlora import quant, tree
-from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
+from jlora import tree
+from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
 from jlora.lora.merge import MAIN, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
 from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
@@ -146,12 +146,14 @@ def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) ->
     found: Params = {}
     for name in sorted({name for adapter in adapters for name in adapter if name.startswith(TRAINED)}):
         # What only adapters have (a score head) is a change of nothing.
-        own = _float(base[name.removeprefix(TRAINED)]) if name.removeprefix(TRAINED) in base else np.float32(0)
-        changes = [_float(adapter[name]) - own if name in adapter else None for adapter in adapters]
+        own = as_float(base[name.removeprefix(TRAINED)]) if name.removeprefix(TRAINED) in base else np.float32(0)
+        changes = [as_float(adapter[name]) - own if name in adapter else None for adapter in adapters]
         found[name] = own + how.add_present(f"{path}/{name}", changes)
     if any("lora_bias" in adapter for adapter in adapters):
         biases = [
-            _float(adapter["lora_bias"]) * _float(adapter["lora_scale"])[..., None] if "lora_bias" in adapter else None
+            as_float(adapter["lora_bias"]) * as_float(adapter["lora_scale"])[..., None]
+            if "lora_bias" in adapter
+            else None
             for adapter in adapters
         ]
         found["lora_bias"] = how.add_present(f"{path}/lora_bias", biases)
@@ -174,39 +176,12 @@ class _Update(NamedTuple):
         return Change(self.lora_a * np.float32(weight * self.scale), self.lora_b)
 
 
-class _Axes(NamedTuple):
-    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]; of the stacked ones
-    `layers` have scales of their own, experts have not.
-    """
-
-    layers: tuple[int, ...]
-    stack: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @classmethod
-    def of(cls, adapter: Params) -> "_Axes":
-        a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
-        stacked = len(a) - 2 if len(a) == len(b) else len(layers)
-        return cls(layers, a[:stacked], a[stacked:-1], b[stacked + 1 :])
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """How many weights there are, and the D and N of each as a matrix."""
-        return math.prod(self.stack), math.prod(self.inputs), math.prod(self.outputs)
-
-    def spread(self, of_layers: np.ndarray) -> np.ndarray:
-        """A layer's number for each of its weights, [count]."""
-        whole = of_layers.reshape(*self.layers, *(1,) * (len(self.stack) - len(self.layers)))
-        return np.broadcast_to(whole, self.stack).ravel()
-
-
 def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, fits: list[Fit]) -> Params:
     """The factors of one module, all of its layers; what they keep of the changes goes to `fits`."""
     adapting = [(adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if "lora_a" in adapter]
     if not adapting:
         return {}
-    axes = _Axes.of(adapting[0][0])
+    axes = Axes.of(adapting[0][0])
     by_adapter = [_updates(base, adapter, axes) for adapter, _ in adapting]
     count, inputs, outputs = axes.matrices
     products = []
@@ -223,17 +198,7 @@ def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, f
         left, right, energy, lost = _product(name, *zip(*present, strict=True), how)
         products.append((left, right))
         fits.append(Fit(name, left.shape[1], energy, lost))
-    ranks = np.array([left.shape[1] for left, _ in products], np.int32)
-    lora_a = np.stack([np.pad(left, ((0, 0), (0, max(ranks) - left.shape[1]))) for left, _ in products])
-    lora_b = np.stack([np.pad(right, ((0, max(ranks) - right.shape[0]), (0, 0))) for _, right in products])
-    found = {
-        "lora_a": lora_a.reshape(*axes.stack, *axes.inputs, max(ranks)),
-        "lora_b": lora_b.reshape(*axes.stack, max(ranks), *axes.outputs),
-        "lora_scale": np.ones(axes.layers, np.float32),
-    }
-    if len(set(ranks)) > 1:  # a layer of experts has the rank of the one that needs most
-        found["lora_rank"] = ranks.reshape(*axes.layers, -1).max(axis=-1)
-    return found
+    return axes.factors(products)
 
 
 def _product(
@@ -285,29 +250,24 @@ def _energy(matrix: np.ndarray) -> float:
     return float(np.sum(matrix.astype(np.float64) ** 2))
 
 
-def _updates(base: Params, adapter: Params, axes: _Axes) -> list[_Update | None]:
+def _updates(base: Params, adapter: Params, axes: Axes) -> list[_Update | None]:
     """What the adapter does to every weight of a module; None for layers that it leaves out."""
     count, inputs, outputs = axes.matrices
     width = adapter["lora_a"].shape[-1]
     ranks = axes.spread(np.asarray(adapter.get("lora_rank", np.full(axes.layers, width))))
-    scales = axes.spread(_float(adapter["lora_scale"]))
+    scales = axes.spread(as_float(adapter["lora_scale"]))
     if "lora_magnitude" in adapter:  # DoRA: every output is rescaled, which makes a change of any rank
         main = next(name for name in MAIN if name in base)
-        weight = jnp.asarray(_float(base[main]))
-        change = _float(merged_leaf({main: weight} | adapter, main)) - _float(weight)
+        weight = jnp.asarray(as_float(base[main]))
+        change = as_float(merged_leaf({main: weight} | adapter, main)) - as_float(weight)
         found = [(matrix, None, 1.0) for matrix in change.reshape(count, inputs, outputs)]
     else:
-        left = _float(adapter["lora_a"]).reshape(count, inputs, -1)
-        right = _float(adapter["lora_b"]).reshape(count, -1, outputs)
+        left = as_float(adapter["lora_a"]).reshape(count, inputs, -1)
+        right = as_float(adapter["lora_b"]).reshape(count, -1, outputs)
         found = [
             (a[:, :rank], b[:rank], float(scale)) for a, b, scale, rank in zip(left, right, scales, ranks, strict=True)
         ]
     return [_Update(*parts, int(rank)) if rank else None for parts, rank in zip(found, ranks, strict=True)]
-
-
-def _float(leaf: Any) -> np.ndarray:
-    """A leaf on the host, unpacked if it is packed."""
-    return np.asarray(quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, np.float32)
 
 
 def _module(flat: Mapping[str, Any], path: str) -> Params:
@@ -375,7 +335,7 @@ def _shape_faults(names: list[str], leaves: list[dict[str, Any]], alike: bool) -
     for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
         module = path.rpartition("/")[0]
         members = [(name, _module(flat, module)) for name, flat in zip(names, leaves, strict=True) if path in flat]
-        axes = {name: _Axes.of(member) for name, member in members}
+        axes = {name: Axes.of(member) for name, member in members}
         if len(set(axes.values())) > 1:
             shapes = ", ".join(f"{name} {(*a.stack, *a.inputs)} → {a.outputs}" for name, a in axes.items())
             faults.append(f"{module}: found weights of different shapes: {shapes}")

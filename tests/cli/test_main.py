@@ -14,7 +14,10 @@ from jlora.cli.main import COMMANDS, main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "'trian' is not a command; the commands are train, eval, generate, merge, export, quantize"),
+        (
+            ["trian"],
+            "'trian' is not a command; the commands are train, eval, generate, merge, extract, export, quantize",
+        ),
         (["train"], "--config"),
         (["train", "--config=nowhere.py"], "nowhere.py is not a file"),
         (["train", "--config={folder}/empty.py"], "defines no function get_config()"),

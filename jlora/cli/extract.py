@@ -1,0 +1,59 @@
+"""`jlora extract`: an adapter from a model and the base that it was trained from."""
+
+import argparse
+import dataclasses
+
+from jlora import hub, lora
+from jlora.cli.model import rank
+from jlora.models import Model
+
+
+def run(arguments: list[str]) -> int:
+    """0; what is wrong is raised."""
+    options = _parser().parse_args(arguments)
+    model, base = hub.load(options.base, dtype=hub.checkpoint_dtype(options.base))
+    tuned_model, tuned = hub.load(options.model, dtype=hub.checkpoint_dtype(options.model))
+    _require_same_model(model, tuned_model)
+    params, report = lora.extract(
+        base,
+        tuned,
+        rank=options.rank,
+        target_modules=options.target_modules or "all-linear",
+        modules_to_save=options.modules_to_save,
+    )
+    print(report)
+    hub.save_adapter(options.out, params, base=options.base)
+    print(f"adapter (PEFT): {options.out}")
+    return 0
+
+
+def _require_same_model(base: Model, tuned: Model) -> None:
+    """An adapter carries weights; a setting that differs would be lost in silence."""
+    pairs = [(field.name, *(getattr(model.config, field.name) for model in (base, tuned))) for field in _fields(base)]
+    if differences := [f"{name}: {one!r} and {other!r}" for name, one, other in pairs if one != other]:
+        raise ValueError("the models differ in settings, which no adapter holds:\n  " + "\n  ".join(differences))
+
+
+def _fields(model: Model) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(model.config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora extract",
+        description="Turn what full fine-tuning changed into a LoRA adapter, and say how much of it that keeps.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--base", required=True, metavar="MODEL", help="the model before training")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="the model after it")
+    parser.add_argument(
+        "--rank", type=rank, default=16, help="or the share of every change's energy to keep, as 0.9 (default: 16)"
+    )
+    parser.add_argument(
+        "--target_modules", nargs="+", metavar="NAME", help="modules that get factors (default: all linears)"
+    )
+    parser.add_argument(
+        "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds whole copies of, as norm"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    return parser

@@ -1,0 +1,44 @@
+"""`jlora extract`: PEFT puts what it wrote on the base and gets the tuned model."""
+
+import json
+import pathlib
+import shutil
+
+import peft
+import torch
+import transformers
+
+from jlora.cli.main import main
+
+
+def test_peft_opens_what_was_extracted(model_folder, tmp_path, capsys):
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in tuned.named_parameters():
+        if name.endswith(("q_proj.weight", "up_proj.weight")):
+            left, right = (
+                torch.randn(*size, generator=generator) for size in ((weight.shape[0], 2), (2, weight.shape[1]))
+            )
+            weight.data += 0.02 * left @ right
+    tuned.save_pretrained(tmp_path / "tuned")
+    for file in pathlib.Path(model_folder).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "tuned")
+    options = [f"--base={model_folder}", f"--model={tmp_path / 'tuned'}", f"--out={tmp_path / 'adapter'}"]
+    assert main(["extract", *options, "--rank=2"]) == 0
+    assert "100.0000% of the energy kept" in capsys.readouterr().out
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    before = base(torch.arange(9)[None]).logits
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.arange(9)[None]).logits
+    expected = tuned(torch.arange(9)[None]).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (before - expected).abs().max() > 0.01
+
+
+def test_settings_that_differ_are_refused(model_folder, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    options = [f"--base={model_folder}", f"--model={tmp_path / 'other'}", f"--out={tmp_path / 'adapter'}"]
+    assert main(["extract", *options]) == 2
+    assert "norm_eps" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora import hub
+from jlora import hub, lora
 from jlora.train.restore import load_run
 
 
@@ -10,7 +10,9 @@ def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
     config, model, params = load_run(options.workdir, options.step)
-    if options.merged:
+    if options.merged and config.model.merges_packed:
+        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=hub.load_tokenizer(config.model.path))
+    elif options.merged:
         hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
     else:
         hub.save_adapter(options.out, params, base=config.model.path)
@@ -22,7 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jlora export",
         description="Write the adapter of a training run, or its model with the adapter merged in.",
-        epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked.",
+        epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked; "
+        "base and adapter of a merge_aware run are packed together, as they were trained.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")

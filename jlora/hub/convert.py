@@ -146,7 +146,7 @@ def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N
     weight = leaves[f"{module.path}/kernel"]
     if module.index is not None:
         weight = jax.tree.map(lambda part: part[module.index], weight)
-    dense = quant.dequantize(weight) if quant.is_packed(weight) else weight
+    dense = quant.unpacked(weight)
     return np.asarray(dense).astype(np.float32).reshape(module.inputs, module.outputs)
 
 

@@ -13,11 +13,14 @@ from jlora.quant import QuantConfig, leaf_format
 
 
 class Form(NamedTuple):
-    """How a leaf is kept: packed, or with format None as it is; `dtype` is the array's, or the dequantised values'."""
+    """How a leaf is kept: packed, or with format None as it is; `dtype` is the array's, or the dequantised values'.
+    `merge_aware`: packed when it is used.
+    """
 
     format: str | None
     double_quant: bool
     dtype: np.dtype
+    merge_aware: bool = False
 
 
 # Leaf's path without the numbers of its stack's layers, and layer (None outside of stacks) → form.
@@ -26,9 +29,9 @@ Forms = dict[tuple[str, int | None], Form]
 
 def chosen_forms(leaves: Mapping[str, jax.ShapeDtypeStruct], config: QuantConfig | None, dtype: np.dtype) -> Forms:
     """The forms that a QuantConfig chooses."""
-    double_quant = config is not None and config.double_quant
+    double_quant, merge_aware = (config.double_quant, config.merge_aware) if config else (False, False)
     return {
-        (canonical, layer): Form(leaf_format(path, config, layer), double_quant, dtype)
+        (canonical, layer): Form(leaf_format(path, config, layer), double_quant, dtype, merge_aware)
         for path, leaf in leaves.items()
         for canonical, layer in _layers(path, leaf.shape[0])
     }

@@ -19,7 +19,7 @@ from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_fo
 from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
 from jlora.hub.weights import SafetensorsFolder, TensorInfo
-from jlora.quant import QuantConfig, as_config, is_packed, quantize
+from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ def _pack(values: Any, packing: Packing) -> Any:
     values = values.astype(packing.form.dtype)
     if packing.form.format is None:
         return values
+    if packing.form.merge_aware:
+        return Rounded(values, packing.form.format, packing.form.double_quant)
     return quantize(values, packing.form.format, double_quant=packing.form.double_quant)
 
 

@@ -79,6 +79,9 @@ def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
         leaf = leaves[path]
         if not quant.is_packed(leaf):
             continue
+        if isinstance(leaf, quant.Rounded):
+            problems.append(f"{path}: is packed only when it is used (merge_aware); lora.merge packs it")
+            continue
         formats[path] = "int8" if isinstance(leaf, quant.PackedInt8) else leaf.format
         if formats[path] not in FORMATS:
             problems.append(f"{path}: bitsandbytes has no format {formats[path]!r}, only {', '.join(FORMATS)}")

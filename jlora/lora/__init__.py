@@ -5,9 +5,9 @@ from jlora.lora.bind import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.extract import extract
 from jlora.lora.kept import Kept, kept
-from jlora.lora.linear import base_norms, embed, grouped_linear, linear, unembed, update
+from jlora.lora.linear import embed, grouped_linear, linear, unembed, update
 from jlora.lora.low_rank import Fit, Fits
-from jlora.lora.merge import merge, merged_leaf, untie
+from jlora.lora.merge import base_norms, merge, merged_leaf, untie
 from jlora.lora.mix import mix
 from jlora.lora.partition import (
     adapter_leaves,

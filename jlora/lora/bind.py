@@ -54,7 +54,7 @@ def from_nnx(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
 
 
 def _unpacked(params: Params) -> Params:
-    return tree.map_with_path(lambda _, leaf: quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, params)
+    return tree.map_with_path(lambda _, leaf: quant.unpacked(leaf), params)
 
 
 def _formed_sizes(params: Params) -> set[int]:

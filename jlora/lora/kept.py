@@ -90,4 +90,4 @@ def _compare(module: Params, main: str, merged: object) -> jax.Array:
 
 
 def _float32(leaf: object) -> jax.Array:
-    return jnp.asarray(quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, jnp.float32)
+    return jnp.asarray(quant.unpacked(leaf), jnp.float32)

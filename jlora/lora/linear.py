@@ -6,10 +6,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import quant
+from jlora.lora.merge import Kernel, gains, merged_leaf
 from jlora.lora.partition import resolve
 from jlora.types import Params
 
-Kernel = jax.Array | quant.PackedArray
 # The checkpoint_name of values that are dear to compute again: outputs of products and of attention.
 SAVED = "saved"
 
@@ -28,7 +28,11 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     """
     module = resolve(module)
     _check_bank(module, x)
-    if _merging_pays(x, module, key):
+    if isinstance(module["kernel"], quant.Rounded) and "lora_a" in module:
+        y = quant.matmul(x, _packed_sum(module, key))
+        if "lora_bias" in module:
+            y = y + _row(module["lora_bias"] * module["lora_scale"], y.ndim).astype(y.dtype)
+    elif _merging_pays(x, module, key):
         y = merged(x, module)
     elif "lora_magnitude" in module:
         y = _dora(x, module, key)
@@ -86,6 +90,16 @@ def _update_by_row(x: jax.Array, module: Params) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def _packed_sum(module: Params, key: jax.Array | None) -> jax.Array:
+    """What the packed sum of kernel and update stands for: the merged weight that a `Rounded` kernel is trained for."""
+    if "lora_ids" in module or (key is not None and "lora_dropout" in module):
+        what = "adapters of a bank" if "lora_ids" in module else "lora_dropout"
+        raise ValueError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
+    kernel = module["kernel"]
+    whole = merged_leaf(module, "kernel")
+    return quant.straight_through(whole, kernel.format, kernel.double_quant)
+
+
 def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch D"]:
     """Rows of `embedding` [V, D], with their update scale · lora_a[token] @ lora_b, or their new rows."""
     module = resolve(module)
@@ -127,44 +141,14 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
     Every leaf has a leading axis of groups, but for lora_scale, which is one.
     """
     module = resolve(module)
+    if isinstance(module["kernel"], quant.Rounded) and "lora_a" in module:
+        return checkpoint_name(quant.grouped_matmul(x, _packed_sum(module, None), sizes), SAVED)
     y = quant.grouped_matmul(x, module["kernel"], sizes)
     if "lora_a" in module:
         lora_a, lora_b = module["lora_a"], module["lora_b"]
         hidden = quant.grouped_matmul(x.astype(lora_a.dtype), lora_a, sizes) * module["lora_scale"]
         y = (y + quant.grouped_matmul(hidden, lora_b, sizes).astype(jnp.float32)).astype(y.dtype)
     return checkpoint_name(y, SAVED)
-
-
-def column_norms(module: Params) -> Float[Array, "*stack N"]:
-    """‖kernel + scale · lora_a @ lora_b‖ of every output, float32, without forming the sum.
-
-    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², where the first is frozen: O(D·N·R).
-    """
-    lora_a, lora_b = module["lora_a"], module["lora_b"]
-    scale = module["lora_scale"]
-    scale = scale.reshape(scale.shape + (1,) * (lora_b.ndim - scale.ndim)) * jnp.ones_like(lora_b[..., :1, :1])
-    if "lora_start_a" in module:
-        lora_a = jnp.concatenate([lora_a, module["lora_start_a"]], axis=-1)
-        lora_b = jnp.concatenate([lora_b, -module["lora_start_b"]], axis=-2)
-    kernel = quant.dequantize(module["kernel"]) if quant.is_packed(module["kernel"]) else module["kernel"]
-    crossed = jnp.swapaxes(lora_a, -1, -2) @ kernel.astype(jnp.float32)
-    gram = jnp.swapaxes(lora_a, -1, -2) @ lora_a
-    squares = 2 * scale * crossed * lora_b + scale**2 * (gram @ lora_b) * lora_b
-    return jnp.sqrt(jnp.maximum(module["lora_base_norm"] ** 2 + jnp.sum(squares, axis=-2), 0))
-
-
-def base_norms(kernel: Kernel) -> Float[Array, "*stack N"]:
-    """‖kernel‖ of every output, float32."""
-    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
-    return jnp.sqrt(jnp.sum(dense.astype(jnp.float32) ** 2, axis=-2))
-
-
-def gains(module: Params) -> Float[Array, "*stack N"]:
-    """DoRA's factor of every output, its magnitude over its present length (no gradient flows through the length)."""
-    factor = module["lora_magnitude"] / jax.lax.stop_gradient(column_norms(module))
-    if "lora_rank" in module:  # layers of a stack that are not adapted
-        factor = jnp.where(module["lora_rank"][..., None] > 0, factor, 1)
-    return factor
 
 
 def _dora(x: jax.Array, module: Params, key: jax.Array | None) -> jax.Array:
@@ -235,5 +219,4 @@ _merged.defvjp(_merged_forward, _merged_backward)
 
 
 def _sum(kernel: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: jax.Array) -> jax.Array:
-    dense = quant.dequantize(kernel) if quant.is_packed(kernel) else kernel
-    return dense.astype(jnp.float32) + (lora_a * scale) @ lora_b
+    return quant.unpacked(kernel).astype(jnp.float32) + (lora_a * scale) @ lora_b

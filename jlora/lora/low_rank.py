@@ -147,4 +147,4 @@ def _enough(values: np.ndarray, share: float) -> int:
 
 def as_float(leaf: Any) -> np.ndarray:
     """A leaf on the host in float32, unpacked if it is packed."""
-    return np.asarray(quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, np.float32)
+    return np.asarray(quant.unpacked(leaf), np.float32)

@@ -1,15 +1,17 @@
 """Baking adapters into their base leaves."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jlora import quant, tree
-from jlora.lora.linear import gains
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
 
+Kernel = jax.Array | quant.PackedArray
 # The leaf that an update is added to.
 MAIN = ("kernel", "embedding", "router")
 # Embedding → the head that is one with it where the tree holds no head of its own.
@@ -20,11 +22,13 @@ def merge(params: Params) -> Params:
     """The base tree with every adapter baked in: kernel + scale · lora_a @ lora_b, in float32, rounded once.
 
     A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
+    One that was trained to be packed with its update (`jlora.quant.Rounded`) comes back packed.
     Trees that hold no adapter come back as they are. Where the adapter changes embedding and tied head differently,
     the merged tree has a head of its own. What only the adapter has becomes the base's: score/trained_kernel →
     score/kernel.
     """
-    return tree.map_modules(_merge_module, untie(params))
+    merged = tree.map_modules(_merge_module, untie(params))
+    return tree.map_with_path(lambda _, leaf: leaf.packed() if isinstance(leaf, quant.Rounded) else leaf, merged)
 
 
 def untie(params: Params) -> Params:
@@ -52,7 +56,7 @@ def merged_leaf(module: Params, name: str) -> jax.Array:
     if name == "bias" and "bias" not in module:
         raise ValueError("the adapter adds a bias (lora_bias) where the model has none: it cannot be merged")
     base = module[name]
-    base = quant.dequantize(base) if quant.is_packed(base) else base
+    base = quant.unpacked(base)
     value = module.get(f"{TRAINED}{name}", base)
     if name in MAIN:
         value = _with_update(value, module)
@@ -67,6 +71,37 @@ def merged_kernel(module: Params) -> jax.Array:
     return merged_leaf(module, "kernel")
 
 
+def column_norms(module: Params) -> Float[Array, "*stack N"]:
+    """‖kernel + scale · lora_a @ lora_b‖ of every output, float32, without forming the sum.
+
+    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², where the first is frozen: O(D·N·R).
+    """
+    lora_a, lora_b = module["lora_a"], module["lora_b"]
+    scale = module["lora_scale"]
+    scale = scale.reshape(scale.shape + (1,) * (lora_b.ndim - scale.ndim)) * jnp.ones_like(lora_b[..., :1, :1])
+    if "lora_start_a" in module:
+        lora_a = jnp.concatenate([lora_a, module["lora_start_a"]], axis=-1)
+        lora_b = jnp.concatenate([lora_b, -module["lora_start_b"]], axis=-2)
+    kernel = quant.unpacked(module["kernel"])
+    crossed = jnp.swapaxes(lora_a, -1, -2) @ kernel.astype(jnp.float32)
+    gram = jnp.swapaxes(lora_a, -1, -2) @ lora_a
+    squares = 2 * scale * crossed * lora_b + scale**2 * (gram @ lora_b) * lora_b
+    return jnp.sqrt(jnp.maximum(module["lora_base_norm"] ** 2 + jnp.sum(squares, axis=-2), 0))
+
+
+def base_norms(kernel: Kernel) -> Float[Array, "*stack N"]:
+    """‖kernel‖ of every output, float32."""
+    return jnp.sqrt(jnp.sum(quant.unpacked(kernel).astype(jnp.float32) ** 2, axis=-2))
+
+
+def gains(module: Params) -> Float[Array, "*stack N"]:
+    """DoRA's factor of every output, its magnitude over its present length (no gradient flows through the length)."""
+    factor = module["lora_magnitude"] / jax.lax.stop_gradient(column_norms(module))
+    if "lora_rank" in module:  # layers of a stack that are not adapted
+        factor = jnp.where(module["lora_rank"][..., None] > 0, factor, 1)
+    return factor
+
+
 def _merge_module(path: str, module: Params) -> Params:
     if not any(is_adapter(name) for name in module):
         return module
@@ -77,7 +112,10 @@ def _merge_module(path: str, module: Params) -> Params:
     changed = {name for name in base if name in MAIN or f"{TRAINED}{name}" in module or name == "bias"}
     alone = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)} - base.keys()
     base |= {name: module[f"{TRAINED}{name}"] for name in alone}
-    return base | {name: merged_leaf(module, name) for name in changed}
+    merged = {name: merged_leaf(module, name) for name in changed}
+    if isinstance(base.get("kernel"), quant.Rounded):
+        merged["kernel"] = dataclasses.replace(base["kernel"], array=merged["kernel"])
+    return base | merged
 
 
 def _with_update(weight: jax.Array, module: Params) -> jax.Array:

@@ -12,8 +12,7 @@ import numpy as np
 from jlora import quant, tree
 from jlora.lora import starts
 from jlora.lora.config import LoraConfig
-from jlora.lora.linear import base_norms, column_norms
-from jlora.lora.merge import TIED_HEADS
+from jlora.lora.merge import TIED_HEADS, base_norms, column_norms
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.lora.targets import Candidate, InputAxes, Target, find_targets, matches, module_names, saves
 from jlora.types import Params
@@ -185,7 +184,7 @@ def _saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Ar
         if any(hits) and not all(hits):
             raise ValueError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
         if all(hits):
-            dense = quant.dequantize(leaf) if quant.is_packed(leaf) else leaf
+            dense = quant.unpacked(leaf)
             copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
             full = module_names(module, leaf.shape[0])[0]
             used |= {item for item in config.modules_to_save if full.endswith(item)}

@@ -84,7 +84,7 @@ def _one(
     config: LoraConfig, kernel: Any, original: Any, gradient: Any, rank: int, scale: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     start = str(config.init_lora_weights)
-    dense = (quant.dequantize(kernel) if quant.is_packed(kernel) else kernel).astype(jnp.float32)
+    dense = quant.unpacked(kernel).astype(jnp.float32)
     if rank * (2 if start == "lora_ga" else 1) > min(dense.shape):
         raise ValueError(f"init_lora_weights={start!r}: rank {rank} is more than a kernel {dense.shape} has")
     if start == "loftq":  # PEFT does not divide by the scale here
@@ -162,7 +162,7 @@ def kernel_gradients(loss: Callable[[Params], jax.Array], params: Params, config
         path = f"{target.path}/kernel"
         if path not in flat:
             continue
-        kernel = quant.dequantize(flat[path]) if quant.is_packed(flat[path]) else flat[path]
+        kernel = quant.unpacked(flat[path])
 
         def of_kernel(kernel: jax.Array, path: str = path) -> jax.Array:
             return loss(tree.unflatten(flat | {path: kernel}))

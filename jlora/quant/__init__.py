@@ -1,11 +1,12 @@
 """Packed 4- and 8-bit arrays, their matmul, and the rules for which leaves are packed."""
 
 from jlora.quant.config import QuantConfig, as_config, leaf_format
-from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize
+from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize, unpacked
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.matmul import grouped_matmul, matmul
 from jlora.quant.mixed import candidates, choose, weight_damage
+from jlora.quant.rounded import Rounded, straight_through
 
 __all__ = [
     "FORMATS",
@@ -13,6 +14,7 @@ __all__ = [
     "PackedArray",
     "PackedInt8",
     "QuantConfig",
+    "Rounded",
     "as_config",
     "candidates",
     "choose",
@@ -22,5 +24,7 @@ __all__ = [
     "leaf_format",
     "matmul",
     "quantize",
+    "straight_through",
+    "unpacked",
     "weight_damage",
 ]

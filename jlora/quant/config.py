@@ -19,10 +19,13 @@ class QuantConfig:
         rules: formats by path; paths that no rule matches stay as they are. A rule may name a layer or not:
             "layers/0/mlp/down_proj/kernel" is that of the first layer, "layers/mlp/down_proj/kernel" all of them.
         double_quant: block scales of 4-bit formats in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits).
+        merge_aware: kernels stay in 16 or 32 bits and are packed, update and all, whenever they are used (`Rounded`),
+            so that the packed sum of base and adapter is the model that was trained.
     """
 
     rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES
     double_quant: bool = True
+    merge_aware: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted({str(fmt) for _, fmt in self.rules if fmt is not None and fmt not in FORMATS})

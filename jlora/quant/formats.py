@@ -8,10 +8,11 @@ from jaxtyping import Array, Float
 from jlora.quant import four_bit, int8
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
+from jlora.quant.rounded import Rounded
 
 FORMATS = (*four_bit.CODEBOOKS, "int8")
 
-PackedArray = Packed4bit | PackedInt8
+PackedArray = Packed4bit | PackedInt8 | Rounded
 
 
 def is_packed(leaf: Any) -> bool:
@@ -44,4 +45,13 @@ def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> 
     Args:
         dtype: of the result, when it is to differ from the leaf's.
     """
+    if isinstance(leaf, Rounded):
+        leaf = leaf.packed()
     return int8.unpack(leaf, dtype) if isinstance(leaf, PackedInt8) else four_bit.unpack(leaf, dtype)
+
+
+def unpacked(leaf: Any) -> Any:
+    """The array that updates are added to: of a packed value the dequantised one, an array itself."""
+    if isinstance(leaf, Rounded):
+        return leaf.array
+    return dequantize(leaf) if is_packed(leaf) else leaf

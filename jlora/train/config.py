@@ -65,6 +65,11 @@ class ModelSource:
     quant: str | QuantConfig | None = None
     adapter: str | None = None
 
+    @property
+    def merges_packed(self) -> bool:
+        """Whether the adapter is trained to be packed together with the base."""
+        return isinstance(self.quant, QuantConfig) and self.quant.merge_aware
+
     def __post_init__(self) -> None:
         faults = []
         if not self.path:
@@ -193,6 +198,10 @@ class RunConfig:
             faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
         if self.train.eval_every and not (self.data.eval_path or task):
             faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        if self.model.merges_packed and self.lora.lora_dropout:
+            faults.append(
+                "lora.lora_dropout: the packed sum of base and adapter (merge_aware) cannot drop inputs; set 0"
+            )
         if self.train.eval_on_start and not self.train.eval_every:
             faults.append("train.eval_on_start: has no effect without train.eval_every")
         rows = self.mesh.data * self.mesh.fsdp

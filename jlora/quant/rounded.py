@@ -1,0 +1,67 @@
+"""Kernels that are packed when they are used: what training must see for the packed sum to be what was trained."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jlora.quant import four_bit, int8
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["format", "double_quant"])
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """A kernel [..., D, N] in 16 or 32 bits that computes as its packed form does.
+
+    An adapter's update is added to the array before packing (`jlora.lora.linear`), and `jlora.lora.merge` leaves the
+    packed sum.
+    """
+
+    array: Any
+    format: str
+    double_quant: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.array.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.array.shape))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    def packed(self, array: Float[Array, "*stack D N"] | None = None) -> four_bit.Packed4bit | int8.PackedInt8:
+        """The packed form of the array, or of another in its place."""
+        array = self.array if array is None else array
+        if self.format == "int8":
+            return int8.pack(array)
+        return four_bit.pack(array, self.format, double_quant=self.double_quant)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def straight_through(array: jax.Array, format: str, double_quant: bool) -> jax.Array:
+    """What the packed array stands for; its gradient is taken for the array's (Bengio et al. 2013)."""
+    packed = Rounded(array, format, double_quant).packed()
+    return int8.unpack(packed, None) if isinstance(packed, int8.PackedInt8) else four_bit.unpack(packed, None)
+
+
+def _forward(array: jax.Array, format: str, double_quant: bool) -> tuple[jax.Array, None]:
+    return straight_through(array, format, double_quant), None
+
+
+def _backward(format: str, double_quant: bool, residuals: None, grad: jax.Array) -> tuple[jax.Array]:
+    return (jnp.asarray(grad),)
+
+
+straight_through.defvjp(_forward, _backward)

@@ -1,0 +1,42 @@
+"""A merge-aware run: the folder that it is exported to is packed, and computes what the run ended with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jlora import hub
+from jlora.cli.main import main
+from jlora.train import resolve, run
+from jlora.train.restore import load_run
+
+
+def test_a_run_ends_in_a_folder_that_bitsandbytes_opens_with_the_trained_outputs(model_folder, tmp_path):
+    data = tmp_path / "train.jsonl"
+    records = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(40)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {
+        "model": {"path": model_folder, "dtype": "float32", "quant": {"merge_aware": True}},
+        "data": {"path": str(data)},
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "optim": {"learning_rate": 1e-2, "schedule": "constant"},
+        "train": {"steps": 8, "batch_size": 4, "seq_len": 32},
+    }
+    with pytest.raises(ValueError, match="lora_dropout: the packed sum of base and adapter"):
+        resolve(settings | {"lora": {"lora_dropout": 0.1}})
+    last = run(resolve(settings), tmp_path / "run")
+    assert last["loss"] < 4
+    assert main(["export", f"--workdir={tmp_path / 'run'}", "--merged", f"--out={tmp_path / 'packed'}"]) == 0
+    _, model, params = load_run(tmp_path / "run")
+    tokens = np.random.default_rng(0).integers(1, 60, (2, 9)).astype(np.int32)
+    expected = np.asarray(model(params, tokens))
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert opened.config.quantization_config.quant_method == "bitsandbytes"
+    found = opened(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    adapter = ["--quant=nf4", "--lossy", f"--adapter={tmp_path / 'run' / 'adapter'}", f"--out={tmp_path / 'merged'}"]
+    assert main(["merge", f"--model={model_folder}", "--dtype=float32", *adapter]) == 0
+    model, again = hub.load(tmp_path / "merged", dtype="float32")
+    np.testing.assert_allclose(model(again, tokens), expected, atol=1e-4)

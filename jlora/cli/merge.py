@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 import jax.numpy as jnp
+import rich.console
+import rich.progress
 
 from jlora import data, hub, lora, quant, tree
 from jlora.cli.model import rank
@@ -25,6 +27,8 @@ PROBES = (
 
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
+    if any(argument.startswith("--recipe") for argument in arguments):
+        return _run_recipe(_recipe_parser().parse_args(arguments))
     options = _parser().parse_args(arguments)
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
@@ -54,6 +58,28 @@ def run(arguments: list[str]) -> int:
         hub.save_model(options.out, model, merged, tokenizer=tokenizer)
     print(f"merged model: {options.out}")
     return 0
+
+
+def _run_recipe(options: argparse.Namespace) -> int:
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("tensors", total=None)
+        hub.merge_models(
+            options.recipe, options.out, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(f"merged model: {options.out}")
+    return 0
+
+
+def _recipe_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora merge",
+        usage="jlora merge --recipe=FILE.yaml --out=DIR",
+        description="Combine whole models, tensor by tensor, as a recipe in mergekit's form says.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="merge_method, models or slices, …")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    return parser
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -96,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="jlora merge",
         description="Bake an adapter, or what a method makes of several, into the model; say what that keeps.",
         epilog="Sums are formed in float32 on the unpacked base and rounded once. The base itself is not changed: to "
-        "unmerge is to use it again.",
+        "unmerge is to use it again. `jlora merge --recipe=FILE.yaml --out=DIR` combines whole models instead.",
         allow_abbrev=False,
     )
     parser.add_argument(

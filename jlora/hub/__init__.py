@@ -4,6 +4,7 @@ from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import convert_adapter
 from jlora.hub.export import save_model
 from jlora.hub.load import checkpoint_dtype, load
+from jlora.hub.model_merge import merge_models
 from jlora.hub.peft import save_adapter
 from jlora.hub.quantized import save_quantized
 from jlora.hub.source import Source, open_source
@@ -16,6 +17,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "merge_models",
     "open_source",
     "save_adapter",
     "save_model",

@@ -18,7 +18,7 @@ class Rule:
         prune: which values each change keeps: the largest ("magnitude"), or any, divided by their share ("random",
             DARE, Yu et al. 2024); None: all.
         elect: a value counts only where its sign is that of the majority (TIES, Yadav et al. 2023).
-        average: what is left is divided by the weights that took part.
+        average: the sum is divided by the weights that took part in it.
     """
 
     prune: Literal["magnitude", "random"] | None = None
@@ -40,7 +40,7 @@ def add_changes(
     weights: Sequence[int | float],
     rule: Rule,
     *,
-    density: int | float = 1.0,
+    density: int | float | Sequence[int | float] = 1.0,
     majority_sign_method: Sign = "total",
     generator: np.random.Generator | None = None,
     as_peft: bool = False,
@@ -51,22 +51,27 @@ def add_changes(
     The majority is that of the weighted changes, by their sum ("total") or by number ("frequency").
 
     Args:
+        density: the share of values that pruning keeps, of all changes or of each.
         as_peft: as PEFT defines them (`peft.utils.merge_utils`): the majority is that of the changes without their
             weights, and where there is one, the sum is divided by how many took part.
     """
-    pruned = np.stack([_pruned(change, rule, density, generator) for change in changes])
+    densities = density if isinstance(density, Sequence) else [density] * len(changes)
+    pruned = np.stack(
+        [_pruned(change, rule, share, generator) for change, share in zip(changes, densities, strict=True)]
+    )
     column = np.array(weights, np.float32).reshape(-1, *(1,) * (pruned.ndim - 1))
     weighted = pruned * column
-    if not rule.elect:
-        return weighted.sum(axis=0)
-    agreeing = _majority(pruned if as_peft else weighted, majority_sign_method)
+    if rule.elect:
+        agreeing = _majority(pruned if as_peft else weighted, majority_sign_method)
+    else:
+        agreeing = np.ones((), bool)
     total = (weighted * agreeing).sum(axis=0)
-    if as_peft:
+    if as_peft and rule.elect:
         return total / np.maximum(agreeing.sum(axis=0), 1)
     if not rule.average:
         return total
     divisor = (column * agreeing).sum(axis=0)
-    return total / np.where(divisor == 0, 1, divisor)
+    return total / np.where(np.abs(divisor) < 1e-8, 1, divisor)
 
 
 def _pruned(change: np.ndarray, rule: Rule, density: int | float, generator: np.random.Generator | None) -> np.ndarray:

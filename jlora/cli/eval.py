@@ -5,16 +5,16 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jlora import data
+from jlora import data, hub, lora
 from jlora.cli.model import add_model_options, load_model, positive
 from jlora.models import Model
-from jlora.train import reward_model
+from jlora.train import forgetting, reward_model
 from jlora.train.evaluate import evaluate, load_metric
 from jlora.types import Params
 
@@ -34,17 +34,27 @@ def run(arguments: list[str]) -> int:
     if options.pairs:
         _show(options, _compare(options, model, params, tokenizer, records))
         return 0
-    numbers, answers = evaluate(
-        model,
-        params,
-        tokenizer,
-        records,
-        metric=metric,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        seq_len=options.seq_len,
-        generate_texts=not options.loss_only,
-    )
+
+    def measure(params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return evaluate(
+            model,
+            params,
+            tokenizer,
+            records,
+            metric=metric,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            seq_len=options.seq_len,
+            generate_texts=not options.loss_only,
+        )
+
+    if options.against:
+        _show_changes(options, _changes(options, model, params, tokenizer, records, measure))
+        return 0
+    if options.scales:
+        _sweep(options, model, params, tokenizer, records, measure)
+        return 0
+    numbers, answers = measure(params)
     if options.answers:
         _write_answers(pathlib.Path(options.answers), answers)
     _show(options, numbers)
@@ -58,9 +68,20 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
         "--loss_only": options.loss_only,
     }
     idle = [name for name, value in given.items() if value] if options.pairs else []
-    idle += ["--plot"] if options.plot and not options.pairs else []
     if idle:
-        raise ValueError(f"{', '.join(idle)} has no effect {'with' if options.pairs else 'without'} --pairs")
+        raise ValueError(f"{', '.join(idle)} has no effect with --pairs")
+    if options.plot and not (options.pairs or options.scales):
+        raise ValueError("--plot has no effect without --pairs or --scales")
+    if sum(map(bool, (options.pairs, options.against, options.scales))) > 1:
+        raise ValueError("--pairs, --against and --scales do not go together")
+    if (options.against == "base" or options.scales) and not options.adapter:
+        raise ValueError(
+            f"--{'scales' if options.scales else 'against=base'} needs --adapter: without one there is no base"
+        )
+    if (options.general or options.questions) and not (options.against or options.scales):
+        raise ValueError("--general and --questions have no effect without --against or --scales")
+    if options.answers and (options.against or options.scales):
+        raise ValueError("--answers has no effect with --against or --scales")
     return data.read_preferences(options.data, "pairs") if options.pairs else data.read_records(options.data)
 
 
@@ -73,6 +94,83 @@ def _compare(
     if options.plot:
         reward_model.draw_calibration(pathlib.Path(options.plot), metrics)
     return reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)}
+
+
+Measure = Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]
+
+
+def _sets(options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured beside the task."""
+    return {
+        "general": data.read_records(options.general or str(forgetting.GENERAL)),
+        "questions": forgetting.read_questions(options.questions or forgetting.QUESTIONS),
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+    }
+
+
+def _changes(
+    options: argparse.Namespace,
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    records: list[dict[str, Any]],
+    measure: Measure,
+) -> list[forgetting.Change]:
+    """The model against its base, or against another."""
+    sets = _sets(options)
+    before = lora.strip(params)
+    if options.against != "base":
+        other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant)
+        if other.config != model.config:
+            raise ValueError(f"{options.against} and {options.model} are not models of one architecture")
+    scores: tuple[dict[str, list[float]], ...] = ({}, {})
+    if not options.loss_only:
+        found = [measure(one)[1] for one in (before, params)]
+        names = [name for name in found[0][0] if name not in ("id", "prompt", "target", "text")]
+        scores = tuple({name: [answer[name] for answer in answers] for name in names} for answers in found)
+    return forgetting.compare(model, before, params, tokenizer, task=records, scores=scores, **sets)
+
+
+def _show_changes(options: argparse.Namespace, changes: Sequence[forgetting.Change]) -> None:
+    if options.json:
+        print(json.dumps({change.measure: change._asdict() for change in changes}))
+        return
+    table = Table("measure", "before", "after", "change", "95 % interval", "")
+    for change in changes:
+        interval = f"{change.low:+.4f} to {change.high:+.4f}"
+        difference = f"{change.after - change.before:+.4f}"
+        clear = "" if change.is_clear else "within chance"
+        table.add_row(change.measure, f"{change.before:.4f}", f"{change.after:.4f}", difference, interval, clear)
+    table.title = f"{options.model} + {options.adapter or 'nothing'} against {options.against}"
+    Console().print(table)
+
+
+def _sweep(
+    options: argparse.Namespace,
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    records: list[dict[str, Any]],
+    measure: Measure,
+) -> None:
+    """The table of a sweep, and its plot where one is asked for."""
+
+    def scores(params: Params) -> dict[str, float]:
+        numbers = {} if options.loss_only else measure(params)[0]
+        known = ("loss", "perplexity", "token_accuracy", "tokens", "n")
+        return {name: value for name, value in numbers.items() if name not in known}
+
+    rows = forgetting.sweep(model, params, tokenizer, options.scales, task=records, measure=scores, **_sets(options))
+    if options.plot:
+        forgetting.draw_sweep(pathlib.Path(options.plot), rows)
+    if options.json:
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" for value in row.values()))
+    Console().print(table)
 
 
 def _show(options: argparse.Namespace, numbers: Mapping[str, float]) -> None:
@@ -112,6 +210,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loss_only", action="store_true", help="generate no texts")
     parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts there")
     parser.add_argument("--pairs", action="store_true", help="of a reward model: accuracy on prompt, chosen, rejected")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --pairs: draw how far its probabilities hold")
+    parser.add_argument(
+        "--against",
+        metavar="base|MODEL",
+        help="compare with the model without its adapter, or with another: on --data, on general text and questions",
+    )
+    parser.add_argument(
+        "--scales", metavar="X", type=float, nargs="+", help="the same measures with the adapter's update times each X"
+    )
+    parser.add_argument("--general", metavar="FILE.jsonl", help="general texts as records (default: 16 that jlora has)")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE.jsonl",
+        help="objects with question, choices and answer, the right one's number (default: 48 that jlora has)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw how far a reward model's probabilities hold (--pairs), or the --scales"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     return parser

@@ -101,6 +101,19 @@ def overlay(params: Params, adapter: Params) -> Params:
     return combine(strip(params), adapter)
 
 
+def scaled(params: Params, factor: int | float) -> Params:
+    """The params with every update times a factor: 0 is the base, 1 the adapter as it is.
+
+    Raises:
+        ValueError: leaves that are not added to the base (DoRA's magnitudes, trained copies); all are listed.
+    """
+    flat = tree.flatten(params)
+    others = (*("lora_magnitude", "lora_tokens"), TRAINED)
+    if kept := sorted(path for path in flat if path.rpartition("/")[2].startswith(others)):
+        raise ValueError("only updates that are added to the base have a scale; found\n  " + "\n  ".join(kept))
+    return tree.map_with_path(lambda path, leaf: leaf * factor if path.endswith("/lora_scale") else leaf, params)
+
+
 def resolve(module: Params) -> Params:
     """A module's leaves as they are to be used: trained copies in the place of what they were copied from."""
     copies = {name.removeprefix(TRAINED): leaf for name, leaf in module.items() if name.startswith(TRAINED)}

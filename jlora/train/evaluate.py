@@ -4,13 +4,16 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from jlora import data
 from jlora.generate import generate
-from jlora.losses import TokenSums, cross_entropy
+from jlora.losses import token_scores
 from jlora.models import Model
 from jlora.sharding import put_batch
 from jlora.train.pyfile import load_function
@@ -77,17 +80,45 @@ def completion_loss(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """`loss`, `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
+    sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    loss, correct, tokens = (math.fsum(map(float, values)) for values in sums)
+    mean = loss / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "token_accuracy": correct / tokens, "tokens": tokens}
+
+
+class RecordSums(NamedTuple):
+    """Sums over each record's completion tokens: of -log p, of 1 where the target is the likeliest, and of 1."""
+
+    loss: Float[np.ndarray, "N"]
+    correct: Float[np.ndarray, "N"]
+    tokens: Float[np.ndarray, "N"]
+
+
+def record_sums(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    records: Sequence[dict[str, Any]],
+    *,
+    batch_size: int = 8,
+    seq_len: int = 512,
+    mesh: jax.sharding.Mesh | None = None,
+) -> RecordSums:
+    """What the model makes of each record, in the records' order; longer ones than `seq_len` lose their end."""
     examples, _ = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
     lengths = [len(example.tokens) for example in examples]
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]
     steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
-    batches = (data.collate(examples, step) for step in steps)
-    sums = [_token_sums(model, params, put_batch(batch, mesh) if mesh else batch) for batch in batches]
-    loss, correct, tokens = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True))
-    mean = loss / tokens
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return {"loss": mean, "perplexity": perplexity, "token_accuracy": correct / tokens, "tokens": tokens}
+    found = np.zeros((3, len(records)), np.float64)
+    for step in steps:
+        batch = data.collate(examples, step)
+        sums = np.asarray(_row_sums(model, params, put_batch(batch, mesh) if mesh else batch))
+        for row, members in enumerate(step.rows):
+            for member in members:
+                found[:, order[member]] = sums[:, row]
+    return RecordSums(*found)
 
 
 def load_metric(path: str | pathlib.Path) -> Metric:
@@ -100,10 +131,14 @@ def load_metric(path: str | pathlib.Path) -> Metric:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> TokenSums:
+def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Float[Array, "3 B"]:
     rows = {name: values[0] for name, values in batch.items()}
     hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], rows["segment_ids"])
-    return cross_entropy(model.project, model.head(params), hidden, rows["targets"], rows["weights"])
+    weights = rows["weights"]
+    scores = token_scores(model.project, model.head(params), hidden, rows["targets"], weights)
+    return jnp.stack(
+        [jnp.sum(part, axis=1) for part in (-scores.log_probs * weights, scores.correct * weights, weights)]
+    )
 
 
 def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None) -> dict[str, float]:

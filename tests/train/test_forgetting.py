@@ -1,0 +1,126 @@
+"""What fine-tuning cost: likelihoods by transformers, intervals by hand, and the command around them."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jlora
+from jlora import data, hub, lora, tree
+from jlora.cli.main import main
+from jlora.train import forgetting
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder):
+    model, params = hub.load(model_folder, dtype="float32")
+    frozen, trainable = lora.split(lora.init(params, jlora.LoraConfig(r=3), jax.random.key(0)))
+    trainable = tree.map_with_path(lambda path, leaf: leaf + 0.05 if path.endswith("lora_b") else leaf, trainable)
+    return model, lora.combine(frozen, trainable), hub.load_tokenizer(model_folder)
+
+
+QUESTIONS = [
+    {"question": "two?", "choices": ["2", "two twos", "3"], "answer": 0},
+    {"question": "a longer one, with more words?", "choices": ["yes", "no"], "answer": 1},
+]
+
+
+def log_prob(model, tokenizer, prompt, text):
+    """By transformers: of `text` and the end of the text after `prompt`."""
+    record = {"prompt": prompt, "completion": text}
+    (example,), _ = data.encode([record], tokenizer, seq_len=512)
+    tokens, marked = np.asarray(example.tokens), np.asarray(example.trained)
+    logits = model(torch.tensor(tokens[None], dtype=torch.long)).logits[0].detach().double()
+    scores = torch.log_softmax(logits[:-1], dim=-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:]).long()]
+    return float(scores[torch.tensor(marked[1:].astype(bool))].sum())
+
+
+def test_the_likeliest_choice_is_the_answer(loaded, model_folder):
+    model, params, tokenizer = loaded
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    found = forgetting.answers(model, lora.strip(params), tokenizer, QUESTIONS, batch_size=4, seq_len=128)
+    for right, one in zip(found, QUESTIONS, strict=True):
+        scores = [log_prob(theirs, tokenizer, f"Question: {one['question']}\nAnswer:", f" {c}") for c in one["choices"]]
+        assert right == (int(np.argmax(scores)) == one["answer"])
+    flipped = [one | {"answer": (one["answer"] + 1) % len(one["choices"])} for one in QUESTIONS]
+    assert not (found & forgetting.answers(model, lora.strip(params), tokenizer, flipped)).any()
+
+
+def test_changes_come_with_an_interval_that_chance_explains(loaded):
+    model, params, tokenizer = loaded
+    records = [{"prompt": f"{i}", "completion": f" then {i + 1}"} for i in range(12)]
+    base = lora.strip(params)
+    same, task = forgetting.compare(
+        model, base, params, tokenizer, general=records, scores=({"hit": [0.0, 1.0] * 8}, {"hit": [1.0, 1.0] * 8})
+    )
+    assert (same.measure, task.measure) == ("general loss", "hit")
+    sums = [forgetting.record_sums(model, one, tokenizer, records) for one in (base, params)]
+    for found, one in zip((same.before, same.after), sums, strict=True):
+        assert found == pytest.approx(one.loss.sum() / one.tokens.sum())
+    assert same.low < same.after - same.before < same.high
+    assert (task.before, task.after) == (0.5, 1.0) and 0.2 < task.low < 0.5 < task.high < 0.8 and task.is_clear
+    nothing = forgetting.compare(model, base, base, tokenizer, general=records)[0]
+    assert (nothing.low, nothing.high) == (0, 0) and not nothing.is_clear
+
+
+def test_a_scale_of_0_is_the_base_and_1_the_adapter(loaded):
+    model, params, tokenizer = loaded
+    records = [{"prompt": f"{i}", "completion": f" then {i + 1}"} for i in range(5)]
+    rows = forgetting.sweep(model, params, tokenizer, [0, 0.5, 1], task=records, general=records, questions=QUESTIONS)
+    base, tuned = (forgetting.record_sums(model, one, tokenizer, records) for one in (lora.strip(params), params))
+    assert rows[0]["task loss"] == pytest.approx(base.loss.sum() / base.tokens.sum(), rel=1e-6)
+    assert rows[2]["task loss"] == pytest.approx(tuned.loss.sum() / tuned.tokens.sum(), rel=1e-5)
+    assert len({row["general loss"] for row in rows}) == 3
+    with pytest.raises(ValueError, match="only updates that are added to the base have a scale"):
+        lora.scaled({"q": {"kernel": np.ones((2, 2)), "lora_magnitude": np.ones(2)}}, 0.5)
+
+
+def test_the_sets_that_come_with_jlora_hold():
+    questions = forgetting.read_questions(forgetting.QUESTIONS)
+    assert len(questions) == 48 and len({one["question"] for one in questions}) == 48
+    assert all(len(one["choices"]) == len(set(one["choices"])) == 4 for one in questions)
+    assert len(data.read_records(str(forgetting.GENERAL))) == 16
+
+
+def test_questions_that_are_none_are_all_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"question": "a", "choices": ["x"], "answer": 1}\nno\n{"question": "b", "choices": ["x"], "answer": 0}\n'
+    )
+    with pytest.raises(ValueError) as error:
+        forgetting.read_questions(path)
+    assert f"{path}:1: expected question" in str(error.value) and f"{path}:2" in str(error.value)
+    assert f"{path}:3" not in str(error.value)
+
+
+def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys):
+    _, params, _ = loaded
+    hub.save_adapter(tmp_path / "adapter", params, base=str(model_folder))
+    (tmp_path / "task.jsonl").write_text('{"prompt": "1", "completion": " 2"}\n{"prompt": "2", "completion": " 3"}\n')
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    common = ["eval", f"--model={model_folder}", f"--data={tmp_path / 'task.jsonl'}", "--json"]
+    sets = [f"--general={tmp_path / 'task.jsonl'}", f"--questions={tmp_path / 'q.jsonl'}", "--max_new_tokens=2"]
+    adapter = f"--adapter={tmp_path / 'adapter'}"
+    assert main([*common, adapter, "--against=base", *sets]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"task loss", "general loss", "questions right", "exact_match"}
+    assert found["task loss"]["before"] != found["task loss"]["after"]
+    assert main([*common, f"--against={model_folder}", *sets, "--loss_only"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task loss"]["low"] == found["task loss"]["high"] == 0
+    plot = tmp_path / "sweep.png"
+    assert main([*common, adapter, "--scales", "0", "1", f"--plot={plot}", *sets, "--loss_only"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["scale"] for row in rows] == [0, 1] and plot.read_bytes().startswith(b"\x89PNG")
+    assert math.isfinite(rows[1]["task loss"])
+    for arguments, words in (
+        (["--against=base"], "needs --adapter"),
+        ([adapter, "--general=x.jsonl"], "have no effect without --against or --scales"),
+        ([adapter, "--scales", "1", "--against=base"], "do not go together"),
+    ):
+        assert main([*common, *arguments]) == 2
+        assert words in capsys.readouterr().err

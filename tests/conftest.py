@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import tokenizers
+import torch
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -96,3 +97,24 @@ def byte_tokenizer():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, byte_tokenizer):
+    """The folder of a tiny Llama with random weights."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return str(folder)

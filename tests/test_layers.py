@@ -13,7 +13,7 @@ LEVELS = (
     ("hub", "data", "losses", "optim"),
     ("checkpoint", "generate"),
     ("train",),
-    ("cli",),
+    ("cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 # The front door: they re-export what lies below, and nothing in the package imports from them.

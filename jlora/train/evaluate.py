@@ -107,11 +107,24 @@ def record_sums(
 ) -> RecordSums:
     """What the model makes of each record, in the records' order; longer ones than `seq_len` lose their end."""
     examples, _ = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
+    return example_sums(model, params, examples, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+
+
+def example_sums(
+    model: Model,
+    params: Params,
+    examples: Sequence[data.Example],
+    *,
+    batch_size: int,
+    seq_len: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> RecordSums:
+    """What the model makes of each example, in their order."""
     lengths = [len(example.tokens) for example in examples]
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]
     steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
-    found = np.zeros((3, len(records)), np.float64)
+    found = np.zeros((3, len(order)), np.float64)
     for step in steps:
         batch = data.collate(examples, step)
         sums = np.asarray(_row_sums(model, params, put_batch(batch, mesh) if mesh else batch))

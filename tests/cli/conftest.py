@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-import transformers
 
 from jlora.cli.main import main
 
@@ -12,26 +10,6 @@ RECORDS = [
     {"messages": [{"role": "user", "content": f"{i}+{i}="}, {"role": "assistant", "content": str(2 * i)}]}
     for i in range(12)
 ]
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, byte_tokenizer):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_everything_missing_is_named_at_once():
         (
             {"qqq": 3},
             "qqq: unknown key; known here: algorithm, model, lora, data, optim, train, mesh, "
-            "dpo, cpo, orpo, kto, reward, rollout, grpo, ppo",
+            "dpo, cpo, orpo, kto, reward, rollout, grpo, ppo, adapters",
         ),
         ({"modle": ConfigDict({"path": "x"})}, "modle.path: unknown key; did you mean model.path?"),
         ({"mesh__qqq": 3}, "mesh.qqq: unknown key; known here: mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence"),

@@ -1,0 +1,163 @@
+"""lm-evaluation-harness on jlora's models: packed, sharded and adapted params are evaluated as they are.
+
+    import lm_eval
+    from jlora.harness import JaxLM
+
+    lm_eval.simple_evaluate(JaxLM(model, params, tokenizer), tasks=["hellaswag"], limit=100)
+
+Needs the extra `harness`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora.data import Example
+from jlora.generate import generate
+from jlora.lora import Bank
+from jlora.models import Model
+from jlora.train.evaluate import example_sums
+from jlora.types import Params, require
+
+TemplateLM: Any = require("lm_eval.api.model", "harness").TemplateLM
+utils: Any = require("lm_eval.utils", "harness")
+
+# What a request may say of how to generate: the names of transformers, and the harness's own.
+GENERATION = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+
+
+class JaxLM(TemplateLM):
+    """A model and its params as the harness sees them; likelihoods and texts are those of its Hugging Face class.
+
+    Args:
+        params: with an adapter or without, packed or not.
+        batch_size: rows at a time.
+        max_length: tokens of a row; longer requests lose their start, as in the harness. Default: as many as the model
+            has positions, at most 2,048.
+        mesh: splits the rows of likelihoods, as in training.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(params, Bank):
+            raise TypeError("params: found a bank; give one adapter's (Bank.alone)")
+        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
+        self.max_length = max_length or min(model.config.max_position_embeddings, 2048)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's end of text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the beginning of text, where the tokenizer has one."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for the harness's cache."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a text that begins with the beginning of text gets no second one."""
+        if add_special_tokens is None:
+            begin = self.tokenizer.decode([self.prefix_token_id])
+            add_special_tokens = not string.startswith(begin)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding would give it) of each request."""
+        examples = []
+        for _, context, continuation in requests:
+            tokens = np.array((context + continuation)[-(self.max_length + 1) :], np.int32)
+            examples.append(Example(tokens, np.arange(len(tokens)) >= len(tokens) - len(continuation)))
+        sums = example_sums(
+            self.model,
+            self.params,
+            examples,
+            batch_size=self.batch_size,
+            seq_len=self.max_length + 1,
+            mesh=self.mesh,
+        )
+        return [
+            (-float(loss), bool(correct == tokens))
+            for loss, correct, tokens in zip(sums.loss, sums.correct, sums.tokens, strict=True)
+        ]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of whole texts, in windows of `max_length` tokens that do not overlap."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            rolled = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, rolled):
+                windows.append((None, *window))
+                owners.append(owner)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [score for score, _ in self._loglikelihood_tokens(windows)])
+        return totals.tolist()
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text after each prompt, up to what its request stops at."""
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
+        for numbers in groups.values():
+            asked = requests[numbers[0]].args[1]
+            if unknown := sorted(set(asked) - set(GENERATION)):
+                raise ValueError(f"generation: found {', '.join(unknown)}, known are {', '.join(GENERATION)}")
+            sampled = asked.get("do_sample", False)
+            found = generate(
+                self.model,
+                self.params,
+                self.tokenizer,
+                [requests[number].args[0] for number in numbers],
+                max_new_tokens=asked.get("max_gen_toks", asked.get("max_new_tokens", self.max_gen_toks)),
+                temperature=asked.get("temperature", 1.0) if sampled else 0.0,
+                top_k=asked.get("top_k", 0) if sampled else 0,
+                top_p=asked.get("top_p", 1.0) if sampled else 1.0,
+                batch_size=self.batch_size,
+            )
+            until = asked.get("until") or []
+            for number, text in zip(numbers, found, strict=True):
+                texts[number] = _before(text, [until] if isinstance(until, str) else until)
+        return texts
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text

@@ -1,0 +1,98 @@
+"""lm-evaluation-harness gives the same numbers for jlora's model as for transformers'."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jlora import hub
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    from jlora.harness import JaxLM
+
+WORDS = ["the", "old", "map", "showed", "a", "road", "where", "there", "was", "now", "only", "forest", "and", "water"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Settings of one task of each kind, on files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    generator = np.random.default_rng(0)
+
+    def text(count):
+        return " ".join(generator.choice(WORDS, count))
+
+    rows = [
+        {"q": text(3 + i % 5), "choices": [text(2), text(1 + i % 3)], "label": i % 2, "text": text(40)}
+        for i in range(9)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+    }
+    chosen = {
+        "task": "choosing",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}} ",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    rolling = {
+        "task": "rolling",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    }
+    writing = {
+        "task": "writing",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{q}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    return [common | one for one in (chosen, rolling, writing)]
+
+
+def test_numbers_and_texts_are_those_of_the_hugging_face_class(model_folder, tasks):
+    tokenizer = hub.load_tokenizer(model_folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    models = [
+        JaxLM(*hub.load(model_folder, dtype="float32"), tokenizer, batch_size=4, max_length=48),
+        HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=4, max_length=48, device="cpu"),
+    ]
+    settings = dict(bootstrap_iters=0, log_samples=True, random_seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, expected = (lm_eval.simple_evaluate(model, tasks=tasks, **settings) for model in models)
+    for name in ("choosing", "rolling", "writing"):
+        for metric, value in expected["results"][name].items():
+            if isinstance(value, float):
+                assert ours["results"][name][metric] == pytest.approx(value, rel=1e-5), (name, metric)
+        for mine, other in zip(ours["samples"][name], expected["samples"][name], strict=True):
+            for one, two in zip(mine["resps"], other["resps"], strict=True):
+                if name == "writing":
+                    assert one == two
+                else:
+                    np.testing.assert_allclose(np.ravel(one)[0], np.ravel(two)[0], rtol=1e-5)
+    assert any(sample["resps"][0][0] for sample in ours["samples"]["writing"])
+
+
+def test_what_the_harness_may_not_ask_for_is_said(model_folder):
+    class Request:
+        args = ("a", {"until": ["x"], "num_beams": 3})
+
+    lm = JaxLM(*hub.load(model_folder, dtype="float32"), hub.load_tokenizer(model_folder))
+    with pytest.raises(ValueError, match="found num_beams, known are until"):
+        lm.generate_until([Request()])

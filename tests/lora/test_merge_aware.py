@@ -53,8 +53,7 @@ def adapted(params, kind):
     return frozen, tree.map_with_path(moved, trainable)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize(("kind", "format"), [*((kind, "nf4") for kind in KINDS), ("plain", "int8")])
 def test_the_packed_sum_is_what_training_saw(kind, format):
     params = lora.combine(*adapted(rounded(format), kind))
     merged = lora.merge(params)

@@ -34,8 +34,8 @@ class JaxLM(TemplateLM):
     Args:
         params: with an adapter or without, packed or not.
         batch_size: rows at a time.
-        max_length: tokens of a row; longer requests lose their start, as in the harness. Default: as many as the model
-            has positions, at most 2,048.
+        max_length: tokens of a row of likelihoods; longer requests lose their start, as in the harness (prompts to be
+            continued are read whole). Default: as many as the model has positions, at most 2,048.
         mesh: splits the rows of likelihoods, as in training.
     """
 

@@ -239,11 +239,8 @@ def _resolve(settings: Mapping[str, Any], sources: dict[str, Source]) -> Recipe:
     base = settings.get("base_model")
     if method in METHODS and METHODS[method].base and not base:
         faults.append(f"base_model: is required by {method}")
-    raw = [settings["models"]] if "models" in settings else []
-    raw += [part.get("sources", []) for part in settings.get("slices") or [] if isinstance(part, Mapping)]
-    named = [str(entry.get("model")) for part in raw for entry in part or [] if isinstance(entry, Mapping)]
-    if not named:
-        faults.append("models: found none")
+    named, malformed = _named(settings)
+    faults += malformed
     for model in dict.fromkeys([*named, *([str(base)] if base else [])]):
         try:
             sources[model] = open_source(model)
@@ -273,6 +270,29 @@ def _resolve(settings: Mapping[str, Any], sources: dict[str, Source]) -> Recipe:
         tokenizer=str(base) if chosen == "base" else str(chosen),
         seed=int(settings.get("seed", 0)),
     )
+
+
+def _named(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(the models that go in, faults in how they are listed)."""
+    slices = settings.get("slices", [])
+    parts = {"models": settings["models"]} if "models" in settings else {}
+    if isinstance(slices, list):
+        parts |= {
+            f"slices[{i}].sources": part.get("sources") if isinstance(part, Mapping) else part
+            for i, part in enumerate(slices)
+        }
+    faults = [] if isinstance(slices, list) else [f"slices: found {slices!r}, expected a list"]
+    named = []
+    for where, entries in parts.items():
+        if not isinstance(entries, list) or not entries:
+            faults.append(f"{where}: found {entries!r}, expected a list of models")
+            continue
+        for i, entry in enumerate(entries):
+            if isinstance(entry, Mapping) and isinstance(entry.get("model"), str):
+                named.append(entry["model"])
+            else:
+                faults.append(f"{where}[{i}]: found {entry!r}, expected a mapping with model")
+    return named, faults
 
 
 def _slice(where: str, part: Any, sources: Mapping[str, Source], faults: list[str], *, whole: bool) -> Slice:
@@ -305,8 +325,9 @@ def _misfits(method: str, base: Any, slices: Sequence[Slice]) -> list[str]:
             faults.append(f"passthrough takes one model a slice, found {len(part.inputs)}")
         if METHODS[method].base and not others:
             faults.append(f"{method} needs models besides base_model")
-        if len(set(others)) < len(others):
-            faults.append(f"a model is named twice in one slice: {', '.join(others)}")
+        everyone = [input.model for input in part.inputs]
+        if len(set(everyone)) < len(everyone):
+            faults.append(f"a model is named twice in one slice: {', '.join(everyone)}")
     return faults
 
 
@@ -409,6 +430,8 @@ def _settings_of(tensor: _Tensor, plan: Recipe, method: Method) -> tuple[list[di
     def setting(name: str, default: Any, input: Input | None = None, member: str = tensor.name) -> Any:
         for place in (input.parameters if input else {}, tensor.slice.parameters, plan.parameters):
             if name in place and (value := _value(member, place[name], tensor.along)) is not None:
+                if not isinstance(value, int | float):
+                    raise ValueError(f"parameters.{name}: found {value!r}, expected a number (for {member})")
                 return value
         if default is None:
             whose = f" of {input.model}" if input else ""
@@ -436,6 +459,8 @@ def _value(name: str, setting: Any, along: float) -> Any:
         low, share = int(place), place - int(place)
         return (1 - share) * setting[low] + share * setting[min(len(setting) - 1, low + 1)]
     for item in setting:
+        if not isinstance(item, Mapping) or "value" not in item:
+            raise ValueError(f"parameters: found {item!r}, expected a mapping with value, and filter (for {name})")
         if not item.get("filter") or item["filter"] == "*" or item["filter"] in name:
             return _value(name, item["value"], along)
     return None

@@ -257,17 +257,18 @@ class RunConfig:
 
 
 def _foreign(own: Mapping[str, Any]) -> list[str]:
-    """A fault for each setting that all adapters of a run share."""
+    """A fault for each setting that all adapters of a run share, and for what is no group of settings."""
     names = [
         f"{group}.{key}" if isinstance(values, Mapping) else group
         for group, values in own.items()
         for key in (values if isinstance(values, Mapping) and values else (None,))
     ]
     allowed = ", ".join(OWN)
-    return [
+    flat = [name for name, values in own.items() if not isinstance(values, Mapping)]
+    return [f"{name}: found {own[name]!r}, expected a group of settings" for name in flat] + [
         f"{name}: is the same for all adapters of a run; their own may be {allowed}"
         for name in names
-        if name not in OWN and name.partition(".")[0] not in OWN
+        if name not in flat and name not in OWN and name.partition(".")[0] not in OWN
     ]
 
 

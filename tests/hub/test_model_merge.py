@@ -199,6 +199,16 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
         "models, slices: one of them is required",
     )
     fails({"merge_method": "ties", "models": [{"model": one}]}, "base_model: is required by ties")
+    fails({"merge_method": "linear", "models": one}, "models: found", "expected a list of models")
+    fails({"merge_method": "linear", "models": [{"path": one}]}, "models[0]: found", "expected a mapping with model")
+    fails({"merge_method": "passthrough", "slices": [{}]}, "slices[0].sources: found None")
+    twice = [{"model": base, "parameters": {"weight": 1}}] * 2
+    fails({"merge_method": "linear", "base_model": base, "models": twice}, "a model is named twice")
+    for weight, words in (
+        ("much", "found 'much', expected a number"),
+        ([{"filter": "mlp"}], "expected a mapping with value"),
+    ):
+        fails({"merge_method": "linear", "models": [{"model": one, "parameters": {"weight": weight}}]}, words)
     weights = {"weight": 1.0}
     fails(
         {"merge_method": "linear", "models": [{"model": one, "parameters": weights}, {"model": deep}]},

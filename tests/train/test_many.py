@@ -114,6 +114,10 @@ def test_dropout_and_dora_differ_between_adapters_as_between_runs(settings, tmp_
         ({"adapters": {"a": {"train": {"steps": 4}}}}, r"adapters\['a'\]: train.steps: is the same for all adapters"),
         ({"adapters": {"a": {"lora": {"rank": 4}}}}, r"adapters\['a'\]: lora.rank: unknown key; did you mean lora.r"),
         ({"adapters": {"../a": {}}}, r"found the name '../a', expected letters"),
+        (
+            {"adapters": {"a": {"data": "a.jsonl"}}},
+            r"adapters\['a'\]: data: found 'a.jsonl', expected a group of settings",
+        ),
         ({"algorithm": "dpo"}, "several are trained side by side by sft; train those of dpo alone"),
         (
             {"adapters": {"a": {"lora": {"use_dora": True}}, "b": {}}},

@@ -100,21 +100,27 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, byte_tokenizer):
-    """The folder of a tiny Llama with random weights."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer.save_pretrained(folder)
-    return str(folder)
+def make_llama(tmp_path_factory, byte_tokenizer):
+    """make_llama(**sizes): the folder of a Llama of two layers with random weights, the same for the same sizes."""
+
+    def make(**sizes):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=257,
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            **sizes,
+        )
+        folder = tmp_path_factory.mktemp("model")
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        byte_tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_llama):
+    return make_llama(hidden_size=24, intermediate_size=40, num_attention_heads=3, num_key_value_heads=1)

@@ -1,8 +1,9 @@
-"""`jlora export`: what a training run made, as a PEFT adapter or as a merged Hugging Face model."""
+"""`jlora export`: what a training run made, as an adapter (PEFT, GGUF) or as a merged model (Hugging Face, GGUF)."""
 
 import argparse
 
 from jlora import hub, lora
+from jlora.cli.model import add_gguf_option
 from jlora.train.restore import load_run
 
 
@@ -10,13 +11,19 @@ def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
     config, model, params = load_run(options.workdir, options.step)
-    if options.merged and config.model.merges_packed:
+    if options.gguf and options.merged:
+        params = lora.merge(params) if config.model.merges_packed else params
+        hub.save_gguf(options.out, model, params, tokenizer=config.model.path, dtype=options.gguf)
+    elif options.gguf:
+        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
+    elif options.merged and config.model.merges_packed:
         hub.save_quantized(options.out, model, lora.merge(params), tokenizer=hub.load_tokenizer(config.model.path))
     elif options.merged:
         hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
     else:
         hub.save_adapter(options.out, params, base=config.model.path)
-    print(f"{'merged model' if options.merged else 'adapter (PEFT)'}: {options.out}")
+    kind = "GGUF" if options.gguf else "PEFT"
+    print(f"{'merged model' if options.merged else f'adapter ({kind})'}: {options.out}")
     return 0
 
 
@@ -31,5 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")
     parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")
     parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    add_gguf_option(parser)
+    parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

@@ -8,9 +8,10 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub, lora, quant, tree
-from jlora.cli.model import rank
+from jlora.cli.model import add_gguf_option, rank
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
+from jlora.models import Model
 from jlora.train.sensitivity import divergence
 from jlora.types import Params
 
@@ -33,15 +34,20 @@ def run(arguments: list[str]) -> int:
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
         raise ValueError("--quant packs a merged model, of which --adapter_only leaves none")
+    if options.gguf and options.quant:
+        raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
     model, base = hub.load(options.model, dtype=options.dtype or hub.checkpoint_dtype(options.model))
     tokenizer = hub.load_tokenizer(options.model)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
-        hub.save_adapter(options.out, params, base=options.model)
-        print(f"adapter (PEFT): {options.out}")
+        _save_adapter(model, params, options)
         return 0
-    merged = lora.merge(params)
+    if options.gguf:  # what it kept is read off the file
+        hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf)
+        _, merged = hub.load(options.out, dtype="float32")
+    else:
+        merged = lora.merge(params)
     if options.quant:
         merged = _packed(merged, options.quant)
     report = lora.kept(params, merged)
@@ -54,10 +60,18 @@ def run(arguments: list[str]) -> int:
         )
     if options.quant:
         hub.save_quantized(options.out, model, merged, tokenizer=tokenizer)
-    else:
+    elif not options.gguf:
         hub.save_model(options.out, model, merged, tokenizer=tokenizer)
     print(f"merged model: {options.out}")
     return 0
+
+
+def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> None:
+    if options.gguf:
+        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
+    else:
+        hub.save_adapter(options.out, params, base=options.model)
+    print(f"adapter ({'GGUF' if options.gguf else 'PEFT'}): {options.out}")
 
 
 def _run_recipe(options: argparse.Namespace) -> int:
@@ -135,10 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
     parser.add_argument("--rank", type=rank, help="of the mixture, or the share of its energy to keep, as 0.99")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
-    parser.add_argument("--adapter_only", action="store_true", help="write the mixture as a PEFT adapter")
+    parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
+    add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
     parser.add_argument("--dtype", help="of the merged model (default: the checkpoint's)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

@@ -27,6 +27,13 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
 
 
+def add_gguf_option(parser: argparse.ArgumentParser) -> None:
+    """--gguf."""
+    parser.add_argument(
+        "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, its matrices in this type"
+    )
+
+
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """The model, its params with the adapter in place, and the tokenizer; of several adapters none is in place."""
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant)

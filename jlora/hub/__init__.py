@@ -3,6 +3,8 @@
 from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import convert_adapter
 from jlora.hub.export import save_model
+from jlora.hub.gguf_export import TYPES as GGUF_TYPES
+from jlora.hub.gguf_export import save_gguf, save_gguf_adapter
 from jlora.hub.load import checkpoint_dtype, load
 from jlora.hub.model_merge import merge_models
 from jlora.hub.peft import save_adapter
@@ -11,6 +13,7 @@ from jlora.hub.source import Source, open_source
 from jlora.hub.tokenizer import load_tokenizer
 
 __all__ = [
+    "GGUF_TYPES",
     "Source",
     "checkpoint_dtype",
     "convert_adapter",
@@ -20,6 +23,8 @@ __all__ = [
     "merge_models",
     "open_source",
     "save_adapter",
+    "save_gguf",
+    "save_gguf_adapter",
     "save_model",
     "save_quantized",
 ]

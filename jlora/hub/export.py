@@ -169,13 +169,13 @@ def _shards(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def tensors_of(params: Params, piece: Piece) -> dict[str, np.ndarray]:
-    """The tensor's values on the host, as the Hub has them."""
+def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None = None) -> dict[str, np.ndarray]:
+    """The tensor's values on the host, as the Hub has them, in `dtype` (None: the leaf's own)."""
     module_path, _, name = piece.path.rpartition("/")
     module, tensor = tree.subtree(params, module_path), piece.tensor
     # A module's other leaves of its own have no part in this one, and need not be fetched.
     wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
-    values = np.asarray(lora.merged_leaf(wanted, name))
+    values = np.asarray(lora.merged_leaf(wanted, name, dtype))
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
     return {piece.name: np.ascontiguousarray(values.T if tensor.transposed else values)}
 

@@ -3,14 +3,14 @@
 Which architectures are read, and how their metadata becomes a config.json, is in `gguf_config`.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora.hub import gguf_config, names
+from jlora.hub.gguf_layout import Heads, Layout, layout_of
 from jlora.hub.weights import TensorInfo
 from jlora.types import require
 
@@ -46,11 +46,13 @@ class GGUFFile:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in float32, in the Hub's layout."""
-        tensor, shape, expert, restore = self._parts[name]
+        tensor, shape, expert, layout = self._parts[name]
         values = _dequantize(tensor, tensor.data if expert is None else tensor.data[expert])
-        if restore is None:
+        if layout is None:
             return values.reshape(shape)
-        return np.ascontiguousarray(restore(values, self.config)).reshape(shape)
+        queries = self.config.get("num_attention_heads", 1)
+        heads = Heads(queries, self.config.get("num_key_value_heads", queries))
+        return np.ascontiguousarray(layout.from_gguf(values, heads)).reshape(shape)
 
 
 def tokenizer_fields(path: Path) -> dict[str, Any]:
@@ -91,22 +93,19 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
         raise ValueError(f"{tensor.name} is packed as {tensor.tensor_type.name}, which gguf cannot unpack") from error
 
 
-Restore = Callable[[np.ndarray, dict[str, Any]], np.ndarray]
-
-
 class Part(NamedTuple):
     """Where one of the Hub's tensors lies in the file.
 
     Attributes:
         shape: the Hub's.
         expert: which entry of the tensor's first axis it is; None: all of it.
-        restore: takes values and config.json, returns the values as the Hub has them; None: they are so already.
+        layout: how its values lie; None: as on the Hub.
     """
 
     tensor: Any
     shape: tuple[int, ...]
     expert: int | None = None
-    restore: Restore | None = None
+    layout: Layout | None = None
 
 
 def _parts(tensors: Mapping[str, Any], model_type: str) -> dict[str, Part]:
@@ -114,60 +113,10 @@ def _parts(tensors: Mapping[str, Any], model_type: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name, hub_name in names.from_gguf(tensors, model_type).items():
         tensor, shape = tensors[name], _shape(tensors[name])
-        restore = _restore(name, model_type)
+        layout = layout_of(name, model_type)
         if "{expert}" in hub_name:
-            parts |= {hub_name.format(expert=i): Part(tensor, shape[1:], i, restore) for i in range(shape[0])}
+            parts |= {hub_name.format(expert=i): Part(tensor, shape[1:], i, layout) for i in range(shape[0])}
         else:
-            parts[hub_name] = Part(tensor, shape[::-1] if restore is _transposed else shape, None, restore)
+            turned = layout is not None and layout.transposed
+            parts[hub_name] = Part(tensor, shape[::-1] if turned else shape, None, layout)
     return parts
-
-
-def _restore(name: str, model_type: str) -> Restore | None:
-    found = [restore for pattern, restore in LAYOUTS.get(model_type, ()) if re.fullmatch(pattern, name)]
-    return found[0] if found else None
-
-
-def _queries(values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    return _halves(values, config["num_attention_heads"])
-
-
-def _keys(values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    return _halves(values, config["num_key_value_heads"])
-
-
-def _halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (h, f, half) reordered to (h, half, f): from interleaved rotary pairs to the Hub's two halves."""
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def _by_head(values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """Rows (3, h, f) reordered to (h, 3, f): from all queries, keys and values to those of head after head."""
-    parts = values.reshape(3, config["num_attention_heads"], -1, *values.shape[1:])
-    return parts.swapaxes(0, 1).reshape(values.shape)
-
-
-def _less_one(values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    return values - 1
-
-
-def _transposed(values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    return values.T
-
-
-INTERLEAVED = ((r"blk\.\d+\.attn_q\.(weight|bias)", _queries), (r"blk\.\d+\.attn_k\.(weight|bias)", _keys))
-# Gemma's norms multiply by 1 + weight, of which the file has the sum.
-PLUS_ONE = ((r".*norm\.weight", _less_one),)
-# model_type → (pattern of GGUF's names, how the Hub's layout is restored); what is not listed is laid out alike.
-LAYOUTS: dict[str, tuple[tuple[str, Restore], ...]] = {
-    "llama": INTERLEAVED,
-    "mistral": INTERLEAVED,
-    "mixtral": INTERLEAVED,
-    "granite": INTERLEAVED,
-    "smollm3": INTERLEAVED,
-    "gemma": PLUS_ONE,
-    "gemma2": PLUS_ONE,
-    "gemma3_text": PLUS_ONE,
-    "gpt2": ((r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", _transposed),),
-    "gpt_neox": ((r"blk\.\d+\.attn_qkv\.(weight|bias)", _by_head),),
-}

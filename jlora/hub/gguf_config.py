@@ -268,7 +268,8 @@ def _rope_scaling(
     original = metadata.get("rope.scaling.original_context_length")
     if {SHORT, LONG} & set(metadata.tensors):
         return _longrope(metadata, config, values, original=original)
-    metadata.only("rope.scaling.attn_factor", 1.0)
+    if kind != "yarn":
+        metadata.only("rope.scaling.attn_factor", 1.0)
     if FREQUENCIES in metadata.tensors:
         return _llama3(metadata, values(FREQUENCIES), theta=theta, turned=turned)
     if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
@@ -286,6 +287,10 @@ def _yarn(metadata: Metadata) -> Config:
     """YaRN (Peng et al. 2023)."""
     metadata.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # llama.cpp's -1 means on
     found = {name: metadata.get(f"rope.scaling.{key}") for name, key in YARN.items()}
+    # What llama.cpp multiplies the usual factor by; it does not use what its converter writes of a model's own factor.
+    ratio = metadata.get("rope.scaling.attn_factor", 1.0)
+    if ratio != 1:
+        found["attention_factor"] = ratio * yarn_attention(metadata.require("rope.scaling.factor"))
     scaling = {
         "rope_type": "yarn",
         "factor": metadata.require("rope.scaling.factor"),
@@ -293,6 +298,11 @@ def _yarn(metadata: Metadata) -> Config:
         **{name: value for name, value in found.items() if value is not None},
     }
     return {"rope_scaling": scaling}
+
+
+def yarn_attention(factor: float) -> float:
+    """What YaRN multiplies cos and sin by where a model does not say otherwise."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _longrope(

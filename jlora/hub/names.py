@@ -3,6 +3,7 @@
 layers/self_attn/q_proj/kernel [L, D, N]  ↔  model.layers.{0…L-1}.self_attn.q_proj.weight, each [N, D]
 """
 
+import functools
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -55,81 +56,92 @@ HARMLESS = (
 # Copies of the embedding, written by some tools although the config says that head and embedding are one.
 TIED_COPIES = (r"(lm_head|embed_out)\.weight",)
 
-# (GGUF's module name, the Hub's); `{expert}` marks a stack of experts, which the Hub stores one by one.
-GGUF_OUTSIDE = (
-    (r"token_embd", "model.embed_tokens"),
-    (r"output_norm", "model.norm"),
-    (r"output", "lm_head"),
+# GGUF's module name → the Hub's; `{expert}` marks a stack of experts, which the Hub stores one by one.
+Table = dict[str, str]
+
+
+def _layer_table(stack: str, modules: Table) -> Table:
+    return {f"blk.{{layer}}.{name}": f"{stack}.{{layer}}.{hub_name}" for name, hub_name in modules.items()}
+
+
+_model_layers = functools.partial(_layer_table, "model.layers")
+GGUF_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_ATTENTION = _model_layers(
+    {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
 )
-GGUF_LINEARS = (
-    (r"blk\.(\d+)\.attn_([qkv])", r"model.layers.\1.self_attn.\2_proj"),
-    (r"blk\.(\d+)\.attn_output", r"model.layers.\1.self_attn.o_proj"),
-    (r"blk\.(\d+)\.ffn_(gate|up|down)", r"model.layers.\1.mlp.\2_proj"),
-)
-GGUF_QK_NORMS = ((r"blk\.(\d+)\.attn_([qk])_norm", r"model.layers.\1.self_attn.\2_norm"),)
-GGUF_NORMS_BEFORE = (
-    (r"blk\.(\d+)\.attn_norm", r"model.layers.\1.input_layernorm"),
-    (r"blk\.(\d+)\.ffn_norm", r"model.layers.\1.post_attention_layernorm"),
-)
-GGUF_NORMS_AFTER = (
-    (r"blk\.(\d+)\.post_attention_norm", r"model.layers.\1.post_attention_layernorm"),
-    (r"blk\.(\d+)\.post_ffw_norm", r"model.layers.\1.post_feedforward_layernorm"),
+GGUF_MLP = _model_layers({f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")})
+GGUF_LINEARS = GGUF_ATTENTION | GGUF_MLP
+GGUF_QK_NORMS = _model_layers({f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"})
+GGUF_NORMS_BEFORE = _model_layers({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
+GGUF_NORMS_AFTER = _model_layers(
+    {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 )
 GGUF_NORMS_AROUND = (
-    (r"blk\.(\d+)\.attn_norm", r"model.layers.\1.input_layernorm"),
-    (r"blk\.(\d+)\.ffn_norm", r"model.layers.\1.pre_feedforward_layernorm"),
-    *GGUF_NORMS_AFTER,
+    _model_layers({"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}) | GGUF_NORMS_AFTER
 )
-GGUF_EXPERTS = (
-    (r"blk\.(\d+)\.ffn_gate_inp", r"model.layers.\1.mlp.gate"),
-    (r"blk\.(\d+)\.ffn_(gate|up|down)_exps", r"model.layers.\1.mlp.experts.{expert}.\2_proj"),
+GGUF_EXPERTS = _model_layers(
+    {"ffn_gate_inp": "mlp.gate"} | {f"ffn_{x}_exps": f"mlp.experts.{{expert}}.{x}_proj" for x in ("gate", "up", "down")}
 )
-GGUF_LLAMA = (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_NORMS_BEFORE)
+GGUF_LLAMA = GGUF_OUTSIDE | GGUF_LINEARS | GGUF_NORMS_BEFORE
+GGUF_PHI3 = _model_layers(
+    {
+        "attn_qkv": "self_attn.qkv_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+GGUF_GPT2 = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+} | _layer_table(
+    "transformer.h",
+    {
+        "attn_norm": "ln_1",
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    },
+)
+GGUF_NEOX = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+} | _layer_table(
+    "gpt_neox.layers",
+    {
+        "attn_norm": "input_layernorm",
+        "attn_qkv": "attention.query_key_value",
+        "attn_output": "attention.dense",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_up": "mlp.dense_h_to_4h",
+        "ffn_down": "mlp.dense_4h_to_h",
+    },
+)
 # model_type → GGUF's names for its modules.
-GGUF_MODULES: dict[str, tuple[tuple[str, str], ...]] = {
+GGUF_MODULES: dict[str, Table] = {
     "llama": GGUF_LLAMA,
+    "internlm3": GGUF_LLAMA,
+    "iquestcoder": GGUF_LLAMA,
     "mistral": GGUF_LLAMA,
-    "mixtral": (*GGUF_LLAMA, *GGUF_EXPERTS),
+    "mixtral": GGUF_OUTSIDE | GGUF_ATTENTION | GGUF_NORMS_BEFORE | GGUF_EXPERTS,
     "smollm3": GGUF_LLAMA,
     "granite": GGUF_LLAMA,
-    "olmo2": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_QK_NORMS, *GGUF_NORMS_AFTER),
+    "olmo2": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_QK_NORMS | GGUF_NORMS_AFTER,
     "qwen2": GGUF_LLAMA,
-    "qwen3": (*GGUF_LLAMA, *GGUF_QK_NORMS),
-    "qwen3_moe": (*GGUF_LLAMA, *GGUF_QK_NORMS, *GGUF_EXPERTS),
+    "qwen3": GGUF_LLAMA | GGUF_QK_NORMS,
+    "qwen3_moe": GGUF_LLAMA | GGUF_QK_NORMS | GGUF_EXPERTS,
     "gemma": GGUF_LLAMA,
-    "gemma2": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_NORMS_AROUND),
-    "gemma3_text": (*GGUF_OUTSIDE, *GGUF_LINEARS, *GGUF_QK_NORMS, *GGUF_NORMS_AROUND),
-    "phi3": (
-        *GGUF_OUTSIDE,
-        *GGUF_NORMS_BEFORE,
-        (r"blk\.(\d+)\.attn_qkv", r"model.layers.\1.self_attn.qkv_proj"),
-        (r"blk\.(\d+)\.attn_output", r"model.layers.\1.self_attn.o_proj"),
-        (r"blk\.(\d+)\.ffn_up", r"model.layers.\1.mlp.gate_up_proj"),
-        (r"blk\.(\d+)\.ffn_down", r"model.layers.\1.mlp.down_proj"),
-    ),
-    "gpt2": (
-        (r"token_embd", "transformer.wte"),
-        (r"position_embd", "transformer.wpe"),
-        (r"output_norm", "transformer.ln_f"),
-        (r"output", "lm_head"),
-        (r"blk\.(\d+)\.attn_norm", r"transformer.h.\1.ln_1"),
-        (r"blk\.(\d+)\.attn_qkv", r"transformer.h.\1.attn.c_attn"),
-        (r"blk\.(\d+)\.attn_output", r"transformer.h.\1.attn.c_proj"),
-        (r"blk\.(\d+)\.ffn_norm", r"transformer.h.\1.ln_2"),
-        (r"blk\.(\d+)\.ffn_up", r"transformer.h.\1.mlp.c_fc"),
-        (r"blk\.(\d+)\.ffn_down", r"transformer.h.\1.mlp.c_proj"),
-    ),
-    "gpt_neox": (
-        (r"token_embd", "gpt_neox.embed_in"),
-        (r"output_norm", "gpt_neox.final_layer_norm"),
-        (r"output", "embed_out"),
-        (r"blk\.(\d+)\.attn_norm", r"gpt_neox.layers.\1.input_layernorm"),
-        (r"blk\.(\d+)\.attn_qkv", r"gpt_neox.layers.\1.attention.query_key_value"),
-        (r"blk\.(\d+)\.attn_output", r"gpt_neox.layers.\1.attention.dense"),
-        (r"blk\.(\d+)\.ffn_norm", r"gpt_neox.layers.\1.post_attention_layernorm"),
-        (r"blk\.(\d+)\.ffn_up", r"gpt_neox.layers.\1.mlp.dense_h_to_4h"),
-        (r"blk\.(\d+)\.ffn_down", r"gpt_neox.layers.\1.mlp.dense_4h_to_h"),
-    ),
+    "gemma2": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_NORMS_AROUND,
+    "gemma3_text": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_QK_NORMS | GGUF_NORMS_AROUND,
+    "phi3": GGUF_OUTSIDE | GGUF_NORMS_BEFORE | GGUF_PHI3,
+    "gpt2": GGUF_GPT2,
+    "gpt-sw3": GGUF_GPT2,
+    "gpt_neox": GGUF_NEOX,
 }
 
 
@@ -243,8 +255,32 @@ def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]
     found: dict[str, str] = {}
     for name in names:
         module, _, suffix = name.rpartition(".")
-        for pattern, replacement in GGUF_MODULES[model_type]:
-            match = re.fullmatch(pattern, module)
-            if match:
-                found[name] = _checkpoint_name(f"{match.expand(replacement)}.{suffix}", model_type)
+        template, layer = _numbers_out(module, layer=r"(?<=^blk\.)\d+")
+        if hub_name := GGUF_MODULES[model_type].get(template):
+            hub_name = hub_name.replace("{layer}", layer.get("layer", ""))
+            found[name] = _checkpoint_name(f"{hub_name}.{suffix}", model_type)
     return found
+
+
+def to_gguf(name: str, model_type: str) -> str:
+    """GGUF's name for one of the Hub's tensors; of one expert's, that of all experts together.
+
+    Raises:
+        ValueError: GGUF has no such tensor.
+    """
+    module, _, suffix = name.rpartition(".")
+    template, numbers = _numbers_out(module, layer=r"(?<=\.layers\.)\d+|(?<=\.h\.)\d+", expert=r"(?<=\.experts\.)\d+")
+    for gguf_name, hub_name in GGUF_MODULES[model_type].items():
+        if _checkpoint_name(hub_name, model_type) == template:
+            return f"{gguf_name.replace('{layer}', numbers.get('layer', ''))}.{suffix}"
+    raise ValueError(f"{name} has no name in GGUF: {model_type} has no such module there")
+
+
+def _numbers_out(name: str, **patterns: str) -> tuple[str, dict[str, str]]:
+    """The name with the numbers that match replaced by "{kind}", and the numbers."""
+    numbers = {}
+    for kind, pattern in patterns.items():
+        if found := re.search(pattern, name):
+            numbers[kind] = found[0]
+            name = f"{name[: found.start()]}{{{kind}}}{name[found.end() :]}"
+    return name, numbers

@@ -47,8 +47,11 @@ def untie(params: Params) -> Params:
     return params
 
 
-def merged_leaf(module: Params, name: str) -> jax.Array:
-    """One leaf of a module, stacked or not, with the module's adapter baked in, in the leaf's own dtype.
+def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """One leaf of a module, stacked or not, with the module's adapter baked in.
+
+    Args:
+        dtype: what the sum, formed in float32, is rounded to; None: the leaf's own.
 
     Raises:
         ValueError: the leaf is a bias that only the adapter has.
@@ -63,7 +66,7 @@ def merged_leaf(module: Params, name: str) -> jax.Array:
         value = _with_tokens(value, module, rows=name == "embedding")
     if name == "bias" and "lora_bias" in module:
         value = value.astype(jnp.float32) + module["lora_bias"] * module["lora_scale"][..., None]
-    return value.astype(base.dtype)
+    return value.astype(dtype or base.dtype)
 
 
 def merged_kernel(module: Params) -> jax.Array:

@@ -2,11 +2,13 @@ import filecmp
 import json
 import shutil
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from jlora import hub
+from jlora import hub, tree
 from jlora.cli.main import main
 
 
@@ -50,3 +52,19 @@ def test_another_base_than_the_one_trained_on_is_refused(trained, model_folder, 
     assert main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 2
     assert "its weights differ" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_to_gguf(trained, model_folder, tmp_path):
+    """The model in one file, and the adapter in another, are what the folders hold."""
+    for name, options in {
+        "model.gguf": ("--merged", "--gguf=f32"),
+        "adapter.gguf": ("--gguf=f32",),
+        "folder": ("--merged",),
+    }.items():
+        assert main(["export", f"--workdir={trained}", f"--out={tmp_path / name}", *options]) == 0
+    (_, found), (_, expected) = hub.load(tmp_path / "model.gguf"), hub.load(tmp_path / "folder")
+    expected = tree.flatten(expected)
+    for path, leaf in tree.flatten(found).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
+    assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= names

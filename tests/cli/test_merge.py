@@ -1,5 +1,6 @@
 """`jlora merge`: models that transformers opens, mixtures that load as adapters, and no packed sum by accident."""
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,8 @@ def merge(model_folder, tmp_path, capsys):
     """merge(options…) → (exit code, what it printed, the folder that it wrote)."""
 
     def run(*options):
-        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        end = ".gguf" if any(option.startswith("--gguf") for option in options) else ""
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}{end}"
         code = main(["merge", f"--model={model_folder}", f"--out={out}", *options])
         shown = capsys.readouterr()
         return code, shown.out + shown.err, out
@@ -95,3 +97,28 @@ def test_mistakes_are_named(merge, adapters):
         code, shown, out = merge(*options)
         assert code == 2 and message in shown, shown
         assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_to_gguf(merge, adapters, model_folder, kind):
+    code, shown, out = merge(f"--adapter={adapters[0]}", f"--gguf={kind}")
+    assert code == 0
+    [share] = [float(line.split("%")[0]) for line in shown.splitlines() if "of the update kept" in line]
+    assert (share == 100) if kind == "f16" else (90 < share < 100)
+    np.testing.assert_allclose(logits(out), logits(model_folder, adapters[0]), atol=2e-3 if kind == "f16" else 2e-2)
+    assert jlora.load_tokenizer(out)("AB").input_ids == jlora.load_tokenizer(model_folder)("AB").input_ids
+
+
+def test_an_adapter_to_gguf(merge, adapters, model_folder):
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--adapter_only", "--gguf=f32")
+    assert code == 0 and f"adapter (GGUF): {out}" in shown
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(out).tensors}
+    expected = tree.flatten(jlora.load_adapter(jlora.load(model_folder)[1], adapters[0]))
+    np.testing.assert_array_equal(
+        tensors["blk.1.ffn_up.weight.lora_a"], np.asarray(expected["layers/mlp/up_proj/lora_a"][1]).T
+    )
+
+
+def test_gguf_goes_without_quant(merge, adapters):
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=f16", "--quant=nf4", "--lossy")
+    assert code == 2 and "give one of them" in shown and not out.exists()

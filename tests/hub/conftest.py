@@ -68,3 +68,26 @@ def edit_json() -> Callable:
         path.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
 
     return edit
+
+
+@pytest.fixture
+def llama_cpp():
+    """llama_cpp(model file, adapter file or None): the model as llama.cpp opens it, computing in float32."""
+    module = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    models = []
+
+    def open_file(path, adapter=None, **settings):
+        of_the_file = dict(yarn_attn_factor=-1.0, yarn_beta_fast=-1.0, yarn_beta_slow=-1.0)
+        models.append(
+            module.Llama(
+                str(path),
+                lora_path=None if adapter is None else str(adapter),
+                verbose=False,
+                **dict(type_k=0, type_v=0, logits_all=True) | of_the_file | settings,
+            )
+        )
+        return models[-1]
+
+    yield open_file
+    for model in models:
+        model.close()

@@ -7,6 +7,7 @@ import functools
 import math
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 import jlora
-from jlora import models
+from jlora import hub, lora, models, tree
 from jlora.hub.gguf import GGUFFile
 
 SIZES = dict(
@@ -582,3 +583,189 @@ def test_tensors_that_the_architecture_does_not_have_are_refused(tmp_path):
     path = write(tmp_path / "extra.gguf", "llama", change=lambda w: w.add_tensor("blk.0.post_ffw_norm.weight", extra))
     with pytest.raises(ValueError, match=r"unknown blk\.0\.post_ffw_norm\.weight"):
         jlora.load(path)
+
+
+# Cases that llama.cpp does not compute, and what is said of them.
+REFUSED = {
+    "qwen3-bias": "llama.cpp's qwen3 has biases of queries, keys and values only",
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+def test_written_as_llama_cpp_lays_it_out(case, files, tmp_path):
+    """What jlora writes of transformers' folder has the same tensors, and comes back as the same model."""
+    reference(case).save_pretrained(tmp_path / "folder")
+    model, params = jlora.load(tmp_path / "folder")
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
+    written, expected = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        for path in (tmp_path / "model.gguf", files(case))
+    )
+    if CASES[case][0] == "gptneox" and model.config.tie_word_embeddings:  # llama.cpp wants a head of every GPT-NeoX
+        np.testing.assert_array_equal(written.pop("output.weight").data, expected["token_embd.weight"].data)
+    assert set(written) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(written[name].data, tensor.data, rtol=1e-6, err_msg=name)
+    _, again = jlora.load(tmp_path / "model.gguf")
+    ids = jnp.asarray(tokens())
+    assert difference(model(again, ids), model(params, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_does_not_compute_is_not_written(case, files, tmp_path):
+    with pytest.raises(ValueError, match=REFUSED[case]):
+        hub.save_gguf(tmp_path / "model.gguf", *jlora.load(files(case)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def built(**changes):
+    """(a tiny Llama, its random params)."""
+    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
+    model = models.build(dict(model_type="llama") | sizes | changes)
+    return model, model.random_params(jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)),
+            "rope_type 'dynamic' would come back as 'default'",
+        ),
+        (dict(hidden_act="gelu"), "hidden_act 'gelu' would come back as 'silu'"),
+        (dict(model_type="gemma", tie_word_embeddings=False), "gemma only the embedding's"),
+        (
+            dict(model_type="smollm3", num_key_value_heads=2, no_rope_layers=[1, 0, 1]),
+            r"layers\[1\]\[rope\] None would come back as 0",
+        ),
+    ],
+)
+def test_what_the_format_cannot_say_is_not_written(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        hub.save_gguf(tmp_path / "model.gguf", *built(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
+    model, params = built()
+    (tmp_path / "notes.gguf").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not GGUF"):
+        hub.save_gguf(tmp_path / "notes.gguf", model, params)
+    with pytest.raises(ValueError, match=r"ends in \.gguf"):
+        hub.save_gguf(tmp_path / "model.bin", model, params)
+    large = tree.map_with_path(lambda path, leaf: leaf * 1e6 if "down_proj" in path else leaf, params)
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_down\.weight: weights up to .* than float16 holds"):
+        hub.save_gguf(tmp_path / "model.gguf", model, large)
+    hub.save_gguf(tmp_path / "model.gguf", model, large, dtype="bf16")
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.gguf", "model.gguf"}
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="q8_0")  # rows of 8: float16
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(use_dora=True), "layers/self_attn/q_proj: DoRA's magnitudes; merge"),
+        (dict(modules_to_save=["norm"]), "norm: a trained copy of its scale; merge"),
+        (dict(trainable_token_indices=[3]), "embed_tokens: trained token rows; merge"),
+    ],
+)
+def test_an_adapter_of_more_than_a_and_b_is_not_written(settings, said, tmp_path):
+    model, params = built()
+    config = jlora.LoraConfig(target_modules=["q_proj"], **settings)
+    with pytest.raises(ValueError, match=said):
+        hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, lora.init(params, config, jax.random.key(0)))
+    with pytest.raises(ValueError, match="no adapter in these params"):
+        hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, params)
+    tied, params = built(tie_word_embeddings=True)
+    config = jlora.LoraConfig(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match="the embedding is the head too"):
+        hub.save_gguf_adapter(tmp_path / "adapter.gguf", tied, lora.init(params, config, jax.random.key(0)))
+
+
+EXPERTS = dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"])
+# case → what is adapted
+ADAPTERS = {
+    "llama-biases": dict(target_modules="all-linear"),
+    "llama-wide-heads": dict(target_modules=["q_proj", "k_proj", "lm_head", "embed_tokens"]),
+    "mistral": dict(target_modules=["k_proj", "up_proj"], rank_pattern={"k_proj": 2}, layers_to_transform=[1, 3]),
+    "mixtral": dict(target_modules=["v_proj"], **EXPERTS),
+    "qwen3moe": dict(target_modules="all-linear", **EXPERTS),
+    "gemma2": dict(target_modules="all-linear"),
+    "phi3-plain": dict(target_modules="all-linear", init_lora_weights="pissa"),
+    "gpt2": dict(target_modules="all-linear"),
+    "gptneox": dict(target_modules="all-linear"),
+}
+
+
+def with_adapter(case, folder):
+    """(model, its params with an adapter), and the files base, merged and adapter of it in the folder."""
+    reference(case).save_pretrained(folder / "folder")
+    model, base = jlora.load(folder / "folder")
+    config = jlora.LoraConfig(r=3, lora_alpha=4, **ADAPTERS[case])
+    params = tree.map_with_path(
+        lambda path, leaf: (
+            leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)
+            if path.endswith(("lora_a", "lora_b"))
+            else leaf
+        ),
+        lora.init(base, config, jax.random.key(0)),
+    )
+    for name, write in (("base", base), ("merged", params)):
+        hub.save_gguf(folder / f"{name}.gguf", model, write, dtype="f32")
+    hub.save_gguf_adapter(folder / "adapter.gguf", model, params)
+    return model, params
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_is_what_it_adds_to_the_base(case, tmp_path):
+    """File of the base + alpha / rank · B @ A of the adapter's file = the file of the merged model."""
+    with_adapter(case, tmp_path)
+    files = {name: gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("base", "merged", "adapter")}
+    read = {name: {tensor.name: tensor.data for tensor in file.tensors} for name, file in files.items()}
+    alpha = files["adapter"].fields["adapter.lora.alpha"].contents()
+    adapted = {name.rpartition(".")[0] for name in read["adapter"]}
+    assert adapted == {name for name in read["base"] if np.any(read["base"][name] != read["merged"][name])}
+    for name in adapted:
+        a, b = (read["adapter"][f"{name}.{side}"] for side in ("lora_a", "lora_b"))
+        delta = a @ b.T if name == "token_embd.weight" else b @ a
+        expected = read["base"][name] + alpha / b.shape[-1] * delta
+        np.testing.assert_allclose(read["merged"][name], expected, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+# Cases that llama.cpp computes otherwise than transformers, with the reason.
+ELSEWISE = {
+    "phi3": "it has switched Phi-3's window off",
+}
+
+
+def logits_of_llama_cpp(model, ids):
+    """[B, T, V] of rows of tokens."""
+    rows = []
+    for row in ids:
+        model.reset()
+        model.eval(row.tolist())
+        rows.append(np.array(model.scores[: len(row)]))
+    return np.stack(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ELSEWISE | REFUSED])
+def test_llama_cpp_gives_the_same_logits(case, tmp_path, llama_cpp, parity):
+    reference(case).save_pretrained(tmp_path / "folder")
+    model, params = jlora.load(tmp_path / "folder")
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
+    ids = tokens()
+    found = difference(model(params, jnp.asarray(ids)), logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids))
+    parity("format", f"GGUF, {case.partition('-')[0]}", "llama.cpp", found)
+    assert found < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_llama_cpp_lays_an_adapter_over_the_base(case, tmp_path, llama_cpp):
+    model, params = with_adapter(case, tmp_path)
+    ids = tokens()
+    opened = llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    expected = model(params, jnp.asarray(ids))
+    assert difference(expected, logits_of_llama_cpp(opened, ids)) < 1e-3
+    assert difference(model(lora.strip(params), jnp.asarray(ids)), expected) > 1e-2

@@ -1,13 +1,15 @@
 """Tokenizers: the same ids, template and end of text as what they were saved from, out of a folder and out of GGUF."""
 
+import json
 import subprocess
 import sys
 
 import gguf
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jlora import hub
+from jlora.hub.gguf_tokenizer import LLAMA3_SPLIT, tokenizer_metadata
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 TEXTS = ["ab ab  ab", "a  12 b", "   7", "ba 345, ab"]
@@ -117,3 +119,110 @@ def test_a_gguf_file_without_a_tokenizer(tmp_path):
     writer.close()
     with pytest.raises(FileNotFoundError, match=r"bare\.gguf has no tokenizer"):
         hub.load_tokenizer(tmp_path / "bare.gguf")
+
+
+def sentence_pieces() -> Tokenizer:
+    """What transformers makes of SentencePiece's BPE: "▁" for spaces, bytes for what is unknown."""
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("▁", "▁"), ("1", "2")]
+    single = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab123,"]
+    vocab = {token: i for i, token in enumerate([*single, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def split_by(pattern: str, **settings) -> Tokenizer:
+    """A byte-level BPE that splits by a regular expression, as Llama 3's and Qwen's do."""
+    tokenizer = byte_level(digits=False)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer.model = models.BPE(model["vocab"], merges, **settings)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+QWEN2 = LLAMA3_SPLIT.replace("{1,3}", "")
+# How a tokenizer splits → llama.cpp's names of its kind and of its splits.
+WRITTEN = {
+    "gpt-2": (lambda: byte_level(digits=False), "gpt2", "gpt-2"),
+    "smollm": (lambda: byte_level(digits=True), "gpt2", "smollm"),
+    "llama 3": (lambda: split_by(LLAMA3_SPLIT, ignore_merges=True), "gpt2", "llama-bpe"),
+    "qwen 2": (lambda: split_by(QWEN2), "gpt2", "qwen2"),
+    "sentencepiece": (sentence_pieces, "llama", "default"),
+}
+
+
+def written(kind, folder):
+    """The tokenizer, after writing it into the folder's tiny.gguf."""
+    from transformers import PreTrainedTokenizerFast
+
+    make, family, pre = WRITTEN[kind]
+    original = PreTrainedTokenizerFast(tokenizer_object=make(), bos_token="<s>", eos_token="</s>")
+    original.add_tokens([AddedToken("<tool>", normalized=False)])
+    original.chat_template = TEMPLATE
+    rows = len(original) + 3
+    found = tokenizer_metadata(original, rows, (original.eos_token_id, 4))
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == (family, pre)
+    assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == rows
+    assert found["tokenizer.ggml.eot_token_id"] == 4
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(1)
+    for key, value in found.items():
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return original
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_to_gguf_and_back(kind, tmp_path):
+    """What is written of a tokenizer is read as the same tokenizer, by jlora or transformers."""
+    from transformers import AutoTokenizer
+
+    _, family, pre = WRITTEN[kind]
+    original = written(kind, tmp_path)
+    if pre in ("gpt-2", "smollm"):
+        read = hub.load_tokenizer(tmp_path / "tiny.gguf")
+    elif family == "llama":
+        read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    else:  # nobody but llama.cpp reads these splits from GGUF
+        return
+    for text in (*TEXTS, "ab<tool>ab</s>"):
+        if family == "llama" and (text.startswith(" ") or "<tool>" in text):
+            continue  # transformers' reading of GGUF puts spaces otherwise; llama.cpp does as SentencePiece
+        assert read(text, add_special_tokens=False).input_ids == original(text).input_ids, text
+    assert (read.eos_token, read.chat_template) == ("</s>", TEMPLATE)
+
+
+def test_to_gguf_only_what_llama_cpp_splits_alike():
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = PreTrainedTokenizerFast(tokenizer_object=split_by(r"\w+|\W"), eos_token="</s>")
+    with pytest.raises(ValueError, match=r"no known name for this tokenizer's splits.*w\+\|"):
+        tokenizer_metadata(unknown, 300, ())
+    known = PreTrainedTokenizerFast(tokenizer_object=byte_level(digits=True), eos_token="</s>")
+    with pytest.raises(ValueError, match="the model 9 rows"):
+        tokenizer_metadata(known, 9, ())
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    with pytest.raises(ValueError, match="BPE, not for 'WordLevel'"):
+        tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), 9, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_llama_cpp_gives_the_same_ids(kind, tmp_path, llama_cpp):
+    original = written(kind, tmp_path)
+    opened = llama_cpp(tmp_path / "tiny.gguf", vocab_only=True)
+    for text in (*TEXTS, "ab<tool>ab</s>", "12345 ab's", "\n\n a"):
+        found = opened.tokenize(text.encode(), add_bos=False, special=True)
+        assert found == original(text, add_special_tokens=False).input_ids, text

@@ -1,0 +1,330 @@
+"""Models and adapters as GGUF files for llama.cpp, written tensor by tensor."""
+
+import contextlib
+import functools
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jlora import lora, tree
+from jlora.hub import names
+from jlora.hub.export import Piece, pieces_of, tensors_of
+from jlora.hub.gguf import tokenizer_fields
+from jlora.hub.gguf_layout import Heads, layout_of
+from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
+from jlora.hub.gguf_tokenizer import tokenizer_metadata
+from jlora.hub.source import locate
+from jlora.hub.tokenizer import load_tokenizer
+from jlora.lora.merge import TIED_HEADS
+from jlora.lora.partition import TRAINED
+from jlora.models.model import SCORE
+from jlora.types import Params, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+MAGIC = b"GGUF"
+# Our name of a type → (llama.cpp's name of its tensors, its number of such a file).
+TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+BLOCK = 32  # Q8_0 packs so many values of a row together
+# Matrices that llama.cpp wants in float32.
+WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
+EMBEDDING = "token_embd.weight"
+
+Progress = Callable[[int, int], None]
+
+
+class Tensor(NamedTuple):
+    """One tensor to write.
+
+    Attributes:
+        shape: slowest axis first.
+        type: llama.cpp's name.
+        values: makes its float32 values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    values: Callable[[], np.ndarray]
+
+
+def save_gguf(
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    *,
+    dtype: str = "f16",
+    progress: Progress | None = None,
+) -> None:
+    """Write the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
+
+    Sums are formed in float32 and rounded once. Vectors, routers and learned positions stay in float32; rows that
+    Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does.
+
+    Args:
+        tokenizer: one of transformers', or where a model has it (a folder, a Hub id, or a GGUF file, whose tokenizer
+            is taken over as it is); without one, llama.cpp can only be given token ids.
+        dtype: "f32", "f16", "bf16" or "q8_0".
+        progress: called with the tensors written and their number.
+
+    Raises:
+        ValueError: `params` are not those of `model`; or the format cannot hold the model or its tokenizer; or weights
+            are too large for float16. All is listed.
+        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        ImportError: the package gguf is not installed.
+    """
+    _check_dtype(dtype, TYPES)
+    if SCORE in params:
+        raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
+    params = lora.untie(params)
+    tensors = _tensors(model, params, dtype)
+    metadata, divisors = describe(model.config)
+    tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
+    architecture = architecture_of(model.config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata = {"general.architecture": architecture} | metadata
+    check(model.config, metadata, shapes, divisors.__getitem__)
+    if architecture in OWN_HEAD and HEAD not in tensors:
+        tensors[HEAD] = tensors[EMBEDDING]._replace(name=HEAD)
+    metadata |= {
+        "general.type": "model",
+        "general.name": Path(path).stem,
+        "general.file_type": TYPES[dtype][1],
+        "general.quantization_version": 2,
+    }
+    metadata |= _tokenizer(tokenizer, model)
+    _write(path, metadata, list(tensors.values()), progress)
+
+
+def save_gguf_adapter(
+    path: str | Path, model: "Model", params: Params, *, dtype: str = "f32", progress: Progress | None = None
+) -> None:
+    """Write the adapter in `params` as a file NAME.gguf that llama.cpp lays over one of the base (`--lora`).
+
+    A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank.
+
+    Args:
+        dtype: "f32", "f16" or "bf16".
+
+    Raises:
+        ValueError: there is no adapter in `params`, or it is more than llama.cpp computes: DoRA, biases, trained
+            copies, token rows, an adapter of an embedding that is the head too. All is listed: merge it instead.
+        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        ImportError: the package gguf is not installed.
+    """
+    _check_dtype(dtype, [name for name in TYPES if name != "q8_0"])
+    params = lora.with_starts(params)
+    factors = _factors(model, params)
+    ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
+    scales = {name: scale for name, (_, _, scale) in factors.items()}
+    # llama.cpp multiplies by alpha / rank, and has one alpha: where it does not fit all, B takes the scale.
+    alphas = {scales[name] * ranks[name] for name in factors}
+    alpha = alphas.pop() if len(alphas) == 1 else float(max(ranks.values()))
+    tensors = []
+    for name, (a, b, scale) in factors.items():
+        b = b * (scale * ranks[name] / alpha)
+        tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in (("lora_a", a), ("lora_b", b))]
+    metadata = {
+        "general.architecture": architecture_of(model.config),
+        "general.type": "adapter",
+        "general.name": Path(path).stem,
+        "general.file_type": TYPES[dtype][1],
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    _write(path, metadata, tensors, progress)
+
+
+def _made(name: str, values: np.ndarray, type: str) -> Tensor:
+    return Tensor(name, values.shape, type, lambda: np.ascontiguousarray(values, np.float32))
+
+
+def _check_dtype(dtype: str, known: Collection[str]) -> None:
+    if dtype not in known:
+        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(known)}")
+
+
+# ---------------------------------------------------------------- models
+
+
+def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
+    """GGUF's name → what is written under it."""
+    kind, heads = model.config.model_type, _heads(model)
+    members: dict[str, list[Piece]] = {}
+    for piece in pieces_of(model, params):
+        members.setdefault(names.to_gguf(piece.name, kind), []).append(piece)
+    tensors = {}
+    for name, pieces in members.items():
+        pieces.sort(key=lambda piece: piece.tensor.index)
+        layout = layout_of(name, kind)
+        shape = pieces[0].tensor.shape[::-1] if layout and layout.transposed else pieces[0].tensor.shape
+        shape = (len(pieces), *shape) if _is_expert(name) else shape
+        reorder = functools.partial(layout.to_gguf, heads=heads) if layout else None
+        values = functools.partial(_values, params, pieces, shape, reorder)
+        tensors[name] = Tensor(name, shape, _type(name, shape, TYPES[dtype][0]), values)
+    return tensors
+
+
+def _values(
+    params: Params, pieces: Sequence[Piece], shape: tuple[int, ...], reorder: Callable[[np.ndarray], np.ndarray] | None
+) -> np.ndarray:
+    """The tensor that these of the Hub's are: one, or one of each expert."""
+    parts = [tensors_of(params, piece, np.float32)[piece.name] for piece in pieces]
+    return np.stack([reorder(part) if reorder else part for part in parts]).reshape(shape)
+
+
+def _is_expert(name: str) -> bool:
+    return name.endswith("_exps.weight")
+
+
+def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """The type that a tensor of this shape is written in."""
+    if len(shape) < 2 or re.fullmatch(WHOLE, name):
+        return "F32"
+    return "F16" if wanted == "Q8_0" and shape[-1] % BLOCK else wanted
+
+
+def _heads(model: "Model") -> Heads:
+    return Heads(model.config.num_attention_heads, model.config.num_key_value_heads)
+
+
+def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model") -> dict[str, Any]:
+    if tokenizer is None:
+        return {"tokenizer.ggml.model": "none"}
+    if isinstance(tokenizer, str | Path):
+        source = locate(tokenizer)
+        if source.suffix == ".gguf":
+            return {f"tokenizer.{name}": value for name, value in tokenizer_fields(source).items() if value != []}
+        tokenizer = load_tokenizer(source)
+    return tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    """The base tensor's GGUF name → A [R, inputs] and B [outputs, R] as llama.cpp has them, and the scale."""
+    flat, kind = tree.flatten(params), model.config.model_type
+    problems = _not_plain(flat)
+    found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
+    for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
+        leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
+        for tensor in names.hub_tensors(f"{path}/{leaf}", tuple(flat[f"{path}/{leaf}"].shape), kind):
+            name, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
+            a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in ("lora_a", "lora_b"))
+            rank = int(flat[f"{path}/lora_rank"][layer]) if f"{path}/lora_rank" in flat else a.shape[-1]
+            if not rank:
+                continue
+            b = b[:rank] if tensor.columns is None else b[:rank, slice(*tensor.columns)]
+            layout = layout_of(name, kind)
+            rows = layout.to_gguf(b.T, _heads(model)) if layout and layout.outputs_only else b.T
+            a = a[..., :rank]
+            scale = float(flat[f"{path}/lora_scale"][layer])
+            found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
+    if not found and not problems:
+        problems.append("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+    if problems:
+        raise ValueError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
+    factors = {}
+    for name, members in found.items():
+        members = sorted(members, key=lambda member: member[0])
+        a, b = ([member[side] for member in members] for side in (1, 2))
+        factors[name] = (*((np.stack(a), np.stack(b)) if _is_expert(name) else (a[0], b[0])), members[0][3])
+    return factors
+
+
+def _not_plain(flat: Mapping[str, Any]) -> list[str]:
+    """What the adapter has besides A and B of the model's matrices, by module."""
+    reasons = {
+        "lora_magnitude": "DoRA's magnitudes",
+        "lora_bias": "the adapter's bias",
+        "lora_tokens": "trained token rows",
+    }
+    problems = []
+    for path in flat:
+        module, _, name = path.rpartition("/")
+        reason = reasons.get(name)
+        if name.startswith(TRAINED):
+            reason = f"a trained copy of its {name.removeprefix(TRAINED)}"
+        if reason:
+            problems.append(f"{module}: {reason}; merge the adapter and write the model")
+        if name == "lora_a" and TIED_HEADS.get(module) and f"{TIED_HEADS[module]}/kernel" not in flat:
+            problems.append(f"{module}: the embedding is the head too; merge the adapter and write the model")
+        if name == "lora_a" and module in TIED_HEADS.values() and f"{module}/kernel" not in flat:
+            problems.append(f"{module}: the head is the embedding; merge the adapter and write the model")
+    return problems
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _write(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], progress: Progress | None) -> None:
+    gguf = require("gguf", "gguf")
+    metadata = dict(metadata)
+    types = {tensor.name: gguf.GGMLQuantizationType[tensor.type] for tensor in tensors}
+    with _replacing_file(path) as fresh:
+        writer = gguf.GGUFWriter(fresh, metadata.pop("general.architecture"))
+        with contextlib.closing(writer):
+            for key, value in metadata.items():
+                writer.add_key_value(key, value, _kind(gguf, value))
+            for tensor in tensors:
+                block, size = gguf.GGML_QUANT_SIZES[types[tensor.name]]
+                nbytes = math.prod(tensor.shape) // block * size
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, types[tensor.name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, tensor in enumerate(tensors, start=1):
+                writer.write_tensor_data(_packed(gguf, tensor, types[tensor.name]))
+                if progress:
+                    progress(done, len(tensors))
+
+
+def _kind(gguf: Any, value: Any) -> Any:
+    """The type of a value in the file; llama.cpp wants its numbers unsigned."""
+    if type(value) is int:
+        return gguf.GGUFValueType.UINT32
+    return gguf.GGUFValueType.get_type(value)
+
+
+def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
+    values = tensor.values()
+    if tensor.type == "F16" and np.isfinite(values).all() and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{tensor.name}: weights up to {np.abs(values).max():.3g} are more than float16 holds; write bf16 or f32"
+        )
+    return gguf.quants.quantize(values, type)
+
+
+@contextlib.contextmanager
+def _replacing_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write, which becomes `path` when the block ends without an error."""
+    target = Path(path).expanduser().absolute()
+    if target.suffix != ".gguf":
+        raise ValueError(f"{target}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+    if target.is_dir():
+        raise FileExistsError(f"{target} is a folder; give the name of a file")
+    if target.is_file() and not _is_gguf(target):
+        raise FileExistsError(f"{target} exists and is not GGUF, so it is left alone; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        yield fresh
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC

@@ -1,0 +1,83 @@
+"""Where llama.cpp lays a tensor's values out otherwise than the Hub: both ways."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Heads(NamedTuple):
+    """How many there are; the key's are those of the values too."""
+
+    queries: int
+    keys: int
+
+
+Reorder = Callable[[np.ndarray, Heads], np.ndarray]
+
+
+class Layout(NamedTuple):
+    """One way to lie otherwise.
+
+    Attributes:
+        from_gguf, to_gguf: take and return a tensor's values.
+        outputs_only: it reorders the outputs of a linear and nothing else, so it says how those of its LoRA lie too.
+        transposed: the shape is the other way round.
+    """
+
+    from_gguf: Reorder
+    to_gguf: Reorder
+    outputs_only: bool = False
+    transposed: bool = False
+
+
+def layout_of(name: str, model_type: str) -> Layout | None:
+    """How the tensor of this GGUF name lies in such a model; None: as on the Hub."""
+    return next((layout for pattern, layout in LAYOUTS.get(model_type, ()) if re.fullmatch(pattern, name)), None)
+
+
+def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (h, half, f) reordered to (h, f, half): from the Hub's two halves to interleaved rotary pairs."""
+    return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _halves(values: np.ndarray, heads: int) -> np.ndarray:
+    return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _by_kind(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (h, 3, f) reordered to (3, h, f): from head after head to all queries, all keys, all values."""
+    return values.reshape(heads, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+
+
+def _by_head(values: np.ndarray, heads: int) -> np.ndarray:
+    return values.reshape(3, heads, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+
+
+QUERIES = Layout(lambda x, heads: _halves(x, heads.queries), lambda x, heads: _interleaved(x, heads.queries), True)
+KEYS = Layout(lambda x, heads: _halves(x, heads.keys), lambda x, heads: _interleaved(x, heads.keys), True)
+FUSED = Layout(lambda x, heads: _by_head(x, heads.queries), lambda x, heads: _by_kind(x, heads.queries), True)
+# Gemma's norms multiply by 1 + weight, of which the file has the sum.
+SUM = Layout(lambda x, heads: x - 1, lambda x, heads: x + 1)
+TURNED = Layout(lambda x, heads: x.T, lambda x, heads: x.T, transposed=True)
+
+INTERLEAVED = ((r"blk\.\d+\.attn_q\.(weight|bias)", QUERIES), (r"blk\.\d+\.attn_k\.(weight|bias)", KEYS))
+PLUS_ONE = ((r".*norm\.weight", SUM),)
+CONV1D = ((r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", TURNED),)
+# model_type → (pattern of GGUF's names, layout)
+LAYOUTS: dict[str, tuple[tuple[str, Layout], ...]] = {
+    "llama": INTERLEAVED,
+    "internlm3": INTERLEAVED,
+    "iquestcoder": INTERLEAVED,
+    "mistral": INTERLEAVED,
+    "mixtral": INTERLEAVED,
+    "granite": INTERLEAVED,
+    "smollm3": INTERLEAVED,
+    "gemma": PLUS_ONE,
+    "gemma2": PLUS_ONE,
+    "gemma3_text": PLUS_ONE,
+    "gpt2": CONV1D,
+    "gpt-sw3": CONV1D,
+    "gpt_neox": ((r"blk\.\d+\.attn_qkv\.(weight|bias)", FUSED),),
+}

@@ -1,0 +1,163 @@
+"""What a GGUF file says of its tokenizer, from transformers': the same ids from llama.cpp's own implementation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
+GPT2_SPLIT = "ByteLevel"  # the one that byte-level vocabularies of old split by
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# How a text is split before merging, and whether whole tokens come before merges → llama.cpp's name for it.
+SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2_SPLIT,), False): "gpt-2",
+    (("Digits", GPT2_SPLIT), False): "smollm",
+    ((LLAMA3_SPLIT,), True): "llama-bpe",
+    ((LLAMA3_SPLIT,), False): "dbrx",
+    ((LLAMA3_SPLIT.replace("{1,3}", ""),), False): "qwen2",
+    (
+        (
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        True,
+    ): "tekken",
+}
+
+
+def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Sequence[int]) -> dict[str, Any]:
+    """GGUF's metadata of a tokenizer.
+
+    Args:
+        rows: of the embedding; those beyond the vocabulary are given names of their own.
+        ends: the tokens that end a text or a turn.
+
+    Raises:
+        ValueError: llama.cpp has nothing that gives the same ids, or the vocabulary has more tokens than rows.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} is not one of the tokenizers library's, so GGUF cannot hold it")
+    parts = json.loads(backend.to_str())
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) and max(vocabulary.values()) >= rows:
+        raise ValueError(f"the tokenizer has ids up to {max(vocabulary.values())}, the model {rows} rows for them")
+    if parts["model"].get("type") != "BPE":
+        raise ValueError(f"GGUF's tokenizers are written for BPE, not for {parts['model'].get('type')!r}")
+    pieces = parts["model"].get("byte_fallback", False)
+    tokens, kinds = _tokens(parts, vocabulary, rows, pieces=pieces)
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in _merges(parts)]
+    found: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": kinds}
+    if pieces:  # as SentencePiece has them: the pair whose sum has the best score is joined first
+        found |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": _scores(tokens, merges)}
+        found["ggml.add_space_prefix"] = _prepends(parts)
+    else:
+        found |= {"ggml.model": "gpt2", "ggml.pre": _split(parts)}
+        found["ggml.merges"] = [" ".join(_without_spaces(part) for part in merge) for merge in merges]
+    found |= _special(tokenizer, vocabulary, ends)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        found["chat_template"] = template if isinstance(template, str) else template.get("default", "")
+    return {f"tokenizer.{name}": value for name, value in found.items() if value not in ("", [])}
+
+
+def _merges(parts: Mapping[str, Any]) -> list:
+    return parts["model"].get("merges") or []
+
+
+def _without_spaces(token: str) -> str:
+    # The two halves of a merge are told apart by a space, which byte-level vocabularies write as Ġ.
+    if " " in token:
+        raise ValueError(f"a merge of {token!r}: GGUF cannot hold tokens with spaces")
+    return token
+
+
+def _tokens(
+    parts: Mapping[str, Any], vocabulary: Mapping[str, int], rows: int, *, pieces: bool
+) -> tuple[list[str], list[int]]:
+    """(token, type) of every row of the embedding."""
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    kinds = [UNUSED] * rows
+    for token, i in vocabulary.items():
+        tokens[i], kinds[i] = token, NORMAL
+        if pieces and token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+            kinds[i] = BYTE
+        if pieces and token == parts["model"].get("unk_token"):
+            kinds[i] = UNKNOWN
+    for added in parts.get("added_tokens") or []:
+        if kinds[added["id"]] != UNKNOWN:
+            kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return tokens, kinds
+
+
+def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[float]:
+    """The higher the earlier a token is made; a token that no merge makes is never made."""
+    order: dict[str, int] = {}
+    for merge in merges:
+        order.setdefault("".join(merge), len(order))
+    return [-float(order[token]) if token in order else -1e9 for token in tokens]
+
+
+def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one after another."""
+    if part is None:
+        return []
+    return [step for item in part[inner] for step in _steps(item, inner)] if part["type"] == "Sequence" else [part]
+
+
+def _split(parts: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how the text is split."""
+    steps = _steps(parts.get("pre_tokenizer"), "pretokenizers")
+    names = tuple(name for step in steps if (name := _step(step)))
+    key = names, bool(parts["model"].get("ignore_merges", False))
+    if key not in SPLITS or any(step.get("add_prefix_space") for step in steps):
+        raise ValueError(
+            f"llama.cpp has no known name for this tokenizer's splits: {json.dumps(parts.get('pre_tokenizer'))}; "
+            "leave the tokenizer out, or take it over from a GGUF file of the base model"
+        )
+    return SPLITS[key]
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    """What a step splits by; nothing for one that only writes bytes as letters."""
+    if step["type"] == "ByteLevel":
+        return GPT2_SPLIT if step.get("use_regex", True) else ""
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return "Digits"
+    pattern = step.get("pattern", {})
+    if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return pattern.get("Regex", f"the string {pattern.get('String')!r}")
+    return json.dumps(step)
+
+
+def _prepends(parts: Mapping[str, Any]) -> bool:
+    """Whether a text begins with a space that it does not have."""
+    normalizers = [step["type"] for step in _steps(parts.get("normalizer"), "normalizers")]
+    schemes = [step.get("prepend_scheme") for step in _steps(parts.get("pre_tokenizer"), "pretokenizers")]
+    return "Prepend" in normalizers or any(scheme in ("always", "first") for scheme in schemes)
+
+
+def _special(
+    tokenizer: "PreTrainedTokenizerBase", vocabulary: Mapping[str, int], ends: Sequence[int]
+) -> dict[str, Any]:
+    """The tokens that begin, end and pad a text, and which of them are added to one."""
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    turn = [end for end in ends if end != ids["eos"]]
+    if ids["eos"] is not None and turn:
+        ids["eot"] = turn[0]
+    found: dict[str, Any] = {f"ggml.{name}_token_id": value for name, value in ids.items() if value is not None}
+    text = tokenizer("a").input_ids
+    found["ggml.add_bos_token"] = bool(text) and ids["bos"] is not None and text[0] == ids["bos"]
+    found["ggml.add_eos_token"] = bool(text) and ids["eos"] is not None and text[-1] == ids["eos"]
+    return found

@@ -99,12 +99,12 @@ def test_mistakes_are_named(merge, adapters):
         assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_to_gguf(merge, adapters, model_folder, kind):
     code, shown, out = merge(f"--adapter={adapters[0]}", f"--gguf={kind}")
     assert code == 0
     [share] = [float(line.split("%")[0]) for line in shown.splitlines() if "of the update kept" in line]
-    assert (share == 100) if kind == "f16" else (90 < share < 100)
+    assert 99 < share < 101
     np.testing.assert_allclose(logits(out), logits(model_folder, adapters[0]), atol=2e-3 if kind == "f16" else 2e-2)
     assert jlora.load_tokenizer(out)("AB").input_ids == jlora.load_tokenizer(model_folder)("AB").input_ids
 

@@ -661,6 +661,20 @@ def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
     hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="q8_0")  # rows of 8: float16
 
 
+@pytest.mark.parametrize("dtype", hub.GGUF_TYPES)
+def test_matrices_are_rounded_once_to_the_type(dtype, tmp_path):
+    model, params = built(hidden_size=64, intermediate_size=80, head_dim=32)
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype=dtype)
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    # 80 values are no whole number of Q8_0's blocks of 32.
+    expected = {"token_embd.weight": dtype, "blk.2.ffn_down.weight": "f16" if dtype == "q8_0" else dtype}
+    for name, kind in (expected | {"output_norm.weight": "f32"}).items():
+        assert written[name].tensor_type.name.lower() == kind, name
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    embedding = np.asarray(params["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(written["token_embd.weight"].data, gguf.quants.quantize(embedding, kind))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

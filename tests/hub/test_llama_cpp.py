@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
@@ -52,7 +53,7 @@ def smollm2(tmp_path_factory):
 
 
 def answers(opened, tokenizer, model):
-    """The greedy continuation of every prompt, as token ids."""
+    """(prompt, greedy continuation with the token that ends it) of every prompt, as token ids."""
     found = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
@@ -60,24 +61,36 @@ def answers(opened, tokenizer, model):
         opened.reset()
         answer = []
         for token in opened.generate(ids, temp=0.0, repeat_penalty=1.0):
+            answer.append(token)
             if token in model.config.eos_token_ids or len(answer) == NEW:
                 break
-            answer.append(token)
-        found.append(tokenizer.decode(answer, skip_special_tokens=True))
+        found.append((ids, answer))
     return found
 
 
+def shortfalls(model, params, answered):
+    """By how much each token's logit is less than that of the token which jlora would have taken in its place."""
+    found = []
+    for ids, answer in answered:
+        logits = np.asarray(model(params, jnp.asarray([ids + answer])))[0, len(ids) - 1 : -1]
+        found.append(logits.max(-1) - logits[np.arange(len(answer)), answer])
+    return np.concatenate(found)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
-def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype):
-    """jlora on what it reads from the file, and llama.cpp, which rounds the inputs of f16 and q8_0 products too."""
+@pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("f16", 0.05), ("q8_0", 0.5)])
+def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit):
+    """jlora on what it reads from the file, and llama.cpp, which rounds what f16 and q8_0 matrices multiply as well:
+    there it may choose otherwise where two tokens are all but equally likely.
+    """
     path, model, params, tokenizer = smollm2
     hub.save_gguf(tmp_path / "model.gguf", model, params, path, dtype=dtype)
     _, merged = hub.load(tmp_path / "model.gguf", dtype=jnp.float32)
-    expected = jlora.generate(model, merged, tokenizer, PROMPTS, max_new_tokens=NEW)
-    found = answers(llama_cpp(tmp_path / "model.gguf"), tokenizer, model)
-    assert found == expected
-    assert expected != jlora.generate(model, lora.strip(params), tokenizer, PROMPTS, max_new_tokens=NEW)
+    answered = answers(llama_cpp(tmp_path / "model.gguf"), tokenizer, model)
+    found = shortfalls(model, merged, answered)
+    assert found.max() <= limit
+    assert np.mean(found == 0) > 0.98
+    assert shortfalls(model, lora.strip(params), answered).max() > 1
 
 
 @pytest.mark.slow
@@ -85,5 +98,9 @@ def test_an_adapter_beside_its_base_answers_alike(smollm2, llama_cpp, tmp_path):
     path, model, params, tokenizer = smollm2
     hub.save_gguf(tmp_path / "base.gguf", model, lora.strip(params), path, dtype="f32")
     hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, params)
-    expected = jlora.generate(model, params, tokenizer, PROMPTS, max_new_tokens=NEW)
-    assert answers(llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), tokenizer, model) == expected
+    answered = answers(llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf"), tokenizer, model)
+    assert shortfalls(model, params, answered).max() == 0
+    assert (
+        answered[0][1]
+        == tokenizer(jlora.generate(model, params, tokenizer, PROMPTS[:1], max_new_tokens=NEW)[0]).input_ids
+    )

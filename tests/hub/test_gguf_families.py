@@ -770,7 +770,7 @@ def test_llama_cpp_gives_the_same_logits(case, tmp_path, llama_cpp, parity):
     hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
     ids = tokens()
     found = difference(model(params, jnp.asarray(ids)), logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids))
-    parity("format", f"GGUF, {case.partition('-')[0]}", "llama.cpp", found)
+    parity("format", f"GGUF, {case.partition('-')[0]}", "out", found)
     assert found < 1e-3
 
 

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""What a packed base costs and saves in decoding: tokens a second and memory of each format.
+
+    python benchmarks/packed_decoding.py [--formats float32,bfloat16,int8,nf4] [--rows 1,16] [--rounds 3] [--new 33]
+
+SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy, a process for each format;
+they take turns. Seconds are medians, of decoding alone (a run of `--new` tokens less a run of one). Memory is that of
+the weights, and the most that the process had beyond what it had before there were any.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import pathlib
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+import rich.console
+import rich.progress
+import rich.table
+from step_time import SIZES
+
+from jlora import allocator, lora, models, quant, tree
+from jlora.generate import decode
+from jlora.types import Params
+
+DENSE = ("float32", "bfloat16", "float16")
+MIB = 2**20
+
+
+def weights(model: models.Model, format: str) -> Params:
+    """Random params in a format, made and packed leaf by leaf, with an adapter."""
+    dense = jnp.dtype(format) if format in DENSE else jnp.dtype("float32")
+    rules = None if format in DENSE else quant.as_config(format)
+
+    @functools.partial(jax.jit, static_argnames=("shape", "packed"))
+    def make(key: jax.Array, shape: tuple[int, ...], packed: str | None) -> Any:
+        values = 0.02 * jax.random.normal(key, shape, dense)
+        return quant.quantize(values, packed) if packed else values
+
+    flat = tree.flatten(model.abstract_params(dense))
+    keys = jax.random.split(jax.random.key(0), len(flat))
+    made = {
+        path: make(key, leaf.shape, quant.leaf_format(path, rules) if rules else None)
+        for key, (path, leaf) in zip(keys, flat.items(), strict=True)
+    }
+    return lora.init(tree.unflatten(made), lora.LoraConfig(r=16, target_modules="all-linear"), jax.random.key(1))
+
+
+def memory(what: str) -> int:
+    """Bytes of this process: "VmRSS" now, or "VmHWM", the most since the last `forget_peak`."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def forget_peak() -> None:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
+    """Holds one format, and decodes when it is told to: sends (bytes of weights, bytes at most) and then seconds."""
+    allocator.keep_freed_pages()
+    jnp.zeros(1).block_until_ready()
+    before = memory("VmRSS")
+    model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
+    params = weights(model, format)
+    generator = np.random.default_rng(0)
+
+    def run(rows: int, new: int) -> float:
+        tokens = jnp.asarray(generator.integers(0, SIZES["vocab_size"], (rows, options.prompt)), jnp.int32)
+        lengths, keys = jnp.full(rows, options.prompt, jnp.int32), jax.random.split(jax.random.key(0), rows)
+        settings = dict(rows=rows, max_new_tokens=new, stop_ids=(), greedy=True)
+        start = time.perf_counter()
+        decode(model, params, tokens, lengths, keys, **settings).tokens.block_until_ready()
+        return time.perf_counter() - start
+
+    for rows in options.rows:  # compiles
+        run(rows, 1), run(rows, options.new)
+    forget_peak()
+    run(max(options.rows), options.new)
+    pipe.send((tree.nbytes(params), memory("VmHWM") - before))
+    while (rows := pipe.recv()) is not None:
+        pipe.send(run(rows, options.new) - run(rows, 1))
+
+
+def main() -> None:
+    """Every format as a row of a table, and as JSON in results/."""
+    options = _parse()
+    context = multiprocessing.get_context("spawn")
+    pipes, sizes = {}, {}
+    console = rich.console.Console()
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        task = bar.add_task("decoding", total=len(options.formats) * (1 + options.rounds * len(options.rows)))
+        for format in options.formats:  # one after another: they compile, and would disturb each other
+            pipes[format], theirs = context.Pipe()
+            context.Process(target=work, args=(theirs, format, options), daemon=True).start()
+            sizes[format] = pipes[format].recv()
+            bar.advance(task)
+        seconds: dict[tuple[str, int], list[float]] = {}
+        for _ in range(options.rounds):
+            for rows in options.rows:
+                for format, pipe in pipes.items():
+                    pipe.send(rows)
+                    seconds.setdefault((format, rows), []).append(pipe.recv())
+                    bar.advance(task)
+    for pipe in pipes.values():
+        pipe.send(None)
+    found = [
+        {
+            "format": format,
+            "weights_mib": round(sizes[format][0] / MIB),
+            "peak_mib": round(sizes[format][1] / MIB),
+            "tokens_per_second": {
+                str(rows): round(rows * (options.new - 1) / statistics.median(seconds[format, rows]), 1)
+                for rows in options.rows
+            },
+        }
+        for format in options.formats
+    ]
+    table = rich.table.Table("base", "weights MiB", "peak MiB", *(f"tokens/s, {rows} rows" for rows in options.rows))
+    for row in found:
+        speeds = [str(speed) for speed in row["tokens_per_second"].values()]
+        table.add_row(row["format"], str(row["weights_mib"]), str(row["peak_mib"]), *speeds)
+    console.print(table)
+    console.print(f"written: {record.save('packed_decoding', {'options': vars(options), 'rows': found})}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", type=lambda text: text.split(","), default=["float32", "bfloat16", "int8", "nf4"])
+    parser.add_argument("--rows", type=lambda text: [int(rows) for rows in text.split(",")], default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default %(default)s)")
+    parser.add_argument("--new", type=int, default=33, help="tokens decoded in a row (default %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

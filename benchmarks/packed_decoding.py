@@ -9,6 +9,7 @@ the weights, and the most that the process had beyond what it had before there w
 """
 
 import argparse
+import ctypes
 import functools
 import multiprocessing
 import pathlib
@@ -26,7 +27,7 @@ import rich.progress
 import rich.table
 from step_time import SIZES
 
-from jlora import allocator, lora, models, quant, tree
+from jlora import lora, models, quant, tree
 from jlora.generate import decode
 from jlora.types import Params
 
@@ -60,12 +61,13 @@ def memory(what: str) -> int:
 
 
 def forget_peak() -> None:
+    """Gives back what making and packing the weights, and compiling, left behind (glibc), and starts counting anew."""
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
     """Holds one format, and decodes when it is told to: sends (bytes of weights, bytes at most) and then seconds."""
-    allocator.keep_freed_pages()
     jnp.zeros(1).block_until_ready()
     before = memory("VmRSS")
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})

@@ -12,7 +12,6 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     config, model, params = load_run(options.workdir, options.step)
     if options.gguf and options.merged:
-        params = lora.merge(params) if config.model.merges_packed else params
         hub.save_gguf(options.out, model, params, tokenizer=config.model.path, dtype=options.gguf)
     elif options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)

@@ -1,4 +1,4 @@
-"""Folders written whole: under a temporary name first, then swapped in, so that no reader meets half of one."""
+"""Folders and files written whole: under a temporary name first, then swapped in: no reader meets half of one."""
 
 import contextlib
 import os
@@ -33,6 +33,35 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
         _swap(fresh, target, stale)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
+    """A temporary file to write, which becomes `path` when the block ends without an error.
+
+    Args:
+        magic: what an existing file that may be replaced begins with.
+
+    Raises:
+        FileExistsError: `path` is a folder, or a file of another kind; nothing was touched.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.is_dir():
+        raise FileExistsError(f"{target} is a folder; give the name of a file")
+    if target.is_file() and not _begins_with(target, magic):
+        raise FileExistsError(f"{target} exists and is not {magic.decode()}, so it is left alone; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _beside(target)
+    try:
+        yield fresh
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _begins_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(magic)) == magic
 
 
 def _swap(fresh: Path, target: Path, stale: Sequence[str]) -> None:

@@ -1,21 +1,18 @@
 """Models and adapters as GGUF files for llama.cpp, written tensor by tensor."""
 
-import contextlib
 import functools
-import math
-import os
 import re
-import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import lora, tree
+from jlora import lora, quant, tree
 from jlora.hub import names
 from jlora.hub.export import Piece, pieces_of, tensors_of
 from jlora.hub.gguf import tokenizer_fields
+from jlora.hub.gguf_file import Progress, Tensor, write_file
 from jlora.hub.gguf_layout import Heads, layout_of
 from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
 from jlora.hub.gguf_tokenizer import tokenizer_metadata
@@ -24,37 +21,19 @@ from jlora.hub.tokenizer import load_tokenizer
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
-from jlora.types import Params, require
+from jlora.types import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jlora.models import Model
 
-MAGIC = b"GGUF"
 # Our name of a type → (llama.cpp's name of its tensors, its number of such a file).
 TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
 BLOCK = 32  # Q8_0 packs so many values of a row together
 # Matrices that llama.cpp wants in float32.
 WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
 EMBEDDING = "token_embd.weight"
-
-Progress = Callable[[int, int], None]
-
-
-class Tensor(NamedTuple):
-    """One tensor to write.
-
-    Attributes:
-        shape: slowest axis first.
-        type: llama.cpp's name.
-        values: makes its float32 values.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    values: Callable[[], np.ndarray]
 
 
 def save_gguf(
@@ -86,6 +65,8 @@ def save_gguf(
     _check_dtype(dtype, TYPES)
     if SCORE in params:
         raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
+    if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
+        params = lora.merge(params)  # it was trained to be packed, so the packed sum is the model
     params = lora.untie(params)
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
@@ -103,7 +84,7 @@ def save_gguf(
         "general.quantization_version": 2,
     }
     metadata |= _tokenizer(tokenizer, model)
-    _write(path, metadata, list(tensors.values()), progress)
+    write_file(path, metadata, list(tensors.values()), progress)
 
 
 def save_gguf_adapter(
@@ -142,7 +123,7 @@ def save_gguf_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    _write(path, metadata, tensors, progress)
+    write_file(path, metadata, tensors, progress)
 
 
 def _made(name: str, values: np.ndarray, type: str) -> Tensor:
@@ -263,68 +244,3 @@ def _not_plain(flat: Mapping[str, Any]) -> list[str]:
         if name == "lora_a" and module in TIED_HEADS.values() and f"{module}/kernel" not in flat:
             problems.append(f"{module}: the head is the embedding; merge the adapter and write the model")
     return problems
-
-
-# ---------------------------------------------------------------- the file
-
-
-def _write(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], progress: Progress | None) -> None:
-    gguf = require("gguf", "gguf")
-    metadata = dict(metadata)
-    types = {tensor.name: gguf.GGMLQuantizationType[tensor.type] for tensor in tensors}
-    with _replacing_file(path) as fresh:
-        writer = gguf.GGUFWriter(fresh, metadata.pop("general.architecture"))
-        with contextlib.closing(writer):
-            for key, value in metadata.items():
-                writer.add_key_value(key, value, _kind(gguf, value))
-            for tensor in tensors:
-                block, size = gguf.GGML_QUANT_SIZES[types[tensor.name]]
-                nbytes = math.prod(tensor.shape) // block * size
-                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, types[tensor.name])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for done, tensor in enumerate(tensors, start=1):
-                writer.write_tensor_data(_packed(gguf, tensor, types[tensor.name]))
-                if progress:
-                    progress(done, len(tensors))
-
-
-def _kind(gguf: Any, value: Any) -> Any:
-    """The type of a value in the file; llama.cpp wants its numbers unsigned."""
-    if type(value) is int:
-        return gguf.GGUFValueType.UINT32
-    return gguf.GGUFValueType.get_type(value)
-
-
-def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
-    values = tensor.values()
-    if tensor.type == "F16" and np.isfinite(values).all() and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-        raise ValueError(
-            f"{tensor.name}: weights up to {np.abs(values).max():.3g} are more than float16 holds; write bf16 or f32"
-        )
-    return gguf.quants.quantize(values, type)
-
-
-@contextlib.contextmanager
-def _replacing_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path` when the block ends without an error."""
-    target = Path(path).expanduser().absolute()
-    if target.suffix != ".gguf":
-        raise ValueError(f"{target}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
-    if target.is_dir():
-        raise FileExistsError(f"{target} is a folder; give the name of a file")
-    if target.is_file() and not _is_gguf(target):
-        raise FileExistsError(f"{target} exists and is not GGUF, so it is left alone; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        yield fresh
-        os.replace(fresh, target)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def _is_gguf(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC

@@ -1,0 +1,82 @@
+"""A GGUF file, written whole or not at all, one tensor in memory at a time."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.hub.folder import replacing_file
+from jlora.types import require
+
+MAGIC = b"GGUF"
+
+# Called with how many tensors are written, and of how many.
+Progress = Callable[[int, int], None]
+
+
+class Tensor(NamedTuple):
+    """One tensor to write.
+
+    Attributes:
+        shape: slowest axis first.
+        type: llama.cpp's name of how its values are kept.
+        values: makes its float32 values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    values: Callable[[], np.ndarray]
+
+
+def write_file(
+    path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], progress: Progress | None = None
+) -> None:
+    """Write NAME.gguf.
+
+    Args:
+        metadata: by whole keys, "general.architecture" among them; whole numbers are written unsigned.
+
+    Raises:
+        ValueError: the name does not end in .gguf, or weights are too large for float16.
+        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        ImportError: the package gguf is not installed.
+    """
+    gguf = require("gguf", "gguf")
+    if Path(path).suffix != ".gguf":
+        raise ValueError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+    types = {tensor.name: gguf.GGMLQuantizationType[tensor.type] for tensor in tensors}
+    with (
+        replacing_file(path, magic=MAGIC) as fresh,
+        contextlib.closing(gguf.GGUFWriter(fresh, metadata["general.architecture"])) as writer,
+    ):
+        for key, value in metadata.items():
+            if key != "general.architecture":
+                writer.add_key_value(key, value, _kind(gguf, value))
+        for tensor in tensors:
+            block, size = gguf.GGML_QUANT_SIZES[types[tensor.name]]
+            nbytes = math.prod(tensor.shape) // block * size
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, types[tensor.name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, tensor in enumerate(tensors, start=1):
+            writer.write_tensor_data(_packed(gguf, tensor, types[tensor.name]))
+            if progress:
+                progress(done, len(tensors))
+
+
+def _kind(gguf: Any, value: Any) -> Any:
+    """The type of a value in the file; llama.cpp wants its numbers unsigned."""
+    return gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+
+
+def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
+    values = tensor.values()
+    largest = float(np.abs(values).max(initial=0))
+    if tensor.type == "F16" and np.finfo(np.float16).max < largest < np.inf:
+        raise ValueError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
+    return gguf.quants.quantize(values, type)

@@ -11,25 +11,27 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Rollouts of 32 calls, two passes over each; the KL is held near its target by its own weight."""
+    """Rollouts of 32 calls, four of each question, two passes over each; the KL is held near its target by its own
+    weight.
+    """
     config = default_config()
     config.algorithm = "ppo"
     config.rollout.rewards = ("model",)
-    config.rollout.num_generations = 1
+    config.rollout.num_generations = 4
     config.rollout.max_completion_length = 80
     config.rollout.rows = 32
     config.rollout.eval_size = 32
     config.rollout.eval_temperature = 1.0  # as in training, so that the two rewards can be compared
-    config.ppo.num_mini_batches = 2
+    config.ppo.num_mini_batches = 1
     config.ppo.num_ppo_epochs = 2
     config.ppo.target_kl = 4.0
     config.ppo.missing_eos_penalty = 1.0
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 2e-4
     config.optim.schedule = "constant"
-    config.train.steps = 64
-    config.train.batch_size = 16
+    config.train.steps = 32
+    config.train.batch_size = 32
     config.train.seq_len = 640
-    config.train.eval_every = 16
+    config.train.eval_every = 8
     config.train.eval_on_start = True
     config.train.remat = False
     config.data.packing = False

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.algorithm = "reward"
     config.reward.center_rewards_coefficient = 0.01
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 4
     config.train.epochs = 1.0
     config.train.batch_size = 4

@@ -3,7 +3,7 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import add_gguf_option
+from jlora.cli.model import add_gguf_option, tensor_bar
 from jlora.train.restore import load_run
 
 
@@ -12,7 +12,8 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     config, model, params = load_run(options.workdir, options.step)
     if options.gguf and options.merged:
-        hub.save_gguf(options.out, model, params, tokenizer=config.model.path, dtype=options.gguf)
+        with tensor_bar() as bar:
+            hub.save_gguf(options.out, model, params, config.model.path, dtype=options.gguf, progress=bar)
     elif options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     elif options.merged and config.model.merges_packed:

@@ -4,11 +4,9 @@ import argparse
 from typing import Any
 
 import jax.numpy as jnp
-import rich.console
-import rich.progress
 
 from jlora import data, hub, lora, quant, tree
-from jlora.cli.model import add_gguf_option, rank
+from jlora.cli.model import add_gguf_option, rank, tensor_bar
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
 from jlora.models import Model
@@ -44,7 +42,8 @@ def run(arguments: list[str]) -> int:
         _save_adapter(model, params, options)
         return 0
     if options.gguf:  # what it kept is read off the file
-        hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf)
+        with tensor_bar() as bar:
+            hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf, progress=bar)
         _, merged = hub.load(options.out, dtype="float32")
     else:
         merged = lora.merge(params)
@@ -75,11 +74,8 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
 
 
 def _run_recipe(options: argparse.Namespace) -> int:
-    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task("tensors", total=None)
-        hub.merge_models(
-            options.recipe, options.out, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with tensor_bar() as bar:
+        hub.merge_models(options.recipe, options.out, progress=bar)
     print(f"merged model: {options.out}")
     return 0
 

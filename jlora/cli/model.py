@@ -1,7 +1,12 @@
 """The options that say which model a command works on, and the model they stand for."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import rich.console
+import rich.progress
 
 from jlora import hub
 from jlora.models import Model
@@ -32,6 +37,14 @@ def add_gguf_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, its matrices in this type"
     )
+
+
+@contextlib.contextmanager
+def tensor_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, moved by calls with the tensors written and their number."""
+    with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("tensors", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:

@@ -77,6 +77,6 @@ def _kind(gguf: Any, value: Any) -> Any:
 def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
     values = tensor.values()
     largest = float(np.abs(values).max(initial=0))
-    if tensor.type == "F16" and np.finfo(np.float16).max < largest < np.inf:
+    if tensor.type == "F16" and float(np.finfo(np.float16).max) < largest < np.inf:
         raise ValueError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
     return gguf.quants.quantize(values, type)

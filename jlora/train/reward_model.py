@@ -14,7 +14,9 @@ from jlora.losses.documents import by_document, last_token
 from jlora.models import Model
 from jlora.train.algorithm import Base, Numbers
 from jlora.train.config import RunConfig
+from jlora.train.dpo import pair_totals
 from jlora.train.metrics import new_figure, save_figure, style
+from jlora.train.settings import RewardConfig
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
@@ -23,6 +25,11 @@ BINS = 10
 
 
 def objective(model: Model, config: RunConfig) -> Objective:
+    """What a run with algorithm="reward" minimises."""
+    return reward_loss(model, config.reward, remat=config.train.remat)
+
+
+def reward_loss(model: Model, settings: RewardConfig, *, remat: bool = True, chunk: int = 512) -> Objective:
     """The Bradley-Terry loss, the mean over the pairs of a step; a "margin" in the data is taken into account."""
 
     def loss(
@@ -30,36 +37,56 @@ def objective(model: Model, config: RunConfig) -> Objective:
     ) -> tuple[jax.Array, Report]:
         params = lora.combine(frozen["policy"], trainable)
         slots = batch["items"].shape[0]
-        rewards = document_rewards(model, params, batch, 2 * slots, key=key, remat=config.train.remat)
+        hidden = _hidden(model, params, batch, key=key, remat=remat)
+        rewards = _at_the_end(model, params, hidden, batch, 2 * slots)
         chosen, rejected = rewards[:slots], rewards[slots:]
         per_pair = losses.reward_model(
             chosen,
             rejected,
             batch["items"],
             margin=batch.get("margin"),
-            center_rewards_coefficient=config.reward.center_rewards_coefficient,
+            center_rewards_coefficient=settings.center_rewards_coefficient,
         )
-        items = {"items": batch["items"], "chosen": chosen, "rejected": rejected}
-        return jnp.sum(per_pair) / totals["items"], Report({}, items)
+        value, sums = jnp.sum(per_pair) / totals["items"], {}
+        if settings.sft_coefficient:
+            weights = batch["weights"] * (batch["documents"] < slots)
+            scores = losses.token_scores(
+                model.project, model.head(params), hidden, batch["targets"], weights, chunk=chunk
+            )
+            sums = {"nll": -jnp.sum(scores.log_probs), "chosen_tokens": jnp.sum(weights)}
+            value = value + settings.sft_coefficient * sums["nll"] / totals["chosen_tokens"]
+        return value, Report(sums, {"items": batch["items"], "chosen": chosen, "rejected": rejected})
 
-    return Objective(loss, lambda batch: {"items": jnp.maximum(jnp.sum(batch["items"]), 1)})
+    return Objective(loss, pair_totals)
 
 
-def document_rewards(
-    model: Model, params: Params, batch: Batch, count: int, *, key: jax.Array | None = None, remat: bool = False
-) -> jax.Array:
+def document_rewards(model: Model, params: Params, batch: Batch, count: int) -> jax.Array:
     """What the score head says at the last token of every document, float32 [count]."""
-    hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat)
+    return _at_the_end(model, params, _hidden(model, params, batch), batch, count)
+
+
+def _hidden(
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, remat: bool = False
+) -> jax.Array:
+    rows = batch["tokens"], batch["positions"], batch["segment_ids"]
+    return model.hidden(params, *rows, key=key, remat=remat)[0]
+
+
+def _at_the_end(model: Model, params: Params, hidden: jax.Array, batch: Batch, count: int) -> jax.Array:
     last = last_token(batch["documents"], count)
     return by_document(model.score(params, hidden) * last, batch["documents"], count)
 
 
 def report(metrics: Metrics) -> Numbers:
-    """TRL's numbers of a step."""
+    """TRL's numbers of a step, and "nll_loss" where the chosen answers' likelihood is a part of the loss."""
     marked = np.asarray(metrics["items"]) > 0
     chosen, rejected = (np.asarray(metrics[side])[marked] for side in ("chosen", "rejected"))
     both = np.concatenate([chosen, rejected])
-    return {
+    if "nll" in metrics:
+        nll = {"nll_loss": float(metrics["nll"]) / max(float(metrics["chosen_tokens"]), 1.0)}
+    else:
+        nll = {}
+    return nll | {
         "accuracy": float(np.mean(chosen > rejected)),
         "margin": float(np.mean(chosen - rejected)),
         "min_reward": float(both.min()),

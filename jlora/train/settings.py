@@ -110,13 +110,18 @@ class RewardConfig:
 
     Args:
       center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
+      sft_coefficient: weight of the chosen answers' mean negative log-likelihood by the model's own head: what still
+        writes the answers judges unseen ones better (Yang et al. 2024, "Regularizing Hidden States …").
     """
 
     center_rewards_coefficient: float | None = None
+    sft_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
+        bounds = dict(sft_coefficient=0.0)
         if self.center_rewards_coefficient is not None:
-            raise_all(_at_least("reward", self, center_rewards_coefficient=0))
+            bounds["center_rewards_coefficient"] = 0.0
+        raise_all(_at_least("reward", self, **bounds))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from jlora.models import build
 from jlora.train import resolve, rollout
 from jlora.train.dpo import dpo_loss
 from jlora.train.grpo import grpo_loss
+from jlora.train.reward_model import reward_loss
 from jlora.train.rewards import RewardTable
-from jlora.train.settings import DPOConfig
+from jlora.train.settings import DPOConfig, RewardConfig
 
 MODEL = build(
     transformers.Gemma2Config(
@@ -113,6 +114,27 @@ def test_pairs(packing, halves):
             )
         )
     assert_same(*found)
+
+
+def test_a_reward_model_that_still_writes(halves):
+    """Its loss is the Bradley-Terry loss and so many times DPO's term of the chosen answers, gradients too."""
+    items = answers([1] * 5, sides=2)
+    [step] = data.plan_items(items, seq_len=24, batch_size=5, packing=True, bucket=8, epochs=1, share=True)
+    batch = data.collate_items(items, step)
+    halves = lora.split(MODEL.add_score(lora.combine(*halves)))
+    apart = [
+        evaluated(objective, halves, batch)
+        for objective in (
+            reward_loss(MODEL, RewardConfig(center_rewards_coefficient=0.1), remat=False),
+            dpo_loss(MODEL, DPOConfig(loss_type=("sft",)), remat=False),
+        )
+    ]
+    settings = RewardConfig(center_rewards_coefficient=0.1, sft_coefficient=0.7)
+    together = evaluated(reward_loss(MODEL, settings, remat=False), halves, batch)
+    assert together[0] == pytest.approx(apart[0][0] + 0.7 * apart[1][0], rel=1e-5)
+    for found, reward, sft in zip(*(jax.tree.leaves(part[1]) for part in (together, *apart)), strict=True):
+        np.testing.assert_allclose(found, reward + 0.7 * sft, atol=1e-5 * np.abs(found).max())
+    assert apart[1][0] > 0.1
 
 
 @pytest.mark.parametrize("packing", [True, False])

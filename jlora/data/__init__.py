@@ -17,7 +17,7 @@ from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
 from jlora.data.records import Record, read_records
-from jlora.data.template import template_tail
+from jlora.data.template import template_tail, template_variables
 
 __all__ = [
     "Batch",
@@ -47,5 +47,6 @@ __all__ = [
     "read_records",
     "split_prompt",
     "template_tail",
+    "template_variables",
     "with_mismatched",
 ]

@@ -1,6 +1,7 @@
 """Records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jlora.data.template import (
     require_template,
     template_stop,
     template_tokens,
+    template_variables,
     text_tokens,
 )
 
@@ -155,13 +157,14 @@ def _encode_record(record: Record, tokenizer: Any, stop: int | None) -> tuple[np
     if _is_text(record):
         return _encode_text(record["prompt"], record["completion"], tokenizer)
     messages, first = _conversation(record)
-    tokens = template_tokens(messages, tokenizer)
+    template = functools.partial(template_tokens, tokenizer=tokenizer, variables=template_variables(record))
+    tokens = template(messages)
     if stop is None and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
     trained = np.zeros(len(tokens), np.bool_)
     for index in range(first, len(messages)):
         if messages[index]["role"] == "assistant":
-            start, end = _turn(messages, index, tokens, tokenizer, stop)
+            start, end = _turn(messages, index, tokens, template, stop)
             trained[start:end] = True
     return tokens, trained
 
@@ -173,16 +176,20 @@ def _encode_text(prompt: str, completion: str, tokenizer: Any) -> tuple[np.ndarr
 
 
 def _turn(
-    messages: list[dict[str, Any]], index: int, tokens: np.ndarray, tokenizer: Any, stop: int | None
+    messages: list[dict[str, Any]],
+    index: int,
+    tokens: np.ndarray,
+    template: Callable[..., np.ndarray],
+    stop: int | None,
 ) -> tuple[int, int]:
     """Where the assistant turn `messages[index]` starts and ends (exclusive, its stop token inside) in `tokens`."""
-    start = common_prefix(template_tokens(messages[:index], tokenizer, add_generation_prompt=True), tokens)
+    start = common_prefix(template(messages[:index], add_generation_prompt=True), tokens)
     if index + 1 == len(messages):
         limit = len(tokens)
     else:
         # Some templates leave the reasoning out of earlier turns, so a shared prefix may end inside the turn. It is
         # the answer only where there is no stop token to look for.
-        limit = common_prefix(template_tokens(messages[: index + 1], tokenizer), tokens)
+        limit = common_prefix(template(messages[: index + 1]), tokens)
     stops = np.flatnonzero(tokens[start:] == stop) if stop is not None else []
     return start, start + int(stops[0]) + 1 if len(stops) else limit
 

@@ -12,7 +12,7 @@ from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
 from jlora.data.records import Record, describe_faults
-from jlora.data.template import common_prefix, require_template, template_tokens, text_tokens
+from jlora.data.template import common_prefix, require_template, template_tokens, template_variables, text_tokens
 
 RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
 
@@ -249,7 +249,7 @@ def _encode_sides(record: Record, sides: tuple[str, ...], tokenizer: Any) -> tup
         before = text_tokens(prompt, tokenizer)
         whole = [text_tokens(prompt + answer, tokenizer, end=True) for answer in answers]
     else:
-        variables = ({"tools": record["tools"]} if "tools" in record else {}) | record.get("chat_template_kwargs", {})
+        variables = template_variables(record)
         before = template_tokens(prompt, tokenizer, add_generation_prompt=True, variables=variables)
         whole = [template_tokens(prompt + answer, tokenizer, variables=variables) for answer in answers]
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):

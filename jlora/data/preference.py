@@ -1,18 +1,25 @@
 """Preference records: TRL's dataset formats in, two normal forms out. No tokens."""
 
-import json
 import pathlib
 from typing import Any, Literal
 
 import numpy as np
 
-from jlora.data.records import Record, completion_faults, kind_of, read_rows, side_faults
+from jlora.data.records import (
+    TEMPLATE_FIELDS,
+    Record,
+    completion_faults,
+    kind_of,
+    read_rows,
+    side_faults,
+    with_template_fields,
+)
 from jlora.data.template import as_messages
 
 Kind = Literal["pairs", "unpaired"]
 
 NUMBERS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
-_OPTIONAL = ("prompt", "tools", "chat_template_kwargs", *NUMBERS)
+_OPTIONAL = ("prompt", *NUMBERS)
 _PAIRS = (
     '"prompt", "chosen" and "rejected" ("prompt" may be their shared start), or "prompt", "completions" and "scores"'
 )
@@ -93,7 +100,7 @@ def _normal(row: Any, kind: Kind) -> tuple[list[Record], list[str]]:
     if any(isinstance(record["prompt"], str) for record in records):
         form_faults += [
             f"{name}: found it beside plain text, expected messages, since it is for the chat template"
-            for name in ("tools", "chat_template_kwargs")
+            for name in TEMPLATE_FIELDS
             if row.get(name)
         ]
     return ([] if faults or form_faults else records), faults + form_faults
@@ -170,22 +177,13 @@ def _unpaired(row: Record) -> tuple[list[Record], list[str]]:
 
 def _options(row: Record) -> tuple[Record, list[str]]:
     """The row without optional fields that are null, its tools as a list, and what is wrong with those fields."""
-    faults = []
-    row = {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}
+    row, template_faults = with_template_fields(row)
+    row, faults = {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}, []
     for name in NUMBERS:
         faults += _number_faults(name, row[name]) if name in row else []
     if len({"ref_chosen_logps", "ref_rejected_logps"} & set(row)) == 1:
         faults.append("found one of ref_chosen_logps and ref_rejected_logps, expected both or none")
-    if isinstance(row.get("tools"), str):
-        try:
-            row["tools"] = json.loads(row["tools"])
-        except json.JSONDecodeError as error:
-            faults.append(f"tools: found text that is not JSON ({error.msg}), expected a list of tools")
-            del row["tools"]
-    for name, expected in (("tools", list), ("chat_template_kwargs", dict)):
-        if not isinstance(row.get(name, expected()), expected):
-            faults.append(f"{name}: found {kind_of(row[name])}, expected {kind_of(expected())}")
-    return row, faults
+    return row, faults + template_faults
 
 
 def _number_faults(field: str, value: Any) -> list[str]:

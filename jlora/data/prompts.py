@@ -2,12 +2,20 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.data.chat import split_prompt
-from jlora.data.records import Record, check_record, describe_faults, kind_of, read_rows, side_faults
-from jlora.data.template import template_tokens, text_tokens
+from jlora.data.records import (
+    Record,
+    check_record,
+    describe_faults,
+    kind_of,
+    read_rows,
+    side_faults,
+    with_template_fields,
+)
+from jlora.data.template import template_tokens, template_variables, text_tokens
 
 Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", or with "messages"'
@@ -30,7 +38,8 @@ def read_prompts(path: str | pathlib.Path) -> list[Record]:
     """The records of a file (see `read_rows`), each with a "prompt" and whatever other keys it has.
 
     A prompt is text, or messages of which the last is a user's. Where there are "messages", the prompt is everything
-    before the last assistant message, whose text becomes "completion" unless the record has one.
+    before the last assistant message, whose text becomes "completion" unless the record has one. "tools" (a list) and
+    "chat_template_kwargs" (an object) go to the chat template.
 
     Raises:
         FileNotFoundError, ValueError: see `read_rows`.
@@ -52,7 +61,7 @@ def encode_prompts(
     encoded, kept, faults = [], [], []
     for index, record in enumerate(records):
         try:
-            tokens = encode_prompt(record["prompt"], tokenizer)
+            tokens = encode_prompt(record["prompt"], tokenizer, template_variables(record))
         except ValueError as error:
             faults.append(f"record {index + 1}: {error}")
             continue
@@ -68,8 +77,11 @@ def encode_prompts(
     return encoded, PromptReport(tuple(kept), len(records) - len(kept))
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
     """The tokens to generate from: of a text as it is, of messages with the template's opening of an answer.
+
+    Args:
+        variables: the chat template's own, see `template_variables`.
 
     Raises:
         ValueError: there are no tokens, or messages for a tokenizer without a chat template.
@@ -79,7 +91,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     elif not tokenizer.chat_template:
         raise ValueError("found a list of messages, but the tokenizer has no chat template: give a text")
     else:
-        tokens = template_tokens(list(prompt), tokenizer, add_generation_prompt=True)
+        tokens = template_tokens(list(prompt), tokenizer, add_generation_prompt=True, variables=variables)
     if not len(tokens):
         raise ValueError("found an empty prompt: there is nothing to continue")
     return tokens.tolist()
@@ -88,6 +100,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
 def _accept(row: Any) -> tuple[list[Record], list[str]]:
     if not isinstance(row, dict):
         return [], [f"found {kind_of(row)}, expected {_FORMS}"]
+    row, option_faults = with_template_fields(row)
+    if option_faults:
+        return [], option_faults
     if "messages" in row:
         if faults := check_record(row):
             return [], faults

@@ -11,6 +11,7 @@ Record = dict[str, Any]
 Accept = Callable[[Any], tuple[list[Record], list[str]]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TEMPLATE_FIELDS = {"tools": list, "chat_template_kwargs": dict}
 SHOWN_FAULTS = 50
 _FORMS = 'an object with "messages", or with "prompt" and "completion"'
 
@@ -20,9 +21,9 @@ def read_records(path: str | pathlib.Path) -> list[Record]:
 
     A record is `{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message, or
     `{"prompt": ..., "completion": ...}` where both are text or lists of messages. With "messages" present, "prompt" is
-    just another key that is kept.
+    just another key that is kept. "tools" (a list) and "chat_template_kwargs" (an object) go to the chat template.
     """
-    return read_rows(path, lambda row: ([row], check_record(row)), _FORMS)
+    return read_rows(path, _accept, _FORMS)
 
 
 def read_rows(path: str | pathlib.Path, accept: Accept, forms: str) -> list[Record]:
@@ -75,6 +76,29 @@ def check_record(record: Any) -> list[str]:
     if missing:
         return [f"found the fields {sorted(record)} without {' and '.join(missing)}, expected {_FORMS}"]
     return side_faults("prompt", record["prompt"]) + completion_faults("completion", record["completion"])
+
+
+def _accept(row: Any) -> tuple[list[Record], list[str]]:
+    if faults := check_record(row):
+        return [], faults
+    record, faults = with_template_fields(row)
+    return [record], faults
+
+
+def with_template_fields(row: Record) -> tuple[Record, list[str]]:
+    """The row without fields for the chat template that are null, its tools as a list, and what is wrong with these."""
+    faults = []
+    row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_FIELDS}
+    if isinstance(row.get("tools"), str):
+        try:
+            row["tools"] = json.loads(row["tools"])
+        except json.JSONDecodeError as error:
+            faults.append(f"tools: found text that is not JSON ({error.msg}), expected a list of tools")
+            del row["tools"]
+    for name, expected in TEMPLATE_FIELDS.items():
+        if not isinstance(row.get(name, expected()), expected):
+            faults.append(f"{name}: found {kind_of(row[name])}, expected {kind_of(expected())}")
+    return row, faults
 
 
 def describe_faults(title: str, faults: list[str]) -> str:

@@ -6,6 +6,11 @@ from typing import Any
 import numpy as np
 
 
+def template_variables(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record hands to the chat template besides its messages: its tools, and its chat_template_kwargs."""
+    return ({"tools": record["tools"]} if "tools" in record else {}) | record.get("chat_template_kwargs", {})
+
+
 def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
     """The tokens of plain text; with `end` the last one is the tokenizer's end-of-text token."""
     tokens = np.asarray(tokenizer(text)["input_ids"], np.int32)

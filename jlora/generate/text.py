@@ -1,6 +1,6 @@
 """Prompts in, texts out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     adapters: Sequence[Choice] | None = None,
+    chat_template_kwargs: Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 64,
     temperature: int | float = 0.0,
     top_k: int = 0,
@@ -46,6 +47,7 @@ def generate(
         adapters: of a bank, what each prompt is answered with: an adapter's name, several with weights, or None for the
             base alone; default None for all.
         prompts: texts, continued as they are, or lists of chat messages, put through the tokenizer's chat template.
+        chat_template_kwargs: of each prompt, what else the template is given, such as tools.
         temperature: 0 takes the likeliest token each time.
         top_k, top_p: see `sample`.
         on_batch: called with the number of prompts answered so far.
@@ -58,7 +60,12 @@ def generate(
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
         raise ValueError("generate:\n  " + "\n  ".join(problems))
     params, places = _places(params, adapters, len(prompts))
-    encoded = [_encode(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
+    variables = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
+    if len(variables) != len(prompts):
+        raise ValueError(
+            f"chat_template_kwargs: found {len(variables)}, expected one for each of {len(prompts)} prompts"
+        )
+    encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
     stop_ids = tuple(sorted({*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
     rows = max(1, min(batch_size, len(encoded)))
@@ -104,8 +111,8 @@ def _places(params: Params | Bank, adapters: Sequence[Choice] | None, count: int
     return params.params, params.places([None] * count if adapters is None else adapters)
 
 
-def _encode(tokenizer: Any, prompt: Prompt, number: int) -> list[int]:
+def _encode(tokenizer: Any, prompt: Prompt, variables: Mapping[str, Any], number: int) -> list[int]:
     try:
-        return data.encode_prompt(prompt, tokenizer)
+        return data.encode_prompt(prompt, tokenizer, variables)
     except ValueError as error:
         raise ValueError(f"prompt {number}: {error}") from error

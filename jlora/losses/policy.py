@@ -130,7 +130,7 @@ def aggregate(
         items: 1 for a document, 0 for an empty slot.
         totals: sums over the whole step of what the ways above divide by: items, tokens (Σ w), micro_batches, prompts.
         max_completion_length: for "constant".
-        group_tokens: for "prompt_tokens", the counted tokens of all completions of the document's prompt, in the step.
+        group_tokens: for "prompt_tokens", the counted tokens of all completions of the document's prompt.
     """
     counted = jnp.where(weights != 0, per_token, 0) * weights
     sums = by_document(counted, documents, items.shape[0])

@@ -245,6 +245,11 @@ class RunConfig:
                 f"rollout.max_completion_length is {rollout.max_completion_length}: leaves no room for a prompt in "
                 f"train.seq_len = {train.seq_len}"
             )
+        if self.algorithm == "grpo" and self.grpo.overlong_cache > rollout.max_completion_length:
+            faults.append(
+                f"grpo.overlong_cache is {self.grpo.overlong_cache}: expected at most rollout.max_completion_length = "
+                f"{rollout.max_completion_length}"
+            )
         if not rollout.rewards and not self.data.path.startswith(TASK):
             faults.append("rollout.rewards: found none, expected at least one")
         if self.algorithm == "grpo" and self.grpo.advantage != "reinforce++" and rollout.num_generations < 2:

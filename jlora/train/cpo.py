@@ -18,7 +18,7 @@ from jlora.types import Params
 def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
     """The contrastive loss + cpo_alpha · the mean negative log-likelihood of the chosen answers' tokens."""
     settings = config.cpo
-    form = dict(loss_type=settings.loss_type, beta=settings.beta, label_smoothing=settings.label_smoothing)
+    form = dict(loss_type=settings.loss_type, alpha=settings.alpha)
 
     def loss(
         trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
@@ -26,12 +26,19 @@ def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objec
         params = lora.combine(frozen["policy"], trainable)
         scores = completion_scores(model, params, batch, key=key, remat=config.train.remat, chunk=chunk)
         pairs = _pairs(scores.log_probs, batch)
-        per_pair = losses.cpo(pairs, simpo_gamma=settings.simpo_gamma, **form)
-        nll = -jnp.sum(pairs.chosen) / totals["chosen_tokens"]
-        value = jnp.sum(per_pair) / totals["items"] + settings.cpo_alpha * nll
-        rewards = losses.cpo_rewards(pairs, loss_type=settings.loss_type)
-        items = _items(pairs, *rewards, settings.beta)
-        return value, Report(token_sums(scores, batch) | {"nll_loss": nll}, items)
+        per_pair = losses.cpo(
+            pairs,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            simpo_gamma=settings.simpo_gamma,
+            **form,
+        )
+        nll = {"nll": -jnp.sum(pairs.chosen), "nll_tokens": jnp.sum(pairs.chosen_tokens)}
+        value = jnp.sum(per_pair) / totals["items"] + settings.cpo_alpha * nll["nll"] / totals["chosen_tokens"]
+        log_probs = losses.cpo_rewards(pairs, loss_type=settings.loss_type)
+        rewards = (settings.beta * reward for reward in losses.cpo_rewards(pairs, **form))
+        items = _items(pairs, *log_probs, *rewards)
+        return value, Report(token_sums(scores, batch) | nll, items)
 
     return Objective(loss, dpo.pair_totals)
 
@@ -58,14 +65,15 @@ def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Obje
         scores = completion_scores(model, params, batch, weights=scored, key=key, remat=config.train.remat, chunk=chunk)
         pairs = _pairs(scores.log_probs * batch["weights"], batch)
         per_pair, log_odds_ratio, log_odds = losses.orpo(pairs, beta=settings.beta)
-        nll = -jnp.sum(scores.log_probs * likely) / totals["likelihood_tokens"]
-        value = nll + jnp.sum(per_pair) / totals["items"]
+        nll = {"nll": -jnp.sum(scores.log_probs * likely), "nll_tokens": jnp.sum(likely)}
+        value = nll["nll"] / totals["likelihood_tokens"] + jnp.sum(per_pair) / totals["items"]
         means = (
             pairs.chosen / jnp.maximum(pairs.chosen_tokens, 1),
             pairs.rejected / jnp.maximum(pairs.rejected_tokens, 1),
         )
-        items = _items(pairs, *means, settings.beta) | {"log_odds_ratio": log_odds_ratio, "log_odds_chosen": log_odds}
-        return value, Report(token_sums(scores, batch) | {"nll_loss": nll}, items)
+        rewards = (settings.beta * mean for mean in means)
+        items = _items(pairs, *means, *rewards) | {"log_odds_ratio": log_odds_ratio, "log_odds_chosen": log_odds}
+        return value, Report(token_sums(scores, batch) | nll, items)
 
     def totals(batch: Batch) -> Metrics:
         return dpo.pair_totals(batch) | {"likelihood_tokens": jnp.maximum(jnp.sum(likelihood_weights(batch)), 1)}
@@ -75,7 +83,8 @@ def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Obje
 
 def report(metrics: Metrics) -> Numbers:
     """TRL's numbers of a step."""
-    numbers = dpo.report(metrics) | {"nll_loss": float(metrics["nll_loss"])}
+    nll = float(metrics["nll"]) / max(float(metrics["nll_tokens"]), 1.0)
+    numbers = dpo.report(metrics) | {"nll_loss": nll}
     if "log_odds_ratio" in metrics:
         numbers |= item_means(metrics, ("log_odds_ratio", "log_odds_chosen"))
     return numbers
@@ -86,7 +95,7 @@ def _pairs(log_probs: jax.Array, batch: Batch) -> Pairs:
     return dpo.as_pairs(sums, jnp.zeros_like(sums), batch)
 
 
-def _items(pairs: Pairs, chosen: jax.Array, rejected: jax.Array, beta: float) -> Metrics:
-    """TRL logs the log-probabilities that the loss is made of, and beta times them as rewards."""
-    log_probs = {"logps/chosen": chosen, "logps/rejected": rejected}
-    return log_probs | {"items": pairs.items, "rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
+def _items(pairs: Pairs, *values: jax.Array) -> Metrics:
+    """What TRL logs: the log-probabilities of chosen and rejected that the loss is made of, and their rewards."""
+    names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+    return {"items": pairs.items} | dict(zip(names, values, strict=True))

@@ -54,7 +54,14 @@ def evaluate(
         return numbers, []
     prompts, targets = zip(*map(data.split_prompt, records), strict=True)
     texts = generate(
-        model, params, tokenizer, list(prompts), max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size
+        model,
+        params,
+        tokenizer,
+        list(prompts),
+        chat_template_kwargs=list(map(data.template_variables, records)),
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        batch_size=batch_size,
     )
     scores = [
         _score(record, text, target, metric) for record, text, target in zip(records, texts, targets, strict=True)

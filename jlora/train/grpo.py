@@ -44,7 +44,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             source=RolloutSource(config, base, prompts, functools.partial(_collect, sampler, note)),
             report=functools.partial(_report, config),
             adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
-            evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable),
+            evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable, int(state.step)),
             panels=PANELS,
         )
 
@@ -143,7 +143,7 @@ def _totals(batch: Batch) -> Metrics:
     return {
         "items": jnp.maximum(jnp.sum(batch["items"]), 1),
         "tokens": jnp.maximum(jnp.sum(batch["weights"]), 1),
-        "micro_batches": jnp.float32(batch["weights"].shape[0]),
+        "micro_batches": jnp.maximum(jnp.sum(jnp.any(batch["items"] > 0, axis=-1)), 1).astype(jnp.float32),
         "prompts": jnp.maximum(jnp.sum(batch["prompts"]), 1) if "prompts" in batch else jnp.float32(1),
     }
 
@@ -169,7 +169,8 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
     config, settings = source.config, source.config.grpo
     group = config.rollout.num_generations
     rollouts, rounds = _sample_groups(sampler, source, state, note)
-    batch = rollout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation)
+    seed = (config.train.seed, source.drawn)
+    batch = rollout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation, seed)
     batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
     moved = settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
     scores = score_batch(source.base, config, state.trainable, batch, old=moved, reference=bool(settings.beta))
@@ -203,7 +204,8 @@ def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, n
     wanted, found, rounds = completions // group, [], 0
     while True:
         numbers = [number for number in source.draw(wanted) for _ in range(group)]
-        found.append(sampler(state.trainable, source.prompts, numbers, seed=(config.train.seed, source.drawn)))
+        seed = (config.train.seed, source.drawn)
+        found.append(sampler(state.trainable, source.prompts, numbers, seed, step=int(state.step)))
         rounds += 1
         everything = rollout.join(found, config.rollout.on_error, group, source.prompts)
         equal = advantages.zero_std_groups(everything.rewards, group)

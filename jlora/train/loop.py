@@ -34,9 +34,11 @@ ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
     "grpo": grpo.plan,
     "ppo": ppo.plan,
 }
-# What may differ when a run is taken up again: how it is watched and where it runs, not what it computes.
+# What may differ when a run is taken up again: how it is watched, where it runs and what it forgives, not what it
+# computes.
 FREE = {
     "mesh": None,
+    "rollout": ("on_error", "log_completions"),
     "train": ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
     "data": ("eval_path",),
 }
@@ -158,17 +160,22 @@ def _steps(
     if train.eval_on_start and start == 0:
         writer.write(0, _evaluation(this))
     last: dict[str, float] = {}
+    unlogged: dict[str, float] = {}  # some numbers come with a rollout, not with every step
     unsaved = False
     for number, metrics in _metrics(this, start):
-        if train.eval_every and (number % train.eval_every == 0 or number == this.total_steps):
+        final = number == this.total_steps
+        evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
+        if evaluated:
             metrics |= _evaluation(this)
-        if number % train.log_every == 0 or number == this.total_steps:
-            writer.write(number, metrics)
+        stopping = not final and this.job.source.boundary and stop()
+        unlogged |= metrics
+        if evaluated or stopping or final or number % train.log_every == 0:
+            writer.write(number, unlogged)
+            unlogged = {}
         if progress:
             progress.update(number, metrics)
-        unsaved = unsaved or number % train.save_every == 0 or number == this.total_steps
-        stopping = stop() and number < this.total_steps and this.job.source.boundary
-        if stopping or (unsaved and this.job.source.boundary):
+        unsaved = unsaved or number % train.save_every == 0
+        if stopping or final or (unsaved and this.job.source.boundary):
             saved.save(number, this.state, {"source": this.job.source.get_state(), "tokens": this.tokens})
             unsaved = False
         if stopping:
@@ -202,7 +209,7 @@ def _finish(this: _Run) -> None:
         if can_plot():
             plot_curves(this.workdir, this.job.panels)
         else:
-            this.note("no curves.png: pip install 'jlora[plots]' draws it")
+            this.note("no plots: pip install 'jlora[plots]' draws them")
     this.job.finish(this.state)
 
 

@@ -1,6 +1,7 @@
 """PPO: a policy and a value, two adapters on one frozen base, learn from rewards that a KL to the reference limits."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
                 "adapter": lora.combine(base.frozen, trainable["policy"]),
                 "value": lora.combine(base.frozen, trainable["value"]),
             },
-            evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable["policy"]),
+            evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable["policy"], int(state.step)),
             panels=PANELS,
         )
 
@@ -118,22 +119,24 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     group = config.rollout.num_generations
     completions = config.train.batch_size * config.train.grad_accum * settings.num_mini_batches
     numbers = [number for number in source.draw(completions // group) for _ in range(group)]
-    found = sampler(state.trainable["policy"], source.prompts, numbers, seed=(config.train.seed, source.drawn))
+    seed = (config.train.seed, source.drawn)
+    found = sampler(state.trainable["policy"], source.prompts, numbers, seed, step=int(state.step))
     rollouts = rollout.join([found], config.rollout.on_error, group, source.prompts)
-    batch = rollout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches)
+    batch = rollout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches, seed)
     batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
+    known = ~np.isnan(rollouts.rewards)  # what failed to be judged is not learned from
+    batch["weights"] = batch["weights"] * rollout.spread(batch, known)
     batch |= score_batch(base, config, state.trainable["policy"], batch, old=True, reference=True)
     value_params = lora.combine(base.frozen, state.trainable["value"])
     batch["old_values"] = np.asarray(_values(base.model, value_params, sharding.put_batch(batch, base.mesh)))
-    scores = np.nan_to_num(rollouts.rewards)
+    scores = rollouts.rewards
     if settings.missing_eos_penalty is not None:
         scores = scores - settings.missing_eos_penalty * np.array([not c.finished for c in rollouts.completions])
     kl_coef = source.memory.setdefault("kl_coef", settings.kl_coef)
     found_numbers = _estimate(batch, scores, kl_coef, settings)
-    kl = found_numbers["objective/kl"]
-    if settings.target_kl is not None:
+    if settings.target_kl is not None and known.any():
         source.memory["kl_coef"] = advantages.next_kl_coef(
-            kl_coef, kl, settings.target_kl, settings.kl_horizon, len(rollouts.items)
+            kl_coef, found_numbers["objective/kl"], settings.target_kl, settings.kl_horizon, int(known.sum())
         )
     report = rollout.describe(rollouts, group) | found_numbers | {"objective/kl_coef": kl_coef}
     report["val/num_eos_tokens"] = float(sum(c.finished for c in rollouts.completions))
@@ -149,24 +152,27 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     steps = [
         part
         for epoch in range(settings.num_ppo_epochs)
-        for part in rollout.parts(_shuffled(batch, (config.train.seed, source.drawn, epoch)), settings.num_mini_batches)
+        for part in rollout.parts(_shuffled(batch, (*seed, epoch)), settings.num_mini_batches)
     ]
     return steps, report, rollouts
 
 
 def _estimate(batch: data.Batch, scores: np.ndarray, kl_coef: float, settings: PPOConfig) -> Numbers:
-    """Puts "advantages" and "returns" into the batch; what TRL reports as objective/*."""
-    weights = batch["weights"]
+    """Puts "advantages" and "returns" into the batch; what TRL reports as objective/*.
+
+    Args:
+        scores: of the completions, NaN where one is not known: its tokens weigh nothing in the batch.
+    """
+    weights, known = batch["weights"], ~np.isnan(scores)
     log_probs = jnp.asarray(batch["old_log_probs"])
     kl = advantages.kl_estimate(log_probs, jnp.asarray(batch["reference_log_probs"]), settings.kl_estimator)
     kl = np.asarray(kl) * weights
+    counted = jnp.asarray(weights)
     rewards = jnp.asarray(advantages.token_rewards(rollout.spread(batch, scores), kl, weights, kl_coef))
     if settings.whiten_rewards:
-        rewards = advantages.whiten(rewards, weights, shift_mean=False)
-    found, returns = advantages.gae(
-        rewards, jnp.asarray(batch["old_values"]), jnp.asarray(weights), settings.gamma, settings.lam
-    )
-    batch["advantages"] = np.asarray(advantages.whiten(found, jnp.asarray(weights)))
+        rewards = advantages.whiten(rewards, counted, shift_mean=False)
+    found, returns = advantages.gae(rewards, jnp.asarray(batch["old_values"]), counted, settings.gamma, settings.lam)
+    batch["advantages"] = np.asarray(advantages.whiten(found, counted))
     batch["returns"] = np.asarray(returns)
     of_items = {
         "kl": rollout.by_item(batch, kl),
@@ -175,7 +181,10 @@ def _estimate(batch: data.Batch, scores: np.ndarray, kl_coef: float, settings: P
     }
     of_items["non_score_reward"] = -kl_coef * of_items["kl"]
     of_items["rlhf_reward"] = of_items["non_score_reward"] + scores
-    return {f"objective/{name}": float(np.mean(values)) for name, values in of_items.items()}
+    return {
+        f"objective/{name}": float(np.mean(values[known])) if known.any() else math.nan
+        for name, values in of_items.items()
+    }
 
 
 def _shuffled(batch: data.Batch, seed: tuple[int, ...]) -> data.Batch:

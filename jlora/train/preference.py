@@ -69,6 +69,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     method, train = METHODS[config.algorithm], config.train
     items, encoded = read_items(config, config.data.path, tokenizer)
     held_out = read_items(config, config.data.eval_path, tokenizer)[0] if config.data.eval_path else []
+    _check_references(config, items, held_out)
     steps = data.plan_items(
         items,
         seq_len=train.seq_len,
@@ -126,6 +127,18 @@ def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.
     return items, report
 
 
+def _check_references(config: RunConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:
+    """Refuses rewards of training and of evaluation that would be against two references."""
+    brings = [dpo.CHOSEN in some[0].values for some in (items, held_out) if some]
+    if METHODS[config.algorithm].reference and len(set(brings)) > 1:
+        paths = (config.data.path, config.data.eval_path)
+        having, lacking = paths if brings[0] else reversed(paths)
+        raise ValueError(
+            f"{having} brings the reference's log-probabilities ({dpo.CHOSEN}, {dpo.REJECTED}) and {lacking} does not: "
+            "rewards would be against two references; give both files these fields, or neither"
+        )
+
+
 def shares(config: RunConfig) -> bool:
     """Whether the answers to a prompt stand behind one copy of it, which a loss on the prompt itself does not allow."""
     return config.data.share_prompts and not (config.algorithm == "orpo" and config.orpo.nll_on_prompt)
@@ -147,9 +160,9 @@ def evaluate_items(
         weight = float(np.sum(batch["items"]))
         found.append(jax.device_get((value * weight, weight, report)))
     loss = sum(value for value, _, _ in found) / sum(weight for _, weight, _ in found)
-    sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *(report.sums for _, _, report in found))
+    sums = jax.tree.map(lambda *values: np.asarray(np.sum(values, axis=0)), *(report.sums for _, _, report in found))
     arrays = jax.tree.map(lambda *values: np.concatenate(values), *(report.items for _, _, report in found))
-    return sums | arrays | {"loss": loss}
+    return sums | arrays | {"loss": np.asarray(loss)}
 
 
 def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:

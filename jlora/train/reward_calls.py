@@ -4,6 +4,7 @@ import asyncio
 import collections
 import functools
 import inspect
+import json
 import reprlib
 import threading
 import weakref
@@ -16,6 +17,10 @@ from jaxtyping import Float32
 from jlora.train import pyfile
 
 Fault = tuple[str, BaseException | None]
+
+# What is written anyway, of a completion and of a step; what functions say is written beside it.
+COLUMNS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "score")
+NUMBERS = ("step", "loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens")
 
 
 def parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
@@ -92,17 +97,35 @@ class Log:
 
     def metric(self, name: str, value: Any) -> None:
         """Notes a number, of which the mean is reported."""
+        _refuse_taken("log_metric", name, NUMBERS)
         self._values[name].append(float(value))
 
-    def extra(self, column: str, values: Sequence[Any]) -> None:
-        """Notes a value for each completion."""
+    def extra(self, column: str, values: Any) -> None:
+        """Notes a value for each completion: a list or an array of them."""
+        _refuse_taken("log_extra", column, COLUMNS)
         if len(values) != self._size:
             raise ValueError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
-        self.columns[column] = list(values)
+        self.columns[column] = [_plain(value) for value in values]
 
     def means(self) -> dict[str, float]:
         """Of every metric."""
         return {name: float(np.mean(values)) for name, values in self._values.items()}
+
+
+def _refuse_taken(function: str, name: str, taken: tuple[str, ...]) -> None:
+    if name in taken:
+        raise ValueError(f"{function}({name!r}): found a name that is taken, expected none of {', '.join(taken)}")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: arrays as lists, what it has no form for as text."""
+    if hasattr(value, "tolist"):  # of NumPy, JAX and torch, scalars too
+        value = value.tolist()
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 def _number(value: Any) -> np.float32:

@@ -15,7 +15,7 @@ from jlora.models import Model
 from jlora.train.algorithm import Base, Numbers
 from jlora.train.config import RunConfig
 from jlora.train.dpo import pair_totals
-from jlora.train.metrics import new_figure, save_figure, style
+from jlora.train.metrics import can_plot, new_figure, save_figure, style
 from jlora.train.settings import RewardConfig
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
@@ -121,9 +121,10 @@ class RewardModel:
         """
         whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
         config = self._config
+        longest, ways = config.train.seq_len + len(self._tail), self._base.mesh.shape["sequence"]
         steps = data.plan_items(
             whole,
-            seq_len=config.train.seq_len + len(self._tail),
+            seq_len=-(-longest // ways) * ways,
             batch_size=config.train.batch_size,
             packing=False,
             bucket=config.data.bucket,
@@ -184,7 +185,7 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> list[tuple[float, floa
 
 def plot_calibration(base: Base, metrics: Metrics) -> None:
     """Writes calibration.png: how often the answer with the higher reward is the better one, by what the model says."""
-    if jax.process_index():
+    if jax.process_index() or not can_plot():
         return
     draw_calibration(base.workdir / CALIBRATION, metrics)
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32
 from jlora.losses.advantages import total
 from jlora.train import pyfile, reward_calls
 
-__all__ = ["RewardTable", "Rewards", "load_rewards", "text_of", "total"]
+__all__ = ["RewardTable", "Rewards", "TrainerState", "load_rewards", "text_of", "total"]
 
 Messages = list[dict[str, Any]]
 Record = dict[str, Any]
@@ -25,6 +25,14 @@ FORMS = "FILE.py, FILE.py:FUNCTION, metric:FILE.py or metric:FILE.py:KEY"
 SHOWN_FAULTS = 20
 # What a function is given besides the columns of the records.
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """What rewards may know of the run, under transformers' names: optimizer steps taken, and of how many."""
+
+    global_step: int
+    max_steps: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +85,7 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         *,
-        trainer_state: Any = None,
+        trainer_state: TrainerState | None = None,
     ) -> RewardTable:
         """The rewards of completions. A text that answers messages is handed on as one message of the assistant.
 
@@ -110,7 +118,7 @@ class Rewards:
         completions: Sequence[str | Messages],
         completion_ids: Sequence[Sequence[int]],
         *,
-        trainer_state: Any = None,
+        trainer_state: TrainerState | None = None,
     ) -> RewardTable:
         """The rewards of one completion for each record, whose `prompt` is the prompt and all else columns."""
         names = dict.fromkeys(name for record in records for name in record if name != "prompt")

@@ -19,7 +19,7 @@ from jlora.losses.advantages import overlong_penalty
 from jlora.train.algorithm import Base, Note, Numbers
 from jlora.train.config import TASK, RunConfig
 from jlora.train.reward_model import RewardModel
-from jlora.train.rewards import RewardTable, load_rewards, total
+from jlora.train.rewards import RewardTable, TrainerState, load_rewards, total
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics
 from jlora.train.tasks import reasoning_tasks
@@ -136,6 +136,7 @@ class Sampler:
         numbers: Sequence[int],
         seed: tuple[int, ...],
         *,
+        step: int,
         greedy: bool = False,
     ) -> Rollouts:
         """A completion for every entry of `numbers`, which name prompts.
@@ -143,7 +144,11 @@ class Sampler:
         Args:
             trainable: the policy's adapter.
             seed: numbers that the draws follow from.
+            step: how many optimizer steps were taken; rewards are told.
             greedy: as evaluation asks for it.
+
+        Raises:
+            ValueError: a reward failed, unless failures are skipped.
         """
         settings = self._config.rollout
         completions, digest = rollout(
@@ -165,43 +170,56 @@ class Sampler:
             for index, (number, completion) in enumerate(zip(numbers, completions, strict=True))
         ]
         records = [prompts.records[number] for number in numbers]
-        table = self._functions.of_records(records, texts, [completion.tokens.tolist() for completion in completions])
+        table = self._functions.of_records(
+            records,
+            texts,
+            [completion.tokens.tolist() for completion in completions],
+            trainer_state=TrainerState(step, self._config.train.steps),
+        )
         if self._reward_model is not None:
             chats = [not isinstance(record["prompt"], str) for record in records]
             ended = [chat and completion.finished for chat, completion in zip(chats, completions, strict=True)]
-            table = with_column(table, "model", self._reward_model(items, ended, numbers))
+            scores = self._judged(items, ended, numbers)
+            table = with_column(table, "model", scores, errors=int(np.isnan(scores).sum()))
         if self._overlong:
             lengths = np.array([len(completion.tokens) for completion in completions])
-            table = with_column(
-                table, "overlong", overlong_penalty(lengths, settings.max_completion_length, self._overlong)
-            )
+            penalty = overlong_penalty(lengths, settings.max_completion_length, self._overlong)
+            table = with_column(table, "overlong", np.where(table.scored, penalty, np.nan))
         return Rollouts(list(numbers), completions, texts, items, table, total(table.values, self.weights), int(digest))
 
+    def _judged(self, items: Sequence[Item], ended: Sequence[bool], numbers: Sequence[int]) -> np.ndarray:
+        """The reward model's scores; NaN for those that are not finite, where failures are skipped."""
+        scores = self._reward_model(items, ended, numbers)
+        failed = np.flatnonzero(~np.isfinite(scores))
+        if len(failed) and self._config.rollout.on_error == "raise":
+            raise ValueError(
+                f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of {len(scores)} completions "
+                f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); train it anew with a "
+                "lower optim.learning_rate, or set rollout.on_error='skip' to leave them out"
+            )
+        return np.where(np.isfinite(scores), scores, np.nan)
 
-def lay_out(rollouts: Rollouts, config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
+
+def lay_out(
+    rollouts: Rollouts, config: RunConfig, mesh: jax.sharding.Mesh, parts: int, seed: tuple[int, ...]
+) -> data.Batch:
     """The items as arrays [A, B, T]: A a multiple of `parts`, B at most `train.batch_size`, rows spread evenly.
 
-    Raises:
-        ValueError: there are fewer rows than parts.
+    Args:
+        seed: numbers that the order of the rows follows from. They come by length, and a part that is a step of its own
+            must not hold the longest alone. Short completions may fill fewer rows than there are parts; they are then
+            laid out one in a row.
     """
-    train = config.train
-    steps = data.plan_items(
-        rollouts.items,
-        seq_len=train.seq_len,
-        batch_size=1,
-        packing=config.data.packing,
-        bucket=config.data.bucket,
-        epochs=1,
-        shuffle=False,
-        share=config.data.share_prompts,
-        prompts=rollouts.numbers,
+    train, share = config.train, config.data.share_prompts
+    plan = functools.partial(
+        data.plan_items, rollouts.items, seq_len=train.seq_len, batch_size=1, bucket=config.data.bucket, shuffle=False
     )
+    steps = plan(epochs=1, packing=config.data.packing, share=share, prompts=rollouts.numbers)
     if len(steps) < parts:
-        raise ValueError(
-            f"the {len(rollouts.items)} completions of a rollout fill {len(steps)} rows of up to {train.seq_len} "
-            f"tokens, too few for the {parts} steps that share it: set data.share_prompts and data.packing to False, "
-            "or raise train.batch_size"
-        )
+        share = False
+        steps = plan(epochs=1, packing=False)
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).permutation(len(steps))
+    steps = [steps[place] for place in order]
     micro_batches = parts * -(-len(steps) // (parts * train.batch_size))
     height = min(train.batch_size, _height(-(-len(steps) // micro_batches), sharding.row_ways(mesh)))
     edges = [len(steps) * i // micro_batches for i in range(micro_batches + 1)]
@@ -211,9 +229,7 @@ def lay_out(rollouts: Rollouts, config: RunConfig, mesh: jax.sharding.Mesh, part
         padding = [()] * (height - (end - start))
         rows += [step.rows[0] for step in steps[start:end]] + padding
         groups += [step.groups[0] if step.groups else () for step in steps[start:end]] + padding
-    step = data.Step(
-        tuple(rows), max(step.length for step in steps), tuple(groups) if config.data.share_prompts else None
-    )
+    step = data.Step(tuple(rows), max(step.length for step in steps), tuple(groups) if share else None)
     return data.collate_items(rollouts.items, step, micro_batches)
 
 
@@ -348,9 +364,9 @@ def log_completions(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def evaluate(sampler: Sampler, prompts: Prompts, state_trainable: Params) -> Numbers:
+def evaluate(sampler: Sampler, prompts: Prompts, trainable: Params, step: int) -> Numbers:
     """TRL's numbers of one completion for each held-out prompt."""
-    rollouts = sampler(state_trainable, prompts, range(len(prompts.records)), seed=(0,), greedy=True)
+    rollouts = sampler(trainable, prompts, range(len(prompts.records)), seed=(0,), step=step, greedy=True)
     return describe(rollouts, 1)
 
 
@@ -383,16 +399,19 @@ def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts)
     """Several rollouts of one policy as one.
 
     Raises:
-        ValueError: groups in which nothing was generated, unless they are to be skipped: then their rewards are NaN.
+        ValueError: groups (of one: a whole rollout) in which nothing was generated, unless they are to be skipped: then
+            their rewards are NaN.
     """
     together = found[0] if len(found) == 1 else _joined(found)
     silent = np.array([not text.strip() for text in together.texts]).reshape(-1, group).all(axis=1)
+    if group == 1:  # one empty answer is an answer, and is judged
+        silent &= silent.all()
     if silent.any() and on_error == "raise":
         asked = [prompts.records[together.numbers[index * group]]["prompt"] for index in np.flatnonzero(silent)]
         raise ValueError(
             "nothing was generated for any of the completions of these prompts (the policy stops at once); "
-            "lower optim.learning_rate, start from a model that answers, or set rollout.on_error='skip':\n  "
-            + "\n  ".join(str(prompt)[:200] for prompt in asked)
+            "rollout.on_error='skip' goes on without them; in a new run, a lower optim.learning_rate or a model that "
+            "answers helps:\n  " + "\n  ".join(str(prompt)[:200] for prompt in asked)
         )
     rewards = np.where(np.repeat(silent, group), np.nan, together.rewards).astype(np.float32)
     return dataclasses.replace(together, rewards=rewards)
@@ -412,13 +431,13 @@ def choose(rollouts: Rollouts, groups: np.ndarray, group: int) -> Rollouts:
     )
 
 
-def with_column(table: RewardTable, name: str, values: np.ndarray) -> RewardTable:
-    """The table with one more reward, which cannot fail."""
+def with_column(table: RewardTable, name: str, values: np.ndarray, errors: int = 0) -> RewardTable:
+    """The table with one more reward, which failed on so many completions."""
     return dataclasses.replace(
         table,
         names=(*table.names, name),
         values=np.concatenate([table.values, values[:, None].astype(np.float32)], axis=1),
-        errors=(*table.errors, 0),
+        errors=(*table.errors, errors),
     )
 
 
@@ -433,10 +452,16 @@ def _joined(found: Sequence[Rollouts]) -> Rollouts:
         for name in ("numbers", "completions", "texts", "items")
     }
     tables = [one.table for one in found]
+    logged = {name: [t.metrics[name] for t in tables if name in t.metrics] for t in tables for name in t.metrics}
+    columns = dict.fromkeys(name for table in tables for name in table.extra)
     table = dataclasses.replace(
         tables[0],
         values=np.concatenate([table.values for table in tables]),
         errors=tuple(np.sum([table.errors for table in tables], axis=0).tolist()),
-        extra={name: [value for table in tables for value in table.extra[name]] for name in tables[0].extra},
+        metrics={name: float(np.mean(values)) for name, values in logged.items()},
+        extra={
+            name: [value for table in tables for value in table.extra.get(name, [None] * len(table.values))]
+            for name in columns
+        },
     )
     return dataclasses.replace(found[0], **lists, table=table, rewards=np.concatenate([one.rewards for one in found]))

@@ -62,7 +62,9 @@ class CPOConfig:
 
     Args:
       cpo_alpha: weight of the chosen answers' negative log-likelihood; SimPO proper has 0.
+      label_smoothing: of "sigmoid" and "simpo": the share of pairs whose order is taken to be wrong.
       simpo_gamma: SimPO's target margin (with loss_type="simpo").
+      alpha: shape of the reward (AlphaPO, Gupta et al. 2025); 0 is the log-probability.
     """
 
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
@@ -70,9 +72,17 @@ class CPOConfig:
     label_smoothing: float = 0.0
     cpo_alpha: float = 1.0
     simpo_gamma: float = 0.5
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
-        raise_all(_at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0))
+        faults = _at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0)
+        if self.label_smoothing >= 0.5:
+            faults.append(f"cpo.label_smoothing: found {self.label_smoothing}, expected less than 0.5")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
+            faults.append(f"cpo.label_smoothing: has no effect with cpo.loss_type={self.loss_type!r}")
+        if self.simpo_gamma != CPOConfig.simpo_gamma and self.loss_type != "simpo":
+            faults.append(f"cpo.simpo_gamma: has no effect with cpo.loss_type={self.loss_type!r}")
+        raise_all(faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,8 @@ class RolloutConfig:
         `reward_model`); see `jlora.train.rewards`.
       reward_weights: one for each, default 1.
       reward_model: a PEFT folder with a score head, as `algorithm="reward"` leaves it.
-      on_error: "raise" ends the run when a reward fails, "skip" does not count it for that completion.
+      on_error: "raise" ends the run when a reward fails or a whole group is empty, "skip" does not count it. May be
+        changed when a run is taken up again.
       task_size, task_settings: how many questions of the reasoning-gym task that data.path="reasoning_gym:NAME" names,
         and the task's own settings (needs the extra `tasks`). eval_size: how many held-out ones to evaluate on.
       system_prompt: put before the task's questions.
@@ -189,7 +200,8 @@ class GRPOConfig:
       beta: weight of the KL to the reference policy; 0 takes no reference.
       num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
       steps_per_generation: a rollout holds the completions of this many steps.
-      epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta above.
+      epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta above;
+        of "cispo" epsilon_high itself.
       importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
       advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
       scale_rewards: advantages are divided by the deviation of the "group", the "batch", or not ("none": Dr. GRPO).
@@ -198,7 +210,8 @@ class GRPOConfig:
       kl_in_reward: beta · KL (k1) is taken off the reward and not added to the loss (RLOO, REINFORCE++).
       use_bias_correction_kl: the loss's KL is multiplied by the ratio (DeepSeek-V3.2; TRL's default).
       mask_truncated_completions: completions without a stop token are not trained on.
-      dynamic_sampling: groups whose rewards are all equal are sampled again, up to this many times (DAPO); 0: never.
+      dynamic_sampling: groups whose rewards are all equal make room for those of other prompts, in up to this many
+        further rounds (DAPO); 0: none. What is reported is of the groups that are trained on.
       overlong_cache: length of the soft punishment before `max_completion_length` (DAPO); 0: none.
     """
 
@@ -224,7 +237,13 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         least = dict(beta=0, num_iterations=1, steps_per_generation=1, epsilon=0, dynamic_sampling=0, overlong_cache=0)
-        faults = _at_least("grpo", self, **least)
+        faults = _at_least("grpo", self, sapo_temperature_pos=1e-6, sapo_temperature_neg=1e-6, **least)
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            faults.append("grpo.epsilon_high: expected with cispo, the largest ratio that counts, such as 5.0")
+        if self.normalize_advantages and self.advantage != "leave_one_out":
+            faults.append(f"grpo.normalize_advantages: has no effect with grpo.advantage={self.advantage!r}")
+        if self.kl_in_reward and not self.beta:
+            faults.append("grpo.kl_in_reward: has no effect without grpo.beta")
         if self.advantage.startswith("reinforce++") and self.beta and not self.kl_in_reward:
             faults.append("grpo.beta with REINFORCE++ is a part of the reward: set grpo.kl_in_reward=True")
         if self.kl_in_reward and self.advantage == "group":

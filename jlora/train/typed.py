@@ -82,7 +82,8 @@ def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     for path in _paths(cls, values):
         group, _, key = path.rpartition(".")
         here = [name for name in known if group and name.rpartition(".")[0] == group] or _groups(known)
-        near = [name for name in known if name.rpartition(".")[2] == key]
+        near = [name for name in here if name == f"{group}.{group}_{key}"]
+        near += [name for name in known if name.rpartition(".")[2] == key]
         near += difflib.get_close_matches(path, known if group else _groups(known), n=1, cutoff=0.75)
         words = {name: name.rpartition(".")[2].split("_") for name in here + known}
         near += [name for name in here if key in words[name]]

@@ -41,6 +41,17 @@ def test_prompt_and_completion_train_the_completion_alone(tokenizer):
     np.testing.assert_array_equal(mixed.tokens, whole.tokens)
 
 
+def test_tools_and_settings_reach_the_chat_template(make_tokenizer):
+    tokenizer = make_tokenizer(
+        "{{ tools | tojson if tools }}{{ mood }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+        "<|im_end|>",
+    )
+    record = chat("a?", "A.", "b?", "B.") | {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"}}
+    [example], _ = encode([record], tokenizer, seq_len=99)
+    assert untrained_text(example, tokenizer) == '[{"name": "f"}]glada?<|im_end|>b?<|im_end|>'
+    assert trained_text(example, tokenizer) == "A.<|im_end|>B.<|im_end|>"
+
+
 def test_plain_text_ends_with_the_stop_token(text_tokenizer):
     [example], _ = encode([{"prompt": "2+2=", "completion": "4"}], text_tokenizer, seq_len=16)
     assert trained_text(example, text_tokenizer) == "4<|end|>"

@@ -41,6 +41,7 @@ def test_messages_are_split_at_the_last_answer(tmp_path):
             "prompt: found a message of the assistant at the end, expected a message of the user",
         ),
         ({"messages": [USER]}, "messages: found no assistant message"),
+        ({"prompt": [USER], "tools": {}}, "tools: found an object, expected a list"),
         ({"messages": [ANSWER]}, "messages before the last assistant message: found none, expected"),
     ],
 )
@@ -55,6 +56,13 @@ def test_messages_end_with_the_opening_of_an_answer(tokenizer, prompt):
     expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert encode_prompt(prompt, tokenizer) == expected
     assert tokenizer.decode(expected).endswith("<|im_start|>assistant\n")
+
+
+def test_tools_and_settings_reach_the_chat_template(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer("{{ tools | tojson if tools }}{{ mood }}{{ messages[0].content }}", "<|im_end|>")
+    [record] = read(tmp_path, {"prompt": [USER], "tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "glad"}})
+    [tokens], _ = encode_prompts([record], tokenizer, 99)
+    assert tokenizer.decode(tokens) == '[{"name": "f"}]gladq'
 
 
 def test_text_is_continued_as_it_is(tokenizer):

@@ -8,6 +8,7 @@ from jlora.lora import LoraConfig
 from jlora.train import typed
 from jlora.train.config import ModelSource, TrainConfig, default_config, resolve, to_dict
 
+GRPO = {"algorithm": "grpo", "train__batch_size": 8, "rollout__rewards": ("r.py",)}
 GIVEN = {"model.path": "m", "data.path": "d", "train.steps": 3}
 
 
@@ -77,6 +78,38 @@ def test_everything_missing_is_named_at_once():
         ({"train__eval_every": 5}, "train.eval_every is 5, so data.eval_path is required"),
         ({"mesh__fsdp": 8}, "train.batch_size is 4: not a multiple of mesh.data × mesh.fsdp = 8"),
         ({"mesh__sequence": 3}, "train.seq_len is 512: not a multiple of mesh.sequence = 3"),
+        (
+            {"algorithm": "cpo", "cpo__label_smoothing": 0.6},
+            "cpo.label_smoothing: found 0.6, expected less than 0.5",
+        ),
+        (
+            {"algorithm": "cpo", "cpo__loss_type": "hinge", "cpo__label_smoothing": 0.1},
+            "cpo.label_smoothing: has no effect with cpo.loss_type='hinge'",
+        ),
+        (
+            {"algorithm": "cpo", "cpo__simpo_gamma": 0.3},
+            "cpo.simpo_gamma: has no effect with cpo.loss_type='sigmoid'",
+        ),
+        (
+            GRPO | {"grpo__overlong_cache": 300},
+            "grpo.overlong_cache is 300: expected at most rollout.max_completion_length = 256",
+        ),
+        (
+            GRPO | {"grpo__loss_type": "cispo"},
+            "grpo.epsilon_high: expected with cispo, the largest ratio that counts, such as 5.0",
+        ),
+        (
+            GRPO | {"grpo__advantage": "leave_one_out", "grpo__kl_in_reward": True},
+            "grpo.kl_in_reward: has no effect without grpo.beta",
+        ),
+        (
+            GRPO | {"grpo__normalize_advantages": True},
+            "grpo.normalize_advantages: has no effect with grpo.advantage='group'",
+        ),
+        (
+            GRPO | {"grpo__sapo_temperature_pos": 0.0},
+            "grpo.sapo_temperature_pos: found 0.0, expected a number of at least 1e-06",
+        ),
     ],
 )
 def test_each_fault_says_where_what_was_found_and_what_was_expected(changes, fault):

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import math
 import pathlib
 import re
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.train.rewards import load_rewards, total
+from jlora.train.rewards import TrainerState, load_rewards, total
 
 CHAT = [{"role": "user", "content": "Sum?"}]
 METRIC = pathlib.Path(__file__).parents[2] / "scripts" / "function_calling.py"
@@ -39,19 +40,19 @@ def test_functions_get_what_their_signatures_accept():
 
     class Judge:
         def __call__(self, prompts, log_extra, trainer_state):
-            log_extra("side", [trainer_state, "b"])
+            log_extra("side", [trainer_state.global_step, "b"])
             return [None, np.float32(0.5)]
 
     columns = {"answer": ["1", "2"]}
     rewards = load_rewards([everything, some, Judge(), functools.partial(length, extra=1)])
-    table = rewards(("a", "b"), ("x", "yy"), ([1], [1, 1]), columns, trainer_state="state")
+    table = rewards(("a", "b"), ("x", "yy"), ([1], [1, 1]), columns, trainer_state=TrainerState(2, 9))
     assert set(seen) == {
         "prompts", "completions", "completion_ids", "answer", "trainer_state", "log_metric", "log_extra"
     }  # fmt: skip
     assert (seen["prompts"], seen["completions"], seen["answer"]) == (["a", "b"], ["x", "yy"], ["1", "2"])
     assert table.names == ("everything", "some", "Judge", "length")
     np.testing.assert_array_equal(table.values, np.float32([[0, 6, np.nan, 1], [0, 7, 0.5, 2]]))
-    assert (table.metrics, table.extra) == ({"twos": 3.0}, {"side": ["state", "b"]})
+    assert (table.metrics, table.extra) == ({"twos": 3.0}, {"side": [2, "b"]})
     assert table.errors == (0, 0, 0, 0) and table.scored.all()
 
 
@@ -76,6 +77,18 @@ def test_records_become_prompts_and_columns():
     table = load_rewards([right]).of_records(records, ["x", "y"], [[1], [2]])
     assert table.values[0] == 1 and math.isnan(table.values[1, 0])
     assert table.scored.tolist() == [True, False]
+
+
+def test_what_is_said_of_completions_can_be_written():
+    def says(completions, log_extra):
+        log_extra("numbers", np.arange(2, dtype=np.float32))
+        log_extra("arrays", [jnp.ones(2), np.bool_(True)])
+        log_extra("things", [{1, 2}, object])
+        return [1, 2]
+
+    table = load_rewards([says])(["p", "q"], ["a", "b"], [[1], [2]], {})
+    assert table.extra == {"numbers": [0, 1], "arrays": [[1, 1], True], "things": ["{1, 2}", str(object)]}
+    json.dumps(table.extra)
 
 
 def test_the_sum_leaves_out_what_is_not_there():
@@ -162,6 +175,8 @@ FAILURES = [
     (lambda completions: [1.0, 1e300], r"<lambda>: completion 1: 1e\+300, expected", 1),
     (lambda completions: [1.0, np.ones(2)], r"<lambda>: completion 1: array\(\[1., 1.\]\), expected", 1),
     (lambda completions, log_extra: log_extra("a", [1]), r"log_extra\('a'\): 1 values, expected 2, one a compl", 2),
+    (lambda completions, log_extra: log_extra("step", [1, 2]), r"log_extra\('step'\): found a name that is taken", 2),
+    (lambda completions, log_metric: log_metric("loss", 1), r"log_metric\('loss'\): found a name that is taken", 2),
     (lambda completions: [1.0, LookupError("that one")], "<lambda>: completion 1: LookupError: that one", 1),
 ]
 

@@ -1,5 +1,7 @@
 """Rollouts as arrays and back, the order of prompts, groups that say nothing, and the policy's checksum."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -43,7 +45,7 @@ def made(texts=None, rewards=None, same_prompts=False):
 def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing, share):
     rollouts = made(same_prompts=share)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
-    batch = rollout.lay_out(rollouts, config(packing=packing, share_prompts=share), mesh, parts=2)
+    batch = rollout.lay_out(rollouts, config(packing=packing, share_prompts=share), mesh, 2, (0,))
     assert len(batch["tokens"]) % 2 == 0
     shared = (batch["documents"] == batch["items"].shape[1]) & (batch["segment_ids"] > 0)
     assert shared.any() == share
@@ -63,14 +65,26 @@ def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing,
     np.testing.assert_allclose(rollout.by_item(batch, spread), lengths * (np.arange(6) + 1))
 
 
-def test_rows_are_spread_evenly_over_the_parts_and_too_few_are_refused():
+def test_rows_are_spread_evenly_over_the_parts_and_too_few_are_taken_apart():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
     rollouts = made(same_prompts=True)
-    batch = rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, parts=1)
+    batch = rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, 1, (0,))
     assert batch["tokens"].shape[:2] == (2, 2)  # rows of two completions each, 1 + 2, filled up for the mesh
     assert batch["items"].sum(axis=1).tolist() == [2, 4]
-    with pytest.raises(ValueError, match="fill 3 rows of up to 24 tokens, too few for the 4 steps that share it"):
-        rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, parts=4)
+    apart = rollout.lay_out(rollouts, config(packing=True, share_prompts=True), mesh, 4, (0,))
+    assert apart["tokens"].shape[:2] == (4, 2)  # three rows of pairs are too few for four steps
+    assert sorted(apart["items"].sum(axis=1).tolist()) == [1, 1, 2, 2]
+    assert sorted(apart["index"][apart["items"] > 0].tolist()) == list(range(6))
+
+
+def test_no_step_of_a_rollout_has_the_longest_completions_alone():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
+    first = set()
+    for drawn in range(8):
+        batch = rollout.lay_out(made(), config(packing=False, share_prompts=False), mesh, 3, (0, drawn))
+        assert sorted(batch["index"][batch["items"] > 0].tolist()) == list(range(6))
+        first.add(int(np.argmax(batch["weights"].sum(axis=(1, 2)))))
+    assert len(first) > 1
 
 
 def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
@@ -89,6 +103,26 @@ def test_a_group_in_which_nothing_was_generated():
         rollout.join([rollouts], "raise", 2, prompts)
     skipped = rollout.join([rollouts], "skip", 2, prompts).rewards
     np.testing.assert_array_equal(np.isnan(skipped), [False, False, True, True, False, False])
+
+
+def test_without_groups_an_empty_completion_is_an_answer_unless_all_are():
+    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    some = rollout.join([made(texts=["a", "b", " ", "", "c", ""])], "raise", 1, prompts)
+    assert not np.isnan(some.rewards).any()
+    with pytest.raises(ValueError, match="nothing was generated"):
+        rollout.join([made(texts=[""] * 6)], "raise", 1, prompts)
+
+
+def test_what_rewards_say_in_some_rounds_only_is_kept():
+    def said(metrics, extra):
+        one = made()
+        return dataclasses.replace(one, table=dataclasses.replace(one.table, metrics=metrics, extra=extra))
+
+    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    rounds = [said({"a": 1.0, "b": 5.0}, {"x": list("abcdef")}), said({"a": 3.0}, {"y": [1, 2, 3, 4, 5, 6]})]
+    table = rollout.join(rounds, "raise", 2, prompts).table
+    assert table.metrics == {"a": 2.0, "b": 5.0}
+    assert table.extra == {"x": [*"abcdef", *[None] * 6], "y": [*[None] * 6, 1, 2, 3, 4, 5, 6]}
 
 
 def test_groups_are_chosen_whole_and_numbered_anew():

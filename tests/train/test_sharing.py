@@ -162,7 +162,7 @@ def test_groups(packing, halves):
     found, read = [], []
     for share in (True, False):
         chosen = dataclasses.replace(config, data=dataclasses.replace(config.data, share_prompts=share))
-        batch = rollout.lay_out(rollouts, chosen, mesh, parts=1)
+        batch = rollout.lay_out(rollouts, chosen, mesh, 1, (0,))
         batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in completions])
         batch["advantages"] = rollout.spread(batch, np.sin(np.arange(16)))
         read.append(int((batch["segment_ids"] > 0).sum()))

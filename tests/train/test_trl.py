@@ -66,6 +66,13 @@ CASES = {
         dict(loss_type="simpo", cpo_alpha=0.0),
         dict(loss_type="simpo", cpo_alpha=0.0),
     ),
+    "cpo, alphapo": (
+        CPOTrainer,
+        CPOConfig,
+        PAIRS,
+        dict(loss_type="alphapo", alpha=0.2),
+        dict(loss_type="simpo", cpo_alpha=0.0, alpha=0.2),
+    ),
     "orpo": (ORPOTrainer, ORPOConfig, PAIRS, {}, {}),
     "kto": (KTOTrainer, KTOConfig, JUDGED, dict(undesirable_weight=1.5), dict(undesirable_weight=1.5)),
     "reward": (

@@ -70,8 +70,7 @@ def save_model(
         ValueError: `params` are not those of `model`, or have a score head that transformers has no class for.
         FileExistsError: `path` holds something other than a model.
     """
-    params = only_scored(model, params) if SCORE in params else lora.untie(params)
-    model = _untied(model, params)
+    model, params = as_written(model, params)
     pieces = pieces_of(model, params)
     entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
     write_folder(path, configs(model, pieces, tokenizer), entries, tokenizer, shard_bytes)
@@ -103,7 +102,16 @@ def write_folder(
             tokenizer.save_pretrained(folder)
 
 
-def _untied(model: "Model", params: Params) -> "Model":
+def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
+    """(model, params) as files of the merged model have them, adapters still to be merged leaf by leaf.
+
+    The score head is the base's, embedding and head are two where the adapter makes them two.
+    """
+    params = only_scored(model, params) if SCORE in params else lora.untie(params)
+    return untied(model, params), params
+
+
+def untied(model: "Model", params: Params) -> "Model":
     """The model whose config says so if its tied embedding and head have become two."""
     if not model.config.tie_word_embeddings or "kernel" not in params.get(model.config.names.head, {}):
         return model

@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora import lora, quant, tree
 from jlora.hub import names
-from jlora.hub.export import Piece, pieces_of, tensors_of
+from jlora.hub.export import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf import tokenizer_fields
 from jlora.hub.gguf_file import Progress, Tensor, write_file
 from jlora.hub.gguf_layout import Heads, layout_of
@@ -67,7 +67,7 @@ def save_gguf(
         raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
     if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
         params = lora.merge(params)  # it was trained to be packed, so the packed sum is the model
-    params = lora.untie(params)
+    model, params = as_written(model, params)
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
     tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
@@ -196,7 +196,8 @@ def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: 
 def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """The base tensor's GGUF name → A [R, inputs] and B [outputs, R] as llama.cpp has them, and the scale."""
     flat, kind = tree.flatten(params), model.config.model_type
-    problems = _not_plain(flat)
+    if problems := _not_plain(flat):
+        raise ValueError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
         leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
@@ -212,10 +213,8 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
             a = a[..., :rank]
             scale = float(flat[f"{path}/lora_scale"][layer])
             found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
-    if not found and not problems:
-        problems.append("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
-    if problems:
-        raise ValueError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
+    if not found:
+        raise ValueError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
     factors = {}
     for name, members in found.items():
         members = sorted(members, key=lambda member: member[0])

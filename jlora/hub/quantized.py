@@ -12,7 +12,7 @@ import numpy as np
 from jlora import lora, quant, tree
 from jlora.hub import names
 from jlora.hub.bitsandbytes import packed_tensors
-from jlora.hub.export import SHARD_BYTES, Entry, Piece, configs, pieces_of, tensors_of, write_folder
+from jlora.hub.export import SHARD_BYTES, Entry, Piece, configs, pieces_of, tensors_of, untied, write_folder
 from jlora.hub.score import only_scored
 from jlora.models.model import SCORE
 from jlora.types import Params
@@ -45,6 +45,7 @@ def save_quantized(
         FileExistsError: `path` holds something other than a model.
     """
     params = only_scored(model, params) if SCORE in params else params
+    model = untied(model, params)
     pieces = pieces_of(model, params)
     leaves = tree.flatten(params)
     packed = {piece.name: leaves[piece.path] for piece in pieces if quant.is_packed(leaves[piece.path])}

@@ -646,6 +646,26 @@ def test_what_the_format_cannot_say_is_not_written(changes, said, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(target_modules=["lm_head"]),
+        dict(target_modules=["embed_tokens"]),
+        dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ],
+)
+def test_a_tied_head_that_the_adapter_changes_alone_is_one_of_its_own(settings, tmp_path):
+    model, base = built(tie_word_embeddings=True)
+    params = lora.init(base, jlora.LoraConfig(r=2, init_lora_weights=False, **settings), jax.random.key(0))
+    params = tree.map_with_path(lambda path, leaf: 2 * leaf if path.endswith("trained_kernel") else leaf, params)
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
+    again, read = jlora.load(tmp_path / "model.gguf")
+    ids = jnp.arange(9)[None]
+    expected = model(params, ids)
+    assert difference(again(read, ids), expected) < 1e-5
+    assert difference(model(base, ids), expected) > 1e-2
+
+
 def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
     model, params = built()
     (tmp_path / "notes.gguf").write_text("mine")
@@ -691,9 +711,10 @@ def test_an_adapter_of_more_than_a_and_b_is_not_written(settings, said, tmp_path
     with pytest.raises(ValueError, match="no adapter in these params"):
         hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, params)
     tied, params = built(tie_word_embeddings=True)
-    config = jlora.LoraConfig(target_modules=["embed_tokens"])
-    with pytest.raises(ValueError, match="the embedding is the head too"):
-        hub.save_gguf_adapter(tmp_path / "adapter.gguf", tied, lora.init(params, config, jax.random.key(0)))
+    for module, reason in (("embed_tokens", "the embedding is the head too"), ("lm_head", "the head is the embedding")):
+        config = jlora.LoraConfig(target_modules=[module])
+        with pytest.raises(ValueError, match=f"{module}: {reason}; merge"):
+            hub.save_gguf_adapter(tmp_path / "adapter.gguf", tied, lora.init(params, config, jax.random.key(0)))
 
 
 EXPERTS = dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"])

@@ -115,6 +115,20 @@ def test_it_is_loaded_again_as_it_was(llama_folder, tmp_path, format, byte_token
     assert settings["llm_int8_skip_modules"] == ["lm_head"]
 
 
+def test_a_tied_head_that_an_adapter_changed_is_one_of_its_own(llama_folder, tmp_path):
+    model, params = packed(llama_folder(**WHOLE_BLOCKS, tie_word_embeddings=True)[0], "nf4")
+    config = lora.LoraConfig(r=2, target_modules=("lm_head",), init_lora_weights=False)
+    merged = lora.merge(lora.init(params, config, jax.random.key(0)))
+    hub.save_quantized(tmp_path / "out", model, merged)
+    again, loaded = hub.load(tmp_path / "out", dtype="bfloat16")
+    assert not again.config.tie_word_embeddings
+    jax.tree.map(np.testing.assert_array_equal, loaded, merged)
+    theirs = opened(tmp_path / "out")
+    weights = [module.weight.float().detach().numpy() for module in (theirs.lm_head, theirs.model.embed_tokens)]
+    np.testing.assert_array_equal(weights[0].T, merged["lm_head"]["kernel"].astype(jnp.float32))
+    assert np.abs(weights[0] - weights[1]).max() > 0.01
+
+
 def test_what_the_format_cannot_hold_is_named(llama_folder, tmp_path):
     rules = (
         (r".*/up_proj/kernel", "int4"),

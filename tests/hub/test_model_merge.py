@@ -52,6 +52,11 @@ def merged(recipe, models, tmp_path):
     return read(tmp_path / "out")
 
 
+def gradient(values, name):
+    """The value of a tensor, given those of three layers: embeddings take the first, what comes after them the last."""
+    return values[int(name.split(".")[2])] if ".layers." in name else values[0 if "embed_tokens" in name else -1]
+
+
 def agree(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -71,8 +76,7 @@ def test_linear_sums(models, tmp_path, normalize):
     one, two = read(models["one"]), read(models["two"])
     expected = {}
     for name in one:
-        layer = int(name.split(".")[2]) if ".layers." in name else 0
-        weight = 0.9 if "mlp" in name else (0.2, 0.4, 0.6)[layer]
+        weight = 0.9 if "mlp" in name else gradient((0.2, 0.4, 0.6), name)
         total = 0.3 * one[name] + weight * two[name]
         expected[name] = total / (0.3 + weight) if normalize else total
     agree(merged(recipe, models, tmp_path), expected)
@@ -83,13 +87,12 @@ def test_slerp_goes_along_the_arc(models, tmp_path):
         "merge_method": "slerp",
         "base_model": "base",
         "models": [{"model": "one"}],
-        "parameters": {"t": [{"filter": "self_attn", "value": [0, 1]}, {"value": 0.25}]},
+        "parameters": {"t": [{"filter": "self_attn", "value": [0, 1]}, {"value": [0.25, 0.75]}]},
     }
     base, one = read(models["base"]), read(models["one"])
     expected = {}
     for name in base:
-        layer = int(name.split(".")[2]) if ".layers." in name else 0
-        t = (0, 0.5, 1)[layer] if "self_attn" in name else 0.25
+        t = gradient((0, 0.5, 1) if "self_attn" in name else (0.25, 0.5, 0.75), name)
         a, b = (tensor[name].astype(np.float64).ravel() for tensor in (base, one))
         lengths = [max(np.linalg.norm(v), 1e-8) for v in (a, b)]
         angle = np.arccos(np.clip(a @ b / lengths[0] / lengths[1], -1, 1))
@@ -182,6 +185,19 @@ def test_layers_of_several_models_stand_on_top_of_each_other(models, tmp_path):
     np.testing.assert_allclose(model(params, tokens), expected, atol=1e-4)
 
 
+def test_tensors_are_written_in_the_type_that_they_are_stored_in(models, tmp_path):
+    model, params = hub.load(models["one"])
+    hub.save_gguf(tmp_path / "one.gguf", model, params, dtype="f16")
+    entry = {"model": str(tmp_path / "one.gguf"), "parameters": {"weight": 1.0}}
+    recipe = {"merge_method": "linear", "models": [entry], "tokenizer_source": str(models["one"])}
+    hub.merge_models(recipe, tmp_path / "out")
+    found, one = read(tmp_path / "out"), read(models["one"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert found["model.norm.weight"].dtype == np.float32  # as GGUF keeps vectors
+    name = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(found[name], one[name].astype(np.float16), strict=True)
+
+
 def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     def fails(recipe, *words):
         with pytest.raises(ValueError) as error:
@@ -202,25 +218,51 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     fails({"merge_method": "linear", "models": one}, "models: found", "expected a list of models")
     fails({"merge_method": "linear", "models": [{"path": one}]}, "models[0]: found", "expected a mapping with model")
     fails({"merge_method": "passthrough", "slices": [{}]}, "slices[0].sources: found None")
+    fails({"merge_method": ["ties"], "slices": []}, "merge_method: found ['ties']", "slices: found [], expected a list")
     twice = [{"model": base, "parameters": {"weight": 1}}] * 2
     fails({"merge_method": "linear", "base_model": base, "models": twice}, "a model is named twice")
     for weight, words in (
-        ("much", "found 'much', expected a number"),
+        ("much", "models[0].parameters.weight: found 'much', expected a number"),
+        ([], "models[0].parameters.weight: found [], expected a number"),
+        ([0.5, float("nan")], "found [0.5, nan], expected a number"),
         ([{"filter": "mlp"}], "expected a mapping with value"),
+        ([{"filtr": "mlp", "value": 1}], "parameters.weight.filtr: is not known here; known are value, filter"),
     ):
         fails({"merge_method": "linear", "models": [{"model": one, "parameters": {"weight": weight}}]}, words)
+    entry = {"model": "not/looked-for", "parameters": {"weight": 1, "densty": 0.5, "lambda": 2}}
+    of_all = {"t": 0.5, "lamda": 1.0, "int8_mask": True}
+    fails(
+        {"merge_method": "ties", "base_model": base, "models": [entry, {"model": one, "parameters": 1}]}
+        | {"parameters": of_all, "tokenizer_source": "union", "seed": "three"},
+        "models[0].parameters.densty: is not known to ties; known are weight, density",
+        "models[0].parameters.lambda: is of all models together",
+        "models[1].parameters: found 1, expected a mapping",
+        "parameters.t: is not known to ties; known are weight, density, normalize, lambda",
+        "parameters.lamda: is not known",
+        "parameters.int8_mask: mergekit has it and jlora has not",
+        "tokenizer_source: found 'union', but models of different vocabularies are not combined",
+        "seed: found 'three'",
+    )
+    fails({"merge_method": "linear", "models": [entry], "tokenizer_source": "base"}, "but there is no base_model")
+    opposite = [{"model": one, "parameters": {"weight": 1}}, {"model": base, "parameters": {"weight": [-1, 1]}}]
+    fails({"merge_method": "linear", "models": opposite}, "weights whose sum is 0", "(for model.embed_tokens.weight)")
     weights = {"weight": 1.0}
     fails(
         {"merge_method": "linear", "models": [{"model": one, "parameters": weights}, {"model": deep}]},
         "different numbers of layers",
     )
-    fails({"merge_method": "linear", "models": [{"model": one}]}, "parameters.weight", "is required by linear")
+    fails(
+        {"merge_method": "linear", "models": [{"model": one}, {"model": base}]},
+        f"parameters.weight of {one}: is required by linear",
+        f"parameters.weight of {base}: is required by linear",
+    )
     fails(
         {"merge_method": "slerp", "base_model": base, "models": [{"model": base}], "parameters": {"t": 0.5}},
         "slerp goes from base_model to one other, found 0",
     )
-    part = {"sources": [{"model": one, "layer_range": [2, 9]}]}
-    fails({"merge_method": "passthrough", "slices": [part]}, "layer_range: found [2, 9]", "has layers 0 to 3")
+    for found, words in (([2, 9], "has layers 0 to 3"), (5, "expected [first, last + 1]")):
+        part = {"sources": [{"model": one, "layer_range": found}]}
+        fails({"merge_method": "passthrough", "slices": [part]}, f"layer_range: found {found}", words)
     entry = {"model": one, "parameters": {"weight": 1.0, "density": 0}}
     fails({"merge_method": "ties", "base_model": base, "models": [entry]}, "expected a number in (0, 1]")
     shutil.copytree(models["one"], tmp_path / "wide")
@@ -228,5 +270,10 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     wide.save_pretrained(tmp_path / "wide")
     both = [{"model": one, "parameters": weights}, {"model": str(tmp_path / "wide"), "parameters": weights}]
     fails({"merge_method": "linear", "models": both}, "model.embed_tokens.weight", "(67, 24)", "(70, 24)")
+    shutil.copytree(models["deep"], tmp_path / "bare")
+    path = tmp_path / "bare" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "layer_types"}))
+    parts = [{"sources": [{"model": name, "layer_range": [0, 3]}]} for name in (one, str(tmp_path / "bare"))]
+    fails({"merge_method": "passthrough", "slices": parts}, "layer_types: ", "has one entry a layer", "bare has not")
     assert main(["merge", f"--recipe={tmp_path / 'none.yaml'}", f"--out={tmp_path / 'out'}"]) == 2
     assert "none.yaml" in capsys.readouterr().err

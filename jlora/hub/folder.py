@@ -13,6 +13,7 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
     """A temporary folder to write into, which becomes `path` when the block ends without an error.
 
     Files of an existing folder that the new one does not have are kept, except those that match a `stale` pattern.
+    Where `path` is a link, what it points to is replaced.
 
     Args:
         marker: the file by which an existing folder is known to be of the kind that may be replaced.
@@ -20,7 +21,7 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
     Raises:
         FileExistsError: `path` exists, is not empty and has no `marker`; nothing was touched.
     """
-    target = Path(path).expanduser().absolute()
+    target = Path(path).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
         raise FileExistsError(f"{target} exists and has no {marker}, so it is left alone; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,8 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
 
 @contextlib.contextmanager
 def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path` when the block ends without an error.
+    """A temporary file to write, which becomes `path`, or what a link there points to, when the block ends without an
+    error.
 
     Args:
         magic: what an existing file that may be replaced begins with.
@@ -45,7 +47,7 @@ def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` is a folder, or a file of another kind; nothing was touched.
     """
-    target = Path(path).expanduser().absolute()
+    target = Path(path).expanduser().resolve()
     if target.is_dir():
         raise FileExistsError(f"{target} is a folder; give the name of a file")
     if target.is_file() and not _begins_with(target, magic):

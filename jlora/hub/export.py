@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jlora import lora, tree
+from jlora import lora, quant, tree
 from jlora.hub import names
 from jlora.hub.folder import replacing
 from jlora.hub.score import KERNEL, only_scored, scored_config, scored_leaves
@@ -105,8 +105,11 @@ def write_folder(
 def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
     """(model, params) as files of the merged model have them, adapters still to be merged leaf by leaf.
 
-    The score head is the base's, embedding and head are two where the adapter makes them two.
+    The score head is the base's, embedding and head are two where the adapter makes them two. Of a merge-aware run,
+    whose kernels were trained to be packed with their update, the packed sum is the model.
     """
+    if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
+        params = lora.merge(params)
     params = only_scored(model, params) if SCORE in params else lora.untie(params)
     return untied(model, params), params
 

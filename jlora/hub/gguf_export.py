@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jlora import lora, quant, tree
+from jlora import lora, tree
 from jlora.hub import names
 from jlora.hub.export import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf import tokenizer_fields
@@ -65,8 +65,6 @@ def save_gguf(
     _check_dtype(dtype, TYPES)
     if SCORE in params:
         raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
-    if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
-        params = lora.merge(params)  # it was trained to be packed, so the packed sum is the model
     model, params = as_written(model, params)
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)

@@ -99,6 +99,15 @@ def test_gradients_are_those_of_the_sum_at_the_packed_weights(kind):
         np.testing.assert_allclose(tree.flatten(found)[path], leaf, atol=2e-4 * np.abs(leaf).max(), err_msg=path)
 
 
+def test_a_folder_holds_the_packed_sum_unpacked(tmp_path):
+    params = lora.combine(*adapted(rounded(), "plain"))
+    hub.save_model(tmp_path / "out", MODEL, params)
+    _, loaded = hub.load(tmp_path / "out", dtype="float32")
+    loaded = tree.flatten(loaded)
+    for path, leaf in tree.flatten(lora.merge(params)).items():
+        np.testing.assert_array_equal(loaded[path], quant.unpacked(leaf), err_msg=path)
+
+
 def test_what_a_kernel_packed_with_its_update_cannot_do_is_said():
     dropping = lora.init(rounded(), jlora.LoraConfig(r=2, lora_dropout=0.1), jax.random.key(0))
     with pytest.raises(ValueError, match="goes without lora_dropout"):

@@ -1,15 +1,20 @@
 """What a merge keeps of an adapter's update once the sum is rounded, or packed."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
-from jlora.lora.merge import MAIN, merged_leaf
+from jlora.lora.merge import MAIN, layer_of, merged_leaf, untie
 from jlora.lora.partition import is_adapter
 from jlora.types import Params
+
+# A weight's path without the layers of its stack, and its layer (None outside of stacks).
+Key = tuple[str, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +68,66 @@ def kept(params: Params, merged: Params) -> Kept:
     """What `merged`, a base tree, kept of the adapter in `params`: of every weight that it adds a product to.
 
     Args:
-        merged: `lora.merge(params)`, in whatever dtype or packing.
+        merged: `lora.merge(params)`, in whatever dtype or packing, its layers stacked in whatever way.
+
+    Raises:
+        ValueError: weights that `merged` does not have, or has in another shape; all are listed.
     """
-    flat = tree.flatten(merged)
+    params, merged = untie(params), untie(merged)
+    places = _places(tree.flatten(merged))
     found = []
+    faults: list[str] = []
     for path in sorted({path.rpartition("/")[0] for path in tree.flatten(params) if path.endswith("/lora_a")}):
         module = tree.subtree(params, path)
-        main = next((name for name in MAIN if name in module), None)
-        if main is None or f"{path}/{main}" not in flat:  # of a tied head: the embedding is its weight
-            continue
-        sums = _compare(
-            {name: leaf for name, leaf in module.items() if name == main or is_adapter(name)},
-            main,
-            flat[f"{path}/{main}"],
-        )
-        found.append(KeptModule(f"{path}/{main}", *map(float, np.asarray(sums))))
+        main = next(name for name in MAIN if name in module)
+        module = {name: leaf for name, leaf in module.items() if name == main or is_adapter(name)}
+        sums = np.zeros(3)
+        for part, key in _parts(f"{path}/{main}", module):
+            counterpart = _counterpart(places, key)
+            if counterpart is None or counterpart.shape != part[main].shape:
+                faults.append(f"{_name(key)} {part[main].shape}: found {getattr(counterpart, 'shape', 'nothing')}")
+            elif not faults:
+                sums += np.asarray(_compare(part, main, counterpart), np.float64)
+        found.append(KeptModule(f"{path}/{main}", *map(float, sums)))
+    if faults:
+        raise ValueError("the merged params have no counterparts of these weights:\n  " + "\n  ".join(faults))
     return Kept(tuple(found))
 
 
+def _parts(path: str, module: Params) -> Iterator[tuple[Params, Key]]:
+    """(its leaves, its key) of every layer of a module; of one that is not stacked there is one."""
+    stack = tree.stack_of(path)
+    if stack is None:
+        yield module, (path, None)
+        return
+    for number, layer in enumerate(stack.indices(len(module["lora_scale"]))):
+        yield layer_of(module, number), (f"{stack.name}/{stack.rest}", layer)
+
+
+def _places(flat: Mapping[str, Any]) -> dict[Key, tuple[Any, int | None]]:
+    """Key → (the leaf that holds the weight, which of its layers it is)."""
+    places: dict[Key, tuple[Any, int | None]] = {}
+    for path, leaf in flat.items():
+        stack = tree.stack_of(path)
+        if stack is None:
+            places[path, None] = leaf, None
+        else:
+            name = f"{stack.name}/{stack.rest}"
+            places |= {(name, layer): (leaf, i) for i, layer in enumerate(stack.indices(leaf.shape[0]))}
+    return places
+
+
+def _counterpart(places: Mapping[Key, tuple[Any, int | None]], key: Key) -> Any:
+    leaf, number = places.get(key, (None, None))
+    return leaf if number is None else layer_of(leaf, number)
+
+
+def _name(key: Key) -> str:
+    return key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
+
+
 def _compare(module: Params, main: str, merged: object) -> jax.Array:
-    """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one module, in float32."""
+    """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one layer's module, in float32."""
     base = _float32(module[main])
     update = merged_leaf(module | {main: base}, main) - base
     changed = _float32(merged) - base

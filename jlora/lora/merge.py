@@ -1,6 +1,7 @@
 """Baking adapters into their base leaves."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,17 +19,20 @@ MAIN = ("kernel", "embedding", "router")
 TIED_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "gpt_neox/embed_in": "embed_out"}
 
 
-def merge(params: Params) -> Params:
+def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
     """The base tree with every adapter baked in: kernel + scale · lora_a @ lora_b, in float32, rounded once.
 
     A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
     One that was trained to be packed with its update (`jlora.quant.Rounded`) comes back packed.
     Trees that hold no adapter come back as they are. Where the adapter changes embedding and tied head differently,
     the merged tree has a head of its own. What only the adapter has becomes the base's: score/trained_kernel →
-    score/kernel.
+    score/kernel. Of a stack one layer's sum at a time is held in float32.
+
+    Args:
+        dtype: what leaves that do not stay packed are rounded to; None: each to its own.
     """
-    merged = tree.map_modules(_merge_module, untie(params))
-    return tree.map_with_path(lambda _, leaf: leaf.packed() if isinstance(leaf, quant.Rounded) else leaf, merged)
+    merged = tree.map_modules(functools.partial(_merge_module, dtype=dtype), untie(params))
+    return tree.map_with_path(lambda _, leaf: _finished(leaf, dtype), merged)
 
 
 def untie(params: Params) -> Params:
@@ -105,7 +109,18 @@ def gains(module: Params) -> Float[Array, "*stack N"]:
     return factor
 
 
-def _merge_module(path: str, module: Params) -> Params:
+def layer_of(leaves: Any, number: int) -> Any:
+    """One layer's part of a stack's leaves."""
+    return jax.tree.map(lambda part: part[number], leaves)
+
+
+def _finished(leaf: Any, dtype: jax.typing.DTypeLike | None) -> Any:
+    if isinstance(leaf, quant.Rounded):
+        return leaf.packed()
+    return leaf if dtype is None or quant.is_packed(leaf) else leaf.astype(dtype)
+
+
+def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None) -> Params:
     if not any(is_adapter(name) for name in module):
         return module
     base: dict[str, Any] = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
@@ -115,10 +130,21 @@ def _merge_module(path: str, module: Params) -> Params:
     changed = {name for name in base if name in MAIN or f"{TRAINED}{name}" in module or name == "bias"}
     alone = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)} - base.keys()
     base |= {name: module[f"{TRAINED}{name}"] for name in alone}
-    merged = {name: merged_leaf(module, name) for name in changed}
-    if isinstance(base.get("kernel"), quant.Rounded):
+    rounded = isinstance(base.get("kernel"), quant.Rounded)
+    merged = {name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed}
+    if rounded:
         merged["kernel"] = dataclasses.replace(base["kernel"], array=merged["kernel"])
     return base | merged
+
+
+def _merged_by_layer(module: Params, name: str, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    """`merged_leaf`, without float32 copies of a whole stack: they are several times as large as the stack itself."""
+    # Inside jit XLA has no copies to make, and a loop would be unrolled.
+    whole = "lora_a" not in module or not module["lora_scale"].ndim or isinstance(module["lora_a"], jax.core.Tracer)
+    if whole:
+        return merged_leaf(module, name, dtype)
+    count = len(module["lora_scale"])
+    return jnp.stack([merged_leaf(layer_of(module, number), name, dtype) for number in range(count)])
 
 
 def _with_update(weight: jax.Array, module: Params) -> jax.Array:

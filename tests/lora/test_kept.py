@@ -31,6 +31,18 @@ def test_a_float32_merge_keeps_everything_and_rounding_shows():
     assert str(rounded).splitlines()[2].startswith("layers/up_proj/kernel")
 
 
+def test_layers_are_compared_however_they_are_stacked():
+    params = module(0.01, jnp.bfloat16)
+    merged = lora.merge(params)
+    layers = params.pop("layers")
+    apart = {f"layers@{i}-{i}": jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], layers) for i in range(2)}
+    found, expected = lora.kept(apart, merged), lora.kept({"layers": layers}, merged)
+    assert len(found.modules) == 2 and found.fraction != 1
+    assert (found.fraction, found.error) == pytest.approx((expected.fraction, expected.error), rel=1e-6)
+    with pytest.raises(ValueError, match=r"layers/up_proj/kernel of layer 1 \(256, 192\): found nothing"):
+        lora.kept({"layers": layers}, {"layers@0-0": jax.tree.map(lambda leaf: leaf[:1], merged["layers"])})
+
+
 @pytest.mark.parametrize(
     ("share", "least", "most"), [(0.002, 0, 0.05), (0.01, 0, 0.05), (0.05, 0.1, 0.5), (0.1, 0.6, 1)]
 )

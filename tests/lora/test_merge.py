@@ -1,5 +1,7 @@
 """Merged equals factored, on dense and packed bases."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,21 @@ def test_the_merged_model_computes_what_the_adapted_one_does(packed):
     np.testing.assert_allclose(model(merged, tokens), adapted, rtol=1e-4, atol=1e-4)
     assert np.abs(adapted - model(base, tokens)).max() > 0.01
     assert not [path for path in tree.flatten(merged) if "lora" in path]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_stack_is_merged_layer_by_layer_to_the_same_bits(dora, monkeypatch):
+    base = {"layers": {"up_proj": {"kernel": jax.random.normal(jax.random.key(0), (3, 80, 48)).astype(jnp.bfloat16)}}}
+    config = lora.LoraConfig(r=4, init_lora_weights=False, target_modules=["up_proj"], use_dora=dora)
+    params = lora.init(base, config, jax.random.key(1))
+    whole = {dtype: lora.merged_leaf(params["layers"]["up_proj"], "kernel", dtype) for dtype in (None, jnp.float32)}
+    merging = importlib.import_module("jlora.lora.merge")  # the package has a function of that name
+    shapes, update = [], merging._with_update
+    monkeypatch.setattr(merging, "_with_update", lambda w, module: shapes.append(w.shape) or update(w, module))
+    for dtype, expected in whole.items():
+        found = lora.merge(params, dtype)["layers"]["up_proj"]["kernel"]
+        np.testing.assert_array_equal(found, expected, strict=True)
+    assert shapes == 6 * [(80, 48)]
 
 
 def test_the_sum_is_rounded_once():

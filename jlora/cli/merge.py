@@ -32,10 +32,13 @@ def run(arguments: list[str]) -> int:
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
         raise ValueError("--quant packs a merged model, of which --adapter_only leaves none")
+    if options.gguf and options.dtype:
+        raise ValueError("--gguf names the type of what is written, so --dtype has no part in it")
     if options.gguf and options.quant:
         raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
-    model, base = hub.load(options.model, dtype=options.dtype or hub.checkpoint_dtype(options.model))
+    dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
+    model, base = hub.load(options.model, dtype=hub.exact_dtype(options.model))  # so that sums are rounded once
     tokenizer = hub.load_tokenizer(options.model)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
@@ -46,7 +49,7 @@ def run(arguments: list[str]) -> int:
             hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf, progress=bar)
         _, merged = hub.load(options.out, dtype="float32")
     else:
-        merged = lora.merge(params)
+        merged = lora.merge(params, dtype)
     if options.quant:
         merged = _packed(merged, options.quant)
     report = lora.kept(params, merged)
@@ -149,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
-    parser.add_argument("--dtype", help="of the merged model (default: the checkpoint's)")
+    parser.add_argument("--dtype", help="of the merged folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

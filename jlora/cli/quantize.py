@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
     )
-    parser.add_argument("--dtype", help="of all that is not packed (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", help="of all that is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     return parser

@@ -5,7 +5,7 @@ from jlora.hub.convert import convert_adapter
 from jlora.hub.export import save_model
 from jlora.hub.gguf_export import TYPES as GGUF_TYPES
 from jlora.hub.gguf_export import save_gguf, save_gguf_adapter
-from jlora.hub.load import checkpoint_dtype, load
+from jlora.hub.load import checkpoint_dtype, exact_dtype, float_dtype, load
 from jlora.hub.model_merge import merge_models
 from jlora.hub.peft import save_adapter
 from jlora.hub.quantized import save_quantized
@@ -17,6 +17,8 @@ __all__ = [
     "Source",
     "checkpoint_dtype",
     "convert_adapter",
+    "exact_dtype",
+    "float_dtype",
     "load",
     "load_adapter",
     "load_tokenizer",

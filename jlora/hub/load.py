@@ -18,7 +18,7 @@ from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
 from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
 from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
-from jlora.hub.weights import SafetensorsFolder, TensorInfo
+from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jlora.models import Model
 
 FLOATS = ("bfloat16", "float16", "float32")
+BYTES = ("U8", "I8")  # what bitsandbytes packs into
 
 
 class Packing(NamedTuple):
@@ -97,10 +98,28 @@ def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) ->
 
 
 def checkpoint_dtype(source: str | Path) -> np.dtype:
-    """The dtype that the checkpoint's config.json names; bfloat16 where it names none that can hold a model."""
-    config = open_source(source).config
-    name = str(config.get("dtype") or config.get("torch_dtype"))
-    return jnp.dtype(name if name in FLOATS else jnp.bfloat16)
+    """The dtype in which to write what is made of the checkpoint: what config.json names; where it names none that can
+    hold a model, what the matrices are stored in, and bfloat16 for the packed blocks of a GGUF file.
+    """
+    checkpoint = open_source(source)
+    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    return jnp.dtype(name) if name in FLOATS else _stored_in(checkpoint) or jnp.dtype(jnp.bfloat16)
+
+
+def exact_dtype(source: str | Path) -> np.dtype:
+    """The dtype in which loading loses nothing of the matrices: what the largest is stored in; float32 for the packed
+    blocks of a GGUF file.
+    """
+    return _stored_in(open_source(source)) or jnp.dtype(jnp.float32)
+
+
+def _stored_in(checkpoint: Source) -> np.dtype | None:
+    """The dtype of the largest tensor; None where there is none, or a GGUF file has some in packed blocks."""
+    tensors = [info for info in checkpoint.tensors.values() if info.dtype not in BYTES]
+    if not tensors or not all(info.dtype in DTYPES for info in tensors):
+        return None
+    found = DTYPES[max(tensors, key=lambda info: int(np.prod(info.shape))).dtype]
+    return found if found.name in FLOATS else jnp.dtype(jnp.float32)
 
 
 def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import jlora
-from jlora import lora, tree
+from jlora import hub, lora, tree
 from jlora.cli.main import main
 
 TOKENS = np.arange(20)[None] % 7 + 65
@@ -119,6 +119,22 @@ def test_an_adapter_to_gguf(merge, adapters, model_folder):
     )
 
 
-def test_gguf_goes_without_quant(merge, adapters):
+def test_sums_are_formed_on_the_unpacked_base_and_rounded_once(make_llama, tmp_path):
+    folder = make_llama(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    hub.save_gguf(tmp_path / "base.gguf", *jlora.load(folder), folder, dtype="q8_0")
+    _, base = jlora.load(tmp_path / "base.gguf", dtype="float32")
+    config = jlora.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    params = lora.init(base, config, jax.random.key(0))
+    jlora.save_adapter(tmp_path / "adapter", params)
+    inputs = [f"--model={tmp_path / 'base.gguf'}", f"--adapter={tmp_path / 'adapter'}"]
+    assert main(["merge", *inputs, f"--out={tmp_path / 'out'}"]) == 0
+    _, found = jlora.load(tmp_path / "out", dtype="bfloat16")
+    for path, leaf in tree.flatten(lora.merge(params)).items():
+        np.testing.assert_array_equal(tree.flatten(found)[path], leaf.astype(jnp.bfloat16), err_msg=path)
+
+
+def test_gguf_goes_without_quant_and_dtype(merge, adapters):
     code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=f16", "--quant=nf4", "--lossy")
     assert code == 2 and "give one of them" in shown and not out.exists()
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=f16", "--dtype=float32")
+    assert code == 2 and "--dtype has no part in it" in shown and not out.exists()

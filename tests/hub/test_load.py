@@ -80,6 +80,29 @@ def test_dtypes():
 
 
 @pytest.mark.parametrize(
+    ("kind", "written", "exact"),
+    [
+        ("f16", "float16", "float16"),
+        ("bf16", "bfloat16", "bfloat16"),
+        ("f32", "float32", "float32"),
+        ("q8_0", "bfloat16", "float32"),
+    ],
+)
+def test_a_model_without_a_dtype_has_that_of_its_matrices(kind, written, exact, llama_folder, tmp_path):
+    model, params = hub.load(llama_folder(hidden_size=64, intermediate_size=96, num_attention_heads=2)[0])
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype=kind)
+    found = [function(tmp_path / "model.gguf").name for function in (hub.checkpoint_dtype, hub.exact_dtype)]
+    assert found == [written, exact]
+
+
+def test_config_json_names_the_dtype_to_write(llama_folder, edit_json):
+    folder, _ = llama_folder()  # stored in float32
+    for named, written in (("bfloat16", "bfloat16"), (None, "float32"), ("float8", "float32")):
+        edit_json(folder / "config.json", dtype=named)
+        assert (hub.checkpoint_dtype(folder).name, hub.exact_dtype(folder).name) == (written, "float32")
+
+
+@pytest.mark.parametrize(
     ("changes", "dtype"),
     [({}, "float32"), ({"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}, "bfloat16")],
     ids=["odd sizes", "whole blocks"],

@@ -4,12 +4,15 @@ import argparse
 
 from jlora import hub, lora
 from jlora.cli.model import add_gguf_option, tensor_bar
-from jlora.train.restore import load_run
+from jlora.train.restore import load_run, read_config
 
 
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
+    settings = read_config(options.workdir).model
+    inputs = {"--workdir": options.workdir, "the run's base": settings.path, "its first adapter": settings.adapter}
+    hub.refuse_inputs(options.out, inputs)
     config, model, params = load_run(options.workdir, options.step)
     if options.gguf and options.merged:
         with tensor_bar() as bar:

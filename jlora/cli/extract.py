@@ -11,6 +11,7 @@ from jlora.models import Model
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
+    hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
     model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base))
     tuned_model, tuned = hub.load(options.model, dtype=hub.exact_dtype(options.model))
     _require_same_model(model, tuned_model)

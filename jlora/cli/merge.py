@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> int:
         raise ValueError("--gguf names the type of what is written, so --dtype has no part in it")
     if options.gguf and options.quant:
         raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
+    hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     model, base = hub.load(options.model, dtype=hub.exact_dtype(options.model))  # so that sums are rounded once

@@ -13,6 +13,7 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
         raise ValueError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
+    hub.refuse_inputs(options.out, {"--model": options.model})
     config = quant.QuantConfig(rules=quantizable(options.quant), double_quant=not options.no_double_quant)
     dtype = options.dtype or hub.checkpoint_dtype(options.model)
     tokenizer = hub.load_tokenizer(options.model)

@@ -3,6 +3,7 @@
 from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import convert_adapter
 from jlora.hub.export import save_model
+from jlora.hub.folder import refuse_inputs
 from jlora.hub.gguf_export import TYPES as GGUF_TYPES
 from jlora.hub.gguf_export import save_gguf, save_gguf_adapter
 from jlora.hub.load import checkpoint_dtype, exact_dtype, float_dtype, load
@@ -24,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "merge_models",
     "open_source",
+    "refuse_inputs",
     "save_adapter",
     "save_gguf",
     "save_gguf_adapter",

@@ -4,8 +4,10 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from jlora.hub.source import gguf_files
 
 
 @contextlib.contextmanager
@@ -34,6 +36,26 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
         _swap(fresh, target, stale)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Nothing, if writing `out` replaces none of the inputs.
+
+    Args:
+        inputs: what the user calls it ("--model") → folder, file or Hub id; None: not given.
+
+    Raises:
+        ValueError: `out` is one of them; all are named.
+    """
+    target = Path(out).expanduser().resolve()
+    found = {name: Path(path).expanduser() for name, path in inputs.items() if path}
+    same = [
+        name
+        for name, path in found.items()
+        if path.exists() and target in (path.resolve(), *(file.resolve() for file in gguf_files(path)))
+    ]
+    if same:
+        raise ValueError(f"{out}: would be written over, but it is also {' and '.join(same)}; choose another place")
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from jlora.hub.export import SHARD_BYTES, Entry, write_folder
+from jlora.hub.folder import refuse_inputs
 from jlora.hub.merge_methods import METHODS, Method
-from jlora.hub.merge_recipe import FLOATS, LAYER, Input, Recipe, Slice, count_layers, read_recipe, resolve
+from jlora.hub.merge_recipe import FLOATS, LAYER, Input, Recipe, Slice, count_layers, models_of, read_recipe, resolve
 from jlora.hub.source import Source
 from jlora.hub.tokenizer import load_tokenizer
 from jlora.hub.weights import DTYPES
@@ -61,10 +62,13 @@ def merge_models(
         progress: is told how many tensors are done, and of how many.
 
     Raises:
-        ValueError: settings that do not hold, or models that do not fit each other; all are listed, nothing is written.
+        ValueError: settings that do not hold, models that do not fit each other, or `out` is one of them; all are
+            listed, nothing is written.
     """
+    settings = read_recipe(recipe)
+    refuse_inputs(out, {f"the recipe's {model}": model for model in models_of(settings)})
     sources: dict[str, Source] = {}
-    plan = resolve(read_recipe(recipe), sources)
+    plan = resolve(settings, sources)
     tensors = _tensors(plan, sources)
     _require_same_shapes(tensors, plan.base, sources)
     method = METHODS[plan.method]

@@ -42,6 +42,12 @@ def locate(location: str | Path) -> Path:
     raise FileNotFoundError(f"no folder or file {path}, and {str(location)!r} is not a Hub id (owner/name)")
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    """The .gguf files of a folder, where they are its model: one with safetensors is that of those."""
+    has_others = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return [] if has_others else sorted(folder.glob("*.gguf"))
+
+
 def check_tensors(
     found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], *, harmless: set[str]
 ) -> None:
@@ -70,13 +76,11 @@ def _gguf_in(folder: Path) -> Path | None:
     Raises:
         ValueError: there are several, so one has to be named.
     """
-    files = sorted(folder.glob("*.gguf"))
-    if not files or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        return None
+    files = gguf_files(folder)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{folder} holds {len(files)} GGUF files, give the path of one: {names}")
-    return files[0]
+    return files[0] if files else None
 
 
 def _download(hub_id: str) -> Path:

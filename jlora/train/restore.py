@@ -25,7 +25,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
         ValueError: the base model is not the one that the run was trained on, or the run trained several adapters.
     """
     folder = pathlib.Path(workdir)
-    config = _read_config(folder)
+    config = read_config(folder)
     if config.adapters:
         raise ValueError(
             f"{folder} is a run of several adapters: give the folder of one, {folder}/adapters/"
@@ -44,7 +44,14 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
         return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 
 
-def _read_config(folder: pathlib.Path) -> RunConfig:
+def read_config(workdir: str | os.PathLike) -> RunConfig:
+    """The settings of the run.
+
+    Raises:
+        FileNotFoundError: not the workdir of a run.
+        ValueError: settings that do not hold.
+    """
+    folder = pathlib.Path(workdir)
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not the workdir of a run: there is no config.json in it")

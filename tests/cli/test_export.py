@@ -40,6 +40,12 @@ def test_a_step_that_was_not_saved_is_a_mistake(trained, tmp_path, capsys):
     assert "2, 3" in message
 
 
+def test_what_the_run_needs_is_not_written_over(trained, model_folder, capsys):
+    for out, name in ((trained, "--workdir"), (model_folder, "the run's base")):
+        assert main(["export", f"--workdir={trained}", f"--out={out}", "--merged"]) == 2
+        assert f"is also {name}; choose another place" in capsys.readouterr().err
+
+
 def test_another_base_than_the_one_trained_on_is_refused(trained, model_folder, tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     with torch.no_grad():

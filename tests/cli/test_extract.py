@@ -42,3 +42,5 @@ def test_settings_that_differ_are_refused(model_folder, tmp_path, capsys):
     assert main(["extract", *options]) == 2
     assert "norm_eps" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
+    assert main(["extract", *options[:2], f"--out={model_folder}"]) == 2
+    assert "is also --base; choose another place" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):
     assert jlora.quant.is_packed(jlora.load(out)[1]["layers"]["mlp"]["up_proj"]["kernel"])
 
 
-def test_mistakes_are_named(merge, adapters):
+def test_mistakes_are_named(merge, adapters, model_folder):
     first = f"--adapter={adapters[0]}"
     for options, message in (
         ([first, "--adapter_only", "--quant=nf4"], "--quant packs a merged model"),
@@ -93,6 +93,8 @@ def test_mistakes_are_named(merge, adapters):
         ([first, f"--adapter={adapters[1]}", "--method=ties"], "density: is required by 'ties'"),
         ([first + ":nan"], "found nan, expected finite numbers"),
         (["--adapter=nowhere:2"], "nowhere"),
+        ([first, f"--out={adapters[0]}", "--adapter_only"], f"is also --adapter={adapters[0]}; choose another place"),
+        ([first, f"--out={model_folder}"], "is also --model; choose another place"),
     ):
         code, shown, out = merge(*options)
         assert code == 2 and message in shown, shown

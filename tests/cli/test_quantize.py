@@ -72,3 +72,8 @@ def test_mistakes(model_folder, tmp_path, options, message, capsys):
     assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_model_is_not_written_over(model_folder, capsys):
+    assert main(["quantize", f"--model={model_folder}", f"--out={model_folder}"]) == 2
+    assert "is also --model; choose another place" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jlora.hub.folder import replacing, replacing_file
+from jlora.hub.folder import refuse_inputs, replacing, replacing_file
 
 
 def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
@@ -29,3 +29,18 @@ def test_a_link_to_a_file(exists, tmp_path):
     with replacing_file(link, magic=b"GGUF") as file:
         file.write_bytes(b"GGUF new")
     assert link.is_symlink() and real.read_bytes() == b"GGUF new"
+
+
+def test_inputs_are_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "base.gguf").write_bytes(b"GGUF")
+    (tmp_path / "link").symlink_to("model")
+    refuse_inputs("out", {"--model": "model", "--base": None, "--adapter": "other"})
+    refuse_inputs("some/hub-id", {"--model": "some/hub-id"})  # which is not here
+    for out in ("model", tmp_path / "model", "other/../model", "link", "model/base.gguf"):
+        with pytest.raises(ValueError, match="is also --model and --base; choose another place"):
+            refuse_inputs(out, {"--model": "model", "--base": tmp_path / "link", "--adapter": "other"})
+    (tmp_path / "model" / "model.safetensors").touch()  # which is the model then
+    refuse_inputs("model/base.gguf", {"--model": "model"})

@@ -215,6 +215,8 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
         "models, slices: one of them is required",
     )
     fails({"merge_method": "ties", "models": [{"model": one}]}, "base_model: is required by ties")
+    with pytest.raises(ValueError, match=f"is also the recipe's {one}; choose another place"):
+        hub.merge_models({"merge_method": "passthrough", "models": [{"model": one}]}, one)
     fails({"merge_method": "linear", "models": one}, "models: found", "expected a list of models")
     fails({"merge_method": "linear", "models": [{"path": one}]}, "models[0]: found", "expected a mapping with model")
     fails({"merge_method": "passthrough", "slices": [{}]}, "slices[0].sources: found None")

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
         _show(options, _compare(options, model, params, tokenizer, records))
         return 0
 
-    def measure(params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(model: Model, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return evaluate(
             model,
             params,
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     if options.scales:
         _sweep(options, model, params, tokenizer, records, measure)
         return 0
-    numbers, answers = measure(params)
+    numbers, answers = measure(model, params)
     if options.answers:
         _write_answers(pathlib.Path(options.answers), answers)
     _show(options, numbers)
@@ -96,7 +96,7 @@ def _compare(
     return reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)}
 
 
-Measure = Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]
+Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
 def _sets(options: argparse.Namespace) -> dict[str, Any]:
@@ -119,14 +119,13 @@ def _changes(
 ) -> list[forgetting.Change]:
     """The model against its base, or against another."""
     sets = _sets(options)
-    before = lora.strip(params)
+    other, before = model, lora.strip(params)
     if options.against != "base":
         other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant)
-        if other.config != model.config:
-            raise ValueError(f"{options.against} and {options.model} are not models of one architecture")
+        other.config.require_same(model.config, options.against, options.model)
     scores: tuple[dict[str, list[float]], ...] = ({}, {})
     if not options.loss_only:
-        found = [measure(one)[1] for one in (before, params)]
+        found = [measure(*one)[1] for one in ((other, before), (model, params))]  # each stops at its own ends
         names = [name for name in found[0][0] if name not in ("id", "prompt", "target", "text")]
         scores = tuple({name: [answer[name] for answer in answers] for name in names} for answers in found)
     return forgetting.compare(model, before, params, tokenizer, task=records, scores=scores, **sets)
@@ -157,7 +156,7 @@ def _sweep(
     """The table of a sweep, and its plot where one is asked for."""
 
     def scores(params: Params) -> dict[str, float]:
-        numbers = {} if options.loss_only else measure(params)[0]
+        numbers = {} if options.loss_only else measure(model, params)[0]
         known = ("loss", "perplexity", "token_accuracy", "tokens", "n")
         return {name: value for name, value in numbers.items() if name not in known}
 

@@ -1,11 +1,9 @@
 """`jlora extract`: an adapter from a model and the base that it was trained from."""
 
 import argparse
-import dataclasses
 
 from jlora import hub, lora
 from jlora.cli.model import rank
-from jlora.models import Model
 
 
 def run(arguments: list[str]) -> int:
@@ -14,7 +12,8 @@ def run(arguments: list[str]) -> int:
     hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
     model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base))
     tuned_model, tuned = hub.load(options.model, dtype=hub.exact_dtype(options.model))
-    _require_same_model(model, tuned_model)
+    # An adapter holds weights: a setting that differs would be lost.
+    model.config.require_same(tuned_model.config, options.base, options.model)
     params, report = lora.extract(
         base,
         tuned,
@@ -26,17 +25,6 @@ def run(arguments: list[str]) -> int:
     hub.save_adapter(options.out, params, base=options.base)
     print(f"adapter (PEFT): {options.out}")
     return 0
-
-
-def _require_same_model(base: Model, tuned: Model) -> None:
-    """An adapter carries weights; a setting that differs would be lost in silence."""
-    pairs = [(field.name, *(getattr(model.config, field.name) for model in (base, tuned))) for field in _fields(base)]
-    if differences := [f"{name}: {one!r} and {other!r}" for name, one, other in pairs if one != other]:
-        raise ValueError("the models differ in settings, which no adapter holds:\n  " + "\n  ".join(differences))
-
-
-def _fields(model: Model) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(model.config)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -65,6 +65,12 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def without_idle_lengths(self) -> "Rope":
+        """The same rotation, without the lengths that its type does not look at."""
+        idle = () if self.rope_type in ("llama3", "yarn", "longrope") else ("original_max_position_embeddings",)
+        idle += () if self.rope_type == "dynamic" else ("max_position_embeddings",)
+        return dataclasses.replace(self, **dict.fromkeys(idle, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -135,6 +141,37 @@ class ModelConfig:
     def stacks(self) -> tuple[range, ...]:
         """Which layers can lie in one stack: those of the same structure."""
         return tuple(tree.stack_ranges([layer.experts for layer in self.layers]))
+
+    def require_same(self, other: "ModelConfig", ours: str, theirs: str) -> None:
+        """Nothing, if both compute the same from the same weights.
+
+        Where texts end, how long texts were in training, and what else config.json and generation_config.json say, may
+        differ.
+
+        Args:
+            ours, theirs: what the message calls the two.
+
+        Raises:
+            ValueError: settings of the computation differ; all are listed.
+        """
+        pair = (self._computation(), other._computation())
+        if lines := [line for name in pair[0] for line in _differences(name, *(values[name] for values in pair))]:
+            raise ValueError(f"{ours} and {theirs} are not models of one architecture:\n  " + "\n  ".join(lines))
+
+    def _computation(self) -> dict[str, Any]:
+        """The fields that decide what is computed from the weights."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["ropes"] = tuple(rope.without_idle_lengths() for rope in self.ropes)
+        values["max_position_embeddings"] *= self.names.positions is not None
+        return {name: value for name, value in values.items() if name not in ("source", "eos_token_ids")}
+
+
+def _differences(name: str, one: Any, other: Any) -> list[str]:
+    """A line for each difference, layer by layer where the field is a list of them."""
+    if type(one) is type(other) is tuple and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [line for index, pair in pairs for line in _differences(f"{name}[{index}]", *pair)]
+    return [] if one == other else [f"{name}: {one!r} and {other!r}"]
 
 
 class Fields:

@@ -34,13 +34,24 @@ def test_peft_opens_what_was_extracted(model_folder, tmp_path, capsys):
     assert (before - expected).abs().max() > 0.01
 
 
+def test_what_changes_no_computation_may_differ(model_folder, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "chat")
+    path = tmp_path / "chat" / "config.json"
+    harmless = {"transformers_version": "4.1", "use_cache": False, "eos_token_id": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | harmless | {"max_position_embeddings": 77}))
+    (tmp_path / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7], "top_p": 0.9}))
+    options = [f"--base={model_folder}", f"--model={tmp_path / 'chat'}", f"--out={tmp_path / 'adapter'}"]
+    assert main(["extract", *options, "--target_modules", "q_proj"]) == 0
+    assert "100.0000% of the energy kept" in capsys.readouterr().out
+
+
 def test_settings_that_differ_are_refused(model_folder, tmp_path, capsys):
     shutil.copytree(model_folder, tmp_path / "other")
     path = tmp_path / "other" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
     options = [f"--base={model_folder}", f"--model={tmp_path / 'other'}", f"--out={tmp_path / 'adapter'}"]
     assert main(["extract", *options]) == 2
-    assert "norm_eps" in capsys.readouterr().err
+    assert "norm_eps: 1e-06 and 0.5" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
     assert main(["extract", *options[:2], f"--out={model_folder}"]) == 2
     assert "is also --base; choose another place" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -109,7 +110,10 @@ def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys)
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"task loss", "general loss", "questions right", "exact_match"}
     assert found["task loss"]["before"] != found["task loss"]["after"]
-    assert main([*common, f"--against={model_folder}", *sets, "--loss_only"]) == 0
+    shutil.copytree(model_folder, tmp_path / "same")
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    (tmp_path / "same" / "config.json").write_text(json.dumps(config | {"eos_token_id": 3, "use_cache": False}))
+    assert main([*common, f"--against={tmp_path / 'same'}", *sets, "--loss_only"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["task loss"]["low"] == found["task loss"]["high"] == 0
     plot = tmp_path / "sweep.png"

@@ -56,6 +56,7 @@ class JaxLM(TemplateLM):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self.max_length = max_length or min(model.config.max_position_embeddings, 2048)
+        model.require_positions(self.max_length, "max_length")
 
     @property
     def eot_token_id(self) -> int:
@@ -102,7 +103,7 @@ class JaxLM(TemplateLM):
             self.params,
             examples,
             batch_size=self.batch_size,
-            seq_len=self.max_length + 1,
+            seq_len=self.max_length,
             mesh=self.mesh,
         )
         return [

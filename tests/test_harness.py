@@ -9,6 +9,9 @@ import torch
 import transformers
 
 from jlora import hub
+from jlora.train import resolve
+from jlora.train.adapt import adapt
+from jlora.train.evaluate import record_sums
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -87,6 +90,29 @@ def test_numbers_and_texts_are_those_of_the_hugging_face_class(model_folder, tas
                 else:
                     np.testing.assert_allclose(np.ravel(one)[0], np.ravel(two)[0], rtol=1e-5)
     assert any(sample["resps"][0][0] for sample in ours["samples"]["writing"])
+
+
+def test_a_text_may_fill_the_learned_positions(tmp_path, byte_tokenizer, tasks):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, n_embd=24, n_layer=2, n_head=3, n_positions=32, eos_token_id=0, bos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = hub.load(tmp_path, dtype="float32")
+    lm = JaxLM(model, params, byte_tokenizer)
+    assert lm.max_length == 32
+    requests = [("", [1] * 20, list(range(5, 5 + count))) for count in (12, 13, 30)]
+    found = lm._loglikelihood_tokens(requests)
+    other = HFLM(pretrained=theirs, tokenizer=byte_tokenizer, batch_size=1, max_length=32, device="cpu")
+    expected = other._loglikelihood_tokens([(("a", "b"), *request[1:]) for request in requests], disable_tqdm=True)
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=1e-5)
+    with pytest.raises(ValueError, match="max_length: 33 tokens in a row, but gpt2 has learned 32 positions"):
+        JaxLM(model, params, byte_tokenizer, max_length=33)
+    record = {"prompt": "x" * 40, "completion": "y"}
+    with pytest.raises(ValueError, match="seq_len: 41 tokens in a row, but gpt2 has learned 32"):
+        record_sums(model, params, byte_tokenizer, [record], seq_len=64)
+    long = resolve({"model": {"path": str(tmp_path)}, "data": {"path": "x"}, "train": {"steps": 1, "seq_len": 33}})
+    with pytest.raises(ValueError, match=r"train\.seq_len: 33 tokens in a row, but gpt2 has learned 32"):
+        adapt(model, params, long)
 
 
 def test_what_the_harness_may_not_ask_for_is_said(model_folder):

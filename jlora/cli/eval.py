@@ -123,24 +123,27 @@ def _changes(
     if options.against != "base":
         other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant)
         other.config.require_same(model.config, options.against, options.model)
-    scores: tuple[dict[str, list[float]], ...] = ({}, {})
-    if not options.loss_only:
-        found = [measure(*one)[1] for one in ((other, before), (model, params))]  # each stops at its own ends
-        names = [name for name in found[0][0] if name not in ("id", "prompt", "target", "text")]
-        scores = tuple({name: [answer[name] for answer in answers] for name in names} for answers in found)
-    return forgetting.compare(model, before, params, tokenizer, task=records, scores=scores, **sets)
+    changes = forgetting.compare(model, before, params, tokenizer, task=records, **sets)
+    if options.loss_only:
+        return changes
+    # Each model's texts stop at its own ends.
+    found = [measure(*one)[1] for one in ((other, before), (model, params))]
+    apart = ("id", "prompt", "target", "text")
+    scores = ([{k: v for k, v in answer.items() if k not in apart} for answer in answers] for answers in found)
+    return changes + forgetting.compare_scores(*scores)
 
 
 def _show_changes(options: argparse.Namespace, changes: Sequence[forgetting.Change]) -> None:
     if options.json:
         print(json.dumps({change.measure: change._asdict() for change in changes}))
         return
-    table = Table("measure", "before", "after", "change", "95 % interval", "")
+    table = Table("measure", "before", "after", "change", "95 % interval", "", "n")
     for change in changes:
         interval = f"{change.low:+.4f} to {change.high:+.4f}"
         difference = f"{change.after - change.before:+.4f}"
         clear = "" if change.is_clear else "within chance"
-        table.add_row(change.measure, f"{change.before:.4f}", f"{change.after:.4f}", difference, interval, clear)
+        count = f"{change.n} of {change.n + change.dropped}" if change.dropped else f"{change.n}"
+        table.add_row(change.measure, f"{change.before:.4f}", f"{change.after:.4f}", difference, interval, clear, count)
     table.title = f"{options.model} + {options.adapter or 'nothing'} against {options.against}"
     Console().print(table)
 
@@ -157,7 +160,7 @@ def _sweep(
 
     def scores(params: Params) -> dict[str, float]:
         numbers = {} if options.loss_only else measure(model, params)[0]
-        known = ("loss", "perplexity", "token_accuracy", "tokens", "n")
+        known = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
         return {name: value for name, value in numbers.items() if name not in known}
 
     rows = forgetting.sweep(model, params, tokenizer, options.scales, task=records, measure=scores, **_sets(options))
@@ -205,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
     parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="of a text (default: 128)")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records at a time (default: 8)")
-    parser.add_argument("--seq_len", type=positive, default=512, metavar="N", help="tokens that the loss looks at")
+    parser.add_argument(
+        "--seq_len", type=positive, default=512, metavar="N", help="tokens that the loss looks at (default: 512)"
+    )
     parser.add_argument("--loss_only", action="store_true", help="generate no texts")
     parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts there")
     parser.add_argument("--pairs", action="store_true", help="of a reward model: accuracy on prompt, chosen, rejected")

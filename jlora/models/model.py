@@ -174,6 +174,23 @@ class Model:
         kernel = lora.merged_leaf(lora.resolve(params[SCORE]), "kernel").astype(jnp.float32)
         return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
 
+    def require_positions(self, tokens: int, setting: str = "") -> None:
+        """Nothing, if the model has a position for each of so many tokens of a text: what is looked up beyond the
+        learned ones is not a number.
+
+        Args:
+            setting: what asks for so many, for the message.
+
+        Raises:
+            ValueError: the model has learned positions, and fewer.
+        """
+        longest = self.config.max_position_embeddings
+        if self.config.names.positions and tokens > longest:
+            where = f"{setting}: " if setting else ""
+            raise ValueError(
+                f"{where}{tokens} tokens in a row, but {self.config.model_type} has learned {longest} positions"
+            )
+
     def empty_cache(self, params: Params, batch: int, size: int) -> Cache:
         """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations.
 
@@ -181,7 +198,7 @@ class Model:
             ValueError: the model has learned positions, and fewer than `size`.
         """
         config = self.config
-        self._require_positions(size)
+        self.require_positions(size)
         dtype = tree.subtree(params, config.names.embedding)["embedding"].dtype
         return Cache.empty(config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim, dtype)
 
@@ -226,17 +243,11 @@ class Model:
         self, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         if positions is None:
-            self._require_positions(tokens.shape[1])
+            self.require_positions(tokens.shape[1])
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         return positions, segment_ids
-
-    def _require_positions(self, tokens: int) -> None:
-        """Beyond its learned positions a model has none: what is looked up there would not be a number."""
-        longest = self.config.max_position_embeddings
-        if self.config.names.positions and tokens > longest:
-            raise ValueError(f"{tokens} tokens in a row, but {self.config.model_type} has learned {longest} positions")
 
     def _embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config

@@ -13,8 +13,10 @@ def adapt(model: Model, params: Params, config: RunConfig) -> Params:
 
     Raises:
         ValueError: the model or `model.adapter` is a reward model and the algorithm trains a policy; a reward model's
-        own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`.
+        own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`; rows
+        are longer than the model has positions.
     """
+    model.require_positions(config.train.seq_len, "train.seq_len")
     key = jax.random.key(config.train.seed)
     if not config.model.adapter:
         params = lora.init(params, config.lora, key)

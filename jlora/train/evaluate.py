@@ -21,7 +21,7 @@ from jlora.types import Params
 
 Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 
-RESERVED = ("loss", "perplexity", "token_accuracy", "exact_match", "n", "tokens")
+RESERVED = ("loss", "perplexity", "token_accuracy", "exact_match", "n", "tokens", "dropped")
 
 
 def evaluate(
@@ -39,17 +39,22 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Numbers about the records as a whole, and one answer for each record (none without `generate_texts`).
 
-    The numbers are `loss` (mean over the completion tokens), `perplexity`, `token_accuracy`, `tokens` and `n`; with
-    texts also `exact_match` and the mean of everything that `metric` returns. An answer is a dict with `prompt`,
-    `target`, `text`, `exact_match`, the metric's values, and the record's `id` where it has one.
+    The numbers are `loss` (mean over the completion tokens), `perplexity`, `token_accuracy`, `tokens`, `n` (records)
+    and `dropped` (those of them that the loss leaves out); with texts also `exact_match` and the mean of everything
+    that `metric` returns. An answer is a dict with `prompt`, `target`, `text`, `exact_match`, the metric's values, and
+    the record's `id` where it has one.
 
     Args:
       metric: (record, generated text) → numbers by name.
-      seq_len: longer records lose their end in the loss (not in the generation).
+      seq_len: longer records lose their end in the loss (not in the generation), and count in no loss where their
+        completion lies behind it.
       mesh: splits the batches of the loss, as in training.
+
+    Raises:
+      ValueError: no completion has a token within `seq_len`, or the model has no positions for the texts.
     """
-    numbers = completion_loss(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
-    numbers["n"] = float(len(records))
+    sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
     if not generate_texts:
         return numbers, []
     prompts, targets = zip(*map(data.split_prompt, records), strict=True)
@@ -87,7 +92,10 @@ def completion_loss(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """`loss`, `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
-    sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    return _means(record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh))
+
+
+def _means(sums: "RecordSums") -> dict[str, float]:
     loss, correct, tokens = (math.fsum(map(float, values)) for values in sums)
     mean = loss / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf
@@ -112,9 +120,40 @@ def record_sums(
     seq_len: int = 512,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
-    """What the model makes of each record, in the records' order; longer ones than `seq_len` lose their end."""
+    """What the model makes of each record, in the records' order: longer ones than `seq_len` lose their end, and those
+    without a completion token before it have sums of 0.
+
+    Raises:
+      ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model has no positions
+        for the texts.
+    """
+    examples = encode_each(records, tokenizer, seq_len=seq_len)
+    places = [place for place, example in enumerate(examples) if example is not None]
+    kept = [example for example in examples if example is not None]
+    sums = example_sums(model, params, kept, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    found = np.zeros((3, len(records)), np.float64)
+    found[:, places] = sums
+    return RecordSums(*found)
+
+
+def encode_each(records: Sequence[dict[str, Any]], tokenizer: Any, *, seq_len: int) -> list[data.Example | None]:
+    """The tokens of each record, cut at `seq_len`; None where no completion token is left.
+
+    Raises:
+      ValueError: a record cannot be encoded, or nothing is left of any.
+    """
     examples, _ = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
-    return example_sums(model, params, examples, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    if len(examples) == len(records):
+        return list(examples)
+
+    def alone(record: dict[str, Any]) -> data.Example | None:
+        try:
+            [example], _ = data.encode([record], tokenizer, seq_len=seq_len, overlong="cut")
+        except ValueError:  # all can be encoded, as was seen above: of this one nothing is left
+            return None
+        return example
+
+    return [alone(record) for record in records]
 
 
 def example_sums(
@@ -126,19 +165,44 @@ def example_sums(
     seq_len: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
-    """What the model makes of each example, in their order."""
-    lengths = [len(example.tokens) for example in examples]
+    """What the model makes of each example, in their order.
+
+    Args:
+      seq_len: the most tokens that the model reads of one: all but its last, which is only predicted.
+
+    Raises:
+      ValueError: the model has no positions for the longest.
+    """
+    lengths = [len(example.tokens) - 1 for example in examples]
+    model.require_positions(max(lengths, default=0), "seq_len")
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]
     steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
     found = np.zeros((3, len(order)), np.float64)
     for step in steps:
-        batch = data.collate(examples, step)
+        batch = _batch(examples, step)
         sums = np.asarray(_row_sums(model, params, put_batch(batch, mesh) if mesh else batch))
         for row, members in enumerate(step.rows):
             for member in members:
                 found[:, order[member]] = sums[:, row]
     return RecordSums(*found)
+
+
+def _batch(examples: Sequence[data.Example], step: data.Step) -> data.Batch:
+    """`data.collate`'s arrays of rows of one example, or none, without its last token: nothing is predicted from it,
+    and the model may have no position left for it.
+    """
+    shape = (1, len(step.rows), step.length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = np.zeros(shape, np.float32)
+    for row, members in enumerate(step.rows):
+        for member in members:
+            tokens, trained = examples[member].tokens, examples[member].trained
+            place = (0, row, slice(len(tokens) - 1))
+            batch["tokens"][place], batch["targets"][place] = tokens[:-1], tokens[1:]
+            batch["weights"][place], batch["segment_ids"][place] = trained[1:], 1
+            batch["positions"][place] = np.arange(len(tokens) - 1)
+    return batch
 
 
 def load_metric(path: str | pathlib.Path) -> Metric:

@@ -2,15 +2,16 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jlora import data, lora
 from jlora.models import Model
-from jlora.train.evaluate import RecordSums, record_sums
+from jlora.train.evaluate import RecordSums, encode_each, example_sums, record_sums
 from jlora.train.metrics import BLUE, GREEN, INK, ORANGE, new_figure, save_figure, style
 from jlora.types import Params
 
@@ -19,14 +20,25 @@ GENERAL, QUESTIONS = SETS / "general.jsonl", SETS / "questions.jsonl"
 RESAMPLES = 2000
 
 
+# No text is cut at this length.
+UNCUT = sys.maxsize
+
+
 class Change(NamedTuple):
-    """A measure of both models, and the 95 % interval of its change (over which records there are)."""
+    """A measure of both models, and the 95 % interval of its change (over which records there are).
+
+    Attributes:
+        n: records that it is over.
+        dropped: records that it leaves out: without a completion token within `seq_len`, or without this score.
+    """
 
     measure: str
     before: float
     after: float
     low: float
     high: float
+    n: int
+    dropped: int
 
     @property
     def is_clear(self) -> bool:
@@ -43,43 +55,106 @@ def compare(
     task: Sequence[dict[str, Any]] = (),
     general: Sequence[dict[str, Any]] = (),
     questions: Sequence[Mapping[str, Any]] = (),
-    scores: tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]] = ({}, {}),
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[Change]:
-    """The loss on the task and on general text (nats a token), the share of questions answered right, and `scores`.
+    """The loss on the task and on general text (nats a token), and the share of questions answered right.
 
     Args:
-        task, general: records as for training.
+        task, general: records as for training; those whose completion lies behind `seq_len` count in neither model.
         questions: objects with question, choices and answer (the right one's number); the choice whose text is
             likeliest counts as the answer.
-        scores: numbers of each record by name, of both models, that were found elsewhere.
+
+    Raises:
+        ValueError: questions that are longer than `seq_len` (all are listed), or no completion has a token within it.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
+    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
     changes = []
     for name, records in (("task loss", task), ("general loss", general)):
         if records:
             sums = [record_sums(model, params, tokenizer, records, **settings) for params in (before, after)]
-            changes.append(_change(name, *(_ratio(one) for one in sums), len(records)))
+            kept = np.flatnonzero(sums[0].tokens)
+            changes.append(_change(name, *(_ratio(one) for one in sums), kept, len(records)))
     if questions:
-        right = [answers(model, params, tokenizer, questions, **settings) for params in (before, after)]
-        changes.append(_change("questions right", *(_mean(one) for one in right), len(questions)))
-    for name in scores[0]:
-        values = [np.asarray(of_model[name], np.float64) for of_model in scores]
-        changes.append(_change(name, *(_mean(one) for one in values), len(values[0])))
+        right = [_right(model, params, questions, choices, **settings) for params in (before, after)]
+        everything = np.arange(len(questions))
+        changes.append(_change("questions right", *(_mean(one) for one in right), everything, len(questions)))
+    return changes
+
+
+def compare_scores(
+    before: Sequence[Mapping[str, int | float]], after: Sequence[Mapping[str, int | float]]
+) -> list[Change]:
+    """The mean of each score, over the records that have it from both models.
+
+    Args:
+        before, after: for each record, numbers by name.
+    """
+    changes = []
+    for name in dict.fromkeys(name for record in (*before, *after) for name in record):
+        kept = [place for place, pair in enumerate(zip(before, after, strict=True)) if all(name in one for one in pair)]
+        values = [np.array([record.get(name, np.nan) for record in of_model]) for of_model in (before, after)]
+        if kept:
+            changes.append(_change(name, *(_mean(one) for one in values), np.array(kept), len(before)))
     return changes
 
 
 def answers(
-    model: Model, params: Params, tokenizer: Any, questions: Sequence[Mapping[str, Any]], **settings: int
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    questions: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    seq_len: int = 512,
 ) -> Bool[np.ndarray, "N"]:
-    """Whether each question's right choice is the one of the greatest log-probability, as a whole text."""
+    """Whether each question's right choice is the one of the greatest log-probability, as a whole text.
+
+    Raises:
+        ValueError: questions that are longer than `seq_len`; all are listed.
+    """
+    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
+    return _right(model, params, questions, choices, batch_size=batch_size, seq_len=seq_len)
+
+
+def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, seq_len: int) -> list[data.Example]:
+    """The tokens of every question with each of its choices, in order.
+
+    Raises:
+        ValueError: questions that are longer than `seq_len` with a choice, or that hold a choice without a token of its
+            own; all are listed.
+    """
     records = [
         {"prompt": f"Question: {one['question']}\nAnswer:", "completion": f" {choice}"}
         for one in questions
         for choice in one["choices"]
     ]
-    likely = -record_sums(model, params, tokenizer, records, **settings).loss
+    found = encode_each(records, tokenizer, seq_len=UNCUT) if records else []
+    faults, start = [], 0
+    for number, one in enumerate(questions, start=1):
+        own = found[start : start + len(one["choices"])]
+        start += len(own)
+        if None in own:
+            faults.append(f"question {number}: choice {own.index(None)} has no token of its own")
+        elif (longest := max(len(example.tokens) for example in own)) > seq_len:
+            faults.append(f"question {number}: {longest} tokens with its longest choice")
+    if faults:
+        raise ValueError(
+            f"{len(faults)} of {len(questions)} questions cannot be answered within seq_len={seq_len}; raise it, or "
+            "leave them out:\n  " + "\n  ".join(faults)
+        )
+    return found
+
+
+def _right(
+    model: Model,
+    params: Params,
+    questions: Sequence[Mapping[str, Any]],
+    choices: Sequence[data.Example],
+    **settings: int,
+) -> Bool[np.ndarray, "N"]:
+    likely = -example_sums(model, params, choices, **settings).loss
     ends = np.cumsum([len(one["choices"]) for one in questions])
     parts = np.split(likely, ends[:-1])
     return np.array([int(np.argmax(part)) == one["answer"] for part, one in zip(parts, questions, strict=True)])
@@ -123,27 +198,33 @@ def sweep(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[dict[str, float]]:
-    """The measures at each scale of the adapter: 0 the base, 1 as it was trained.
+    """The measures at each scale of the adapter: 0 the base, 1 as it was trained. `dropped` says how many records count
+    in no loss, since their completions lie behind `seq_len`.
 
     Args:
         measure: further numbers about params, as scores of the texts that they give.
+
+    Raises:
+        ValueError: as `compare`; or the adapter is not one whose updates have a scale.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
+    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
     rows = []
     for scale in scales:
         chosen = lora.scaled(params, scale)
-        row = {"scale": float(scale)}
+        row = {"scale": float(scale), "dropped": 0.0}
         for name, records in (("task loss", task), ("general loss", general)):
             sums = record_sums(model, chosen, tokenizer, records, **settings)
             row[name] = float(sums.loss.sum() / sums.tokens.sum())
-        row["questions right"] = float(answers(model, chosen, tokenizer, questions, **settings).mean())
+            row["dropped"] += float(np.sum(sums.tokens == 0))
+        row["questions right"] = float(_right(model, chosen, questions, choices, **settings).mean())
         rows.append(row | dict(measure(chosen)))
     return rows
 
 
 def draw_sweep(path: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Writes the plot of a sweep as a PNG: the task beside what the scale costs elsewhere."""
-    names = [name for name in rows[0] if name != "scale"]
+    names = [name for name in rows[0] if name not in ("scale", "dropped")]
     figure, axes = new_figure(1, len(names), (3.6 * len(names), 3.4))
     for axis, name, color in zip(axes, names, (BLUE, ORANGE, GREEN) * len(names), strict=False):
         style(axis, name)
@@ -157,13 +238,17 @@ def _change(
     measure: str,
     before: Callable[[np.ndarray], float],
     after: Callable[[np.ndarray], float],
+    kept: Int[np.ndarray, "M"],
     count: int,
 ) -> Change:
-    """Both values and the percentile bootstrap of their difference (Efron 1979), on the same records each time."""
-    everything = np.arange(count)
-    draws = np.random.Generator(np.random.PCG64(0)).integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile([after(chosen) - before(chosen) for chosen in draws], [2.5, 97.5])
-    return Change(measure, before(everything), after(everything), float(low), float(high))
+    """Both values and the percentile bootstrap of their difference (Efron 1979), on the same records each time.
+
+    Args:
+        kept: the places of the records that count, among `count`.
+    """
+    draws = np.random.Generator(np.random.PCG64(0)).integers(0, len(kept), (RESAMPLES, len(kept)))
+    low, high = np.percentile([after(kept[chosen]) - before(kept[chosen]) for chosen in draws], [2.5, 97.5])
+    return Change(measure, before(kept), after(kept), float(low), float(high), len(kept), count - len(kept))
 
 
 def _ratio(sums: RecordSums) -> Callable[[np.ndarray], float]:

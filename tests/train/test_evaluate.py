@@ -7,7 +7,7 @@ import pytest
 from jlora import models
 from jlora.data import encode
 from jlora.generate import generate
-from jlora.train.evaluate import evaluate, load_metric
+from jlora.train.evaluate import evaluate, load_metric, record_sums
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,20 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(model, params, tokenize
     np.testing.assert_allclose(numbers["loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(numbers["perplexity"], np.exp(np.mean(losses)), rtol=1e-4)
     assert numbers["n"] == 3
+
+
+def test_records_keep_their_places_where_nothing_of_one_is_left(model, params, tokenizer):
+    long = {"prompt": "x" * 40, "completion": "y"}
+    expected = record_sums(model, params, tokenizer, RECORDS, batch_size=2, seq_len=32)
+    found = record_sums(model, params, tokenizer, [RECORDS[0], long, *RECORDS[1:], long], batch_size=2, seq_len=32)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, [other[0], 0, other[1], other[2], 0], rtol=1e-6)
+    settings = dict(batch_size=2, seq_len=32, generate_texts=False)
+    numbers, _ = evaluate(model, params, tokenizer, [long, *RECORDS], **settings)
+    assert (numbers["n"], numbers["dropped"]) == (4, 1)
+    assert numbers["loss"] == pytest.approx(np.sum(expected.loss) / np.sum(expected.tokens))
+    with pytest.raises(ValueError, match="no token to train on in 1 records"):
+        evaluate(model, params, tokenizer, [long], **settings)
 
 
 def test_answers_are_scored_one_by_one_and_averaged(model, params, tokenizer):

@@ -55,9 +55,8 @@ def test_changes_come_with_an_interval_that_chance_explains(loaded):
     model, params, tokenizer = loaded
     records = [{"prompt": f"{i}", "completion": f" then {i + 1}"} for i in range(12)]
     base = lora.strip(params)
-    same, task = forgetting.compare(
-        model, base, params, tokenizer, general=records, scores=({"hit": [0.0, 1.0] * 8}, {"hit": [1.0, 1.0] * 8})
-    )
+    [same] = forgetting.compare(model, base, params, tokenizer, general=records)
+    [task] = forgetting.compare_scores([{"hit": 0.0}, {"hit": 1.0}] * 8, [{"hit": 1.0}] * 16)
     assert (same.measure, task.measure) == ("general loss", "hit")
     sums = [forgetting.record_sums(model, one, tokenizer, records) for one in (base, params)]
     for found, one in zip((same.before, same.after), sums, strict=True):
@@ -66,6 +65,37 @@ def test_changes_come_with_an_interval_that_chance_explains(loaded):
     assert (task.before, task.after) == (0.5, 1.0) and 0.2 < task.low < 0.5 < task.high < 0.8 and task.is_clear
     nothing = forgetting.compare(model, base, base, tokenizer, general=records)[0]
     assert (nothing.low, nothing.high) == (0, 0) and not nothing.is_clear
+
+
+def test_what_does_not_fit_counts_for_neither_model_and_is_counted(loaded):
+    model, params, tokenizer = loaded
+    records = [{"prompt": f"{i}", "completion": f" then {i + 1}"} for i in range(4)]
+    long = {"prompt": "x" * 99, "completion": "y"}
+    [fewer] = forgetting.compare(model, lora.strip(params), params, tokenizer, task=records, seq_len=64)
+    [more] = forgetting.compare(model, lora.strip(params), params, tokenizer, task=[long, *records], seq_len=64)
+    assert (more.n, more.dropped) == (4, 1)
+    np.testing.assert_allclose(more[1:5], fewer[1:5], rtol=1e-6)
+    too_long = [{"question": "x" * 99, "choices": ["a", "b"], "answer": 1}]
+    for questions in (too_long, [*QUESTIONS, *too_long]):
+        with pytest.raises(ValueError, match=rf"seq_len=64; .*\n  question {len(questions)}: 120 tokens with its"):
+            forgetting.compare(model, {}, {}, tokenizer, task=records, questions=questions, seq_len=64)
+        with pytest.raises(ValueError, match=rf"question {len(questions)}: 120 tokens"):
+            forgetting.answers(model, {}, tokenizer, questions, seq_len=64)
+    assert (
+        forgetting.sweep(
+            model, params, tokenizer, [0], task=[long, *records], general=records, questions=QUESTIONS, seq_len=64
+        )[0]["dropped"]
+        == 1
+    )
+
+
+def test_scores_are_compared_over_the_records_that_have_them():
+    before = [{"a": 1.0}, {"a": 0.0, "b": 2.0}, {"b": 4.0, "c": 1.0}]
+    after = [{"a": 1.0, "b": 3.0}, {"a": 1.0}, {"b": 6.0}]
+    found = {change.measure: change for change in forgetting.compare_scores(before, after)}
+    assert set(found) == {"a", "b"}
+    assert (found["a"].before, found["a"].after, found["a"].n, found["a"].dropped) == (0.5, 1, 2, 1)
+    assert (found["b"].before, found["b"].after, found["b"].n, found["b"].dropped) == (4, 6, 1, 2)
 
 
 def test_a_scale_of_0_is_the_base_and_1_the_adapter(loaded):
@@ -101,14 +131,17 @@ def test_questions_that_are_none_are_all_named(tmp_path):
 def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys):
     _, params, _ = loaded
     hub.save_adapter(tmp_path / "adapter", params, base=str(model_folder))
-    (tmp_path / "task.jsonl").write_text('{"prompt": "1", "completion": " 2"}\n{"prompt": "2", "completion": " 3"}\n')
+    task = [{"prompt": "1", "completion": " 2"}, {"prompt": "x" * 64, "completion": " 3"}]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in task))
+    (tmp_path / "metric.py").write_text("def metric(record, text):\n    return {record['prompt'][0]: 1.0}\n")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
-    common = ["eval", f"--model={model_folder}", f"--data={tmp_path / 'task.jsonl'}", "--json"]
+    common = ["eval", f"--model={model_folder}", f"--data={tmp_path / 'task.jsonl'}", "--seq_len=64", "--json"]
     sets = [f"--general={tmp_path / 'task.jsonl'}", f"--questions={tmp_path / 'q.jsonl'}", "--max_new_tokens=2"]
     adapter = f"--adapter={tmp_path / 'adapter'}"
-    assert main([*common, adapter, "--against=base", *sets]) == 0
+    assert main([*common, adapter, "--against=base", *sets, f"--metric={tmp_path / 'metric.py'}"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"task loss", "general loss", "questions right", "exact_match"}
+    assert set(found) == {"task loss", "general loss", "questions right", "exact_match", "1", "x"}
+    assert [found[name]["n"] for name in ("task loss", "exact_match", "x")] == [1, 2, 1]
     assert found["task loss"]["before"] != found["task loss"]["after"]
     shutil.copytree(model_folder, tmp_path / "same")
     config = json.loads((tmp_path / "same" / "config.json").read_text())

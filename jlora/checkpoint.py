@@ -1,4 +1,6 @@
-"""Checkpoints of a run through Orbax: what training changes, where the data stands, and what base it belongs to."""
+"""Checkpoints of a run through Orbax: what training changes, what its adapters keep, where the data stands, and what
+base it belongs to.
+"""
 
 import json
 import pathlib
@@ -6,10 +8,14 @@ import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import tree
 from jlora.types import Params
+
+# Of what a checkpoint holds; one of another version is refused.
+VERSION = 2
 
 
 class Checkpoints:
@@ -17,10 +23,13 @@ class Checkpoints:
 
     Args:
         manifest: what a checkpoint belongs to (base weights, settings); one that differs is refused when restoring.
+        fixed: the leaves of the adapters that training leaves alone. Some follow from the base (what PiSSA takes out of
+            it, DoRA's lengths), and computed anew on other devices they would differ in their last bits.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, manifest: dict[str, Any]) -> None:
-        self._folder, self._manifest = folder, json.loads(json.dumps(manifest))
+    def __init__(self, folder: pathlib.Path, *, keep: int, manifest: dict[str, Any], fixed: Params) -> None:
+        self._folder, self._manifest = folder, {"version": VERSION} | json.loads(json.dumps(manifest))
+        self._fixed = fixed
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -35,6 +44,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
+            fixed=ocp.args.StandardSave(self._fixed),
             data=ocp.args.JsonSave(data),
             manifest=ocp.args.JsonSave(self._manifest),
         )
@@ -47,10 +57,11 @@ class Checkpoints:
             state: a state of the wanted structure, shapes and shardings; its values are not looked at.
 
         Raises:
-            ValueError: the checkpoint belongs to another base or other settings; every difference is listed.
+            ValueError: the checkpoint belongs to another base or other settings (every difference is listed), or is of
+                another version of jlora.
         """
         step = self.latest
-        found = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
+        found = read_manifest(self._manager, step)
         if differences := compare(found, self._manifest):
             raise ValueError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -62,6 +73,50 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def reader(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """The checkpoints in a folder, for reading only; to be closed."""
+    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What a checkpoint belongs to.
+
+    Raises:
+        ValueError: it is of another version of jlora.
+    """
+    found = saved.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
+    if found.get("version") != VERSION:
+        raise ValueError(
+            f"{saved.directory / str(step)} was written by another version of jlora (format {found.get('version', 1)}, "
+            f"expected {VERSION}): go on with that version, or train anew in another workdir"
+        )
+    return found
+
+
+def read_fixed(saved: ocp.CheckpointManager, step: int) -> Params:
+    """The `fixed` of `Checkpoints` that a checkpoint holds, as host arrays: on what devices it lay does not matter."""
+    held = dict(ocp.PyTreeCheckpointHandler().metadata(saved.directory / str(step) / "fixed"))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
+    args = ocp.args.Composite(fixed=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return saved.restore(step, args=args).fixed
+
+
+def newest_fixed(folder: pathlib.Path) -> Params:
+    """`read_fixed` of the newest checkpoint in the folder; {} where there is none.
+
+    Raises:
+        ValueError: it is of another version of jlora.
+    """
+    if not folder.is_dir():
+        return {}
+    with reader(folder) as saved:
+        step = saved.latest_step()
+        if step is None:
+            return {}
+        read_manifest(saved, step)
+        return read_fixed(saved, step)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> list[str]:

@@ -3,32 +3,49 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jlora import checkpoint, quant, sharding
 
+FIXED = {"layers@0-1": {"q_proj": {"lora_scale": jnp.ones(2)}}}
 STATE = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(3)}
 
 
 def test_round_trip_newest_kept_and_other_bases_refused(tmp_path):
-    saved = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}})
+    saved = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}}, fixed=FIXED)
     assert saved.latest is None
     for step in (1, 2, 3):
         saved.save(step, {**STATE, "step": jnp.int32(step)}, {"next": step})
     saved.close()
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "3"]
 
-    again = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}})
+    again = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "x", "lora": {"r": 4}}, fixed=FIXED)
     state, data = again.restore(jax.tree.map(jnp.zeros_like, STATE))
     again.close()
     assert data == {"next": 3}
     jax.tree.map(np.testing.assert_array_equal, state, STATE)
+    found = checkpoint.newest_fixed(tmp_path / "c")
+    jax.tree.map(np.testing.assert_array_equal, found, FIXED)
+    assert checkpoint.newest_fixed(tmp_path / "nothing") == {}
 
-    other = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "y", "lora": {"r": 8}})
+    other = checkpoint.Checkpoints(tmp_path / "c", keep=2, manifest={"base": "y", "lora": {"r": 8}}, fixed=FIXED)
     with pytest.raises(ValueError) as error:
         other.restore(STATE)
     other.close()
     assert "base: found 'x', expected 'y'" in str(error.value) and "lora.r: found 4, expected 8" in str(error.value)
+
+
+def test_what_another_version_wrote_is_refused(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as old:
+        held = {"state": ocp.args.StandardSave(STATE), "manifest": ocp.args.JsonSave({"base": "x"})}
+        old.save(1, args=ocp.args.Composite(**held))
+    saved = checkpoint.Checkpoints(tmp_path, keep=2, manifest={"base": "x"}, fixed=FIXED)
+    with pytest.raises(ValueError, match=r"written by another version of jlora \(format 1, expected 2\)"):
+        saved.restore(STATE)
+    saved.close()
+    with pytest.raises(ValueError, match="another version of jlora"):
+        checkpoint.newest_fixed(tmp_path)
 
 
 def test_fingerprints_see_every_bit_and_no_sharding():

@@ -1,22 +1,30 @@
 """The adapter that a run starts with."""
 
 import jax
+import jax.numpy as jnp
 
-from jlora import hub, lora
+from jlora import checkpoint, hub, lora, tree
 from jlora.models import Model
 from jlora.train.config import RunConfig
 from jlora.types import Params
 
 
-def adapt(model: Model, params: Params, config: RunConfig) -> Params:
+def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None = None) -> Params:
     """The params with a new adapter, or with the one of `model.adapter`; for a reward model with its score head too.
+
+    Args:
+        fixed: what the adapter's frozen half was when the run began, if it did: it takes the place of the new one's.
 
     Raises:
         ValueError: the model or `model.adapter` is a reward model and the algorithm trains a policy; a reward model's
         own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`; rows
-        are longer than the model has positions.
+        are longer than the model has positions; `fixed` does not fit the adapter.
     """
     model.require_positions(config.train.seq_len, "train.seq_len")
+    return _with_fixed(_adapted(model, params, config), fixed or {})
+
+
+def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
     key = jax.random.key(config.train.seed)
     if not config.model.adapter:
         params = lora.init(params, config.lora, key)
@@ -41,3 +49,12 @@ def adapt(model: Model, params: Params, config: RunConfig) -> Params:
             "lora.modules_to_save=('score',) to train a copy of it"
         )
     return params
+
+
+def _with_fixed(params: Params, fixed: Params) -> Params:
+    kept = tree.flatten(fixed)
+    here = {path: leaf.shape for path, leaf in tree.flatten(lora.adapter_leaves(lora.split(params)[0])).items()}
+    there = {path: leaf.shape for path, leaf in kept.items()}
+    if kept and (differences := checkpoint.compare(there, here)):
+        raise ValueError("the run was begun with an adapter of another form:\n  " + "\n  ".join(differences))
+    return tree.map_with_path(lambda path, leaf: jnp.asarray(kept[path]) if path in kept else leaf, params)

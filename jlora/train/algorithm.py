@@ -135,6 +135,7 @@ class Job:
         adapters: (trained weights) → params to be saved in PEFT's format, by the name of their folder.
         evaluate: (state) → numbers, or None where there is nothing to evaluate on.
         panels: (title, names of the numbers) of what curves.png shows beside loss, rate and gradient norm.
+        fixed: the frozen half of each adapter by name, where they are not in `Base.frozen`.
         finish: (state) is called once at the end.
         learn: (settings, base, this job, total steps) → what the loop advances, where it is more than one state.
     """
@@ -147,6 +148,7 @@ class Job:
     adapters: Callable[[Params], dict[str, Params]]
     evaluate: Callable[[TrainState], Numbers] | None = None
     panels: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    fixed: Params = dataclasses.field(default_factory=dict)
     finish: Callable[[TrainState], None] = lambda state: None
     learn: Callable[..., Learning] | None = None
 

@@ -55,7 +55,8 @@ class ModelSource:
 
     Args:
       path: a Hugging Face folder, a Hub id, or a GGUF file.
-      dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU.
+      dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU, and what it
+        began in for a run that goes on.
       quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None: the weights as the checkpoint has them.
       adapter: a PEFT folder to go on from; its settings take the place of the group `lora`.
     """

@@ -82,15 +82,22 @@ def run(
         stop: asked after every step; once true, everything is saved and `Interrupted` raised.
 
     Raises:
-        ValueError: the workdir belongs to a run with other settings, or the data, model or targets are not as they
-        must be. Interrupted: see `stop`.
+        ValueError: the workdir belongs to a run with other settings or of another version of jlora, or the data, model
+        or targets are not as they must be. Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)
+    begun = checkpoint.newest_fixed(folder / "checkpoints")
+    config = _with_dtype(folder, config)
     _refuse_other_run(folder, config)
-    this = _prepare(config, folder, progress.note if progress else lambda message: None)
-    manifest = {"base": checkpoint.fingerprint(this.base.frozen), "lora": dataclasses.asdict(config.lora)}
+    this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
+    base = checkpoint.fingerprint(lora.strip(this.base.frozen))
     _write_json(folder / "config.json", to_dict(config))
-    saved = checkpoint.Checkpoints(folder / "checkpoints", keep=config.train.keep_checkpoints, manifest=manifest)
+    saved = checkpoint.Checkpoints(
+        folder / "checkpoints",
+        keep=config.train.keep_checkpoints,
+        manifest={"base": base, "lora": dataclasses.asdict(config.lora)},
+        fixed=lora.adapter_leaves(this.base.frozen) | this.job.fixed,
+    )
     try:
         start = 0
         if saved.latest is not None:
@@ -108,17 +115,21 @@ def run(
     return last
 
 
-def _prepare(config: RunConfig, folder: pathlib.Path, note: Note) -> _Run:
-    """Everything up to the first step; what the user may have got wrong is found before anything is written."""
+def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note) -> _Run:
+    """Everything up to the first step; what the user may have got wrong is found before anything is written.
+
+    Args:
+        begun: what the adapters' frozen half was when the run began; {} for one that begins.
+    """
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     tokenizer = hub.load_tokenizer(config.model.path)
     one = ALGORITHMS[config.algorithm]
-    plan = many.plan(config, tokenizer, note, one) if config.adapters else one(config, tokenizer, note)
+    plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
     model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant, mesh=mesh)
     if not config.adapters:  # several are put beside the base by their plan
-        params = adapt(model, params, config)
+        params = adapt(model, params, config, begun)
     frozen, trainable = lora.split(params)
     note(_describe_params(config, frozen, trainable))
     base = Base(
@@ -218,6 +229,18 @@ def _describe_params(config: RunConfig, frozen: Params, trainable: Params) -> st
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
     text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
     return f"{text}; going on from {config.model.adapter}" if config.model.adapter else text
+
+
+def _with_dtype(folder: pathlib.Path, config: RunConfig) -> RunConfig:
+    """The settings with the dtype that None stands for: that of the run in the workdir, or what these devices multiply
+    fastest. What a run computes in does not change with where it goes on.
+    """
+    if config.model.dtype is not None:
+        return config
+    path = folder / "config.json"
+    begun = json.loads(path.read_text())["model"]["dtype"] if path.exists() else None
+    model = dataclasses.replace(config.model, dtype=begun or hub.float_dtype(None).name)
+    return dataclasses.replace(config, model=model)
 
 
 def _refuse_other_run(folder: pathlib.Path, config: RunConfig) -> None:

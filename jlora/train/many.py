@@ -21,8 +21,18 @@ from jlora.types import Params
 FOLDER = "adapters"
 
 
-def plan(config: RunConfig, tokenizer: Any, note: Note, plan_one: Callable[[RunConfig, Any, Note], Plan]) -> Plan:
-    """The run of all adapters that `config.adapters` names, as many steps as the longest of them has alone."""
+def plan(
+    config: RunConfig,
+    tokenizer: Any,
+    note: Note,
+    plan_one: Callable[[RunConfig, Any, Note], Plan],
+    begun: Mapping[str, Params],
+) -> Plan:
+    """The run of all adapters that `config.adapters` names, as many steps as the longest of them has alone.
+
+    Args:
+        begun: the frozen half of each adapter (`Job.fixed`) as the run began with it; {} for a run that begins.
+    """
 
     def about(name: str) -> Note:
         return lambda message: note(f"{name}: {message}")
@@ -37,7 +47,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note, plan_one: Callable[[RunC
             plans[name] = plan_one(members[name], tokenizer, lambda message: None)
 
     def start(base: Base) -> Job:
-        return _start(config, base, members, plans, note)
+        return _start(config, base, members, plans, note, begun)
 
     return Plan(steps, start)
 
@@ -70,15 +80,24 @@ class Sources:
 
 
 def _start(
-    config: RunConfig, base: Base, members: Mapping[str, RunConfig], plans: Mapping[str, Plan], note: Note
+    config: RunConfig,
+    base: Base,
+    members: Mapping[str, RunConfig],
+    plans: Mapping[str, Plan],
+    note: Note,
+    begun: Mapping[str, Params],
 ) -> Job:
-    adapters = {name: lora.adapter_leaves(adapt(base.model, base.frozen, member)) for name, member in members.items()}
+    adapters = {
+        name: lora.adapter_leaves(adapt(base.model, base.frozen, member, begun.get(name)))
+        for name, member in members.items()
+    }
     settings, trainable = lora.split(lora.stack(adapters))
     note(f"{len(adapters)} adapters side by side: {tree.count(trainable):,} trainable parameters in all")
-    jobs, own = {}, {}
+    jobs, own, fixed = {}, {}, {}
     for name, adapter in adapters.items():
-        fixed, own[name] = lora.split(adapter)
-        frozen = lora.combine(base.frozen, sharding.shard(fixed, base.mesh))
+        settings_of_one, own[name] = lora.split(adapter)
+        fixed[name] = sharding.shard(settings_of_one, base.mesh)
+        frozen = lora.combine(base.frozen, fixed[name])
         jobs[name] = plans[name].start(dataclasses.replace(base, frozen=frozen, trainable=own[name]))
 
     def alone(stacked: Params) -> dict[str, Params]:
@@ -128,6 +147,7 @@ def _start(
         },
         evaluate=evaluate,
         panels=(("Loss of each adapter", tuple(f"loss/{name}" for name in members)), *first.panels),
+        fixed=fixed,
         learn=learn,
     )
 

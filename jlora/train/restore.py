@@ -22,7 +22,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
 
     Raises:
         FileNotFoundError: not the workdir of a run, or nothing was saved at that step.
-        ValueError: the base model is not the one that the run was trained on, or the run trained several adapters.
+        ValueError: the base model is not the one that the run was trained on, the run trained several adapters, or
+            another version of jlora saved it.
     """
     folder = pathlib.Path(workdir)
     config = read_config(folder)
@@ -31,15 +32,14 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
             f"{folder} is a run of several adapters: give the folder of one, {folder}/adapters/"
             f"{{{','.join(config.adapters)}}}, which is there once the run has ended"
         )
-    with ocp.CheckpointManager(
-        _checkpoints(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as saved:
+    with checkpoint.reader(_checkpoints(folder)) as saved:
         found = _choose(folder, sorted(saved.all_steps()), step)
+        manifest = checkpoint.read_manifest(saved, found)
         model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant)
-        frozen, trainable = lora.split(adapt(model, params, config))
-        manifest = saved.restore(found, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
-        if manifest["base"] != checkpoint.fingerprint(frozen):
+        if manifest["base"] != checkpoint.fingerprint(params):
             raise ValueError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
+        fixed = checkpoint.read_fixed(saved, found)
+        frozen, trainable = lora.split(adapt(model, params, config, fixed))
         path = ("policy",) if config.algorithm == "ppo" else ()  # beside it lies the value's adapter
         return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlora.train import resolve, run
+from jlora import checkpoint, hub, tree
+from jlora.train import Interrupted, loop, resolve, run
 from jlora.train.metrics import read_metrics
+from jlora.train.restore import load_run
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,35 @@ def test_every_kind_of_adapter_trains_on_a_mesh_as_on_one_device(settings, tmp_p
     assert one.keys() == many.keys()
     for name in one:
         np.testing.assert_allclose(one[name], many[name], atol=1e-4, err_msg=name)
+
+
+def test_a_run_goes_on_and_is_exported_on_other_devices_than_it_began_on(settings, tmp_path):
+    """What follows from the base is kept: computed on another mesh it would differ in its last bits."""
+    adapter = dict(r=4, use_dora=True, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
+    train = settings["train"] | {"steps": 2, "batch_size": 8, "grad_accum": 1}
+    changed = settings | {"model": {"path": settings["model"]["path"]}, "lora": adapter, "train": train}
+    with pytest.raises(Interrupted):
+        run(resolve(changed | {"mesh": {"data": 4, "fsdp": 2}}), tmp_path, stop=lambda: True)
+    began = tree.flatten(checkpoint.newest_fixed(tmp_path / "checkpoints"))
+    assert {"lora_start_a", "lora_base_norm", "lora_scale"} <= {path.split("/")[-1] for path in began}
+    for mesh in (None, {"fsdp": 4, "tensor": 2}):
+        if mesh:
+            run(resolve(changed | {"mesh": mesh}), tmp_path)
+        config, _, params = load_run(tmp_path)
+        assert config.model.dtype == "float32"
+        for path, leaf in tree.flatten(params).items():
+            if path in began:
+                np.testing.assert_array_equal(leaf, began[path], err_msg=path)
+    hub.save_adapter(tmp_path / "exported", params, base=settings["model"]["path"])
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "exported"))
+    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_run_keeps_the_dtype_that_it_began_in(settings, tmp_path):
+    config = resolve(settings)
+    assert loop._with_dtype(tmp_path, config).model.dtype == "float32"
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"dtype": "bfloat16"}}))
+    assert loop._with_dtype(tmp_path, config).model.dtype == "bfloat16"
 
 
 def test_what_training_changed_is_seen_from_the_start(settings, tmp_path):

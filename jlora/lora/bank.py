@@ -13,6 +13,7 @@ from jlora import tree
 from jlora.lora.config import LoraConfig
 from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
+from jlora.lora.targets import is_expert
 from jlora.types import Params
 
 # What a row asks for: an adapter by name, several with weights, or None for the base alone.
@@ -32,16 +33,20 @@ class Places(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Adapters in numbered places. Adding, removing and choosing compile nothing anew: places and ranks are fixed.
+    """Adapters in numbered places. Adding, removing and choosing compile nothing anew: places and ranks are fixed, and
+    so is how many adapters a row uses, up to `width`.
 
     Attributes:
         params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty. A
             model takes what `choose` or `alone` make of them, not these.
         names: of the adapters, None where a place is free.
+        width: how many adapters every row is read with. A batch in which a row mixes more is as wide as that row, which
+            compiles once for each such width.
     """
 
     params: Params
     names: tuple[str | None, ...]
+    width: int = 1
 
     @classmethod
     def of(
@@ -51,6 +56,7 @@ class Bank:
         *,
         places: int | None = None,
         config: LoraConfig | None = None,
+        width: int = 1,
     ) -> "Bank":
         """A bank of these adapters of the base of `params`.
 
@@ -58,28 +64,33 @@ class Bank:
             adapters: trees that hold them (params, or their `adapter_leaves`), by name.
             places: how many adapters there is room for, default as many as are given.
             config: the modules and the rank that there is room for, default those of the adapters.
+            width: how many adapters rows may mix before anything is compiled anew. Every row is read with as many,
+                whether it mixes or not: with 2 a decoding step reads twice the adapters.
 
         Raises:
             ValueError: adapters that a bank cannot hold; all are listed.
         """
         base = strip(params)
         leaves = {name: _leaves(adapter) for name, adapter in adapters.items()}
-        rooms = list(leaves.values())
+        given = list(leaves.items())
         if config is not None:
-            rooms.append(_leaves(init(base, config, jax.random.key(0))))
+            given.append(("config", _leaves(init(base, config, jax.random.key(0)))))
+        rooms = [flat for _, flat in given]
         count = len(adapters) if places is None else places
+        if width < 1:
+            raise ValueError(f"width: found {width}, expected at least 1")
         if not rooms or count < max(1, len(adapters)):
             raise ValueError(f"found {count} places for {len(adapters)} adapters, expected at least one and enough")
         empty = {path: _room([flat[path] for flat in rooms if path in flat], path, count) for path in _union(rooms)}
-        bank = cls(overlay(base, tree.unflatten(empty)), (None,) * count)
-        if faults := [fault for name, flat in leaves.items() for fault in bank._faults(name, flat)]:
+        bank = cls(overlay(base, tree.unflatten(empty)), (None,) * count, width)
+        if faults := [fault for name, flat in given for fault in bank._faults(name, flat)]:
             raise ValueError("these adapters do not go into one bank:\n  " + "\n  ".join(faults))
         for path, leaf in empty.items():
             for place, flat in enumerate(leaves.values()):
                 if path in flat:
                     leaf[_index(path, leaf, place, flat[path].shape)] = np.asarray(flat[path])
         filled = tree.unflatten({path: jnp.asarray(leaf) for path, leaf in empty.items()})
-        return cls(overlay(base, filled), (*adapters, *(None,) * (count - len(adapters))))
+        return cls(overlay(base, filled), (*adapters, *(None,) * (count - len(adapters))), width)
 
     def add(self, name: str, adapter: Params) -> "Bank":
         """The bank with one more adapter, or with another one under a name that it has.
@@ -118,12 +129,12 @@ class Bank:
         return self.names.index(name)
 
     def places(self, choices: Sequence[Choice]) -> Places:
-        """What the rows ask for, as numbers."""
+        """What the rows ask for, as numbers: at least `width` for each."""
         wanted = [
             dict(choice) if isinstance(choice, Mapping) else {} if choice is None else {choice: 1.0}
             for choice in choices
         ]
-        most = max(1, *map(len, wanted)) if wanted else 1
+        most = max([self.width, *map(len, wanted)])
         numbers = np.full((len(wanted), most), len(self.names), np.int32)
         weights = np.zeros((len(wanted), most), np.float32)
         for row, members in enumerate(wanted):
@@ -151,10 +162,17 @@ class Bank:
         return tree.map_with_path(pick, self.params)
 
     def _faults(self, name: str, flat: Mapping[str, Any]) -> list[str]:
-        room = tree.flatten(adapter_leaves(self.params))
-        faults = []
+        room = tree.flatten(self.params)
+        apart = sorted({path.rpartition("/")[0] for path in flat if _is_apart(path, room)})
+        faults = [
+            f"{name}: {module} is a router or a kernel of experts, whose rows are not those of the batch: use it "
+            "alone, or merge it"
+            for module in apart
+        ]
         for path, leaf in flat.items():
-            last = path.rpartition("/")[2]
+            module, _, last = path.rpartition("/")
+            if module in apart:
+                continue
             if last not in (*HELD, *IGNORED):
                 faults.append(
                     f"{name}: {path} is more than a bank holds ({', '.join(HELD)}): use it alone, or merge it"
@@ -186,7 +204,7 @@ class Bank:
             return leaf.at[_index(path, leaf, place, flat[path].shape)].set(flat[path]) if path in flat else leaf
 
         names = (*self.names[:place], name, *self.names[place + 1 :])
-        return Bank(tree.map_with_path(put, self.params), names)
+        return dataclasses.replace(self, params=tree.map_with_path(put, self.params), names=names)
 
 
 def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B K"]) -> Params:
@@ -202,6 +220,11 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
         }
 
     return tree.map_modules(mark, params)
+
+
+def _is_apart(path: str, flat: Mapping[str, Any]) -> bool:
+    """Whether the leaf belongs to a module that sees tokens sorted or flattened, so that no row is known to it."""
+    return is_expert(path) or f"{path.rpartition('/')[0]}/router" in flat
 
 
 def _leaves(adapter: Params) -> dict[str, Any]:

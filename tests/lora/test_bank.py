@@ -98,6 +98,50 @@ def test_adding_removing_and_choosing_compile_nothing_anew():
     np.testing.assert_allclose(MODEL(alone, TOKENS)[3], logits_of("uneven", 3), atol=2e-5)
 
 
+def test_mixtures_compile_once_or_not_at_all_within_the_width():
+    mixture = {"narrow": 0.5, "uneven": -0.3}
+    wide = Bank.of(base(), {kind: adapted(kind) for kind in KINDS}, places=7, width=2)
+    expected = LOGITS(bank().choose([mixture] * 7), TOKENS)
+    np.testing.assert_allclose(LOGITS(wide.choose(["wide"] * 7), TOKENS)[0], logits_of("wide", 0), atol=2e-5)
+    compiled = LOGITS._cache_size()
+    np.testing.assert_allclose(LOGITS(wide.choose([mixture] * 7), TOKENS), expected, atol=2e-5)
+    LOGITS(wide.remove("wide").add("wide", adapted("wide")).choose(["wide", mixture, None, *["wide"] * 4]), TOKENS)
+    assert LOGITS._cache_size() == compiled
+    assert bank().places(["wide", mixture]).numbers.shape == (2, 2)
+    assert bank().places(["wide", None]).numbers.shape == (2, 1)
+    assert wide.places([None, {"narrow": 1, "wide": 1, "pissa": 1}]).numbers.shape == (2, 3)
+
+
+def test_adapters_of_experts_and_routers_are_refused():
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=37,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_intermediate_size=20,
+        num_experts=3,
+        num_experts_per_tok=2,
+    )
+    params = jax.eval_shape(build(config.to_dict()).random_params, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    of_parameters = dict(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj", "mlp.gate.weight"])
+    adapter = lora.init(params, jlora.LoraConfig(r=2, **of_parameters), jax.random.key(0))
+    plain = lora.init(params, jlora.LoraConfig(r=2, target_modules=["q_proj"]), jax.random.key(0))
+    held = Bank.of(params, {"plain": plain}, places=2)
+    refused = (
+        lambda: held.add("moe", adapter),
+        lambda: Bank.of(params, {"moe": adapter}),
+        lambda: Bank.of(params, {"plain": plain}, config=jlora.LoraConfig(r=2, **of_parameters)),
+    )
+    for make in refused:
+        with pytest.raises(ValueError) as error:
+            make()
+        for module in ("layers/mlp/experts/down_proj", "layers/mlp/gate"):
+            assert f"{module} is a router or a kernel of experts" in str(error.value)
+
+
 def test_room_for_adapters_that_come_later():
     config = jlora.LoraConfig(r=6, target_modules="all-linear")
     held = Bank.of(base(), {}, places=2, config=config).add("narrow", adapted("narrow"))

@@ -1,4 +1,4 @@
-"""How much a change of weights changes what a model says: the divergence of its next-token distributions."""
+"""How much a change of weights changes what a model says: the divergence of its predictions."""
 
 import functools
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora import data, quant, tree
 from jlora.models import Model
+from jlora.models.model import SCORE
 from jlora.types import Params
 
 LONGEST = 4096
@@ -55,7 +56,11 @@ def divergence(
     count: int = 8,
     seq_len: int = 128,
 ) -> float:
-    """KL(params ‖ changed) in nats, the mean over the last `seq_len` tokens of the first `count` records."""
+    """KL(params ‖ changed) in nats, the mean over the last `seq_len` tokens of the first `count` records.
+
+    Of next-token distributions; of a reward model, of its preference σ(score) over an answer of reward 0 (Bradley and
+    Terry 1952), at every token.
+    """
     rows = _rows(tokenizer, records[:count], seq_len)
     expected, found = (_log_probabilities(model, which, rows) for which in (params, changed))
     return float(_mean_divergence(expected, found, rows))
@@ -99,5 +104,8 @@ def _mean_divergence(expected: jax.Array, found: jax.Array, rows: dict[str, jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probabilities(model: Model, params: Params, rows: dict[str, jax.Array]) -> jax.Array:
-    logits = model(params, rows["tokens"], segment_ids=rows["segment_ids"])
-    return jax.nn.log_softmax(logits, axis=-1)
+    hidden, _ = model.hidden(params, rows["tokens"], segment_ids=rows["segment_ids"])
+    if SCORE in params:
+        scores = model.score(params, hidden)
+        return jnp.stack([jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)], axis=-1)
+    return jax.nn.log_softmax(model.logits(params, hidden), axis=-1)

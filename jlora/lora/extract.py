@@ -10,7 +10,8 @@ from jlora import tree
 from jlora.lora.config import LoraConfig
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
 from jlora.lora.partition import TRAINED, overlay, strip
-from jlora.lora.targets import find_targets, module_names, saves
+from jlora.lora.setup import saved_modules
+from jlora.lora.targets import find_targets
 from jlora.types import Params
 
 
@@ -34,7 +35,8 @@ def extract(
         modules_to_save: modules that the adapter holds whole copies of, as in a LoraConfig.
 
     Raises:
-        ValueError: the two differ in more than values (all differences are listed), or a pattern matches nothing.
+        ValueError: the two differ in more than values (all differences are listed), or a pattern matches nothing or, of
+            `modules_to_save`, only some layers of a stack.
     """
     check_rank(rank)
     names = target_modules if isinstance(target_modules, str) else tuple(target_modules)
@@ -45,14 +47,14 @@ def extract(
     targets = {target.path: target for target in find_targets(strip(base), config)}
     if tied := [path for path, target in targets.items() if f"{path}/{target.candidate.leaf}" not in flat]:
         raise ValueError(f"{', '.join(tied)}: has no weight of its own, it is tied to the embedding: target that")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = saved_modules(changed, config)
     fits: list[Fit] = []
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         target = targets.get(module)
-        if all(saves(full, config) for full in module_names(module, leaf.shape[0] if leaf.ndim else 1)):
-            found[f"{module}/{TRAINED}{name}"] = jnp.asarray(as_float(changed[path]))
-        elif target is not None and target.candidate.leaf == name:
+        if f"{module}/{TRAINED}{name}" in found:
+            continue
+        if target is not None and target.candidate.leaf == name:
             difference = as_float(changed[path]) - as_float(leaf)
             factors = _factors(path.rpartition("/")[0], target, difference, rank, fits)
             found |= {f"{module}/{key}": jnp.asarray(value) for key, value in factors.items()}

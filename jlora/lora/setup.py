@@ -66,7 +66,7 @@ def init(
         for name, leaf in _adapter(target, flat, config, path_key, directions.get(target.path), **seen_here).items():
             flat[f"{target.path}/{name}"] = leaf
     flat |= _biases(flat, config, {target.path: target for target in targets})
-    flat |= _saved_modules(flat, config)
+    flat |= saved_modules(flat, config)
     flat |= _tokens(flat, config)
     return tree.unflatten(flat | _ties(flat))
 
@@ -173,21 +173,27 @@ def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]
     return copies
 
 
-def _saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
+def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
+    """The leaves of all modules that `modules_to_save` means, unpacked and in float32, by the paths of their copies:
+    norm/scale → norm/trained_scale.
+
+    Raises:
+        ValueError: an item that no module's name ends in (all are listed), or that means only some layers of a stack.
+    """
     copies: dict[str, jax.Array] = {}
     used: set[str] = set()
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         if is_adapter(path):
             continue
-        hits = [saves(full, config) for full in module_names(module, leaf.shape[0])]
+        names = module_names(module, leaf.shape[0] if leaf.ndim else 1)
+        hits = [saves(full, config) for full in names]
         if any(hits) and not all(hits):
             raise ValueError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
         if all(hits):
             dense = quant.unpacked(leaf)
             copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
-            full = module_names(module, leaf.shape[0])[0]
-            used |= {item for item in config.modules_to_save if full.endswith(item)}
+            used |= {item for item in config.modules_to_save if names[0].endswith(item)}
     for embedding, head in TIED_HEADS.items():  # a tied head trained apart starts as a copy of the embedding
         if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat and saves(head, config):
             copies[f"{head}/{TRAINED}kernel"] = flat[f"{embedding}/embedding"].T.astype(jnp.float32)

@@ -95,5 +95,9 @@ def test_two_architectures_are_refused_with_every_difference():
         "embed_tokens/embedding: the base has (41, 24), the tuned model (43, 24)",
     ):
         assert words in str(error.value)
+    two = {"layers": {"norm": {"scale": np.ones((2, 3))}, "up": {"kernel": np.ones((2, 3, 3))}}}
+    for wrong, words in (("normm", "no module's name ends in normm"), ("0.norm", "of layers/norm it means some")):
+        with pytest.raises(ValueError, match=words):
+            lora.extract(two, two, rank=2, modules_to_save=[wrong])
     with pytest.raises(ValueError, match="rank is 0"):
         lora.extract(BASE, BASE, rank=0)

@@ -1,5 +1,6 @@
 """Mixed precision: which layers' kernels to keep in more bits, by how much packing each of them hurts."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -87,7 +88,7 @@ def choose(
             used += extra
             kept.append(candidate.name)
     rules = tuple((re.escape(name), spare) for name in sorted(kept))
-    return QuantConfig(rules=(*rules, *config.rules), double_quant=config.double_quant)
+    return dataclasses.replace(config, rules=(*rules, *config.rules))
 
 
 def bits_of(candidate: Candidate, format: str | None, config: QuantConfig) -> int:

@@ -62,6 +62,13 @@ def test_the_most_damaged_a_weight_are_kept_within_the_bits(spare, bits):
     assert quant.leaf_format("lm_head/kernel", config) is None
 
 
+def test_what_else_the_config_says_stays():
+    found = quant.candidates(params(), CONFIG)
+    config = quant.QuantConfig(CONFIG.rules, double_quant=False, merge_aware=True)
+    chosen = quant.choose(found, {c.name: 1.0 for c in found}, 6.0, config)
+    assert chosen.merge_aware and not chosen.double_quant
+
+
 @pytest.mark.parametrize("bits", [4.0, 16.0, np.nan])
 def test_bits_that_cannot_be_are_refused(bits):
     found = quant.candidates(params(), CONFIG)

@@ -75,9 +75,12 @@ class Axes(NamedTuple):
     outputs: tuple[int, ...]
 
     @classmethod
-    def of(cls, adapter: Params) -> "Axes":
+    def of(cls, adapter: Params, ndim: int) -> "Axes":
+        """Those of a module's adapter whose weight has `ndim` axes: factors of as many are stacks of matrices (as of
+        experts), others belong to a kernel of several input or output axes.
+        """
         a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
-        stacked = len(a) - 2 if len(a) == len(b) else len(layers)
+        stacked = ndim - 2 if len(a) == len(b) == ndim else len(layers)
         return cls(layers, a[:stacked], a[stacked:-1], b[stacked + 1 :])
 
     @property
@@ -87,7 +90,7 @@ class Axes(NamedTuple):
 
     def spread(self, of_layers: np.ndarray) -> np.ndarray:
         """A layer's number for each of its weights, [count]."""
-        whole = of_layers.reshape(*self.layers, *(1,) * (len(self.stack) - len(self.layers)))
+        whole = of_layers.reshape((*self.layers, *(1,) * (len(self.stack) - len(self.layers))))
         return np.broadcast_to(whole, self.stack).ravel()
 
     def factors(self, products: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:

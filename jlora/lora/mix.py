@@ -94,10 +94,10 @@ def mix(
     named = adapters if isinstance(adapters, Mapping) else {str(i): one for i, one in enumerate(adapters, start=1)}
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
     leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
-    _check(list(named), leaves, given, method, rank, density)
-    how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
     base = strip(params)
     flat = tree.flatten(base)
+    _check(flat, list(named), leaves, given, method, rank, density)
+    how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
     found: dict[str, Any] = {}
     fits: list[Fit] = []
     for path in sorted({path.rpartition("/")[0] for adapter in leaves for path in adapter}):
@@ -181,7 +181,7 @@ def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, f
     adapting = [(adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if "lora_a" in adapter]
     if not adapting:
         return {}
-    axes = Axes.of(adapting[0][0])
+    axes = Axes.of(adapting[0][0], _weight_axes(base))
     by_adapter = [_updates(base, adapter, axes) for adapter, _ in adapting]
     count, inputs, outputs = axes.matrices
     products = []
@@ -270,6 +270,11 @@ def _updates(base: Params, adapter: Params, axes: Axes) -> list[_Update | None]:
     return [_Update(*parts, int(rank)) if rank else None for parts, rank in zip(found, ranks, strict=True)]
 
 
+def _weight_axes(base: Params) -> int:
+    """How many axes the module's weight has; a head that is its embedding has none of its own, and is a matrix."""
+    return next((base[name].ndim for name in MAIN if name in base), 2)
+
+
 def _module(flat: Mapping[str, Any], path: str) -> Params:
     """The leaves of one module."""
     return {name.rpartition("/")[2]: leaf for name, leaf in flat.items() if name.rpartition("/")[0] == path}
@@ -279,6 +284,7 @@ def _module(flat: Mapping[str, Any], path: str) -> Params:
 
 
 def _check(
+    base: dict[str, Any],
     names: list[str],
     leaves: list[dict[str, Any]],
     weights: tuple[int | float, ...],
@@ -295,7 +301,8 @@ def _check(
             for path in flat
             if path.rpartition("/")[2] in UNMIXABLE
         ]
-    faults += _shape_faults(names, leaves, METHODS[method].of == "each factor" if method in METHODS else False)
+    alike = method in METHODS and METHODS[method].of == "each factor"
+    faults += _shape_faults(base, names, leaves, alike)
     if faults:
         raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
 
@@ -329,13 +336,14 @@ def _setting_faults(
     return faults
 
 
-def _shape_faults(names: list[str], leaves: list[dict[str, Any]], alike: bool) -> list[str]:
+def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str, Any]], alike: bool) -> list[str]:
     """Adapters that are not of one base, and (where `alike`) those that differ in rank or are no plain products."""
     faults = []
     for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
         module = path.rpartition("/")[0]
         members = [(name, _module(flat, module)) for name, flat in zip(names, leaves, strict=True) if path in flat]
-        axes = {name: Axes.of(member) for name, member in members}
+        ndim = _weight_axes(_module(base, module))
+        axes = {name: Axes.of(member, ndim) for name, member in members}
         if len(set(axes.values())) > 1:
             shapes = ", ".join(f"{name} {(*a.stack, *a.inputs)} → {a.outputs}" for name, a in axes.items())
             faults.append(f"{module}: found weights of different shapes: {shapes}")

@@ -171,6 +171,23 @@ def test_adapters_of_every_kind_add_up():
     np.testing.assert_allclose(MODEL(mixed, tokens), MODEL(lora.merge(mixed), tokens), atol=2e-5)
 
 
+def test_kernels_of_several_axes_on_both_sides_are_no_stacks():
+    keys = jax.random.split(jax.random.key(0), 6)
+    params = {"pair": {"kernel": jax.random.normal(keys[0], (3, 5, 2, 4)), "bias": jnp.zeros((2, 4))}}
+    start = lora.init(params, jlora.LoraConfig(r=2, target_modules=["pair"]), keys[1])
+    assert start["pair"]["lora_a"].shape == (3, 5, 2) and start["pair"]["lora_b"].shape == (2, 2, 4)
+    adapters = [
+        {"pair": start["pair"] | {"lora_b": jax.random.normal(key, (2, 2, 4)), "lora_scale": jnp.float32(scale)}}
+        for key, scale in zip(keys[2:4], (0.5, 2.0), strict=True)
+    ]
+    for method in ("linear", "cat"):
+        mixed, report = lora.mix(params, adapters, [0.7, -0.4], method=method)
+        base, *merged = (lora.merge(one)["pair"]["kernel"] for one in (params, *adapters))
+        expected = base + 0.7 * (merged[0] - base) - 0.4 * (merged[1] - base)
+        np.testing.assert_allclose(lora.merge(mixed)["pair"]["kernel"], expected, atol=1e-5)
+        assert [fit.name for fit in report.modules] == ["pair"]
+
+
 def test_a_mixture_opens_in_peft(three, tmp_path):
     model, params, adapters = three
     mixed, _ = lora.mix(params, adapters, WEIGHTS, method="svd", rank=6)

@@ -2,9 +2,12 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import jlora
 from jlora import data
@@ -93,3 +96,22 @@ def test_what_does_not_go_together_is_said(model_folder, reward_run, pairs_file,
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_reward_model_of_transformers_merges(byte_tokenizer, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=257, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
+    config = transformers.LlamaConfig(**sizes, num_labels=1, pad_token_id=0, tie_word_embeddings=False)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer.save_pretrained(tmp_path / "base")
+    model, params = jlora.load(tmp_path / "base")
+    adapter = jlora.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    params = jlora.lora.init(params, adapter, jax.random.key(0))
+    jlora.save_adapter(tmp_path / "adapter", params, base=str(tmp_path / "base"))
+    options = [f"--model={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}"]
+    assert main(["merge", *options]) == 0
+    assert "KL(unmerged" in capsys.readouterr().out
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    hidden, _ = model.hidden(params, jnp.arange(1, 9)[None])
+    found = merged(torch.arange(1, 9)[None]).logits[0, 0].item()
+    assert found == pytest.approx(float(model.score(params, hidden)[0, -1]), rel=1e-5)

@@ -35,6 +35,7 @@ class EncodeReport:
 
     Args:
       examples, tokens, trained_tokens: what is kept (of preference data an example is an `Item`).
+      kept: index of the record of each example.
       cut: examples kept that lost their end.
       dropped: records left out because they were too long.
       untrained: records left out because they would teach nothing after cutting: a document of theirs has no token
@@ -44,6 +45,7 @@ class EncodeReport:
     examples: int
     tokens: int
     trained_tokens: int
+    kept: tuple[int, ...]
     cut: int
     dropped: int
     untrained: int
@@ -89,7 +91,7 @@ def select(
     Raises:
         ValueError: a record cannot be encoded, is too long where `overlong` is "error", or nothing remains.
     """
-    kept, faults = [], []
+    kept, places, faults = [], [], []
     cut = dropped = untrained = 0
     for number, record in enumerate(records, start=1):
         try:
@@ -111,6 +113,7 @@ def select(
             continue
         cut += too_long
         kept.append((record, documents))
+        places.append(number - 1)
     if faults:
         raise ValueError(describe_faults(f"{len(faults)} of {len(records)} records cannot be encoded", faults))
     if not kept:
@@ -123,6 +126,7 @@ def select(
         examples=len(kept),
         tokens=sum(len(document.tokens) for document in documents),
         trained_tokens=sum(int(document.trained[1:].sum()) for document in documents),
+        kept=tuple(places),
         cut=cut,
         dropped=dropped,
         untrained=untrained,

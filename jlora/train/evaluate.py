@@ -142,18 +142,9 @@ def encode_each(records: Sequence[dict[str, Any]], tokenizer: Any, *, seq_len: i
     Raises:
       ValueError: a record cannot be encoded, or nothing is left of any.
     """
-    examples, _ = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
-    if len(examples) == len(records):
-        return list(examples)
-
-    def alone(record: dict[str, Any]) -> data.Example | None:
-        try:
-            [example], _ = data.encode([record], tokenizer, seq_len=seq_len, overlong="cut")
-        except ValueError:  # all can be encoded, as was seen above: of this one nothing is left
-            return None
-        return example
-
-    return [alone(record) for record in records]
+    examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
+    of_records = dict(zip(report.kept, examples, strict=True))
+    return [of_records.get(place) for place in range(len(records))]
 
 
 def example_sums(

@@ -18,8 +18,6 @@ from jlora.types import Params
 SETS = pathlib.Path(data.__file__).parent / "sets"
 GENERAL, QUESTIONS = SETS / "general.jsonl", SETS / "questions.jsonl"
 RESAMPLES = 2000
-
-
 # No text is cut at this length.
 UNCUT = sys.maxsize
 

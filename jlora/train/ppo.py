@@ -24,7 +24,7 @@ from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 PANELS = (
-    ("Score", ("objective/scores",)),
+    ("Reward", ("reward",)),
     ("KL to the reference", ("objective/kl",)),
     ("Value loss", ("loss/value_avg",)),
 )

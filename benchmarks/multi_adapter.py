@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """What it costs that every row of a batch has an adapter of its own: decoding with one adapter, and with a bank.
 
-    python benchmarks/multi_adapter.py [--rows 64] [--rank 16] [--rounds 3] [--new 32] [--quant nf4]
+    python benchmarks/multi_adapter.py [--rows 64] [--rounds 3] [--new 32] [--quant nf4]
+        [--adapters q_proj,v_proj:8 all-linear:16]
 
-SmolLM2-135M's architecture with random weights, adapters on all linears: all rows with one adapter, all rows with one
-of a bank, and each row with its own of as many. Runs alternate in one process; seconds are medians, of decoding alone
-(a run of `--new` tokens less a run of one).
+SmolLM2-135M's architecture with random weights, adapters as PEFT makes them by default (rank 8 on queries and values)
+and of rank 16 on all linears: all rows with one adapter, all rows with one of a bank, and each row with its own of as
+many. Runs alternate in one process; seconds are medians, of decoding alone (a run of `--new` tokens less a run of one).
 """
 
 import argparse
@@ -29,9 +30,11 @@ from jlora.types import Params
 MODEL = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
 
 
-def adapter(base: Params, rank: int, seed: int) -> Params:
-    """The leaves of an adapter whose update is not zero."""
-    config = lora.LoraConfig(r=rank, target_modules="all-linear")
+def adapter(base: Params, kind: str, seed: int) -> Params:
+    """The leaves of an adapter (modules:rank) whose update is not zero."""
+    modules, _, rank = kind.partition(":")
+    names = modules if modules == "all-linear" else modules.split(",")
+    config = lora.LoraConfig(r=int(rank), target_modules=names)
     leaves = lora.adapter_leaves(lora.init(base, config, jax.random.key(seed)))
     return tree.map_with_path(lambda path, leaf: leaf + 0.01 if path.endswith("lora_b") else leaf, leaves)
 
@@ -60,24 +63,9 @@ def runner(params: Params, options: argparse.Namespace, places: tuple | None) ->
     return run
 
 
-def main() -> None:
-    """The three runs as a table, and as JSON in results/."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default %(default)s)")
-    parser.add_argument("--new", type=int, default=32, help="tokens decoded in a row (default %(default)s)")
-    parser.add_argument("--quant", choices=quant.FORMATS, help="pack the base (default: float32)")
-    options = parser.parse_args()
-    allocator.keep_freed_pages()
-    base = jax.jit(MODEL.random_params)(jax.random.key(0))
-    if options.quant:
-        config = quant.as_config(options.quant)
-        base = tree.map_with_path(
-            lambda path, leaf: quant.quantize(leaf, options.quant) if quant.leaf_format(path, config) else leaf, base
-        )
-    adapters = {str(number): adapter(base, options.rank, number) for number in range(options.rows)}
+def measure(base: Params, kind: str, options: argparse.Namespace) -> list[dict]:
+    """A row of the table for each run with adapters of one kind."""
+    adapters = {str(number): adapter(base, kind, number) for number in range(options.rows)}
     bank = Bank.of(base, adapters)
     runs = {
         "one adapter": runner(lora.overlay(base, adapters["0"]), options, None),
@@ -95,17 +83,48 @@ def main() -> None:
             if round_number:  # the first one compiles
                 seconds[name].append(took[1] - took[0])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(lora.adapter_leaves(bank.params)))
+    return [
         {
+            "adapters": kind,
             "run": name,
+            "bank_mb": round(held / 1e6),
             "tokens_per_second": round(options.rows * (options.new - 1) / value, 1),
             "ratio": round(medians["one adapter"] / value, 3),
         }
         for name, value in medians.items()
     ]
-    table = rich.table.Table("adapters", "tokens/s", "of one adapter's speed")
+
+
+def main() -> None:
+    """The three runs as a table, and as JSON in results/."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        default=["q_proj,v_proj:8", "all-linear:16"],
+        metavar="MODULES:RANK",
+        help="kinds of adapters, measured one after the other (default %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default %(default)s)")
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded in a row (default %(default)s)")
+    parser.add_argument("--quant", choices=quant.FORMATS, help="pack the base (default: float32)")
+    options = parser.parse_args()
+    allocator.keep_freed_pages()
+    base = jax.jit(MODEL.random_params)(jax.random.key(0))
+    if options.quant:
+        config = quant.as_config(options.quant)
+        base = tree.map_with_path(
+            lambda path, leaf: quant.quantize(leaf, options.quant) if quant.leaf_format(path, config) else leaf, base
+        )
+    rows = [row for kind in options.adapters for row in measure(base, kind, options)]
+    table = rich.table.Table("adapters", "run", "bank, MB", "tokens/s", "of one adapter's speed")
     for row in rows:
-        table.add_row(row["run"], str(row["tokens_per_second"]), f"{row['ratio']:.2f}")
+        table.add_row(
+            row["adapters"], row["run"], str(row["bank_mb"]), str(row["tokens_per_second"]), f"{row['ratio']:.2f}"
+        )
     console = rich.console.Console()
     console.print(table)
     console.print(f"written: {record.save('multi_adapter', {'options': vars(options), 'rows': rows})}")

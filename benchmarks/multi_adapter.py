@@ -10,6 +10,7 @@ many. Runs alternate in one process; seconds are medians, of decoding alone (a r
 """
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -112,6 +113,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens decoded in a row (default %(default)s)")
     parser.add_argument("--quant", choices=quant.FORMATS, help="pack the base (default: float32)")
     options = parser.parse_args()
+    if wrong := [kind for kind in options.adapters if not re.fullmatch(r"[^:]+:[1-9]\d*", kind)]:
+        parser.error(f"--adapters: found {wrong}, expected MODULES:RANK, such as q_proj,v_proj:8")
     allocator.keep_freed_pages()
     base = jax.jit(MODEL.random_params)(jax.random.key(0))
     if options.quant:

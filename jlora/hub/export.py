@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
+# Whatever transformers may write of a tokenizer, or read as part of one: another model's is not mixed with the new one.
+TOKENIZER = (
+    *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates"),
+)
 
 
 class Piece(NamedTuple):
@@ -86,7 +91,8 @@ def write_folder(
     """Write config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
     config, generation = configs
     shards = _shards(entries, shard_bytes)
-    with replacing(path, marker="config.json", stale=STALE) as folder:
+    stale = STALE if tokenizer is None else STALE + TOKENIZER
+    with replacing(path, marker="config.json", stale=stale) as folder:
         _write_json(folder / "config.json", config)
         if generation:
             _write_json(folder / "generation_config.json", generation)

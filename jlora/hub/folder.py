@@ -32,7 +32,8 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
     try:
         yield fresh
         for entry in fresh.iterdir():  # safetensors makes its files readable by their owner alone
-            entry.chmod((fresh / marker).stat().st_mode)
+            if entry.is_file():
+                entry.chmod((fresh / marker).stat().st_mode)
         _swap(fresh, target, stale)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

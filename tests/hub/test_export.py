@@ -102,6 +102,39 @@ def test_a_model_of_another_size_replaces_all_weight_files(llama_folder, tmp_pat
     assert found == ["config.json", "generation_config.json", "model.safetensors", "notes.txt"]
 
 
+def tokenizer_with(template):
+    """A small tokenizer of transformers' with this chat template."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    made.chat_template = template
+    return made
+
+
+def test_nothing_of_another_tokenizer_is_kept(llama_folder, tmp_path):
+    model, params = hub.load(llama_folder()[0])
+    out = tmp_path / "out"
+    hub.save_model(out, model, params, tokenizer_with({"default": "of old", "tool_use": "of old"}))
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "notes.txt"):
+        (out / name).write_text("{}")
+    hub.save_model(out, model, params)
+    assert (out / "tokenizer.model").exists()  # it stays with the tokenizer that it belongs to
+    hub.save_model(out, model, params, tokenizer_with(None))
+    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == written | {"notes.txt"}
+    assert hub.load_tokenizer(out).chat_template is None
+
+
+def test_named_chat_templates_come_back(llama_folder, tmp_path):
+    model, params = hub.load(llama_folder()[0])
+    templates = {"default": "as it is", "tool_use": "with tools"}
+    hub.save_model(tmp_path / "out", model, params, tokenizer_with(templates))
+    assert hub.load_tokenizer(tmp_path / "out").chat_template == templates
+    assert (tmp_path / "out" / "additional_chat_templates").stat().st_mode & 0o500 == 0o500
+
+
 def test_params_of_another_model_are_refused(llama_folder, tmp_path):
     model, params = hub.load(llama_folder()[0])
     params = {**params, "extra": {"kernel": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(47)}}

@@ -44,3 +44,15 @@ def test_inputs_are_not_written_over(tmp_path, monkeypatch):
             refuse_inputs(out, {"--model": "model", "--base": tmp_path / "link", "--adapter": "other"})
     (tmp_path / "model" / "model.safetensors").touch()  # which is the model then
     refuse_inputs("model/base.gguf", {"--model": "model"})
+
+
+def test_files_are_as_readable_as_the_marker_and_folders_can_be_entered(tmp_path):
+    with replacing(tmp_path / "model", marker="config.json", stale=()) as folder:
+        (folder / "config.json").touch(0o644)
+        (folder / "model.safetensors").touch(0o600)
+        (folder / "templates").mkdir()
+        (folder / "templates" / "tools.jinja").touch(0o644)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    expected = (tmp_path / "model" / "config.json").stat().st_mode & 0o777
+    assert modes["model.safetensors"] == expected and not expected & 0o111
+    assert modes["templates"] & 0o500 == 0o500

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jlora.data import Example
+from jlora.data.template import text_tokens
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.models import Model
@@ -75,10 +76,9 @@ class JaxLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a text that begins with the beginning of text gets no second one."""
+        """Token ids, by default as `generate` reads a text: with special tokens, unless it begins with its own."""
         if add_special_tokens is None:
-            begin = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not string.startswith(begin)
+            return text_tokens(string, self.tokenizer).tolist()
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

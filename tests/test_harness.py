@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -16,6 +17,7 @@ from jlora.train.evaluate import record_sums
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lm_eval
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from jlora.harness import JaxLM
@@ -88,7 +90,7 @@ def test_numbers_and_texts_are_those_of_the_hugging_face_class(model_folder, tas
                 if name == "writing":
                     assert one == two
                 else:
-                    np.testing.assert_allclose(np.ravel(one)[0], np.ravel(two)[0], rtol=1e-5)
+                    np.testing.assert_allclose(np.ravel(one), np.ravel(two), rtol=1e-5)
     assert any(sample["resps"][0][0] for sample in ours["samples"]["writing"])
 
 
@@ -113,6 +115,36 @@ def test_a_text_may_fill_the_learned_positions(tmp_path, byte_tokenizer, tasks):
     long = resolve({"model": {"path": str(tmp_path)}, "data": {"path": "x"}, "train": {"steps": 1, "seq_len": 33}})
     with pytest.raises(ValueError, match=r"train\.seq_len: 33 tokens in a row, but gpt2 has learned 32"):
         adapt(model, params, long)
+
+
+def test_a_text_that_begins_with_the_beginning_of_text_gets_no_second_one(tmp_path, byte_tokenizer):
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<|begin|>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 257)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=258, n_embd=24, n_layer=2, n_head=3, n_positions=128, eos_token_id=0, bos_token_id=257)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.5)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = JaxLM(*hub.load(tmp_path, dtype="float32"), tokenizer)
+    other = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, max_length=64, device="cpu")
+    texts = ["<|begin|><|user|>a question<|end|>", "a question", "a<|begin|>"]
+    asked = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, dict(asked)), number) for number, text in enumerate(texts)]
+    expected = other.generate_until(requests, disable_tqdm=True)
+    assert ours.generate_until(requests) == expected
+    for text in texts:
+        assert ours.tok_encode(text) == other.tok_encode(text) == other.tok_batch_encode([text])[0][0].tolist()
+    # The start of what greedy decoding gave is greedy, something else is not.
+    pairs = [(texts[0], expected[0][:2]), (texts[0], "!")]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    found, expected = ours.loglikelihood(requests), other.loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert [greedy for _, greedy in found] == [True, False]
 
 
 def test_what_the_harness_may_not_ask_for_is_said(model_folder):

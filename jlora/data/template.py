@@ -12,8 +12,12 @@ def template_variables(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
-    """The tokens of plain text; with `end` the last one is the tokenizer's end-of-text token."""
-    tokens = np.asarray(tokenizer(text)["input_ids"], np.int32)
+    """The tokens of plain text; with `end` the last one is the tokenizer's end-of-text token.
+
+    A text that begins with the beginning-of-text token, as a rendered chat does, gets no second one.
+    """
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    tokens = np.asarray(tokenizer(text, add_special_tokens=not begun)["input_ids"], np.int32)
     return end_with_eos(tokens, tokenizer) if end else tokens
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import tokenizers
 
-from jlora.data import encode_prompt, encode_prompts, read_prompts
+from jlora.data import encode, encode_prompt, encode_prompts, read_prompts
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -67,6 +68,18 @@ def test_tools_and_settings_reach_the_chat_template(make_tokenizer, tmp_path):
 
 def test_text_is_continued_as_it_is(tokenizer):
     assert tokenizer.decode(encode_prompt("2+2=", tokenizer)) == "2+2="
+
+
+def test_a_text_that_begins_with_the_beginning_of_text_gets_no_second_one(make_tokenizer):
+    tokenizer = make_tokenizer(None, "<|end|>")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)]
+    )
+    for text in ("a", "<|im_start|>a"):
+        assert tokenizer.decode(encode_prompt(text, tokenizer)) == "<|im_start|>a"
+    [example], _ = encode([{"prompt": "<|im_start|>a", "completion": "b"}], tokenizer, seq_len=9)
+    assert tokenizer.decode(example.tokens) == "<|im_start|>ab<|end|>"
 
 
 def test_long_prompts_are_dropped_or_refused(byte_tokenizer):

@@ -36,10 +36,20 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Consecutive layers of the result, made of as many of each input."""
+    """Consecutive layers of the result, made of as many of each input.
+
+    Attributes:
+        base: the layers that changes are counted from, one of the inputs or not; None where the method needs none.
+    """
 
     inputs: tuple[Input, ...]
+    base: Input | None
     parameters: Settings
+
+    @property
+    def everyone(self) -> tuple[Input, ...]:
+        """The inputs, and the base if it is none of them."""
+        return self.inputs if self.base is None or self.base in self.inputs else (*self.inputs, self.base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +94,13 @@ def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
             if "quantization_config" in sources[model].config:
                 faults.append(f"{model}: is packed; models are combined unpacked")
     _raise(faults)
+    needed = base if METHODS[method].base else None
     if "models" in settings:
-        slices = [_slice("models", {"sources": settings["models"]}, sources, faults, whole=True)]
+        slices = [_slice("models", {"sources": settings["models"]}, needed, sources, faults, whole=True)]
     else:
         slices = [
-            _slice(f"slices[{i}]", part, sources, faults, whole=False) for i, part in enumerate(settings["slices"])
+            _slice(f"slices[{i}]", part, needed, sources, faults, whole=False)
+            for i, part in enumerate(settings["slices"])
         ]
     _raise(faults + _misfits(method, base, slices))
     chosen = settings.get("tokenizer_source") or base or slices[0].inputs[0].model
@@ -276,7 +288,9 @@ def _number_faults(place: str, name: str, found: Any) -> list[str]:
 # ---------------------------------------------------------------- models
 
 
-def _slice(where: str, part: Settings, sources: Mapping[str, Source], faults: list[str], *, whole: bool) -> Slice:
+def _slice(
+    where: str, part: Settings, base: str | None, sources: Mapping[str, Source], faults: list[str], *, whole: bool
+) -> Slice:
     inputs = []
     for number, entry in enumerate(part["sources"]):
         model, count = entry["model"], count_layers(sources[entry["model"]])
@@ -285,9 +299,29 @@ def _slice(where: str, part: Settings, sources: Mapping[str, Source], faults: li
             place = f"{where}.sources[{number}].layer_range"
             faults.append(f"{place}: found [{first}, {last}], {model} has layers 0 to {count}")
         inputs.append(Input(model, range(first, last), entry.get("parameters") or {}))
-    if len({len(input.layers) for input in inputs}) > 1:
+    count = count_layers(sources[base]) if base else 0
+    own = _base(where, base, inputs, count, faults, whole=whole) if base else None
+    found = Slice(tuple(inputs), own, part.get("parameters") or {})
+    if len({len(input.layers) for input in found.everyone}) > 1:
         faults.append(f"{where}: its models have different numbers of layers: give slices with layer_range")
-    return Slice(tuple(inputs), part.get("parameters") or {})
+    return found
+
+
+def _base(where: str, base: str, inputs: Sequence[Input], count: int, faults: list[str], *, whole: bool) -> Input:
+    """The base's layers as listed; otherwise those that all inputs take of theirs."""
+    if listed := next((input for input in inputs if input.model == base), None):
+        return listed
+    layers = range(count) if whole else inputs[0].layers
+    if not whole and any(input.layers != layers for input in inputs):
+        faults.append(
+            f"{where}: does not list base_model, and its models take different layers: list it, with the layers that "
+            "theirs were changed from"
+        )
+    elif layers.stop > count:
+        faults.append(
+            f"{where}: takes layers [{layers.start}, {layers.stop}] of base_model, and {base} has layers 0 to {count}"
+        )
+    return Input(base, layers, {})
 
 
 def _misfits(method: str, base: str | None, slices: Sequence[Slice]) -> list[str]:

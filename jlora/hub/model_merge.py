@@ -14,12 +14,17 @@ from jlora.hub.export import SHARD_BYTES, Entry, write_folder
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.merge_methods import METHODS, Method
 from jlora.hub.merge_recipe import FLOATS, LAYER, Input, Recipe, Slice, count_layers, models_of, read_recipe, resolve
+from jlora.hub.names import is_harmless
 from jlora.hub.source import Source
 from jlora.hub.tokenizer import load_tokenizer
 from jlora.hub.weights import DTYPES
+from jlora.models import ModelConfig, build
+from jlora.models.families import HARMLESS
 
 # What comes before the layers; other tensors outside of them come after.
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|wpe)\..+")
+# Settings that change no logits, or that the result gets anew.
+IDLE = {*HARMLESS, "eos_token_id", "max_position_embeddings", "num_hidden_layers", "n_layer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,16 @@ def merge_models(
         dare_linear, dare_ties  a random `density` of the changes         (Yu et al. 2024)
         passthrough      layers of several models on top of each other
 
+    The result has the settings of base_model, or of the first model. Each layer of each model has to compute there what
+    it computed: all that `jlora.models.ModelConfig` reads from config.json is compared (positions, epsilons, heads,
+    windows of single layers, …). What else it says may differ (dtype, special tokens, max_position_embeddings unless
+    positions depend on it), and so may the vocabulary of a model that gives only layers in the middle. Where jlora does
+    not compute a model, config.json itself is compared, but for fields that change no logits in any family. Models have
+    the same tensors, but for buffers that every loader recomputes and copies of tied embeddings.
+
+    Where a slice does not list base_model, changes are counted from the layers of it that the slice's models take of
+    themselves.
+
     A tensor of each model is held at a time, and the file that is being written: `shard_bytes` bounds that.
 
     Args:
@@ -69,6 +84,8 @@ def merge_models(
     refuse_inputs(out, {f"the recipe's {model}": model for model in models_of(settings)})
     sources: dict[str, Source] = {}
     plan = resolve(settings, sources)
+    config = _config(plan, sources)
+    _require_one_architecture(config, plan, sources)
     tensors = _tensors(plan, sources)
     _require_same_shapes(tensors, plan.base, sources)
     method = METHODS[plan.method]
@@ -89,7 +106,70 @@ def merge_models(
         for number, chosen in enumerate(fixed, start=1)
     ]
     tokenizer = load_tokenizer(plan.tokenizer)
-    write_folder(out, _configs(plan, sources, tensors), entries, tokenizer, shard_bytes)
+    largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
+    config = config | {"dtype": _dtype(largest, plan, sources).name}
+    write_folder(out, (config, sources[_reference(plan)].generation_config), entries, tokenizer, shard_bytes)
+
+
+def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: Mapping[str, Source]) -> None:
+    """Nothing, if each layer of each model computes in the result, whose config.json is `merged`, what it computed.
+
+    Raises:
+        ValueError: models with other settings; all are listed.
+    """
+    result, whole = f"the result (settings of {_reference(plan)})", _model_config(merged)
+    at_the_ends = {input.model for part in (plan.slices[0], plan.slices[-1]) for input in part.everyone}
+    faults = []
+    for model, places in _places(plan).items():
+        own, count = _model_config(sources[model].config), count_layers(sources[model])
+        if whole is None or own is None:
+            if lines := _written_differences(sources[_reference(plan)], sources[model]):
+                faults.append(f"{result} and {model} differ in config.json:\n  " + "\n  ".join(lines))
+            continue
+        if own.num_hidden_layers != count:
+            faults.append(f"{model}: config.json has {own.num_hidden_layers} layers, its tensors are of {count}")
+            continue
+        layers = list(whole.layers)
+        for place, number in places:
+            layers[place] = own.layers[number]
+        own = dataclasses.replace(own, num_hidden_layers=len(layers), layers=tuple(layers))
+        if model not in at_the_ends:  # where the vocabulary is
+            own = dataclasses.replace(own, vocab_size=whole.vocab_size, tie_word_embeddings=whole.tie_word_embeddings)
+        try:
+            whole.require_same(own, result, model)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _model_config(config: Mapping[str, Any]) -> ModelConfig | None:
+    """What a config.json says of computing; None where jlora does not compute such a model."""
+    try:
+        return build(dict(config)).config
+    except ValueError:
+        return None
+
+
+def _places(plan: Recipe) -> dict[str, list[tuple[int, int]]]:
+    """{model: [(layer of the result, layer of the model), ...]}"""
+    found: dict[str, list[tuple[int, int]]] = {}
+    offset = 0
+    for part in plan.slices:
+        for input in part.everyone:
+            found.setdefault(input.model, []).extend(enumerate(input.layers, start=offset))
+        offset += len(part.inputs[0].layers)
+    return found
+
+
+def _written_differences(one: Source, other: Source) -> list[str]:
+    """What the two config.json say otherwise, but for lists along the layers and what changes no logits."""
+    ours, theirs = (
+        {key: value for key, value in source.config.items() if key not in IDLE and not _has_layers(value, count)}
+        for source, count in ((one, count_layers(one)), (other, count_layers(other)))
+    )
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return [f"{key}: {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b]
 
 
 def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
@@ -99,55 +179,52 @@ def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
         ValueError: tensors that one of the models has and another has not; all are listed.
     """
     found: list[_Tensor] = []
+    by_layer = {model: _by_layer(source) for model, source in sources.items()}
     first, last = plan.slices[0], plan.slices[-1]
-    for name in sources[first.inputs[0].model].tensors:
-        if not LAYER.fullmatch(name):
-            part, along = (first, 0.0) if EMBEDDING.fullmatch(name) else (last, 1.0)
-            found.append(_tensor(name, [name] * len(part.inputs), name, along, part, plan))
+    ends = dict.fromkeys(input.model for input in (*first.everyone, *last.everyone))
+    for name in dict.fromkeys(name for model in ends for name, _ in by_layer[model].get(None, ())):
+        part, along = (first, 0.0) if EMBEDDING.fullmatch(name) else (last, 1.0)
+        found.append(_tensor(name, {input.model: name for input in part.everyone}, along, part))
     offset = 0
     for part in plan.slices:
         count = len(part.inputs[0].layers)
         for index in range(count):
             along = index / (count - 1) if count > 1 else 1.0
-            numbers = [input.layers[index] for input in part.inputs]
-            for name in sources[part.inputs[0].model].tensors:
-                match = LAYER.fullmatch(name)
-                if match and int(match["number"]) == numbers[0]:
-                    before, after = match["before"], match["after"]
-                    names = [f"{before}{number}{after}" for number in numbers]
-                    base = _base_name(part, plan, names, f"{before}{offset + index}{after}")
-                    found.append(_tensor(f"{before}{offset + index}{after}", names, base, along, part, plan))
+            numbers = {input.model: input.layers[index] for input in part.everyone}
+            around = (parts for model, number in numbers.items() for parts in by_layer[model].get(number, ()))
+            for before, after in dict.fromkeys(around):
+                names = {model: f"{before}{number}{after}" for model, number in numbers.items()}
+                found.append(_tensor(f"{before}{offset + index}{after}", names, along, part))
         offset += count
     missing = [
         f"{model} has no {name}"
         for tensor in found
         for model, name in [*((input.model, name) for input, name in tensor.members), (plan.base, tensor.base)]
-        if model is not None and name is not None and name not in sources[model].tensors
+        if name is not None and name not in sources[model].tensors
     ]
-    extra = [
-        f"only {model} has {name}"
-        for model in dict.fromkeys(input.model for input in (*first.inputs, *last.inputs))
-        for name in sources[model].tensors
-        if not LAYER.fullmatch(name) and name not in {tensor.name for tensor in found}
-    ]
-    if missing or extra:
-        raise ValueError("the models do not have the same tensors:\n  " + "\n  ".join(dict.fromkeys(missing + extra)))
+    if missing:
+        raise ValueError("the models do not have the same tensors:\n  " + "\n  ".join(dict.fromkeys(missing)))
     return found
 
 
-def _base_name(part: Slice, plan: Recipe, names: Sequence[str], own: str) -> str:
-    """The base's tensor: that of the layers which the slice takes of it, otherwise the one of the result's name."""
-    return next((name for input, name in zip(part.inputs, names, strict=True) if input.model == plan.base), own)
+def _by_layer(source: Source) -> dict[int | None, list[tuple[str, str]]]:
+    """{number: what is before and after it in the names of its tensors, None: the names outside of layers}, but for
+    tensors that a checkpoint may hold or not.
+    """
+    tied = bool(source.config.get("tie_word_embeddings"))
+    found: dict[int | None, list[tuple[str, str]]] = {}
+    for name in source.tensors:
+        if not is_harmless(name, tied=tied):
+            match = LAYER.fullmatch(name)
+            number, parts = (int(match["number"]), (match["before"], match["after"])) if match else (None, (name, ""))
+            found.setdefault(number, []).append(parts)
+    return found
 
 
-def _tensor(name: str, names: Sequence[str], base: str, along: float, part: Slice, plan: Recipe) -> _Tensor:
-    needs_base = METHODS[plan.method].base
-    members = tuple(
-        (input, member)
-        for input, member in zip(part.inputs, names, strict=True)
-        if not (needs_base and input.model == plan.base)
-    )
-    return _Tensor(name, members, base if needs_base else None, along, part)
+def _tensor(name: str, names: Mapping[str, str], along: float, part: Slice) -> _Tensor:
+    """`names`: {model: the tensor's name there}"""
+    members = tuple((input, names[input.model]) for input in part.inputs if input is not part.base)
+    return _Tensor(name, members, names[part.base.model] if part.base else None, along, part)
 
 
 def _require_same_shapes(tensors: Sequence[_Tensor], base: str | None, sources: Mapping[str, Source]) -> None:
@@ -235,11 +312,14 @@ def _value(name: str, setting: Any, along: float) -> Any:
     return None if chosen is None else _value(name, chosen["value"], along)
 
 
-def _configs(
-    plan: Recipe, sources: Mapping[str, Source], tensors: Sequence[_Tensor]
-) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """config.json with as many layers as there are now, and generation_config.json."""
-    model = plan.base or plan.slices[0].inputs[0].model
+def _reference(plan: Recipe) -> str:
+    """The model whose settings the result has."""
+    return plan.base or plan.slices[0].inputs[0].model
+
+
+def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """config.json with as many layers as there are now, but for the dtype."""
+    model = _reference(plan)
     config = dict(sources[model].config)
     config.pop("torch_dtype", None)
     count = count_layers(sources[model])
@@ -256,9 +336,7 @@ def _configs(
                 config[key] = [own[input.model][layer] for input in inputs for layer in input.layers]
     if faults:
         raise ValueError("the models' config.json differ in what they hold:\n  " + "\n  ".join(faults))
-    largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
-    config["dtype"] = _dtype(largest, plan, sources).name
-    return config, sources[model].generation_config
+    return config
 
 
 def _has_layers(found: Any, count: int) -> bool:
@@ -266,4 +344,4 @@ def _has_layers(found: Any, count: int) -> bool:
 
 
 def _input_of(part: Slice, model: str) -> Input:
-    return next((input for input in part.inputs if input.model == model), part.inputs[0])
+    return next((input for input in part.everyone if input.model == model), part.inputs[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jlora import hub
 from jlora.cli.main import main
@@ -198,6 +198,154 @@ def test_tensors_are_written_in_the_type_that_they_are_stored_in(models, tmp_pat
     np.testing.assert_array_equal(found[name], one[name].astype(np.float16), strict=True)
 
 
+def changed(folder, to, *, settings=None, drop="", add=None):
+    """A copy of a model with other settings, without the tensors whose names hold `drop`, with those of `add`."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text()) | (settings or {})
+    (to / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    tensors = {name: value for name, value in read(to).items() if not drop or drop not in name} | (add or {})
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+def test_changes_are_of_the_layers_that_the_slice_takes(models, tmp_path):
+    def slices(*ranges):
+        return [
+            {"sources": [{"model": name, "layer_range": list(taken)} for name, taken in part.items()]}
+            for part in ranges
+        ]
+
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "parameters": {"weight": 0.3},
+        "slices": slices({"one": (0, 1), "two": (0, 1)}, {"one": (2, 3), "two": (2, 3)}),
+    }
+    base, one, two = (read(models[name]) for name in ("base", "one", "two"))
+    found = merged(recipe, models, tmp_path)
+    own, name = "model.layers.2.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    agree({name: found[name]}, {name: base[own] + 0.3 * (one[own] - base[own] + two[own] - base[own])})
+    assert own not in found
+
+    recipe["slices"] = slices({"one": (1, 2), "base": (2, 3)})
+    found = merged(recipe, models, tmp_path)
+    first = "model.layers.0.mlp.up_proj.weight"
+    agree({first: found[first]}, {first: base[own] + 0.3 * (one[name] - base[own])})
+
+    one, two, base, deep = (str(models[name]) for name in ("one", "two", "base", "deep"))
+    recipe["slices"] = slices({one: (0, 1), two: (1, 2)}, {one: (0, 1), two: (0, 9)}, {deep: (3, 5)})
+    with pytest.raises(ValueError, match="the recipe does not hold") as error:
+        hub.merge_models(recipe | {"base_model": base}, tmp_path / "other")
+    for words in (
+        "slices[0]: does not list base_model, and its models take different layers",
+        "slices[1].sources[1].layer_range: found [0, 9]",
+        f"slices[2]: takes layers [3, 5] of base_model, and {base} has layers 0 to 3",
+    ):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="its models have different numbers of layers"):
+        hub.merge_models(
+            {"merge_method": "ties", "base_model": deep, "models": [{"model": one, "parameters": {"weight": 1}}]},
+            tmp_path / "other",
+        )
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "layer_types": None}
+PHI = {"model_type": "phi", "rope_theta": 5.0}  # of no family that jlora knows
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "ropes[0]: Rope"),
+        ({"rms_norm_eps": 0.5}, "norm_eps: "),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}, "num_attention_heads: "),
+        ({"model_type": "llama", "attention_bias": True}, "model_type: "),
+        (WINDOWS | {"max_window_layers": 1}, "layers[2]: Layer(window="),
+        ({"num_hidden_layers": 2, "layer_types": None}, "config.json has 2 layers, its tensors are of 3"),
+        (PHI, "model_type: "),
+        ({"dtype": "float16", "transformers_version": "4.0", "max_position_embeddings": 99, "eos_token_id": 5}, None),
+        ({"_name_or_path": "elsewhere", "use_cache": False, "bos_token_id": 7, "max_window_layers": 2}, None),
+    ],
+)
+@pytest.mark.parametrize("place", ["input", "base"])
+def test_models_that_compute_otherwise_are_not_combined(models, tmp_path, settings, fault, place):
+    ours, theirs = str(models["one"]), changed(models["two"], tmp_path / "two", settings=settings)
+    if place == "input":
+        recipe = {"merge_method": "linear", "models": [{"model": ours}, {"model": theirs}]}
+    else:
+        recipe = {"merge_method": "ties", "base_model": theirs, "models": [{"model": ours}]}
+    recipe["parameters"] = {"weight": 1.0}
+    if fault is None:
+        hub.merge_models(recipe, tmp_path / "out")
+        return
+    with pytest.raises(ValueError) as error:
+        hub.merge_models(recipe, tmp_path / "out")
+    assert fault in str(error.value) and theirs in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_an_unknown_family_are_compared_as_they_are_written(models, tmp_path):
+    ours = changed(models["one"], tmp_path / "one", settings=PHI)
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+
+    def merge(**settings):
+        theirs = changed(models["two"], tmp_path / str(len(list(tmp_path.iterdir()))), settings=PHI | settings)
+        hub.merge_models(recipe | {"models": [{"model": ours}, {"model": theirs}]}, tmp_path / "out")
+
+    with pytest.raises(ValueError, match=r"differ in config.json:\n  rope_theta: 5.0 and 6.0\n  soft: None and 1$"):
+        merge(rope_theta=6.0, soft=1)
+    merge(dtype="float16", max_position_embeddings=99, eos_token_id=[4, 5], bos_token_id=6)
+
+
+def test_layers_keep_what_they_compute_in_their_new_places(models, tmp_path):
+    """Windows that config.json counts from the bottom do not move along with the layers."""
+    one = changed(models["one"], tmp_path / "one", settings=WINDOWS | {"max_window_layers": 2})
+    slices = [{"sources": [{"model": one, "layer_range": taken}]} for taken in ([0, 2], [1, 3])]
+    with pytest.raises(ValueError, match=r"layers\[2\]: Layer\(window=4.* and Layer\(window=None"):
+        hub.merge_models({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    # Those that it lists do, and of a model in the middle the vocabulary does not count.
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    one = changed(models["one"], tmp_path / "listed", settings=WINDOWS | {"layer_types": kinds})
+    wide = {name: np.ones((70, 24), np.float32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    two = changed(
+        models["two"], tmp_path / "two", settings=WINDOWS | {"layer_types": kinds, "vocab_size": 70}, add=wide
+    )
+    slices = [{"sources": [{"model": model, "layer_range": [1, 3]}]} for model in (one, two, one)]
+    hub.merge_models({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == 3 * kinds[1:]
+    with pytest.raises(ValueError, match="vocab_size: 67 and 70"):
+        hub.merge_models({"merge_method": "passthrough", "slices": slices[:2]}, tmp_path / "out")
+
+
+def test_tensors_that_only_some_models_have_are_named(models, tmp_path):
+    bias = "layers.1.self_attn.q_proj.bias"
+    bare = changed(models["one"], tmp_path / "bare", drop=bias)
+    two, base = str(models["two"]), str(models["base"])
+    parameters = {"weight": 1.0}
+
+    def fails(recipe, *words):
+        with pytest.raises(ValueError, match="do not have the same tensors") as error:
+            hub.merge_models(recipe | {"parameters": parameters}, tmp_path / "out")
+        assert str(error.value).splitlines()[1:] == [f"  {line}" for line in words]
+
+    fails({"merge_method": "linear", "models": [{"model": bare}, {"model": two}]}, f"{bare} has no model.{bias}")
+    fails({"merge_method": "ties", "base_model": base, "models": [{"model": bare}]}, f"{bare} has no model.{bias}")
+    fails({"merge_method": "ties", "base_model": bare, "models": [{"model": two}]}, f"{bare} has no model.{bias}")
+    headless = changed(models["one"], tmp_path / "headless", drop="lm_head")
+    fails(
+        {"merge_method": "ties", "base_model": base, "models": [{"model": headless}]},
+        f"{headless} has no lm_head.weight",
+    )
+    # What every loader recomputes, or is a copy by config.json, may be there or not.
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    tied = {"tie_word_embeddings": True}
+    one = changed(models["one"], tmp_path / "one", settings=tied, drop="lm_head")
+    old = changed(models["two"], tmp_path / "old", settings=tied, add=buffers)
+    recipe = {"merge_method": "linear", "models": [{"model": one}, {"model": old}], "parameters": parameters}
+    hub.merge_models(recipe, tmp_path / "out")
+    assert read(tmp_path / "out").keys() == read(tmp_path / "one").keys()
+
+
 def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     def fails(recipe, *words):
         with pytest.raises(ValueError) as error:
@@ -271,7 +419,10 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     wide = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES | {"vocab_size": 70}, num_hidden_layers=3))
     wide.save_pretrained(tmp_path / "wide")
     both = [{"model": one, "parameters": weights}, {"model": str(tmp_path / "wide"), "parameters": weights}]
-    fails({"merge_method": "linear", "models": both}, "model.embed_tokens.weight", "(67, 24)", "(70, 24)")
+    fails({"merge_method": "linear", "models": both}, "vocab_size: 67 and 70")
+    misshapen = changed(models["two"], tmp_path / "misshapen", add={"lm_head.weight": np.ones((70, 24), np.float32)})
+    both[1] |= {"model": misshapen}
+    fails({"merge_method": "linear", "models": both}, "lm_head.weight: (67, 24) in", "(70, 24) in")
     shutil.copytree(models["deep"], tmp_path / "bare")
     path = tmp_path / "bare" / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "layer_types"}))

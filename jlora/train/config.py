@@ -42,6 +42,7 @@ GROUPS = {
     "ppo": ("rollout", "ppo"),
 }
 TASK = "reasoning_gym:"  # how data.path names a task that is generated
+EACH = "each adapter's own"  # what data.path is where no data is shared
 
 # What may differ between the adapters of one run: groups, or settings of a group.
 OWN = ("data", "lora", "model.adapter", "optim.learning_rate", "train.seed")
@@ -157,14 +158,17 @@ class RunConfig:
     adapters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def members(self) -> dict[str, "RunConfig"]:
-        """The settings under which each of `adapters` would be trained alone.
+        """The settings under which each of `adapters` would be trained alone, by name in sorted order: the places of
+        adapters in a checkpoint follow it, whatever order a recipe names them in.
 
         Raises:
             ValueError: settings that cannot be an adapter's own, or do not hold; all are listed.
         """
         members, faults = {}, []
         shared = dataclasses.asdict(self) | {"adapters": {}}
-        for name, own in self.adapters.items():
+        if self.data.path == EACH:
+            shared["data"]["path"] = None
+        for name, own in sorted(self.adapters.items()):
             found = _foreign(own)
             merged = {
                 group: value | own[group] if isinstance(value, dict) and isinstance(own.get(group), Mapping) else value
@@ -194,11 +198,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         faults = self._adapter_faults() if self.adapters else []
         faults += self._idle_groups() + (self._rollout_faults() if "rollout" in GROUPS[self.algorithm] else [])
-        task = self.data.path.startswith(TASK)
-        if task and "rollout" not in GROUPS[self.algorithm]:
-            faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
-        if self.train.eval_every and not (self.data.eval_path or task):
-            faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        faults += [] if self.adapters else self._data_faults()
         if self.model.merges_packed and self.lora.lora_dropout:
             faults.append(
                 "lora.lora_dropout: the packed sum of base and adapter (merge_aware) cannot drop inputs; set 0"
@@ -215,6 +215,15 @@ class RunConfig:
                 f"train.seq_len is {self.train.seq_len}: not a multiple of mesh.sequence = {self.mesh.sequence}"
             )
         raise_all(faults)
+
+    def _data_faults(self) -> list[str]:
+        task = self.data.path.startswith(TASK)
+        faults = []
+        if task and "rollout" not in GROUPS[self.algorithm]:
+            faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
+        if self.train.eval_every and not (self.data.eval_path or task):
+            faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        return faults
 
     def _idle_groups(self) -> list[str]:
         """Settings of algorithms that do not run would have no effect."""
@@ -264,18 +273,18 @@ class RunConfig:
 
 def _foreign(own: Mapping[str, Any]) -> list[str]:
     """A fault for each setting that all adapters of a run share, and for what is no group of settings."""
-    names = [
-        f"{group}.{key}" if isinstance(values, Mapping) else group
-        for group, values in own.items()
-        for key in (values if isinstance(values, Mapping) and values else (None,))
-    ]
-    allowed = ", ".join(OWN)
-    flat = [name for name, values in own.items() if not isinstance(values, Mapping)]
-    return [f"{name}: found {own[name]!r}, expected a group of settings" for name in flat] + [
-        f"{name}: is the same for all adapters of a run; their own may be {allowed}"
-        for name in names
-        if name not in flat and name not in OWN and name.partition(".")[0] not in OWN
-    ]
+    groups, faults = [name.partition(".")[0] for name in OWN], []
+    for group, values in own.items():
+        if not isinstance(values, Mapping):
+            faults.append(f"{group}: found {values!r}, expected a group of settings")
+        elif group not in OWN:
+            names = [f"{group}.{key}" for key in values] or [group]
+            faults += [
+                f"{name}: is the same for all adapters of a run; their own may be {', '.join(OWN)}"
+                for name in names
+                if name not in (*OWN, *groups)
+            ]
+    return faults
 
 
 def default_config() -> ConfigDict:
@@ -293,6 +302,9 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
         ValueError: unknown keys, wrong types, missing settings, settings that do not go together; all in one message.
     """
     values = _plain(config)
+    shared = values.get("data") or {}
+    if values.get("adapters") and isinstance(shared, Mapping) and shared.get("path") is None:
+        values["data"] = {**shared, "path": EACH}
     run_config, faults = typed.build(RunConfig, values)
     faults = typed.unknown_keys(RunConfig, values) + faults
     if faults:

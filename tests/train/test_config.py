@@ -188,3 +188,39 @@ def test_an_adapters_settings_come_back_from_json(settings):
     made = LoraConfig(**settings)
     again, problems = typed.build(LoraConfig, json.loads(json.dumps(dataclasses.asdict(made))))
     assert not problems and again == made and hash(again) == hash(made)
+
+
+def of_adapters(**changes):
+    """The README's recipe of two adapters: what they train on is their own."""
+    made = config(data__path=None, **changes)
+    made.adapters = {
+        "shop": {"data": {"path": "shop.jsonl"}, "lora": {"r": 8}},
+        "law": {"data": {"path": "law.jsonl"}, "optim": {"learning_rate": 1e-4}},
+    }
+    return made
+
+
+def test_adapters_of_one_run_share_no_data():
+    resolved = resolve(of_adapters())
+    members = resolved.members()
+    assert list(members) == ["law", "shop"]  # whatever order they are given in: checkpoints know their places only
+    assert {name: member.data.path for name, member in members.items()} == {"law": "law.jsonl", "shop": "shop.jsonl"}
+    again = resolve(json.loads(json.dumps(to_dict(resolved), sort_keys=True)))
+    assert again == resolved and list(again.members()) == list(members)
+
+
+def test_what_adapters_lack_is_asked_of_each():
+    made = of_adapters(train__eval_every=2)
+    made.adapters["shop"]["data"]["eval_path"] = "shop_test.jsonl"
+    assert faults(made) == ["adapters['law']: train.eval_every is 2, so data.eval_path is required"]
+    made.data.eval_path = "test.jsonl"
+    assert resolve(made).members()["law"].data.eval_path == "test.jsonl"
+    made.adapters["other"] = {"optim": {}, "model": {}}
+    assert faults(made) == ["adapters['other']: data.path: is required"]
+    made.data.path = "all.jsonl"
+    assert resolve(made).members()["other"].data.path == "all.jsonl"
+    made.adapters["other"] = {"mesh": {}, "optim": {"schedule": "linear"}}
+    assert [fault.split(": is the same")[0] for fault in faults(made)] == [
+        "adapters['other']: mesh",
+        "adapters['other']: optim.schedule",
+    ]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import lora
+from jlora import lora, tree
+from jlora.lora.targets import is_expert
 from jlora.optim import global_norm
 from jlora.train.state import TrainState
 from jlora.types import Params
@@ -73,14 +74,20 @@ def make_steps(
     adapters, "rate": [K] factors of the learning rate}; the batch's leaves are [A, K, …].
     """
 
-    def one(state: TrainState, settings: Params, rate: jax.Array, base: Params, batch: Batch) -> Any:
-        scaled = optax.chain(optimizer, optax.scale(rate))
-        return _advance(objective, scaled, dropout, state, lora.combine(base, settings), batch)
-
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        axes = TrainState(step=None, trainable=0, moments=0, key=0)
-        every = jax.vmap(one, in_axes=(axes, 0, 0, None, 1), out_axes=(axes, 0))
-        return every(state, frozen["settings"], frozen["rate"], frozen["base"], batch)
+        def one(own: tuple[TrainState, Params, jax.Array, Batch]) -> tuple[TrainState, Metrics]:
+            begun, settings, rate, part = own
+            begun = dataclasses.replace(begun, step=state.step)
+            scaled = optax.chain(optimizer, optax.scale(rate))
+            after, metrics = _advance(objective, scaled, dropout, begun, lora.combine(frozen["base"], settings), part)
+            return dataclasses.replace(after, step=None), metrics
+
+        parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
+        own = (dataclasses.replace(state, step=None), frozen["settings"], frozen["rate"], parts)
+        # JAX has no grouped product for several batches at once: on experts the adapters go one after another.
+        experts = any(map(is_expert, tree.flatten(frozen["base"])))
+        after, metrics = jax.lax.map(one, own) if experts else jax.vmap(one)(own)
+        return dataclasses.replace(after, step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 

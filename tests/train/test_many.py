@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file
 
 from jlora.train import Interrupted, resolve, run
@@ -84,6 +86,7 @@ def test_each_adapter_is_what_it_is_alone(settings, together, tmp_path, name):
     for mine, theirs in zip(read_metrics(together), read_metrics(tmp_path), strict=True):
         for number in ("loss", "grad_norm", "learning_rate", "mean_token_accuracy"):
             assert mine[f"{number}/{name}"] == pytest.approx(theirs[number], rel=1e-4), number
+    assert mine["loss"] == pytest.approx(np.mean([mine[f"loss/{member}"] for member in MEMBERS]))
     assert mine[f"eval_loss/{name}"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
 
@@ -98,14 +101,65 @@ def test_on_a_mesh_and_after_a_pause_they_are_the_same(settings, together, tmp_p
         same_adapter(tmp_path / "adapters" / name, together / "adapters" / name, atol=1e-4)
 
 
-def test_dropout_and_dora_differ_between_adapters_as_between_runs(settings, tmp_path):
-    path = {"path": settings["data"]["path"]}
-    own = {"data": path, "lora": {"r": 2, "use_dora": True, "lora_dropout": 0.3}}
-    changed = settings | {"adapters": {"one": own, "same": own, "other": own | {"train": {"seed": 1}}}}
-    changed["train"] = settings["train"] | {"steps": 2, "eval_every": 0}
-    last = run(resolve(changed), tmp_path)
-    assert last["loss/one"] == last["loss/same"] != last["loss/other"]
-    assert last["loss"] == pytest.approx((2 * last["loss/one"] + last["loss/other"]) / 3)
+@pytest.fixture
+def small(settings):
+    """Two quick steps on an unpacked base, with adapters of other ranks, seeds and data."""
+    paths = {name: settings["adapters"][name]["data"]["path"] for name in ("long", "sums")}
+    return {
+        "model": {"path": settings["model"]["path"]},
+        "data": {"packing": False, "bucket": 32},
+        "lora": {"target_modules": ["q_proj"]},
+        "optim": {"learning_rate": 1e-2},
+        "train": {"steps": 2, "batch_size": 2, "seq_len": 32},
+        "adapters": {
+            "long": {"data": {"path": paths["long"]}, "lora": {"r": 2}},
+            "sums": {"data": {"path": paths["sums"]}, "lora": {"r": 3}, "train": {"seed": 1}},
+        },
+    }
+
+
+def all_are_what_they_are_alone(settings, folder):
+    run(resolve(settings), folder / "together")
+    for name in settings["adapters"]:
+        run(resolve(alone(settings, name)), folder / name)
+        same_adapter(folder / "together" / "adapters" / name, folder / name / "adapter")
+
+
+def test_a_pause_forgets_no_order(small, tmp_path):
+    reordered = small | {"adapters": dict(reversed(small["adapters"].items()))}
+    run(resolve(small), tmp_path / "at_once")
+    with pytest.raises(Interrupted):
+        run(resolve(reordered), tmp_path / "paused", stop=lambda: True)
+    run(resolve(small), tmp_path / "paused")
+    for name in small["adapters"]:
+        same_adapter(tmp_path / "paused" / "adapters" / name, tmp_path / "at_once" / "adapters" / name)
+
+
+def test_dropout_and_dora_are_what_they_are_alone(small, tmp_path):
+    small["lora"] |= {"use_dora": True, "lora_dropout": 0.3}
+    all_are_what_they_are_alone(small, tmp_path)
+
+
+def test_adapters_of_experts_are_what_they_are_alone(small, tmp_path, byte_tokenizer):
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=257,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        moe_intermediate_size=20,
+        num_experts=3,
+        num_experts_per_tok=2,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    small["model"]["path"] = str(tmp_path / "model")
+    small["adapters"]["long"]["lora"]["target_parameters"] = ["mlp.experts.down_proj", "mlp.gate.weight"]
+    all_are_what_they_are_alone(small, tmp_path)
 
 
 @pytest.mark.parametrize(

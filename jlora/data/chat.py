@@ -58,18 +58,22 @@ def encode(
     seq_len: int,
     overlong: str = "drop",
     completion_only: bool = True,
+    end: bool = True,
 ) -> tuple[list[Example], EncodeReport]:
     """Examples for the records that can be trained on, in order, and a report of what was left out.
 
     The loss counts every assistant turn of `messages`, and the completion of a prompt, each with the token that ends
     it, so that the model learns to stop. Nothing behind the last counted token is kept.
+
+    Args:
+        end: without it no end-of-text token is added; what a chat template writes behind a turn counts all the same.
     """
     chats = sum(not _is_text(record) for record in records)
     require_template(tokenizer, chats, len(records))
     stop = template_stop(tokenizer) if chats else None
 
     def one(record: Record) -> tuple[Example, ...]:
-        tokens, trained = _encode_record(record, tokenizer, stop)
+        tokens, trained = _encode_record(record, tokenizer, stop, end)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
         return (Example(tokens[:length], trained[:length] | (not completion_only)),)
 
@@ -157,24 +161,23 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
     return prompt + as_messages(record["completion"], "assistant"), len(prompt)
 
 
-def _encode_record(record: Record, tokenizer: Any, stop: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _encode_record(record: Record, tokenizer: Any, stop: int | None, end: bool) -> tuple[np.ndarray, np.ndarray]:
     if _is_text(record):
-        return _encode_text(record["prompt"], record["completion"], tokenizer)
+        return _encode_text(record["prompt"], record["completion"], tokenizer, end)
     messages, first = _conversation(record)
     template = functools.partial(template_tokens, tokenizer=tokenizer, variables=template_variables(record))
     tokens = template(messages)
-    if stop is None and messages[-1]["role"] == "assistant":
+    if end and stop is None and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
     trained = np.zeros(len(tokens), np.bool_)
     for index in range(first, len(messages)):
         if messages[index]["role"] == "assistant":
-            start, end = _turn(messages, index, tokens, template, stop)
-            trained[start:end] = True
+            trained[slice(*_turn(messages, index, tokens, template, stop))] = True
     return tokens, trained
 
 
-def _encode_text(prompt: str, completion: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    tokens = text_tokens(prompt + completion, tokenizer, end=True)
+def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tuple[np.ndarray, np.ndarray]:
+    tokens = text_tokens(prompt + completion, tokenizer, end=end)
     trained = np.arange(len(tokens)) >= common_prefix(text_tokens(prompt, tokenizer), tokens)
     return tokens, trained
 

@@ -118,16 +118,20 @@ def record_sums(
     *,
     batch_size: int = 8,
     seq_len: int = 512,
+    end: bool = True,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
     """What the model makes of each record, in the records' order: longer ones than `seq_len` lose their end, and those
     without a completion token before it have sums of 0.
 
+    Args:
+      end: see `encode_each`.
+
     Raises:
       ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model has no positions
         for the texts.
     """
-    examples = encode_each(records, tokenizer, seq_len=seq_len)
+    examples = encode_each(records, tokenizer, seq_len=seq_len, end=end)
     places = [place for place, example in enumerate(examples) if example is not None]
     kept = [example for example in examples if example is not None]
     sums = example_sums(model, params, kept, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
@@ -136,13 +140,18 @@ def record_sums(
     return RecordSums(*found)
 
 
-def encode_each(records: Sequence[dict[str, Any]], tokenizer: Any, *, seq_len: int) -> list[data.Example | None]:
+def encode_each(
+    records: Sequence[dict[str, Any]], tokenizer: Any, *, seq_len: int, end: bool = True
+) -> list[data.Example | None]:
     """The tokens of each record, cut at `seq_len`; None where no completion token is left.
+
+    Args:
+      end: whether an end-of-text token is added, as in training.
 
     Raises:
       ValueError: a record cannot be encoded, or nothing is left of any.
     """
-    examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut")
+    examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
     of_records = dict(zip(report.kept, examples, strict=True))
     return [of_records.get(place) for place in range(len(records))]
 

@@ -58,6 +58,10 @@ def compare(
 ) -> list[Change]:
     """The loss on the task and on general text (nats a token), and the share of questions answered right.
 
+    Of the task, the completions are scored with the end-of-text token behind them, as they are trained. Of general
+    text and of choices only their own tokens are, as in lm-evaluation-harness: that the tuned model ends its texts
+    elsewhere is not forgotten knowledge.
+
     Args:
         task, general: records as for training; those whose completion lies behind `seq_len` count in neither model.
         questions: objects with question, choices and answer (the right one's number); the choice whose text is
@@ -69,9 +73,9 @@ def compare(
     settings = {"batch_size": batch_size, "seq_len": seq_len}
     choices = encode_choices(tokenizer, questions, seq_len=seq_len)
     changes = []
-    for name, records in (("task loss", task), ("general loss", general)):
+    for name, records, end in (("task loss", task, True), ("general loss", general, False)):
         if records:
-            sums = [record_sums(model, params, tokenizer, records, **settings) for params in (before, after)]
+            sums = [record_sums(model, params, tokenizer, records, end=end, **settings) for params in (before, after)]
             kept = np.flatnonzero(sums[0].tokens)
             changes.append(_change(name, *(_ratio(one) for one in sums), kept, len(records)))
     if questions:
@@ -107,7 +111,8 @@ def answers(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> Bool[np.ndarray, "N"]:
-    """Whether each question's right choice is the one of the greatest log-probability, as a whole text.
+    """Whether each question's right choice is the one of the greatest log-probability: the sum over the choice's own
+    tokens, without an end of text.
 
     Raises:
         ValueError: questions that are longer than `seq_len`; all are listed.
@@ -117,7 +122,7 @@ def answers(
 
 
 def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, seq_len: int) -> list[data.Example]:
-    """The tokens of every question with each of its choices, in order.
+    """The tokens of every question with each of its choices, in order, without an end of text.
 
     Raises:
         ValueError: questions that are longer than `seq_len` with a choice, or that hold a choice without a token of its
@@ -128,7 +133,7 @@ def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, se
         for one in questions
         for choice in one["choices"]
     ]
-    found = encode_each(records, tokenizer, seq_len=UNCUT) if records else []
+    found = encode_each(records, tokenizer, seq_len=UNCUT, end=False) if records else []
     faults, start = [], 0
     for number, one in enumerate(questions, start=1):
         own = found[start : start + len(one["choices"])]
@@ -211,8 +216,8 @@ def sweep(
     for scale in scales:
         chosen = lora.scaled(params, scale)
         row = {"scale": float(scale), "dropped": 0.0}
-        for name, records in (("task loss", task), ("general loss", general)):
-            sums = record_sums(model, chosen, tokenizer, records, **settings)
+        for name, records, end in (("task loss", task, True), ("general loss", general, False)):
+            sums = record_sums(model, chosen, tokenizer, records, end=end, **settings)
             row[name] = float(sums.loss.sum() / sums.tokens.sum())
             row["dropped"] += float(np.sum(sums.tokens == 0))
         row["questions right"] = float(_right(model, chosen, questions, choices, **settings).mean())

@@ -56,6 +56,8 @@ def test_plain_text_ends_with_the_stop_token(text_tokenizer):
     [example], _ = encode([{"prompt": "2+2=", "completion": "4"}], text_tokenizer, seq_len=16)
     assert trained_text(example, text_tokenizer) == "4<|end|>"
     assert untrained_text(example, text_tokenizer) == "2+2="
+    [open_ended], _ = encode([{"prompt": "2+2=", "completion": "4"}], text_tokenizer, seq_len=64, end=False)
+    assert text_tokenizer.decode(open_ended.tokens) == "2+2=4"
 
 
 def test_all_tokens_count_when_asked(tokenizer):

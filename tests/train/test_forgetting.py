@@ -30,14 +30,13 @@ QUESTIONS = [
 ]
 
 
-def log_prob(model, tokenizer, prompt, text):
-    """By transformers: of `text` and the end of the text after `prompt`."""
-    record = {"prompt": prompt, "completion": text}
-    (example,), _ = data.encode([record], tokenizer, seq_len=512)
-    tokens, marked = np.asarray(example.tokens), np.asarray(example.trained)
-    logits = model(torch.tensor(tokens[None], dtype=torch.long)).logits[0].detach().double()
-    scores = torch.log_softmax(logits[:-1], dim=-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:]).long()]
-    return float(scores[torch.tensor(marked[1:].astype(bool))].sum())
+def log_probs(model, tokenizer, prompt, text, *, end=False):
+    """By transformers: of each token of `text` after `prompt`, and of the end of the text where asked for."""
+    before = tokenizer(prompt)["input_ids"]
+    tokens = tokenizer(prompt + text)["input_ids"] + [tokenizer.eos_token_id] * end
+    logits = model(torch.tensor([tokens])).logits[0].detach().double()
+    scores = torch.log_softmax(logits[:-1], dim=-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
+    return scores.numpy()[max(len(before), 1) - 1 :]
 
 
 def test_the_likeliest_choice_is_the_answer(loaded, model_folder):
@@ -45,10 +44,30 @@ def test_the_likeliest_choice_is_the_answer(loaded, model_folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     found = forgetting.answers(model, lora.strip(params), tokenizer, QUESTIONS, batch_size=4, seq_len=128)
     for right, one in zip(found, QUESTIONS, strict=True):
-        scores = [log_prob(theirs, tokenizer, f"Question: {one['question']}\nAnswer:", f" {c}") for c in one["choices"]]
+        question = f"Question: {one['question']}\nAnswer:"
+        scores = [log_probs(theirs, tokenizer, question, f" {choice}").sum() for choice in one["choices"]]
         assert right == (int(np.argmax(scores)) == one["answer"])
     flipped = [one | {"answer": (one["answer"] + 1) % len(one["choices"])} for one in QUESTIONS]
     assert not (found & forgetting.answers(model, lora.strip(params), tokenizer, flipped)).any()
+
+
+def test_the_end_of_a_text_counts_on_the_task_alone(loaded, model_folder):
+    model, params, tokenizer = loaded
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    records = [{"prompt": "1", "completion": " then 2"}, {"prompt": "", "completion": "a text"}]
+    sets = dict(task=records, general=records, questions=QUESTIONS)
+    found = {
+        change.measure: change for change in forgetting.compare(model, lora.strip(params), params, tokenizer, **sets)
+    }
+    [row] = forgetting.sweep(model, params, tokenizer, [0], **sets)
+    for measure, end in (("task loss", True), ("general loss", False)):
+        scores = [log_probs(theirs, tokenizer, *one.values(), end=end) for one in records]
+        expected = -np.concatenate(scores).mean()
+        assert found[measure].before == pytest.approx(expected, rel=1e-5)
+        assert row[measure] == pytest.approx(expected, rel=1e-5)
+    texts = [text for one in QUESTIONS for text in one["choices"]]
+    for example, text in zip(forgetting.encode_choices(tokenizer, QUESTIONS, seq_len=64), texts, strict=True):
+        assert tokenizer.decode(example.tokens[example.trained]) == f" {text}"
 
 
 def test_changes_come_with_an_interval_that_chance_explains(loaded):
@@ -58,7 +77,7 @@ def test_changes_come_with_an_interval_that_chance_explains(loaded):
     [same] = forgetting.compare(model, base, params, tokenizer, general=records)
     [task] = forgetting.compare_scores([{"hit": 0.0}, {"hit": 1.0}] * 8, [{"hit": 1.0}] * 16)
     assert (same.measure, task.measure) == ("general loss", "hit")
-    sums = [forgetting.record_sums(model, one, tokenizer, records) for one in (base, params)]
+    sums = [forgetting.record_sums(model, one, tokenizer, records, end=False) for one in (base, params)]
     for found, one in zip((same.before, same.after), sums, strict=True):
         assert found == pytest.approx(one.loss.sum() / one.tokens.sum())
     assert same.low < same.after - same.before < same.high
@@ -77,9 +96,9 @@ def test_what_does_not_fit_counts_for_neither_model_and_is_counted(loaded):
     np.testing.assert_allclose(more[1:5], fewer[1:5], rtol=1e-6)
     too_long = [{"question": "x" * 99, "choices": ["a", "b"], "answer": 1}]
     for questions in (too_long, [*QUESTIONS, *too_long]):
-        with pytest.raises(ValueError, match=rf"seq_len=64; .*\n  question {len(questions)}: 120 tokens with its"):
+        with pytest.raises(ValueError, match=rf"seq_len=64; .*\n  question {len(questions)}: 119 tokens with its"):
             forgetting.compare(model, {}, {}, tokenizer, task=records, questions=questions, seq_len=64)
-        with pytest.raises(ValueError, match=rf"question {len(questions)}: 120 tokens"):
+        with pytest.raises(ValueError, match=rf"question {len(questions)}: 119 tokens"):
             forgetting.answers(model, {}, tokenizer, questions, seq_len=64)
     assert (
         forgetting.sweep(

@@ -15,13 +15,13 @@ from jlora.hub.gguf import tokenizer_fields
 from jlora.hub.gguf_file import Progress, Tensor, write_file
 from jlora.hub.gguf_layout import Heads, layout_of
 from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
-from jlora.hub.gguf_tokenizer import tokenizer_metadata
+from jlora.hub.gguf_tokenizer import PHI3, named, strips_spaces, tokenizer_metadata
 from jlora.hub.source import locate
 from jlora.hub.tokenizer import load_tokenizer
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
-from jlora.types import Params
+from jlora.types import Params, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,11 +77,10 @@ def save_gguf(
         tensors[HEAD] = tensors[EMBEDDING]._replace(name=HEAD)
     metadata |= {
         "general.type": "model",
-        "general.name": Path(path).stem,
         "general.file_type": TYPES[dtype][1],
         "general.quantization_version": 2,
     }
-    metadata |= _tokenizer(tokenizer, model)
+    metadata |= _tokenizer(tokenizer, model, Path(path).stem)
     write_file(path, metadata, list(tensors.values()), progress)
 
 
@@ -177,15 +176,26 @@ def _heads(model: "Model") -> Heads:
     return Heads(model.config.num_attention_heads, model.config.num_key_value_heads)
 
 
-def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model") -> dict[str, Any]:
+def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model", name: str) -> dict[str, Any]:
+    """What the file says of the tokenizer, and the model's name, by which llama.cpp knows Phi-3's."""
     if tokenizer is None:
-        return {"tokenizer.ggml.model": "none"}
+        return {"general.name": name, "tokenizer.ggml.model": "none"}
     if isinstance(tokenizer, str | Path):
         source = locate(tokenizer)
         if source.suffix == ".gguf":
-            return {f"tokenizer.{name}": value for name, value in tokenizer_fields(source).items() if value != []}
+            fields = {f"tokenizer.{key}": value for key, value in tokenizer_fields(source).items() if value != []}
+            return {"general.name": named(name, strips=bool(re.search(PHI3, _name(source))))} | fields
         tokenizer = load_tokenizer(source)
-    return tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+    return {
+        "general.name": named(name, strips=strips_spaces(tokenizer)),
+        **tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids),
+    }
+
+
+def _name(path: Path) -> str:
+    """What a GGUF file says that its model is called."""
+    field = require("gguf", "gguf").GGUFReader(path).fields.get("general.name")
+    return field.contents() if field else ""
 
 
 # ---------------------------------------------------------------- adapters

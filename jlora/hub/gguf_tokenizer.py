@@ -1,6 +1,7 @@
 """What a GGUF file says of its tokenizer, from transformers': the same ids from llama.cpp's own implementation."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,41 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
         True,
     ): "tekken",
 }
+# What may be done to a text before it is split: what llama.cpp does too, and NFC, which it leaves out, for almost every
+# text is in that form.
+NORMALIZERS = ({"type": "NFC"},)
+PIECE_NORMALIZERS = (
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+)
+# A model whose name has this takes the spaces after its special tokens away in llama.cpp, but not after these.
+PHI3, UNSTRIPPED = r"(?i)(phi)-?(3)", frozenset(("<unk>", "<s>", "<|endoftext|>"))
+INSTEAD = "leave the tokenizer out, or take it over from a GGUF file of the base model"
+
+
+def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether special tokens take the spaces after them away, as Phi-3's do.
+
+    Raises:
+        ValueError: some do, but not those that llama.cpp would take for Phi-3's.
+    """
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    stripping = {name for name, token in added.items() if token.rstrip}
+    as_phi3 = stripping == set(added) - UNSTRIPPED and {"</s>", *UNSTRIPPED} <= set(tokenizer.get_vocab())
+    unknown = {name for name, token in added.items() if token.lstrip or token.single_word}
+    unknown |= set() if as_phi3 else stripping
+    if unknown:
+        raise ValueError(
+            f"llama.cpp does otherwise with what stands around these tokens: {', '.join(sorted(unknown))}; {INSTEAD}"
+        )
+    return bool(stripping)
+
+
+def named(name: str, *, strips: bool) -> str:
+    """The name, changed where llama.cpp would otherwise not treat spaces after special tokens as it should."""
+    if not strips:
+        return re.sub(PHI3, r"\1 \2", name)
+    return name if re.search(PHI3, name) else f"{name} phi-3"
 
 
 def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Sequence[int]) -> dict[str, Any]:
@@ -53,6 +89,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     pieces = parts["model"].get("byte_fallback", False)
     tokens, kinds = _tokens(parts, vocabulary, rows, pieces=pieces)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in _merges(parts)]
+    _check_normalizers(parts, PIECE_NORMALIZERS if pieces else NORMALIZERS)
     found: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": kinds}
     if pieces:  # as SentencePiece has them: the pair whose sum has the best score is joined first
         found |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": _scores(tokens, merges)}
@@ -111,16 +148,22 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
     return [step for item in part[inner] for step in _steps(item, inner)] if part["type"] == "Sequence" else [part]
 
 
+def _check_normalizers(parts: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> None:
+    unknown = [step for step in _steps(parts.get("normalizer"), "normalizers") if step not in known]
+    if unknown:
+        raise ValueError(
+            f"llama.cpp leaves out what this tokenizer does to a text first: {json.dumps(unknown)}; {INSTEAD}"
+        )
+
+
 def _split(parts: Mapping[str, Any]) -> str:
     """llama.cpp's name for how the text is split."""
     steps = _steps(parts.get("pre_tokenizer"), "pretokenizers")
     names = tuple(name for step in steps if (name := _step(step)))
     key = names, bool(parts["model"].get("ignore_merges", False))
     if key not in SPLITS or any(step.get("add_prefix_space") for step in steps):
-        raise ValueError(
-            f"llama.cpp has no known name for this tokenizer's splits: {json.dumps(parts.get('pre_tokenizer'))}; "
-            "leave the tokenizer out, or take it over from a GGUF file of the base model"
-        )
+        found = json.dumps(parts.get("pre_tokenizer"))
+        raise ValueError(f"llama.cpp has no known name for this tokenizer's splits: {found}; {INSTEAD}")
     return SPLITS[key]
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jlora import hub
-from jlora.hub.gguf_tokenizer import LLAMA3_SPLIT, tokenizer_metadata
+from jlora.hub.gguf_tokenizer import LLAMA3_SPLIT, named, strips_spaces, tokenizer_metadata
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 TEXTS = ["ab ab  ab", "a  12 b", "   7", "ba 345, ab"]
@@ -157,6 +157,7 @@ WRITTEN = {
     "llama 3": (lambda: split_by(LLAMA3_SPLIT, ignore_merges=True), "gpt2", "llama-bpe"),
     "qwen 2": (lambda: split_by(QWEN2), "gpt2", "qwen2"),
     "sentencepiece": (sentence_pieces, "llama", "default"),
+    "phi-3": (lambda: phi3_like().backend_tokenizer, "llama", "default"),
 }
 
 
@@ -166,7 +167,7 @@ def written(kind, folder):
 
     make, family, pre = WRITTEN[kind]
     original = PreTrainedTokenizerFast(tokenizer_object=make(), bos_token="<s>", eos_token="</s>")
-    original.add_tokens([AddedToken("<tool>", normalized=False)])
+    original.add_tokens([AddedToken("<tool>", normalized=False, rstrip=kind == "phi-3")])
     original.chat_template = TEMPLATE
     rows = len(original) + 3
     found = tokenizer_metadata(original, rows, (original.eos_token_id, 4))
@@ -175,6 +176,7 @@ def written(kind, folder):
     assert found["tokenizer.ggml.eot_token_id"] == 4
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_block_count(1)
+    writer.add_name(named("tiny", strips=strips_spaces(original)))
     for key, value in found.items():
         kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(key, value, kind)
@@ -218,11 +220,75 @@ def test_to_gguf_only_what_llama_cpp_splits_alike():
         tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), 9, ())
 
 
+ADDED = {"</s>": True, "<unk>": False, "<s>": False, "<|endoftext|>": False, "<|user|>": True, "<|end|>": True}
+
+
+def phi3_like(added=ADDED, **settings):
+    """SentencePiece's kind, with tokens that take the spaces after them or not."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = sentence_pieces()
+    backend.add_tokens(
+        [AddedToken(token, rstrip=rstrip, normalized=False, **settings) for token, rstrip in added.items()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize(("tokens", "strips"), [(ADDED, True), (dict.fromkeys(ADDED, False), False)])
+@pytest.mark.parametrize("name", ["Phi-3 mine", "my_phi3", "mine"])
+def test_llama_cpp_strips_by_the_name(name, tokens, strips):
+    """It takes the spaces after special tokens away where general.name has one of these words, and nowhere else."""
+    called = named(name, strips=strips_spaces(phi3_like(tokens)))
+    assert ("phi3" in called.lower() or "phi-3" in called.lower()) == strips
+    assert (called == name) == (strips == ("phi" in name.lower()))
+
+
+def test_a_file_has_a_name_by_which_its_tokenizer_strips(llama_folder, tmp_path):
+    model, params = hub.load(llama_folder(vocab_size=300)[0])
+    called = []
+    for name, tokenizer in (
+        ("mine", phi3_like()),
+        ("taken", tmp_path / "mine.gguf"),
+        ("phi3", phi3_like(dict.fromkeys(ADDED, False))),
+        ("phi3-ids", None),
+    ):
+        hub.save_gguf(tmp_path / f"{name}.gguf", model, params, tokenizer)
+        called.append(gguf.GGUFReader(tmp_path / f"{name}.gguf").fields["general.name"].contents())
+    assert called == ["mine phi-3", "taken phi-3", "phi 3", "phi3-ids"]
+
+
+def test_to_gguf_only_what_llama_cpp_strips_alike():
+    with pytest.raises(ValueError, match=r"around these tokens: </s>, <\|end\|>, <\|user\|>;"):
+        strips_spaces(phi3_like(ADDED | {"<|tool|>": False}))
+    for settings in (dict(lstrip=True), dict(single_word=True)):
+        with pytest.raises(ValueError, match=r"around these tokens: .*<tool>"):
+            strips_spaces(phi3_like({"<tool>": False}, **settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "normalizer"),
+    [
+        (lambda: byte_level(digits=True), normalizers.Lowercase()),
+        (lambda: byte_level(digits=True), normalizers.Replace("a", "b")),
+        (sentence_pieces, normalizers.NFKC()),
+        (sentence_pieces, normalizers.Replace("a", "b")),
+    ],
+)
+def test_to_gguf_only_what_llama_cpp_normalizes_alike(make, normalizer):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = make()
+    steps = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*steps, normalizer])
+    with pytest.raises(ValueError, match=f"llama.cpp leaves out .*{type(normalizer).__name__}"):
+        tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), 300, ())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_llama_cpp_gives_the_same_ids(kind, tmp_path, llama_cpp):
     original = written(kind, tmp_path)
     opened = llama_cpp(tmp_path / "tiny.gguf", vocab_only=True)
-    for text in (*TEXTS, "ab<tool>ab</s>", "12345 ab's", "\n\n a"):
+    for text in (*TEXTS, "ab<tool>ab</s>", "ab<tool> \n ab</s> <s>  a", "12345 ab's", "\n\n a"):
         found = opened.tokenize(text.encode(), add_bos=False, special=True)
         assert found == original(text, add_special_tokens=False).input_ids, text

@@ -48,7 +48,8 @@ def save_gguf(
     """Write the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
 
     Sums are formed in float32 and rounded once. Vectors, routers and learned positions stay in float32; rows that
-    Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does.
+    Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window (Mistral's, Phi-3's)
+    that llama.cpp leaves out, with other results for longer texts.
 
     Args:
         tokenizer: one of transformers', or where a model has it (a folder, a Hub id, or a GGUF file, whose tokenizer
@@ -105,9 +106,10 @@ def save_gguf_adapter(
     factors = _factors(model, params)
     ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
     scales = {name: scale for name, (_, _, scale) in factors.items()}
-    # llama.cpp multiplies by alpha / rank, and has one alpha: where it does not fit all, B takes the scale.
+    # llama.cpp multiplies by alpha / rank, and has one alpha, of which 0 means none: where it does not fit all, B takes
+    # the scale.
     alphas = {scales[name] * ranks[name] for name in factors}
-    alpha = alphas.pop() if len(alphas) == 1 else float(max(ranks.values()))
+    alpha = (alphas.pop() if len(alphas) == 1 else 0) or max(ranks.values())
     tensors = []
     for name, (a, b, scale) in factors.items():
         b = b * (scale * ranks[name] / alpha)

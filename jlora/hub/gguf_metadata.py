@@ -5,6 +5,7 @@ Whatever is written is read again and compared, so a model that the format canno
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ HEAD = "output.weight"
 OWN_HEAD, TIED_HEAD = ("gptneox", "olmo2"), ("gemma", "gemma2")
 # Those whose attention's output and MLP may have biases in llama.cpp.
 BIASED = ("llama", "granite", "gpt2", "gptneox")
-# One layer in so many sees everything, where the file does not say which.
+# One layer in so many sees everything, where the file does not say which; of others llama.cpp reads no window.
 PERIODS = {"gemma2": 2, "gemma3": 6}
 # Fields of a model's config that are not about what it computes.
 APART = ("model_type", "source", "eos_token_ids", "tie_word_embeddings")
@@ -104,6 +105,8 @@ def check(
 ) -> None:
     """Nothing, if a file with this metadata and these tensors is read as the same model.
 
+    Warns where llama.cpp computes the same up to the length of a window only.
+
     Raises:
         ValueError: what would come back otherwise, all of it.
     """
@@ -118,8 +121,16 @@ def check(
         problems.append(f"llama.cpp's {architecture} has biases of queries, keys and values only")
     if HEAD in shapes and architecture in TIED_HEAD:
         problems.append(f"this model has a head of its own, and llama.cpp's {architecture} only the embedding's")
+    if config.attention_softcap and architecture == "gemma3":
+        problems.append("llama.cpp's gemma3 does not cap attention's scores")
     if problems:
         raise ValueError(f"GGUF cannot hold this {config.model_type} model:\n  " + "\n  ".join(problems))
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    if windows and architecture not in PERIODS and min(windows) < config.max_position_embeddings:
+        warnings.warn(
+            f"llama.cpp computes no window for this model: texts of more than {min(windows)} tokens come out otherwise",
+            stacklevel=3,
+        )
 
 
 def _windows(config: ModelConfig, architecture: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Names come from the gguf package; where transformers reads the architecture from
 
 import functools
 import math
+import warnings
 
 import gguf
 import jax
@@ -591,6 +592,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:llama.cpp computes no window")  # phi3's
 @pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
 def test_written_as_llama_cpp_lays_it_out(case, files, tmp_path):
     """What jlora writes of transformers' folder has the same tensors, and comes back as the same model."""
@@ -618,6 +620,9 @@ def test_what_llama_cpp_does_not_compute_is_not_written(case, files, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+GEMMA = dict(head_dim=4, query_pre_attn_scalar=4)
+
+
 def built(**changes):
     """(a tiny Llama, its random params)."""
     sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
@@ -638,6 +643,10 @@ def built(**changes):
             dict(model_type="smollm3", num_key_value_heads=2, no_rope_layers=[1, 0, 1]),
             r"layers\[1\]\[rope\] None would come back as 0",
         ),
+        # llama.cpp's defaults are jlora's, and it has no way to cap nothing in Gemma 2 and scores in Gemma 3.
+        (GEMMA | dict(model_type="gemma2", attn_logit_softcapping=None), "attention_softcap None would come .* 50.0"),
+        (GEMMA | dict(model_type="gemma2", final_logit_softcapping=None), "final_softcap None would come .* 30.0"),
+        (GEMMA | dict(model_type="gemma3_text", attn_logit_softcapping=9.0), "gemma3 does not cap attention's scores"),
     ],
 )
 def test_what_the_format_cannot_say_is_not_written(changes, said, tmp_path):
@@ -664,6 +673,21 @@ def test_a_tied_head_that_the_adapter_changes_alone_is_one_of_its_own(settings, 
     expected = model(params, ids)
     assert difference(again(read, ids), expected) < 1e-5
     assert difference(model(base, ids), expected) > 1e-2
+
+
+WINDOWED = {"mistral": {}, "mixtral": dict(num_local_experts=2, num_experts_per_tok=1), "phi3": {}}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_window_that_llama_cpp_does_not_compute_is_said(kind, tmp_path):
+    fields = dict(model_type=kind, num_key_value_heads=2, max_position_embeddings=64) | WINDOWED[kind]
+    model, params = built(**fields, sliding_window=7)
+    with pytest.warns(UserWarning, match="llama.cpp computes no window for this model: texts of more than 7 tokens"):
+        hub.save_gguf(tmp_path / "model.gguf", model, params)
+    assert jlora.load(tmp_path / "model.gguf")[0].config.layers[0].window == 7
+    for window in (64, None):  # which no text of the model's is longer than
+        with warnings.catch_warnings(action="error"):
+            hub.save_gguf(tmp_path / "model.gguf", *built(**fields, sliding_window=window))
 
 
 def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
@@ -767,6 +791,20 @@ def test_an_adapter_is_what_it_adds_to_the_base(case, tmp_path):
         np.testing.assert_allclose(read["merged"][name], expected, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
+def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path):
+    """llama.cpp takes an alpha of 0 for none, and would add B @ A as it is."""
+    model, base = built()
+    config = jlora.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    params = lora.scaled(lora.init(base, config, jax.random.key(0)), 0)
+    hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, params)
+    file = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert file.fields["adapter.lora.alpha"].contents() > 0
+    assert {tensor.name.rpartition(".")[2]: np.any(tensor.data) for tensor in file.tensors} == {
+        "lora_a": True,
+        "lora_b": False,
+    }
+
+
 # Cases that llama.cpp computes otherwise than transformers, with the reason.
 ELSEWISE = {
     "phi3": "it has switched Phi-3's window off",
@@ -793,6 +831,45 @@ def test_llama_cpp_gives_the_same_logits(case, tmp_path, llama_cpp, parity):
     found = difference(model(params, jnp.asarray(ids)), logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids))
     parity("format", f"GGUF, {case.partition('-')[0]}", "out", found)
     assert found < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("sliding", [(0, 0, 1, 0), (1, 0, 1, 1)])
+def test_llama_cpp_gives_the_layers_their_windows(kind, sliding, tmp_path, llama_cpp):
+    layer_types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    fields = SIZES | dict(model_type=kind, head_dim=20, query_pre_attn_scalar=20, sliding_window=6)
+    model = models.build(fields | dict(layer_types=layer_types))
+    params = model.random_params(jax.random.key(0))
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
+    ids = tokens()
+    found = logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids)
+    assert difference(model(params, jnp.asarray(ids)), found) < 1e-3
+    usual = models.build(fields)
+    assert difference(usual(params, jnp.asarray(ids)), found) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_llama_cpp_computes_no_window_beyond_its_length(kind, tmp_path, llama_cpp):
+    model = models.build(SIZES | dict(model_type=kind, sliding_window=9) | WINDOWED[kind])
+    params = model.random_params(jax.random.key(0))
+    with pytest.warns(UserWarning, match="computes no window"):
+        hub.save_gguf(tmp_path / "model.gguf", model, params, dtype="f32")
+    ids = tokens()
+    expected = np.asarray(model(params, jnp.asarray(ids)))
+    found = logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids)
+    assert difference(expected[:, :9], found[:, :9]) < 1e-3
+    assert difference(expected[:, 10:], found[:, 10:]) > 1e-2
+
+
+@pytest.mark.slow
+def test_llama_cpp_adds_nothing_of_an_adapter_that_is_switched_off(tmp_path, llama_cpp):
+    model, params = with_adapter("llama-wide-heads", tmp_path)
+    hub.save_gguf_adapter(tmp_path / "off.gguf", model, lora.scaled(params, 0))
+    ids = tokens()
+    found = logits_of_llama_cpp(llama_cpp(tmp_path / "base.gguf", tmp_path / "off.gguf"), ids)
+    assert difference(model(lora.strip(params), jnp.asarray(ids)), found) < 1e-3
 
 
 @pytest.mark.slow

@@ -21,7 +21,10 @@ from jlora.types import Params
 
 Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 
-RESERVED = ("loss", "perplexity", "token_accuracy", "exact_match", "n", "tokens", "dropped")
+# The numbers of a set of records, what an answer holds beside its scores, and what no metric may call its own.
+NUMBERS = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
+ANSWER = ("id", "prompt", "target", "text")
+RESERVED = (*NUMBERS, *ANSWER, "exact_match", "scale")
 
 
 def evaluate(
@@ -98,7 +101,7 @@ def completion_loss(
 def _means(sums: "RecordSums") -> dict[str, float]:
     loss, correct, tokens = (math.fsum(map(float, values)) for values in sums)
     mean = loss / tokens
-    perplexity = math.exp(mean) if mean < 700 else math.inf
+    perplexity = math.inf if mean >= 700 else math.exp(mean)
     return {"loss": mean, "perplexity": perplexity, "token_accuracy": correct / tokens, "tokens": tokens}
 
 

@@ -55,6 +55,9 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(model, params, tokenize
     np.testing.assert_allclose(numbers["loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(numbers["perplexity"], np.exp(np.mean(losses)), rtol=1e-4)
     assert numbers["n"] == 3
+    lost = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    numbers, _ = evaluate(model, lost, tokenizer, RECORDS, batch_size=2, seq_len=32, generate_texts=False)
+    assert np.isnan([numbers["loss"], numbers["perplexity"]]).all()
 
 
 def test_records_keep_their_places_where_nothing_of_one_is_left(model, params, tokenizer):
@@ -105,6 +108,10 @@ def test_answers_are_scored_one_by_one_and_averaged(model, params, tokenizer):
         (0.5, "found 0.5, expected a dict of numbers"),
         ({"a": "b"}, "expected a dict"),
         ({"loss": 1.0}, r"names \['loss'\]"),
+        (
+            {"id": 1.0, "prompt": 1, "target": 1, "text": 1, "scale": 1},
+            r"\['id', 'prompt', 'scale', 'target', 'text'\]",
+        ),
     ],
 )
 def test_what_a_metric_may_not_return(model, params, tokenizer, found, words):

@@ -15,8 +15,8 @@ from jlora import data, hub, lora
 from jlora.cli.model import add_model_options, load_model, positive
 from jlora.models import Model
 from jlora.train import forgetting, reward_model
-from jlora.train.evaluate import evaluate, load_metric
-from jlora.types import Params
+from jlora.train.evaluate import ANSWER, NUMBERS, evaluate, load_metric
+from jlora.types import Params, require
 
 
 def run(arguments: list[str]) -> int:
@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> int:
     # What can be wrong without the model is found before the model is loaded.
     metric = load_metric(options.metric) if options.metric else None
     records = _read(options)
+    sets = _sets(options) if options.against or options.scales else {}
     model, params, tokenizer = load_model(options)
     if ("score" in params) != options.pairs:
         found = "a reward model" if "score" in params else "no reward model: it has no score head"
@@ -32,7 +33,7 @@ def run(arguments: list[str]) -> int:
             f"{options.adapter or options.model} is {found}; --pairs is for reward models, and only for them"
         )
     if options.pairs:
-        _show(options, _compare(options, model, params, tokenizer, records))
+        _compare(options, model, params, tokenizer, records)
         return 0
 
     def measure(model: Model, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -49,15 +50,15 @@ def run(arguments: list[str]) -> int:
         )
 
     if options.against:
-        _show_changes(options, _changes(options, model, params, tokenizer, records, measure))
+        _show_changes(options, _changes(options, model, params, tokenizer, records, sets, measure))
         return 0
     if options.scales:
-        _sweep(options, model, params, tokenizer, records, measure)
+        _sweep(options, model, params, tokenizer, records, sets, measure)
         return 0
     numbers, answers = measure(model, params)
+    _show(options, numbers)
     if options.answers:
         _write_answers(pathlib.Path(options.answers), answers)
-    _show(options, numbers)
     return 0
 
 
@@ -67,9 +68,10 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
         "--answers": options.answers,
         "--loss_only": options.loss_only,
     }
-    idle = [name for name, value in given.items() if value] if options.pairs else []
-    if idle:
-        raise ValueError(f"{', '.join(idle)} has no effect with --pairs")
+    for mode, texts in (("--pairs", given), ("--loss_only", ("--metric", "--answers"))):
+        idle = [name for name in texts if given[name]] if getattr(options, mode[2:]) else []
+        if idle:
+            raise ValueError(f"{', '.join(idle)} has no effect with {mode}")
     if options.plot and not (options.pairs or options.scales):
         raise ValueError("--plot has no effect without --pairs or --scales")
     if sum(map(bool, (options.pairs, options.against, options.scales))) > 1:
@@ -82,18 +84,25 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError("--general and --questions have no effect without --against or --scales")
     if options.answers and (options.against or options.scales):
         raise ValueError("--answers has no effect with --against or --scales")
+    for name, path in (("--plot", options.plot), ("--answers", options.answers)):
+        if path and not pathlib.Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{name}={path}: found no folder {pathlib.Path(path).parent}")
+        if path and pathlib.Path(path).is_dir():
+            raise IsADirectoryError(f"{name}={path}: found a folder, expected a file")
+    if options.plot:
+        require("matplotlib.figure", "plots")
     return data.read_preferences(options.data, "pairs") if options.pairs else data.read_records(options.data)
 
 
 def _compare(
     options: argparse.Namespace, model: Model, params: Params, tokenizer: Any, records: list[dict[str, Any]]
-) -> dict[str, float]:
-    """What a reward model makes of pairs; the plot where one is asked for."""
+) -> None:
+    """Shows what a reward model makes of pairs, and draws it where a plot is asked for."""
     items, report = data.encode_pairs(records, tokenizer, seq_len=options.seq_len)
     metrics = reward_model.compare(model, params, items, batch_size=options.batch_size, seq_len=options.seq_len)
+    _show(options, reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)})
     if options.plot:
         reward_model.draw_calibration(pathlib.Path(options.plot), metrics)
-    return reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)}
 
 
 Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]]]
@@ -115,10 +124,10 @@ def _changes(
     params: Params,
     tokenizer: Any,
     records: list[dict[str, Any]],
+    sets: dict[str, Any],
     measure: Measure,
 ) -> list[forgetting.Change]:
     """The model against its base, or against another."""
-    sets = _sets(options)
     other, before = model, lora.strip(params)
     if options.against != "base":
         other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant)
@@ -128,24 +137,29 @@ def _changes(
         return changes
     # Each model's texts stop at its own ends.
     found = [measure(*one)[1] for one in ((other, before), (model, params))]
-    apart = ("id", "prompt", "target", "text")
-    scores = ([{k: v for k, v in answer.items() if k not in apart} for answer in answers] for answers in found)
+    scores = ([{k: v for k, v in answer.items() if k not in ANSWER} for answer in answers] for answers in found)
     return changes + forgetting.compare_scores(*scores)
 
 
 def _show_changes(options: argparse.Namespace, changes: Sequence[forgetting.Change]) -> None:
     if options.json:
-        print(json.dumps({change.measure: change._asdict() for change in changes}))
+        print(json.dumps(_finite({change.measure: change._asdict() for change in changes})))
         return
     table = Table("measure", "before", "after", "change", "95 % interval", "", "n")
     for change in changes:
-        interval = f"{change.low:+.4f} to {change.high:+.4f}"
-        difference = f"{change.after - change.before:+.4f}"
-        clear = "" if change.is_clear else "within chance"
+        interval = f"{change.low:+.4f} to {change.high:+.4f}" if math.isfinite(change.low) else ""
+        values = (f"{change.before:.4f}", f"{change.after:.4f}", f"{change.after - change.before:+.4f}")
         count = f"{change.n} of {change.n + change.dropped}" if change.dropped else f"{change.n}"
-        table.add_row(change.measure, f"{change.before:.4f}", f"{change.after:.4f}", difference, interval, clear, count)
+        table.add_row(change.measure, *values, interval, _doubt(change), count)
     table.title = f"{options.model} + {options.adapter or 'nothing'} against {options.against}"
     Console().print(table)
+
+
+def _doubt(change: forgetting.Change) -> str:
+    """Why a change may be none; nothing of one that is clear."""
+    if not math.isfinite(change.after - change.before):
+        return "not finite"
+    return "" if change.is_clear else "one record" if change.n == 1 else "within chance"
 
 
 def _sweep(
@@ -154,32 +168,42 @@ def _sweep(
     params: Params,
     tokenizer: Any,
     records: list[dict[str, Any]],
+    sets: dict[str, Any],
     measure: Measure,
 ) -> None:
-    """The table of a sweep, and its plot where one is asked for."""
+    """Shows the table of a sweep, and draws it where a plot is asked for."""
 
     def scores(params: Params) -> dict[str, float]:
         numbers = {} if options.loss_only else measure(model, params)[0]
-        known = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
-        return {name: value for name, value in numbers.items() if name not in known}
+        return {name: value for name, value in numbers.items() if name not in NUMBERS}
 
-    rows = forgetting.sweep(model, params, tokenizer, options.scales, task=records, measure=scores, **_sets(options))
+    rows = forgetting.sweep(model, params, tokenizer, options.scales, task=records, measure=scores, **sets)
+    if options.json:
+        print(json.dumps(_finite(rows)))
+    else:
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = Table(*names)
+        for row in rows:
+            table.add_row(*(f"{row[name]:.4g}" if name in row else "" for name in names))
+        Console().print(table)
     if options.plot:
         forgetting.draw_sweep(pathlib.Path(options.plot), rows)
-    if options.json:
-        print(json.dumps(rows))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" for value in row.values()))
-    Console().print(table)
 
 
 def _show(options: argparse.Namespace, numbers: Mapping[str, float]) -> None:
     if options.json:
-        print(json.dumps({name: value if math.isfinite(value) else None for name, value in numbers.items()}))
+        print(json.dumps(_finite(numbers)))
     else:
         _print_table(numbers, title=options.model + (f" + {options.adapter}" if options.adapter else ""))
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: what is not a finite number is null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(numbers: Mapping[str, float], title: str) -> None:
@@ -193,7 +217,8 @@ def _print_table(numbers: Mapping[str, float], title: str) -> None:
 
 def _write_answers(path: pathlib.Path, answers: Sequence[Mapping[str, Any]]) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    lines = (json.dumps(_finite(answer), ensure_ascii=False) + "\n" for answer in answers)
+    part.write_text("".join(lines), encoding="utf-8")
     os.replace(part, path)
 
 

@@ -1,6 +1,7 @@
 """What fine-tuning cost: a tuned model against the one before it, on the task, on general text and on questions."""
 
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,8 @@ UNCUT = sys.maxsize
 
 
 class Change(NamedTuple):
-    """A measure of both models, and the 95 % interval of its change (over which records there are).
+    """A measure of both models, and the 95 % interval of its change (over which records there are): NaN to NaN where
+    none is known, of a single record or of values that are not finite.
 
     Attributes:
         n: records that it is over.
@@ -40,7 +42,7 @@ class Change(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether there is an interval, and it leaves 0 out."""
         return self.low > 0 or self.high < 0
 
 
@@ -65,7 +67,7 @@ def compare(
     Args:
         task, general: records as for training; those whose completion lies behind `seq_len` count in neither model.
         questions: objects with question, choices and answer (the right one's number); the choice whose text is
-            likeliest counts as the answer.
+            likeliest counts as the answer, and none where that is not a number.
 
     Raises:
         ValueError: questions that are longer than `seq_len` (all are listed), or no completion has a token within it.
@@ -160,7 +162,12 @@ def _right(
     likely = -example_sums(model, params, choices, **settings).loss
     ends = np.cumsum([len(one["choices"]) for one in questions])
     parts = np.split(likely, ends[:-1])
-    return np.array([int(np.argmax(part)) == one["answer"] for part, one in zip(parts, questions, strict=True)])
+    return np.array(
+        [
+            bool(np.isfinite(part.max()) and np.argmax(part) == one["answer"])
+            for part, one in zip(parts, questions, strict=True)
+        ]
+    )
 
 
 def read_questions(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -226,12 +233,13 @@ def sweep(
 
 
 def draw_sweep(path: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Writes the plot of a sweep as a PNG: the task beside what the scale costs elsewhere."""
-    names = [name for name in rows[0] if name not in ("scale", "dropped")]
+    """Writes the plot of a sweep as a PNG: the task beside what the scale costs elsewhere; what a row lacks, a gap."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("scale", "dropped")]
     figure, axes = new_figure(1, len(names), (3.6 * len(names), 3.4))
     for axis, name, color in zip(axes, names, (BLUE, ORANGE, GREEN) * len(names), strict=False):
         style(axis, name)
-        axis.plot([row["scale"] for row in rows], [row[name] for row in rows], "o-", color=color, linewidth=1.6)
+        values = [row.get(name, math.nan) for row in rows]
+        axis.plot([row["scale"] for row in rows], values, "o-", color=color, linewidth=1.6)
         axis.axvline(1, color="#999999", linewidth=0.9, linestyle="--")
         axis.set_xlabel("scale of the adapter", color=INK)
     save_figure(figure, path)
@@ -249,9 +257,12 @@ def _change(
     Args:
         kept: the places of the records that count, among `count`.
     """
-    draws = np.random.Generator(np.random.PCG64(0)).integers(0, len(kept), (RESAMPLES, len(kept)))
-    low, high = np.percentile([after(kept[chosen]) - before(kept[chosen]) for chosen in draws], [2.5, 97.5])
-    return Change(measure, before(kept), after(kept), float(low), float(high), len(kept), count - len(kept))
+    values = before(kept), after(kept)
+    low = high = math.nan
+    if len(kept) > 1 and all(map(math.isfinite, values)):
+        draws = np.random.Generator(np.random.PCG64(0)).integers(0, len(kept), (RESAMPLES, len(kept)))
+        low, high = np.percentile([after(kept[chosen]) - before(kept[chosen]) for chosen in draws], [2.5, 97.5])
+    return Change(measure, *values, float(low), float(high), len(kept), count - len(kept))
 
 
 def _ratio(sums: RecordSums) -> Callable[[np.ndarray], float]:

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import pytest
 
@@ -34,6 +35,39 @@ def test_answers_are_written_one_a_record(model_folder, data_file, tmp_path, cap
     numbers(capsys, f"--model={model_folder}", f"--data={data_file}", f"--answers={path}")
     answers = [json.loads(line) for line in path.read_text().splitlines()]
     assert [answer["target"] for answer in answers] == [str(2 * i) for i in range(12)]
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(data_file, tmp_path, capsys, monkeypatch):
+    bad, kept = tmp_path / "bad.jsonl", tmp_path / "kept.jsonl"
+    bad.write_text("no\n")
+    kept.write_text("kept")
+    (tmp_path / "metric.py").write_text(METRIC)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    pairs = [f"--data={tmp_path / 'pairs.jsonl'}", "--pairs"]
+    sweep, against = ["--adapter=gone", "--scales", "1"], ["--adapter=gone", "--against=base"]
+    gone = tmp_path / "gone" / "file"
+
+    def check(arguments, words):
+        capsys.readouterr()
+        assert main(["eval", f"--model={tmp_path / 'none'}", f"--data={data_file}", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+    check(["--loss_only", f"--answers={kept}"], "--answers has no effect with --loss_only")
+    check(["--loss_only", f"--metric={tmp_path / 'metric.py'}"], "--metric has no effect with --loss_only")
+    check([*pairs, "--loss_only"], "--loss_only has no effect with --pairs")
+    check([f"--answers={gone}"], f"--answers={gone}: found no folder {gone.parent}")
+    for mode in (pairs, sweep):
+        check([*mode, f"--plot={gone}"], f"--plot={gone}: found no folder {gone.parent}")
+        check([*mode, f"--plot={tmp_path}"], f"--plot={tmp_path}: found a folder, expected a file")
+    for mode in (against, sweep):
+        check([*mode, f"--general={bad}"], f"{bad}")
+        check([*mode, f"--questions={bad}"], f"{bad}:1: expected question, choices")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        patch.setitem(sys.modules, "matplotlib", None)
+        for mode in (pairs, sweep):
+            check([*mode, f"--plot={tmp_path / 'plot.png'}"], "pip install 'jlora[plots]'")
+    assert kept.read_text() == "kept"
 
 
 def test_without_json_it_is_a_table(model_folder, data_file, capsys):

@@ -117,6 +117,33 @@ def test_scores_are_compared_over_the_records_that_have_them():
     assert (found["b"].before, found["b"].after, found["b"].n, found["b"].dropped) == (4, 6, 1, 2)
 
 
+def test_one_record_and_what_is_no_number_have_no_interval_and_are_never_clear():
+    [one] = forgetting.compare_scores([{"a": 0.0}], [{"a": 1.0}])
+    two, *_ = forgetting.compare_scores([{"a": 0.0}] * 2, [{"a": 1.0}] * 2)
+    assert (one.before, one.after, one.n) == (0, 1, 1) and not one.is_clear and two.is_clear
+    for bad in (math.nan, math.inf):
+        [lost] = forgetting.compare_scores([{"a": 0.0}] * 3, [{"a": 1.0}, {"a": bad}, {"a": 1.0}])
+        assert not math.isfinite(lost.after) and not lost.is_clear
+        assert math.isnan(lost.low) and math.isnan(lost.high)
+
+
+def test_a_question_without_a_likeliest_choice_is_not_answered(loaded):
+    model, params, tokenizer = loaded
+    broken = tree.map_with_path(lambda path, leaf: leaf * math.nan if path.endswith("embedding") else leaf, params)
+    first = [one | {"answer": 0} for one in QUESTIONS]
+    assert not forgetting.answers(model, broken, tokenizer, first).any()
+
+
+def test_a_number_that_some_scales_lack_leaves_a_gap(tmp_path, monkeypatch):
+    rows = [{"scale": 0.0, "dropped": 0.0, "a": 1.0}, {"scale": 0.5, "b": 2.0, "a": 3.0}, {"scale": 1.0, "b": 4.0}]
+    drawn = []
+    monkeypatch.setattr(forgetting, "save_figure", lambda figure, path: drawn.extend(figure.axes))
+    forgetting.draw_sweep(tmp_path / "sweep.png", rows)
+    assert [axis.get_title(loc="left") for axis in drawn] == ["a", "b"]
+    curves = [axis.lines[0].get_ydata() for axis in drawn]
+    np.testing.assert_array_equal(curves, [[1, 3, math.nan], [math.nan, 2, 4]])
+
+
 def test_a_scale_of_0_is_the_base_and_1_the_adapter(loaded):
     model, params, tokenizer = loaded
     records = [{"prompt": f"{i}", "completion": f" then {i + 1}"} for i in range(5)]
@@ -167,10 +194,11 @@ def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys)
     (tmp_path / "same" / "config.json").write_text(json.dumps(config | {"eos_token_id": 3, "use_cache": False}))
     assert main([*common, f"--against={tmp_path / 'same'}", *sets, "--loss_only"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["task loss"]["low"] == found["task loss"]["high"] == 0
+    assert found["general loss"]["before"] == found["general loss"]["after"]
+    assert found["task loss"]["low"] is found["task loss"]["high"] is None  # one record within seq_len
     plot = tmp_path / "sweep.png"
     assert main([*common, adapter, "--scales", "0", "1", f"--plot={plot}", *sets, "--loss_only"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = strict_json(capsys.readouterr().out)
     assert [row["scale"] for row in rows] == [0, 1] and plot.read_bytes().startswith(b"\x89PNG")
     assert math.isfinite(rows[1]["task loss"])
     for arguments, words in (
@@ -180,3 +208,63 @@ def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys)
     ):
         assert main([*common, *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def strict_json(text):
+    """Values as every reader of JSON reads them: NaN is none."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_tables_leave_out_what_is_lacking_and_mark_what_is_no_number(
+    loaded, model_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, params, _ = loaded
+    hub.save_adapter(tmp_path / "adapter", params, base=str(model_folder))
+    records = [{"prompt": f"{i}", "completion": f" {i}"} for i in range(3)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    (tmp_path / "metric.py").write_text(
+        "calls = []\n\n\n"
+        "def metric(record, text):\n"
+        "    calls.append(text)\n"
+        "    rare = {'rare': 0.25} if len(calls) in (4, 5) else {}\n"
+        "    return {**rare, 'lost': float('nan'), 'kept': 0.75}\n"
+    )
+    common = ["eval", f"--model={model_folder}", f"--data={tmp_path / 'task.jsonl'}", "--max_new_tokens=2"]
+    common += [f"--adapter={tmp_path / 'adapter'}", f"--metric={tmp_path / 'metric.py'}"]
+    sets = [f"--general={tmp_path / 'task.jsonl'}", f"--questions={tmp_path / 'q.jsonl'}"]
+
+    def table(*arguments):
+        assert main([*common, *sets, *arguments]) == 0
+        lines = [
+            [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
+            for line in capsys.readouterr().out.splitlines()
+            if line[0] in "│┃"
+        ]
+        return {line[0]: line[1:] for line in lines}
+
+    def broken(*arguments):
+        raise OSError("no room")
+
+    # Records 1 to 3 are answered with the scale 0, which has no rare number then.
+    found = table("--scales", "0", "1")
+    assert found["scale"][-4:] == ["exact_match", "lost", "kept", "rare"]
+    assert (found["0"][-3:], found["1"][-3:]) == (["nan", "0.75", ""], ["nan", "0.75", "0.25"])
+    found = table("--against=base")
+    assert found["lost"][:3] == ["nan", "nan", "+nan"] and found["lost"][4] == "not finite"
+    assert "rare" not in found and found["kept"][4] == "within chance"
+    for arguments in (
+        ["--against=base", *sets],
+        ["--scales", "0", "1", *sets],
+        [f"--answers={tmp_path / 'out.jsonl'}"],
+    ):
+        assert main([*common, *arguments, "--json"]) == 0
+        strict_json(capsys.readouterr().out)
+    answers = [strict_json(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["lost"] for answer in answers] == [None] * 3
+    # The numbers are shown before they are drawn.
+    monkeypatch.setattr(forgetting, "draw_sweep", broken)
+    with pytest.raises(OSError, match="no room"):
+        main([*common, "--scales", "0", *sets, f"--plot={tmp_path / 'plot.png'}", "--json"])
+    assert strict_json(capsys.readouterr().out)[0]["kept"] == 0.75

@@ -3,6 +3,7 @@
 import argparse
 
 from jlora import hub, lora
+from jlora.cli.kept import print_kept
 from jlora.cli.model import add_gguf_option, tensor_bar
 from jlora.train.restore import load_run, read_config
 
@@ -25,6 +26,9 @@ def run(arguments: list[str]) -> int:
         hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
     else:
         hub.save_adapter(options.out, params, base=config.model.path)
+    if options.merged and not options.unmeasured:
+        _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))
+        print_kept(model, params, written, hub.load_tokenizer(config.model.path))
     kind = "GGUF" if options.gguf else "PEFT"
     print(f"{'merged model' if options.merged else f'adapter ({kind})'}: {options.out}")
     return 0
@@ -41,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")
     parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")
     parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
+    parser.add_argument(
+        "--unmeasured",
+        action="store_true",
+        help="do not load what --merged wrote to say what it kept of the update (saves the memory of a second model)",
+    )
     add_gguf_option(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

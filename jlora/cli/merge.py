@@ -6,22 +6,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import data, hub, lora, quant, tree
+from jlora.cli.kept import print_kept
 from jlora.cli.model import add_gguf_option, rank, tensor_bar
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
 from jlora.models import Model
-from jlora.train.sensitivity import divergence
 from jlora.types import Params
-
-# What merged and unmerged model are compared on where no records are given.
-PROBES = (
-    "The capital of France is Paris, and the capital of Italy is Rome.",
-    "def add(a, b):\n    return a + b\n",
-    "Water boils at a hundred degrees and freezes at zero.",
-    "Dear Ms Green, thank you for your letter of the third of May.",
-    '{"name": "search", "arguments": {"query": "weather in Oslo", "limit": 3}}',
-    "Question: What is seven times eight? Answer: fifty-six.",
-)
 
 
 def run(arguments: list[str]) -> int:
@@ -37,7 +27,7 @@ def run(arguments: list[str]) -> int:
     if options.gguf and options.quant:
         raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
-    records = data.read_records(options.data) if options.data else [{"prompt": "", "completion": p} for p in PROBES]
+    records = data.read_records(options.data) if options.data else None
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     model, base = hub.load(options.model, dtype=hub.exact_dtype(options.model))  # so that sums are rounded once
     tokenizer = hub.load_tokenizer(options.model)
@@ -45,6 +35,7 @@ def run(arguments: list[str]) -> int:
     if options.adapter_only:
         _save_adapter(model, params, options)
         return 0
+    hub.require_writable(model, params)
     if options.gguf:  # what it kept is read off the file
         with tensor_bar() as bar:
             hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf, progress=bar)
@@ -53,12 +44,11 @@ def run(arguments: list[str]) -> int:
         merged = lora.merge(params, dtype)
     if options.quant:
         merged = _packed(merged, options.quant)
-    report = lora.kept(params, merged)
-    print(report)
-    print(f"KL(unmerged ‖ merged): {divergence(model, params, merged, tokenizer, records):.2e} nats a token")
+    report = print_kept(model, params, merged, tokenizer, records)
     if options.quant and not options.lossy:
         raise ValueError(
-            f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update: nothing was written. "
+            f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update, with an error of "
+            f"{report.error:.2g} times its norm: nothing was written. "
             "Keep the adapter beside the packed base, merge in 16 bits, or say --lossy"
         )
     if options.quant:

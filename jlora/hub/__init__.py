@@ -2,7 +2,7 @@
 
 from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import convert_adapter
-from jlora.hub.export import save_model
+from jlora.hub.export import require_writable, save_model
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.gguf_export import TYPES as GGUF_TYPES
 from jlora.hub.gguf_export import save_gguf, save_gguf_adapter
@@ -26,6 +26,7 @@ __all__ = [
     "merge_models",
     "open_source",
     "refuse_inputs",
+    "require_writable",
     "save_adapter",
     "save_gguf",
     "save_gguf_adapter",

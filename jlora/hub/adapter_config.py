@@ -227,6 +227,8 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_alpha is {found.get('lora_alpha')!r}; expected a number")
     if not _is_number(found.get("lora_dropout") or 0.0):
         problems.append(f"lora_dropout is {found['lora_dropout']!r}; expected a number")
+    if found.get("use_dora") and found.get("lora_bias"):
+        problems.append("use_dora and lora_bias do not go together (PEFT opens no such adapter either)")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = found.get(name) or {}
         if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):

@@ -81,6 +81,15 @@ def save_model(
     write_folder(path, configs(model, pieces, tokenizer), entries, tokenizer, shard_bytes)
 
 
+def require_writable(model: "Model", params: Params) -> None:
+    """Nothing, if a file of the model with its adapter merged in can be written; found out before anything is merged.
+
+    Raises:
+        ValueError: as `save_model`.
+    """
+    pieces_of(*as_written(model, params))
+
+
 def write_folder(
     path: str | Path,
     configs: tuple[Mapping[str, Any], Mapping[str, Any] | None],

@@ -68,6 +68,8 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
+    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
+        raise ValueError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
     for module in modules:
         scale, rank = _settings(flat, module)
         if not rank:

@@ -115,6 +115,8 @@ class LoraConfig:
             problems.append("layers_to_transform needs target_modules to be a sequence of names")
         if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias):
             problems.append("target_parameters goes with neither lora_dropout, use_dora nor lora_bias (as in PEFT)")
+        if self.use_dora and self.lora_bias:
+            problems.append("use_dora does not go with lora_bias (as in PEFT)")
         problems += [
             f"rank_pattern {name!r}: rank {rank} is not positive" for name, rank in self.rank_pattern if rank < 1
         ]

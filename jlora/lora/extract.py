@@ -10,7 +10,7 @@ from jlora import tree
 from jlora.lora.config import LoraConfig
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
 from jlora.lora.partition import TRAINED, overlay, strip
-from jlora.lora.setup import saved_modules
+from jlora.lora.setup import saved_modules, ties
 from jlora.lora.targets import find_targets
 from jlora.types import Params
 
@@ -62,6 +62,7 @@ def extract(
             energy = float(np.sum((as_float(changed[path]) - as_float(leaf)).astype(np.float64) ** 2))
             if energy:
                 fits.append(Fit(path, 0, energy, energy))
+    found |= ties(flat | found)  # what was learnt at both ends of a tied embedding acts at both
     return overlay(strip(base), tree.unflatten(found)), Fits(f"difference at rank {rank}", tuple(fits))
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
-from jlora.lora.merge import MAIN, layer_of, merged_leaf, untie
-from jlora.lora.partition import is_adapter
+from jlora.lora.merge import changed_leaves, layer_of, merged_leaf, untie, with_bias
+from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
 
 # A weight's path without the layers of its stack, and its layer (None outside of stacks).
@@ -19,10 +19,10 @@ Key = tuple[str, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class KeptModule:
-    """One module's update and what became of it, over all of its layers.
+    """The update of one of a module's leaves and what became of it, over all of its layers.
 
     Attributes:
-        path: of the weight.
+        path: of the leaf.
         energy: ‖ΔW‖² of the update.
         along: ⟨what changed, ΔW⟩.
         missed: ‖what changed - ΔW‖².
@@ -36,7 +36,7 @@ class KeptModule:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a merge kept of the update of every module; as text, a table with a row a module."""
+    """What a merge kept of the update of every leaf; as text, a table with a row a leaf."""
 
     modules: tuple[KeptModule, ...]
 
@@ -65,7 +65,9 @@ class Kept:
 
 
 def kept(params: Params, merged: Params) -> Kept:
-    """What `merged`, a base tree, kept of the adapter in `params`: of every weight that it adds a product to.
+    """What `merged`, a base tree, kept of the adapter in `params`: of every leaf of the base that it changes.
+
+    Of kernels that are packed when they are used (`quant.Rounded`) the packed sum is what was trained.
 
     Args:
         merged: `lora.merge(params)`, in whatever dtype or packing, its layers stacked in whatever way.
@@ -77,30 +79,30 @@ def kept(params: Params, merged: Params) -> Kept:
     places = _places(tree.flatten(merged))
     found = []
     faults: list[str] = []
-    for path in sorted({path.rpartition("/")[0] for path in tree.flatten(params) if path.endswith("/lora_a")}):
-        module = tree.subtree(params, path)
-        main = next(name for name in MAIN if name in module)
-        module = {name: leaf for name, leaf in module.items() if name == main or is_adapter(name)}
-        sums = np.zeros(3)
-        for part, key in _parts(f"{path}/{main}", module):
-            counterpart = _counterpart(places, key)
-            if counterpart is None or counterpart.shape != part[main].shape:
-                faults.append(f"{_name(key)} {part[main].shape}: found {getattr(counterpart, 'shape', 'nothing')}")
-            elif not faults:
-                sums += np.asarray(_compare(part, main, counterpart), np.float64)
-        found.append(KeptModule(f"{path}/{main}", *map(float, sums)))
+    for path in sorted({path.rpartition("/")[0] for path in tree.flatten(params) if is_adapter(path)}):
+        module = with_bias(tree.subtree(params, path))
+        for name in sorted(changed_leaves(module) & module.keys()):
+            leaves = {key: leaf for key, leaf in module.items() if key == name or is_adapter(key)}
+            sums = np.zeros(3)
+            for part, key in _parts(f"{path}/{name}", leaves):
+                counterpart = _counterpart(places, key)
+                if counterpart is None or counterpart.shape != part[name].shape:
+                    faults.append(f"{_name(key)} {part[name].shape}: found {getattr(counterpart, 'shape', 'nothing')}")
+                elif not faults:
+                    sums += np.asarray(_compare(part, name, counterpart), np.float64)
+            found.append(KeptModule(f"{path}/{name}", *map(float, sums)))
     if faults:
         raise ValueError("the merged params have no counterparts of these weights:\n  " + "\n  ".join(faults))
     return Kept(tuple(found))
 
 
 def _parts(path: str, module: Params) -> Iterator[tuple[Params, Key]]:
-    """(its leaves, its key) of every layer of a module; of one that is not stacked there is one."""
+    """(its leaves, its key) of every layer of the module whose leaf is at `path`; of one not stacked there is one."""
     stack = tree.stack_of(path)
     if stack is None:
         yield module, (path, None)
         return
-    for number, layer in enumerate(stack.indices(len(module["lora_scale"]))):
+    for number, layer in enumerate(stack.indices(module[path.rpartition("/")[2]].shape[0])):
         yield layer_of(module, number), (f"{stack.name}/{stack.rest}", layer)
 
 
@@ -126,10 +128,13 @@ def _name(key: Key) -> str:
     return key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
 
 
-def _compare(module: Params, main: str, merged: object) -> jax.Array:
-    """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one layer's module, in float32."""
-    base = _float32(module[main])
-    update = merged_leaf(module | {main: base}, main) - base
+def _compare(module: Params, name: str, merged: object) -> jax.Array:
+    """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one leaf of one layer's module, in float32."""
+    base = _float32(module[name])
+    whole = merged_leaf(module | {name: base}, name)
+    if isinstance(module[name], quant.Rounded) and f"{TRAINED}{name}" not in module:
+        whole = _float32(module[name].packed(whole.astype(module[name].dtype)))
+    update = whole - base
     changed = _float32(merged) - base
     return jnp.stack([jnp.sum(update**2), jnp.sum(changed * update), jnp.sum((changed - update) ** 2)])
 

@@ -44,9 +44,13 @@ def untie(params: Params) -> Params:
         changed = any(f"{path}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
         own = [name for name in flat if name.startswith(f"{head}/")]
         if own or (changed and f"{path}/lora_tied" not in flat):
-            extra = {f"{head}/kernel": flat[f"{path}/embedding"].T}
-            if f"{path}/lora_tokens" in flat:
-                extra |= {f"{head}/{name}": flat[f"{path}/{name}"] for name in ("lora_tokens", "lora_token_ids")}
+            weight = flat[f"{path}/embedding"].T
+            extra = {f"{head}/kernel": weight}
+            if f"{path}/lora_tokens" in flat and f"{head}/{TRAINED}kernel" not in flat:
+                # Not as token rows of the head's: those would take the place of its own update, which is added to them.
+                extra[f"{head}/{TRAINED}kernel"] = _with_tokens(
+                    weight.astype(jnp.float32), tree.subtree(params, path), rows=False
+                )
             return tree.unflatten(flat | extra)
     return params
 
@@ -73,9 +77,19 @@ def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = 
     return value.astype(dtype or base.dtype)
 
 
-def merged_kernel(module: Params) -> jax.Array:
-    """kernel + scale · lora_a @ lora_b of one module, stacked or not, in the kernel's dtype."""
-    return merged_leaf(module, "kernel")
+def changed_leaves(module: Params) -> set[str]:
+    """The leaves that a module's adapter changes; those that only the adapter has are among them."""
+    changed = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)}
+    if "lora_a" in module or "lora_tokens" in module:
+        changed |= {name for name in MAIN if name in module}
+    return changed | ({"bias"} if "lora_bias" in module else set())
+
+
+def with_bias(module: Params) -> Params:
+    """The module with a bias of zeros where only its adapter has one."""
+    if "lora_bias" not in module or "bias" in module:
+        return module
+    return module | {"bias": jnp.zeros(module["lora_bias"].shape, module["kernel"].dtype)}
 
 
 def column_norms(module: Params) -> Float[Array, "*stack N"]:
@@ -123,16 +137,16 @@ def _finished(leaf: Any, dtype: jax.typing.DTypeLike | None) -> Any:
 def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None) -> Params:
     if not any(is_adapter(name) for name in module):
         return module
+    module = with_bias(module)
     base: dict[str, Any] = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
-    if "lora_bias" in module and "bias" not in module:
-        module = module | {"bias": jnp.zeros(module["lora_bias"].shape, base["kernel"].dtype)}
-        base["bias"] = module["bias"]
-    changed = {name for name in base if name in MAIN or f"{TRAINED}{name}" in module or name == "bias"}
-    alone = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)} - base.keys()
-    base |= {name: module[f"{TRAINED}{name}"] for name in alone}
-    rounded = isinstance(base.get("kernel"), quant.Rounded)
-    merged = {name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed}
-    if rounded:
+    changed = changed_leaves(module)
+    alone = {name: module[f"{TRAINED}{name}"] for name in changed - base.keys()}
+    # A trained copy takes the kernel's place as it is, and was not packed in training either.
+    rounded = isinstance(base.get("kernel"), quant.Rounded) and f"{TRAINED}kernel" not in module
+    merged = alone | {
+        name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed & base.keys()
+    }
+    if rounded and "kernel" in changed:
         merged["kernel"] = dataclasses.replace(base["kernel"], array=merged["kernel"])
     return base | merged
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jlora import tree
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
-from jlora.lora.merge import MAIN, merged_leaf
+from jlora.lora.merge import MAIN, TIED_HEADS, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
 from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
 from jlora.types import Params
@@ -67,7 +67,7 @@ def mix(
 
     "cat"               the weighted sum, exactly: factors side by side, of as many ranks as all have together
     "svd"               the weighted sum at a given rank
-    "linear"            the weighted sum at the rank that it has
+    "linear"            the weighted sum at the rank that it has (with DoRA's changes, any)
     "magnitude_prune"   the sum of the largest `density` of each change's values
     "ties"              those, where their sign is the majority's, averaged (TIES, Yadav et al. 2023)
     "dare_linear"       the sum of a random `density` of each change's values, divided by it (DARE, Yu et al. 2024)
@@ -75,8 +75,10 @@ def mix(
 
     All but "cat" end in the best product of `rank` (by singular values), and the report says what that kept. Other
     leaves that adapters train (whole copies, biases) are changes of the base's, and combined in the same way; one
-    adapter with weight 1 gives itself. "peft:" before PEFT's name for a method ("peft:ties_svd", "peft:linear", …) does
-    what `add_weighted_adapter` does: without _svd it combines A and B apart, which is no sum of changes.
+    adapter with weight 1 gives itself. A module that one adapter copies and another adds a product to ends as a copy.
+    Where not all adapters change a tied embedding and its head alike, the head's part becomes its own. "peft:" before
+    PEFT's name for a method ("peft:ties_svd", "peft:linear", …) does what `add_weighted_adapter` does: without _svd it
+    combines A and B apart, which is no sum of changes.
 
     Args:
         params: the base, with or without an adapter.
@@ -96,6 +98,8 @@ def mix(
     leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
     base = strip(params)
     flat = tree.flatten(base)
+    leaves = _apart_where_unlike(leaves)
+    flat |= _tied_heads(flat, leaves)
     _check(flat, list(named), leaves, given, method, rank, density)
     how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
     found: dict[str, Any] = {}
@@ -103,6 +107,7 @@ def mix(
     for path in sorted({path.rpartition("/")[0] for adapter in leaves for path in adapter}):
         own, *members = (_module(leaf, path) for leaf in (flat, *leaves))
         mixed = _mixed_factors(path, own, members, how, fits) | _mixed_leaves(path, own, members, how)
+        mixed = _folded(path, own, mixed)
         found |= {f"{path}/{name}": jnp.asarray(leaf) for name, leaf in mixed.items()}
     title = f"{method} of {', '.join(f'{weight:g} · {name}' for name, weight in zip(named, given, strict=True))}"
     return overlay(base, tree.unflatten(found)), Fits(title, tuple(fits))
@@ -138,6 +143,43 @@ class _How:
         return self.add(place, *zip(*present, strict=True))
 
 
+# ---------------------------------------------------------------- tied heads
+
+
+def _apart_where_unlike(leaves: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The adapters; where one acts in an embedding and its tied head, and another in one of them alone, with what they
+    do to the head as leaves of the head.
+    """
+    for embedding, head in TIED_HEADS.items():
+        changing = [flat for flat in leaves if any(path.startswith(f"{embedding}/") for path in flat)]
+        tied = [f"{embedding}/lora_tied" in flat for flat in changing]
+        if any(tied) and (not all(tied) or any(path.startswith(f"{head}/") for flat in leaves for path in flat)):
+            leaves = [_apart(flat, embedding, head) for flat in leaves]
+    return leaves
+
+
+def _apart(flat: dict[str, Any], embedding: str, head: str) -> dict[str, Any]:
+    if f"{embedding}/lora_tied" not in flat:
+        return flat
+    own = _module(flat, embedding)
+    turned = {"lora_a": "lora_b", "lora_b": "lora_a", f"{TRAINED}kernel": f"{TRAINED}embedding"}
+    moved = {name: own[source].T for name, source in turned.items() if source in own}
+    moved |= {name: own[name] for name in ("lora_scale", "lora_rank") if name in own}
+    kept = {path: leaf for path, leaf in flat.items() if path != f"{embedding}/lora_tied"}
+    return kept | {f"{head}/{name}": leaf for name, leaf in moved.items()}
+
+
+def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The kernels of heads that are their embedding and that an adapter changes: what those changes are changes of."""
+    return {
+        f"{head}/kernel": flat[f"{embedding}/embedding"].T
+        for embedding, head in TIED_HEADS.items()
+        if f"{embedding}/embedding" in flat
+        and f"{head}/kernel" not in flat
+        and any(path.startswith(f"{head}/") for adapter in leaves for path in adapter)
+    }
+
+
 # ---------------------------------------------------------------- whole copies and biases
 
 
@@ -159,6 +201,23 @@ def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) ->
         found["lora_bias"] = how.add_present(f"{path}/lora_bias", biases)
     tied = [adapter["lora_tied"] for adapter in adapters if "lora_tied" in adapter]
     return found | ({"lora_tied": tied[0]} if tied else {})
+
+
+def _folded(path: str, base: Params, mixed: Params) -> Params:
+    """A module's leaves with the product as part of the trained copy, if there are both: files have one or the other.
+
+    Raises:
+        ValueError: a bias is added besides where the base has none that it could be part of.
+    """
+    main = next((name for name in MAIN if f"{TRAINED}{name}" in mixed), None)
+    if main is None or "lora_a" not in mixed:
+        return mixed
+    if "lora_bias" in mixed and "bias" not in base:
+        raise ValueError(f"{path}: one adapter copies it, another adds a bias (lora_bias) that the base has not")
+    module = {name: jnp.asarray(as_float(leaf)) for name, leaf in (base | mixed).items()}
+    whole = {name: merged_leaf(module, name) for name in (main, *(["bias"] if "lora_bias" in mixed else []))}
+    kept = {name: leaf for name, leaf in mixed.items() if name == "lora_tied" or not name.startswith("lora_")}
+    return kept | {f"{TRAINED}{name}": leaf for name, leaf in whole.items()}
 
 
 # ---------------------------------------------------------------- factors
@@ -209,8 +268,8 @@ def _product(
         whole = _side_by_side(updates, weights)
         energy = np.sum((whole.left.T @ whole.left) * (whole.right @ whole.right.T), dtype=np.float64)
         return *whole, float(energy), 0.0
+    narrow = all(update.lora_b is not None for update in updates)
     if how.method.of == "sum":
-        narrow = all(update.lora_b is not None for update in updates)
         whole = _side_by_side(updates, weights) if narrow else Change(_dense_sum(updates, weights))
     else:
         whole = Change(how.add(name, [update.change().dense() for update in updates], weights))
@@ -219,7 +278,8 @@ def _product(
         missed = whole.left - left @ right
         return left, right, _energy(whole.left), _energy(missed)
     ranks = [update.rank for update in updates]
-    return best(whole, how.rank or (sum(ranks) if how.method.whole_rank else max(ranks)))
+    of_sum = sum(ranks) if narrow else min(whole.left.shape)
+    return best(whole, how.rank or (of_sum if how.method.whole_rank else max(ranks)))
 
 
 def _side_by_side(updates: Sequence[_Update], weights: Sequence[int | float]) -> Change:
@@ -271,7 +331,7 @@ def _updates(base: Params, adapter: Params, axes: Axes) -> list[_Update | None]:
 
 
 def _weight_axes(base: Params) -> int:
-    """How many axes the module's weight has; a head that is its embedding has none of its own, and is a matrix."""
+    """How many axes the module's weight has."""
     return next((base[name].ndim for name in MAIN if name in base), 2)
 
 
@@ -301,8 +361,7 @@ def _check(
             for path in flat
             if path.rpartition("/")[2] in UNMIXABLE
         ]
-    alike = method in METHODS and METHODS[method].of == "each factor"
-    faults += _shape_faults(base, names, leaves, alike)
+    faults += _shape_faults(base, names, leaves, METHODS[method].of if method in METHODS else "")
     if faults:
         raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
 
@@ -336,9 +395,10 @@ def _setting_faults(
     return faults
 
 
-def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str, Any]], alike: bool) -> list[str]:
-    """Adapters that are not of one base, and (where `alike`) those that differ in rank or are no plain products."""
+def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str, Any]], of: str) -> list[str]:
+    """Adapters that are not of one base, and those that the kind of method cannot take: ranks that differ, DoRA."""
     faults = []
+    alike = of == "each factor"
     for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
         module = path.rpartition("/")[0]
         members = [(name, _module(flat, module)) for name, flat in zip(names, leaves, strict=True) if path in flat]
@@ -347,10 +407,9 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
         if len(set(axes.values())) > 1:
             shapes = ", ".join(f"{name} {(*a.stack, *a.inputs)} → {a.outputs}" for name, a in axes.items())
             faults.append(f"{module}: found weights of different shapes: {shapes}")
-        if len({"lora_tied" in member for _, member in members}) > 1:
-            faults.append(f"{module}: some of the adapters act in the tied head too and some do not")
         if alike and len({member["lora_a"].shape for _, member in members}) > 1:
             faults.append(f"{module}: found ranks that differ, which PEFT cannot combine factor by factor")
-        if alike and any("lora_magnitude" in member for _, member in members):
-            faults.append(f"{module}: found DoRA, which is no plain product; use a method that ends in _svd")
+        if of in ("factors", "each factor") and any("lora_magnitude" in member for _, member in members):
+            instead = "a method that ends in _svd" if alike else "'linear', which is as exact"
+            faults.append(f"{module}: found DoRA, which is no plain product; use {instead}")
     return faults

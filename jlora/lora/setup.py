@@ -68,7 +68,7 @@ def init(
     flat |= _biases(flat, config, {target.path: target for target in targets})
     flat |= saved_modules(flat, config)
     flat |= _tokens(flat, config)
-    return tree.unflatten(flat | _ties(flat))
+    return tree.unflatten(flat | ties(flat))
 
 
 def _adapter(
@@ -235,7 +235,7 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
     return leaves
 
 
-def _ties(flat: dict[str, Any]) -> dict[str, jax.Array]:
+def ties(flat: dict[str, Any]) -> dict[str, jax.Array]:
     """The mark of embeddings that are their head as well and changed in both places."""
     marks = {}
     for embedding, head in TIED_HEADS.items():

@@ -24,8 +24,12 @@ def test_an_earlier_step_is_another_adapter(trained, tmp_path):
     assert not filecmp.cmp(*(path / "adapter_model.safetensors" for path in (trained / "adapter", tmp_path / "out")))
 
 
-def test_a_merged_model_opens_in_transformers_without_the_adapter(trained, model_folder, tmp_path):
+def test_a_merged_model_opens_in_transformers_without_the_adapter(trained, model_folder, tmp_path, capsys):
     assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--merged"]) == 0
+    shown = capsys.readouterr().out
+    assert "100.00% of the update kept" in shown and "KL(unmerged ‖ merged): " in shown
+    assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--merged", "--unmeasured"]) == 0
+    assert capsys.readouterr().out == f"merged model: {tmp_path / 'out'}\n"
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     changed = {name for name in base if not merged[name].equal(base[name])}

@@ -78,11 +78,20 @@ def test_several_adapters_with_weights_are_one(merge, adapters, model_folder):
 
 def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):
     code, shown, out = merge(f"--adapter={adapters[0]}", "--quant=nf4")
-    assert code == 2 and "of the update: nothing was written" in shown and "--lossy" in shown
+    assert code == 2 and "times its norm: nothing was written" in shown and "--lossy" in shown
     assert not out.exists()
     code, again, out = merge(f"--adapter={adapters[0]}", "--quant=nf4", "--lossy")
     assert code == 0 and again.splitlines()[0] == shown.splitlines()[0]
     assert jlora.quant.is_packed(jlora.load(out)[1]["layers"]["mlp"]["up_proj"]["kernel"])
+
+
+def test_a_bias_that_the_model_has_not_is_refused_before_anything_is_merged(merge, model_folder, tmp_path):
+    params = lora.init(jlora.load(model_folder)[1], jlora.LoraConfig(r=2, lora_bias=True), jax.random.key(0))
+    jlora.save_adapter(tmp_path / "biased", params)
+    for options in ([], ["--gguf=f32"], ["--quant=nf4", "--lossy"]):
+        code, shown, out = merge(f"--adapter={tmp_path / 'biased'}", *options)
+        assert code == 2 and "q_proj: the adapter adds a bias where the model has none" in shown
+        assert "kept" not in shown and not out.exists()
 
 
 def test_mistakes_are_named(merge, adapters, model_folder):

@@ -26,6 +26,14 @@ MODEL = build(
     ).to_dict()
 )
 BASE = jax.jit(MODEL.random_params)(jax.random.key(0))
+TIED = dict(
+    vocab_size=41,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    tie_word_embeddings=True,
+)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 41, (2, 9)), jnp.int32)
 
 
@@ -47,6 +55,19 @@ def test_what_a_lora_changed_comes_back_whole():
     assert report.energy_kept == pytest.approx(1, abs=1e-9)
     shared, _ = lora.extract(BASE, tuned, rank=0.999999)
     np.testing.assert_allclose(MODEL(shared, TOKENS), MODEL(tuned, TOKENS), atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [dict(target_modules=["embed_tokens"]), dict(modules_to_save=["embed_tokens"])])
+def test_a_tied_embedding_is_tied_again(settings, tmp_path):
+    model = build(transformers.LlamaConfig(**TIED).to_dict())
+    base = jax.jit(model.random_params)(jax.random.key(0))
+    tuned = base | {"embed_tokens": {"embedding": base["embed_tokens"]["embedding"] + 0.3}}
+    params, report = lora.extract(base, tuned, rank=1, **settings)
+    assert report.energy_kept == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(model(params, TOKENS), model(tuned, TOKENS), atol=1e-5)
+    assert np.abs(model(tuned, TOKENS) - model(base, TOKENS)).max() > 0.1
+    jlora.save_adapter(tmp_path, params)
+    np.testing.assert_allclose(model(jlora.load_adapter(base, tmp_path), TOKENS), model(tuned, TOKENS), atol=1e-5)
 
 
 def test_each_product_is_the_best_of_its_rank_and_what_is_left_is_counted():

@@ -43,6 +43,48 @@ def test_layers_are_compared_however_they_are_stacked():
         lora.kept({"layers": layers}, {"layers@0-0": jax.tree.map(lambda leaf: leaf[:1], merged["layers"])})
 
 
+def test_copies_biases_and_rows_count_as_well():
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    params = {
+        "embed_tokens": {"embedding": draw(9, 4), "lora_tokens": draw(2, 4), "lora_token_ids": jnp.array([3, 7])},
+        "layers": {
+            "up_proj": {"kernel": draw(2, 4, 6), "trained_kernel": draw(2, 4, 6)},
+            "down_proj": {
+                "kernel": draw(2, 6, 4),
+                "lora_a": draw(2, 6, 1),
+                "lora_b": draw(2, 1, 4),
+                "lora_bias": draw(2, 4),
+                "lora_scale": jnp.ones(2),
+            },
+            "norm": {"scale": draw(2, 4), "trained_scale": draw(2, 4)},
+        },
+    }
+    merged = lora.merge(params)
+    found = lora.kept(params, merged)
+    assert [module.path for module in found.modules] == [
+        "embed_tokens/embedding",
+        "layers/down_proj/bias",
+        "layers/down_proj/kernel",
+        "layers/norm/scale",
+        "layers/up_proj/kernel",
+    ]
+    assert found.fraction == pytest.approx(1, abs=1e-6) and found.error < 1e-6
+    merged["layers"]["up_proj"]["kernel"] = params["layers"]["up_proj"]["kernel"]
+    lost = lora.kept(params, merged)
+    assert lost.fraction < 0.8 and lost.modules[-1].along == 0 and lost.modules[-1].energy > 1
+
+
+def test_of_a_merge_aware_kernel_the_packed_sum_is_kept():
+    params = module(0.05)
+    params["layers"]["up_proj"]["kernel"] = quant.Rounded(params["layers"]["up_proj"]["kernel"], "nf4", True)
+    found = lora.kept(params, lora.merge(params))
+    assert found.fraction == pytest.approx(1, abs=1e-6) and found.error < 1e-6
+
+
 @pytest.mark.parametrize(
     ("share", "least", "most"), [(0.002, 0, 0.05), (0.01, 0, 0.05), (0.05, 0.1, 0.5), (0.1, 0.6, 1)]
 )

@@ -32,6 +32,25 @@ def test_the_merged_model_computes_what_the_adapted_one_does(packed):
     assert not [path for path in tree.flatten(merged) if "lora" in path]
 
 
+def test_unmerging_is_to_go_on_with_the_old_tree():
+    params = lora.init(models.build(SIZES).random_params(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(1))
+    before = {path: np.array(leaf) for path, leaf in tree.flatten(params).items()}
+    lora.merge(params)
+    for path, leaf in tree.flatten(params).items():
+        np.testing.assert_array_equal(leaf, before[path], strict=True)
+
+
+@pytest.mark.parametrize("own", [dict(target_modules=["lm_head"]), dict(modules_to_save=["lm_head"])])
+def test_token_rows_and_a_tied_head_of_its_own(own):
+    model = models.build(SIZES | dict(tie_word_embeddings=True))
+    config = lora.LoraConfig(r=3, trainable_token_indices=[2, 5], **dict(target_modules=["q_proj"]) | own)
+    params = lora.init(model.random_params(jax.random.key(0)), config, jax.random.key(1))
+    frozen, trainable = lora.split(params)
+    params = lora.combine(frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable))
+    tokens = jnp.arange(9)[None]
+    np.testing.assert_allclose(model(lora.merge(params), tokens), model(params, tokens), atol=1e-5)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_stack_is_merged_layer_by_layer_to_the_same_bits(dora, monkeypatch):
     base = {"layers": {"up_proj": {"kernel": jax.random.normal(jax.random.key(0), (3, 80, 48)).astype(jnp.bfloat16)}}}

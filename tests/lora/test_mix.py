@@ -132,14 +132,15 @@ def base():
 
 @functools.cache
 def adapted(kind):
-    settings = (
-        dict(target_modules=["q_proj", "embed_tokens"] if kind == "plain" else ["q_proj", "up_proj"]) | KINDS[kind]
-    )
-    params = lora.init(base(), jlora.LoraConfig(**settings), jax.random.key(1))
-    frozen, trainable = lora.split(params)
+    targets = ["q_proj", "embed_tokens"] if kind == "plain" else ["q_proj", "up_proj"]
+    return adapted_as("", **dict(target_modules=targets) | KINDS[kind])
+
+
+def adapted_as(name, **settings):
+    frozen, trainable = lora.split(lora.init(base(), jlora.LoraConfig(**settings), jax.random.key(1)))
 
     def moved(path, leaf):
-        return leaf + 0.05 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+        return leaf + 0.05 * jax.random.normal(jax.random.key(len(name + path)), leaf.shape)
 
     return lora.combine(frozen, tree.map_with_path(moved, trainable))
 
@@ -148,8 +149,10 @@ def adapted(kind):
 def test_one_adapter_with_weight_one_is_itself(kind):
     for method, settings in (("cat", {}), ("linear", {}), ("ties", {"density": 1.0}), ("dare_ties", {"density": 1.0})):
         if kind == "dora" and method == "cat":
+            with pytest.raises(ValueError, match="found DoRA, which is no plain product; use 'linear'"):
+                lora.mix(base(), [adapted(kind)], method=method)
             continue
-        rank = {"rank": 1.0} if method != "cat" else {}
+        rank = {"rank": 1.0} if method not in ("cat", "linear") else {}
         mixed, _ = lora.mix(base(), [adapted(kind)], method=method, **rank, **settings)
         found, expected = changes(mixed), changes(adapted(kind))
         assert found.keys() == expected.keys()
@@ -169,6 +172,80 @@ def test_adapters_of_every_kind_add_up():
     assert "linear of -1 · plain, " in str(fits)
     tokens = jnp.arange(12, dtype=jnp.int32)[None] % 37
     np.testing.assert_allclose(MODEL(mixed, tokens), MODEL(lora.merge(mixed), tokens), atol=2e-5)
+
+
+TIED = build(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True).to_dict())
+ENDS = {
+    "both ends": dict(target_modules=["q_proj", "embed_tokens"]),
+    "input": dict(target_modules=["embed_tokens"]),
+    "head": dict(target_modules=["lm_head"]),
+    "copies": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "copy of both ends": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+}
+
+
+def at_ends(kind):
+    """A tied model's base, and that with an adapter of its embedding, its head or both."""
+    start = jax.jit(TIED.random_params)(jax.random.key(0))
+    params = lora.init(start, jlora.LoraConfig(r=3, **ENDS[kind]), jax.random.key(1))
+    if kind == "input":
+        params = tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if not p.endswith("lora_tied")})
+    frozen, trainable = lora.split(params)
+
+    def moved(path, leaf):
+        return leaf + 0.05 * jax.random.normal(jax.random.key(len(path + kind)), leaf.shape)
+
+    return start, lora.combine(frozen, tree.map_with_path(moved, trainable))
+
+
+def ends(params):
+    """Input embedding and head [V, D] of a tied model once its adapter is merged."""
+    merged = lora.merge(params)
+    embedding = np.asarray(merged["embed_tokens"]["embedding"])
+    return np.stack([embedding, merged["lm_head"]["kernel"].T if "lm_head" in merged else embedding])
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.5, -2)])
+@pytest.mark.parametrize("pair", [(a, b) for a in ENDS for b in ENDS if a <= b])
+def test_tied_embeddings_and_heads_add_up(pair, weights, tmp_path):
+    (start, first), (_, second) = map(at_ends, pair)
+    mixed, _ = lora.mix(start, {"a": first, "b": second}, weights, method="linear")
+    bare = ends(start)
+    expected = bare + sum(w * (ends(one) - bare) for w, one in zip(weights, (first, second), strict=True))
+    np.testing.assert_allclose(ends(mixed), expected, atol=1e-5)
+    tokens = jnp.arange(12, dtype=jnp.int32)[None] % 37
+    merged = TIED(lora.merge(mixed), tokens)
+    np.testing.assert_allclose(TIED(mixed, tokens), merged, atol=2e-5)
+    jlora.save_adapter(tmp_path, mixed, base="x")
+    np.testing.assert_allclose(TIED(jlora.load_adapter(start, tmp_path), tokens), merged, atol=2e-5)
+
+
+def test_a_copy_and_a_product_of_one_module_are_a_copy(tmp_path):
+    copy = dict(target_modules=["q_proj"], modules_to_save=["down_proj"])
+    parts = [adapted_as("copy", **copy), adapted_as("biased", target_modules=["down_proj", "q_proj"])]
+    mixed, _ = lora.mix(base(), parts, [0.5, 2], method="linear")
+    found, (first, second) = changes(mixed), map(changes, parts)
+    for path in first.keys() | second.keys():
+        expected = 0.5 * first.get(path, 0) + 2 * second.get(path, 0)
+        np.testing.assert_allclose(found[path], expected, atol=5e-6, err_msg=path)
+    jlora.save_adapter(tmp_path, mixed, base="x")
+    again = changes(jlora.load_adapter(base(), tmp_path))
+    assert again.keys() == found.keys()
+    for path in found:
+        np.testing.assert_allclose(again[path], found[path], atol=1e-6, err_msg=path)
+    both = lora.overlay(
+        parts[1],
+        tree.unflatten(
+            tree.flatten(lora.adapter_leaves(parts[1]))
+            | {"layers/mlp/down_proj/trained_kernel": parts[0]["layers"]["mlp"]["down_proj"]["trained_kernel"]}
+        ),
+    )
+    with pytest.raises(
+        ValueError, match=r"a trained copy of a module or factors; here are both: \['layers/mlp/down_proj"
+    ):
+        jlora.save_adapter(tmp_path / "both", both)
+    with pytest.raises(ValueError, match="down_proj: one adapter copies it, another adds a bias"):
+        lora.mix(base(), [parts[0], adapted_as("bias", target_modules=["down_proj"], lora_bias=True)], method="linear")
 
 
 def test_kernels_of_several_axes_on_both_sides_are_no_stacks():

@@ -1,0 +1,32 @@
+"""What a merge kept of an adapter, printed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jlora import lora
+from jlora.models import Model
+from jlora.train.sensitivity import divergence
+from jlora.types import Params
+
+# What merged and unmerged model are compared on where no records are given.
+PROBES = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def add(a, b):\n    return a + b\n",
+    "Water boils at a hundred degrees and freezes at zero.",
+    "Dear Ms Green, thank you for your letter of the third of May.",
+    '{"name": "search", "arguments": {"query": "weather in Oslo", "limit": 3}}',
+    "Question: What is seven times eight? Answer: fifty-six.",
+)
+
+
+def print_kept(
+    model: Model, params: Params, merged: Params, tokenizer: Any, records: Sequence[dict[str, Any]] | None = None
+) -> lora.Kept:
+    """The share of the update that each weight of `merged` has, and how far its predictions lie from the unmerged
+    model's on the records (or on `PROBES`).
+    """
+    report = lora.kept(params, merged)
+    print(report)
+    records = records or [{"prompt": "", "completion": text} for text in PROBES]
+    print(f"KL(unmerged ‖ merged): {divergence(model, params, merged, tokenizer, records):.2e} nats a token")
+    return report

@@ -1,25 +1,28 @@
 """Many adapters beside one base: each row of a batch has its own, or several with weights, or none."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from jlora import tree
+from jlora import sharding, tree
 from jlora.lora.config import LoraConfig
 from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
-from jlora.lora.targets import is_expert
+from jlora.lora.starts import shifts_base
+from jlora.lora.targets import candidates, is_expert
 from jlora.types import Params
 
 # What a row asks for: an adapter by name, several with weights, or None for the base alone.
 Choice = str | Mapping[str, int | float] | None
 
-HELD = ("lora_a", "lora_b", "lora_bias", "lora_scale")
+NEEDED = ("lora_a", "lora_b", "lora_scale")
+HELD = (*NEEDED, "lora_bias")
 # Settings that do not change what an adapter computes, once its factors are padded.
 IGNORED = ("lora_rank", "lora_dropout")
 
@@ -35,6 +38,10 @@ class Places(NamedTuple):
 class Bank:
     """Adapters in numbered places. Adding, removing and choosing compile nothing anew: places and ranks are fixed, and
     so is how many adapters a row uses, up to `width`.
+
+    It holds updates of linears and embeddings: lora_a, lora_b, lora_bias. Refused, for use alone or to be merged, are
+    DoRA, modules_to_save, bias=, trainable_token_indices, adapters of an embedding that act in its tied head too, and
+    those of experts and routers.
 
     Attributes:
         params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty. A
@@ -70,27 +77,32 @@ class Bank:
         Raises:
             ValueError: adapters that a bank cannot hold; all are listed.
         """
+        _require_names(adapters)
         base = strip(params)
         leaves = {name: _leaves(adapter) for name, adapter in adapters.items()}
         given = list(leaves.items())
         if config is not None:
-            given.append(("config", _leaves(init(base, config, jax.random.key(0)))))
-        rooms = [flat for _, flat in given]
+            given.append(("config", _leaves(_shapes(base, config))))
         count = len(adapters) if places is None else places
         if width < 1:
             raise ValueError(f"width: found {width}, expected at least 1")
-        if not rooms or count < max(1, len(adapters)):
+        if not given:
+            raise ValueError("found neither adapters nor config: one of them says what modules and ranks need room")
+        if count < max(1, len(adapters)):
             raise ValueError(f"found {count} places for {len(adapters)} adapters, expected at least one and enough")
-        empty = {path: _room([flat[path] for flat in rooms if path in flat], path, count) for path in _union(rooms)}
-        bank = cls(overlay(base, tree.unflatten(empty)), (None,) * count, width)
-        if faults := [fault for name, flat in given for fault in bank._faults(name, flat)]:
+        room = _room(base, [flat for _, flat in given])
+        missing = "the base has no matrix at {}"
+        if faults := [fault for name, flat in given for fault in _faults(name, flat, base, room, missing)]:
             raise ValueError("these adapters do not go into one bank:\n  " + "\n  ".join(faults))
-        for path, leaf in empty.items():
+        mesh, filled = _mesh(base), {}
+        for path, shape in room.items():
+            axis = len(shape) - _own_axes(path)
+            leaf = np.zeros((*shape[:axis], count + 1, *shape[axis:]), np.float32)
             for place, flat in enumerate(leaves.values()):
                 if path in flat:
                     leaf[_index(path, leaf, place, flat[path].shape)] = np.asarray(flat[path])
-        filled = tree.unflatten({path: jnp.asarray(leaf) for path, leaf in empty.items()})
-        return cls(overlay(base, filled), (*adapters, *(None,) * (count - len(adapters))), width)
+            filled[path] = _placed(path, leaf, mesh)
+        return cls(overlay(base, tree.unflatten(filled)), (*adapters, *(None,) * (count - len(adapters))), width)
 
     def add(self, name: str, adapter: Params) -> "Bank":
         """The bank with one more adapter, or with another one under a name that it has.
@@ -98,8 +110,12 @@ class Bank:
         Raises:
             ValueError: there is no room for it; everything that does not fit is listed.
         """
+        _require_names([name])
         flat = _leaves(adapter)
-        faults = self._faults(name, flat)
+        held = {path: leaf for path, leaf in tree.flatten(self.params).items() if path.rpartition("/")[2] in HELD}
+        room = {path: _without(_place_axis(path, leaf), leaf.shape) for path, leaf in held.items()}
+        missing = "the bank has no room at {}; give its modules as config when making the bank"
+        faults = _faults(name, flat, self.params, room, missing)
         if name not in self.names and None not in self.names:
             faults.append(f"all {len(self.names)} places are taken: remove one, or make a bank with more places")
         if faults:
@@ -113,6 +129,8 @@ class Bank:
         Raises:
             KeyError: there is none of that name.
         """
+        if name is None:
+            raise KeyError("None is the base alone, which no bank is without")
         return self._with(self.number(name), None, {})
 
     def number(self, name: str | None) -> int:
@@ -161,47 +179,18 @@ class Bank:
             return strip(self.params)
         return tree.map_with_path(pick, self.params)
 
-    def _faults(self, name: str, flat: Mapping[str, Any]) -> list[str]:
-        room = tree.flatten(self.params)
-        apart = sorted({path.rpartition("/")[0] for path in flat if _is_apart(path, room)})
-        faults = [
-            f"{name}: {module} is a router or a kernel of experts, whose rows are not those of the batch: use it "
-            "alone, or merge it"
-            for module in apart
-        ]
-        for path, leaf in flat.items():
-            module, _, last = path.rpartition("/")
-            if module in apart:
-                continue
-            if last not in (*HELD, *IGNORED):
-                faults.append(
-                    f"{name}: {path} is more than a bank holds ({', '.join(HELD)}): use it alone, or merge it"
-                )
-            elif last in HELD and path not in room:
-                faults.append(
-                    f"{name}: the bank has no room at {path}; give its modules as config when making the bank"
-                )
-            elif last in HELD:
-                axis = _place_axis(path, room[path])
-                expected = room[path].shape[:axis] + room[path].shape[axis + 1 :]
-                rank = _rank_axis(last)
-                same = [
-                    (a, b) for i, (a, b) in enumerate(zip(leaf.shape, expected, strict=False)) if i - leaf.ndim != rank
-                ]
-                fits = rank is None or leaf.shape[rank] <= expected[rank]
-                if leaf.ndim != len(expected) or not fits or any(a != b for a, b in same):
-                    faults.append(f"{name}: {path}: found {leaf.shape}, expected at most {expected}")
-        return faults
-
     def _with(self, place: int, name: str | None, flat: Mapping[str, Any]) -> "Bank":
         """The bank with these leaves in a place, zero where there are none."""
+
+        mesh = _mesh(self.params)
 
         def put(path: str, leaf: Any) -> Any:
             if path.rpartition("/")[2] not in HELD:
                 return leaf
-            axis = _place_axis(path, leaf)
-            leaf = leaf.at[(slice(None),) * axis + (place,)].set(0)
-            return leaf.at[_index(path, leaf, place, flat[path].shape)].set(flat[path]) if path in flat else leaf
+            leaf = leaf.at[(slice(None),) * _place_axis(path, leaf) + (place,)].set(0)
+            if path in flat:
+                leaf = leaf.at[_index(path, leaf, place, flat[path].shape)].set(np.asarray(flat[path]))
+            return _placed(path, leaf, mesh)
 
         names = (*self.names[:place], name, *self.names[place + 1 :])
         return dataclasses.replace(self, params=tree.map_with_path(put, self.params), names=names)
@@ -222,17 +211,86 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
     return tree.map_modules(mark, params)
 
 
-def _is_apart(path: str, flat: Mapping[str, Any]) -> bool:
-    """Whether the leaf belongs to a module that sees tokens sorted or flattened, so that no row is known to it."""
-    return is_expert(path) or f"{path.rpartition('/')[0]}/router" in flat
+def _require_names(names: Iterable[Any]) -> None:
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"adapters' names: found {wrong}, expected strings (None is the base alone)")
 
 
 def _leaves(adapter: Params) -> dict[str, Any]:
-    return tree.flatten(adapter_leaves(with_starts(adapter)))
+    flat = tree.flatten(adapter_leaves(adapter))
+    whole = all(path.replace("/lora_start_", "/lora_") in flat for path in flat)  # else `_faults` says what lacks
+    return tree.flatten(with_starts(tree.unflatten(flat))) if whole else flat
 
 
-def _union(rooms: Sequence[Mapping[str, Any]]) -> list[str]:
-    return sorted({path for flat in rooms for path in flat if path.rpartition("/")[2] in HELD})
+def _shapes(base: Params, config: LoraConfig) -> Params:
+    """An adapter of this config in shapes, as wide as its start may make it; what the start looks at is not needed."""
+    start = config.init_lora_weights
+    wider = 2 if shifts_base(start) else config.eva_rho if start == "eva" else 1
+    ranks = tuple((name, round(rank * wider)) for name, rank in config.rank_pattern)
+    drawn = dataclasses.replace(config, init_lora_weights=True, r=round(config.r * wider), rank_pattern=ranks)
+    return jax.eval_shape(lambda base: init(base, drawn, jax.random.key(0)), base)
+
+
+def _room(base: Params, adapters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Path → the shape in which each of these adapters fits, of the leaves that they have beside matrices."""
+    ranks: dict[str, int] = {}
+    for flat in adapters:
+        for path, leaf in flat.items():
+            module, _, last = path.rpartition("/")
+            if last == "lora_a":
+                ranks[module] = max(ranks.get(module, 0), leaf.shape[-1])
+    room = {}
+    for candidate in candidates(base):
+        if candidate.axes == (1, 1):
+            path, rank, stack = candidate.path, ranks.get(candidate.path, 0), candidate.stack_shape
+            before, after = candidate.factor_shapes
+            room |= {f"{path}/lora_a": (*before, rank), f"{path}/lora_b": (*stack, rank, *after)}
+            room |= {f"{path}/lora_scale": stack, f"{path}/lora_bias": (*stack, *after)}
+    return {path: shape for path, shape in room.items() if any(path in flat for flat in adapters)}
+
+
+def _faults(
+    name: str, flat: Mapping[str, Any], params: Params, room: Mapping[str, tuple[int, ...]], missing: str
+) -> list[str]:
+    """Why these leaves do not go beside the base of `params`, where there is this room."""
+    modules: dict[str, list[str]] = {}
+    for path in flat:
+        module, _, last = path.rpartition("/")
+        modules.setdefault(module, []).append(last)
+    some = any("lora_a" in names for names in modules.values())
+    faults = [] if some else [f"{name}: found no lora_a, expected an adapter"]
+    beside = tree.flatten(params)
+    for module, names in modules.items():
+        if is_expert(f"{module}/") or f"{module}/router" in beside:
+            faults.append(
+                f"{name}: {module} is a router or a kernel of experts, whose rows are not those of the batch: use it "
+                "alone, or merge it"
+            )
+            continue
+        held = [last for last in names if last in HELD]
+        if held and (lacking := [last for last in NEEDED if last not in names]):
+            faults.append(f"{name}: {module} lacks {', '.join(lacking)}: give params, or all of their adapter_leaves")
+        for last in names:
+            path = f"{module}/{last}"
+            if last not in (*HELD, *IGNORED):
+                faults.append(
+                    f"{name}: {path} is more than a bank holds ({', '.join(HELD)}): use it alone, or merge it"
+                )
+            elif last in held and path not in room:
+                faults.append(f"{name}: {missing.format(path)}")
+            elif last in held and not _fits(last, flat[path].shape, room[path]):
+                faults.append(f"{name}: {path}: found {flat[path].shape}, expected at most {room[path]}")
+    return faults
+
+
+def _fits(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
+    """Whether the shapes are equal but for a rank that may be less."""
+    if len(shape) != len(room):
+        return False
+    rank = {"lora_a": -1, "lora_b": -2}.get(name, 0) + len(room)
+    return all(
+        own <= full if axis == rank else own == full for axis, (own, full) in enumerate(zip(shape, room, strict=True))
+    )
 
 
 def _index(path: str, leaf: Any, place: int, shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -241,11 +299,15 @@ def _index(path: str, leaf: Any, place: int, shape: tuple[int, ...]) -> tuple[An
     return (*map(slice, shape[:axis]), place, *map(slice, shape[axis:]))
 
 
-def _room(leaves: Sequence[Any], path: str, places: int) -> np.ndarray:
-    """Zeros for so many leaves like these, of the widest rank, and an empty one."""
-    shape = list(np.max([leaf.shape for leaf in leaves if leaf.ndim == leaves[0].ndim], axis=0))
-    axis = len(shape) - _own_axes(path)
-    return np.zeros((*shape[:axis], places + 1, *shape[axis:]), np.float32)
+def _mesh(params: Params) -> Mesh | None:
+    """The mesh that params are on."""
+    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return placed.mesh if isinstance(placed, NamedSharding) else None
+
+
+def _placed(path: str, leaf: Any, mesh: Mesh | None) -> jax.Array:
+    """The leaf of a bank on the devices, split as an adapter's is beside its kernel."""
+    return jnp.asarray(leaf) if mesh is None else jax.device_put(leaf, sharding.leaf_sharding(path, leaf, mesh))
 
 
 def _own_axes(path: str) -> int:
@@ -257,5 +319,5 @@ def _place_axis(path: str, leaf: Any) -> int:
     return leaf.ndim - _own_axes(path) - 1
 
 
-def _rank_axis(name: str) -> int | None:
-    return {"lora_a": -1, "lora_b": -2}.get(name)
+def _without(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]

@@ -49,6 +49,7 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
 
 def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
     """What the adapter adds: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), less the update it started from."""
+    _check_bank(module, x)
     if "lora_ids" in module:
         return _update_by_row(x, module)
     lora_a, lora_b = module["lora_a"], module["lora_b"]

@@ -14,16 +14,15 @@ from jlora.generate import decode
 from jlora.lora import Bank
 from jlora.models import build
 
-MODEL = build(
-    transformers.Qwen2Config(
-        vocab_size=37,
-        hidden_size=64,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ).to_dict()
-)
+CONFIG = transformers.Qwen2Config(
+    vocab_size=37,
+    hidden_size=64,
+    intermediate_size=72,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+).to_dict()
+MODEL = build(CONFIG)
 KINDS = {
     "narrow": dict(r=2, target_modules=["q_proj", "down_proj"]),
     "wide": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "embed_tokens", "lm_head"]),
@@ -142,6 +141,60 @@ def test_adapters_of_experts_and_routers_are_refused():
             assert f"{module} is a router or a kernel of experts" in str(error.value)
 
 
+@functools.cache
+def packed(format):
+    return tree.map_with_path(
+        lambda path, leaf: quant.quantize(leaf, format) if path.endswith("proj/kernel") else leaf, base()
+    )
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_beside_a_packed_base_rows_are_those_of_its_adapters_alone(format):
+    held = Bank.of(packed(format), {kind: adapted(kind) for kind in KINDS})
+    choices = ["wide", None, "uneven", "narrow", "wide", "uneven", "pissa"]
+    found = LOGITS(held.choose(choices), TOKENS)
+    for row, kind in enumerate(choices):
+        alone = lora.overlay(packed(format), {} if kind is None else lora.adapter_leaves(adapted(kind)))
+        expected = LOGITS(alone, TOKENS)[row]
+        np.testing.assert_allclose(found[row], expected, atol=5e-5, err_msg=str(kind))
+        np.testing.assert_allclose(LOGITS(held.alone(kind), TOKENS)[row], expected, atol=5e-5, err_msg=str(kind))
+    assert np.abs(found - LOGITS(bank().choose(choices), TOKENS)).max() > 1e-3
+
+
+def test_on_a_mesh_a_bank_lies_as_its_base_does_and_stays_there():
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    held = Bank.of(sharding.shard(base(), mesh), {kind: adapted(kind) for kind in KINDS}, places=7)
+
+    def lies_by_the_rules():
+        flat = tree.flatten(held.params)
+        return all(leaf.sharding == sharding.leaf_sharding(path, leaf, mesh) for path, leaf in flat.items())
+
+    assert lies_by_the_rules()
+    assert not held.params["layers"]["self_attn"]["q_proj"]["lora_a"].sharding.is_fully_replicated
+    LOGITS(held.choose(["wide"] * 7), TOKENS)
+    compiled = LOGITS._cache_size()
+    held = held.remove("wide").add("again", adapted("narrow")).add("narrow", adapted("uneven"))
+    assert lies_by_the_rules()
+    found = LOGITS(held.choose(["again", "narrow", None, "pissa", "again", "narrow", None]), TOKENS)
+    assert LOGITS._cache_size() == compiled
+    for row, kind in enumerate(["narrow", "uneven", None, "pissa", "narrow"]):
+        np.testing.assert_allclose(found[row], logits_of(kind, row), atol=5e-5, err_msg=str(kind))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "eva", "loftq", "lora_ga"])
+def test_there_is_room_for_what_a_start_makes_without_its_data(start):
+    config = jlora.LoraConfig(
+        r=2, init_lora_weights=start, rank_pattern={"v_proj": 3}, target_modules=["q_proj", "v_proj"]
+    )
+    shapes = Bank.of(base(), {}, places=2, config=config).params["layers"]["self_attn"]
+    wider = {"eva": 2, "loftq": 1}.get(start, 2)
+    assert shapes["q_proj"]["lora_a"].shape == (2, 3, 64, 2 * wider)
+    assert shapes["v_proj"]["lora_b"].shape == (2, 3, 3 * wider, 32)
+    if start in ("pissa", "olora"):
+        held = Bank.of(base(), {}, places=2, config=config)
+        held.add("it", lora.init(base(), config, jax.random.key(0)))
+
+
 def test_room_for_adapters_that_come_later():
     config = jlora.LoraConfig(r=6, target_modules="all-linear")
     held = Bank.of(base(), {}, places=2, config=config).add("narrow", adapted("narrow"))
@@ -156,10 +209,7 @@ def test_room_for_adapters_that_come_later():
 
 
 def test_prompts_decode_with_their_adapters_on_packed_weights_and_a_mesh():
-    packed = tree.map_with_path(
-        lambda path, leaf: quant.quantize(leaf) if path.endswith("proj/kernel") else leaf, base()
-    )
-    held = Bank.of(packed, {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")})
+    held = Bank.of(packed("nf4"), {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")})
     choices = ["narrow", "wide", None, "uneven", {"narrow": 1, "wide": 1}, "wide", "narrow"]
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     lengths = np.full(7, 9, np.int32)
@@ -201,6 +251,69 @@ def test_faults_are_named_all_at_once():
         Bank.of(base(), {"a": adapted("narrow"), "b": adapted("wide")}, places=1)
     with pytest.raises(ValueError, match="do not go into one bank"):
         Bank.of(base(), {"dora": dora})
+
+
+def faults(make):
+    with pytest.raises(ValueError) as error:
+        make()
+    return str(error.value)
+
+
+def test_what_is_no_whole_adapter_is_refused():
+    settings, trainable = lora.split(lora.adapter_leaves(adapted("pissa")))
+    for make in (lambda part: Bank.of(base(), {"it": part}), lambda part: bank().add("it", part)):
+        assert "it: found no lora_a, expected an adapter" in faults(lambda make=make: make(base()))
+        assert "self_attn/q_proj lacks lora_scale" in faults(lambda make=make: make(trainable))
+        assert "self_attn/q_proj lacks lora_a, lora_b" in faults(lambda make=make: make(settings))
+
+
+def test_adapters_of_another_base_are_refused():
+    sizes = {"hidden_size": 96, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "vocab_size": 41}
+    other = build(CONFIG | sizes)
+    params = jax.eval_shape(other.random_params, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    adapter = lora.init(params, jlora.LoraConfig(r=2, target_modules=targets), jax.random.key(0))
+    adapter["layers"]["self_attn"]["qkv_proj"] = adapter["layers"]["self_attn"]["q_proj"]
+    found = faults(lambda: Bank.of(base(), {"other": adapter, "fits": adapted("narrow")}))
+    for fault in (
+        "other: layers/self_attn/q_proj/lora_a: found (3, 96, 2), expected at most (2, 64, 2)",
+        "other: layers/self_attn/q_proj/lora_scale: found (3,), expected at most (2,)",
+        "other: layers/mlp/down_proj/lora_b: found (3, 2, 96), expected at most (2, 2, 64)",
+        "other: embed_tokens/lora_a: found (41, 2), expected at most (37, 2)",
+        "other: the base has no matrix at layers/self_attn/qkv_proj/lora_b",
+    ):
+        assert fault in found
+    assert "fits:" not in found
+
+
+def test_only_strings_are_names():
+    def unchecked(function):  # by the annotations that tests check and a user's run does not
+        return getattr(function, "__wrapped__", function)
+
+    with pytest.raises(KeyError, match="None is the base alone"):
+        unchecked(Bank.remove)(bank(), None)
+    for name in (None, 3):
+        with pytest.raises(ValueError, match=rf"adapters' names: found \[{name}\], expected strings"):
+            unchecked(Bank.add)(bank(), name, adapted("narrow"))
+    with pytest.raises(ValueError, match="found neither adapters nor config: one of them says"):
+        Bank.of(base(), {}, places=2)
+
+
+def test_a_tied_heads_own_adapters_are_chosen_for_every_row():
+    tied = build(CONFIG | {"tie_word_embeddings": True})
+    params = tied.random_params(jax.random.key(0))
+    config = jlora.LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"])
+    adapter = lora.init(params, config, jax.random.key(1))
+    held = Bank.of(params, {"it": adapter})
+    found, base_alone = tied(held.choose(["it", *[None] * 6]), TOKENS), tied(params, TOKENS)
+    np.testing.assert_allclose(found[0], tied(adapter, TOKENS)[0], atol=2e-5)
+    np.testing.assert_allclose(found[1:], base_alone[1:], atol=2e-5)
+    assert np.abs(found[0] - base_alone[0]).max() > 0.1
+    with pytest.raises(ValueError, match="adapters chosen for 1 rows, and a batch of 7"):
+        tied(held.choose(["it"]), TOKENS)
+    with pytest.raises(ValueError, match="params of a bank of 1 adapters"):
+        tied(held.params, TOKENS)
 
 
 def test_a_bank_itself_is_refused_where_adapters_are_to_be_chosen():

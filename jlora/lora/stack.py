@@ -76,7 +76,9 @@ def _differences(
                 faults.append(f"{name}: {path}: found {found}, others have {tuple(map(int, shape))}")
         elif last not in WHOLE or (f"{module}/lora_scale" in flat and last not in (*OPTIONAL, "lora_rank")):
             others = ", ".join(other for other in held)
-            faults.append(f"{name}: has no {path}, which {others} trains: give all of them this setting, or none")
+            faults.append(
+                f"{name}: has no {path}, which {others} trains: give all of them this setting at the same modules, or none"
+            )
     return faults
 
 

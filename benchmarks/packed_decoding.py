@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What a packed base costs and saves in decoding: tokens a second and memory of each format.
 
-    python benchmarks/packed_decoding.py [--formats float32,bfloat16,int8,nf4] [--rows 1,16] [--rounds 3] [--new 33]
+    python benchmarks/packed_decoding.py [--formats float32,bfloat16,int8,nf4] [--dtype float32] [--rows 1,16]
 
 SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy, a process for each format;
-they take turns. Seconds are medians, of decoding alone (a run of `--new` tokens less a run of one). Memory is that of
-the weights, and the most that the process had beyond what it had before there were any.
+they take turns. What a packed format does not pack (embeddings, norms, activations) is in `--dtype`: by default
+float32, in which CPUs are fast. Seconds are medians, of decoding alone (a run of `--new` tokens less a run of one).
+Memory is that of the weights, and the most memory of the host (resident set, as Linux counts it) that the process had
+beyond what it had before there were any; so it runs on CPUs only.
 """
 
 import argparse
@@ -35,9 +37,9 @@ DENSE = ("float32", "bfloat16", "float16")
 MIB = 2**20
 
 
-def weights(model: models.Model, format: str) -> Params:
-    """Random params in a format, made and packed leaf by leaf, with an adapter."""
-    dense = jnp.dtype(format) if format in DENSE else jnp.dtype("float32")
+def weights(model: models.Model, format: str, dtype: str) -> Params:
+    """Random params in a format, made and packed leaf by leaf, with an adapter; what is not packed is in `dtype`."""
+    dense = jnp.dtype(format if format in DENSE else dtype)
     rules = None if format in DENSE else quant.as_config(format)
 
     @functools.partial(jax.jit, static_argnames=("shape", "packed"))
@@ -71,7 +73,7 @@ def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
     jnp.zeros(1).block_until_ready()
     before = memory("VmRSS")
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
-    params = weights(model, format)
+    params = weights(model, format, options.dtype)
     generator = np.random.default_rng(0)
 
     def run(rows: int, new: int) -> float:
@@ -91,9 +93,21 @@ def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
         pipe.send(run(rows, options.new) - run(rows, 1))
 
 
+def answer(pipe: Connection, format: str, rows: int | None = None) -> Any:
+    """What the format's process sends, of its own accord or when it is told to decode so many rows."""
+    try:
+        if rows:
+            pipe.send(rows)
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"{format}: its process has ended before it was done; what it said is above") from None
+
+
 def main() -> None:
     """Every format as a row of a table, and as JSON in results/."""
     options = _parse()
+    if (platform := jax.default_backend()) != "cpu":
+        raise SystemExit(f"memory is measured on the host, and weights lie on {platform}: set JAX_PLATFORMS=cpu")
     context = multiprocessing.get_context("spawn")
     pipes, sizes = {}, {}
     console = rich.console.Console()
@@ -102,20 +116,21 @@ def main() -> None:
         for format in options.formats:  # one after another: they compile, and would disturb each other
             pipes[format], theirs = context.Pipe()
             context.Process(target=work, args=(theirs, format, options), daemon=True).start()
-            sizes[format] = pipes[format].recv()
+            theirs.close()  # or the pipe would stay open after that process has ended
+            sizes[format] = answer(pipes[format], format)
             bar.advance(task)
         seconds: dict[tuple[str, int], list[float]] = {}
         for _ in range(options.rounds):
             for rows in options.rows:
                 for format, pipe in pipes.items():
-                    pipe.send(rows)
-                    seconds.setdefault((format, rows), []).append(pipe.recv())
+                    seconds.setdefault((format, rows), []).append(answer(pipe, format, rows))
                     bar.advance(task)
     for pipe in pipes.values():
         pipe.send(None)
     found = [
         {
             "format": format,
+            "not_packed": format if format in DENSE else options.dtype,
             "weights_mib": round(sizes[format][0] / MIB),
             "peak_mib": round(sizes[format][1] / MIB),
             "tokens_per_second": {
@@ -125,22 +140,38 @@ def main() -> None:
         }
         for format in options.formats
     ]
-    table = rich.table.Table("base", "weights MiB", "peak MiB", *(f"tokens/s, {rows} rows" for rows in options.rows))
+    table = rich.table.Table(
+        *("base", "not packed", "weights MiB", "peak MiB", *(f"tokens/s, {rows} rows" for rows in options.rows)),
+        caption="memory: of the process on the host (resident set)",
+    )
     for row in found:
         speeds = [str(speed) for speed in row["tokens_per_second"].values()]
-        table.add_row(row["format"], str(row["weights_mib"]), str(row["peak_mib"]), *speeds)
+        table.add_row(row["format"], row["not_packed"], str(row["weights_mib"]), str(row["peak_mib"]), *speeds)
     console.print(table)
     console.print(f"written: {record.save('packed_decoding', {'options': vars(options), 'rows': found})}")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", type=lambda text: text.split(","), default=["float32", "bfloat16", "int8", "nf4"])
+    parser.add_argument("--formats", type=_formats, default=["float32", "bfloat16", "int8", "nf4"])
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of what a format does not pack (default %(default)s)",
+    )
     parser.add_argument("--rows", type=lambda text: [int(rows) for rows in text.split(",")], default=[1, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--new", type=int, default=33, help="tokens decoded in a row (default %(default)s)")
     return parser.parse_args()
+
+
+def _formats(text: str) -> list[str]:
+    known, found = (*DENSE, *quant.FORMATS), text.split(",")
+    if unknown := [format for format in found if format not in known]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The adapter that a run starts with."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 
 from jlora import checkpoint, hub, lora, tree
 from jlora.models import Model
+from jlora.quant import Rounded
 from jlora.train.config import RunConfig
 from jlora.types import Params
 
@@ -21,6 +24,7 @@ def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None 
         are longer than the model has positions; `fixed` does not fit the adapter.
     """
     model.require_positions(config.train.seq_len, "train.seq_len")
+    _warn_of_experts(params)
     return _with_fixed(_adapted(model, params, config), fixed or {})
 
 
@@ -49,6 +53,17 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
             "lora.modules_to_save=('score',) to train a copy of it"
         )
     return params
+
+
+def _warn_of_experts(params: Params) -> None:
+    """Says before the run, not after it, that a folder cannot hold what it trains."""
+    if any("/experts/" in path and isinstance(leaf, Rounded) for path, leaf in tree.flatten(params).items()):
+        warnings.warn(
+            "experts are trained to be packed (merge_aware), which no folder for transformers can hold: export this "
+            'run as GGUF, or leave them out with model.quant = {"merge_aware": True, "rules": '
+            '[[".*/experts/.*", None], [".*layers/.*/kernel", "nf4"]]}',
+            stacklevel=2,
+        )
 
 
 def _with_fixed(params: Params, fixed: Params) -> Params:

@@ -1,15 +1,18 @@
 """A merge-aware run: the folder that it is exported to is packed, and computes what the run ended with."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from jlora import hub
+from jlora import hub, tree
 from jlora.cli.main import main
+from jlora.quant import Rounded
 from jlora.train import resolve, run
+from jlora.train.adapt import adapt
 from jlora.train.restore import load_run
 
 
@@ -40,3 +43,20 @@ def test_a_run_ends_in_a_folder_that_bitsandbytes_opens_with_the_trained_outputs
     assert main(["merge", f"--model={model_folder}", "--dtype=float32", *adapter]) == 0
     model, again = hub.load(tmp_path / "merged", dtype="float32")
     np.testing.assert_allclose(model(again, tokens), expected, atol=1e-4)
+
+
+def test_packed_experts_are_warned_of_before_the_run(tmp_path):
+    sizes = dict(vocab_size=37, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, head_dim=8)
+    ).save_pretrained(tmp_path)
+    settings = {"data": {"path": "x.jsonl"}, "train": {"steps": 1, "seq_len": 8}}
+    for quant, warns in (
+        ({"merge_aware": True}, True),
+        ({"merge_aware": True, "rules": [[".*/experts/.*", None], [".*layers/.*/kernel", "nf4"]]}, False),
+    ):
+        config = resolve(settings | {"model": {"path": str(tmp_path), "quant": quant}})
+        model, params = hub.load(tmp_path, quant=config.model.quant)
+        with pytest.warns(UserWarning, match="experts are trained to be packed") if warns else nullcontext():
+            adapted = adapt(model, params, config)
+        assert any(isinstance(leaf, Rounded) for leaf in tree.flatten(adapted).values())

@@ -36,10 +36,10 @@ def run(arguments: list[str]) -> int:
 
 def _adapted(params: Params, folders: list[str]) -> tuple[Params | Bank, list[str | None] | None]:
     """The params with the one adapter, or a bank of several and what each prompt takes of it."""
-    if len(folders) < 2:
+    if len(set(folders)) < 2:
         return (hub.load_adapter(params, folders[0]) if folders and folders[0] else params), None
     adapters = {folder: hub.load_adapter(params, folder) for folder in dict.fromkeys(folders) if folder}
-    return (Bank.of(params, adapters), [folder or None for folder in folders]) if adapters else (params, None)
+    return Bank.of(params, adapters), [folder or None for folder in folders]
 
 
 def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | list[dict[str, str]]:

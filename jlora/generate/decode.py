@@ -64,6 +64,8 @@ def decode(
         adapters: of params that are a bank's (`jlora.lora.Bank`), the numbers of each prompt's adapters and their
             weights; copies of a prompt share them.
     """
+    if adapters is not None and len(adapters[0]) != len(tokens):
+        raise ValueError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
     decoder = _Decoder(model, params, tokens, lengths, keys, order, settings, adapters)

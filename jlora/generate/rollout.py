@@ -12,6 +12,7 @@ from jaxtyping import Array, UInt32
 
 from jlora import lora, tree
 from jlora.generate.decode import Decoded, decode
+from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
 
@@ -86,13 +87,14 @@ def rollout(
         bucket: prompts are padded to a multiple of this.
 
     Raises:
-        ValueError: no prompts, empty ones, or settings out of range; all are listed.
+        ValueError: no prompts, empty ones, or settings out of range; all are listed. Or params of `Bank.choose`.
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
     problems = faults(checked) + _unfit(prompts, keys)
     if problems:
         raise ValueError("rollout:\n  " + "\n  ".join(problems))
+    refuse_chosen(params, "those of Bank.alone")
     rows = min(rows, len(prompts))
     settings |= dict(rows=rows, stop_ids=tuple(stop_ids))
     settings |= dict(greedy=temperature == 0, temperature=float(temperature) or 1.0)

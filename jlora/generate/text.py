@@ -11,7 +11,7 @@ from jlora import data
 from jlora.data import Prompt
 from jlora.generate.decode import decode
 from jlora.generate.rollout import faults, queues
-from jlora.lora.bank import Bank, Choice, Places
+from jlora.lora.bank import Bank, Choice, Places, refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
 
@@ -105,6 +105,7 @@ def _places(params: Params | Bank, adapters: Sequence[Choice] | None, count: int
     if not isinstance(params, Bank):
         if adapters is not None:
             raise ValueError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
+        refuse_chosen(params, "the bank, and adapters= with one choice a prompt")
         return params, None
     if adapters is not None and len(adapters) != count:
         raise ValueError(f"adapters: found {len(adapters)}, expected one for each of {count} prompts")

@@ -211,6 +211,16 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
     return tree.map_modules(mark, params)
 
 
+def refuse_chosen(params: Params, instead: str) -> None:
+    """Raises ValueError for params of `Bank.choose`, for what sorts rows or makes several batches of them.
+
+    Args:
+        instead: what to give in their place.
+    """
+    if any(path.endswith("/lora_ids") for path in tree.flatten(params)):
+        raise ValueError(f"found params of Bank.choose, whose adapters belong to the rows of one batch: give {instead}")
+
+
 def _require_names(names: Iterable[Any]) -> None:
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"adapters' names: found {wrong}, expected strings (None is the base alone)")

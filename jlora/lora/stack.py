@@ -77,7 +77,8 @@ def _differences(
         elif last not in WHOLE or (f"{module}/lora_scale" in flat and last not in (*OPTIONAL, "lora_rank")):
             others = ", ".join(other for other in held)
             faults.append(
-                f"{name}: has no {path}, which {others} trains: give all of them this setting at the same modules, or none"
+                f"{name}: has no {path}, which {others} trains: give all of them this setting at the same modules, or "
+                "none"
             )
     return faults
 

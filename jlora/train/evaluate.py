@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jlora import data
 from jlora.generate import generate
+from jlora.lora.bank import refuse_chosen
 from jlora.losses import token_scores
 from jlora.models import Model
 from jlora.sharding import put_batch
@@ -174,8 +175,9 @@ def example_sums(
       seq_len: the most tokens that the model reads of one: all but its last, which is only predicted.
 
     Raises:
-      ValueError: the model has no positions for the longest.
+      ValueError: the model has no positions for the longest, or params are those of `Bank.choose`.
     """
+    refuse_chosen(params, "those of Bank.alone")
     lengths = [len(example.tokens) - 1 for example in examples]
     model.require_positions(max(lengths, default=0), "seq_len")
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding

@@ -51,3 +51,12 @@ def test_every_prompt_has_its_adapter(model_folder, tmp_path, capsys):
     three = [*prompts, "--prompt=c"]
     assert main(["generate", f"--model={model_folder}", *three, "--adapter=x", "--adapter=y"]) == 2
     assert "--adapter: found 2 for 3 prompts" in capsys.readouterr().err
+
+
+def test_prompts_of_one_adapter_need_no_bank(model_folder, tmp_path, capsys):
+    _, params = jlora.load(model_folder)
+    config = jlora.LoraConfig(r=2, init_lora_weights=False, use_dora=True)  # which a bank does not hold
+    jlora.save_adapter(tmp_path / "dora", jlora.lora.init(params, config, jax.random.key(0)))
+    adapter = f"--adapter={tmp_path / 'dora'}"
+    once = texts(capsys, model_folder, "--prompt=a", "--prompt=c", "--raw", adapter)
+    assert texts(capsys, model_folder, "--prompt=a", "--prompt=c", "--raw", adapter, adapter) == once

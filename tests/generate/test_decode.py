@@ -1,6 +1,7 @@
 """The decode loop against transformers and against the forward pass, for any number of rows; rollouts and digests."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,18 @@ def test_what_cannot_be_rolled_out_is_said_at_once():
         assert text in str(error.value)
     with pytest.raises(ValueError, match="no prompts: expected at least one"):
         rollout(model, params, [], keys[:0], rows=1, max_new_tokens=1, stop_ids=())
+    bank = lora.Bank.of(params, {"it": lora.init(params, jlora.LoraConfig(r=1), keys[0])})
+    with pytest.raises(ValueError, match=r"params of Bank.choose, .* give those of Bank.alone"):
+        rollout(model, bank.choose(["it"]), [[1]], keys, rows=1, max_new_tokens=1, stop_ids=())
+
+
+def test_adapters_of_another_number_of_prompts_are_refused():
+    model, params = made("llama")
+    bank = lora.Bank.of(params, {"it": lora.init(params, jlora.LoraConfig(r=1), jax.random.key(0))})
+    tokens, keys = jnp.ones((3, 4), jnp.int32), jax.random.split(jax.random.key(0), 3)
+    settings = dict(rows=3, max_new_tokens=2, stop_ids=(), greedy=True, adapters=bank.places(["it", None]))
+    with pytest.raises(ValueError, match="adapters: found those of 2 prompts, expected 3"):
+        inspect.unwrap(decode)(model, bank.params, tokens, jnp.full(3, 4), keys, **settings)  # past what tests check
 
 
 def test_a_rollout_at_temperature_0_takes_the_likeliest_tokens():

@@ -60,6 +60,50 @@ def test_a_packed_base_generates_what_its_dense_form_does(folder, loaded):
     assert texts[0] == texts[1]
 
 
+@pytest.fixture(scope="module")
+def bank(loaded):
+    """Two adapters, and their sum as a third, for what a mixture of them is to be."""
+    _, params, _ = loaded
+    adapters = {}
+    for seed, name in enumerate(("one", "two")):
+        settings = dict(r=2 + seed, lora_alpha=300, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+        adapters[name] = jlora.lora.init(params, jlora.LoraConfig(**settings), jax.random.key(seed))
+    adapters["sum"] = jlora.lora.mix(params, list(adapters.values()), [0.5, 0.5])[0]
+    return jlora.lora.Bank.of(params, adapters)
+
+
+MIXED = {"one": 0.5, "two": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "choices"),
+    [
+        ([*PROMPTS, "the fourth", "x" * 70, "five"] * 2, ["two", "one", None, MIXED, "two", "one", None] + ["one"] * 5),
+        (["a"] * 12, ["one", "two", None, MIXED] * 3),
+        (PROMPTS, None),
+    ],
+    ids=["of different lengths", "repeated", "without a choice"],
+)
+def test_every_prompt_is_answered_as_by_its_adapter_alone(loaded, bank, prompts, choices):
+    model, _, tokenizer = loaded
+    settings = dict(max_new_tokens=6, batch_size=4)
+    found = jlora.generate(model, bank, tokenizer, prompts, adapters=choices, **settings)
+    names = [None] * len(prompts) if choices is None else ["sum" if choice is MIXED else choice for choice in choices]
+    alone = {name: jlora.generate(model, bank.alone(name), tokenizer, prompts, **settings) for name in set(names)}
+    assert found == [alone[name][number] for number, name in enumerate(names)]
+    assert len({texts[0] for texts in alone.values()}) == len(alone)
+
+
+def test_adapters_are_chosen_of_a_bank_and_for_every_prompt(loaded, bank):
+    model, params, tokenizer = loaded
+    with pytest.raises(ValueError, match="adapters: found 2, expected one for each of 3 prompts"):
+        jlora.generate(model, bank, tokenizer, PROMPTS, adapters=["one", None])
+    with pytest.raises(ValueError, match="adapters: found some, expected none without a bank"):
+        jlora.generate(model, params, tokenizer, PROMPTS, adapters=["one", None, None])
+    with pytest.raises(ValueError, match=r"params of Bank.choose, .* give the bank, and adapters="):
+        jlora.generate(model, bank.choose(["one", "two", None]), tokenizer, PROMPTS)
+
+
 def test_samples_follow_the_seed_and_not_the_neighbours(loaded):
     def draw(prompts, **settings):
         return jlora.generate(*loaded, prompts, max_new_tokens=12, temperature=1.0, **settings)

@@ -13,6 +13,7 @@ from jlora import lora, quant, sharding, tree
 from jlora.generate import decode
 from jlora.lora import Bank
 from jlora.models import build
+from jlora.train.evaluate import example_sums
 
 CONFIG = transformers.Qwen2Config(
     vocab_size=37,
@@ -321,3 +322,5 @@ def test_a_bank_itself_is_refused_where_adapters_are_to_be_chosen():
         MODEL(bank().params, TOKENS)
     with pytest.raises(ValueError, match="adapters chosen for 2 rows, and a batch of 7"):
         MODEL(bank().choose(["narrow", None]), TOKENS)
+    with pytest.raises(ValueError, match=r"params of Bank.choose, .* give those of Bank.alone"):
+        example_sums(MODEL, bank().choose(["narrow"]), [], batch_size=1, seq_len=8)  # it sorts its rows

@@ -210,7 +210,8 @@ def test_room_for_adapters_that_come_later():
 
 
 def test_prompts_decode_with_their_adapters_on_packed_weights_and_a_mesh():
-    held = Bank.of(packed("nf4"), {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")})
+    adapters = {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")}
+    held = Bank.of(packed("nf4"), adapters)
     choices = ["narrow", "wide", None, "uneven", {"narrow": 1, "wide": 1}, "wide", "narrow"]
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     lengths = np.full(7, 9, np.int32)
@@ -218,7 +219,7 @@ def test_prompts_decode_with_their_adapters_on_packed_weights_and_a_mesh():
     settings = dict(max_new_tokens=4, stop_ids=(), greedy=True)
     found = decode(
         MODEL,
-        sharding.shard(held.params, mesh),
+        Bank.of(sharding.shard(packed("nf4"), mesh), adapters).params,
         TOKENS,
         lengths,
         keys,

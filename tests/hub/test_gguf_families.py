@@ -830,7 +830,7 @@ def test_llama_cpp_gives_the_same_logits(case, tmp_path, llama_cpp, parity):
     ids = tokens()
     found = difference(model(params, jnp.asarray(ids)), logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids))
     parity("format", f"GGUF, {case.partition('-')[0]}", "out", found)
-    assert found < 1e-3
+    assert found < 2e-3  # llama.cpp looks GELU up in a table of float16 (Gemma's, GPT-2's)
 
 
 @pytest.mark.slow

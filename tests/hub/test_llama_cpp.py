@@ -46,7 +46,11 @@ def smollm2(tmp_path_factory):
     [path] = module.fetch(module.MODEL, Path.home() / ".cache" / "jlora")
     model, base = jlora.load(path)
     params = tree.map_with_path(
-        lambda leaf_path, leaf: leaf + 0.01 if leaf_path.endswith("lora_b") else leaf,
+        lambda leaf_path, leaf: (
+            0.15 * jax.random.normal(jax.random.key(len(leaf_path)), leaf.shape)
+            if leaf_path.endswith("lora_b")
+            else leaf
+        ),
         lora.init(base, jlora.LoraConfig(r=4, lora_alpha=8), jax.random.key(0)),
     )
     return path, model, params, hub.load_tokenizer(path)
@@ -81,7 +85,7 @@ def shortfalls(model, params, answered):
 @pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("f16", 0.05), ("q8_0", 0.5)])
 def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit):
     """jlora on what it reads from the file, and llama.cpp, which rounds what f16 and q8_0 matrices multiply as well:
-    there it may choose otherwise where two tokens are all but equally likely.
+    there it may choose otherwise where two tokens are all but equally likely. The base would not say the same.
     """
     path, model, params, tokenizer = smollm2
     hub.save_gguf(tmp_path / "model.gguf", model, params, path, dtype=dtype)
@@ -89,7 +93,7 @@ def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit
     answered = answers(llama_cpp(tmp_path / "model.gguf"), tokenizer, model)
     found = shortfalls(model, merged, answered)
     assert found.max() <= limit
-    assert np.mean(found == 0) > 0.98
+    assert np.mean(found == 0) > 0.95
     assert shortfalls(model, lora.strip(params), answered).max() > 1
 
 

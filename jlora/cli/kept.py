@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora import lora
+from jlora.hub.score import only_scored
 from jlora.models import Model
+from jlora.models.model import SCORE
 from jlora.train.sensitivity import divergence
 from jlora.types import Params
 
@@ -25,6 +27,7 @@ def print_kept(
     """The share of the update that each weight of `merged` has, and how far its predictions lie from the unmerged
     model's on the records (or on `PROBES`).
     """
+    params = only_scored(model, params) if SCORE in params else params  # a reward model is written without other heads
     report = lora.kept(params, merged)
     print(report)
     records = records or [{"prompt": "", "completion": text} for text in PROBES]

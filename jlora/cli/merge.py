@@ -26,6 +26,8 @@ def run(arguments: list[str]) -> int:
         raise ValueError("--gguf names the type of what is written, so --dtype has no part in it")
     if options.gguf and options.quant:
         raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
+    if options.gguf:
+        hub.require_gguf(options.out, options.gguf, adapter=options.adapter_only)
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = data.read_records(options.data) if options.data else None
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)

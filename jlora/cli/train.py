@@ -100,5 +100,4 @@ def _settings(cls: type, path: str = "") -> Iterator[str]:
         default = (
             "required" if is_required(field) else f"default {field.default_factory() if made else field.default!r}"
         )
-        kind = describe(hint) if not typing.get_args(hint) or len(describe(hint)) < 40 else "see the documentation"
-        yield f"  --config.{path + field.name:<26} {kind}; {default}"
+        yield f"  --config.{path + field.name:<26} {describe(hint)}; {default}"

@@ -5,7 +5,7 @@ from jlora.hub.convert import convert_adapter
 from jlora.hub.export import require_writable, save_model
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.gguf_export import TYPES as GGUF_TYPES
-from jlora.hub.gguf_export import save_gguf, save_gguf_adapter
+from jlora.hub.gguf_export import require_gguf, save_gguf, save_gguf_adapter
 from jlora.hub.load import checkpoint_dtype, exact_dtype, float_dtype, load
 from jlora.hub.model_merge import merge_models
 from jlora.hub.peft import save_adapter
@@ -26,6 +26,7 @@ __all__ = [
     "merge_models",
     "open_source",
     "refuse_inputs",
+    "require_gguf",
     "require_writable",
     "save_adapter",
     "save_gguf",

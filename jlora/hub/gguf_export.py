@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from jlora import lora, tree
 from jlora.hub import names
 from jlora.hub.export import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf import tokenizer_fields
-from jlora.hub.gguf_file import Progress, Tensor, write_file
+from jlora.hub.gguf_file import Progress, Tensor, require_name, write_file
 from jlora.hub.gguf_layout import Heads, layout_of
 from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
 from jlora.hub.gguf_tokenizer import PHI3, named, strips_spaces, tokenizer_metadata
@@ -63,7 +63,7 @@ def save_gguf(
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
-    _check_dtype(dtype, TYPES)
+    require_gguf(path, dtype)
     if SCORE in params:
         raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
     model, params = as_written(model, params)
@@ -101,7 +101,7 @@ def save_gguf_adapter(
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
-    _check_dtype(dtype, [name for name in TYPES if name != "q8_0"])
+    require_gguf(path, dtype, adapter=True)
     params = lora.with_starts(params)
     factors = _factors(model, params)
     ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
@@ -129,9 +129,19 @@ def _made(name: str, values: np.ndarray, type: str) -> Tensor:
     return Tensor(name, values.shape, type, lambda: np.ascontiguousarray(values, np.float32))
 
 
-def _check_dtype(dtype: str, known: Collection[str]) -> None:
+def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None:
+    """Nothing, if a GGUF file of a model, or of an adapter, can have this name and type.
+
+    Raises:
+        ValueError: it can not.
+        ImportError: the package gguf is not installed.
+    """
+    known = [name for name in TYPES if not (adapter and name == "q8_0")]
     if dtype not in known:
-        raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(known)}")
+        raise ValueError(
+            f"dtype={dtype!r}: a GGUF {'adapter' if adapter else 'file'} is written in one of {', '.join(known)}"
+        )
+    require_name(path)
 
 
 # ---------------------------------------------------------------- models

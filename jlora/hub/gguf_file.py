@@ -45,9 +45,7 @@ def write_file(
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
-    gguf = require("gguf", "gguf")
-    if Path(path).suffix != ".gguf":
-        raise ValueError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+    gguf = require_name(path)
     types = {tensor.name: gguf.GGMLQuantizationType[tensor.type] for tensor in tensors}
     with (
         replacing_file(path, magic=MAGIC) as fresh,
@@ -67,6 +65,13 @@ def write_file(
             writer.write_tensor_data(_packed(gguf, tensor, types[tensor.name]))
             if progress:
                 progress(done, len(tensors))
+
+
+def require_name(path: str | Path) -> Any:
+    """The package gguf, if a file of this name can be written; raises as `write_file`."""
+    if Path(path).suffix != ".gguf":
+        raise ValueError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+    return require("gguf", "gguf")
 
 
 def _kind(gguf: Any, value: Any) -> Any:

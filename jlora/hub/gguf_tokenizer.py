@@ -39,7 +39,9 @@ PIECE_NORMALIZERS = (
 )
 # A model whose name has this takes the spaces after its special tokens away in llama.cpp, but not after these.
 PHI3, UNSTRIPPED = r"(?i)(phi)-?(3)", frozenset(("<unk>", "<s>", "<|endoftext|>"))
-INSTEAD = "leave the tokenizer out, or take it over from a GGUF file of the base model"
+INSTEAD = (
+    "leave the tokenizer out (jlora.hub.save_gguf without one), or take it over from a GGUF file of the base model"
+)
 
 
 def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -49,6 +51,8 @@ def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
         ValueError: some do, but not those that llama.cpp would take for Phi-3's.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    if tokenizer.pad_token != tokenizer.eos_token:  # what stands in no text
+        added.pop(tokenizer.pad_token, None)
     stripping = {name for name, token in added.items() if token.rstrip}
     as_phi3 = stripping == set(added) - UNSTRIPPED and {"</s>", *UNSTRIPPED} <= set(tokenizer.get_vocab())
     unknown = {name for name, token in added.items() if token.lstrip or token.single_word}

@@ -107,10 +107,12 @@ def checkpoint_dtype(source: str | Path) -> np.dtype:
 
 
 def exact_dtype(source: str | Path) -> np.dtype:
-    """The dtype in which loading loses nothing of the matrices: what the largest is stored in; float32 for the packed
-    blocks of a GGUF file.
+    """The dtype in which loading loses nothing of the matrices: what they are stored in; float32 where they differ, and
+    for the packed blocks of a GGUF file.
     """
-    return _stored_in(open_source(source)) or jnp.dtype(jnp.float32)
+    checkpoint = open_source(source)
+    matrices = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1 and info.dtype not in BYTES}
+    return (_stored_in(checkpoint) if len(matrices) == 1 else None) or jnp.dtype(jnp.float32)
 
 
 def _stored_in(checkpoint: Source) -> np.dtype | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,15 @@ from jlora.models.families import HARMLESS
 # What comes before the layers; other tensors outside of them come after.
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|wpe)\..+")
 # Settings that change no logits, or that the result gets anew.
-IDLE = {*HARMLESS, "eos_token_id", "max_position_embeddings", "num_hidden_layers", "n_layer"}
+IDLE = {
+    *HARMLESS,
+    "eos_token_id",
+    "max_position_embeddings",
+    "num_hidden_layers",
+    "n_layer",
+    "auto_map",
+    "tokenizer_class",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,9 @@ def merge_models(
     it computed: all that `jlora.models.ModelConfig` reads from config.json is compared (positions, epsilons, heads,
     windows of single layers, …). What else it says may differ (dtype, special tokens, max_position_embeddings unless
     positions depend on it), and so may the vocabulary of a model that gives only layers in the middle. Where jlora does
-    not compute a model, config.json itself is compared, but for fields that change no logits in any family. Models have
-    the same tensors, but for buffers that every loader recomputes and copies of tied embeddings.
+    not compute a model, config.json itself is compared, but for fields that change no logits in any family; of those
+    that one model says and another does not a warning tells. Models have the same tensors, but for buffers that every
+    loader recomputes and copies of tied embeddings.
 
     Where a slice does not list base_model, changes are counted from the layers of it that the slice's models take of
     themselves.
@@ -135,6 +145,10 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
         own = dataclasses.replace(own, num_hidden_layers=len(layers), layers=tuple(layers))
         if model not in at_the_ends:  # where the vocabulary is
             own = dataclasses.replace(own, vocab_size=whole.vocab_size, tie_word_embeddings=whole.tie_word_embeddings)
+        if whole.inverse_layer_scale and any(place != number for place, number in places):
+            faults.append(
+                f"{model}: scale_attn_by_inverse_layer_idx: its layers compute by their number, and some move"
+            )
         try:
             whole.require_same(own, result, model)
         except ValueError as error:
@@ -168,8 +182,13 @@ def _written_differences(one: Source, other: Source) -> list[str]:
         {key: value for key, value in source.config.items() if key not in IDLE and not _has_layers(value, count)}
         for source, count in ((one, count_layers(one)), (other, count_layers(other)))
     )
-    pairs = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
-    return [f"{key}: {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b]
+    shared = sorted(ours.keys() & theirs.keys())
+    found = [f"{key}: {ours[key]!r} and {theirs[key]!r}" for key in shared if ours[key] != theirs[key]]
+    if (lacking := sorted(ours.keys() ^ theirs.keys())) and not found:
+        warnings.warn(
+            f"one config.json has {', '.join(lacking)}, another has not: defaults are not compared", stacklevel=4
+        )
+    return found
 
 
 def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:

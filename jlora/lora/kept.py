@@ -1,6 +1,7 @@
 """What a merge keeps of an adapter's update once the sum is rounded, or packed."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -128,6 +129,7 @@ def _name(key: Key) -> str:
     return key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _compare(module: Params, name: str, merged: object) -> jax.Array:
     """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one leaf of one layer's module, in float32."""
     base = _float32(module[name])

@@ -67,7 +67,7 @@ def mix(
 
     "cat"               the weighted sum, exactly: factors side by side, of as many ranks as all have together
     "svd"               the weighted sum at a given rank
-    "linear"            the weighted sum at the rank that it has (with DoRA's changes, any)
+    "linear"            the weighted sum at the rank that it has (of DoRA's changes a whole copy, for they have any)
     "magnitude_prune"   the sum of the largest `density` of each change's values
     "ties"              those, where their sign is the majority's, averaged (TIES, Yadav et al. 2023)
     "dare_linear"       the sum of a random `density` of each change's values, divided by it (DARE, Yu et al. 2024)
@@ -106,8 +106,9 @@ def mix(
     fits: list[Fit] = []
     for path in sorted({path.rpartition("/")[0] for adapter in leaves for path in adapter}):
         own, *members = (_module(leaf, path) for leaf in (flat, *leaves))
+        copied = _copied(own, members, how)
+        members = [_as_copies(own, member, copied) for member in members]
         mixed = _mixed_factors(path, own, members, how, fits) | _mixed_leaves(path, own, members, how)
-        mixed = _folded(path, own, mixed)
         found |= {f"{path}/{name}": jnp.asarray(leaf) for name, leaf in mixed.items()}
     title = f"{method} of {', '.join(f'{weight:g} · {name}' for name, weight in zip(named, given, strict=True))}"
     return overlay(base, tree.unflatten(found)), Fits(title, tuple(fits))
@@ -183,6 +184,30 @@ def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) ->
 # ---------------------------------------------------------------- whole copies and biases
 
 
+def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
+    """The leaves of a module that the adapters' updates are to be part of, as trained copies: those that one of them
+    copies, and the weight where the sum has no rank (DoRA's) and none is asked for.
+    """
+    every = {name for adapter in adapters for name in adapter}
+    main = {name for name in MAIN if name in base}
+    if not (how.method.whole_rank and how.rank is None and "lora_magnitude" in every):
+        main = {name for name in main if f"{TRAINED}{name}" in every}
+    return main | ({"bias"} if "lora_bias" in every and (main or f"{TRAINED}bias" in every) else set())
+
+
+def _as_copies(base: Params, adapter: Params, names: set[str]) -> Params:
+    """The adapter with its updates of these leaves, the product and the bias that it adds, as trained copies."""
+    names = {name for name in names if ("lora_bias" if name == "bias" else "lora_a") in adapter}
+    if not names:
+        return adapter
+    module = {name: jnp.asarray(as_float(leaf)) for name, leaf in (base | adapter).items()}
+    copies = {f"{TRAINED}{name}": merged_leaf(module, name) for name in names}
+    gone = (
+        {"lora_bias"} if names == {"bias"} else {name for name in adapter if name.startswith("lora_")} - {"lora_tied"}
+    )
+    return {name: leaf for name, leaf in adapter.items() if name not in gone} | copies
+
+
 def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) -> Params:
     """Everything but factors: changes of whole leaves, and of biases."""
     found: Params = {}
@@ -201,23 +226,6 @@ def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) ->
         found["lora_bias"] = how.add_present(f"{path}/lora_bias", biases)
     tied = [adapter["lora_tied"] for adapter in adapters if "lora_tied" in adapter]
     return found | ({"lora_tied": tied[0]} if tied else {})
-
-
-def _folded(path: str, base: Params, mixed: Params) -> Params:
-    """A module's leaves with the product as part of the trained copy, if there are both: files have one or the other.
-
-    Raises:
-        ValueError: a bias is added besides where the base has none that it could be part of.
-    """
-    main = next((name for name in MAIN if f"{TRAINED}{name}" in mixed), None)
-    if main is None or "lora_a" not in mixed:
-        return mixed
-    if "lora_bias" in mixed and "bias" not in base:
-        raise ValueError(f"{path}: one adapter copies it, another adds a bias (lora_bias) that the base has not")
-    module = {name: jnp.asarray(as_float(leaf)) for name, leaf in (base | mixed).items()}
-    whole = {name: merged_leaf(module, name) for name in (main, *(["bias"] if "lora_bias" in mixed else []))}
-    kept = {name: leaf for name, leaf in mixed.items() if name == "lora_tied" or not name.startswith("lora_")}
-    return kept | {f"{TRAINED}{name}": leaf for name, leaf in whole.items()}
 
 
 # ---------------------------------------------------------------- factors
@@ -268,8 +276,8 @@ def _product(
         whole = _side_by_side(updates, weights)
         energy = np.sum((whole.left.T @ whole.left) * (whole.right @ whole.right.T), dtype=np.float64)
         return *whole, float(energy), 0.0
-    narrow = all(update.lora_b is not None for update in updates)
     if how.method.of == "sum":
+        narrow = all(update.lora_b is not None for update in updates)
         whole = _side_by_side(updates, weights) if narrow else Change(_dense_sum(updates, weights))
     else:
         whole = Change(how.add(name, [update.change().dense() for update in updates], weights))
@@ -278,8 +286,7 @@ def _product(
         missed = whole.left - left @ right
         return left, right, _energy(whole.left), _energy(missed)
     ranks = [update.rank for update in updates]
-    of_sum = sum(ranks) if narrow else min(whole.left.shape)
-    return best(whole, how.rank or (of_sum if how.method.whole_rank else max(ranks)))
+    return best(whole, how.rank or (sum(ranks) if how.method.whole_rank else max(ranks)))
 
 
 def _side_by_side(updates: Sequence[_Update], weights: Sequence[int | float]) -> Change:
@@ -362,6 +369,7 @@ def _check(
             if path.rpartition("/")[2] in UNMIXABLE
         ]
     faults += _shape_faults(base, names, leaves, METHODS[method].of if method in METHODS else "")
+    faults += _bias_faults(base, leaves, whole=method == "linear" and rank is None)
     if faults:
         raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
 
@@ -413,3 +421,17 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
             instead = "a method that ends in _svd" if alike else "'linear', which is as exact"
             faults.append(f"{module}: found DoRA, which is no plain product; use {instead}")
     return faults
+
+
+def _bias_faults(base: dict[str, Any], leaves: list[dict[str, Any]], *, whole: bool) -> list[str]:
+    """Modules of which copies are combined, since one adapter is one, or (`whole`) DoRA, and another adds a bias that
+    the base has not.
+    """
+    every = {path for flat in leaves for path in flat}
+    biased = sorted(path.rpartition("/")[0] for path in every if path.endswith("/lora_bias"))
+    wide = (*(f"{TRAINED}{name}" for name in MAIN), *(["lora_magnitude"] if whole else []))
+    return [
+        f"{module}: one adapter copies it or is DoRA, another adds a bias (lora_bias) that the base has not"
+        for module in biased
+        if f"{module}/bias" not in base and any(f"{module}/{name}" in every for name in wide)
+    ]

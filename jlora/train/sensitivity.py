@@ -35,7 +35,7 @@ def measure(
         params: of an unpacked model.
         config: the formats to measure; see `jlora.quant.choose` for what to do with the result.
     """
-    rows = _rows(tokenizer, records[:count], seq_len)
+    rows = _rows(model, tokenizer, records[:count], seq_len)
     expected = _log_probabilities(model, params, rows)
     damage = {}
     for found in quant.candidates(params, config):
@@ -61,13 +61,14 @@ def divergence(
     Of next-token distributions; of a reward model, of its preference σ(score) over an answer of reward 0 (Bradley and
     Terry 1952), at every token.
     """
-    rows = _rows(tokenizer, records[:count], seq_len)
+    rows = _rows(model, tokenizer, records[:count], seq_len)
     expected, found = (_log_probabilities(model, which, rows) for which in (params, changed))
     return float(_mean_divergence(expected, found, rows))
 
 
-def _rows(tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
-    """Tokens [B, seq_len] with what says which of them are none."""
+def _rows(model: Model, tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
+    """Tokens [B, seq_len, or as many as the model has positions] with what says which of them are none."""
+    seq_len = min(seq_len, model.config.max_position_embeddings)
     examples, _ = data.encode(records, tokenizer, seq_len=LONGEST, overlong="cut")
     tokens = np.zeros((len(examples), seq_len), np.int32)
     segment_ids = np.zeros_like(tokens)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import jlora
 from jlora import hub, tree
 from jlora.cli.main import main
 
@@ -35,6 +36,17 @@ def test_a_merged_model_opens_in_transformers_without_the_adapter(trained, model
     changed = {name for name in base if not merged[name].equal(base[name])}
     assert changed == {name for name in base if "_proj" in name}
     assert hub.load_tokenizer(tmp_path / "out").chat_template == hub.load_tokenizer(model_folder).chat_template
+
+
+def test_a_model_that_cannot_be_measured_is_written_all_the_same(trained, tmp_path, monkeypatch, capsys):
+    def fails(*inputs):
+        raise ValueError("no room for it")
+
+    monkeypatch.setattr("jlora.cli.export.print_kept", fails)
+    with pytest.warns(UserWarning, match=r"could not be measured \(--unmeasured\): no room for it"):
+        assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--merged"]) == 0
+    assert capsys.readouterr().out == f"merged model: {tmp_path / 'out'}\n"
+    assert jlora.load(tmp_path / "out")
 
 
 def test_a_step_that_was_not_saved_is_a_mistake(trained, tmp_path, capsys):

@@ -144,6 +144,14 @@ def test_sums_are_formed_on_the_unpacked_base_and_rounded_once(make_llama, tmp_p
         np.testing.assert_array_equal(tree.flatten(found)[path], leaf.astype(jnp.bfloat16), err_msg=path)
 
 
+def test_a_gguf_file_that_cannot_be_is_refused_before_the_model_is_loaded(adapters, tmp_path, capsys):
+    inputs = ["merge", "--model=nowhere", f"--adapter={adapters[0]}"]
+    assert main([*inputs, f"--out={tmp_path / 'out'}", "--gguf=f16"]) == 2
+    assert "the name of a GGUF file ends in .gguf" in capsys.readouterr().err
+    assert main([*inputs, f"--out={tmp_path / 'out.gguf'}", "--adapter_only", "--gguf=q8_0"]) == 2
+    assert "a GGUF adapter is written in one of f32, f16, bf16" in capsys.readouterr().err
+
+
 def test_gguf_goes_without_quant_and_dtype(merge, adapters):
     code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=f16", "--quant=nf4", "--lossy")
     assert code == 2 and "give one of them" in shown and not out.exists()

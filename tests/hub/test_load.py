@@ -95,6 +95,13 @@ def test_a_model_without_a_dtype_has_that_of_its_matrices(kind, written, exact, 
     assert found == [written, exact]
 
 
+def test_matrices_of_two_dtypes_fit_into_float32(llama_folder):
+    folder, model = llama_folder()
+    model.to(torch.float16).model.embed_tokens.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    assert hub.exact_dtype(folder).name == "float32"
+
+
 def test_config_json_names_the_dtype_to_write(llama_folder, edit_json):
     folder, _ = llama_folder()  # stored in float32
     for named, written in (("bfloat16", "bfloat16"), (None, "float32"), ("float8", "float32")):

@@ -284,6 +284,14 @@ def test_models_that_compute_otherwise_are_not_combined(models, tmp_path, settin
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_that_compute_by_their_number_do_not_move(tmp_path):
+    sizes = dict(vocab_size=37, n_positions=16, n_embd=16, n_layer=3, n_head=2, scale_attn_by_inverse_layer_idx=True)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    slices = [{"sources": [{"model": str(tmp_path / "gpt2"), "layer_range": span}]} for span in ([0, 2], [1, 3])]
+    with pytest.raises(ValueError, match="its layers compute by their number, and some move"):
+        hub.merge_models({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+
+
 def test_models_of_an_unknown_family_are_compared_as_they_are_written(models, tmp_path):
     ours = changed(models["one"], tmp_path / "one", settings=PHI)
     recipe = {"merge_method": "linear", "parameters": {"weight": 1.0}}
@@ -292,8 +300,10 @@ def test_models_of_an_unknown_family_are_compared_as_they_are_written(models, tm
         theirs = changed(models["two"], tmp_path / str(len(list(tmp_path.iterdir()))), settings=PHI | settings)
         hub.merge_models(recipe | {"models": [{"model": ours}, {"model": theirs}]}, tmp_path / "out")
 
-    with pytest.raises(ValueError, match=r"differ in config.json:\n  rope_theta: 5.0 and 6.0\n  soft: None and 1$"):
-        merge(rope_theta=6.0, soft=1)
+    with pytest.raises(ValueError, match=r"differ in config.json:\n  rope_theta: 5.0 and 6.0$"):
+        merge(rope_theta=6.0)
+    with pytest.warns(UserWarning, match="one config.json has soft, another has not"):
+        merge(soft=1)
     merge(dtype="float16", max_position_embeddings=99, eos_token_id=[4, 5], bos_token_id=6)
 
 

@@ -260,6 +260,9 @@ def test_a_file_has_a_name_by_which_its_tokenizer_strips(llama_folder, tmp_path)
 def test_to_gguf_only_what_llama_cpp_strips_alike():
     with pytest.raises(ValueError, match=r"around these tokens: </s>, <\|end\|>, <\|user\|>;"):
         strips_spaces(phi3_like(ADDED | {"<|tool|>": False}))
+    padded = phi3_like({"<pad>": True})
+    padded.pad_token = "<pad>"  # stands in no text
+    assert not strips_spaces(padded)
     for settings in (dict(lstrip=True), dict(single_word=True)):
         with pytest.raises(ValueError, match=r"around these tokens: .*<tool>"):
             strips_spaces(phi3_like({"<tool>": False}, **settings))

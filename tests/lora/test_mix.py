@@ -228,6 +228,10 @@ def test_a_copy_and_a_product_of_one_module_are_a_copy(tmp_path):
     for path in first.keys() | second.keys():
         expected = 0.5 * first.get(path, 0) + 2 * second.get(path, 0)
         np.testing.assert_allclose(found[path], expected, atol=5e-6, err_msg=path)
+    averaged, _ = lora.mix(base(), [parts[0], parts[0], parts[1]], method="ties", density=1.0)
+    path = "layers/mlp/down_proj/kernel"
+    expected = add_changes([first[path], first[path], second[path]], [1, 1, 1], RULES["ties"], density=1.0)
+    np.testing.assert_allclose(changes(averaged)[path], expected, atol=5e-6)
     jlora.save_adapter(tmp_path, mixed, base="x")
     again = changes(jlora.load_adapter(base(), tmp_path))
     assert again.keys() == found.keys()
@@ -244,8 +248,23 @@ def test_a_copy_and_a_product_of_one_module_are_a_copy(tmp_path):
         ValueError, match=r"a trained copy of a module or factors; here are both: \['layers/mlp/down_proj"
     ):
         jlora.save_adapter(tmp_path / "both", both)
-    with pytest.raises(ValueError, match="down_proj: one adapter copies it, another adds a bias"):
+    with pytest.raises(ValueError, match="down_proj: one adapter copies it or is DoRA, another adds a bias"):
         lora.mix(base(), [parts[0], adapted_as("bias", target_modules=["down_proj"], lora_bias=True)], method="linear")
+
+
+def test_biases_that_one_trains_and_another_adds_are_one():
+    parts = [
+        adapted_as("a", target_modules=["q_proj"], bias="lora_only"),
+        adapted_as("b", target_modules=["q_proj"], lora_bias=True),
+    ]
+    first, second = map(changes, parts)
+    for method in ("linear", "ties"):
+        settings = {"density": 1.0} if method == "ties" else {}
+        mixed, _ = lora.mix(base(), parts, [0.5, 2], method=method, **settings)
+        path = "layers/self_attn/q_proj/bias"
+        expected = add_changes([first[path], second[path]], [0.5, 2], RULES[method], density=1.0)
+        np.testing.assert_allclose(changes(mixed)[path], expected, atol=5e-6)
+        assert {"trained_bias", "lora_a"} <= mixed["layers"]["self_attn"]["q_proj"].keys()
 
 
 def test_kernels_of_several_axes_on_both_sides_are_no_stacks():

@@ -22,7 +22,8 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run, under `folder`/<step>/. Writing goes on in the background.
 
     Args:
-        manifest: what a checkpoint belongs to (base weights, settings); one that differs is refused when restoring.
+        manifest: what a checkpoint belongs to (base weights, settings, data); one that differs is refused when
+            restoring.
         fixed: the leaves of the adapters that training leaves alone. Some follow from the base (what PiSSA takes out of
             it, DoRA's lengths), and computed anew on other devices they would differ in their last bits.
     """
@@ -62,7 +63,8 @@ class Checkpoints:
         """
         step = self.latest
         found = read_manifest(self._manager, step)
-        if differences := compare(found, self._manifest):
+        # Of what it does not say, as those that older versions wrote, nothing is known.
+        if differences := compare(found, {name: value for name, value in self._manifest.items() if name in found}):
             raise ValueError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())

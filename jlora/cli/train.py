@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -100,4 +101,5 @@ def _settings(cls: type, path: str = "") -> Iterator[str]:
         default = (
             "required" if is_required(field) else f"default {field.default_factory() if made else field.default!r}"
         )
-        yield f"  --config.{path + field.name:<26} {describe(hint)}; {default}"
+        line = f"  --config.{path + field.name:<26} {describe(hint)}; {default}"
+        yield textwrap.fill(line, width=120, subsequent_indent=" " * 38, break_on_hyphens=False)

@@ -16,7 +16,7 @@ from jlora.data.loader import Batch, collate, describe, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
-from jlora.data.records import Record, read_records
+from jlora.data.records import Record, digest, read_records
 from jlora.data.template import template_tail, template_variables
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "collate_items",
     "count_tokens",
     "describe",
+    "digest",
     "encode",
     "encode_pairs",
     "encode_prompt",

@@ -13,12 +13,16 @@ from jlora.data.template import (
     as_messages,
     common_prefix,
     end_with_eos,
+    render,
+    rendered_tokens,
     require_template,
     template_stop,
-    template_tokens,
     template_variables,
     text_tokens,
 )
+
+# In the place of a turn's words it shows where they stand in what a template writes.
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,14 +169,15 @@ def _encode_record(record: Record, tokenizer: Any, stop: int | None, end: bool) 
     if _is_text(record):
         return _encode_text(record["prompt"], record["completion"], tokenizer, end)
     messages, first = _conversation(record)
-    template = functools.partial(template_tokens, tokenizer=tokenizer, variables=template_variables(record))
-    tokens = template(messages)
+    template = functools.partial(render, tokenizer=tokenizer, variables=template_variables(record))
+    text = template(messages)
+    tokens = rendered_tokens(text, tokenizer)
     if end and stop is None and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
     trained = np.zeros(len(tokens), np.bool_)
     for index in range(first, len(messages)):
         if messages[index]["role"] == "assistant":
-            trained[slice(*_turn(messages, index, tokens, template, stop))] = True
+            trained[slice(*turn(messages, index, text, tokens, tokenizer, template, stop))] = True
     return tokens, trained
 
 
@@ -182,25 +187,51 @@ def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tup
     return tokens, trained
 
 
-def _turn(
+def turn(
     messages: list[dict[str, Any]],
     index: int,
+    text: str,
     tokens: np.ndarray,
-    template: Callable[..., np.ndarray],
+    tokenizer: Any,
+    template: Callable[..., str],
     stop: int | None,
 ) -> tuple[int, int]:
-    """Where the assistant turn `messages[index]` starts and ends (exclusive, its stop token inside) in `tokens`."""
-    start = common_prefix(template(messages[:index], add_generation_prompt=True), tokens)
-    if index + 1 == len(messages):
-        limit = len(tokens)
-    else:
-        # Some templates leave the reasoning out of earlier turns, so a shared prefix may end inside the turn. It is
-        # the answer only where there is no stop token to look for.
-        limit = common_prefix(template(messages[: index + 1]), tokens)
+    """Where the assistant turn `messages[index]` starts and ends (exclusive, its stop token inside) in `tokens`, those
+    of `text`.
+    """
+
+    def shared(part: str) -> int:
+        return common_prefix(rendered_tokens(part, tokenizer), tokens)
+
+    asked = template(messages[:index], add_generation_prompt=True)
+    known = text.startswith(asked)
+    if not known:  # what asks for an answer may say more than stands before one
+        known = text.startswith(template(messages[:index]))
+    if known:
+        start = shared(asked)
+    else:  # what comes before reads otherwise without the rest: the turn is what changes with its words
+        other = {"content": MARK} | {name: MARK for name in ("reasoning_content",) if messages[index].get(name)}
+        changed = template([*messages[:index], messages[index] | other, *messages[index + 1 :]])
+        first = _alike_for(text, changed)
+        start = shared(text[:first])
+    # Some templates leave the reasoning out of earlier turns, so a prefix that is shared with a shorter chat may end
+    # inside the turn. That is the answer only where there is no stop token to look for.
     stops = np.flatnonzero(tokens[start:] == stop) if stop is not None else []
-    return start, start + int(stops[0]) + 1 if len(stops) else limit
+    if len(stops):
+        return start, start + int(stops[0]) + 1
+    if index + 1 == len(messages):
+        return start, len(tokens)
+    if known:
+        return start, shared(template(messages[: index + 1]))
+    return start, shared(text[: len(text) - _alike_for(text[first:][::-1], changed[first:][::-1])])
 
 
 def _alike(documents: tuple[Example, ...]) -> bool:
     first, *others = (document.tokens for document in documents)
     return bool(others) and all(np.array_equal(first, other) for other in others)
+
+
+def _alike_for(first: str, second: str) -> int:
+    """How many leading characters are the same."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

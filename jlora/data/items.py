@@ -1,18 +1,26 @@
 """Items: what a step may not divide, such as the two answers of a pair. From records to tokens, plans and batches."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jlora.data.chat import EncodeReport, Example, select
+from jlora.data.chat import EncodeReport, Example, select, turn
 from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
 from jlora.data.records import Record, describe_faults
-from jlora.data.template import common_prefix, require_template, template_tokens, template_variables, text_tokens
+from jlora.data.template import (
+    common_prefix,
+    render,
+    rendered_tokens,
+    require_template,
+    template_variables,
+    text_tokens,
+)
 
 RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
 
@@ -248,14 +256,19 @@ def _encode_sides(record: Record, sides: tuple[str, ...], tokenizer: Any) -> tup
     if isinstance(prompt, str):
         before = text_tokens(prompt, tokenizer)
         whole = [text_tokens(prompt + answer, tokenizer, end=True) for answer in answers]
+        starts = [common_prefix(before, tokens) for tokens in whole]
     else:
-        variables = template_variables(record)
-        before = template_tokens(prompt, tokenizer, add_generation_prompt=True, variables=variables)
-        whole = [template_tokens(prompt + answer, tokenizer, variables=variables) for answer in answers]
+        template = functools.partial(render, tokenizer=tokenizer, variables=template_variables(record))
+        chats = [prompt + answer for answer in answers]
+        texts = [template(chat) for chat in chats]
+        whole = [rendered_tokens(text, tokenizer) for text in texts]
+        starts = [
+            turn(chat, len(prompt), text, tokens, tokenizer, template, None)[0]
+            for chat, text, tokens in zip(chats, texts, whole, strict=True)
+        ]
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
         raise ValueError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
-    start = min(common_prefix(before, tokens) for tokens in whole)
-    return tuple(Example(tokens, np.arange(len(tokens)) >= start) for tokens in whole)
+    return tuple(Example(tokens, np.arange(len(tokens)) >= min(starts)) for tokens in whole)
 
 
 def _documents(items: Sequence[Item]) -> list[Example]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,17 @@ def read_rows(path: str | pathlib.Path, accept: Accept, forms: str) -> list[Reco
     if not records:
         raise ValueError(f"{path}: found no records, expected {forms} on each line")
     return records
+
+
+def digest(path: str | pathlib.Path) -> str:
+    """Eight hex digits that follow from every byte of a file, or of the files in a folder."""
+    path, found = pathlib.Path(path), 0
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(2**24):
+                    found = zlib.crc32(block, found)
+    return f"{found:08x}"
 
 
 def check_record(record: Any) -> list[str]:

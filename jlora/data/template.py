@@ -38,6 +38,11 @@ def template_tokens(
 ) -> np.ndarray:
     """The tokens of what `render` writes."""
     text = render(messages, tokenizer, add_generation_prompt=add_generation_prompt, variables=variables)
+    return rendered_tokens(text, tokenizer)
+
+
+def rendered_tokens(text: str, tokenizer: Any) -> np.ndarray:
+    """The tokens of what a chat template wrote, which has its special tokens in it."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from jlora import checkpoint, hub, lora, sharding, tree
+from jlora import checkpoint, data, hub, lora, sharding, tree
 from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
-from jlora.train.config import RunConfig, to_dict
+from jlora.train.config import TASK, RunConfig, to_dict
 from jlora.train.learning import learn
 from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
@@ -82,20 +82,20 @@ def run(
         stop: asked after every step; once true, everything is saved and `Interrupted` raised.
 
     Raises:
-        ValueError: the workdir belongs to a run with other settings or of another version of jlora, or the data, model
-        or targets are not as they must be. Interrupted: see `stop`.
+        ValueError: the workdir belongs to a run with other settings, on other data or of another version of jlora, or
+        the data, model or targets are not as they must be. Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)
     begun = checkpoint.newest_fixed(folder / "checkpoints")
     config = _with_dtype(folder, config)
     _refuse_other_run(folder, config)
     this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
-    base = checkpoint.fingerprint(lora.strip(this.base.frozen))
+    manifest = _manifest(config, this)
     _write_json(folder / "config.json", to_dict(config))
     saved = checkpoint.Checkpoints(
         folder / "checkpoints",
         keep=config.train.keep_checkpoints,
-        manifest={"base": base, "lora": dataclasses.asdict(config.lora)},
+        manifest=manifest,
         fixed=lora.adapter_leaves(this.base.frozen) | this.job.fixed,
     )
     try:
@@ -113,6 +113,21 @@ def run(
         saved.close()
     _finish(this)
     return last
+
+
+def _manifest(config: RunConfig, this: _Run) -> dict[str, Any]:
+    """What the run's checkpoints belong to: the base, what training starts from, settings and data."""
+    runs = config.members().values() if config.adapters else [config]
+    files = {one.data.path for one in runs if not one.data.path.startswith(TASK)}
+    begun = {
+        file for one in runs if one.model.adapter for file in pathlib.Path(one.model.adapter).glob("*.safetensors")
+    }
+    return {
+        "base": checkpoint.fingerprint(lora.strip(this.base.frozen)),
+        "contents of model.adapter": {str(file): data.digest(file) for file in sorted(begun)},
+        "contents of data.path": {path: data.digest(path) for path in sorted(files)},
+        "lora": dataclasses.asdict(config.lora),
+    }
 
 
 def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note) -> _Run:

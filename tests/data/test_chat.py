@@ -78,6 +78,41 @@ def test_a_template_that_drops_reasoning_from_earlier_turns_still_trains_them(ma
     assert trained_text(example, tokenizer) == "A.<|im_end|><think>\n\n</think>\n\nB.<|im_end|>"
 
 
+def test_a_turn_is_found_where_those_before_it_read_otherwise_without_the_rest(make_tokenizer):
+    """Qwen 3 writes reasoning after the last question only, so an earlier answer stands behind other words."""
+    template = (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template, "<|im_end|>")
+    messages = [
+        {"role": "user", "content": "How warm?"},
+        {"role": "assistant", "content": "Ask it.", "reasoning_content": "Hm."},
+        {"role": "tool", "content": "20"},
+        {"role": "assistant", "content": "It is 20."},
+        {"role": "user", "content": "And there?"},
+        {"role": "assistant", "content": "21.", "reasoning_content": "Well."},
+    ]
+    [example], _ = encode([{"messages": messages}], tokenizer, seq_len=400)
+    assert trained_text(example, tokenizer) == ("Ask it.<|im_end|>It is 20.<|im_end|><think>Well.</think>21.<|im_end|>")
+
+
+@pytest.mark.parametrize("stop", ["</s>", ""])
+def test_a_system_text_before_the_last_question_alone_moves_no_mask(make_tokenizer, stop):
+    """As Mistral's template has it: no user's words are trained."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+        f"{{% else %}}{{{{ m.content }}}}{stop}{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer = make_tokenizer(template, "</s>")
+    record = {"messages": [{"role": "system", "content": "Short."}, *chat("a?", "A.", "b?", "B.")["messages"]]}
+    [example], _ = encode([record], tokenizer, seq_len=400)
+    assert trained_text(example, tokenizer) == f"A.{stop}B.</s>"
+
+
 def test_the_stop_token_is_the_templates_own_not_the_tokenizers(make_tokenizer):
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer = make_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|end|>")

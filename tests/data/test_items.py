@@ -153,6 +153,21 @@ def test_both_answers_begin_where_the_first_of_them_leaves_the_prompt(make_token
     assert_same(item.documents, trl_rows(DPOTrainer, DataCollatorForPreference, [pair], tokenizer))
 
 
+def test_a_prompt_that_reads_otherwise_before_an_answer_is_no_part_of_the_answer(make_tokenizer):
+    """As Mistral's template has it: a system text stands before the question that comes last, and nowhere else."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template, "</s>")
+    prompt = [{"role": "system", "content": "Short."}, {"role": "user", "content": "a?"}]
+    answers = [[{"role": "assistant", "content": answer}] for answer in ("Yes.", "No.")]
+    [item], _ = encode_pairs([{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}], tokenizer, seq_len=99)
+    texts = [tokenizer.decode(document.tokens[document.trained]) for document in item.documents]
+    assert texts == ["Yes.</s>", "No.</s>"]
+
+
 def test_a_pair_is_cut_dropped_or_refused_as_a_whole(byte_tokenizer):
     pairs = [("p", "a", "b"), ("p", "a", "b" * 9), ("pqrst", "a", "b"), ("p", "aaaaab", "aaaaac")]
     records = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]

@@ -1,12 +1,14 @@
 """The loop: the same run on a mesh, refused workdirs, and faults that leave nothing behind."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jlora import checkpoint, hub, tree
+from jlora import checkpoint, hub, lora, tree
 from jlora.train import Interrupted, loop, resolve, run
 from jlora.train.metrics import read_metrics
 from jlora.train.restore import load_run
@@ -91,6 +93,30 @@ def test_a_run_goes_on_and_is_exported_on_other_devices_than_it_began_on(setting
     hub.save_adapter(tmp_path / "exported", params, base=settings["model"]["path"])
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "exported"))
     assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.mark.parametrize("what", ["data", "adapter"])
+def test_a_run_does_not_go_on_with_what_was_changed_meanwhile(settings, tmp_path, what):
+    """Its place in the data would be another, and what it is compared with too."""
+    data = shutil.copy(settings["data"]["path"], tmp_path / "data.jsonl")
+    _, params = hub.load(settings["model"]["path"])
+    adapter = lora.init(params, lora.LoraConfig(r=2), jax.random.key(0))
+    hub.save_adapter(tmp_path / "begun", adapter)
+    changed = {group: value for group, value in settings.items() if group != "lora"} | {
+        "data": {"path": str(data)},
+        "model": {"path": settings["model"]["path"], "adapter": str(tmp_path / "begun")},
+    }
+    with pytest.raises(Interrupted):
+        run(resolve(changed), tmp_path / "run", stop=lambda: True)
+    if what == "data":
+        lines = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data.jsonl").write_text("".join(lines[::-1]))
+    else:
+        hub.save_adapter(tmp_path / "begun", lora.init(params, lora.LoraConfig(r=2), jax.random.key(1)))
+    with pytest.raises(
+        ValueError, match=f"belongs to another run:\n  contents of {what if what == 'data' else 'model'}"
+    ):
+        run(resolve(changed), tmp_path / "run")
 
 
 def test_a_run_keeps_the_dtype_that_it_began_in(settings, tmp_path):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -94,3 +96,20 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         )
         for name, value in batch.items()
     }
+
+
+def on_host(values: Any) -> Any:
+    """A tree's arrays as numpy, whole, whatever devices of whatever hosts they are on; every host has to ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(values)
+
+    def whole(leaf: Any) -> Any:
+        apart = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        return multihost_utils.process_allgather(leaf, tiled=True) if apart else np.asarray(leaf)
+
+    return jax.tree.map(whole, values)
+
+
+def on_any_host(flag: bool) -> bool:
+    """Whether one host at least says so; every host has to ask."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

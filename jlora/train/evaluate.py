@@ -16,7 +16,7 @@ from jlora.generate import generate
 from jlora.lora.bank import refuse_chosen
 from jlora.losses import token_scores
 from jlora.models import Model
-from jlora.sharding import put_batch
+from jlora.sharding import on_host, put_batch
 from jlora.train.pyfile import load_function
 from jlora.types import Params
 
@@ -186,7 +186,7 @@ def example_sums(
     found = np.zeros((3, len(order)), np.float64)
     for step in steps:
         batch = _batch(examples, step)
-        sums = np.asarray(_row_sums(model, params, put_batch(batch, mesh) if mesh else batch))
+        sums = on_host(_row_sums(model, params, put_batch(batch, mesh) if mesh else batch))
         for row, members in enumerate(step.rows):
             for member in members:
                 found[:, order[member]] = sums[:, row]

@@ -6,6 +6,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -91,7 +92,9 @@ def run(
     _refuse_other_run(folder, config)
     this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
     manifest = _manifest(config, this)
-    _write_json(folder / "config.json", to_dict(config))
+    first = jax.process_index() == 0  # one host writes what all of them know
+    if first:
+        _write_json(folder / "config.json", to_dict(config))
     saved = checkpoint.Checkpoints(
         folder / "checkpoints",
         keep=config.train.keep_checkpoints,
@@ -105,9 +108,12 @@ def run(
             this.job.source.set_state(position["source"])
             this.tokens = position["tokens"]
             start = int(this.state.step)
-        truncate(folder / COMPLETIONS, start)
+        if first:
+            truncate(folder / COMPLETIONS, start)
         # What was evaluated before the first step is written anew by a run that begins anew.
-        with MetricsWriter(folder, start_step=start or -1, tensorboard=config.train.tensorboard) as writer:
+        board = config.train.tensorboard
+        writing = MetricsWriter(folder, start_step=start or -1, tensorboard=board) if first else nullcontext()
+        with writing as writer:
             last = _steps(this, start, writer, saved, progress, stop)
     finally:
         saved.close()
@@ -174,7 +180,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
 def _steps(
     this: _Run,
     start: int,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
     saved: checkpoint.Checkpoints,
     progress: Progress | None,
     stop: Callable[[], bool],
@@ -184,7 +190,9 @@ def _steps(
     if progress:
         progress.start(this.total_steps, start)
     if train.eval_on_start and start == 0:
-        writer.write(0, _evaluation(this))
+        before = _evaluation(this)
+        if writer:
+            writer.write(0, before)
     last: dict[str, float] = {}
     unlogged: dict[str, float] = {}  # some numbers come with a rollout, not with every step
     unsaved = False
@@ -193,10 +201,12 @@ def _steps(
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
         if evaluated:
             metrics |= _evaluation(this)
-        stopping = not final and this.job.source.boundary and stop()
+        # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
+        stopping = not final and this.job.source.boundary and sharding.on_any_host(stop())
         unlogged |= metrics
         if evaluated or stopping or final or number % train.log_every == 0:
-            writer.write(number, unlogged)
+            if writer:
+                writer.write(number, unlogged)
             unlogged = {}
         if progress:
             progress.update(number, metrics)
@@ -228,7 +238,7 @@ def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def _finish(this: _Run) -> None:
-    adapters = this.job.adapters(this.state.trainable)
+    adapters = {name: _gathered(params) for name, params in this.job.adapters(this.state.trainable).items()}
     if jax.process_index() == 0:
         for name, params in adapters.items():
             hub.save_adapter(this.workdir / name, params, base=this.config.model.path)
@@ -237,6 +247,19 @@ def _finish(this: _Run) -> None:
         else:
             this.note("no plots: pip install 'jlora[plots]' draws them")
     this.job.finish(this.state)
+
+
+def _gathered(params: Params) -> Params:
+    """The params with what an adapter's file holds on this host: its leaves, embedding and head if it adapts them."""
+    if jax.process_count() == 1:
+        return params
+    adapted = {path.rpartition("/")[0] for path in tree.flatten(params) if lora.is_adapter(path)}
+
+    def gather(path: str, leaf: Any) -> Any:
+        alone = path.rpartition("/")[0] in adapted and tree.stack_of(path) is None
+        return sharding.on_host(leaf) if alone or lora.is_adapter(path) else leaf
+
+    return tree.map_with_path(gather, params)
 
 
 def _describe_params(config: RunConfig, frozen: Params, trainable: Params) -> str:

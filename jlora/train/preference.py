@@ -158,7 +158,7 @@ def evaluate_items(
     for batch in _batches(items, config, base.mesh):
         value, report = score(state.trainable, base.constants, batch)
         weight = float(np.sum(batch["items"]))
-        found.append(jax.device_get((value * weight, weight, report)))
+        found.append(sharding.on_host((value * weight, weight, report)))
     loss = sum(value for value, _, _ in found) / sum(weight for _, weight, _ in found)
     sums = jax.tree.map(lambda *values: np.asarray(np.sum(values, axis=0)), *(report.sums for _, _, report in found))
     arrays = jax.tree.map(lambda *values: np.concatenate(values), *(report.items for _, _, report in found))
@@ -171,7 +171,7 @@ def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) ->
     found: list[data.Item] = []
     for batch in _batches(items, config, base.mesh):
         rows = jax.tree.map(lambda leaf: leaf[0], batch)
-        sums = np.asarray(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
+        sums = sharding.on_host(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
         for chosen, rejected in sums.T:
             item = items[len(found)]
             found.append(

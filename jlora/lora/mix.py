@@ -369,7 +369,8 @@ def _check(
             if path.rpartition("/")[2] in UNMIXABLE
         ]
     faults += _shape_faults(base, names, leaves, METHODS[method].of if method in METHODS else "")
-    faults += _bias_faults(base, leaves, whole=method == "linear" and rank is None)
+    whole = method in METHODS and METHODS[method].whole_rank and rank is None
+    faults += _bias_faults(base, leaves, whole=whole)
     if faults:
         raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
 

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.types import Params
 
 # Of what a checkpoint holds; one of another version is refused.
@@ -65,7 +66,7 @@ class Checkpoints:
         found = read_manifest(self._manager, step)
         # Of what it does not say, as those that older versions wrote, nothing is known.
         if differences := compare(found, {name: value for name, value in self._manifest.items() if name in found}):
-            raise ValueError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
+            raise UserError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
@@ -90,7 +91,7 @@ def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """
     found = saved.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
     if found.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{saved.directory / str(step)} was written by another version of jlora (format {found.get('version', 1)}, "
             f"expected {VERSION}): go on with that version, or train anew in another workdir"
         )

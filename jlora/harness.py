@@ -16,6 +16,7 @@ import numpy as np
 
 from jlora.data import Example
 from jlora.data.template import text_tokens
+from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.models import Model
@@ -138,7 +139,7 @@ class JaxLM(TemplateLM):
         for numbers in groups.values():
             asked = requests[numbers[0]].args[1]
             if unknown := sorted(set(asked) - set(GENERATION)):
-                raise ValueError(f"generation: found {', '.join(unknown)}, known are {', '.join(GENERATION)}")
+                raise UserError(f"generation: found {', '.join(unknown)}, known are {', '.join(GENERATION)}")
             sampled = asked.get("do_sample", False)
             found = generate(
                 self.model,

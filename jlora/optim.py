@@ -6,6 +6,7 @@ import jax
 import optax
 
 from jlora import lora
+from jlora.errors import UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -48,7 +49,7 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1
         ]
         if problems:
-            raise ValueError("optim:\n  " + "\n  ".join(problems))
+            raise UserError("optim:\n  " + "\n  ".join(problems))
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

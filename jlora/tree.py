@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jlora.errors import UserError
+
 Value = TypeVar("Value")
 
 # Where decoder layers are stacked: every leaf below has a leading axis of layers. A stack that holds only some of the
@@ -101,7 +103,7 @@ def match_rules(
     if not allow_unused:
         problems += [f"rule {rules[i][0]!r} matches nothing" for i in range(len(rules)) if i not in used]
     if problems:
-        raise ValueError("rules do not fit the tree:\n  " + "\n  ".join(problems))
+        raise UserError("rules do not fit the tree:\n  " + "\n  ".join(problems))
     return matched
 
 

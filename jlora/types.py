@@ -10,6 +10,8 @@ import importlib
 import types
 from typing import Any
 
+from jlora.errors import MissingPackageError
+
 Params = dict[str, Any]
 
 # Segment s + b · BRANCH is a branch of segment s: its tokens see those of s and their own, not those of other branches.
@@ -24,4 +26,4 @@ def require(module: str, extra: str) -> types.ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         message = f"this needs the package {module!r}, which is not installed: pip install 'jlora[{extra}]'"
-        raise ImportError(message, name=module) from error
+        raise MissingPackageError(message, name=module) from error

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jlora import data, hub, lora
 from jlora.cli.model import add_model_options, load_model, positive
+from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train import forgetting, reward_model
 from jlora.train.evaluate import ANSWER, NUMBERS, evaluate, load_metric
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> int:
     model, params, tokenizer = load_model(options)
     if ("score" in params) != options.pairs:
         found = "a reward model" if "score" in params else "no reward model: it has no score head"
-        raise ValueError(
+        raise UserError(
             f"{options.adapter or options.model} is {found}; --pairs is for reward models, and only for them"
         )
     if options.pairs:
@@ -71,24 +72,24 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
     for mode, texts in (("--pairs", given), ("--loss_only", ("--metric", "--answers"))):
         idle = [name for name in texts if given[name]] if getattr(options, mode[2:]) else []
         if idle:
-            raise ValueError(f"{', '.join(idle)} has no effect with {mode}")
+            raise UserError(f"{', '.join(idle)} has no effect with {mode}")
     if options.plot and not (options.pairs or options.scales):
-        raise ValueError("--plot has no effect without --pairs or --scales")
+        raise UserError("--plot has no effect without --pairs or --scales")
     if sum(map(bool, (options.pairs, options.against, options.scales))) > 1:
-        raise ValueError("--pairs, --against and --scales do not go together")
+        raise UserError("--pairs, --against and --scales do not go together")
     if (options.against == "base" or options.scales) and not options.adapter:
-        raise ValueError(
+        raise UserError(
             f"--{'scales' if options.scales else 'against=base'} needs --adapter: without one there is no base"
         )
     if (options.general or options.questions) and not (options.against or options.scales):
-        raise ValueError("--general and --questions have no effect without --against or --scales")
+        raise UserError("--general and --questions have no effect without --against or --scales")
     if options.answers and (options.against or options.scales):
-        raise ValueError("--answers has no effect with --against or --scales")
+        raise UserError("--answers has no effect with --against or --scales")
     for name, path in (("--plot", options.plot), ("--answers", options.answers)):
         if path and not pathlib.Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{name}={path}: found no folder {pathlib.Path(path).parent}")
+            raise MissingFileError(f"{name}={path}: found no folder {pathlib.Path(path).parent}")
         if path and pathlib.Path(path).is_dir():
-            raise IsADirectoryError(f"{name}={path}: found a folder, expected a file")
+            raise UserError(f"{name}={path}: found a folder, expected a file")
     if options.plot:
         require("matplotlib.figure", "plots")
     return data.read_preferences(options.data, "pairs") if options.pairs else data.read_records(options.data)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jlora import hub
 from jlora.cli.model import add_model_options, load_model, positive
+from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.types import Params
@@ -14,7 +15,7 @@ def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
     if len(options.adapter) > 1 and len(options.adapter) != len(options.prompt):
-        raise ValueError(
+        raise UserError(
             f"--adapter: found {len(options.adapter)} for {len(options.prompt)} prompts, expected one, or one for each"
         )
     model, params, tokenizer = load_model(options)
@@ -46,7 +47,7 @@ def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | lis
     """Chat messages for a chat model; the text itself for a base model or on request."""
     if options.raw or not tokenizer.chat_template:
         if options.system is not None:
-            raise ValueError("--system needs a chat template: the model's tokenizer has none, or --raw was given")
+            raise UserError("--system needs a chat template: the model's tokenizer has none, or --raw was given")
         return text
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return [*system, {"role": "user", "content": text}]

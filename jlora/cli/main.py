@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jlora.errors import UserError
+
 DONE, FAILED, MISTAKE = 0, 1, 2
 
 COMMANDS = {
@@ -35,9 +37,6 @@ options:
 exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped early with everything saved
 """
 
-# What the library raises for whatever a user can cause.
-MISTAKES = (ValueError, KeyError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `jlora` with these arguments (the process's own when there are none)."""
@@ -65,20 +64,10 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
-    except (*MISTAKES, ImportError) as error:
-        if show_traceback or not _is_mistake(error):
+    except UserError as error:
+        if show_traceback:
             traceback.print_exc()
-        return _complain(_message(error)) if _is_mistake(error) else FAILED
-
-
-def _is_mistake(error: Exception) -> bool:
-    """All of them but an import that fails for another reason than an optional package that is not installed."""
-    return not isinstance(error, ImportError) or "pip install" in str(error)
-
-
-def _message(error: Exception) -> str:
-    # The text of a KeyError is its argument in quotes, newlines escaped.
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        return _complain(str(error))
 
 
 def _complain(message: str) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jlora import data, hub, lora, quant, tree
 from jlora.cli.kept import print_kept
 from jlora.cli.model import add_gguf_option, rank, tensor_bar
+from jlora.errors import UserError
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
 from jlora.models import Model
@@ -21,11 +22,11 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
-        raise ValueError("--quant packs a merged model, of which --adapter_only leaves none")
+        raise UserError("--quant packs a merged model, of which --adapter_only leaves none")
     if options.gguf and options.dtype:
-        raise ValueError("--gguf names the type of what is written, so --dtype has no part in it")
+        raise UserError("--gguf names the type of what is written, so --dtype has no part in it")
     if options.gguf and options.quant:
-        raise ValueError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
+        raise UserError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=options.adapter_only)
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> int:
         merged = _packed(merged, options.quant)
     report = print_kept(model, params, merged, tokenizer, records)
     if options.quant and not options.lossy:
-        raise ValueError(
+        raise UserError(
             f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update, with an error of "
             f"{report.error:.2g} times its norm: nothing was written. "
             "Keep the adapter beside the packed base, merge in 16 bits, or say --lossy"
@@ -106,7 +107,7 @@ def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.
     weights = [weight for _, weight in adapters]
     named = {f"{folder}": adapter for (folder, _), adapter in zip(adapters, loaded, strict=True)}
     if len(named) < len(loaded):
-        raise ValueError("--adapter: found a folder twice; give its weights as one")
+        raise UserError("--adapter: found a folder twice; give its weights as one")
     params, report = lora.mix(base, named, weights, method=options.method or "linear", seed=options.seed, **chosen)
     print(str(report).partition("\n")[0])
     return params

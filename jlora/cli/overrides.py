@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jlora.errors import UserError
 from jlora.train.pyfile import call, load_function
 
 
@@ -20,7 +21,7 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     file, colon, word = path.partition(":")
     config = call(file, load_function(file, "get_config"), *([word] if colon else []))
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"{file}: get_config() returned {type(config).__name__}, expected a ml_collections.ConfigDict")
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}, expected a ml_collections.ConfigDict")
     if not overrides:
         return config
     return _apply(config, overrides)
@@ -41,9 +42,9 @@ def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         )
         unused = values(argv)[1:]
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(_explain(error)) from error
+        raise UserError(_explain(error)) from error
     if unused:
-        raise ValueError(f"unexpected {' '.join(unused)!r}; settings are given as --config.GROUP.KEY=VALUE")
+        raise UserError(f"unexpected {' '.join(unused)!r}; settings are given as --config.GROUP.KEY=VALUE")
     return holder.value
 
 

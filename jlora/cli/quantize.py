@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from jlora import data, hub, quant, tree
+from jlora.errors import UserError
 from jlora.hub.quantized import FORMATS, quantizable
 from jlora.train.sensitivity import measure
 
@@ -12,7 +13,7 @@ def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
-        raise ValueError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
+        raise UserError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
     hub.refuse_inputs(options.out, {"--model": options.model})
     config = quant.QuantConfig(rules=quantizable(options.quant), double_quant=not options.no_double_quant)
     dtype = options.dtype or hub.checkpoint_dtype(options.model)

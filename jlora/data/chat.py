@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jlora.data.records import Record, describe_faults
+from jlora.data.records import Record
 from jlora.data.template import (
     as_messages,
     common_prefix,
@@ -20,6 +20,7 @@ from jlora.data.template import (
     template_variables,
     text_tokens,
 )
+from jlora.errors import UserError, describe_faults
 
 # In the place of a turn's words it shows where they stand in what a template writes.
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -104,7 +105,7 @@ def select(
     for number, record in enumerate(records, start=1):
         try:
             documents = encode_record(record)
-        except ValueError as error:
+        except UserError as error:
             faults.append(f"record {number}: {error}")
             continue
         longest = max(len(document.tokens) for document in documents)
@@ -123,9 +124,9 @@ def select(
         kept.append((record, documents))
         places.append(number - 1)
     if faults:
-        raise ValueError(describe_faults(f"{len(faults)} of {len(records)} records cannot be encoded", faults))
+        raise UserError(describe_faults(f"{len(faults)} of {len(records)} records cannot be encoded", faults))
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"no token to train on in {len(records)} records: {dropped} are longer than {seq_len} tokens and were "
             f"dropped, {untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
         )

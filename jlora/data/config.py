@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jlora.errors import UserError
+
 OVERLONG = ("cut", "drop", "error")
 
 
@@ -39,4 +41,4 @@ class DataConfig:
         if self.bucket < 1:
             faults.append(f"data.bucket: found {self.bucket}, expected a whole number of at least 1")
         if faults:
-            raise ValueError("the data settings do not hold:\n  " + "\n  ".join(faults))
+            raise UserError("the data settings do not hold:\n  " + "\n  ".join(faults))

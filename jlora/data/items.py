@@ -12,7 +12,7 @@ from jlora.data.chat import EncodeReport, Example, select, turn
 from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
-from jlora.data.records import Record, describe_faults
+from jlora.data.records import Record
 from jlora.data.template import (
     common_prefix,
     render,
@@ -21,6 +21,7 @@ from jlora.data.template import (
     template_variables,
     text_tokens,
 )
+from jlora.errors import UserError, describe_faults
 
 RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
 
@@ -64,9 +65,9 @@ def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> 
     and of an answer that was cut there is no more than what was kept.
     """
     if batch_size < 2:
-        raise ValueError(f"found batch_size={batch_size}, expected 2 or more: an item alone has no other to meet")
+        raise UserError(f"found batch_size={batch_size}, expected 2 or more: an item alone has no other to meet")
     if sides := {len(item.documents) for item in items} - {1}:
-        raise ValueError(f"found items of {sorted(sides)} documents, expected one document each")
+        raise UserError(f"found items of {sorted(sides)} documents, expected one document each")
     found = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
@@ -221,7 +222,7 @@ def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]
         count = size * row_size // sides
         for rows in micro_batches:
             if any(len({index // sides for row in rows[n::count] for index in row}) > 1 for n in range(count)):
-                raise ValueError(f"found a step that was not planned for grad_accum={grad_accum}")
+                raise UserError(f"found a step that was not planned for grad_accum={grad_accum}")
         return count, [[number % count] * len(row) for rows in micro_batches for number, row in enumerate(rows)]
     slots, fullest = [], 0
     for rows in micro_batches:
@@ -267,7 +268,7 @@ def _encode_sides(record: Record, sides: tuple[str, ...], tokenizer: Any) -> tup
             for chat, text, tokens in zip(chats, texts, whole, strict=True)
         ]
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
-        raise ValueError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
+        raise UserError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
     return tuple(Example(tokens, np.arange(len(tokens)) >= min(starts)) for tokens in whole)
 
 
@@ -278,7 +279,7 @@ def _documents(items: Sequence[Item]) -> list[Example]:
 def _check(items: Sequence[Item]) -> tuple[int, tuple[str, ...]]:
     """(documents of an item, names of its values), which must be the same of all."""
     if not items:
-        raise ValueError("found no items, expected at least one")
+        raise UserError("found no items, expected at least one")
     sides, names = len(items[0].documents), tuple(sorted(items[0].values))
     faults = [
         f"item {number}: found {len(item.documents)} documents and the values {sorted(item.values)}, expected {sides} "
@@ -289,5 +290,5 @@ def _check(items: Sequence[Item]) -> tuple[int, tuple[str, ...]]:
     if taken := sorted(set(names) & set(RESERVED)):
         faults.append(f"found values called {taken}, expected names other than {', '.join(RESERVED)}")
     if faults:
-        raise ValueError(describe_faults("the items do not go together", faults))
+        raise UserError(describe_faults("the items do not go together", faults))
     return sides, names

@@ -8,6 +8,7 @@ import numpy as np
 from jlora.data.chat import EncodeReport, Example
 from jlora.data.packing import Step
 from jlora.data.template import common_prefix
+from jlora.errors import UserError
 from jlora.types import BRANCH
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +25,7 @@ def loader(examples: Sequence[Example], steps: Sequence[Step], grad_accum: int =
 def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_accum: int) -> grain.DatasetIterator:
     """The resumable iterator over what `collate_step` makes of each step."""
     if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
-        raise ValueError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
+        raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
     dataset = grain.MapDataset.source(steps).map(collate_step)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jlora.errors import UserError
+
 # Rows are filled from this many examples of the shuffled order at a time: enough to fill them well, and few enough
 # that which examples meet changes from epoch to epoch.
 PACKING_WINDOW = 8192
@@ -99,7 +101,7 @@ def _check(
     elif lengths.min() < 1 or lengths.max() > seq_len:
         faults.append(f"found lengths of {lengths.min()} to {lengths.max()} tokens, expected 1 to seq_len={seq_len}")
     if faults:
-        raise ValueError("the batches cannot be planned:\n  " + "\n  ".join(faults))
+        raise UserError("the batches cannot be planned:\n  " + "\n  ".join(faults))
 
 
 def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:

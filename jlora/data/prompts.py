@@ -9,13 +9,13 @@ from jlora.data.chat import split_prompt
 from jlora.data.records import (
     Record,
     check_record,
-    describe_faults,
     kind_of,
     read_rows,
     side_faults,
     with_template_fields,
 )
 from jlora.data.template import template_tokens, template_variables, text_tokens
+from jlora.errors import UserError, describe_faults
 
 Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", or with "messages"'
@@ -62,7 +62,7 @@ def encode_prompts(
     for index, record in enumerate(records):
         try:
             tokens = encode_prompt(record["prompt"], tokenizer, template_variables(record))
-        except ValueError as error:
+        except UserError as error:
             faults.append(f"record {index + 1}: {error}")
             continue
         if len(tokens) <= max_prompt_length:
@@ -71,9 +71,9 @@ def encode_prompts(
         elif overlong == "error":
             faults.append(f"record {index + 1}: found {len(tokens)} tokens, expected at most {max_prompt_length}")
     if faults:
-        raise ValueError(describe_faults(f"{len(faults)} of {len(records)} prompts cannot be used", faults))
+        raise UserError(describe_faults(f"{len(faults)} of {len(records)} prompts cannot be used", faults))
     if not encoded:
-        raise ValueError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
+        raise UserError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
     return encoded, PromptReport(tuple(kept), len(records) - len(kept))
 
 
@@ -89,11 +89,11 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
     if isinstance(prompt, str):
         tokens = text_tokens(prompt, tokenizer)
     elif not tokenizer.chat_template:
-        raise ValueError("found a list of messages, but the tokenizer has no chat template: give a text")
+        raise UserError("found a list of messages, but the tokenizer has no chat template: give a text")
     else:
         tokens = template_tokens(list(prompt), tokenizer, add_generation_prompt=True, variables=variables)
     if not len(tokens):
-        raise ValueError("found an empty prompt: there is nothing to continue")
+        raise UserError("found an empty prompt: there is nothing to continue")
     return tokens.tolist()
 
 

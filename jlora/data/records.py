@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jlora.errors import MissingFileError, UserError, describe_faults
 from jlora.types import require
 
 Record = dict[str, Any]
@@ -13,7 +14,6 @@ Accept = Callable[[Any], tuple[list[Record], list[str]]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEMPLATE_FIELDS = {"tools": list, "chat_template_kwargs": dict}
-SHOWN_FAULTS = 50
 _FORMS = 'an object with "messages", or with "prompt" and "completion"'
 
 
@@ -45,22 +45,22 @@ def read_rows(path: str | pathlib.Path, accept: Accept, forms: str) -> list[Reco
         if path.is_dir():
             splits = (path / "dataset_dict.json").exists()
             found = "a folder of several splits (give one of them)" if splits else "a folder"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: found {found}, expected a JSONL file of records, {forms} on each line, or .parquet or .arrow"
         )
     records, faults = [], []
     for number, row in _rows(path):
         try:
             row_records, row_faults = accept(_parse(row) if isinstance(row, bytes) else row)
-        except ValueError as error:
+        except UserError as error:
             row_records, row_faults = [], [str(error)]
         faults += [f"{path}:{number}: {fault}" for fault in row_faults]
         if not row_faults:
             records += row_records
     if faults:
-        raise ValueError(describe_faults(f"{path} has records that cannot be trained on", faults))
+        raise UserError(describe_faults(f"{path} has records that cannot be trained on", faults))
     if not records:
-        raise ValueError(f"{path}: found no records, expected {forms} on each line")
+        raise UserError(f"{path}: found no records, expected {forms} on each line")
     return records
 
 
@@ -113,12 +113,6 @@ def with_template_fields(row: Record) -> tuple[Record, list[str]]:
     return row, faults
 
 
-def describe_faults(title: str, faults: list[str]) -> str:
-    """One message with every fault on its own line; a very long list ends with the number of the rest."""
-    rest = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-    return f"{title}:\n  " + "\n  ".join(faults[:SHOWN_FAULTS] + rest)
-
-
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     """(number from 1, row) of every row; a row of JSONL is a line yet to be parsed, and blank ones are left out."""
     if path.is_dir():
@@ -146,7 +140,7 @@ def _table_rows(path: pathlib.Path) -> Iterator[Record]:
             for batch in opened(source).read_all().to_batches():
                 yield from batch.to_pylist()
     except arrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: found no file of the kind that its name says ({error})") from error
+        raise UserError(f"{path}: found no file of the kind that its name says ({error})") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -160,10 +154,10 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"found a byte that is not UTF-8 at column {error.start + 1}, expected UTF-8 text") from error
+        raise UserError(f"found a byte that is not UTF-8 at column {error.start + 1}, expected UTF-8 text") from error
     except json.JSONDecodeError as error:
         start = line.decode("utf-8-sig").strip()[:40]
-        raise ValueError(f"found {start!r}, expected one line of JSON ({error.msg}, column {error.colno})") from error
+        raise UserError(f"found {start!r}, expected one line of JSON ({error.msg}, column {error.colno})") from error
 
 
 def side_faults(field: str, value: Any) -> list[str]:

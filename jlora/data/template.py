@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from jlora.errors import UserError
+
 
 def template_variables(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record hands to the chat template besides its messages: its tools, and its chat_template_kwargs."""
@@ -25,7 +27,7 @@ def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     """The tokens with the tokenizer's end-of-text token as the last one."""
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("the tokenizer has no end-of-text token, so the model could not learn to stop; set eos_token")
+        raise UserError("the tokenizer has no end-of-text token, so the model could not learn to stop; set eos_token")
     return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, np.int32(eos))
 
 
@@ -68,13 +70,13 @@ def render(
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
+        raise UserError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
 def require_template(tokenizer: Any, chats: int, records: int) -> None:
     """Raises ValueError when there are chats and the tokenizer has no chat template."""
     if chats and not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"{chats} of {records} records are chats, but the tokenizer has no chat template; use a model whose "
             'tokenizer has one, or records with "prompt" and "completion" as plain text'
         )

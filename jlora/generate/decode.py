@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jlora import lora
+from jlora.errors import UserError
 from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
 from jlora.types import Params
@@ -65,7 +66,7 @@ def decode(
             weights; copies of a prompt share them.
     """
     if adapters is not None and len(adapters[0]) != len(tokens):
-        raise ValueError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
+        raise UserError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
     decoder = _Decoder(model, params, tokens, lengths, keys, order, settings, adapters)

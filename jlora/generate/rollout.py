@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jlora import lora, tree
+from jlora.errors import UserError
 from jlora.generate.decode import Decoded, decode
 from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
@@ -93,7 +94,7 @@ def rollout(
     checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
     problems = faults(checked) + _unfit(prompts, keys)
     if problems:
-        raise ValueError("rollout:\n  " + "\n  ".join(problems))
+        raise UserError("rollout:\n  " + "\n  ".join(problems))
     refuse_chosen(params, "those of Bank.alone")
     rows = min(rows, len(prompts))
     settings |= dict(rows=rows, stop_ids=tuple(stop_ids))

@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import data
 from jlora.data import Prompt
+from jlora.errors import UserError
 from jlora.generate.decode import decode
 from jlora.generate.rollout import faults, queues
 from jlora.lora.bank import Bank, Choice, Places, refuse_chosen
@@ -58,11 +59,11 @@ def generate(
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
-        raise ValueError("generate:\n  " + "\n  ".join(problems))
+        raise UserError("generate:\n  " + "\n  ".join(problems))
     params, places = _places(params, adapters, len(prompts))
     variables = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
     if len(variables) != len(prompts):
-        raise ValueError(
+        raise UserError(
             f"chat_template_kwargs: found {len(variables)}, expected one for each of {len(prompts)} prompts"
         )
     encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
@@ -104,16 +105,16 @@ def _places(params: Params | Bank, adapters: Sequence[Choice] | None, count: int
     """The params, and which adapters of the bank each prompt is answered with."""
     if not isinstance(params, Bank):
         if adapters is not None:
-            raise ValueError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
+            raise UserError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
         refuse_chosen(params, "the bank, and adapters= with one choice a prompt")
         return params, None
     if adapters is not None and len(adapters) != count:
-        raise ValueError(f"adapters: found {len(adapters)}, expected one for each of {count} prompts")
+        raise UserError(f"adapters: found {len(adapters)}, expected one for each of {count} prompts")
     return params.params, params.places([None] * count if adapters is None else adapters)
 
 
 def _encode(tokenizer: Any, prompt: Prompt, variables: Mapping[str, Any], number: int) -> list[int]:
     try:
         return data.encode_prompt(prompt, tokenizer, variables)
-    except ValueError as error:
-        raise ValueError(f"prompt {number}: {error}") from error
+    except UserError as error:
+        raise UserError(f"prompt {number}: {error}") from error

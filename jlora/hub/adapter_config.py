@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora.errors import UserError
 from jlora.lora.targets import HEADS
 
 CONFIG = "adapter_config.json"
@@ -73,7 +74,7 @@ class AdapterConfig:
         """
         problems = _problems(found)
         if problems:
-            raise ValueError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
+            raise UserError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
         fields = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(k for k, v in found.items() if k not in fields | IGNORED | set(UNSUPPORTED) and v)
         if unknown:

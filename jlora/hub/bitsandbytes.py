@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jlora.errors import UserError
 from jlora.hub.weights import SafetensorsFolder, TensorInfo, read_tensor
 from jlora.quant import PackedArray, PackedInt8, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
@@ -68,7 +69,7 @@ def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:
         if stored is not None:
             found[weight] = stored
     if problems:
-        raise ValueError(f"{checkpoint.folder} holds packed tensors that cannot be opened:\n  " + "\n  ".join(problems))
+        raise UserError(f"{checkpoint.folder} holds packed tensors that cannot be opened:\n  " + "\n  ".join(problems))
     return found
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora import lora, quant, tree
+from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.folder import replacing
 from jlora.hub.score import KERNEL, only_scored, scored_config, scored_leaves
@@ -152,7 +153,7 @@ def pieces_of(model: "Model", params: Params) -> list[Piece]:
     for path, leaf in tree.flatten(lora.strip(params)).items():
         try:
             tensors = names.hub_tensors(path, leaf.shape, kind)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
         else:
             pieces += [Piece(tensor, path, np.dtype(leaf.dtype)) for tensor in tensors]
@@ -166,7 +167,7 @@ def pieces_of(model: "Model", params: Params) -> list[Piece]:
         if name in found and found[name] != shape
     ]
     if problems:
-        raise ValueError("these params are not the model's:\n  " + "\n  ".join(problems))
+        raise UserError("these params are not the model's:\n  " + "\n  ".join(problems))
     return sorted(pieces)
 
 

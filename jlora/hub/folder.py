@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from jlora.errors import ExistingFileError, UserError
 from jlora.hub.source import gguf_files
 
 
@@ -25,7 +26,7 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
     """
     target = Path(path).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
-        raise FileExistsError(f"{target} exists and has no {marker}, so it is left alone; choose another folder")
+        raise ExistingFileError(f"{target} exists and has no {marker}, so it is left alone; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(target)
     fresh.mkdir()
@@ -56,7 +57,7 @@ def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> N
         if path.exists() and target in (path.resolve(), *(file.resolve() for file in gguf_files(path)))
     ]
     if same:
-        raise ValueError(f"{out}: would be written over, but it is also {' and '.join(same)}; choose another place")
+        raise UserError(f"{out}: would be written over, but it is also {' and '.join(same)}; choose another place")
 
 
 @contextlib.contextmanager
@@ -72,9 +73,11 @@ def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
     """
     target = Path(path).expanduser().resolve()
     if target.is_dir():
-        raise FileExistsError(f"{target} is a folder; give the name of a file")
+        raise ExistingFileError(f"{target} is a folder; give the name of a file")
     if target.is_file() and not _begins_with(target, magic):
-        raise FileExistsError(f"{target} exists and is not {magic.decode()}, so it is left alone; choose another name")
+        raise ExistingFileError(
+            f"{target} exists and is not {magic.decode()}, so it is left alone; choose another name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(target)
     try:

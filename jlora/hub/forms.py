@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.hub.bitsandbytes import Stored
 from jlora.hub.names import HubTensor
 from jlora.quant import QuantConfig, leaf_format
@@ -64,7 +65,7 @@ def stored_forms(
             if forms.setdefault(key, form) != form:
                 problems.append(f"{tensor.name} is {form.format or 'not packed'}, others of its layer are not")
     if problems:
-        raise ValueError("packed tensors do not fit the model:\n  " + "\n  ".join(problems))
+        raise UserError("packed tensors do not fit the model:\n  " + "\n  ".join(problems))
     return forms
 
 

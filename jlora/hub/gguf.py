@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.errors import UserError
 from jlora.hub import gguf_config, names
 from jlora.hub.gguf_layout import Heads, Layout, layout_of
 from jlora.hub.weights import TensorInfo
@@ -66,7 +67,7 @@ def _open(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {error}") from error
+        raise UserError(f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {error}") from error
 
 
 def _is_small(name: str) -> bool:
@@ -90,7 +91,7 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
     try:
         return quants.dequantize(data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise ValueError(f"{tensor.name} is packed as {tensor.tensor_type.name}, which gguf cannot unpack") from error
+        raise UserError(f"{tensor.name} is packed as {tensor.tensor_type.name}, which gguf cannot unpack") from error
 
 
 class Part(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.errors import UserError
+
 # GGUF's names for per-dimension divisors of the rotary frequencies.
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 ROTARY = frozenset((FREQUENCIES, SHORT, LONG))
@@ -77,7 +79,7 @@ class Metadata:
             if name.startswith(prefix) and key not in known and value not in (0, None, ""):
                 self.problems.append(f"{name} is {value!r}, which is not supported")
         if self.problems:
-            raise ValueError(f"{self.path} cannot be read as a model:\n  " + "\n  ".join(self.problems))
+            raise UserError(f"{self.path} cannot be read as a model:\n  " + "\n  ".join(self.problems))
 
 
 Config = dict[str, Any]
@@ -123,7 +125,7 @@ def read_config(
     metadata = Metadata(path, fields, tensors)
     if metadata.architecture not in ARCHITECTURES:
         found, known = fields.get("general.architecture"), ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path} has architecture {found!r}; GGUF is read for {known}")
+        raise UserError(f"{path} has architecture {found!r}; GGUF is read for {known}")
     architecture = _variant(metadata)
     config = {
         **{name: metadata.require(key) for name, key in architecture.required.items()},

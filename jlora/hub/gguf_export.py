@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora import lora, tree
+from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.export import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf import tokenizer_fields
@@ -65,7 +66,7 @@ def save_gguf(
     """
     require_gguf(path, dtype)
     if SCORE in params:
-        raise ValueError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
+        raise UserError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
     model, params = as_written(model, params)
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
@@ -138,7 +139,7 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
     """
     known = [name for name in TYPES if not (adapter and name == "q8_0")]
     if dtype not in known:
-        raise ValueError(
+        raise UserError(
             f"dtype={dtype!r}: a GGUF {'adapter' if adapter else 'file'} is written in one of {', '.join(known)}"
         )
     require_name(path)
@@ -217,7 +218,7 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
     """The base tensor's GGUF name → A [R, inputs] and B [outputs, R] as llama.cpp has them, and the scale."""
     flat, kind = tree.flatten(params), model.config.model_type
     if problems := _not_plain(flat):
-        raise ValueError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
+        raise UserError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
         leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
@@ -234,7 +235,7 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
             scale = float(flat[f"{path}/lora_scale"][layer])
             found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
     if not found:
-        raise ValueError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
     factors = {}
     for name, members in found.items():
         members = sorted(members, key=lambda member: member[0])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlora.errors import UserError
 from jlora.hub.folder import replacing_file
 from jlora.types import require
 
@@ -70,7 +71,7 @@ def write_file(
 def require_name(path: str | Path) -> Any:
     """The package gguf, if a file of this name can be written; raises as `write_file`."""
     if Path(path).suffix != ".gguf":
-        raise ValueError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+        raise UserError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
     return require("gguf", "gguf")
 
 
@@ -83,5 +84,5 @@ def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
     values = tensor.values()
     largest = float(np.abs(values).max(initial=0))
     if tensor.type == "F16" and float(np.finfo(np.float16).max) < largest < np.inf:
-        raise ValueError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
+        raise UserError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
     return gguf.quants.quantize(values, type)

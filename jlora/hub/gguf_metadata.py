@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jlora import models
+from jlora.errors import UserError
 from jlora.hub import gguf_config
 from jlora.hub.gguf_config import FREQUENCIES, LONG, SHORT, YARN, yarn_attention
 from jlora.models.config import ModelConfig, Rope
@@ -114,7 +115,7 @@ def check(
     try:
         read = gguf_config.read_config(Path("the file"), fields, shapes, values)
         problems = list(_differences("", config, models.build(read).config))
-    except ValueError as error:
+    except UserError as error:
         problems = str(error).splitlines()[1:] or [str(error)]
     architecture = architecture_of(config)
     if (config.output_bias or config.mlp_bias) and architecture not in BIASED:
@@ -124,7 +125,7 @@ def check(
     if config.attention_softcap and architecture == "gemma3":
         problems.append("llama.cpp's gemma3 does not cap attention's scores")
     if problems:
-        raise ValueError(f"GGUF cannot hold this {config.model_type} model:\n  " + "\n  ".join(problems))
+        raise UserError(f"GGUF cannot hold this {config.model_type} model:\n  " + "\n  ".join(problems))
     windows = [layer.window for layer in config.layers if layer.window is not None]
     if windows and architecture not in PERIODS and min(windows) < config.max_position_embeddings:
         warnings.warn(

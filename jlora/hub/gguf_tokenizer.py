@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jlora.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +60,7 @@ def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
     unknown = {name for name, token in added.items() if token.lstrip or token.single_word}
     unknown |= set() if as_phi3 else stripping
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"llama.cpp does otherwise with what stands around these tokens: {', '.join(sorted(unknown))}; {INSTEAD}"
         )
     return bool(stripping)
@@ -83,13 +85,13 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"{type(tokenizer).__name__} is not one of the tokenizers library's, so GGUF cannot hold it")
+        raise UserError(f"{type(tokenizer).__name__} is not one of the tokenizers library's, so GGUF cannot hold it")
     parts = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) and max(vocabulary.values()) >= rows:
-        raise ValueError(f"the tokenizer has ids up to {max(vocabulary.values())}, the model {rows} rows for them")
+        raise UserError(f"the tokenizer has ids up to {max(vocabulary.values())}, the model {rows} rows for them")
     if parts["model"].get("type") != "BPE":
-        raise ValueError(f"GGUF's tokenizers are written for BPE, not for {parts['model'].get('type')!r}")
+        raise UserError(f"GGUF's tokenizers are written for BPE, not for {parts['model'].get('type')!r}")
     pieces = parts["model"].get("byte_fallback", False)
     tokens, kinds = _tokens(parts, vocabulary, rows, pieces=pieces)
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in _merges(parts)]
@@ -115,7 +117,7 @@ def _merges(parts: Mapping[str, Any]) -> list:
 def _without_spaces(token: str) -> str:
     # The two halves of a merge are told apart by a space, which byte-level vocabularies write as Ġ.
     if " " in token:
-        raise ValueError(f"a merge of {token!r}: GGUF cannot hold tokens with spaces")
+        raise UserError(f"a merge of {token!r}: GGUF cannot hold tokens with spaces")
     return token
 
 
@@ -155,7 +157,7 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 def _check_normalizers(parts: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> None:
     unknown = [step for step in _steps(parts.get("normalizer"), "normalizers") if step not in known]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"llama.cpp leaves out what this tokenizer does to a text first: {json.dumps(unknown)}; {INSTEAD}"
         )
 
@@ -167,7 +169,7 @@ def _split(parts: Mapping[str, Any]) -> str:
     key = names, bool(parts["model"].get("ignore_merges", False))
     if key not in SPLITS or any(step.get("add_prefix_space") for step in steps):
         found = json.dumps(parts.get("pre_tokenizer"))
-        raise ValueError(f"llama.cpp has no known name for this tokenizer's splits: {found}; {INSTEAD}")
+        raise UserError(f"llama.cpp has no known name for this tokenizer's splits: {found}; {INSTEAD}")
     return SPLITS[key]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models, sharding, tree
+from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
 from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
@@ -93,7 +94,7 @@ def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) ->
     except TypeError:
         found = None
     if found is None or found.name not in FLOATS:
-        raise ValueError(f"dtype={dtype!r} cannot hold a model; expected one of {', '.join(FLOATS)}, or None")
+        raise UserError(f"dtype={dtype!r} cannot hold a model; expected one of {', '.join(FLOATS)}, or None")
     return found
 
 
@@ -131,13 +132,13 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
     ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # what early versions wrote, and no method
     method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
     if settings and method != "bitsandbytes":
-        raise ValueError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
+        raise UserError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
     stored = stored_tensors(checkpoint) if isinstance(checkpoint, SafetensorsFolder) else {}
     if settings and not stored:
-        raise ValueError(f"{source}: config.json says that it is quantised ({method}), but no tensor is packed")
+        raise UserError(f"{source}: config.json says that it is quantised ({method}), but no tensor is packed")
     if stored and quant is not None:
         formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
-        raise ValueError(
+        raise UserError(
             f"{source} is already quantised ({formats}) and is taken over as it is: leave quant out, or give the "
             "original checkpoint"
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.errors import MissingFileError, UserError
 from jlora.hub.merge_methods import METHODS
 from jlora.hub.source import Source, open_source
 from jlora.hub.weights import DTYPES
@@ -88,7 +89,7 @@ def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
     for model in models_of(settings):
         try:
             sources[model] = open_source(model)
-        except (ValueError, FileNotFoundError) as error:
+        except UserError as error:
             faults.append(f"{model}: {error}")
         else:
             if "quantization_config" in sources[model].config:
@@ -131,19 +132,19 @@ def _read(path: Path) -> Settings:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe {path}")
+        raise MissingFileError(f"no recipe {path}")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{path}: found {type(settings).__name__}, expected a mapping with merge_method and models")
+        raise UserError(f"{path}: found {type(settings).__name__}, expected a mapping with merge_method and models")
     return settings
 
 
 def _raise(faults: Sequence[str]) -> None:
     if faults:
-        raise ValueError("the recipe does not hold:\n  " + "\n  ".join(faults))
+        raise UserError("the recipe does not hold:\n  " + "\n  ".join(faults))
 
 
 # ---------------------------------------------------------------- form

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.errors import UserError
 from jlora.hub.adapter_config import AdapterConfig
 from jlora.hub.peft_slots import Module
 from jlora.lora.low_rank import Change
@@ -198,7 +199,7 @@ def open_method(fields: Mapping[str, Any], path: Path) -> Method:
     """
     problems = _problems(fields)
     if problems:
-        raise ValueError(f"{path} cannot be converted:\n  " + "\n  ".join(problems))
+        raise UserError(f"{path} cannot be converted:\n  " + "\n  ".join(problems))
     kind = fields["peft_type"]
     unknown = sorted(name for name, value in fields.items() if name not in (*_COMMON, *_FIELDS[kind]) and value)
     if unknown:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import lora, tree
+from jlora.errors import MissingFileError, UserError
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.peft import assemble
 from jlora.hub.peft_slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
@@ -62,10 +63,10 @@ def load_adapter(params: Params, folder: Path) -> Params:
     settings = parse(read_json(folder / CONFIG), folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
+        raise MissingFileError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
     found = tensor_infos([file])
     if experts := [name for name in found if EXPERTS in name]:
-        raise ValueError(f"{file} adapts experts ({experts[0]}, …), which is not supported in mlx-lm's format")
+        raise UserError(f"{file} adapts experts ({experts[0]}, …), which is not supported in mlx-lm's format")
     base = lora.strip(params)
     modules = _modules(base)
     wanted = _wanted(modules, settings, found)
@@ -95,7 +96,7 @@ def parse(fields: Mapping[str, Any], path: Path) -> Settings:
     lora_fields = fields.get("lora_parameters") or {}
     layers = fields.get("lora_layers" if old else "num_layers")
     if problems := _problems(fields, lora_fields, layers):
-        raise ValueError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
+        raise UserError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
     scale = lora_fields["scale"]
     if "alpha" in lora_fields and old:
         scale = scale * lora_fields["alpha"] / lora_fields["rank"]
@@ -183,7 +184,7 @@ def _slots(adapted: list[Module], settings: Settings) -> dict[str, Slot]:
     slots = {}
     for module in adapted:
         if settings.use_dora and module.leaf != "kernel":
-            raise ValueError(f"DoRA of {module.tensors} is not supported: it is no linear")
+            raise UserError(f"DoRA of {module.tensors} is not supported: it is no linear")
         shapes = {"lora_a": (module.inputs, settings.rank), "lora_b": (settings.rank, module.outputs)}
         for leaf, shape in shapes.items():
             slots[f"{module.tensors}.{leaf}"] = Slot(f"{module.path}/{leaf}", module.index, shape, PLAIN)

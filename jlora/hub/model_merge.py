@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.errors import UserError
 from jlora.hub.export import SHARD_BYTES, Entry, write_folder
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.merge_methods import METHODS, Method
@@ -151,10 +152,10 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
             )
         try:
             whole.require_same(own, result, model)
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
 
 
 def _model_config(config: Mapping[str, Any]) -> ModelConfig | None:
@@ -222,7 +223,7 @@ def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
         if name is not None and name not in sources[model].tensors
     ]
     if missing:
-        raise ValueError("the models do not have the same tensors:\n  " + "\n  ".join(dict.fromkeys(missing)))
+        raise UserError("the models do not have the same tensors:\n  " + "\n  ".join(dict.fromkeys(missing)))
     return found
 
 
@@ -256,7 +257,7 @@ def _require_same_shapes(tensors: Sequence[_Tensor], base: str | None, sources: 
             found = ", ".join(f"{shape} in {model}" for model, shape in shapes.items())
             faults.append(f"{tensor.name}: {found}")
     if faults:
-        raise ValueError("the models' tensors differ in shape:\n  " + "\n  ".join(faults))
+        raise UserError("the models' tensors differ in shape:\n  " + "\n  ".join(faults))
 
 
 def _shape(tensor: _Tensor, sources: Mapping[str, Source]) -> tuple[int, ...]:
@@ -295,7 +296,7 @@ def _settings(tensors: Sequence[_Tensor], plan: Recipe, method: Method) -> list[
         found.append((tensor, of_models, of_all))
     if faults:
         lines = [f"{fault} (for {name})" for fault, name in faults.items()]
-        raise ValueError("the recipe does not hold:\n  " + "\n  ".join(lines))
+        raise UserError("the recipe does not hold:\n  " + "\n  ".join(lines))
     return found
 
 
@@ -354,7 +355,7 @@ def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
             else:
                 config[key] = [own[input.model][layer] for input in inputs for layer in input.layers]
     if faults:
-        raise ValueError("the models' config.json differ in what they hold:\n  " + "\n  ".join(faults))
+        raise UserError("the models' config.json differ in what they hold:\n  " + "\n  ".join(faults))
     return config
 
 

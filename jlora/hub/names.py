@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from jlora import tree
+from jlora.errors import UserError
 
 # Ordered (jlora module path, Hub module name); `{layer}` marks a stack, whose leaves have a leading axis of layers.
 MODULES: tuple[tuple[str, str], ...] = (
@@ -180,7 +181,7 @@ def module_names(module: str, count: int) -> list[str]:
         if match:
             rest = match["rest"].replace("/", ".")
             return [template.format(layer=layer, rest=rest) for layer in (stack.indices(count) if stack else [0])]
-    raise ValueError(f"module {module!r} has no name on the Hub: no rule of jlora.hub.names.MODULES covers it")
+    raise UserError(f"module {module!r} has no name on the Hub: no rule of jlora.hub.names.MODULES covers it")
 
 
 def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list[HubTensor]:
@@ -194,7 +195,7 @@ def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list
     """
     module, _, leaf = path.rpartition("/")
     if leaf not in LEAVES:
-        raise ValueError(f"{path!r} has no name on the Hub: leaves with one are {', '.join(sorted(LEAVES))}")
+        raise UserError(f"{path!r} has no name on the Hub: leaves with one are {', '.join(sorted(LEAVES))}")
     suffix, transposed = LEAVES[leaf]
     transposed = transposed and not re.fullmatch(UNTRANSPOSED, path)
     stacked = tree.stack_of(path) is not None
@@ -273,7 +274,7 @@ def to_gguf(name: str, model_type: str) -> str:
     for gguf_name, hub_name in GGUF_MODULES[model_type].items():
         if _checkpoint_name(hub_name, model_type) == template:
             return f"{gguf_name.replace('{layer}', numbers.get('layer', ''))}.{suffix}"
-    raise ValueError(f"{name} has no name in GGUF: {model_type} has no such module there")
+    raise UserError(f"{name} has no name in GGUF: {model_type} has no such module there")
 
 
 def _numbers_out(name: str, **patterns: str) -> tuple[str, dict[str, str]]:

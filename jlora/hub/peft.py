@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from jlora import lora, quant, sharding, tree
+from jlora.errors import MissingFileError, UserError
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, NO_TARGETS, AdapterConfig, Summary, to_json
 from jlora.hub.folder import replacing
@@ -69,7 +70,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     alphas: dict[str, int | float] = {}
     modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
     if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
-        raise ValueError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
+        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
     for module in modules:
         scale, rank = _settings(flat, module)
         if not rank:
@@ -89,7 +90,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     extra = extra_slots(flat, _wrapped(modules, ranks))
     tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
     if not tensors:
-        raise ValueError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
     tensors |= _base_copies(flat, modules)
     config = to_json(_summary(params, ranks, alphas), base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
@@ -159,7 +160,7 @@ def _stacked(
         for index, value in layers.items():
             whole[(index, *map(slice, value.shape))] = value
         if path.rpartition("/")[2].startswith(TRAINED) and len(layers) != len(whole):
-            raise ValueError(f"{path}: trained copies of {len(layers)} of {len(whole)} layers; all of a stack or none")
+            raise UserError(f"{path}: trained copies of {len(layers)} of {len(whole)} layers; all of a stack or none")
         made[path] = whole
     return made
 
@@ -263,7 +264,7 @@ def _mirrored(
                 if not np.array_equal(read_tensor(file, tensor), codec.to_file(read_tensor(file, source))):
                     problems.append(f"{tensor} is not the same as {source}, although they are tied")
     if problems:
-        raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(problems))
+        raise UserError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(problems))
     return repeated
 
 
@@ -326,7 +327,7 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
     def leaf_of_all(name: str) -> bool:
         have = [f"{module.path}/{name}" in flat for module in adapted]
         if any(have) and not all(have):
-            raise ValueError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
+            raise UserError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
         return any(have)
 
     dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
@@ -359,7 +360,7 @@ def _bias(flat: Mapping[str, Any], adapted: set[str]) -> str:
         return "all"
     if trained == every & adapted:
         return "lora_only"
-    raise ValueError("PEFT's format trains all biases, or those of adapted modules; here are others: " + str(trained))
+    raise UserError("PEFT's format trains all biases, or those of adapted modules; here are others: " + str(trained))
 
 
 def _saved(flat: Mapping[str, Any]) -> list[str]:
@@ -396,11 +397,11 @@ def weights_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
     if (folder / PICKLE).is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} has only {PICKLE}, a pickle, which runs code when opened, so jlora does not read it; "
             f"load it with PEFT and save it again: save_pretrained writes {WEIGHTS}"
         )
-    raise FileNotFoundError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
+    raise MissingFileError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
 
 
 def _card(config: Mapping[str, Any]) -> str:

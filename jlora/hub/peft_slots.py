@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora import lora, quant, tree
+from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.score import KERNEL
@@ -319,7 +320,7 @@ def check_fits(
     if not slots and not problems:
         problems.append("target_modules match no linear of the model")
     if problems:
-        raise ValueError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
+        raise UserError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
 
 
 def _labels(slot: Slot) -> str:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jlora import lora, quant, tree
+from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.bitsandbytes import packed_tensors
 from jlora.hub.export import SHARD_BYTES, Entry, Piece, configs, pieces_of, tensors_of, untied, write_folder
@@ -68,7 +69,7 @@ def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
         ValueError: bitsandbytes has no such format.
     """
     if format not in FORMATS:
-        raise ValueError(f"bitsandbytes has no format {format!r}; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"bitsandbytes has no format {format!r}; expected one of {', '.join(FORMATS)}")
     return ((r".*/experts/.*", None), *quant.as_config(format).rules)
 
 
@@ -94,7 +95,7 @@ def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
     if not found:
         problems.append("nothing is packed: jlora.save_model writes such a model")
     if problems:
-        raise ValueError("bitsandbytes' format cannot hold these params:\n  " + "\n  ".join(problems))
+        raise UserError("bitsandbytes' format cannot hold these params:\n  " + "\n  ".join(problems))
     return found[0]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jlora import lora, tree
+from jlora.errors import UserError
 from jlora.hub.source import Source
 from jlora.models.model import SCORE
 from jlora.types import Params
@@ -57,7 +58,7 @@ def is_scored(checkpoint: Source) -> bool:
     """
     tensor = checkpoint.tensors.get(TENSOR)
     if tensor is not None and tensor.shape[0] != 1:
-        raise ValueError(
+        raise UserError(
             f"{TENSOR} has shape {tensor.shape}, a classifier of {tensor.shape[0]} labels; jlora reads heads of one "
             "label (num_labels=1), as reward models have"
         )
@@ -98,7 +99,7 @@ def scored_config(
     """
     kind = model.config.model_type
     if kind not in PREFIXES:
-        raise ValueError(
+        raise UserError(
             f"transformers has no {SUFFIX} for model_type {kind!r}, so no folder can hold this score head; save the "
             f"adapter instead (save_adapter). Families with such a class: {', '.join(PREFIXES)}"
         )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jlora.errors import MissingFileError, UserError
 from jlora.hub.gguf import GGUFFile
 from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo
 
@@ -34,12 +35,12 @@ def locate(location: str | Path) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise ValueError(f"{path} is a file that is not .gguf; give the folder that holds config.json and the weights")
+        raise UserError(f"{path} is a file that is not .gguf; give the folder that holds config.json and the weights")
     if path.is_dir():
         return _gguf_in(path) or path
     if re.fullmatch(HUB_ID, str(location)) and not path.is_absolute():
         return _download(str(location))
-    raise FileNotFoundError(f"no folder or file {path}, and {str(location)!r} is not a Hub id (owner/name)")
+    raise MissingFileError(f"no folder or file {path}, and {str(location)!r} is not a Hub id (owner/name)")
 
 
 def gguf_files(folder: Path) -> list[Path]:
@@ -65,7 +66,7 @@ def check_tensors(
         if name not in expected and name not in harmless:
             problems.append(f"unknown {name} {info.shape} ({info.file.name})")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems)
         )
 
@@ -79,7 +80,7 @@ def _gguf_in(folder: Path) -> Path | None:
     files = gguf_files(folder)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder} holds {len(files)} GGUF files, give the path of one: {names}")
+        raise UserError(f"{folder} holds {len(files)} GGUF files, give the path of one: {names}")
     return files[0] if files else None
 
 
@@ -92,7 +93,7 @@ def _download(hub_id: str) -> Path:
         folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no local folder {hub_id!r}, and it could not be fetched from the Hugging Face Hub either ({reason}). "
             "Check the name and the connection, log in with `hf auth login` if the model is gated, or download it "
             "elsewhere and give the folder's path"

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jlora.errors import MissingFileError, MissingPackageError
 from jlora.hub.gguf import tokenizer_fields
 from jlora.hub.source import locate
 
@@ -29,7 +30,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     if path.suffix == ".gguf":
         return _from_gguf(path)
     if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
-        raise FileNotFoundError(f"{path} has no tokenizer.json, tokenizer.model or vocab file")
+        raise MissingFileError(f"{path} has no tokenizer.json, tokenizer.model or vocab file")
     return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
@@ -38,11 +39,11 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
 
     fields = tokenizer_fields(path)
     if not fields.get("ggml.tokens"):
-        raise FileNotFoundError(f"{path} has no tokenizer (no tokenizer.ggml.tokens in its metadata)")
+        raise MissingFileError(f"{path} has no tokenizer (no tokenizer.ggml.tokens in its metadata)")
     if fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre", "default") in SPLITS_DIGITS:
         return _byte_level(fields)
     if importlib.util.find_spec("torch") is None:
-        raise ImportError(
+        raise MissingPackageError(
             f"{path} has a tokenizer of the kind {fields.get('ggml.model')!r} / {fields.get('ggml.pre')!r}, which "
             "transformers builds, and for GGUF files it needs PyTorch: pip install torch",
             name="torch",

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jlora.errors import MissingFileError, UserError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -71,13 +73,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it does not hold one JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; files there: {listing(path.parent)}")
+        raise MissingFileError(f"no {path.name} in {path.parent}; files there: {listing(path.parent)}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
+        raise UserError(f"{path} holds {type(value).__name__}, expected an object")
     return value
 
 
@@ -86,17 +88,17 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map")
+            raise UserError(f"{folder / INDEX} has no weight_map")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder / INDEX} names {len(files)} files, of which {len(missing)} are missing: {', '.join(missing)}"
             )
         return files
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise FileNotFoundError(_no_weights(folder))
+    raise MissingFileError(_no_weights(folder))
 
 
 def tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
@@ -110,13 +112,13 @@ def tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
     for file in files:
         try:
             found = _header(file)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         problems += [f"{name} is in both {infos[name].file} and {file}" for name in found if name in infos]
         infos |= found
     if problems:
-        raise ValueError("broken checkpoint:\n  " + "\n  ".join(problems))
+        raise UserError("broken checkpoint:\n  " + "\n  ".join(problems))
     return infos
 
 
@@ -145,7 +147,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if length < 2 or 8 + length > size:
-            raise ValueError(f"{file} is truncated or not safetensors: {size} bytes, its header claims {length}")
+            raise UserError(f"{file} is truncated or not safetensors: {size} bytes, its header claims {length}")
         text = stream.read(length)
     try:
         entries = json.loads(text)
@@ -153,11 +155,11 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         infos = {name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file} is not safetensors: its header cannot be read ({error})") from error
+        raise UserError(f"{file} is not safetensors: its header cannot be read ({error})") from error
     if size != expected:
-        raise ValueError(f"{file} is truncated or damaged: {size} bytes, expected {expected}; fetch or copy it again")
+        raise UserError(f"{file} is truncated or damaged: {size} bytes, expected {expected}; fetch or copy it again")
     try:
         with safe_open(file, framework="numpy"):
             return infos
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise UserError(f"{file} is damaged: {error}") from error

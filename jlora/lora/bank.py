@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jlora import sharding, tree
+from jlora.errors import UnknownNameError, UserError
 from jlora.lora.config import LoraConfig
 from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
@@ -85,15 +86,15 @@ class Bank:
             given.append(("config", _leaves(_shapes(base, config))))
         count = len(adapters) if places is None else places
         if width < 1:
-            raise ValueError(f"width: found {width}, expected at least 1")
+            raise UserError(f"width: found {width}, expected at least 1")
         if not given:
-            raise ValueError("found neither adapters nor config: one of them says what modules and ranks need room")
+            raise UserError("found neither adapters nor config: one of them says what modules and ranks need room")
         if count < max(1, len(adapters)):
-            raise ValueError(f"found {count} places for {len(adapters)} adapters, expected at least one and enough")
+            raise UserError(f"found {count} places for {len(adapters)} adapters, expected at least one and enough")
         room = _room(base, [flat for _, flat in given])
         missing = "the base has no matrix at {}"
         if faults := [fault for name, flat in given for fault in _faults(name, flat, base, room, missing)]:
-            raise ValueError("these adapters do not go into one bank:\n  " + "\n  ".join(faults))
+            raise UserError("these adapters do not go into one bank:\n  " + "\n  ".join(faults))
         mesh, filled = _mesh(base), {}
         for path, shape in room.items():
             axis = len(shape) - _own_axes(path)
@@ -119,7 +120,7 @@ class Bank:
         if name not in self.names and None not in self.names:
             faults.append(f"all {len(self.names)} places are taken: remove one, or make a bank with more places")
         if faults:
-            raise ValueError(f"adapter {name!r} does not fit:\n  " + "\n  ".join(faults))
+            raise UserError(f"adapter {name!r} does not fit:\n  " + "\n  ".join(faults))
         place = self.names.index(name if name in self.names else None)
         return self._with(place, name, flat)
 
@@ -130,7 +131,7 @@ class Bank:
             KeyError: there is none of that name.
         """
         if name is None:
-            raise KeyError("None is the base alone, which no bank is without")
+            raise UnknownNameError("None is the base alone, which no bank is without")
         return self._with(self.number(name), None, {})
 
     def number(self, name: str | None) -> int:
@@ -143,7 +144,7 @@ class Bank:
             return len(self.names)
         if name not in self.names:
             held = ", ".join(repr(other) for other in self.names if other is not None) or "none"
-            raise KeyError(f"there is no adapter {name!r} in the bank; it holds {held}")
+            raise UnknownNameError(f"there is no adapter {name!r} in the bank; it holds {held}")
         return self.names.index(name)
 
     def places(self, choices: Sequence[Choice]) -> Places:
@@ -218,12 +219,12 @@ def refuse_chosen(params: Params, instead: str) -> None:
         instead: what to give in their place.
     """
     if any(path.endswith("/lora_ids") for path in tree.flatten(params)):
-        raise ValueError(f"found params of Bank.choose, whose adapters belong to the rows of one batch: give {instead}")
+        raise UserError(f"found params of Bank.choose, whose adapters belong to the rows of one batch: give {instead}")
 
 
 def _require_names(names: Iterable[Any]) -> None:
     if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"adapters' names: found {wrong}, expected strings (None is the base alone)")
+        raise UserError(f"adapters' names: found {wrong}, expected strings (None is the base alone)")
 
 
 def _leaves(adapter: Params) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
+from jlora.errors import UserError
+
 # Starts that draw numbers, and those that come from the base weights ("pissa_niter_4" is a quicker "pissa").
 DRAWN = (True, False, "default", "gaussian", "zero_a", "orthogonal")
 FROM_WEIGHTS = r"pissa(_niter_\d+)?|olora|loftq|lora_ga"
@@ -89,7 +91,7 @@ class LoraConfig:
             tokens = tuple(item if isinstance(item, int) else (item[0], tuple(item[1])) for item in tokens)
             object.__setattr__(self, "trainable_token_indices", tokens)
         if problems := self._problems():
-            raise ValueError("LoraConfig:\n  " + "\n  ".join(problems))
+            raise UserError("LoraConfig:\n  " + "\n  ".join(problems))
 
     def _problems(self) -> list[str]:
         problems = []

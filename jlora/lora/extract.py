@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
 from jlora.lora.partition import TRAINED, overlay, strip
@@ -46,7 +47,7 @@ def extract(
     _require_same_shapes(flat, changed)
     targets = {target.path: target for target in find_targets(strip(base), config)}
     if tied := [path for path, target in targets.items() if f"{path}/{target.candidate.leaf}" not in flat]:
-        raise ValueError(f"{', '.join(tied)}: has no weight of its own, it is tied to the embedding: target that")
+        raise UserError(f"{', '.join(tied)}: has no weight of its own, it is tied to the embedding: target that")
     found: dict[str, Any] = saved_modules(changed, config)
     fits: list[Fit] = []
     for path, leaf in flat.items():
@@ -97,4 +98,4 @@ def _require_same_shapes(base: dict[str, Any], tuned: dict[str, Any]) -> None:
         if path in tuned and leaf.shape != tuned[path].shape
     ]
     if faults:
-        raise ValueError("these are not two models of one architecture:\n  " + "\n  ".join(faults))
+        raise UserError("these are not two models of one architecture:\n  " + "\n  ".join(faults))

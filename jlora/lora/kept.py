@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
+from jlora.errors import UserError
 from jlora.lora.merge import changed_leaves, layer_of, merged_leaf, untie, with_bias
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
@@ -93,7 +94,7 @@ def kept(params: Params, merged: Params) -> Kept:
                     sums += np.asarray(_compare(part, name, counterpart), np.float64)
             found.append(KeptModule(f"{path}/{name}", *map(float, sums)))
     if faults:
-        raise ValueError("the merged params have no counterparts of these weights:\n  " + "\n  ".join(faults))
+        raise UserError("the merged params have no counterparts of these weights:\n  " + "\n  ".join(faults))
     return Kept(tuple(found))
 
 

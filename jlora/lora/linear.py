@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import quant
+from jlora.errors import UserError
 from jlora.lora.merge import Kernel, gains, merged_leaf
 from jlora.lora.partition import resolve
 from jlora.types import Params
@@ -68,12 +69,12 @@ def _check_bank(module: Params, x: jax.Array) -> None:
     """Refuses a bank of adapters of which none are chosen, or for another number of rows."""
     if "lora_ids" in module:
         if (chosen := module["lora_ids"].shape[0]) != x.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"found adapters chosen for {chosen} rows, and a batch of {x.shape[0]}: "
                 "Bank.choose takes one choice for every row"
             )
     elif "lora_scale" in module and module["lora_scale"].ndim:
-        raise ValueError(
+        raise UserError(
             f"these are the params of a bank of {module['lora_scale'].shape[0] - 1} adapters: "
             "give the model those of Bank.choose, with a choice for every row, or of Bank.alone"
         )
@@ -95,7 +96,7 @@ def _packed_sum(module: Params, key: jax.Array | None) -> jax.Array:
     """What the packed sum of kernel and update stands for: the merged weight that a `Rounded` kernel is trained for."""
     if "lora_ids" in module or (key is not None and "lora_dropout" in module):
         what = "adapters of a bank" if "lora_ids" in module else "lora_dropout"
-        raise ValueError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
+        raise UserError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
     kernel = module["kernel"]
     whole = merged_leaf(module, "kernel")
     return quant.straight_through(whole, kernel.format, kernel.double_quant)

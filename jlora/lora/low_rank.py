@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora import quant
+from jlora.errors import UserError
 from jlora.types import Params
 
 
@@ -125,7 +126,7 @@ def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], F
 def check_rank(rank: int | float) -> None:
     """Raises ValueError for what `best` cannot take."""
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise ValueError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
+        raise UserError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
 
 
 def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora import quant, tree
+from jlora.errors import UserError
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
 
@@ -65,7 +66,7 @@ def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = 
         ValueError: the leaf is a bias that only the adapter has.
     """
     if name == "bias" and "bias" not in module:
-        raise ValueError("the adapter adds a bias (lora_bias) where the model has none: it cannot be merged")
+        raise UserError("the adapter adds a bias (lora_bias) where the model has none: it cannot be merged")
     base = module[name]
     base = quant.unpacked(base)
     value = module.get(f"{TRAINED}{name}", base)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
 from jlora.lora.merge import MAIN, TIED_HEADS, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
@@ -372,7 +373,7 @@ def _check(
     whole = method in METHODS and METHODS[method].whole_rank and rank is None
     faults += _bias_faults(base, leaves, whole=whole)
     if faults:
-        raise ValueError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
+        raise UserError("these adapters cannot be mixed:\n  " + "\n  ".join(faults))
 
 
 def _setting_faults(
@@ -399,7 +400,7 @@ def _setting_faults(
     elif rank is not None:
         try:
             check_rank(rank)
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     return faults
 

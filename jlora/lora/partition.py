@@ -17,6 +17,7 @@ Beside a module's own leaves an adapter may hold:
 import jax.numpy as jnp
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.types import Params
 
 TRAINABLE = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "lora_tokens")
@@ -73,7 +74,7 @@ def combine(frozen: Params, trainable: Params) -> Params:
     """
     left, right = tree.flatten(frozen), tree.flatten(trainable)
     if both := sorted(left.keys() & right.keys()):
-        raise ValueError("both halves hold these leaves:\n  " + "\n  ".join(both))
+        raise UserError("both halves hold these leaves:\n  " + "\n  ".join(both))
     return tree.unflatten(left | right)
 
 
@@ -110,7 +111,7 @@ def scaled(params: Params, factor: int | float) -> Params:
     flat = tree.flatten(params)
     others = (*("lora_magnitude", "lora_tokens"), TRAINED)
     if kept := sorted(path for path in flat if path.rpartition("/")[2].startswith(others)):
-        raise ValueError("only updates that are added to the base have a scale; found\n  " + "\n  ".join(kept))
+        raise UserError("only updates that are added to the base have a scale; found\n  " + "\n  ".join(kept))
     return tree.map_with_path(lambda path, leaf: leaf * factor if path.endswith("/lora_scale") else leaf, params)
 
 

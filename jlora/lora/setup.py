@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
+from jlora.errors import UserError
 from jlora.lora import starts
 from jlora.lora.config import LoraConfig
 from jlora.lora.merge import TIED_HEADS, base_norms, column_norms
@@ -54,7 +55,7 @@ def init(
     """
     flat = tree.flatten(params)
     if present := [path for path in flat if is_adapter(path)]:
-        raise ValueError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
+        raise UserError(f"the params already hold adapters ({present[0]}, …): merge or strip them first")
     seen = {"dense": tree.flatten(dense or {}), "gradients": tree.flatten(gradients or {})}
     targets = find_targets(params, config, input_axes)
     directions: dict[str, jax.Array] = {}
@@ -120,7 +121,7 @@ def _eva(
 ) -> tuple[list[Target], dict[str, jax.Array]]:
     """The targets with the common rank budget shared out, and the directions that their A start from (EVA)."""
     if moments is None:
-        raise ValueError(
+        raise UserError(
             "init_lora_weights='eva' starts from a linear's inputs: give init(…, moments=…) what "
             "Model.input_moments returns, summed over some batches"
         )
@@ -128,7 +129,7 @@ def _eva(
     directions, shares, budget = {}, [], 0
     for target in targets:
         if f"{target.path}/gram" not in found:
-            raise ValueError(f"init_lora_weights='eva': no moments of the inputs of {target.path}")
+            raise UserError(f"init_lora_weights='eva': no moments of the inputs of {target.path}")
         names = ("count", "sum", "gram")
         vectors, variance = starts.principal_inputs({name: found[f"{target.path}/{name}"] for name in names})
         directions[target.path] = jnp.asarray(vectors)
@@ -145,13 +146,13 @@ def _require_linear(target: Target, field: str, weight: Any) -> None:
     candidate = target.candidate
     if candidate.leaf != "kernel" or weight is None or candidate.axes != (1, 1):
         what = "a head that is its embedding" if weight is None else f"a {candidate.leaf} of shape {candidate.shape}"
-        raise ValueError(f"{field} is for linears; {target.path}: {what} cannot have it")
+        raise UserError(f"{field} is for linears; {target.path}: {what} cannot have it")
 
 
 def _require_kernel(target: Target, config: LoraConfig, weight: Any) -> None:
     candidate = target.candidate
     if candidate.leaf != "kernel" or weight is None or candidate.is_parameter or candidate.axes != (1, 1):
-        raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linears, and {target.path} is none")
+        raise UserError(f"init_lora_weights={config.init_lora_weights!r} is for linears, and {target.path} is none")
 
 
 def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]) -> dict[str, jax.Array]:
@@ -164,12 +165,12 @@ def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]
         if name != "bias" or (config.bias == "lora_only" and target is None):
             continue
         if config.bias == "lora_only" and 0 in target.ranks:
-            raise ValueError(
+            raise UserError(
                 f"bias='lora_only' needs all layers of a stack to be adapted; {module} has some that are not"
             )
         copies[f"{module}/{TRAINED}bias"] = leaf.astype(jnp.float32)
     if not copies:
-        raise ValueError(f"bias={config.bias!r}: these modules have no biases")
+        raise UserError(f"bias={config.bias!r}: these modules have no biases")
     return copies
 
 
@@ -189,7 +190,7 @@ def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Arr
         names = module_names(module, leaf.shape[0] if leaf.ndim else 1)
         hits = [saves(full, config) for full in names]
         if any(hits) and not all(hits):
-            raise ValueError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
+            raise UserError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
         if all(hits):
             dense = quant.unpacked(leaf)
             copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
@@ -199,7 +200,7 @@ def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Arr
             copies[f"{head}/{TRAINED}kernel"] = flat[f"{embedding}/embedding"].T.astype(jnp.float32)
             used |= {item for item in config.modules_to_save if head.endswith(item)}
     if missing := sorted(set(config.modules_to_save or ()) - used):
-        raise ValueError(f"modules_to_save: no module's name ends in {', '.join(missing)}")
+        raise UserError(f"modules_to_save: no module's name ends in {', '.join(missing)}")
     return copies
 
 
@@ -209,7 +210,7 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
         return {}
     embeddings = [path for path in TIED_HEADS if f"{path}/embedding" in flat]
     if not embeddings:
-        raise ValueError("trainable_token_indices: the tree has no input embedding that jlora knows")
+        raise UserError("trainable_token_indices: the tree has no input embedding that jlora knows")
     named = chosen if isinstance(chosen[0], tuple) else ((embeddings[0].split("/")[-1], chosen),)
     leaves: dict[str, jax.Array] = {}
     for item, tokens in named:
@@ -220,14 +221,14 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
             and matches(path.rpartition("/")[0].replace("/", "."), (item,))
         ]
         if len(places) != 1:
-            raise ValueError(f"trainable_token_indices: {item!r} names {len(places)} modules, expected one")
+            raise UserError(f"trainable_token_indices: {item!r} names {len(places)} modules, expected one")
         module, _, name = places[0]
         weight = flat[f"{module}/{name}"]
         rows = weight if name == "embedding" else weight.T
         if bad := [token for token in tokens if not 0 <= token < rows.shape[0]]:
-            raise ValueError(f"trainable_token_indices: {bad} are outside the vocabulary of {rows.shape[0]}")
+            raise UserError(f"trainable_token_indices: {bad} are outside the vocabulary of {rows.shape[0]}")
         if f"{module}/lora_a" in flat:
-            raise ValueError(
+            raise UserError(
                 f"trainable_token_indices: {module} is adapted by LoRA already (as in PEFT, one or the other)"
             )
         ids = jnp.asarray(np.array(tokens, np.int32))
@@ -270,7 +271,7 @@ def _draw(
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
         case "orthogonal":
             if candidate.axes != (1, 1):
-                raise ValueError(f"init_lora_weights='orthogonal' is for matrices; {candidate.path} has {a_shape[:-1]}")
+                raise UserError(f"init_lora_weights='orthogonal' is for matrices; {candidate.path} has {a_shape[:-1]}")
             lora_a, lora_b = starts.orthogonal(a_shape, b_shape, key)
         case False:
             lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.lora.partition import adapter_leaves
 from jlora.types import Params
 
@@ -36,7 +37,7 @@ def stack(adapters: Mapping[str, Params]) -> Params:
         path: _stacked(path, leaves, faults) for path in sorted({path for flat in leaves.values() for path in flat})
     }
     if faults:
-        raise ValueError("these adapters cannot be trained side by side:\n  " + "\n  ".join(faults))
+        raise UserError("these adapters cannot be trained side by side:\n  " + "\n  ".join(faults))
     return tree.unflatten(stacked)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
+from jlora.errors import UserError
 from jlora.lora.config import FROM_WEIGHTS, LoraConfig
 from jlora.lora.targets import find_targets
 from jlora.types import Params
@@ -50,12 +51,12 @@ def from_weights(
     """
     start = str(config.init_lora_weights)
     if start == "loftq" and (original is None or not quant.is_packed(kernel)):
-        raise ValueError(
+        raise UserError(
             "init_lora_weights='loftq' starts from what packing lost: it needs packed params, and the same params "
             "unpacked as init(…, dense=…)"
         )
     if start == "lora_ga" and gradient is None:
-        raise ValueError(
+        raise UserError(
             "init_lora_weights='lora_ga' starts from gradients: give init(…, gradients=…) what "
             "jlora.lora.kernel_gradients returns"
         )
@@ -86,7 +87,7 @@ def _one(
     start = str(config.init_lora_weights)
     dense = quant.unpacked(kernel).astype(jnp.float32)
     if rank * (2 if start == "lora_ga" else 1) > min(dense.shape):
-        raise ValueError(f"init_lora_weights={start!r}: rank {rank} is more than a kernel {dense.shape} has")
+        raise UserError(f"init_lora_weights={start!r}: rank {rank} is more than a kernel {dense.shape} has")
     if start == "loftq":  # PEFT does not divide by the scale here
         return _leading(jnp.asarray(original, jnp.float32) - dense, rank, 1.0)
     if start == "olora":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
 from jlora.lora.merge import MAIN, TIED_HEADS
 
@@ -87,7 +88,7 @@ def find_targets(params: dict, config: LoraConfig, input_axes: InputAxes = ()) -
             targets.append(Target(candidate, ranks, scales))
     if not targets:
         linears = sorted(candidate.path for candidate in found if candidate.leaf == "kernel")
-        raise ValueError(f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(linears)}")
+        raise UserError(f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(linears)}")
     return targets
 
 
@@ -122,7 +123,7 @@ def split_axes(
     for pattern, count in input_axes:
         if re.fullmatch(pattern, module):
             if not 0 < count < own:
-                raise ValueError(f"input_axes: {module} has {own} axes; {count} of them cannot be inputs")
+                raise UserError(f"input_axes: {module} has {own} axes; {count} of them cannot be inputs")
             return count, own - count
     outputs = 1 if bias_axes is None else bias_axes - stacked
     return own - outputs, outputs
@@ -215,7 +216,7 @@ def _require_matches(config: LoraConfig, found: list[Candidate]) -> None:
     problems += [f"layers_to_transform {layer}" for layer in config.layers_to_transform or () if layer not in layers]
     if problems:
         last = sorted({name.rpartition(".")[2] for name in modules} | {".".join(n.split(".")[-2:]) for n in parameters})
-        raise ValueError(
+        raise UserError(
             "these match no linear of the model:\n  "
             + "\n  ".join(problems)
             + f"\nthe model's linears end in: {', '.join(last)}"

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num, Shaped
 
+from jlora.errors import UserError
+
 Rewards = Float[np.ndarray, " N"]
 Advantages = Float32[np.ndarray, " N"]
 Scale = Literal["group", "batch", "none"]
@@ -42,7 +44,7 @@ def reward_advantages(
     if multi_objective == "sum_then_normalize":
         return group_advantages(total(values, weights), group_size, scale=scale, eps=eps)
     if multi_objective != "normalize_then_sum":
-        raise ValueError(f"multi_objective {multi_objective!r}: expected 'sum_then_normalize' or 'normalize_then_sum'")
+        raise UserError(f"multi_objective {multi_objective!r}: expected 'sum_then_normalize' or 'normalize_then_sum'")
     grouped = _groups(values, group_size, least=2)
     normalized = ((grouped - _mean(grouped, 1)) / (_std(grouped, 1) + eps)).reshape(values.shape)
     summed = np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(normalized * weights, axis=1))
@@ -57,7 +59,7 @@ def group_advantages(rewards: Rewards, group_size: int, *, scale: Scale = "group
             group (Dr. GRPO, Liu et al. 2025).
     """
     if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale {scale!r}: expected 'group', 'batch' or 'none'")
+        raise UserError(f"scale {scale!r}: expected 'group', 'batch' or 'none'")
     grouped = _groups(rewards, group_size, least=2 if scale == "group" else 1)
     advantages = grouped - _mean(grouped, 1)
     if scale != "none":
@@ -154,7 +156,7 @@ def overlong_penalty(lengths: Num[np.ndarray, " N"], max_completion_length: int,
     0 up to L - cache, ((L - cache) - length) / cache up to L = max_completion_length, -1 beyond.
     """
     if not 0 <= cache <= max_completion_length:
-        raise ValueError(f"cache {cache}: expected 0 to max_completion_length = {max_completion_length}")
+        raise UserError(f"cache {cache}: expected 0 to max_completion_length = {max_completion_length}")
     over = np.asarray(lengths, np.float64) - (max_completion_length - cache)
     return -np.clip(over / cache if cache else over > 0, 0.0, 1.0).astype(np.float32)
 
@@ -218,7 +220,7 @@ def kl_estimate(
         return jnp.square(difference) / 2
     if kind == "k3":
         return jnp.expm1(-difference) + difference
-    raise ValueError(f"kl estimator {kind!r}: expected 'k1', 'k2' or 'k3'")
+    raise UserError(f"kl estimator {kind!r}: expected 'k1', 'k2' or 'k3'")
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
@@ -228,9 +230,9 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: in
 
 def _groups(values: Float[np.ndarray, "N *F"], group_size: int, least: int = 1) -> Float[np.ndarray, "G S *F"]:
     if group_size < least:
-        raise ValueError(f"groups of {group_size}: expected at least {least} completions, for a mean to compare with")
+        raise UserError(f"groups of {group_size}: expected at least {least} completions, for a mean to compare with")
     if len(values) % group_size:
-        raise ValueError(f"{len(values)} completions: expected a multiple of the group's {group_size}")
+        raise UserError(f"{len(values)} completions: expected a multiple of the group's {group_size}")
     return np.asarray(values, np.float64).reshape(-1, group_size, *values.shape[1:])
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora.errors import UserError
 from jlora.losses.documents import by_document, to_tokens
 
 LEVELS = ("token", "sequence", "sequence_sum")
@@ -39,7 +40,7 @@ def ratios(
     if level == "token":
         return jnp.exp(log_ratio)
     if level not in LEVELS:
-        raise ValueError(f"level {level!r}: expected one of {', '.join(LEVELS)}")
+        raise UserError(f"level {level!r}: expected one of {', '.join(LEVELS)}")
     sums = by_document(log_ratio, documents, count)
     if level == "sequence":
         sums = sums / jnp.maximum(by_document(weights, documents, count), 1)
@@ -147,7 +148,7 @@ def aggregate(
         return jnp.sum(counted) / jnp.maximum(totals["tokens"], 1)
     if how == "prompt_tokens":
         return jnp.sum(items * sums / jnp.maximum(group_tokens, 1)) / jnp.maximum(totals["prompts"], 1)
-    raise ValueError(f"how {how!r}: expected one of {', '.join(AGGREGATIONS)}")
+    raise UserError(f"how {how!r}: expected one of {', '.join(AGGREGATIONS)}")
 
 
 def ppo_policy(

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from jlora import tree
+from jlora.errors import UserError
 
 
 class Layer(NamedTuple):
@@ -156,7 +157,7 @@ class ModelConfig:
         """
         pair = (self._computation(), other._computation())
         if lines := [line for name in pair[0] for line in _differences(name, *(values[name] for values in pair))]:
-            raise ValueError(f"{ours} and {theirs} are not models of one architecture:\n  " + "\n  ".join(lines))
+            raise UserError(f"{ours} and {theirs} are not models of one architecture:\n  " + "\n  ".join(lines))
 
     def _computation(self) -> dict[str, Any]:
         """The fields that decide what is computed from the weights."""
@@ -207,9 +208,9 @@ class Fields:
     def finish(self) -> None:
         """Raises ValueError with everything that is wrong, if anything is."""
         if self.missing:
-            raise ValueError(f"config.json lacks {', '.join(self.missing)}")
+            raise UserError(f"config.json lacks {', '.join(self.missing)}")
         if self.problems:
-            raise ValueError("config.json:\n  " + "\n  ".join(self.problems))
+            raise UserError("config.json:\n  " + "\n  ".join(self.problems))
 
 
 # rope_type → (needed, optional) parameters

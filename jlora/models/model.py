@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora import lora, tree
+from jlora.errors import UserError
 from jlora.lora.linear import SAVED
 from jlora.lora.partition import TRAINED
 from jlora.models.attention import Cache, attention_mask
@@ -121,7 +122,7 @@ class Model:
         if "kernel" in own or "trained_kernel" in own:
             return own
         if not self.config.tie_word_embeddings:
-            raise ValueError(
+            raise UserError(
                 f"{names.head}/kernel is not in these params: they make no logits. Reward models that transformers "
                 "saved have no such head (Model.score is theirs); load the language model for one"
             )
@@ -156,7 +157,7 @@ class Model:
             ValueError: there is a score head already.
         """
         if SCORE in params:
-            raise ValueError(f"these params have a score head already: {', '.join(params[SCORE])}")
+            raise UserError(f"these params have a score head already: {', '.join(params[SCORE])}")
         shape = (self.config.hidden_size, 1)
         kernel = jnp.zeros(shape, jnp.float32) if key is None else 0.02 * jax.random.normal(key, shape, jnp.float32)
         return params | {SCORE: {f"{TRAINED}kernel": kernel}}
@@ -168,7 +169,7 @@ class Model:
             ValueError: the params have no score head.
         """
         if SCORE not in params:
-            raise ValueError(
+            raise UserError(
                 "these params have no score head: add one (Model.add_score), or load a reward model or its adapter"
             )
         kernel = lora.merged_leaf(lora.resolve(params[SCORE]), "kernel").astype(jnp.float32)
@@ -187,7 +188,7 @@ class Model:
         longest = self.config.max_position_embeddings
         if self.config.names.positions and tokens > longest:
             where = f"{setting}: " if setting else ""
-            raise ValueError(
+            raise UserError(
                 f"{where}{tokens} tokens in a row, but {self.config.model_type} has learned {longest} positions"
             )
 

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from jlora.errors import UserError
 from jlora.models.config import Fields, ModelConfig
 from jlora.models.families import FAMILIES
 from jlora.models.layers import ACTIVATIONS
@@ -18,7 +19,7 @@ def build(hf_config: dict[str, Any]) -> Model:
     """
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
         )
     fields = Fields(hf_config)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.quant.formats import FORMATS
 
 # Every linear inside the stack; embeddings, the head and norms keep their precision (as bitsandbytes' users do).
@@ -30,7 +31,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         unknown = sorted({str(fmt) for _, fmt in self.rules if fmt is not None and fmt not in FORMATS})
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"QuantConfig.rules: unknown format {', '.join(unknown)}; known: {', '.join(FORMATS)} or None"
             )
 
@@ -44,7 +45,7 @@ def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
     if quant is None or isinstance(quant, QuantConfig):
         return quant
     if quant not in FORMATS:
-        raise ValueError(f"quant={quant!r} is unknown; expected one of {', '.join(FORMATS)}, a QuantConfig, or None")
+        raise UserError(f"quant={quant!r} is unknown; expected one of {', '.join(FORMATS)}, a QuantConfig, or None")
     return QuantConfig(rules=tuple((pattern, quant if fmt else None) for pattern, fmt in DEFAULT_RULES))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from jlora.errors import UserError
 from jlora.quant import four_bit, int8
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
@@ -31,9 +32,9 @@ def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: b
         ValueError: an unknown format, or an array of fewer than two dimensions.
     """
     if format not in FORMATS:
-        raise ValueError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
     if array.ndim < 2:
-        raise ValueError(f"only arrays [..., D, N] can be packed; found shape {array.shape}")
+        raise UserError(f"only arrays [..., D, N] can be packed; found shape {array.shape}")
     if format == "int8":
         return int8.pack(array)
     return four_bit.pack(array, format, double_quant=double_quant)

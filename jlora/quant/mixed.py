@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
+from jlora.errors import UserError
 from jlora.quant.config import QuantConfig, leaf_format
 from jlora.quant.formats import dequantize, quantize
 from jlora.types import Params
@@ -80,7 +81,7 @@ def choose(
     most = sum(bits_of(candidate, spare, config) for candidate in found)
     if not found or not used <= bits * total < most:
         least, most = (float(count) / max(total, 1) for count in (used, most))
-        raise ValueError(f"bits={bits}: found no such mixture, expected from {least:.3f} to less than {most:.4g}")
+        raise UserError(f"bits={bits}: found no such mixture, expected from {least:.3f} to less than {most:.4g}")
     kept = []
     for candidate in sorted(found, key=lambda candidate: -damage[candidate.name] / candidate.size):
         extra = bits_of(candidate, spare, config) - bits_of(candidate, candidate.format, config)

@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jlora.errors import UserError
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 
@@ -28,7 +30,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = self.sizes
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"mesh sizes must be positive, at most one of them -1 (the rest); found {self}")
+            raise UserError(f"mesh sizes must be positive, at most one of them -1 (the rest); found {self}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -47,7 +49,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if len(devices) % known:
-            raise ValueError(
+            raise UserError(
                 f"{config}: the fixed sizes multiply to {known}, which does not divide {len(devices)} devices"
             )
         sizes[sizes.index(-1)] = len(devices) // known
@@ -55,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if total == 1:
         devices = devices[:1]
     if total != len(devices):
-        raise ValueError(f"{config}: sizes multiply to {total}, but there are {len(devices)} devices")
+        raise UserError(f"{config}: sizes multiply to {total}, but there are {len(devices)} devices")
     return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -84,7 +86,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     rows = row_ways(mesh)
     for name, value in batch.items():
         if value.ndim >= 3 and (value.shape[-2] % rows or value.shape[-1] % mesh.shape["sequence"]):
-            raise ValueError(
+            raise UserError(
                 f"batch {name!r} has {value.shape[-2]} rows of {value.shape[-1]} tokens; the mesh splits rows {rows} "
                 f"ways (data × fsdp), tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
             )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import checkpoint, hub, lora, tree
+from jlora.errors import UserError
 from jlora.models import Model
 from jlora.quant import Rounded
 from jlora.train.config import RunConfig
@@ -34,7 +35,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
         params = lora.init(params, config.lora, key)
     else:
         if config.lora != lora.LoraConfig():
-            raise ValueError(
+            raise UserError(
                 f"model.adapter is {config.model.adapter}: an adapter brings its own settings, so those of the group "
                 f"lora must stay at their defaults; found {config.lora}"
             )
@@ -43,12 +44,12 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
     if config.algorithm != "reward":
         if head is not None:
             source = config.model.adapter or config.model.path
-            raise ValueError(f"{source} is a reward model (it has a score head); {config.algorithm} trains a policy")
+            raise UserError(f"{source} is a reward model (it has a score head); {config.algorithm} trains a policy")
         return params
     if head is None:
         return model.add_score(params, jax.random.fold_in(key, 1))
     if "trained_kernel" not in head:
-        raise ValueError(
+        raise UserError(
             f"{config.model.path} is a reward model already, whose head would stay as it is: set "
             "lora.modules_to_save=('score',) to train a copy of it"
         )
@@ -71,5 +72,5 @@ def _with_fixed(params: Params, fixed: Params) -> Params:
     here = {path: leaf.shape for path, leaf in tree.flatten(lora.adapter_leaves(lora.split(params)[0])).items()}
     there = {path: leaf.shape for path, leaf in kept.items()}
     if kept and (differences := checkpoint.compare(there, here)):
-        raise ValueError("the run was begun with an adapter of another form:\n  " + "\n  ".join(differences))
+        raise UserError("the run was begun with an adapter of another form:\n  " + "\n  ".join(differences))
     return tree.map_with_path(lambda path, leaf: jnp.asarray(kept[path]) if path in kept else leaf, params)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
 from jlora.data import DataConfig
+from jlora.errors import UserError, raise_all
 from jlora.lora import LoraConfig
 from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
@@ -27,7 +28,6 @@ from jlora.train.settings import (
     PPOConfig,
     RewardConfig,
     RolloutConfig,
-    raise_all,
 )
 
 # The groups that an algorithm has beside those of every run.
@@ -80,7 +80,7 @@ class ModelSource:
             faults.append(f"model.dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}, or None")
         try:
             as_config(self.quant)
-        except ValueError as error:
+        except UserError as error:
             faults.append(f"model.quant: {error}")
         raise_all(faults)
 
@@ -191,7 +191,7 @@ class RunConfig:
             faults.append(f"adapters: several are trained side by side by sft; train those of {self.algorithm} alone")
         try:
             self.members()
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
         return faults
 
@@ -308,7 +308,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     run_config, faults = typed.build(RunConfig, values)
     faults = typed.unknown_keys(RunConfig, values) + faults
     if faults:
-        raise ValueError("the settings do not hold:\n  " + "\n  ".join(faults))
+        raise UserError("the settings do not hold:\n  " + "\n  ".join(faults))
     return run_config
 
 

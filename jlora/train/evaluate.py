@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora import data
+from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora.bank import refuse_chosen
 from jlora.losses import token_scores
@@ -236,7 +237,7 @@ def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None
         return score
     found = metric(record, text)
     if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
-        raise ValueError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
+        raise UserError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
     if taken := sorted(set(found) & set(RESERVED)):
-        raise ValueError(f"metric(record, text): found the names {taken}, expected names other than {RESERVED}")
+        raise UserError(f"metric(record, text): found the names {taken}, expected names other than {RESERVED}")
     return score | {name: float(value) for name, value in found.items()}

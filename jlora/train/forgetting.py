@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jlora import data, lora
+from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train.evaluate import RecordSums, encode_each, example_sums, record_sums
 from jlora.train.metrics import BLUE, GREEN, INK, ORANGE, new_figure, save_figure, style
@@ -145,7 +146,7 @@ def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, se
         elif (longest := max(len(example.tokens) for example in own)) > seq_len:
             faults.append(f"question {number}: {longest} tokens with its longest choice")
     if faults:
-        raise ValueError(
+        raise UserError(
             f"{len(faults)} of {len(questions)} questions cannot be answered within seq_len={seq_len}; raise it, or "
             "leave them out:\n  " + "\n  ".join(faults)
         )
@@ -191,7 +192,7 @@ def read_questions(path: str | pathlib.Path) -> list[dict[str, Any]]:
         else:
             faults.append(f"{path}:{number}: expected question, choices (texts) and answer (the right one's number)")
     if faults or not found:
-        raise ValueError("\n".join(faults) or f"{path} holds no questions")
+        raise UserError("\n".join(faults) or f"{path} holds no questions")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jlora import checkpoint, data, hub, lora, sharding, tree
+from jlora.errors import UserError
 from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
@@ -288,7 +289,7 @@ def _refuse_other_run(folder: pathlib.Path, config: RunConfig) -> None:
         return
     found, expected = (_fixed(json.loads(text)) for text in (path.read_text(), json.dumps(to_dict(config))))
     if differences := checkpoint.compare(found, expected):
-        raise ValueError(
+        raise UserError(
             f"{folder} belongs to a run with other settings; choose another workdir, or give the same settings:\n  "
             + "\n  ".join(differences)
         )

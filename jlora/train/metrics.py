@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.errors import MissingFileError, UserError
 from jlora.types import require
 
 FILE = "metrics.jsonl"
@@ -67,7 +68,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl in order; a last line that a crash cut short is left out."""
     path = pathlib.Path(workdir) / FILE
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist: {workdir} is not the workdir of a run, or nothing was logged yet"
         )
     return _parse(path)
@@ -188,7 +189,7 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{number}: not JSON: {error.msg}")
     if faults:
-        raise ValueError("the metrics cannot be read:\n  " + "\n  ".join(faults))
+        raise UserError("the metrics cannot be read:\n  " + "\n  ".join(faults))
     return records
 
 

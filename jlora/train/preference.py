@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jlora import data, lora, sharding
+from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train import cpo, dpo, kto, reward_model
 from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan
@@ -118,7 +119,7 @@ def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.
     encode = data.encode_pairs if kind == "pairs" else data.encode_unpaired
     items, report = encode(records, tokenizer, seq_len=config.train.seq_len, overlong=config.data.overlong)
     if dpo.CHOSEN in items[0].values and config.dpo.ld_alpha is not None:
-        raise ValueError(
+        raise UserError(
             f"{path} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh token "
             "by token: leave out ref_chosen_logps and ref_rejected_logps, or dpo.ld_alpha"
         )
@@ -133,7 +134,7 @@ def _check_references(config: RunConfig, items: Sequence[data.Item], held_out: S
     if METHODS[config.algorithm].reference and len(set(brings)) > 1:
         paths = (config.data.path, config.data.eval_path)
         having, lacking = paths if brings[0] else reversed(paths)
-        raise ValueError(
+        raise UserError(
             f"{having} brings the reference's log-probabilities ({dpo.CHOSEN}, {dpo.REJECTED}) and {lacking} does not: "
             "rewards would be against two references; give both files these fields, or neither"
         )

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from jlora.errors import MissingFileError, UserError
+
 # What a faulty file can raise while it is run. Anything else is not the file's fault.
 ERRORS = (
     SyntaxError,
@@ -31,7 +33,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected a Python file that defines {name}()")
+        raise MissingFileError(f"{path} is not a file; expected a Python file that defines {name}()")
     # Named after its path, so that two files of one name do not meet; registered, as dataclasses in the file need it.
     module_name = f"jlora_user_{abs(hash(file.resolve())):x}"
     spec = importlib.util.spec_from_loader(module_name, importlib.machinery.SourceFileLoader(module_name, str(file)))
@@ -41,7 +43,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         own = sorted(key for key, value in vars(module).items() if getattr(value, "__module__", "") == module_name)
-        raise ValueError(f"{path} defines no function {name}(); it defines {', '.join(own) or 'none at all'}")
+        raise UserError(f"{path} defines no function {name}(); it defines {', '.join(own) or 'none at all'}")
     return function
 
 
@@ -50,7 +52,7 @@ def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ERRORS as error:
-        raise ValueError(describe(path, error)) from error
+        raise UserError(describe(path, error)) from error
 
 
 def describe(path: str, error: BaseException) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import checkpoint, hub, lora, tree
+from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.adapt import adapt
 from jlora.train.config import RunConfig, resolve
@@ -28,7 +29,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
     folder = pathlib.Path(workdir)
     config = read_config(folder)
     if config.adapters:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a run of several adapters: give the folder of one, {folder}/adapters/"
             f"{{{','.join(config.adapters)}}}, which is there once the run has ended"
         )
@@ -37,7 +38,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
         manifest = checkpoint.read_manifest(saved, found)
         model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant)
         if manifest["base"] != checkpoint.fingerprint(params):
-            raise ValueError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
+            raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         fixed = checkpoint.read_fixed(saved, found)
         frozen, trainable = lora.split(adapt(model, params, config, fixed))
         path = ("policy",) if config.algorithm == "ppo" else ()  # beside it lies the value's adapter
@@ -54,22 +55,22 @@ def read_config(workdir: str | os.PathLike) -> RunConfig:
     folder = pathlib.Path(workdir)
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not the workdir of a run: there is no config.json in it")
+        raise MissingFileError(f"{folder} is not the workdir of a run: there is no config.json in it")
     return resolve(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _checkpoints(folder: pathlib.Path) -> pathlib.Path:
     path = folder / "checkpoints"
     if not path.is_dir():
-        raise FileNotFoundError(f"{folder} has no checkpoints: the run ended before the first one was saved")
+        raise MissingFileError(f"{folder} has no checkpoints: the run ended before the first one was saved")
     return path
 
 
 def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None) -> int:
     if not steps:
-        raise FileNotFoundError(f"{folder} has no checkpoints: the run ended before the first one was saved")
+        raise MissingFileError(f"{folder} has no checkpoints: the run ended before the first one was saved")
     if wanted is not None and wanted not in steps:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no checkpoint of step {wanted}; there are those of {', '.join(map(str, steps))}"
         )
     return steps[-1] if wanted is None else wanted

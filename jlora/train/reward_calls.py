@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from jlora.errors import UserError
 from jlora.train import pyfile
 
 Fault = tuple[str, BaseException | None]
@@ -104,7 +105,7 @@ class Log:
         """Notes a value for each completion: a list or an array of them."""
         _refuse_taken("log_extra", column, COLUMNS)
         if len(values) != self._size:
-            raise ValueError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
+            raise UserError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
         self.columns[column] = [_plain(value) for value in values]
 
     def means(self) -> dict[str, float]:
@@ -114,7 +115,7 @@ class Log:
 
 def _refuse_taken(function: str, name: str, taken: tuple[str, ...]) -> None:
     if name in taken:
-        raise ValueError(f"{function}({name!r}): found a name that is taken, expected none of {', '.join(taken)}")
+        raise UserError(f"{function}({name!r}): found a name that is taken, expected none of {', '.join(taken)}")
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, hub, lora, losses, sharding
+from jlora.errors import UserError
 from jlora.losses.documents import by_document, last_token
 from jlora.models import Model
 from jlora.train.algorithm import Base, Numbers
@@ -106,7 +107,7 @@ class RewardModel:
         path = config.rollout.reward_model
         params = hub.load_adapter(lora.strip(base.frozen), path)
         if "score" not in params:
-            raise ValueError(f'{path} has no score head: expected an adapter that algorithm="reward" left')
+            raise UserError(f'{path} has no score head: expected an adapter that algorithm="reward" left')
         self._base, self._config = base, config
         self._params = sharding.shard(params, base.mesh)
         self._tail = np.array(data.template_tail(base.tokenizer), np.int32)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from jlora.errors import UserError
 from jlora.losses.advantages import total
 from jlora.train import pyfile, reward_calls
 
@@ -137,7 +138,7 @@ class Rewards:
             arguments = given if everything else {key: given[key] for key in wanted if key in given}
             calls.append(functools.partial(function, **arguments))
         if faults:
-            raise ValueError("rewards do not fit the records:\n  " + "\n  ".join(faults))
+            raise UserError("rewards do not fit the records:\n  " + "\n  ".join(faults))
         return calls
 
     def _read(self, results: list[Any], size: int) -> tuple[Float32[np.ndarray, "N F"], tuple[int, ...]]:
@@ -151,7 +152,7 @@ class Rewards:
         if faults and self.on_error == "raise":
             rest = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
             message = "rewards failed:\n  " + "\n  ".join(faults[:SHOWN_FAULTS] + rest)
-            raise ValueError(message) from (causes[0] if causes else None)
+            raise UserError(message) from (causes[0] if causes else None)
         return values, tuple(errors)
 
     @functools.cached_property
@@ -180,7 +181,7 @@ def load_rewards(
     for name in names:
         try:
             function, label = (name, reward_calls.name_of(name)) if callable(name) else _load(name)
-        except (ValueError, FileNotFoundError) as error:
+        except UserError as error:
             faults.append(error)
             continue
         functions.append(function)
@@ -215,18 +216,18 @@ class _MetricReward:
             record = {name: values[index] for name, values in columns.items()}
             try:
                 scores.append(self._pick(pyfile.call(self._path, self._metric, record, text_of(completion))))
-            except ValueError as error:
+            except UserError as error:
                 scores.append(error)
         return scores
 
     def _pick(self, found: Any) -> float:
         if not isinstance(found, Mapping):
-            raise ValueError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
+            raise UserError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
         if self._key in found:
             return found[self._key]
         if self._key or len(found) != 1:
             wanted = repr(self._key) if self._key else f"only one; name yours: {METRIC}{self._path}:KEY"
-            raise ValueError(f"metric(record, text): found {sorted(found)}, expected {wanted}")
+            raise UserError(f"metric(record, text): found {sorted(found)}, expected {wanted}")
         return next(iter(found.values()))
 
 
@@ -234,7 +235,7 @@ def _load(name: str) -> tuple[Reward, str]:
     """The function and what its numbers are called."""
     match = re.fullmatch(r"(.+\.py)(?::([^:]+))?", name.removeprefix(METRIC))
     if not match:
-        raise ValueError(f"reward {name!r}: expected {FORMS}")
+        raise UserError(f"reward {name!r}: expected {FORMS}")
     path, key = match[1], match[2] or ""
     label = key or pathlib.Path(path).stem
     if name.startswith(METRIC):
@@ -256,4 +257,4 @@ def _check_columns(columns: Mapping[str, Sequence[Any]], size: int) -> None:
         if len(values) != size
     ]
     if faults:
-        raise ValueError("columns of the records do not fit:\n  " + "\n  ".join(faults))
+        raise UserError("columns of the records do not fit:\n  " + "\n  ".join(faults))

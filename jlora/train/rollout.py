@@ -14,6 +14,7 @@ import numpy as np
 
 from jlora import data, lora, sharding
 from jlora.data import Example, Item
+from jlora.errors import UserError
 from jlora.generate import Completion, rollout
 from jlora.losses.advantages import overlong_penalty
 from jlora.train.algorithm import Base, Note, Numbers
@@ -70,7 +71,7 @@ class Rollouts:
 def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, list]:
     """Training prompts, held-out ones where there are any, and the rewards, which a task may bring itself."""
     if jax.process_count() > 1:
-        raise ValueError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
+        raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
     settings = config.rollout
     names: list = list(settings.rewards)
     if config.data.path.startswith(TASK):
@@ -87,7 +88,7 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
         names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
     else:
         if settings.system_prompt or settings.num_fewshot:
-            raise ValueError(
+            raise UserError(
                 "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
             )
         train = data.read_prompts(config.data.path)
@@ -100,7 +101,7 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
 
 def _encode(records: Sequence[Record], tokenizer: Any, room: int, overlong: str, note: Note) -> Prompts:
     if overlong == "cut":
-        raise ValueError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
+        raise UserError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
     tokens, report = data.encode_prompts(records, tokenizer, room, overlong=overlong)
     if report.dropped:
         note(f"{report.dropped} prompts of more than {room} tokens are left out")
@@ -192,7 +193,7 @@ class Sampler:
         scores = self._reward_model(items, ended, numbers)
         failed = np.flatnonzero(~np.isfinite(scores))
         if len(failed) and self._config.rollout.on_error == "raise":
-            raise ValueError(
+            raise UserError(
                 f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of {len(scores)} completions "
                 f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); train it anew with a "
                 "lower optim.learning_rate, or set rollout.on_error='skip' to leave them out"
@@ -408,7 +409,7 @@ def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts)
         silent &= silent.all()
     if silent.any() and on_error == "raise":
         asked = [prompts.records[together.numbers[index * group]]["prompt"] for index in np.flatnonzero(silent)]
-        raise ValueError(
+        raise UserError(
             "nothing was generated for any of the completions of these prompts (the policy stops at once); "
             "rollout.on_error='skip' goes on without them; in a new run, a lower optim.learning_rate or a model that "
             "answers helps:\n  " + "\n  ".join(str(prompt)[:200] for prompt in asked)

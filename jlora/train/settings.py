@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jlora.errors import raise_all
 from jlora.losses import check_dpo
 
 ErrorPolicy = Literal["raise", "skip"]
@@ -298,9 +299,3 @@ def _at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:
         for name, bound in bounds.items()
         if not ((value := getattr(settings, name)) >= bound and math.isfinite(value))
     ]
-
-
-def raise_all(faults: list[str]) -> None:
-    """One ValueError with every fault, or nothing where there is none."""
-    if faults:
-        raise ValueError("\n".join(dict.fromkeys(faults)))

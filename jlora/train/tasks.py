@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jlora.errors import UserError
 from jlora.train.pyfile import ERRORS
 from jlora.train.rewards import Messages, Record, text_of
 from jlora.types import require
@@ -67,7 +68,7 @@ def reasoning_tasks(
     entries = list(_draw(name, f"{seed}/train", size, settings))
     shown = list(_draw(name, f"{seed}/solved", num_fewshot, settings))
     if any(entry["answer"] is None for entry in shown):
-        raise ValueError(f"reasoning-gym task {name!r} checks answers and has none to show: expected num_fewshot=0")
+        raise UserError(f"reasoning-gym task {name!r} checks answers and has none to show: expected num_fewshot=0")
     seen = {_plain(entry) for entry in entries + shown}
     others = itertools.chain.from_iterable(
         _draw(name, f"{seed}/held out/{part}", held_out, settings) for part in range(DRAWS)
@@ -75,7 +76,7 @@ def reasoning_tasks(
     while len(entries) < size + held_out:
         entry = next(others, None)
         if entry is None:
-            raise ValueError(
+            raise UserError(
                 f"reasoning-gym task {name!r}: only {len(entries) - size} of {DRAWS * held_out} questions to hold out "
                 f"are not among the {size} to train on, expected {held_out}: take fewer, or settings that allow more"
             )
@@ -143,7 +144,7 @@ def _dataset(name: str, seed: str, size: int, settings: dict[str, Any]) -> Any:
     try:
         return create(name, seed=number, size=size, **settings)
     except ERRORS as error:
-        raise ValueError(f"reasoning-gym task {name!r} with {settings}: {type(error).__name__}: {error}") from error
+        raise UserError(f"reasoning-gym task {name!r} with {settings}: {type(error).__name__}: {error}") from error
 
 
 def _check_name(name: str) -> None:
@@ -151,7 +152,7 @@ def _check_name(name: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         words = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(sorted(known))}"
-        raise ValueError(f"reasoning-gym has no task {name!r}; {words}")
+        raise UserError(f"reasoning-gym has no task {name!r}; {words}")
 
 
 def _solution(answer: str, system_prompt: str) -> str:

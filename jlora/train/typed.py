@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
+from jlora.errors import UserError
+
 _SCALARS = (bool, int, float, str)
 
 
@@ -61,7 +63,7 @@ def build(cls: type, values: Any, path: str = "") -> tuple[Any, list[str]]:
         return None, faults
     try:
         return cls(**arguments), []
-    except (ValueError, KeyError) as error:
+    except UserError as error:
         return None, [_inset(error)]
 
 
@@ -194,7 +196,6 @@ def describe(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("collections.abc.", "")
 
 
-def _inset(error: ValueError | KeyError) -> str:
+def _inset(error: UserError) -> str:
     """The message of a dataclass's own check, indented so that it stays one entry of the list it becomes part of."""
-    message = str(error.args[0]) if error.args else str(error)
-    return message.replace("\n", "\n  ")
+    return str(error).replace("\n", "\n  ")

@@ -9,6 +9,8 @@ import pytest
 
 from jlora.cli import eval as eval_command
 from jlora.cli.main import COMMANDS, main
+from jlora.errors import ExistingFileError, MissingFileError, MissingPackageError, UnknownNameError, UserError
+from jlora.types import require
 
 
 @pytest.mark.parametrize(
@@ -101,27 +103,24 @@ def raise_it(monkeypatch, error):
     return main(["eval"])
 
 
-def test_a_missing_extra_is_a_mistake(monkeypatch, capsys):
-    error = ImportError("this needs the package 'gguf', which is not installed: pip install 'jlora[gguf]'")
-    assert raise_it(monkeypatch, error) == 2
-    assert capsys.readouterr().err == f"jlora: {error}\n"
-
-
-@pytest.mark.parametrize("error", [RuntimeError("boom"), TypeError("boom"), ZeroDivisionError("boom")])
-def test_a_failure_of_the_program_is_left_to_python(monkeypatch, error):
-    # Python prints the traceback and exits with 1.
-    with pytest.raises(type(error)):
-        raise_it(monkeypatch, error)
-
-
-def test_an_import_that_fails_for_another_reason_shows_its_traceback(monkeypatch, capsys):
-    assert raise_it(monkeypatch, ModuleNotFoundError("No module named 'jaxlib.nothing'")) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_the_text_of_a_key_error_is_not_quoted(monkeypatch, capsys):
-    assert raise_it(monkeypatch, KeyError("first line\nsecond line")) == 2
+@pytest.mark.parametrize(
+    "kind", [UserError, MissingFileError, ExistingFileError, UnknownNameError, MissingPackageError]
+)
+def test_a_mistake_is_its_message_alone(monkeypatch, capsys, kind):
+    assert raise_it(monkeypatch, kind("first line\nsecond line")) == 2
     assert capsys.readouterr().err == "jlora: first line\nsecond line\n"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, KeyError, ImportError, FileNotFoundError])
+def test_a_fault_of_the_program_is_left_to_python(monkeypatch, kind):
+    # Python prints the traceback and exits with 1.
+    with pytest.raises(kind):
+        raise_it(monkeypatch, kind("boom"))
+
+
+def test_an_extra_that_is_not_installed_is_a_mistake():
+    with pytest.raises(MissingPackageError, match="jlora\\[gguf\\]"):
+        require("no_such_package", "gguf")
 
 
 def test_the_traceback_of_a_mistake_is_shown_on_request(capsys):

@@ -1,0 +1,42 @@
+"""What jlora raises for a mistake in what it was asked for or given; anything else that it raises is its own fault.
+
+Every class is also the built-in error of its kind, so that `except FileNotFoundError` sees what it expects.
+"""
+
+from collections.abc import Iterable, Sequence
+
+SHOWN = 50
+
+
+class UserError(ValueError):
+    """A setting, a file or an argument is not what it must be; the message says what, where, and what to do."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that was named is not there, or is of another kind."""
+
+
+class ExistingFileError(UserError, FileExistsError):
+    """What would be written over is left alone."""
+
+
+class UnknownNameError(UserError, KeyError):
+    """A name that nothing has."""
+
+    __str__ = ValueError.__str__  # that of KeyError puts the message in quotes
+
+
+class MissingPackageError(ImportError, UserError):
+    """An optional package that is not installed; the message names the extra."""
+
+
+def describe_faults(title: str, faults: Sequence[str]) -> str:
+    """One message with every fault on its own line; a very long list ends with the number of the rest."""
+    rest = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return f"{title}:\n  " + "\n  ".join([*faults[:SHOWN], *rest])
+
+
+def raise_all(faults: Iterable[str]) -> None:
+    """Raise one UserError with every fault, each said once; do nothing where there is none."""
+    if faults := list(dict.fromkeys(faults)):
+        raise UserError("\n".join(faults))

@@ -1,6 +1,7 @@
 """NF4 and FP4 against bitsandbytes itself, to the bit; int4 against its formula."""
 
 import dataclasses
+import functools
 
 import bitsandbytes.functional as bnb
 import jax
@@ -11,7 +12,7 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
 from jlora import quant, tree
-from jlora.quant.four_bit import CODEBOOKS, block_scales, from_flat, to_flat
+from jlora.quant.four_bit import CODEBOOKS, LOOKUPS, block_scales, from_flat, to_flat
 from jlora.quant.scales import dynamic_map
 
 SHAPES = [(64, 1), (128, 96), (576, 192), (1536, 576), (100, 33), (96, 7), (48, 4)]
@@ -126,3 +127,11 @@ def test_scales_are_the_same_compiled_and_not():
     with jax.disable_jit():
         plain = block_scales(leaf)
     np.testing.assert_array_equal(jax.jit(block_scales)(leaf), plain)
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_every_form_of_the_lookup_gives_the_table(name):
+    index = np.random.default_rng(0).integers(0, 16, (5, 33)).astype(np.uint8)
+    for table in (*CODEBOOKS.values(), np.arange(16, dtype=np.uint8)[::-1].copy()):
+        found = jax.jit(functools.partial(LOOKUPS[name], table=table))(index)
+        np.testing.assert_array_equal(np.asarray(found), table[index])

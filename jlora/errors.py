@@ -3,9 +3,15 @@
 Every class is also the built-in error of its kind, so that `except FileNotFoundError` sees what it expects.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 SHOWN = 50
+PLACES = 3
+
+# What differs between faults of one kind: quoted values, numbers and indices, and lists of them.
+_VALUE = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d[\w.+-]*)"""
+_VARIABLE = re.compile(f"{_VALUE}(?:, {_VALUE})*")
 
 
 class UserError(ValueError):
@@ -34,6 +40,32 @@ def describe_faults(title: str, faults: Sequence[str]) -> str:
     """One message with every fault on its own line; a very long list ends with the number of the rest."""
     rest = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
     return f"{title}:\n  " + "\n  ".join([*faults[:SHOWN], *rest])
+
+
+def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines for `describe_faults` that say each kind of fault once.
+
+    Equal faults share a line with their first three places and a count of the rest. Of faults that differ in quoted
+    values and numbers alone the first three are shown.
+
+    Args:
+        found: (place, fault) pairs, a place being for example "train.jsonl:7".
+    """
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for place, fault in found:
+        kinds.setdefault(_VARIABLE.sub("*", fault), {}).setdefault(fault, []).append(place)
+    lines = []
+    for faults in kinds.values():
+        alike = list(faults.items())
+        lines += [f"{_places(places)}: {fault}" for fault, places in alike[:PLACES]]
+        if rest := sum(len(places) for _, places in alike[PLACES:]):
+            lines.append(f"... and {rest} more of this kind")
+    return lines
+
+
+def _places(places: Sequence[str]) -> str:
+    rest = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
+    return ", ".join(places[:PLACES]) + rest
 
 
 def raise_all(faults: Iterable[str]) -> None:

@@ -5,23 +5,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jlora.data.records import (
+from jlora.data.forms import (
+    SIDES,
     TEMPLATE_FIELDS,
-    Record,
-    completion_faults,
-    kind_of,
-    read_rows,
-    side_faults,
-    with_template_fields,
+    answer,
+    asks,
+    media_faults,
+    normal_row,
+    question,
+    unused_keys,
+    with_system,
 )
+from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
+from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
 from jlora.data.template import as_messages
+from jlora.errors import UserError
 
 Kind = Literal["pairs", "unpaired"]
 
 NUMBERS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 _OPTIONAL = ("prompt", *NUMBERS)
 _PAIRS = (
-    '"prompt", "chosen" and "rejected" ("prompt" may be their shared start), or "prompt", "completions" and "scores"'
+    '"prompt", "chosen" and "rejected" ("prompt" may be their shared start, or be called "question", "instruction" or '
+    '"conversations"), or "prompt", "completions" and "scores"'
 )
 _FORMS = {
     "pairs": f"an object with {_PAIRS}",
@@ -32,7 +38,9 @@ _FORMS = {
 _UNPAIRING_BLOCK = 1000
 
 
-def read_preferences(path: str | pathlib.Path, kind: Kind) -> list[Record]:
+def read_preferences(
+    path: str | pathlib.Path, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
+) -> list[Record]:
     """The preference records of a file (see `read_rows`) in one of two normal forms.
 
     "pairs"     {"prompt", "chosen", "rejected"}   each text, or each a list of messages
@@ -43,23 +51,26 @@ def read_preferences(path: str | pathlib.Path, kind: Kind) -> list[Record]:
     the difference. As "unpaired", a pair becomes two records. All other keys are kept; "margin", "ref_chosen_logps" and
     "ref_rejected_logps" are numbers, "tools" is a list, "chat_template_kwargs" an object.
 
+    A prompt under another name ("question", "instruction" with its "input", "conversations" or "messages" that end with
+    the user's) makes messages, and a "system" beside it is the first of them.
+
     Raises:
-        FileNotFoundError, ValueError: see `read_rows`.
+        UserError: see `read_rows`.
     """
     first: set[str] | None = None
 
-    def accept(row: Any) -> tuple[list[Record], list[str]]:
+    def accept(row: Any) -> Accepted:
         nonlocal first
-        records, faults = _normal(row, kind)
-        for record in records if kind == "pairs" else ():
+        found = _normal(row, kind)
+        for record in found.records if kind == "pairs" else ():
             numbers = set(NUMBERS) & set(record)
             first = numbers if first is None else first
             if numbers != first:
-                found, expected = (", ".join(sorted(names)) or "none" for names in (numbers, first))
-                return [], [f"found the numbers {found}, expected {expected}, as in the first record"]
-        return records, faults
+                here, there = (", ".join(sorted(names)) or "none" for names in (numbers, first))
+                return Accepted([], [f"found the numbers {here}, expected {there}, as in the first record"])
+        return found
 
-    records = read_rows(path, accept, _FORMS[kind])
+    records = read_rows(path, accept, _FORMS[kind], on_error=on_error, note=note)
     return records if kind == "pairs" else _unpair(records)
 
 
@@ -77,11 +88,31 @@ def extract_prompt(chosen: str | list, rejected: str | list) -> tuple[str | list
     return chosen[:start], chosen[start:], rejected[start:]
 
 
-def _normal(row: Any, kind: Kind) -> tuple[list[Record], list[str]]:
+def _normal(row: Any, kind: Kind) -> Accepted:
     """The records of one row (pairs, or unpaired ones), and what is wrong with it."""
     if not isinstance(row, dict):
-        return [], [f"found {kind_of(row)}, expected {_FORMS[kind]}"]
-    row, faults = _options(row)
+        return Accepted([], [f"found {kind_of(row)}, expected {_FORMS[kind]}"])
+    row, faults, unused = normal_row(row)
+    row, number_faults = _options(row)
+    row, missed = _without_train(row)
+    if faults:
+        return Accepted([], faults + number_faults)
+    try:
+        row, read = _with_prompt(row, kind)
+        records, faults = _records(row, kind)
+    except UserError as error:
+        faults = [str(error)]
+    if faults := number_faults + faults + media_faults(row):
+        return Accepted([], faults)
+    found = [with_system(record, "prompt") for record in records]
+    faults = list(dict.fromkeys(fault for _, wrong, _ in found for fault in wrong))
+    records, idle = [record for record, _, _ in found], found[0][2]
+    beside = unused_keys(records[0] | {"messages": row.get("messages")}, (*read, *SIDES, "completions", "scores"))
+    return Accepted([] if faults else records, faults, unused + missed + idle + beside)
+
+
+def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
+    """The records of a row that has its prompt, if it has one, under this name."""
     if {"chosen", "rejected"} & set(row):
         form, fields = _pair, ("chosen", "rejected")
     elif "completions" in row:
@@ -96,14 +127,67 @@ def _normal(row: Any, kind: Kind) -> tuple[list[Record], list[str]]:
             return [], [f'found unpaired data, which algorithm="kto" learns from; expected {_FORMS[kind]}']
     if missing := [field for field in fields if field not in row]:
         return [], [f"found the fields {sorted(row)} without {' and '.join(missing)}, expected {_FORMS[kind]}"]
-    records, form_faults = form(row)
+    records, faults = form(row)
     if any(isinstance(record["prompt"], str) for record in records):
-        form_faults += [
+        faults += [
             f"{name}: found it beside plain text, expected messages, since it is for the chat template"
             for name in TEMPLATE_FIELDS
             if row.get(name)
         ]
-    return ([] if faults or form_faults else records), faults + form_faults
+    return records, faults
+
+
+def _with_prompt(row: Record, kind: Kind) -> tuple[Record, tuple[str, ...]]:
+    """(the row with the prompt that stands under another name, the keys that were read for it).
+
+    Raises:
+        UserError: what stands there is not a prompt.
+    """
+    if "kto_tag" in row and "label" not in row:
+        row = {**row, "label": row["kto_tag"]}
+    answers = [row.get("chosen"), row.get("rejected")]
+    if "prompt" in row or (all(isinstance(one, list) for one in answers) and extract_prompt(*answers)[0]):
+        return row, ("prompt", "label", "kto_tag")
+    if "messages" in row:
+        if faults := message_faults("messages", row["messages"]):
+            raise UserError("; ".join(faults))
+        return _from_messages(row, kind), ("prompt", "messages", "label", "kto_tag")
+    if asks(row):
+        words = {} if "completion" in row or kind == "pairs" or answer(row) is None else {"completion": answer(row)}
+        return row | words | {"prompt": question(row)}, ("prompt", "history", "label", "kto_tag")
+    return row, ("prompt", "label", "kto_tag")
+
+
+def _from_messages(row: Record, kind: Kind) -> Record:
+    """The row with its messages as the prompt; where they end with the answer, without it."""
+    messages = row["messages"]
+    if messages[-1]["role"] != "assistant":
+        return {**row, "prompt": messages}
+    said = as_messages(row.get("chosen") or "", "assistant")
+    if kind == "unpaired" and "label" in row and "completion" not in row:
+        return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
+    if said == messages[-1:]:
+        return {**row, "prompt": messages[:-1]}
+    raise UserError("messages: found the assistant's words at the end, expected those that chosen and rejected answer")
+
+
+def _without_train(row: Record) -> tuple[Record, list[str]]:
+    """The row without "train" in its messages, and what is missed by that: all of an answer is learned."""
+
+    def whole(side: Any) -> Any:
+        if not isinstance(side, list):
+            return side
+        return [{k: v for k, v in one.items() if k != "train"} if isinstance(one, dict) else one for one in side]
+
+    sides = {field: whole(row[field]) for field in ("messages", *SIDES) if field in row}
+    if isinstance(row.get("completions"), list):
+        sides["completions"] = [whole(answer) for answer in row["completions"]]
+    missed = [
+        f"{field}: found turns that are marked as not trained: not used: an answer is learned as a whole"
+        for field, side in sides.items()
+        if side != row[field] and field not in ("messages", "prompt")
+    ]
+    return row | sides, missed
 
 
 def _pair(row: Record) -> tuple[list[Record], list[str]]:
@@ -121,6 +205,8 @@ def _pair(row: Record) -> tuple[list[Record], list[str]]:
     # A text beside two conversations is the question that both begin with, which some data sets repeat.
     if "prompt" not in row or (isinstance(prompt, str) and isinstance(chosen, list)):
         shared, chosen, rejected = extract_prompt(chosen, rejected)
+        if isinstance(shared, str) and (faults := _shared_text_faults(shared, row)):
+            return [], faults
         prompt = shared if shared or prompt is None else as_messages(prompt, "user")
         if prompt == []:
             return [], ['found no message that chosen and rejected share, expected them to begin alike, or a "prompt"']
@@ -128,6 +214,28 @@ def _pair(row: Record) -> tuple[list[Record], list[str]]:
         chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
     faults = completion_faults("chosen", chosen) + completion_faults("rejected", rejected)
     return [{**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}], faults
+
+
+def _shared_text_faults(shared: str, row: Record) -> list[str]:
+    """What speaks against taking the text that two answers begin with for their prompt.
+
+    A prompt ends a line, as "Human: ...\n\nAssistant:" does, or it is all that there is to read in the row, and at
+    least a word: two answers often begin with the same letters.
+    """
+    if "\n" in shared:
+        return []
+    others = [key for key, value in row.items() if key not in SIDES and isinstance(value, str) and " " in value.strip()]
+    if not others and (not shared or len(shared.split()) > 1 or _ends_word(shared, row)):
+        return []
+    beside = f" and {', '.join(others)} beside them" if others else ""
+    return [
+        f"found no prompt, but {shared!r} that chosen and rejected begin with{beside}, expected the question under "
+        '"prompt", "question" or "instruction" ("prompt": "" where there is none)'
+    ]
+
+
+def _ends_word(shared: str, row: Record) -> bool:
+    return all(not row[side][len(shared) :][:1].isalnum() for side in ("chosen", "rejected"))
 
 
 def _rankings(row: Record) -> tuple[list[Record], list[str]]:
@@ -176,14 +284,13 @@ def _unpaired(row: Record) -> tuple[list[Record], list[str]]:
 
 
 def _options(row: Record) -> tuple[Record, list[str]]:
-    """The row without optional fields that are null, its tools as a list, and what is wrong with those fields."""
-    row, template_faults = with_template_fields(row)
+    """The row without optional fields that are null, and what is wrong with its numbers."""
     row, faults = {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}, []
     for name in NUMBERS:
         faults += _number_faults(name, row[name]) if name in row else []
     if len({"ref_chosen_logps", "ref_rejected_logps"} & set(row)) == 1:
         faults.append("found one of ref_chosen_logps and ref_rejected_logps, expected both or none")
-    return row, faults + template_faults
+    return row, faults
 
 
 def _number_faults(field: str, value: Any) -> list[str]:

@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.data.chat import split_prompt
-from jlora.data.records import (
-    Record,
-    check_record,
-    kind_of,
-    read_rows,
-    side_faults,
-    with_template_fields,
-)
+from jlora.data.forms import answer, asks, media_faults, normal_row, question, with_system
+from jlora.data.messages import kind_of, message_faults, side_faults
+from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
 from jlora.data.template import template_tokens, template_variables, text_tokens
 from jlora.errors import UserError, describe_faults
 
 Prompt = str | Sequence[dict[str, Any]]
-_FORMS = 'an object with "prompt", or with "messages"'
+_FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with a question ("instruction", "question")'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +29,18 @@ class PromptReport:
     dropped: int
 
 
-def read_prompts(path: str | pathlib.Path) -> list[Record]:
+def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
     """The records of a file (see `read_rows`), each with a "prompt" and whatever other keys it has.
 
-    A prompt is text, or messages of which the last is a user's. Where there are "messages", the prompt is everything
-    before the last assistant message, whose text becomes "completion" unless the record has one. "tools" (a list) and
+    A prompt is text, or messages of which the last is a user's or a tool's. Where there are "messages" that end with
+    the assistant's, the prompt is everything before that one, whose text becomes "completion" unless the record has
+    one; all others are a prompt as a whole. So are a question and its answer, see `read_records`. "tools" (a list) and
     "chat_template_kwargs" (an object) go to the chat template.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_rows`.
+        UserError: see `read_rows`.
     """
-    return read_rows(path, _accept, _FORMS)
+    return read_rows(path, _accept, _FORMS, on_error=on_error, note=note)
 
 
 def encode_prompts(
@@ -97,25 +93,41 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
     return tokens.tolist()
 
 
-def _accept(row: Any) -> tuple[list[Record], list[str]]:
+def _accept(row: Any) -> Accepted:
+    """A record with a prompt. What is beside it goes to the rewards, so that no key is without use."""
     if not isinstance(row, dict):
-        return [], [f"found {kind_of(row)}, expected {_FORMS}"]
-    row, option_faults = with_template_fields(row)
-    if option_faults:
-        return [], option_faults
-    if "messages" in row:
-        if faults := check_record(row):
-            return [], faults
-        prompt, completion = split_prompt(row)
-        row = {"completion": completion, **row, "prompt": prompt}
-        field = "messages before the last assistant message"
-    else:
-        if "prompt" not in row:
-            return [], [f"found the fields {sorted(row)} without prompt, expected {_FORMS}"]
-        prompt, field = row["prompt"], "prompt"
-        if faults := side_faults("prompt", prompt):
-            return [], faults
-    if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] != "user"):
+        return Accepted([], [f"found {kind_of(row)}, expected {_FORMS}"])
+    row, faults, unused = normal_row(row)
+    if faults:
+        return Accepted([], faults)
+    try:
+        row, field, faults = _with_prompt(row)
+    except UserError as error:
+        faults = [str(error)]
+    if faults:
+        return Accepted([], faults)
+    prompt = row["prompt"]
+    if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] not in ("user", "tool")):
         found = f"a message of the {prompt[-1]['role']} at the end" if prompt else "none"
-        return [], [f"{field}: found {found}, expected a message of the user at the end"]
-    return [row], [] if prompt else ["prompt: found empty text, expected something to continue"]
+        expected = "a message of the user at the end, or a tool's: answers are begun here, not gone on with"
+        return Accepted([], [f"{field}: found {found}, expected {expected}"])
+    if not prompt:
+        return Accepted([], ["prompt: found empty text, expected something to continue"])
+    row, faults, idle = with_system(row, "prompt")
+    return Accepted([row], faults, unused + idle + media_faults(row))
+
+
+def _with_prompt(row: Record) -> tuple[Record, str, list[str]]:
+    """(the row with a prompt, and a completion where it has one, what the prompt is made of, what is wrong with it)."""
+    if "messages" in row:
+        faults = message_faults("messages", row["messages"])
+        if faults or row["messages"][-1]["role"] != "assistant":
+            return {**row, "prompt": row["messages"]}, "messages", faults
+        prompt, completion = split_prompt(row)
+        return {"completion": completion, **row, "prompt": prompt}, "messages before the last assistant message", []
+    if "prompt" in row:
+        return row, "prompt", side_faults("prompt", row["prompt"])
+    if not asks(row):
+        raise UserError(f"found the fields {sorted(row)} without prompt, expected {_FORMS}")
+    words = answer(row)
+    return ({} if words is None else {"completion": words}) | row | {"prompt": question(row)}, "the question", []

@@ -44,8 +44,6 @@ def fault(folder, record, kind="pairs"):
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
         {"chosen": "The sky is blue.", "rejected": "The sky has none."},
-        {"chosen": "one two", "rejected": "one"},
-        {"chosen": "one", "rejected": "one two"},
         {"chosen": "x", "rejected": "y"},
         {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
@@ -54,6 +52,14 @@ def fault(folder, record, kind="pairs"):
 )
 def test_pairs_have_the_prompt_that_trl_finds(tmp_path, record):
     assert read(tmp_path, {**record, "id": 3}) == [{**maybe_extract_prompt(record), "id": 3}]
+
+
+@pytest.mark.parametrize(
+    "texts", [("one two", "one"), ("one", "one two"), ("Four.", "Five."), ("\n\nA: I do", "\n\nA: It")]
+)
+def test_the_shared_start_is_trls(texts):
+    found = maybe_extract_prompt(dict(zip(("chosen", "rejected"), texts, strict=True)))
+    assert preference.extract_prompt(*texts) == (found["prompt"], found["chosen"], found["rejected"])
 
 
 def test_text_and_messages_may_meet_as_they_do_in_fine_tuning(tmp_path):

@@ -41,7 +41,7 @@ def test_messages_are_split_at_the_last_answer(tmp_path):
             {"prompt": [USER, ANSWER]},
             "prompt: found a message of the assistant at the end, expected a message of the user",
         ),
-        ({"messages": [USER]}, "messages: found no assistant message"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "messages: found a message of the system at the end"),
         ({"prompt": [USER], "tools": {}}, "tools: found an object, expected a list"),
         ({"messages": [ANSWER]}, "messages before the last assistant message: found none, expected"),
     ],

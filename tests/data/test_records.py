@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jlora.data import read_records
+from jlora.errors import UserError
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "id": 7}
 
@@ -64,11 +65,15 @@ def test_all_bad_lines_are_in_one_message(tmp_path):
     assert "not UTF-8" in faults[1]
 
 
-def test_an_endless_list_of_faults_is_shortened(tmp_path):
+def test_faults_of_one_kind_are_said_once(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_text("{}\n" * 60)
-    with pytest.raises(ValueError, match="and 10 more"):
+    path.write_text("{}\n" * 60 + '{"messages": 1}\n')
+    with pytest.raises(UserError) as error:
         read_records(path)
+    title, *lines = str(error.value).splitlines()
+    assert "61 of 61" in title
+    assert lines[0].startswith(f"  {path}:1, {path}:2, {path}:3 and 57 more: found the fields [] without prompt")
+    assert lines[1:] == [f"  {path}:61: messages: found a number, expected a list of messages"]
 
 
 def test_empty_and_missing_files_are_named(tmp_path):

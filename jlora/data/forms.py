@@ -1,0 +1,231 @@
+"""Rows as people have them: which keys hold the chat, the question, the answer, the system text and the tools.
+
+What is read here is what Alpaca, ShareGPT, Orca, OpenAI, TRL, axolotl, LLaMA-Factory, Unsloth, mlx-lm and torchtune
+call by these names. A key that one of them gives a meaning to and that has no place in a record is named.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jlora.data.files import parse_json
+from jlora.data.messages import Message, finite_faults, kind_of, normal_messages
+from jlora.errors import UserError
+
+Record = dict[str, Any]
+
+TEMPLATE_FIELDS = {"tools": list, "chat_template_kwargs": dict}
+# The fields that hold messages, or may.
+SIDES = ("prompt", "completion", "chosen", "rejected")
+_CHATS = ("conversations", "conversation")
+_QUESTIONS = ("instruction", "question", "query")
+# Alpaca's and Dolly's second half of a question, which belongs to an instruction.
+_CONTEXTS = ("input", "context")
+_ANSWERS = ("output", "response", "answer")
+_SYSTEMS = ("system", "system_prompt")
+_MEDIA = ("images", "videos", "audios", "image", "video", "audio")
+
+_OTHER_PROMPT = "the prompt is read from {read}"
+_OTHER_ANSWER = "the answer is read from {read}"
+_ONE_WEIGHT = "every record counts alike"
+# Keys of other loaders that have no place in a record of their own, and why.
+_UNUSED = (
+    dict.fromkeys((*_CHATS, *_QUESTIONS, "input", "history"), _OTHER_PROMPT)
+    | dict.fromkeys(("output", "response", "completion"), _OTHER_ANSWER)
+    | dict.fromkeys(("chosen", "rejected", "completions", "scores"), "preferences are for algorithms that learn them")
+    | dict.fromkeys(("label", "kto_tag"), 'every answer is learned, wanted or not (algorithm="kto" tells them apart)')
+    | dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_mask", "loss", "train"), _ONE_WEIGHT)
+    | dict.fromkeys(("tool_choice", "function_call", "parallel_tool_calls"), "a chat template is not told it")
+    | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), "reasoning belongs into the answer's message")
+    | {"functions": "a chat's tools are read from tools"}
+)
+# Of these keys true and 1 say what holds without them.
+_SAYS_YES = ("label", "kto_tag", "weight", "sample_weight", "loss_weight", "loss_mask", "loss", "train")
+
+
+def normal_row(row: Record) -> tuple[Record, list[str], list[str]]:
+    """(the row with its messages in the normal form and its tools as a list, what is wrong with it, what is not used).
+
+    A chat that is called "conversations" is called "messages". All other keys stay as they are.
+    """
+    row, faults = with_template_fields(row)
+    unused: list[str] = []
+
+    def normal(field: str, side: Any) -> Any:
+        nonlocal faults, unused
+        side, wrong, idle = normal_messages(field, _as_list(side))
+        faults, unused = faults + wrong, unused + idle
+        return side
+
+    for chat in _CHATS:
+        if isinstance(row.get(chat), list) and "messages" not in row:
+            row["messages"] = normal(chat, row.pop(chat))
+            break
+    else:
+        if "messages" in row:
+            row["messages"] = normal("messages", row["messages"])
+    for field in SIDES:
+        if field in row:
+            row[field] = normal(field, row[field])
+    if isinstance(row.get("completions"), list):
+        row["completions"] = [normal(f"completions[{i}]", one) for i, one in enumerate(row["completions"])]
+    functions = row.get("functions")
+    if functions and isinstance(functions, list) and not row.get("tools") and _has_calls(row):
+        row["tools"] = [{"type": "function", "function": function} for function in functions]
+    return row, faults, unused
+
+
+def with_template_fields(row: Record) -> tuple[Record, list[str]]:
+    """A copy of the row whose tools are a list, without fields for the chat template that are empty, and faults."""
+    faults = []
+    row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_FIELDS}
+    if isinstance(row.get("tools"), str):
+        try:
+            row["tools"] = parse_json(row["tools"]) if row["tools"].strip() else None
+        except UserError as error:
+            faults.append(f"tools: found text that is not JSON, expected a list of tools: {error}")
+            row["tools"] = None
+    if row.get("tools", ...) in (None, []):
+        del row["tools"]
+    for name, expected in TEMPLATE_FIELDS.items():
+        if not isinstance(row.get(name, expected()), expected):
+            faults.append(f"{name}: found {kind_of(row[name])}, expected {kind_of(expected())}")
+        faults += finite_faults(name, row.get(name))
+    return row, faults
+
+
+def asks(row: Mapping[str, Any]) -> bool:
+    """Whether a row without messages or prompt has a question under another name."""
+    return any(_has_text(row, key) for key in (*_QUESTIONS, "input"))
+
+
+def question(row: Mapping[str, Any]) -> list[Message]:
+    """The messages that the question of a row makes: those of its history, and the user's.
+
+    An instruction and its input are one message, with a blank line between them.
+
+    Raises:
+        UserError: there is no question, or more than one way to read it.
+    """
+    asked = [key for key in _QUESTIONS if _has_text(row, key)] or [key for key in ("input",) if _has_text(row, key)]
+    if len(asked) != 1:
+        raise UserError(f"found {' and '.join(asked) or 'no question'}, expected one of {', '.join(_QUESTIONS)}")
+    [name] = asked
+    parts = [key for key in _CONTEXTS if key != name and _has_text(row, key)]
+    if len(parts) > 1 or (parts and name != "instruction"):
+        raise UserError(
+            f"found {' and '.join([name, *parts])}, expected a question in one piece, or instruction and input: "
+            'write them as one, or as "messages"'
+        )
+    words = "\n\n".join(row[key] for key in (name, *parts))
+    return [*_history(row.get("history")), {"role": "user", "content": words}]
+
+
+def answer(row: Mapping[str, Any]) -> str | None:
+    """The answer that stands beside a question."""
+    return next((row[key] for key in _ANSWERS if _has_text(row, key)), None)
+
+
+def as_chat(row: Record) -> Record:
+    """The row with "messages" made of a question and its answer.
+
+    Raises:
+        UserError: as `question`; there is no answer.
+    """
+    if (words := answer(row)) is None:
+        found = [key for key in _ANSWERS if key in row]
+        if not found:
+            raise UserError(f"found a question without an answer, expected one of {', '.join(_ANSWERS)}")
+        kind = "empty text" if row[found[0]] == "" else kind_of(row[found[0]])
+        raise UserError(f"{found[0]}: found {kind}, expected the text to learn")
+    return {**row, "messages": [*question(row), {"role": "assistant", "content": words}]}
+
+
+def with_system(row: Record, field: str) -> tuple[Record, list[str], list[str]]:
+    """(the row with its system text as the first message of `field`, what is wrong with it, what is not used)."""
+    key = next((key for key in _SYSTEMS if _has_text(row, key)), None)
+    if key is None:
+        return row, [], []
+    words, chat = row[key], row[field]
+    if isinstance(chat, str):
+        if words in chat:
+            return row, [], []
+        return row, [f'{key}: found it beside plain text, expected "{field}" as messages, or with this text in it'], []
+    if chat and chat[0]["role"] in ("system", "developer"):
+        same = words.strip() in (chat[0].get("content") or "")
+        return row, [], [] if same else [f"{key}: not used: the chat has a system message of its own"]
+    return {**row, field: [{"role": "system", "content": words}, *chat]}, [], []
+
+
+def media_faults(row: Mapping[str, Any]) -> list[str]:
+    """A fault for each key that holds pictures or sounds, which no model here is shown."""
+    return [
+        f"{key}: found it beside the text, expected text alone: models are trained on text here, and the answer may "
+        "depend on what they are not shown"
+        for key in _MEDIA
+        if row.get(key)
+    ]
+
+
+def unused_keys(row: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """What is said of keys that another loader would read here, and this record does not.
+
+    A text that the chat holds anyway, such as a copy of its question, is not missed.
+
+    Args:
+        read: the keys that the record is made of.
+    """
+    texts = None
+    found = []
+    for key, why in _UNUSED.items():
+        if key not in row or key in read or _says_nothing(key, row[key]) or (key == "functions" and row.get("tools")):
+            continue
+        if isinstance(row[key], str):
+            texts = list(_words(row, read)) if texts is None else texts
+            if any(row[key] in text for text in texts):
+                continue
+        found.append(f"{key}: not used: {why.format(read=read[0])}")
+    return found
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a value says what holds without it."""
+    if key in _SAYS_YES:
+        return value is None or (isinstance(value, int | float) and value == 1) or value in ("", [], {})
+    return not value
+
+
+def _as_list(side: Any) -> Any:
+    """LLaMA-Factory writes an answer as one message."""
+    return [side] if isinstance(side, dict) and {"role", "from"} & set(side) else side
+
+
+def _has_text(row: Mapping[str, Any], key: str) -> bool:
+    return isinstance(row.get(key), str) and bool(row[key].strip())
+
+
+def _has_calls(row: Mapping[str, Any]) -> bool:
+    sides = [row[field] for field in ("messages", *SIDES) if isinstance(row.get(field), list)]
+    return any(isinstance(message, dict) and message.get("tool_calls") for side in sides for message in side)
+
+
+def _words(row: Mapping[str, Any], read: Sequence[str]) -> Iterator[str]:
+    for side in (row.get(field) for field in read):
+        if isinstance(side, str):
+            yield side
+        elif isinstance(side, list):
+            contents = (message.get("content") for message in side if isinstance(message, dict))
+            yield from (content for content in contents if isinstance(content, str))
+
+
+def _history(turns: Any) -> list[Message]:
+    """The messages of earlier turns, each [question, answer]."""
+    if not turns:
+        return []
+    pairs = turns if isinstance(turns, list) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in pairs):
+        raise UserError(f"history: found {kind_of(turns)}, expected a list of [question, answer], both text")
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]

@@ -1,0 +1,220 @@
+"""Messages as other tools write them, in one normal form: role, content as text, tool_calls, and "train": False."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jlora.data.files import parse_json
+from jlora.errors import UserError
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# What ShareGPT, OpenAI's older format and Gemini call them.
+_ROLE_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+_SPEAKERS = {role: role for role in ROLES} | _ROLE_NAMES
+_SPEAKERS |= dict.fromkeys(("bot", "chatgpt", "function_call", "tool_call"), "assistant") | {
+    "function_response": "tool"
+}
+_CALLS = ("function_call", "tool_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+# Whether a turn is trained: true or 1 for yes, false or 0 for no; "masked" the other way round.
+_TRAINED = (
+    "weight",
+    "loss_weight",
+    "loss_scale",
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "loss",
+    "loss_mask",
+)
+_MASKED = "masked"
+# Parts of a turn, which are not trained apart from the rest.
+_PARTS_OF_TURN = ("train_detail", "mask")
+
+
+def normal_messages(field: str, messages: Any) -> tuple[Any, list[str], list[str]]:
+    """(messages in the normal form, what is wrong with them, what is not used in them).
+
+    A message may say "from" and "value", its content may be a list of text parts, it may call by "function_call", and
+    an assistant's may say in several spellings that it is not trained, which becomes "train": False. What is not a
+    list of objects is given back as it is, for `message_faults`.
+    """
+    if not isinstance(messages, list):
+        return messages, [], []
+    normal, faults, unused = [], [], []
+    for index, message in enumerate(messages):
+        if isinstance(message, dict):
+            where = f"{field}[{index}]"
+            try:
+                message = _with_text(where, _with_calls(where, _with_role(where, message)))
+                message, untrained = _with_train(where, message)
+                unused += untrained
+                faults += finite_faults(f"{where}.tool_calls", message.get("tool_calls"))
+            except UserError as error:
+                faults.append(str(error))
+        normal.append(message)
+    return normal, faults, unused
+
+
+def message_faults(field: str, messages: Any) -> list[str]:
+    """What is wrong with a list of messages."""
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if messages == [] else kind_of(messages)
+        return [f"{field}: found {found}, expected a list of messages"]
+    faults = []
+    for index, message in enumerate(messages):
+        where = f"{field}[{index}]"
+        if not isinstance(message, dict):
+            faults.append(f'{where}: found {kind_of(message)}, expected an object with "role" and "content"')
+            continue
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            faults.append(f"{where}.role: found {role!r}, expected one of {', '.join(ROLES)}")
+        if role == "assistant" and message.get("tool_calls"):
+            continue
+        if not isinstance(content, str):
+            found = kind_of(content) if "content" in message else "no such field"
+            faults.append(f"{where}.content: found {found}, expected text")
+        elif role == "assistant" and not content:
+            faults.append(f"{where}.content: found empty text, expected what the assistant says")
+    return faults
+
+
+def side_faults(field: str, value: Any) -> list[str]:
+    """What is wrong with a prompt or an answer: text or a list of messages."""
+    if isinstance(value, str):
+        return []
+    if isinstance(value, list):
+        return message_faults(field, value)
+    return [f"{field}: found {kind_of(value)}, expected text or a list of messages"]
+
+
+def completion_faults(field: str, value: Any) -> list[str]:
+    """What is wrong with an answer: `side_faults`, and that there must be something in it to learn."""
+    faults = side_faults(field, value)
+    if faults:
+        return faults
+    if isinstance(value, str):
+        return [] if value else [f"{field}: found empty text, expected the text to learn"]
+    if not any(message["role"] == "assistant" for message in value):
+        return [f"{field}: found no assistant message, expected at least one"]
+    return []
+
+
+def finite_faults(field: str, value: Any) -> list[str]:
+    """A fault where a number is not finite: JSON's NaN and Infinity are Python's alone, and no template writes them."""
+    if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
+        return [f"{field}: found NaN or Infinity, expected numbers that JSON has"]
+    return []
+
+
+def kind_of(value: Any) -> str:
+    """A value's kind in words, as JSON has it."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    names |= dict.fromkeys((int, float), "a number")
+    return names.get(type(value), f"a value of the type {type(value).__name__}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _with_role(where: str, message: Message) -> Message:
+    """The message with "role" and "content", where it says "from" and "value", and with jlora's names of the roles."""
+    if "role" not in message and "from" in message:
+        speaker = message["from"]
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise UserError(f"{where}.from: found {speaker!r}, expected one of {', '.join(_SPEAKERS)}")
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {"role": _SPEAKERS[speaker]} | ({"content": message["value"]} if "value" in message else {}) | rest
+        return _as_call(where, message) if speaker in _CALLS else message
+    role = message.get("role")
+    return {**message, "role": _ROLE_NAMES[role]} if isinstance(role, str) and role in _ROLE_NAMES else message
+
+
+def _as_call(where: str, message: Message) -> Message:
+    """ShareGPT's message of a call, whose words are the call as JSON (or several, as a list)."""
+    calls = message.get("content")
+    if isinstance(calls, str):
+        try:
+            calls = parse_json(calls, "a call as JSON with name and arguments")
+        except UserError as error:
+            raise UserError(f"{where}.value: {error}") from error
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UserError(f"{where}.value: found {kind_of(calls)}, expected a call as JSON with name and arguments")
+    return {**message, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _with_calls(where: str, message: Message) -> Message:
+    """The message with "tool_calls", where it has OpenAI's older "function_call"."""
+    if "function_call" not in message:
+        return message
+    call = message["function_call"]
+    rest = {key: value for key, value in message.items() if key != "function_call"}
+    if call is None or message.get("tool_calls"):
+        return rest
+    if not isinstance(call, dict) or "name" not in call:
+        raise UserError(f"{where}.function_call: found {kind_of(call)}, expected an object with name and arguments")
+    content = rest.get("content") or ""
+    return {**rest, "content": content, "tool_calls": [{"type": "function", "function": call}]}
+
+
+def _with_text(where: str, message: Message) -> Message:
+    """The message with its content as one text, where it is a list of text parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    texts = []
+    for index, part in enumerate(parts):
+        kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in _TEXT_PARTS:
+            raise UserError(
+                f"{where}.content[{index}]: found a part of type {kind!r}, expected text parts alone: models are "
+                "trained on text here"
+            )
+        if not isinstance(text, str):
+            raise UserError(f"{where}.content[{index}].text: found {kind_of(text)}, expected text")
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
+
+
+def _with_train(where: str, message: Message) -> tuple[Message, list[str]]:
+    """The message with "train": False as the one word on whether it is trained, and what is not used of the others."""
+    said = [key for key in (*_TRAINED, _MASKED, *_PARTS_OF_TURN) if key in message]
+    if not said:
+        return message, []
+    found = {}
+    for key in said:
+        if (value := message[key]) is None or (key in _PARTS_OF_TURN and value in ([], "", False, 0)):
+            continue
+        if key in _PARTS_OF_TURN or not isinstance(value, int | float) or value not in (0, 1):
+            raise UserError(
+                f"{where}.{key}: found {json.dumps(value, default=str)[:40]}, expected true or false (or 1 or 0): a "
+                "turn is trained as a whole or not at all"
+            )
+        found[key] = bool(value) != (key == _MASKED)
+    rest = {key: value for key, value in message.items() if key not in said}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{where}: found {' and '.join(found)}, which say different things about training this turn")
+    trained = next(iter(found.values()), True)
+    if rest.get("role") == "assistant":
+        return rest if trained else {**rest, "train": False}, []
+    unused = [f"{key}: not used with messages of the {rest.get('role')}, which are never trained" for key in found]
+    return rest, unused if trained else []

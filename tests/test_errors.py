@@ -1,0 +1,37 @@
+"""Faults of one kind are said once, with a count and the first three places."""
+
+import pytest
+
+from jlora.errors import UserError, describe_faults, group_faults, raise_all
+
+
+def test_equal_faults_share_a_line_with_three_places_and_a_count():
+    found = [(f"a:{number}", "found a list, expected text") for number in range(1, 1001)] + [("a:7", "found no role")]
+    assert group_faults(found) == [
+        "a:1, a:2, a:3 and 997 more: found a list, expected text",
+        "a:7: found no role",
+    ]
+    assert group_faults(found[:3]) == ["a:1, a:2, a:3: found a list, expected text"]
+
+
+def test_faults_that_differ_in_values_alone_are_one_kind():
+    found = [(f"a:{n}", f"found 'it\\'s {n}' and {n / 2}, expected messages[{n}]") for n in range(10)]
+    lines = group_faults([*found, ("a:11", "found nothing")])
+    assert lines == [f"{place}: {fault}" for place, fault in found[:3]] + [
+        "... and 7 more of this kind",
+        "a:11: found nothing",
+    ]
+    assert group_faults(found[:3]) == lines[:3]
+
+
+def test_a_long_list_ends_with_the_number_of_the_rest():
+    message = describe_faults("title", [f"fault {'x' * n}" for n in range(60)])
+    assert len(message.splitlines()) == 52
+    assert message.endswith("... and 10 more")
+
+
+def test_raise_all_says_each_fault_once():
+    raise_all([])
+    with pytest.raises(UserError) as error:
+        raise_all(["one", "two", "one"])
+    assert str(error.value) == "one\ntwo"

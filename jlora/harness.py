@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.data import Example
+from jlora.data import Example, fitted
 from jlora.data.template import text_tokens
 from jlora.errors import UserError
 from jlora.generate import generate
@@ -55,7 +55,8 @@ class JaxLM(TemplateLM):
         super().__init__()
         if isinstance(params, Bank):
             raise TypeError("params: found a bank; give one adapter's (Bank.alone)")
-        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self.model, self.params, self.mesh = model, params, mesh
+        self.tokenizer = fitted(tokenizer, model.config.vocab_size)
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self.max_length = max_length or min(model.config.max_position_embeddings, 2048)
         model.require_positions(self.max_length, "max_length")

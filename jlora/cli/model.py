@@ -8,7 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from jlora import hub
+from jlora import data, hub
 from jlora.models import Model
 from jlora.quant import FORMATS
 from jlora.types import Params
@@ -48,11 +48,13 @@ def tensor_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
-    """The model, its params with the adapter in place, and the tokenizer; of several adapters none is in place."""
+    """The model, its params with the adapter in place, and the tokenizer, fitted to the model; of several adapters none
+    is in place.
+    """
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant)
     if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter)
-    return model, params, hub.load_tokenizer(options.model)
+    return model, params, data.fitted(hub.load_tokenizer(options.model), model.config.vocab_size)
 
 
 def positive(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from jlora.data.chat import EncodeReport, Example, encode, split_prompt
 from jlora.data.config import DataConfig
+from jlora.data.ends import end_ids, stop_ids
 from jlora.data.items import (
     Item,
     collate_items,
@@ -18,8 +19,10 @@ from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
 from jlora.data.records import Record, digest, read_records
 from jlora.data.template import template_tail, template_variables
+from jlora.data.vocabulary import RESIZE, fitted, unfitted
 
 __all__ = [
+    "RESIZE",
     "Batch",
     "DataConfig",
     "EncodeReport",
@@ -39,6 +42,8 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "encode_unpaired",
+    "end_ids",
+    "fitted",
     "item_loader",
     "loader",
     "plan",
@@ -47,7 +52,9 @@ __all__ = [
     "read_prompts",
     "read_records",
     "split_prompt",
+    "stop_ids",
     "template_tail",
     "template_variables",
+    "unfitted",
     "with_mismatched",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.data.vocabulary import require_rows
 from jlora.errors import UserError
 
 
@@ -28,6 +29,7 @@ def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no end-of-text token, so the model could not learn to stop; set eos_token")
+    require_rows([eos], tokenizer)
     return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, np.int32(eos))
 
 

@@ -92,7 +92,7 @@ def rollout(
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
-    problems = faults(checked) + _unfit(prompts, keys)
+    problems = faults(checked) + _unfit(model, prompts, keys)
     if problems:
         raise UserError("rollout:\n  " + "\n  ".join(problems))
     refuse_chosen(params, "those of Bank.alone")
@@ -176,7 +176,7 @@ def _different(prompts: list[Hashable], size: int, rows: int) -> tuple[np.ndarra
     return filled, np.array(copies + [0] * (size - len(copies)), np.int32)
 
 
-def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
+def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
     """A line for everything about the prompts that cannot be sampled from."""
     problems = []
     if not prompts:
@@ -185,6 +185,8 @@ def _unfit(prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
         problems.append(f"empty prompts {empty}: expected at least one token in each")
     if keys.shape != (len(prompts),):
         problems.append(f"keys of shape {keys.shape}: expected one for each of {len(prompts)} prompts")
+    if beyond := model.without_row(prompts):
+        problems.append(f"prompts: {beyond}")
     return problems
 
 

@@ -38,7 +38,7 @@ def generate(
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The text that follows each prompt, without it, up to the model's stop token or `max_new_tokens`.
+    """The text that follows each prompt, without it, up to what ends an answer (`data.end_ids`) or `max_new_tokens`.
 
     Prompts of like length are decoded together; a text depends on its prompt, its place in `prompts` and the seed, not
     on which prompts share its batch.
@@ -60,6 +60,7 @@ def generate(
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
         raise UserError("generate:\n  " + "\n  ".join(problems))
+    tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     params, places = _places(params, adapters, len(prompts))
     variables = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
     if len(variables) != len(prompts):
@@ -67,7 +68,7 @@ def generate(
             f"chat_template_kwargs: found {len(variables)}, expected one for each of {len(prompts)} prompts"
         )
     encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
-    stop_ids = tuple(sorted({*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}))
+    stop_ids = data.stop_ids(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
     rows = max(1, min(batch_size, len(encoded)))
     texts, answered = [""] * len(encoded), 0

@@ -80,6 +80,15 @@ def load(
     return model, tree.unflatten(params)
 
 
+def read_model(source: str | Path) -> "Model":
+    """The model that `load` makes of the source, without its params: of its weights nothing is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`, where the weights are not looked at.
+    """
+    return _build(open_source(source))
+
+
 def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) -> np.dtype:
     """The dtype that `dtype` names; None is what the devices at hand multiply fastest.
 

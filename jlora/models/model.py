@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,8 @@ from jlora.types import BRANCH, Params
 
 # The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
 SCORE = "score"
+# How many token ids a message names.
+NAMED = 3
 
 
 class Tables(NamedTuple):
@@ -46,13 +48,12 @@ class Model:
 
     config: ModelConfig
 
-    @functools.partial(jax.jit, static_argnums=0)
     def __call__(
         self,
         params: Params,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"] | None = None,
+        segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of every next token.
 
@@ -60,7 +61,19 @@ class Model:
             positions: default 0, 1, 2, …; within a segment they must rise with the index, or keys are missed
             segment_ids: tokens see only their own segment, and the one it branches off (`jlora.types.BRANCH`); default
                 one segment. 0 is padding by convention.
+
+        Raises:
+            UserError: tokens on the host that the embedding has no row for. Of those on a device the logits are not
+                numbers.
         """
+        if isinstance(tokens, np.ndarray):  # others may lie on a device, which is not waited for
+            self.require_rows([tokens])
+        return self._call(params, tokens, positions, segment_ids)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _call(
+        self, params: Params, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
+    ) -> jax.Array:
         hidden, _ = self.hidden(params, tokens, positions, segment_ids)
         return self.logits(params, hidden)
 
@@ -191,6 +204,22 @@ class Model:
             raise UserError(
                 f"{where}{tokens} tokens in a row, but {self.config.model_type} has learned {longest} positions"
             )
+
+    def without_row(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> str:
+        """What is wrong with these lists of tokens: those that the embedding has no row for; "" if it has all."""
+        rows, found = self.config.vocab_size, set()
+        for ids in tokens:
+            ids = np.asarray(ids)
+            found |= set(ids[(ids < 0) | (ids >= rows)].tolist())
+        if not found:
+            return ""
+        shown = ", ".join(map(str, sorted(found)[:NAMED])) + (", …" if len(found) > NAMED else "")
+        return f"found the token ids {shown}, but the embedding has {rows} rows (ids 0 to {rows - 1})"
+
+    def require_rows(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> None:
+        """Raise UserError if the embedding has no row for some token of these lists."""
+        if fault := self.without_row(tokens):
+            raise UserError(fault)
 
     def empty_cache(self, params: Params, batch: int, size: int) -> Cache:
         """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations.

@@ -136,6 +136,7 @@ def record_sums(
       ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model has no positions
         for the texts.
     """
+    tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     examples = encode_each(records, tokenizer, seq_len=seq_len, end=end)
     places = [place for place, example in enumerate(examples) if example is not None]
     kept = [example for example in examples if example is not None]
@@ -181,6 +182,7 @@ def example_sums(
     refuse_chosen(params, "those of Bank.alone")
     lengths = [len(example.tokens) - 1 for example in examples]
     model.require_positions(max(lengths, default=0), "seq_len")
+    model.require_rows([example.tokens for example in examples])
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]
     steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)

@@ -74,7 +74,7 @@ def compare(
         ValueError: questions that are longer than `seq_len` (all are listed), or no completion has a token within it.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
-    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
+    choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
     changes = []
     for name, records, end in (("task loss", task, True), ("general loss", general, False)):
         if records:
@@ -120,7 +120,7 @@ def answers(
     Raises:
         ValueError: questions that are longer than `seq_len`; all are listed.
     """
-    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
+    choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
     return _right(model, params, questions, choices, batch_size=batch_size, seq_len=seq_len)
 
 
@@ -219,7 +219,7 @@ def sweep(
         ValueError: as `compare`; or the adapter is not one whose updates have a scale.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
-    choices = encode_choices(tokenizer, questions, seq_len=seq_len)
+    choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
     rows = []
     for scale in scales:
         chosen = lora.scaled(params, scale)

@@ -146,7 +146,8 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
-    tokenizer = hub.load_tokenizer(config.model.path)
+    rows = hub.read_model(config.model.path).config.vocab_size
+    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), rows)
     one = ALGORITHMS[config.algorithm]
     plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
     model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant, mesh=mesh)

@@ -127,8 +127,8 @@ class Sampler:
             [*self._functions.weights, *model_weight, *([1.0] if self._overlong else [])], np.float32
         )
         self._reward_model = RewardModel(base, config) if settings.reward_model else None
-        model_stops = base.model.config.eos_token_ids
-        self._stops = tuple(sorted({*model_stops, base.tokenizer.eos_token_id} - {None}))
+        model = base.model.config
+        self._stops = data.stop_ids(base.tokenizer, model.eos_token_ids, model.vocab_size)
 
     def __call__(
         self,

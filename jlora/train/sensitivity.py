@@ -69,6 +69,7 @@ def divergence(
 def _rows(model: Model, tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
     """Tokens [B, seq_len, or as many as the model has positions] with what says which of them are none."""
     seq_len = min(seq_len, model.config.max_position_embeddings)
+    tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     examples, _ = data.encode(records, tokenizer, seq_len=LONGEST, overlong="cut")
     tokens = np.zeros((len(examples), seq_len), np.int32)
     segment_ids = np.zeros_like(tokens)

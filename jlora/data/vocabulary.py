@@ -1,0 +1,77 @@
+"""Which tokens a model knows: a tokenizer that refuses those that its embedding has no row for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import UserError
+
+# What can be done about tokens that an embedding has no row for.
+RESIZE = (
+    "use the tokenizer that belongs to the model, or resize the base: --vocab=tokenizer, "
+    "model.resize_vocab='tokenizer' in a recipe, jlora.load(..., vocab='tokenizer')"
+)
+NAMED = 3
+
+
+class Fitted:
+    """A tokenizer that refuses texts with tokens that the model has no row for; in everything else the tokenizer.
+
+    What is looked up beyond an embedding's rows is not a number, and neither is anything that is computed from it.
+    """
+
+    def __init__(self, tokenizer: Any, rows: int) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
+
+    def __call__(self, *texts: Any, **settings: Any) -> Any:
+        """What the tokenizer makes of the texts.
+
+        Raises:
+            UserError: tokens without a row; they are named.
+        """
+        encoded = self.tokenizer(*texts, **settings)
+        require_rows(encoded["input_ids"], self)
+        return encoded
+
+    def encode(self, *texts: Any, **settings: Any) -> list[int]:
+        """The tokens of a text; raises as a call does."""
+        tokens = self.tokenizer.encode(*texts, **settings)
+        require_rows(tokens, self)
+        return tokens
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":  # not there yet while an object is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+
+def fitted(tokenizer: Any, rows: int) -> Fitted:
+    """The tokenizer for a model whose embedding has so many rows."""
+    return Fitted(unfitted(tokenizer), rows)
+
+
+def unfitted(tokenizer: Any) -> Any:
+    """The tokenizer that a fitted one stands for."""
+    return tokenizer.tokenizer if isinstance(tokenizer, Fitted) else tokenizer
+
+
+def require_rows(tokens: Sequence[Any] | np.ndarray, tokenizer: Any) -> None:
+    """Raise UserError if the model of a fitted tokenizer lacks rows for some of these tokens, or lists of them."""
+    if not isinstance(tokenizer, Fitted):
+        return
+    ids = _flat(tokens)
+    beyond = np.unique(ids[(ids < 0) | (ids >= tokenizer.rows)]).tolist()
+    if beyond:
+        named = [f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in beyond[:NAMED]]
+        more = [f"{len(beyond) - NAMED} more"] if len(beyond) > NAMED else []
+        raise UserError(
+            f"the tokenizer makes tokens that the model has no row for: {', '.join(named + more)}, but its embedding "
+            f"has {tokenizer.rows} rows; {RESIZE}"
+        )
+
+
+def _flat(tokens: Sequence[Any] | np.ndarray) -> np.ndarray:
+    nested = len(tokens) > 0 and not np.isscalar(tokens[0])
+    parts = [np.asarray(part, np.int64).ravel() for part in tokens] if nested else [np.asarray(tokens, np.int64)]
+    return np.concatenate(parts)

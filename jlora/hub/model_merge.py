@@ -231,10 +231,9 @@ def _by_layer(source: Source) -> dict[int | None, list[tuple[str, str]]]:
     """{number: what is before and after it in the names of its tensors, None: the names outside of layers}, but for
     tensors that a checkpoint may hold or not.
     """
-    tied = bool(source.config.get("tie_word_embeddings"))
     found: dict[int | None, list[tuple[str, str]]] = {}
     for name in source.tensors:
-        if not is_harmless(name, tied=tied):
+        if not is_harmless(name):
             match = LAYER.fullmatch(name)
             number, parts = (int(match["number"]), (match["before"], match["after"])) if match else (None, (name, ""))
             found.setdefault(number, []).append(parts)

@@ -54,8 +54,6 @@ HARMLESS = (
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
     r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",
 )
-# Copies of the embedding, written by some tools although the config says that head and embedding are one.
-TIED_COPIES = (r"(lm_head|embed_out)\.weight",)
 
 # GGUF's module name → the Hub's; `{expert}` marks a stack of experts, which the Hub stores one by one.
 Table = dict[str, str]
@@ -241,10 +239,9 @@ def without_prefix(expected: Iterable[str], found: Collection[str]) -> dict[str,
     return {name: short for name, short in stripped.items() if name not in found and short in found}
 
 
-def is_harmless(name: str, *, tied: bool) -> bool:
+def is_harmless(name: str) -> bool:
     """Whether a checkpoint may hold the tensor `name` although the model has no such leaf."""
-    patterns = HARMLESS + (TIED_COPIES if tied else ())
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+    return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
 
 
 def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:

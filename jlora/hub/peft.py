@@ -37,7 +37,7 @@ from jlora.hub.peft_slots import (
 )
 from jlora.hub.score import has_score
 from jlora.hub.source import locate
-from jlora.hub.weights import TensorInfo, listing, read_json, read_tensor, tensor_infos
+from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
 from jlora.lora.merge import MAIN, TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
@@ -395,7 +395,10 @@ def _tidy(alpha: float) -> int | float:
 
 def weights_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
+        say_left_over(folder, WEIGHTS)
         return folder / WEIGHTS
+    if (folder / f"{WEIGHTS}{INDEX_SUFFIX}").is_file():
+        raise UserError(f"{folder} holds its adapter in several files; save it with PEFT, which writes one {WEIGHTS}")
     if (folder / PICKLE).is_file():
         raise UserError(
             f"{folder} has only {PICKLE}, a pickle, which runs code when opened, so jlora does not read it; "

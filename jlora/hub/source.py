@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jlora.errors import MissingFileError, UserError
 from jlora.hub.gguf import GGUFFile
+from jlora.hub.tied import settle_head
 from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo
 
 ALLOW = ("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
@@ -26,7 +27,7 @@ def open_source(location: str | Path) -> Source:
         ValueError: files are broken or of a kind that jlora does not read.
     """
     path = locate(location)
-    return GGUFFile(path) if path.suffix == ".gguf" else SafetensorsFolder(path)
+    return GGUFFile(path) if path.suffix == ".gguf" else settle_head(SafetensorsFolder(path))
 
 
 def locate(location: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, describe_faults
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
+INDEX = SINGLE + INDEX_SUFFIX
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES: dict[str, np.dtype] = {
@@ -22,6 +24,9 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+CHUNK = 1 << 15  # values that are looked at together: they stay in a processor's cache
 
 
 class TensorInfo(NamedTuple):
@@ -60,9 +65,46 @@ class SafetensorsFolder:
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:
-    """One tensor of a safetensors file, in its own dtype."""
-    with safe_open(file, framework="numpy") as handle:
-        return handle.get_tensor(name)
+    """One tensor of a safetensors file, in its own dtype.
+
+    Raises:
+        UserError: it holds values that are not finite.
+    """
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            values = handle.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes that NumPy lacks
+        raise UserError(f"{file}: {name} cannot be read ({error})") from error
+    require_finite(values, f"{file}: {name}")
+    return values
+
+
+def require_finite(values: np.ndarray, what: str) -> None:
+    """Check that no value is NaN or infinite: nothing that is computed with such weights is right.
+
+    Raises:
+        UserError: some are; `what` names the tensor.
+    """
+    if not _is_finite(values):
+        count = int(np.sum(~np.isfinite(values.astype(np.float64))))
+        raise UserError(
+            f"{what} holds {count} of {values.size} values that are NaN or infinite, so the model or adapter cannot be "
+            "used; go back to a checkpoint before its training diverged, or fetch the file again"
+        )
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite: by the exponents, part by part, at the speed of memory."""
+    if values.dtype not in DTYPES.values() or not values.size:
+        return True
+    bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
+    limit = np.left_shift(np.asarray(np.inf, values.dtype).reshape(1).view(bits.dtype), 1)[0]
+    shifted = np.empty(CHUNK, bits.dtype)  # without the sign
+    for start in range(0, bits.size, CHUNK):
+        part = bits[start : start + CHUNK]
+        if np.left_shift(part, 1, out=shifted[: part.size]).max() >= limit:
+            return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,29 +118,42 @@ def read_json(path: Path) -> dict[str, Any]:
         raise MissingFileError(f"no {path.name} in {path.parent}; files there: {listing(path.parent)}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets
         raise UserError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, expected an object")
     return value
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `folder`."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX} has no weight_map")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise MissingFileError(
-                f"{folder / INDEX} names {len(files)} files, of which {len(missing)} are missing: {', '.join(missing)}"
-            )
-        return files
+    """The safetensors files that make up the checkpoint in `folder`; like transformers, the single file where there is
+    one.
+
+    Raises:
+        FileNotFoundError: there is none, or shards that the index names are missing.
+        UserError: the index is not one.
+    """
     if (folder / SINGLE).is_file():
+        say_left_over(folder, SINGLE)
         return [folder / SINGLE]
-    raise MissingFileError(_no_weights(folder))
+    index = folder / INDEX
+    if not index.is_file():
+        raise MissingFileError(_no_weights(folder))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map")
+    wrong = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    if wrong:
+        raise UserError(f"{index}: the weight_map names {wrong[0]!r}, expected a file of this folder")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise MissingFileError(
+            f"{index} names {len(files)} files, of which {len(missing)} are missing: {', '.join(missing)}"
+        )
+    return files
 
 
 def tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
@@ -118,7 +173,7 @@ def tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
         problems += [f"{name} is in both {infos[name].file} and {file}" for name in found if name in infos]
         infos |= found
     if problems:
-        raise UserError("broken checkpoint:\n  " + "\n  ".join(problems))
+        raise UserError(describe_faults("broken checkpoint", problems))
     return infos
 
 
@@ -128,6 +183,16 @@ def listing(folder: Path, limit: int = 20) -> str:
         return "(no such folder)"
     found = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(found[:limit] + ["…"] * (len(found) > limit)) or "(none)"
+
+
+def say_left_over(folder: Path, single: str) -> None:
+    """Warn of an index beside the single file, which is what transformers and PEFT read then."""
+    if (folder / f"{single}{INDEX_SUFFIX}").is_file():
+        warnings.warn(
+            f"{folder}: {single} is read; {single}{INDEX_SUFFIX} and the files that it names are ignored. Delete "
+            "whichever of the two is left over",
+            stacklevel=3,
+        )
 
 
 def _no_weights(folder: Path) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("bfloat16", "float16", "float32")
 BYTES = ("U8", "I8")  # what bitsandbytes packs into
+MANY = 100
 
 
 class Packing(NamedTuple):
@@ -65,6 +67,7 @@ def load(
     stored = _stored(source, checkpoint, config)
     model = _build(checkpoint)
     leaves = _leaves(model, checkpoint, dtype)
+    _require_plausible(leaves, checkpoint)
     tensors = _hub_tensors(model, leaves)
     stored = _check(checkpoint, tensors, stored)
     forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
@@ -137,14 +140,17 @@ def _stored_in(checkpoint: Source) -> np.dtype | None:
 def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
     """The tensors that are packed already, by name."""
     settings = checkpoint.config.get("quantization_config") or {}
-    settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)}
+    settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)[:60]}
     ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # what early versions wrote, and no method
     method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
     if settings and method != "bitsandbytes":
         raise UserError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
     stored = stored_tensors(checkpoint) if isinstance(checkpoint, SafetensorsFolder) else {}
     if settings and not stored:
-        raise UserError(f"{source}: config.json says that it is quantised ({method}), but no tensor is packed")
+        raise UserError(
+            f"{source}: config.json says that it is quantised ({method}), but no tensor is packed: delete the entry "
+            "quantization_config from config.json to load it as it is (quant= packs it)"
+        )
     if stored and quant is not None:
         formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
         raise UserError(
@@ -176,6 +182,20 @@ def _leaves(
         return leaves
     heads = [path for path, tensors in _hub_tensors(model, leaves).items() if tensors[0].name in checkpoint.tensors]
     return scored_leaves(model, leaves, heads)
+
+
+def _require_plausible(leaves: dict[str, jax.ShapeDtypeStruct], checkpoint: Source) -> None:
+    """Check that the model does not need many times the tensors that there are: so many names would fill the memory."""
+    needed = 0
+    for path, leaf in leaves.items():
+        stacked = tree.stack_of(path) is not None
+        experts = leaf.shape[stacked] if re.fullmatch(names.EXPERTS, path.rpartition("/")[0]) else 1
+        needed += (leaf.shape[0] if stacked else 1) * experts
+    if needed > MANY * len(checkpoint.tensors) + MANY:
+        raise UserError(
+            f"config.json is of a model of {needed:,} tensors, the checkpoint holds {len(checkpoint.tensors)}: look at "
+            "the numbers of layers and experts"
+        )
 
 
 def _hub_tensors(model: "Model", leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, list[names.HubTensor]]:

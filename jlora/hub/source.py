@@ -4,14 +4,24 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, describe_faults
 from jlora.hub.gguf import GGUFFile
 from jlora.hub.tied import settle_head
 from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo
 
-ALLOW = ("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-# Some repositories carry the same weights a second time in another layout.
-IGNORE = ("consolidated*", "*/*")
+TEMPLATES = "additional_chat_templates"  # the folder of the named ones
+ALLOW = (
+    *("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja"),
+    f"{TEMPLATES}/*.jinja",
+)
+# Some repositories carry the same weights a second time in another layout, or in folders: of these none is fetched but
+# that of the templates, which is to say every folder whose name is another one in some letter, shorter or longer.
+IGNORE = (
+    "consolidated*",
+    *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
+    *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
+    f"{TEMPLATES}[!/]*",
+)
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
 
@@ -68,7 +78,7 @@ def check_tensors(
             problems.append(f"unknown {name} {info.shape} ({info.file.name})")
     if problems:
         raise UserError(
-            f"the checkpoint does not fit its config.json ({len(problems)} tensors):\n  " + "\n  ".join(problems)
+            describe_faults(f"the checkpoint does not fit its config.json ({len(problems)} tensors)", problems)
         )
 
 

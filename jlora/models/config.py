@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.models.kinds import wrong_rope
 
 
 class Layer(NamedTuple):
@@ -197,6 +198,13 @@ class Fields:
             self.missing.append(name)
         return 1 if value is None else value
 
+    def rope(self) -> dict[str, Any]:
+        """The rotary parameters: `rope_scaling`, as version 4 of transformers wrote it, wherever it says something;
+        version 5 takes it before its own `rope_parameters` too.
+        """
+        own = self.get("rope_parameters", {})
+        return self.get("rope_scaling") or own
+
     def only(self, name: str, *supported: Any) -> None:
         """Notes a value that is none of those supported; an absent field is none."""
         value = self.get(name)
@@ -227,6 +235,9 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def read_rope(fields: Fields, parameters: dict[str, Any], *, theta: float, head_dim: int, partial: float = 1.0) -> Rope:
     """The rotary positions that `rope_parameters` (transformers 5) or `rope_scaling` (4) describe."""
     parameters = {name: value for name, value in parameters.items() if value is not None}
+    if wrong := wrong_rope(parameters):
+        fields.problems += wrong
+        return Rope(head_dim)
     theta = float(parameters.pop("rope_theta", theta))
     rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
@@ -234,6 +245,8 @@ def read_rope(fields: Fields, parameters: dict[str, Any], *, theta: float, head_
     longest = fields.get("max_position_embeddings", 2048)
     own_original = parameters.pop("original_max_position_embeddings", longest)
     original = fields.get("original_max_position_embeddings", own_original)
+    if not 0 < dim <= head_dim or dim % 2:
+        fields.problems.append(f"{dim} of a head's {head_dim} values are rotated; expected an even number of them")
     if rope_type not in ROPE_TYPES:
         fields.problems.append(f"rope_type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
         return Rope(dim)

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from jlora.errors import UserError
+from jlora.errors import UserError, describe_faults
 from jlora.models.config import Fields, ModelConfig
 from jlora.models.families import FAMILIES
+from jlora.models.kinds import wrong_values
 from jlora.models.layers import ACTIVATIONS
 from jlora.models.model import Model
 
@@ -18,10 +19,12 @@ def build(hf_config: dict[str, Any]) -> Model:
         computation and are not supported; all are listed.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
         )
+    if wrong := wrong_values(hf_config):
+        raise UserError(describe_faults("config.json", wrong))
     fields = Fields(hf_config)
     values = FAMILIES[model_type](fields)
     if values["hidden_act"] not in ACTIVATIONS:

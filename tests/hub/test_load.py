@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from jlora import hub, quant, sharding, tree
@@ -202,3 +203,30 @@ def test_texts_end_where_the_generation_config_says(llama_folder, edit_json):
     assert hub.load(folder)[0].config.eos_token_ids == (7, 9)
     (folder / "generation_config.json").unlink()
     assert hub.load(folder)[0].config.eos_token_ids == (2,)
+
+
+ROPES = dict(
+    rope_scaling={"rope_type": "linear", "factor": 4.0},
+    rope_parameters={"rope_type": "dynamic", "factor": 8.0, "rope_theta": 77.0},
+)
+SMALL = dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2)
+SMALL |= dict(num_key_value_heads=2, head_dim=24)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt_neox", "phi3"])
+def test_rotary_settings_that_disagree_are_taken_as_transformers_takes_them(kind, tmp_path, edit_json):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SMALL, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    longrope = {"rope_type": "longrope", "short_factor": [2.0] * 12, "long_factor": [3.0] * 12}
+    both = ROPES if kind != "phi3" else ROPES | {"rope_scaling": longrope}
+    edit_json(tmp_path / "base" / "config.json", **both)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    expected = torch_logits(reference)
+    assert np.abs(expected - torch_logits(model.eval())).max() > 0.01
+    model, params = hub.load(tmp_path / "base")
+    np.testing.assert_allclose(model(params, TOKENS), expected, atol=1e-4 * np.abs(expected).max())

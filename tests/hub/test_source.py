@@ -1,14 +1,18 @@
 """Checkpoints are opened lazily and refused with one message that says everything that is wrong."""
 
+import json
 import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from jlora.hub.source import check_tensors, locate, open_source
-from jlora.hub.weights import INDEX, SINGLE, TensorInfo
+from jlora.errors import UserError
+from jlora.hub.source import ALLOW, IGNORE, check_tensors, locate, open_source
+from jlora.hub.weights import CHUNK, DTYPES, INDEX, SINGLE, TensorInfo, read_tensor
 
 
 def test_tensors_equal_transformers(llama_folder):
@@ -153,3 +157,57 @@ def test_a_path_that_is_nothing(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(ValueError, match=r"is a file that is not \.gguf"):
         locate(tmp_path / "model.bin")
+
+
+def test_what_is_fetched_of_a_repository():
+    wanted = [
+        *("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt"),
+        *("chat_template.jinja", "additional_chat_templates/rag.jinja"),
+    ]
+    others = [
+        *("pytorch_model.bin", "consolidated.safetensors", "onnx/config.json", "original/model.safetensors"),
+        *("a/config.json", "adapters/tokenizer.json", "additional_chat_templates2/x.json", "x/y/config.json"),
+        *("additional_chat_templates/weights.safetensors.bin", "zadditional_chat_templates/x.json"),
+    ]
+    chosen = filter_repo_objects([*wanted, *others], allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE))
+    assert list(chosen) == wanted
+
+
+def test_one_file_comes_before_an_index_that_was_left_over(llama_folder):
+    old, _ = llama_folder("old", max_shard_size="40KB")
+    new, _ = llama_folder("new", seed=1)
+    shutil.copy(new / SINGLE, old / SINGLE)
+    with pytest.warns(UserWarning, match=rf"{SINGLE} is read; {INDEX} and the files that it names are ignored"):
+        found = open_source(old)
+    assert {info.file.name for info in found.tensors.values()} == {SINGLE}
+    state = transformers.LlamaForCausalLM.from_pretrained(old).state_dict()
+    for name, value in state.items():
+        np.testing.assert_array_equal(found.read(name), value.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("entry", ["../elsewhere.safetensors", "/etc/model.safetensors", 7, None])
+def test_an_index_names_files_of_its_folder(llama_folder, entry):
+    folder, _ = llama_folder(max_shard_size="40KB")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = entry
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="expected a file of this folder"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_found_wherever_they_lie(dtype, value, tmp_path):
+    size = CHUNK + 5
+    for place in (0, CHUNK - 1, CHUNK, size - 1):
+        values = np.linspace(-1, 1, size).astype(dtype)
+        values[place] = value
+        save_file({"a.weight": values, "b.weight": np.full(3, ml_dtypes.finfo(dtype).max, dtype)}, tmp_path / "x")
+        with pytest.raises(UserError, match=r"a\.weight holds 1 of 32773 values that are NaN or infinite"):
+            read_tensor(tmp_path / "x", "a.weight")
+    assert read_tensor(tmp_path / "x", "b.weight").dtype == dtype
+
+
+def test_integers_are_not_looked_at(tmp_path):
+    save_file({"codes": np.full(9, 255, np.uint8)}, tmp_path / "x")
+    assert read_tensor(tmp_path / "x", "codes").tolist() == [255] * 9

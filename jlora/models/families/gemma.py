@@ -39,6 +39,9 @@ def gemma3(fields: Fields) -> Values:
     """Gemma 3's text model: five layers with a window and their own rotation to one without; norms of query and key."""
     nested = fields.get("rope_parameters", {})
     nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
+    if wrong := sorted(name for name, value in nested.items() if not isinstance(value, dict | None)):
+        fields.problems.append(f"rope_parameters: {', '.join(wrong)}: expected objects")
+        nested = {}
     full = (nested.get("full_attention") or {}) | (fields.get("rope_scaling") or {})
     local = nested.get("sliding_attention") or {}
     values = _gemma(fields, own_rope=True)

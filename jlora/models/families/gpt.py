@@ -57,7 +57,7 @@ def gpt_neox(fields: Fields) -> Values:
         mlp_up=("dense_h_to_4h",),
         mlp_down="dense_4h_to_h",
     )
-    parameters = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    parameters = fields.rope()
     theta, partial = fields.get("rotary_emb_base", 10000.0), fields.get("rotary_pct", 0.25)
     bias = fields.get("attention_bias", True)
     return (

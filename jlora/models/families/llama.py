@@ -77,8 +77,8 @@ def granite(fields: Fields) -> Values:
 
 def phi3(fields: Fields) -> Values:
     """Phi-3, Phi-3.5 and Phi-4: fused projections, part of each head rotated, LongRoPE."""
-    rope = fields.get("rope_parameters", fields.get("rope_scaling", {}))
-    if isinstance(rope, dict) and rope.get("type", rope.get("rope_type")) in ("su", "yarn"):  # its names of old
+    rope = fields.rope()
+    if rope.get("type", rope.get("rope_type")) in ("su", "yarn"):  # its names of old
         fields = _WithRope(fields, rope | {"rope_type": "longrope", "type": "longrope"})
     values = common(fields, norm_eps=1e-5, partial=fields.get("partial_rotary_factor", 1.0))
     names = Names(queries_keys_values=("qkv_proj",), mlp_up=("gate_up_proj",))
@@ -105,7 +105,7 @@ class _WithRope(Fields):
     """The same fields with other rotary parameters."""
 
     def __init__(self, fields: Fields, rope: dict[str, Any]) -> None:
-        super().__init__(fields.config | {"rope_parameters": rope})
+        super().__init__(fields.config | {"rope_parameters": rope, "rope_scaling": None})
         self.seen, self.missing, self.problems = fields.seen, fields.missing, fields.problems
 
 
@@ -127,7 +127,7 @@ def common(
         )
     head_dim = fields.get("head_dim", head_dim or width // heads)
     values = sizes(fields, heads=heads, head_dim=head_dim, num_key_value_heads=num_key_value_heads)
-    rope = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    rope = fields.rope()
     theta = fields.get("rope_theta", rope_theta)
     return values | {
         "hidden_size": width,

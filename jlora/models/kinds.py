@@ -1,0 +1,117 @@
+"""What the values of config.json's fields can be: types and bounds, looked at before anything is computed with them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+LARGEST = 2**31 - 1  # of an array's axis
+LAYERS, EXPERTS = 10_000, 100_000  # far more than any model has, far fewer than memory holds
+
+
+class Kind(NamedTuple):
+    """What a field holds: `what` says it in messages."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int, most: int) -> Kind:
+    return Kind(
+        f"a whole number from {least:,} to {most:,}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
+    )
+
+
+def _list(what: str, holds: Callable[[Any], bool]) -> Kind:
+    return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(holds, value)))
+
+
+NUMBER = Kind("a finite number", _is_number)
+POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)))
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+NUMBERS = _list("numbers", _is_number)
+SIZE, TOKEN = _whole(1, LARGEST), _whole(-1, LARGEST)  # some files have -1 for "none"
+
+# Kind → the fields of that kind, of whatever family; null and absence are looked at where a field is read.
+FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (
+        SIZE,
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "n_embd", "n_head", "n_inner", "moe_intermediate_size", "decoder_sparse_step"),
+            *("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
+        ),
+    ),
+    (_whole(1, LAYERS), ("num_hidden_layers", "n_layer")),
+    (_whole(0, EXPERTS), ("num_local_experts", "num_experts", "num_experts_per_tok")),
+    (_whole(0, LARGEST), ("sliding_window", "max_window_layers")),
+    (
+        POSITIVE,
+        (
+            *("max_position_embeddings", "original_max_position_embeddings", "n_positions", "rope_theta"),
+            *("rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"),
+            *("query_pre_attn_scalar", "logits_scaling"),
+        ),
+    ),
+    (
+        NUMBER,
+        (
+            *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "attn_logit_softcapping"),
+            *("final_logit_softcapping", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+        ),
+    ),
+    (
+        FLAG,
+        (
+            *("attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window"),
+            *("norm_topk_prob", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "use_parallel_residual"),
+        ),
+    ),
+    (TEXT, ("hidden_act", "hidden_activation", "activation_function")),
+    (OBJECT, ("rope_parameters", "rope_scaling")),
+    (_list("texts", TEXT.holds), ("layer_types", "architectures")),
+    (_list("whole numbers", _whole(0, LARGEST).holds), ("no_rope_layers", "mlp_only_layers")),
+    (
+        Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value)))),
+        ("eos_token_id",),
+    ),
+)
+
+
+def wrong_values(config: Mapping[str, Any]) -> list[str]:
+    """A line for each field of a config.json whose value is not of its kind."""
+    return [
+        f"{name} is {_short(config[name])}, expected {kind.what}"
+        for kind, names in FIELDS
+        for name in names
+        if config.get(name) is not None and not kind.holds(config[name])
+    ]
+
+
+def wrong_rope(parameters: Mapping[str, Any]) -> list[str]:
+    """A line for each rotary parameter that is not of its kind."""
+    expected = dict.fromkeys(parameters, NUMBER) | dict.fromkeys(("rope_type", "type"), TEXT)
+    expected |= dict.fromkeys(("short_factor", "long_factor"), NUMBERS) | {"truncate": FLAG}
+    expected |= dict.fromkeys(
+        ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"), POSITIVE
+    )
+    return [
+        f"rotary parameter {name} is {_short(value)}, expected {expected[name].what}"
+        for name, value in parameters.items()
+        if not expected[name].holds(value)
+    ]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,10 +1,11 @@
 """The transformers tokenizer of a checkpoint, chat template included."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jlora.errors import MissingFileError, MissingPackageError
+from jlora.errors import MissingFileError, MissingPackageError, UserError
 from jlora.hub.gguf import tokenizer_fields
 from jlora.hub.source import locate
 
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 # How byte-level vocabularies split a text before merging, by GGUF's names; True: every digit stands alone.
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False, "default": False}
 CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
+TRIAL = "Some faults show only once a text is read."
 
 
 def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer that belongs to the model at `source`: a folder, a Hub id or a GGUF file.
 
+    No code out of the folder is run, and no pickle is opened.
+
     Raises:
         FileNotFoundError: there is no such source, or it has no tokenizer.
+        UserError: its files are not those of a tokenizer that transformers opens and that reads a text.
         ImportError: a GGUF file with a tokenizer that only transformers can build, which needs PyTorch for it.
     """
     # Slow to import, and of no use to those who bring token ids.
@@ -28,10 +33,38 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
 
     path = locate(source)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
-    if not any(path.glob("tokenizer*")) and not any(path.glob("vocab*")):
+        return _opened(path, lambda: _from_gguf(path))
+    if not has_tokenizer(path):
         raise MissingFileError(f"{path} has no tokenizer.json, tokenizer.model or vocab file")
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return _opened(path, lambda: transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer of its own."""
+    return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
+def _opened(path: Path, open_it: Callable[[], "PreTrainedTokenizerBase"]) -> "PreTrainedTokenizerBase":
+    """The tokenizer, once it has read a text.
+
+    transformers and tokenizers raise errors of any class, a bare Exception among them, and Rust's panics are not even
+    that.
+    """
+    try:
+        tokenizer = open_it()
+        tokenizer.decode(tokenizer(TRIAL)["input_ids"])
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        files = ", ".join(sorted(file.name for file in path.glob("tokenizer*"))) if path.is_dir() else path.name
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: the tokenizer ({files}) cannot be opened: {type(error).__name__}: {reason}. Take its files from "
+            "the original model again"
+        ) from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise UserError(f"{path}: chat_template is {type(tokenizer.chat_template).__name__}, expected a text")
+    return tokenizer
 
 
 def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jlora import hub
+from jlora.errors import UserError
 from jlora.hub.gguf_tokenizer import LLAMA3_SPLIT, named, strips_spaces, tokenizer_metadata
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
@@ -295,3 +296,63 @@ def test_llama_cpp_gives_the_same_ids(kind, tmp_path, llama_cpp):
     for text in (*TEXTS, "ab<tool>ab</s>", "ab<tool> \n ab</s> <s>  a", "12345 ab's", "\n\n a"):
         found = opened.tokenize(text.encode(), add_bos=False, special=True)
         assert found == original(text, add_special_tokens=False).input_ids, text
+
+
+def _set(*path):
+    *names, last, value = path
+
+    def change(content):
+        for name in names:
+            content = content[name]
+        content[last] = value
+
+    return change
+
+
+DAMAGE = {
+    "number": ("tokenizer.json", _set("model", "vocab", "a", 1e9)),
+    "merge": ("tokenizer.json", _set("model", "merges", [["a", "?!"]])),
+    "version": ("tokenizer.json", _set("version", "9.0")),
+    "regular expression": (
+        "tokenizer.json",
+        _set("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}),
+    ),
+    "unknown token after the text": (  # a panic of Rust's, once a text is read
+        "tokenizer.json",
+        _set("post_processor", "single", [{"SpecialToken": {"id": "<none>", "type_id": 0}}]),
+    ),
+    "no model": ("tokenizer.json", _set("model", None)),
+    "end of text": ("tokenizer_config.json", _set("eos_token", {"a": 1})),
+    "class": ("tokenizer_config.json", _set("tokenizer_class", 7)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_whatever_transformers_and_tokenizers_raise_names_the_folder(name, byte_tokenizer, tmp_path):
+    byte_tokenizer.save_pretrained(tmp_path)
+    file, change = DAMAGE[name]
+    content = json.loads((tmp_path / file).read_text())
+    change(content)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{tmp_path}: the tokenizer \(.*tokenizer\.json.*\) cannot be opened: \w+"):
+        hub.load_tokenizer(tmp_path)
+
+
+def test_a_template_is_a_text(byte_tokenizer, tmp_path):
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": 5}))
+    with pytest.raises(UserError, match="chat_template is int, expected a text"):
+        hub.load_tokenizer(tmp_path)
+
+
+def test_no_code_of_the_folder_is_run(byte_tokenizer, tmp_path):
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    content |= {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}, "tokenizer_class": "Mine"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="custom code"):
+        hub.load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()

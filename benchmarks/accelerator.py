@@ -13,6 +13,7 @@ products (of half a square), over the device's dense bfloat16 peak.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import hashlib
 import json
@@ -49,22 +50,14 @@ RELATIVE = 1e-3  # between devices, in float32 and with products in full precisi
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """(part, what its process is told), what matters most first."""
     shapes = ("tiny",) if options.dry else ("8b", "0.6b", "4b")
+    every: list[tuple[str, dict[str, Any]]] = [("checks", {})]
+    every += [("train", {"shape": shape, "format": format}) for shape in shapes for format in ("nf4", "bfloat16")]
+    every += [("peft", {"shape": shape}) for shape in shapes]
+    every += [("kernels", {"dry": options.dry})]
+    every += [("decode", {"shape": shapes[0], "format": format}) for format in ("bfloat16", "nf4")]
+    every += [("train", {"shape": shapes[0], "format": "nf4", "lookup": "select"})]
     chosen = options.parts.split(",")
-    if "checks" in chosen:
-        yield "checks", {}
-    if "train" in chosen:
-        for shape in shapes:
-            for format in ("nf4", "bfloat16"):
-                yield "train", {"shape": shape, "format": format}
-        yield "train", {"shape": shapes[0], "format": "nf4", "lookup": "select"}
-    if "kernels" in chosen:
-        yield "kernels", {}
-    if "decode" in chosen:
-        for format in ("bfloat16", "nf4"):
-            yield "decode", {"shape": shapes[0], "format": format}
-    if "peft" in chosen:
-        for shape in shapes:
-            yield "peft", {"shape": shape}
+    yield from ((part, settings) for part, settings in every if part in chosen)
 
 
 def packed_batch(vocabulary: int, length: int) -> dict[str, np.ndarray]:
@@ -411,8 +404,10 @@ def _data(folder: pathlib.Path, algorithm: str) -> pathlib.Path:
 
 def checks() -> dict[str, Any]:
     """Where this device's numbers differ from a CPU's: what is not equal to the bit, and by how much the others are."""
-    theirs = child("numbers", {}, platform="cpu", limit=300)
-    ours = numbers()
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(child, "numbers", {}, platform="cpu", limit=400)
+        ours = numbers()
+        theirs = waiting.result()
     differences: dict[str, Any] = {}
     for name, value in ours.items():
         other = theirs.get(name)
@@ -473,8 +468,6 @@ def main() -> None:
     found = []
     for part, settings in measurements(options):
         left = until - time.monotonic()
-        if part == "kernels" and options.dry:
-            settings = settings | {"dry": True}
         result = child(part, settings, limit=left) if left > 0 else {"error": "no time left"}
         found.append({"part": part, **settings, **result})
         print(json.dumps(found[-1]), flush=True)

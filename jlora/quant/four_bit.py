@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.quant.scales import dequantize_scales, quantize_scales
+from jlora.quant.scales import dequantize_scales, quantize_scales, rounded_to
 
 BLOCK = 64
 
@@ -115,7 +115,7 @@ def pack(array: Float[Array, "*stack D N"], format: str, *, double_quant: bool) 
 def unpack(leaf: Packed4bit, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
     """The kernels that a packed value stands for: codebook · scale in float32, rounded once to the leaf's dtype."""
     values = _lookup(_nibbles(leaf.codes), CODEBOOKS[leaf.format]) * jnp.repeat(block_scales(leaf), BLOCK, axis=-2)
-    return _from_blocks(values, leaf.matrix).astype(leaf.dtype).astype(dtype or leaf.dtype)
+    return rounded_to(_from_blocks(values, leaf.matrix), leaf.dtype, dtype)
 
 
 def block_scales(leaf: Packed4bit) -> Float[Array, "*stack blocks N"]:

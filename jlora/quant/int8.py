@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.quant.scales import rounded_to
+
 # bitsandbytes multiplies by this and does not divide by 127.
 STEP = np.float32(7.874015718698502e-3)
 
@@ -52,7 +54,7 @@ def pack(array: Float[Array, "*stack D N"]) -> PackedInt8:
 
     Equal to `bitsandbytes.functional.int8_vectorwise_quant(kernel.T.half())` on a CPU. An output of zeros has codes 0.
     """
-    half = array.astype(jnp.float16).astype(jnp.float32)
+    half = rounded_to(array, jnp.float16, jnp.float32)
     scale = jnp.max(jnp.abs(half), axis=-2, keepdims=True)
     # 127/scale is rounded as torch does it: the reciprocal first.
     factor = (1.0 / jnp.where(scale == 0, 1.0, scale)) * 127.0
@@ -64,4 +66,4 @@ def pack(array: Float[Array, "*stack D N"]) -> PackedInt8:
 def unpack(leaf: PackedInt8, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
     """The kernels that a packed value stands for: codes · scale / 127 in float32, rounded once to the leaf's dtype."""
     values = leaf.codes.astype(jnp.float32) * leaf.scale * STEP
-    return values.astype(leaf.dtype).astype(dtype or leaf.dtype)
+    return rounded_to(values, leaf.dtype, dtype)

@@ -41,6 +41,23 @@ def dequantize_scales(
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset[..., None, None]
 
 
+def rounded_to(
+    values: Float[Array, "..."], stored: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "..."]:
+    """The values rounded to `stored`, held in `dtype` (None: in `stored`).
+
+    Two casts would not do: XLA may leave out a narrowing whose result is widened again, and on GPUs it does.
+    """
+    stored = jnp.dtype(stored)
+    if dtype is None or jnp.dtype(dtype) == stored:
+        return values.astype(stored)
+    if stored == jnp.bfloat16:
+        return jax.lax.reduce_precision(values.astype(jnp.float32), exponent_bits=8, mantissa_bits=7).astype(dtype)
+    if stored == jnp.float16:  # a precision of 5 and 10 bits would have no subnormal numbers; the maximum changes none
+        return jnp.maximum(values.astype(jnp.float16), jnp.finfo(jnp.float16).min).astype(dtype)
+    return values.astype(stored).astype(dtype)
+
+
 @functools.cache
 def dynamic_map() -> np.ndarray:
     """The 256 values of the signed 8-bit dynamic data type (Dettmers et al. 2021), float32, ascending."""

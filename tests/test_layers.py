@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     ("errors",),
-    ("allocator", "tree", "types"),
+    ("allocator", "ends", "tree", "types"),
     ("kernels", "sharding"),
     ("quant",),
     ("lora",),

@@ -2,7 +2,7 @@
 
 from jlora.data.chat import EncodeReport, Example, encode, split_prompt
 from jlora.data.config import DataConfig
-from jlora.data.ends import end_ids, stop_ids
+from jlora.data.ends import stop_ids
 from jlora.data.items import (
     Item,
     collate_items,
@@ -42,7 +42,6 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "encode_unpaired",
-    "end_ids",
     "fitted",
     "item_loader",
     "loader",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jlora.data.vocabulary import require_rows
+from jlora.ends import CHAT, behind_words
 from jlora.errors import UserError
 
 
@@ -112,9 +113,4 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
 
 def _behind_answer(tokenizer: Any) -> tuple[list[int], int]:
     """The tokens that the template writes behind an assistant's words, and the place of the first special one."""
-    words = "jlora"
-    text = render([{"role": "user", "content": "?"}, {"role": "assistant", "content": words}], tokenizer)
-    tokens = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special.update(tokenizer.all_special_ids)
-    return tokens, next((index for index, token in enumerate(tokens) if token in special), len(tokens))
+    return behind_words(render(list(CHAT), tokenizer), tokenizer)

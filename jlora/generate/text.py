@@ -38,10 +38,11 @@ def generate(
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The text that follows each prompt, without it, up to what ends an answer (`data.end_ids`) or `max_new_tokens`.
+    """The text that follows each prompt, without it.
 
-    Prompts of like length are decoded together; a text depends on its prompt, its place in `prompts` and the seed, not
-    on which prompts share its batch.
+    It goes up to what ends an answer (see `jlora.ends.end_ids`), or has `max_new_tokens`. Prompts of like length are
+    decoded together; a text depends on its prompt, its place in `prompts` and the seed, not on which prompts share its
+    batch.
 
     Args:
         params: or a bank of adapters.

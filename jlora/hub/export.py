@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora import lora, quant, tree
+from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.folder import replacing
@@ -222,10 +223,31 @@ def configs(
     generation = config.pop("generation_config", None)
     for outdated in ("torch_dtype", "quantization_config"):
         config.pop(outdated, None)
+    generation = _generation_config(model, config, generation, tokenizer)
     config["dtype"] = max(pieces, key=lambda piece: piece.nbytes).dtype.name
     if any(piece.path == KERNEL for piece in pieces):
         config = scored_config(model, config, tokenizer)
     return config, generation
+
+
+def _generation_config(
+    model: "Model",
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> Mapping[str, Any] | None:
+    """generation_config.json, which names every token that ends an answer, those that only the tokenizer knows too.
+
+    A model that was trained on chats ends its answers as their template does, whatever its base ended texts with.
+    """
+    known = model.config.eos_token_ids
+    ends = known if tokenizer is None else end_ids(tokenizer, known, model.config.vocab_size)
+    if set(ends) <= set(known):
+        return generation
+    if generation is None:  # what transformers takes from config.json where there is no such file
+        names_of_tokens = ("bos_token_id", "pad_token_id")
+        generation = {name: config[name] for name in names_of_tokens if config.get(name) is not None}
+    return {**generation, "eos_token_id": list(ends)}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

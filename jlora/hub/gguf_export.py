@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora import lora, tree
+from jlora.ends import template_end
 from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.export import Piece, as_written, pieces_of, tensors_of
@@ -18,7 +19,7 @@ from jlora.hub.gguf_layout import Heads, layout_of
 from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
 from jlora.hub.gguf_tokenizer import PHI3, named, strips_spaces, tokenizer_metadata
 from jlora.hub.source import locate
-from jlora.hub.tokenizer import load_tokenizer
+from jlora.hub.tokenizer import is_byte_level, load_tokenizer
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
@@ -197,12 +198,22 @@ def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: 
         source = locate(tokenizer)
         if source.suffix == ".gguf":
             fields = {f"tokenizer.{key}": value for key, value in tokenizer_fields(source).items() if value != []}
+            fields |= _end_of_turn(source, fields)
             return {"general.name": named(name, strips=bool(re.search(PHI3, _name(source))))} | fields
         tokenizer = load_tokenizer(source)
     return {
         "general.name": named(name, strips=strips_spaces(tokenizer)),
         **tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids),
     }
+
+
+def _end_of_turn(source: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The token that the chat template of a GGUF file writes behind an answer, where the file names none."""
+    name = "tokenizer.ggml.eot_token_id"
+    if name in fields or "tokenizer.chat_template" not in fields or not is_byte_level(tokenizer_fields(source)):
+        return {}
+    end = template_end(load_tokenizer(source))
+    return {} if end in (None, fields.get("tokenizer.ggml.eos_token_id")) else {name: end}
 
 
 def _name(path: Path) -> str:

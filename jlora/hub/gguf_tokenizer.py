@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jlora.ends import end_ids, template_end
 from jlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     else:
         found |= {"ggml.model": "gpt2", "ggml.pre": _split(parts)}
         found["ggml.merges"] = [" ".join(_without_spaces(part) for part in merge) for merge in merges]
-    found |= _special(tokenizer, vocabulary, ends)
+    found |= _special(tokenizer, ends, rows)
     if tokenizer.chat_template:
         template = tokenizer.chat_template
         found["chat_template"] = template if isinstance(template, str) else template.get("default", "")
@@ -192,9 +193,7 @@ def _prepends(parts: Mapping[str, Any]) -> bool:
     return "Prepend" in normalizers or any(scheme in ("always", "first") for scheme in schemes)
 
 
-def _special(
-    tokenizer: "PreTrainedTokenizerBase", vocabulary: Mapping[str, int], ends: Sequence[int]
-) -> dict[str, Any]:
+def _special(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int], rows: int) -> dict[str, Any]:
     """The tokens that begin, end and pad a text, and which of them are added to one."""
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -202,7 +201,9 @@ def _special(
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    turn = [end for end in ends if end != ids["eos"]]
+    # What the chat template writes behind an answer ends a turn; llama.cpp has a place for one such token.
+    found_ends = end_ids(tokenizer, ends, rows)
+    turn = [end for end in (template_end(tokenizer), *found_ends) if end in found_ends and end != ids["eos"]]
     if ids["eos"] is not None and turn:
         ids["eot"] = turn[0]
     found: dict[str, Any] = {f"ggml.{name}_token_id": value for name, value in ids.items() if value is not None}

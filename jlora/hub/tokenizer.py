@@ -1,7 +1,7 @@
 """The transformers tokenizer of a checkpoint, chat template included."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
     fields = tokenizer_fields(path)
     if not fields.get("ggml.tokens"):
         raise MissingFileError(f"{path} has no tokenizer (no tokenizer.ggml.tokens in its metadata)")
-    if fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre", "default") in SPLITS_DIGITS:
+    if is_byte_level(fields):
         return _byte_level(fields)
     if importlib.util.find_spec("torch") is None:
         raise MissingPackageError(
@@ -82,6 +82,11 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
             name="torch",
         )
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def is_byte_level(fields: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file's tokenizer is one that jlora builds itself."""
+    return fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre", "default") in SPLITS_DIGITS
 
 
 def _byte_level(fields: dict[str, Any]) -> "PreTrainedTokenizerBase":

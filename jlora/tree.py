@@ -3,7 +3,7 @@ paths.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -19,6 +19,12 @@ Value = TypeVar("Value")
 STACK = re.compile(
     r"(?P<stack>(?:gpt_neox/)?layers|h)(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
 )
+# What jlora's own models hold outside of their stack.
+OUTSIDE = re.compile(
+    r"(embed_tokens|norm|lm_head|score|wte|wpe|ln_f|embed_out|gpt_neox/(embed_in|final_layer_norm))/[^/]+"
+)
+# How many axes such a leaf of a stack has at least. In a single module it has one less.
+STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
 
 
 class Stack(NamedTuple):
@@ -142,7 +148,10 @@ def _scramble(words: jax.Array) -> jax.Array:
 
 
 def stack_of(path: str) -> Stack | None:
-    """The stack that the leaf or module at `path` is in; None for one that is not stacked."""
+    """The stack that the leaf or module at `path` of a jlora model is in; None for one that is not stacked.
+
+    A path says it for jlora's own models only: other models may call anything `layers` or `h` (`stacks_of`).
+    """
     match = STACK.fullmatch(path)
     if match is None:
         return None
@@ -150,6 +159,43 @@ def stack_of(path: str) -> Stack | None:
     if match["first"] is not None:
         layers = range(int(match["first"]), int(match["last"]) + 1, int(match["step"] or 1))
     return Stack(match["stack"], layers, match["rest"])
+
+
+def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
+    """`stack_of` for the paths of a tree that may be any model's: what is called like a stack is one only if it is
+    built like one. All leaves below a stack have the same first axis, and one axis more than a single module's.
+
+    {"h/dense/kernel": [4, 24, 24], "h/dense/bias": [4, 24]}  →  a stack of 4 layers
+    {"h/dense/kernel": [24, 24],    "h/dense/bias": [24]}     →  a module that is called h
+
+    Args:
+        leaves: path → leaf of the whole tree; leaves of adapters are not looked at.
+    """
+    counts: dict[str, set[int | None]] = {}
+    names: dict[str, str] = {}
+    for path, leaf in leaves.items():
+        last = path.rpartition("/")[2]
+        stack = stack_of(path)
+        if stack is None or last.startswith(("lora_", "trained_")) or not hasattr(leaf, "shape"):
+            continue
+        key = path[: len(path) - len(stack.rest)]
+        shape = tuple(leaf.shape)
+        whole = "/" in stack.rest and len(shape) >= STACKED_AXES.get(last, 1)
+        counts.setdefault(key, set()).add(shape[0] if whole else None)
+        names[key] = stack.name
+    single = {names[key] for key, found in counts.items() if None in found or len(found) > 1}
+
+    def find(path: str) -> Stack | None:
+        stack = stack_of(path)
+        return None if stack is None or stack.name in single else stack
+
+    return find
+
+
+def is_own(leaves: Mapping[str, Any]) -> bool:
+    """Whether the tree with these leaves is that of one of jlora's own models, or a part of one."""
+    find = stacks_of(leaves)
+    return all(OUTSIDE.fullmatch(path) or find(path) for path in leaves)
 
 
 def stack_key(name: str, layers: range, total: int) -> str:

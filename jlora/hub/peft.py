@@ -15,6 +15,7 @@ from jlora import lora, quant, sharding, tree
 from jlora.errors import MissingFileError, UserError
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, NO_TARGETS, AdapterConfig, Summary, to_json
+from jlora.hub.adapter_names import AdapterNames, copied_modules
 from jlora.hub.folder import replacing
 from jlora.hub.peft_slots import (
     PLAIN,
@@ -28,17 +29,17 @@ from jlora.hub.peft_slots import (
     extra_slots,
     factor_slots,
     find_modules,
-    full_names,
     input_embedding,
     is_wanted,
     optional_tensors,
     outermost,
     read_slots,
+    token_modules,
 )
 from jlora.hub.score import has_score
 from jlora.hub.source import locate
 from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
-from jlora.lora.merge import MAIN, TIED_HEADS
+from jlora.lora.merge import TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
 from jlora.types import Params
@@ -78,8 +79,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
         ranks[module.name], alphas[module.name] = rank, rank if fold else _tidy(scale * rank)
         for leaf, (name, _, codec) in module.factors(rank).items():
             value = _layer(flat[f"{module.path}/{leaf}"], module.index)
-            value = value[..., :rank] if leaf == "lora_a" else value[..., :rank, :] * (scale if fold else 1)
-            tensors[name] = codec.to_file(value)
+            tensors[name] = codec.to_file(module.used(leaf, value, rank) * (scale if fold and leaf == "lora_b" else 1))
         if f"{module.path}/lora_bias" in flat:
             factor = scale if fold else 1
             tensors[f"{module.tensors}.lora_B.bias"] = _layer(flat[f"{module.path}/lora_bias"], module.index) * factor
@@ -96,7 +96,7 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / "README.md").write_text(_card(config), encoding="utf-8")
 
@@ -191,13 +191,8 @@ def _setting_leaves(
         if config.lora_dropout and members[0].leaf == "kernel":
             found["lora_dropout"] = np.full(count, config.lora_dropout, np.float32)
         settings |= {f"{path}/{leaf}": value if stacked else value.reshape(()) for leaf, value in found.items()}
-    rows = config.token_rows(input_embedding(leaves))
-    for path in made:
-        module, _, name = path.rpartition("/")
-        if name == "lora_tokens":
-            full = full_names(module, 1)[0]
-            tokens = next(ids for item, ids in rows.items() if full == item or full.endswith(f".{item}"))
-            settings[f"{module}/lora_token_ids"] = np.array(tokens, np.int32)
+    for module, (tokens, _) in token_modules(leaves, config, AdapterNames(leaves)).items():
+        settings[f"{module}/lora_token_ids"] = np.array(tokens, np.int32)
     return settings
 
 
@@ -232,7 +227,7 @@ def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -
     for path, head in TIED_HEADS.items():
         if f"{path}/lora_tied" not in flat:
             continue
-        name = f"{PREFIX}{full_names(path, 1)[0]}"
+        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
         if f"{name}.lora_embedding_A" in tensors:
             mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
             mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T
@@ -253,7 +248,7 @@ def _mirrored(
     for path, head in TIED_HEADS.items():
         if not config.ensure_weight_tying or f"{path}/embedding" not in leaves or f"{head}/kernel" in leaves:
             continue
-        name = f"{PREFIX}{full_names(path, 1)[0]}"
+        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
         for tensor, source, codec in (
             (f"{PREFIX}{head}.lora_A.weight", f"{name}.lora_embedding_B", TRANSPOSED),
             (f"{PREFIX}{head}.lora_B.weight", f"{name}.lora_embedding_A", TRANSPOSED),
@@ -270,9 +265,9 @@ def _mirrored(
 
 def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: AdapterConfig) -> dict[str, np.ndarray]:
     marks = {}
-    for path, head in TIED_HEADS.items():
+    for path in tied_heads(leaves):
         changed = f"{path}/lora_a" in made or f"{path}/{TRAINED}embedding" in made
-        if changed and f"{head}/kernel" not in leaves and config.ensure_weight_tying:
+        if changed and config.ensure_weight_tying:
             marks[f"{path}/lora_tied"] = np.array(1, np.int32)
     return marks
 
@@ -330,6 +325,7 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
             raise UserError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
         return any(have)
 
+    bias, saved = _copies(flat, {module.path for module in adapted})
     dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
     return Summary(
         ranks=ranks,
@@ -340,50 +336,41 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
         dropout=float(max(dropouts, default=0.0)),
         use_dora=leaf_of_all("lora_magnitude"),
         lora_bias=leaf_of_all("lora_bias"),
-        bias=_bias(flat, {module.path for module in adapted}),
-        modules_to_save=_saved(flat),
+        bias=bias,
+        modules_to_save=AdapterNames(flat).shortest(saved),
         tokens=_token_ids(flat),
         tied=any(f"{path}/lora_tied" in flat for path in TIED_HEADS),
-        fan_in_fan_out=any(module.path.startswith("h/") for module in adapted),
+        fan_in_fan_out=any(module.path.startswith("h/") and module.index is not None for module in adapted),
         task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
     )
 
 
-def _bias(flat: Mapping[str, Any], adapted: set[str]) -> str:
-    saved = {path.rpartition("/")[0] for path in flat if path.endswith(tuple(f"/{TRAINED}{leaf}" for leaf in MAIN))}
-    saved |= {path.rpartition("/")[0] for path in flat if path.endswith(f"/{TRAINED}scale")}
-    trained = {path.rpartition("/")[0] for path in flat if path.endswith(f"/{TRAINED}bias")} - saved
-    every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")}
+def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
+    """(`bias`, the modules of `modules_to_save`) that account for all trained copies."""
+    copies = copied_modules(flat)
+    saved = {module for module, leaves in copies.items() if leaves != {"bias"}}
+    trained = copies.keys() - saved
+    every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")} - saved
+    if trained and trained == every:
+        return "all", saved
+    # Modules that hold nothing else are copied whole, but for those that are adapted.
+    more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", f"{TRAINED}bias")}
+    saved, trained = saved | (trained - more), trained & more
     if not trained:
-        return "none"
-    if trained == every:
-        return "all"
+        return "none", saved
     if trained == every & adapted:
-        return "lora_only"
-    raise UserError("PEFT's format trains all biases, or those of adapted modules; here are others: " + str(trained))
-
-
-def _saved(flat: Mapping[str, Any]) -> list[str]:
-    """`modules_to_save`: the shortest names that mean these modules and no others."""
-    main = tuple(f"/{TRAINED}{leaf}" for leaf in (*MAIN, "scale"))
-    modules = {path.rpartition("/")[0] for path in flat if path.endswith(main)}
-    others = {path.rpartition("/")[0] for path in flat if "/" in path} - modules
-    found = set()
-    for module in modules:
-        last = module.rpartition("/")[2]
-        if any(other.endswith(last) for other in others):
-            found |= set(names.module_names(module, flat[next(p for p in flat if p.startswith(module))].shape[0]))
-        else:
-            found.add(last)
-    return sorted(found)
+        return "lora_only", saved
+    raise UserError(f"PEFT's format trains all biases, or those of adapted modules; here are others: {sorted(trained)}")
 
 
 def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
-    ids = {
-        path.rpartition("/")[0].split("/")[-1]: np.asarray(leaf).tolist()
-        for path, leaf in flat.items()
-        if path.endswith("/lora_token_ids")
-    }
+    called = AdapterNames(flat)
+    ids = {}
+    for path, leaf in flat.items():
+        if path.endswith("/lora_token_ids"):
+            module = path.rpartition("/")[0]
+            last = module.rpartition("/")[2]
+            ids[last if called.only(last) == [module] else called.modules(module)[0]] = np.asarray(leaf).tolist()
     return ids.get(input_embedding(flat)) if len(ids) == 1 and input_embedding(flat) in ids else ids or None
 
 

@@ -2,21 +2,23 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import lora, quant, tree
 from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
+from jlora.hub.adapter_names import AdapterNames
 from jlora.hub.score import KERNEL
 from jlora.hub.weights import TensorInfo, read_tensor
-from jlora.lora.merge import MAIN, TIED_HEADS
+from jlora.lora.merge import MAIN, TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
-from jlora.lora.targets import module_names, split_axes
+from jlora.lora.targets import split_axes
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -97,6 +99,12 @@ class Module(NamedTuple):
             "lora_b": (self.tensors + ends[1], (self.outputs, wide), b),
         }
 
+    def used(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
+        """The first `rank` columns of one layer's A, or rows of its B: all that is not padding."""
+        if leaf == "lora_a":
+            return value[..., :rank]
+        return value[:rank] if self.kernel else value[..., :rank, :]
+
 
 class Slot(NamedTuple):
     """One tensor of the file, and its place in the tree."""
@@ -117,25 +125,27 @@ def find_modules(params: Params, found: Mapping[str, TensorInfo] | None = None) 
         found: a file's tensors, whose shapes say which of a kernel's several axes are inputs.
     """
     every = tree.flatten(params)
+    called = AdapterNames(every)
     flat = {path: leaf for path, leaf in every.items() if not lora.is_adapter(path)}
     modules = []
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         if name in MAIN and leaf.ndim > 1:
-            modules += _module_layers(module, name, every, found or {})
-    for embedding, head in TIED_HEADS.items():
-        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
-            shape = flat[f"{embedding}/embedding"].shape
-            modules.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
+            modules += _module_layers(module, name, every, found or {}, called)
+    for embedding, head in tied_heads(flat).items():
+        shape = flat[f"{embedding}/embedding"].shape
+        modules.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
     return modules
 
 
-def _module_layers(path: str, leaf: str, flat: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> list[Module]:
+def _module_layers(
+    path: str, leaf: str, flat: Mapping[str, Any], found: Mapping[str, TensorInfo], called: AdapterNames
+) -> list[Module]:
     shape = tuple(flat[f"{path}/{leaf}"].shape)
-    stacked = tree.stack_of(path) is not None
-    is_expert = re.fullmatch(names.EXPERTS, path) is not None
+    stacked = called.stack_of(path) is not None
+    is_expert = stacked and re.fullmatch(names.EXPERTS, path) is not None
     layers = []
-    for i, name in enumerate(full_names(path, shape[0])):
+    for i, name in enumerate(called.modules(path)):
         tensors = f"{PREFIX}{name.rpartition('.')[0] if is_expert else name}"
         if is_expert and name.endswith("gate_up_proj") and f"{path.rpartition('/')[0]}/down_proj/lora_a" in flat:
             tensors += ".base_layer"  # PEFT wraps the experts' module once for each parameter
@@ -144,33 +154,24 @@ def _module_layers(path: str, leaf: str, flat: Mapping[str, Any], found: Mapping
         experts = own[0] if is_expert else 0
         kernel = None
         if len(own) > 2 and not is_expert:
-            kernel = _kernel_axes(path, own, flat, found.get(f"{tensors}.lora_A.weight"))
+            kernel = _kernel_axes(path, own, flat, found.get(f"{tensors}.lora_A.weight"), stacked)
             own = tuple(map(math.prod, kernel))
         layers.append(Module(full, path, i if stacked else None, leaf, own[-2], own[-1], experts, tensors, kernel))
     return layers
 
 
 def _kernel_axes(
-    path: str, shape: tuple[int, ...], flat: Mapping[str, Any], lora_a: TensorInfo | None
+    path: str, shape: tuple[int, ...], flat: Mapping[str, Any], lora_a: TensorInfo | None, stacked: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input axes, output axes): as its adapter has them, or as the file's A fits, or as the bias says."""
-    stacked = 1 if tree.stack_of(path) else 0
+    """(input axes, output axes): as its adapter has them, or as the bias says, or as the file's A fits."""
     bias = flat.get(f"{path}/bias")
-    _, outputs = split_axes(path, (1,) * stacked + shape, None if bias is None else bias.ndim)
-    if lora_a is not None:
+    _, outputs = split_axes(path, (1,) * stacked + shape, None if bias is None else bias.ndim, stacked=stacked)
+    if lora_a is not None and lora_a.shape[1] != math.prod(shape[:-outputs]):
         sizes = [math.prod(shape[:count]) for count in range(1, len(shape))]
         outputs = len(shape) - 1 - sizes.index(lora_a.shape[1]) if lora_a.shape[1] in sizes else outputs
     elif f"{path}/lora_b" in flat:
         outputs = flat[f"{path}/lora_b"].ndim - 1 - stacked
     return shape[:-outputs], shape[-outputs:]
-
-
-def full_names(path: str, count: int) -> list[str]:
-    """transformers' names of a module, one a layer; modules that it does not have go by their own."""
-    try:
-        return names.module_names(path, count)
-    except ValueError:
-        return module_names(path, count)
 
 
 def outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig) -> list[Module]:
@@ -223,19 +224,22 @@ def extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
         wrapped: names of adapted modules, whose own leaves PEFT calls "base_layer".
     """
     slots: dict[str, Slot] = {}
+    called = AdapterNames(flat)
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         if name.startswith(TRAINED):
-            slots |= _copy_slots(module, name.removeprefix(TRAINED), tuple(leaf.shape), wrapped)
+            slots |= _copy_slots(module, name.removeprefix(TRAINED), tuple(leaf.shape), wrapped, called)
         if name == "lora_tokens":
-            tensor = f"{PREFIX}{full_names(module, 1)[0]}.token_adapter.trainable_tokens_delta"
+            tensor = f"{PREFIX}{called.modules(module)[0]}.token_adapter.trainable_tokens_delta"
             slots[tensor] = Slot(path, None, tuple(leaf.shape), PLAIN)
     return slots
 
 
-def _copy_slots(module: str, leaf: str, shape: tuple[int, ...], wrapped: set[str]) -> dict[str, Slot]:
+def _copy_slots(
+    module: str, leaf: str, shape: tuple[int, ...], wrapped: set[str], called: AdapterNames
+) -> dict[str, Slot]:
     slots = {}
-    for tensor in names.hub_tensors(f"{module}/{leaf}", shape):
+    for tensor in called.tensors(module, leaf, shape):
         owner, _, last = tensor.name.rpartition(".")
         name = f"{owner}.base_layer.{last}" if owner in wrapped else tensor.name
         index = tensor.index[0] if tensor.index else None
@@ -248,30 +252,51 @@ def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list
     """The tensors of trained copies and token rows that a config asks for."""
     slots: dict[str, Slot] = {}
     wrapped = {module.name for module in adapted}
+    called = AdapterNames(leaves)
     for path, leaf in leaves.items():
         module, _, name = path.rpartition("/")
-        full = full_names(module, leaf.shape[0] if leaf.ndim else 1)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        full = called.modules(module)
         saved = [config.saves(item) for item in full]
         biased = name == "bias" and (
             config.bias == "all" or (config.bias == "lora_only" and any(item in wrapped for item in full))
         )
         if any(saved) or biased:
-            slots |= _copy_slots(module, name, tuple(leaf.shape), wrapped)
-    for embedding, head in TIED_HEADS.items():
-        if f"{embedding}/embedding" in leaves and f"{head}/kernel" not in leaves:
-            if config.saves(head) and not config.ensure_weight_tying:
-                slots |= _copy_slots(head, "kernel", leaves[f"{embedding}/embedding"].shape[::-1], wrapped)
-    if config.saves(SCORE) and KERNEL not in leaves and (width := _width(leaves)):
-        slots |= _copy_slots(SCORE, "kernel", (width, 1), wrapped)
+            slots |= _copy_slots(module, name, tuple(leaf.shape), wrapped, called)
+    for embedding, head in tied_heads(leaves).items():
+        if config.saves(head) and not config.ensure_weight_tying:
+            slots |= _copy_slots(head, "kernel", leaves[f"{embedding}/embedding"].shape[::-1], wrapped, called)
+    if config.saves(SCORE) and KERNEL not in leaves and tree.is_own(leaves) and (width := _width(leaves)):
+        slots |= _copy_slots(SCORE, "kernel", (width, 1), wrapped, called)
+    return slots | {
+        f"{PREFIX}{called.modules(module)[0]}.token_adapter.trainable_tokens_delta": Slot(
+            f"{module}/lora_tokens", None, (len(tokens), width), PLAIN
+        )
+        for module, (tokens, width) in token_modules(leaves, config, called).items()
+    }
+
+
+def token_modules(
+    leaves: Mapping[str, Any], config: AdapterConfig, called: AdapterNames
+) -> dict[str, tuple[Sequence[int], int]]:
+    """Module → (the tokens whose rows the adapter replaces there, how long a row is).
+
+    Raises:
+        UserError: a module that has no rows of tokens.
+    """
+    found: dict[str, tuple[Sequence[int], int]] = {}
     for item, tokens in config.token_rows(input_embedding(leaves)).items():
-        for path, leaf in leaves.items():
-            module, _, name = path.rpartition("/")
-            full = full_names(module, leaf.shape[0] if leaf.ndim else 1)[0]
-            if name in ("kernel", "embedding") and (full == item or full.endswith(f".{item}")):
-                width = leaf.shape[1] if name == "embedding" else leaf.shape[0]
-                tensor = f"{PREFIX}{full}.token_adapter.trainable_tokens_delta"
-                slots[tensor] = Slot(f"{module}/lora_tokens", None, (len(tokens), width), PLAIN)
-    return slots
+        for module in called.only(item):
+            for name in {"kernel", "embedding"} & {path.removeprefix(f"{module}/") for path in leaves}:
+                shape = leaves[f"{module}/{name}"].shape
+                if len(shape) != 2 or called.stack_of(module):
+                    raise UserError(
+                        f"{CONFIG}: trainable_token_indices names {item!r}, which is {module}/{name} {tuple(shape)}: "
+                        "only an embedding and a head have rows of tokens"
+                    )
+                found[module] = tokens, shape[1] if name == "embedding" else shape[0]
+    return found
 
 
 def input_embedding(leaves: Mapping[str, Any]) -> str:
@@ -354,8 +379,8 @@ def optional_tensors(
 
 def base_weight(leaves: Mapping[str, Any], module: Module) -> Any:
     """The base's weight of an embedding or head, as the Hub has it [V, D]."""
-    for embedding, head in TIED_HEADS.items():
-        if module.path == head and f"{head}/kernel" not in leaves:
+    for embedding, head in tied_heads(leaves).items():
+        if module.path == head:
             return leaves[f"{embedding}/embedding"]
     weight = leaves[f"{module.path}/{module.leaf}"]
     return weight if module.leaf == "embedding" or quant.is_packed(weight) else weight.T

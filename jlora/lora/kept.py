@@ -81,12 +81,13 @@ def kept(params: Params, merged: Params) -> Kept:
     places = _places(tree.flatten(merged))
     found = []
     faults: list[str] = []
+    stack_of = tree.stacks_of(tree.flatten(params))
     for path in sorted({path.rpartition("/")[0] for path in tree.flatten(params) if is_adapter(path)}):
         module = with_bias(tree.subtree(params, path))
         for name in sorted(changed_leaves(module) & module.keys()):
             leaves = {key: leaf for key, leaf in module.items() if key == name or is_adapter(key)}
             sums = np.zeros(3)
-            for part, key in _parts(f"{path}/{name}", leaves):
+            for part, key in _parts(f"{path}/{name}", leaves, stack_of(f"{path}/{name}")):
                 counterpart = _counterpart(places, key)
                 if counterpart is None or counterpart.shape != part[name].shape:
                     faults.append(f"{_name(key)} {part[name].shape}: found {getattr(counterpart, 'shape', 'nothing')}")
@@ -98,9 +99,8 @@ def kept(params: Params, merged: Params) -> Kept:
     return Kept(tuple(found))
 
 
-def _parts(path: str, module: Params) -> Iterator[tuple[Params, Key]]:
+def _parts(path: str, module: Params, stack: tree.Stack | None) -> Iterator[tuple[Params, Key]]:
     """(its leaves, its key) of every layer of the module whose leaf is at `path`; of one not stacked there is one."""
-    stack = tree.stack_of(path)
     if stack is None:
         yield module, (path, None)
         return
@@ -111,8 +111,9 @@ def _parts(path: str, module: Params) -> Iterator[tuple[Params, Key]]:
 def _places(flat: Mapping[str, Any]) -> dict[Key, tuple[Any, int | None]]:
     """Key → (the leaf that holds the weight, which of its layers it is)."""
     places: dict[Key, tuple[Any, int | None]] = {}
+    stack_of = tree.stacks_of(flat)
     for path, leaf in flat.items():
-        stack = tree.stack_of(path)
+        stack = stack_of(path)
         if stack is None:
             places[path, None] = leaf, None
         else:

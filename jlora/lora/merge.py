@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,9 +40,7 @@ def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
 def untie(params: Params) -> Params:
     """The tree with a head of its own if its adapter needs one; otherwise the tree itself."""
     flat = tree.flatten(params)
-    for path, head in TIED_HEADS.items():
-        if f"{path}/embedding" not in flat or f"{head}/kernel" in flat:
-            continue
+    for path, head in tied_heads(flat).items():
         changed = any(f"{path}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
         own = [name for name in flat if name.startswith(f"{head}/")]
         if own or (changed and f"{path}/lora_tied" not in flat):
@@ -54,6 +53,18 @@ def untie(params: Params) -> Params:
                 )
             return tree.unflatten(flat | extra)
     return params
+
+
+def tied_heads(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Embedding → head for the embeddings that are their model's head as well: of jlora's own models. What another
+    model's head is, its own function knows.
+    """
+    tied = {
+        embedding: head
+        for embedding, head in TIED_HEADS.items()
+        if f"{embedding}/embedding" in leaves and f"{head}/kernel" not in leaves
+    }
+    return tied if tied and tree.is_own(leaves) else {}
 
 
 def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:

@@ -13,7 +13,7 @@ from jlora import quant, tree
 from jlora.errors import UserError
 from jlora.lora import starts
 from jlora.lora.config import LoraConfig
-from jlora.lora.merge import TIED_HEADS, base_norms, column_norms
+from jlora.lora.merge import TIED_HEADS, base_norms, column_norms, tied_heads
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.lora.targets import Candidate, InputAxes, Target, find_targets, matches, module_names, saves
 from jlora.types import Params
@@ -176,18 +176,19 @@ def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]
 
 def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
     """The leaves of all modules that `modules_to_save` means, unpacked and in float32, by the paths of their copies:
-    norm/scale → norm/trained_scale.
+    norm/scale → norm/trained_scale. What is no floating-point number has no gradient, and no copy.
 
     Raises:
         ValueError: an item that no module's name ends in (all are listed), or that means only some layers of a stack.
     """
     copies: dict[str, jax.Array] = {}
     used: set[str] = set()
+    stack_of = tree.stacks_of(flat)
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
-        if is_adapter(path):
+        if is_adapter(path) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
-        names = module_names(module, leaf.shape[0] if leaf.ndim else 1)
+        names = module_names(module, leaf.shape[0] if leaf.ndim else 1, stack_of)
         hits = [saves(full, config) for full in names]
         if any(hits) and not all(hits):
             raise UserError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
@@ -195,8 +196,8 @@ def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Arr
             dense = quant.unpacked(leaf)
             copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
             used |= {item for item in config.modules_to_save if names[0].endswith(item)}
-    for embedding, head in TIED_HEADS.items():  # a tied head trained apart starts as a copy of the embedding
-        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat and saves(head, config):
+    for embedding, head in tied_heads(flat).items():  # a tied head trained apart starts as a copy of the embedding
+        if saves(head, config):
             copies[f"{head}/{TRAINED}kernel"] = flat[f"{embedding}/embedding"].T.astype(jnp.float32)
             used |= {item for item in config.modules_to_save if head.endswith(item)}
     if missing := sorted(set(config.modules_to_save or ()) - used):
@@ -213,6 +214,7 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
         raise UserError("trainable_token_indices: the tree has no input embedding that jlora knows")
     named = chosen if isinstance(chosen[0], tuple) else ((embeddings[0].split("/")[-1], chosen),)
     leaves: dict[str, jax.Array] = {}
+    stack_of = tree.stacks_of(flat)
     for item, tokens in named:
         places = [
             path.rpartition("/")
@@ -224,6 +226,11 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
             raise UserError(f"trainable_token_indices: {item!r} names {len(places)} modules, expected one")
         module, _, name = places[0]
         weight = flat[f"{module}/{name}"]
+        if stack_of(module) or weight.ndim != 2:
+            raise UserError(
+                f"trainable_token_indices: {item!r} is {module}/{name} {tuple(weight.shape)}; only an embedding and a "
+                "head have rows of tokens"
+            )
         rows = weight if name == "embedding" else weight.T
         if bad := [token for token in tokens if not 0 <= token < rows.shape[0]]:
             raise UserError(f"trainable_token_indices: {bad} are outside the vocabulary of {rows.shape[0]}")
@@ -239,7 +246,7 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
 def ties(flat: dict[str, Any]) -> dict[str, jax.Array]:
     """The mark of embeddings that are their head as well and changed in both places."""
     marks = {}
-    for embedding, head in TIED_HEADS.items():
+    for embedding, head in tied_heads(flat).items():
         adapted = any(f"{embedding}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
         if adapted and not any(path.startswith(f"{head}/") for path in flat):
             marks[f"{embedding}/lora_tied"] = jnp.int32(1)

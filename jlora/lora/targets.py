@@ -5,13 +5,13 @@ names.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
-from jlora.lora.merge import MAIN, TIED_HEADS
+from jlora.lora.merge import MAIN, tied_heads
 
 # "all-linear" leaves these alone: what makes logits, and what makes a reward model's score.
 HEADS = ("lm_head", "embed_out", "score")
@@ -31,6 +31,7 @@ class Candidate(NamedTuple):
         shape: of that leaf, [*stack, *inputs, *outputs] (experts: [*stack, E, inputs, outputs]).
         axes: how many of the shape's last axes are inputs, and how many outputs: (1, 1) for a matrix.
         names: the dotted name that patterns are matched with, one a layer.
+        stacked: whether the shape begins with an axis of layers.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Candidate(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[int, int]
     names: list[str]
+    stacked: bool = False
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -48,12 +50,12 @@ class Candidate(NamedTuple):
     @property
     def is_parameter(self) -> bool:
         """Whether it is no module of its own to PEFT, which then takes its name in `target_parameters` only."""
-        return self.leaf == "router" or is_expert(self.path)
+        return self.leaf == "router" or (self.stacked and is_expert(self.path))
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """() or (layers,): the shape of its settings."""
-        return self.shape[:1] if tree.stack_of(self.path) else ()
+        return self.shape[:1] if self.stacked else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,12 @@ def find_targets(params: dict, config: LoraConfig, input_axes: InputAxes = ()) -
         if any(rank for rank, _ in settings):
             ranks, scales = zip(*settings, strict=True)
             targets.append(Target(candidate, ranks, scales))
+    paths = [target.path for target in targets]
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise UserError(
+            "an adapter lies beside one weight of a module, and these modules hold several (kernel, embedding, "
+            f"router): exclude_modules can leave them out: {', '.join(twice)}"
+        )
     if not targets:
         linears = sorted(candidate.path for candidate in found if candidate.leaf == "kernel")
         raise UserError(f"target_modules={config.target_modules!r} selects no linear; there are {', '.join(linears)}")
@@ -96,30 +104,34 @@ def candidates(params: dict, input_axes: InputAxes = ()) -> list[Candidate]:
     """Every module that can be adapted, in the tree's order; a head that is its embedding is one too."""
     found = []
     flat = tree.flatten(params)
+    stack_of = tree.stacks_of(flat)
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         if name in MAIN and module and leaf.ndim > 1:
-            bias = flat.get(f"{module}/bias")
-            axes = split_axes(module, tuple(leaf.shape), None if bias is None else bias.ndim, input_axes)
-            found.append(Candidate(module, name, tuple(leaf.shape), axes, _pattern_names(module, name, leaf.shape[0])))
-    for embedding, head in TIED_HEADS.items():
-        if f"{embedding}/embedding" in flat and f"{head}/kernel" not in flat:
-            shape = tuple(flat[f"{embedding}/embedding"].shape[::-1])
-            found.append(Candidate(head, "kernel", shape, (1, 1), [head]))
+            bias, stacked, shape = flat.get(f"{module}/bias"), stack_of(path) is not None, tuple(leaf.shape)
+            axes = split_axes(module, shape, None if bias is None else bias.ndim, input_axes, stacked=stacked)
+            names = module_names(module, shape[0], stack_of)
+            names = [f"{item}.weight" for item in names] if name == "router" else names
+            found.append(Candidate(module, name, shape, axes, names, stacked))
+    for embedding, head in tied_heads(flat).items():
+        shape = tuple(flat[f"{embedding}/embedding"].shape[::-1])
+        found.append(Candidate(head, "kernel", shape, (1, 1), [head]))
     return found
 
 
 def split_axes(
-    module: str, shape: tuple[int, ...], bias_axes: int | None, input_axes: InputAxes = ()
+    module: str, shape: tuple[int, ...], bias_axes: int | None, input_axes: InputAxes = (), *, stacked: bool
 ) -> tuple[int, int]:
     """How many of a kernel's axes are inputs, and how many outputs.
 
     Flax's DenseGeneral and Conv have more than one of a kind. The first rule (regular expression for the module's path,
     number of input axes) that matches decides; then the bias, whose axes are the outputs; else the last axis is the
     output.
+
+    Args:
+        stacked: whether the shape begins with an axis of layers, as a bias's then does.
     """
-    stacked = 1 if tree.stack_of(module) else 0
-    own = 2 if is_expert(module) else len(shape) - stacked
+    own = 2 if stacked and is_expert(module) else len(shape) - stacked
     for pattern, count in input_axes:
         if re.fullmatch(pattern, module):
             if not 0 < count < own:
@@ -129,23 +141,19 @@ def split_axes(
     return own - outputs, outputs
 
 
-def _pattern_names(module: str, leaf: str, count: int) -> list[str]:
-    names = module_names(module, count)
-    return [f"{name}.weight" for name in names] if leaf == "router" else names
-
-
 def is_expert(path: str) -> bool:
-    """Whether the leaf or module at `path` is a kernel of experts, which is no linear to PEFT."""
+    """Whether the leaf or module at `path` of a stack is a kernel of experts, which is no linear to PEFT."""
     return "/experts/" in path
 
 
-def module_names(path: str, count: int) -> list[str]:
+def module_names(path: str, count: int, stack_of: Callable[[str], tree.Stack | None] = tree.stack_of) -> list[str]:
     """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…
 
     Args:
         count: the length of the leading axis of its leaves if it is stacked.
+        stack_of: what says so: `tree.stacks_of` the tree.
     """
-    stack = tree.stack_of(path)
+    stack = stack_of(path)
     if stack is None:
         return [path.replace("/", ".")]
     name, rest = stack.name.replace("/", "."), stack.rest.replace("/", ".")

@@ -39,8 +39,10 @@ class Candidate(NamedTuple):
 def candidates(params: Params, config: QuantConfig) -> list[Candidate]:
     """The kernels of stacked layers that `config` packs."""
     found = []
-    for path, leaf in tree.flatten(params).items():
-        stack = tree.stack_of(path)
+    flat = tree.flatten(params)
+    stack_of = tree.stacks_of(flat)
+    for path, leaf in flat.items():
+        stack = stack_of(path)
         for index, layer in enumerate(stack.indices(leaf.shape[0]) if stack else []):
             if format := leaf_format(path, config, layer):
                 name, matrix = f"{stack.name}/{layer}/{stack.rest}", (leaf.shape[-2], leaf.shape[-1])

@@ -64,8 +64,12 @@ def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _places(places: Sequence[str]) -> str:
+    """The first places; the name of a file that they are all in is said once: "train.jsonl:7, :12"."""
+    first, *others = places[:PLACES]
+    file = first.rpartition(":")[0]
+    shown = [first, *(other.removeprefix(file) if file else other for other in others)]
     rest = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
-    return ", ".join(places[:PLACES]) + rest
+    return ", ".join(shown) + rest
 
 
 def raise_all(faults: Iterable[str]) -> None:

@@ -8,10 +8,12 @@ from jlora.errors import UserError, describe_faults, group_faults, raise_all
 def test_equal_faults_share_a_line_with_three_places_and_a_count():
     found = [(f"a:{number}", "found a list, expected text") for number in range(1, 1001)] + [("a:7", "found no role")]
     assert group_faults(found) == [
-        "a:1, a:2, a:3 and 997 more: found a list, expected text",
+        "a:1, :2, :3 and 997 more: found a list, expected text",
         "a:7: found no role",
     ]
-    assert group_faults(found[:3]) == ["a:1, a:2, a:3: found a list, expected text"]
+    assert group_faults(found[:3]) == ["a:1, :2, :3: found a list, expected text"]
+    assert group_faults([("record 3", "bad"), ("record 9", "bad")]) == ["record 3, record 9: bad"]
+    assert group_faults([("a:b.json:1 (record 1)", "bad"), ("c:9", "bad")]) == ["a:b.json:1 (record 1), c:9: bad"]
 
 
 def test_faults_that_differ_in_values_alone_are_one_kind():

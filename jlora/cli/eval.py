@@ -5,8 +5,9 @@ import json
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,8 @@ def run(arguments: list[str]) -> int:
     records = _read(options)
     sets = _sets(options) if options.against or options.scales else {}
     model, params, tokenizer = load_model(options)
+    if not options.pairs:
+        records = data.encodable(records, tokenizer, on_error=options.on_error, note=_note)
     if ("score" in params) != options.pairs:
         found = "a reward model" if "score" in params else "no reward model: it has no score head"
         raise UserError(
@@ -92,14 +95,23 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise UserError(f"{name}={path}: found a folder, expected a file")
     if options.plot:
         require("matplotlib.figure", "plots")
-    return data.read_preferences(options.data, "pairs") if options.pairs else data.read_records(options.data)
+    settings = {"on_error": options.on_error, "note": _note}
+    if options.pairs:
+        return data.read_preferences(options.data, "pairs", **settings)
+    return data.read_records(options.data, **settings)
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _compare(
     options: argparse.Namespace, model: Model, params: Params, tokenizer: Any, records: list[dict[str, Any]]
 ) -> None:
     """Shows what a reward model makes of pairs, and draws it where a plot is asked for."""
-    items, report = data.encode_pairs(records, tokenizer, seq_len=options.seq_len)
+    items, report = data.encode_pairs(
+        records, tokenizer, seq_len=options.seq_len, on_error=options.on_error, note=_note
+    )
     metrics = reward_model.compare(model, params, items, batch_size=options.batch_size, seq_len=options.seq_len)
     _show(options, reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)})
     if options.plot:
@@ -230,7 +242,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_model_options(parser)
-    parser.add_argument("--data", required=True, metavar="FILE.jsonl", help="records as for training")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")
+    parser.add_argument(
+        "--on_error",
+        choices=get_args(data.OnError),
+        default="raise",
+        help="of records that cannot be read or encoded: skip leaves them out and says so (default: raise)",
+    )
     parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
     parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="of a text (default: 128)")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records at a time (default: 8)")

@@ -1,8 +1,9 @@
 """Training data: records of files, chat templates, packing plans and the loader that feeds the training step."""
 
-from jlora.data.chat import EncodeReport, Example, encode, split_prompt
+from jlora.data.chat import EncodeReport, Example, encodable, encode, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
+from jlora.data.files import digest
 from jlora.data.items import (
     Item,
     collate_items,
@@ -17,7 +18,7 @@ from jlora.data.loader import Batch, collate, describe, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
-from jlora.data.records import Record, digest, read_records
+from jlora.data.records import OnError, Record, read_records
 from jlora.data.template import template_tail, template_variables
 from jlora.data.vocabulary import RESIZE, fitted, unfitted
 
@@ -28,6 +29,7 @@ __all__ = [
     "EncodeReport",
     "Example",
     "Item",
+    "OnError",
     "Prompt",
     "PromptReport",
     "Record",
@@ -37,6 +39,7 @@ __all__ = [
     "count_tokens",
     "describe",
     "digest",
+    "encodable",
     "encode",
     "encode_pairs",
     "encode_prompt",

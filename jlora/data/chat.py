@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jlora.data.records import Record
+from jlora.data.records import Note, OnError, Record, settle_faults, warn
 from jlora.data.template import (
     as_messages,
     common_prefix,
@@ -20,7 +20,9 @@ from jlora.data.template import (
     template_variables,
     text_tokens,
 )
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError
+
+Encoded = TypeVar("Encoded")
 
 # In the place of a turn's words it shows where they stand in what a template writes.
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -64,6 +66,8 @@ def encode(
     overlong: str = "drop",
     completion_only: bool = True,
     end: bool = True,
+    on_error: OnError = "raise",
+    note: Note = warn,
 ) -> tuple[list[Example], EncodeReport]:
     """Examples for the records that can be trained on, in order, and a report of what was left out.
 
@@ -72,6 +76,7 @@ def encode(
 
     Args:
         end: without it no end-of-text token is added; what a chat template writes behind a turn counts all the same.
+        on_error, note: see `encode_all`.
     """
     chats = sum(not _is_text(record) for record in records)
     require_template(tokenizer, chats, len(records))
@@ -82,7 +87,7 @@ def encode(
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
         return (Example(tokens[:length], trained[:length] | (not completion_only)),)
 
-    kept, report = select(records, one, seq_len=seq_len, overlong=overlong)
+    kept, report = select(records, one, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
     return [example for _, (example,) in kept], report
 
 
@@ -92,6 +97,8 @@ def select(
     *,
     seq_len: int,
     overlong: str,
+    on_error: OnError = "raise",
+    note: Note = warn,
 ) -> tuple[list[tuple[Record, tuple[Example, ...]]], EncodeReport]:
     """(record, its documents) of the records that can be trained on, none longer than `seq_len`, and a report.
 
@@ -100,19 +107,17 @@ def select(
     Raises:
         ValueError: a record cannot be encoded, is too long where `overlong` is "error", or nothing remains.
     """
-    kept, places, faults = [], [], []
+
+    def one(record: Record) -> tuple[Example, ...]:
+        documents = encode_record(record)
+        if overlong == "error" and (longest := max(len(document.tokens) for document in documents)) > seq_len:
+            raise UserError(f"found {longest} tokens, expected at most {seq_len}")
+        return documents
+
+    kept, places = [], []
     cut = dropped = untrained = 0
-    for number, record in enumerate(records, start=1):
-        try:
-            documents = encode_record(record)
-        except UserError as error:
-            faults.append(f"record {number}: {error}")
-            continue
-        longest = max(len(document.tokens) for document in documents)
-        if too_long := longest > seq_len:
-            if overlong == "error":
-                faults.append(f"record {number}: found {longest} tokens, expected at most {seq_len}")
-                continue
+    for index, documents in encode_all(records, one, on_error=on_error, note=note):
+        if too_long := max(len(document.tokens) for document in documents) > seq_len:
             if overlong == "drop":
                 dropped += 1
                 continue
@@ -121,10 +126,8 @@ def select(
             untrained += 1
             continue
         cut += too_long
-        kept.append((record, documents))
-        places.append(number - 1)
-    if faults:
-        raise UserError(describe_faults(f"{len(faults)} of {len(records)} records cannot be encoded", faults))
+        kept.append((records[index], documents))
+        places.append(index)
     if not kept:
         raise UserError(
             f"no token to train on in {len(records)} records: {dropped} are longer than {seq_len} tokens and were "
@@ -140,6 +143,46 @@ def select(
         dropped=dropped,
         untrained=untrained,
     )
+
+
+def encode_all(
+    records: Sequence[Record],
+    encode_record: Callable[[Record], Encoded],
+    *,
+    noun: str = "records",
+    on_error: OnError = "raise",
+    note: Note = warn,
+) -> list[tuple[int, Encoded]]:
+    """(index, what `encode_record` makes of it) of each record, in order.
+
+    Args:
+        on_error: "raise", or "skip": records that cannot be encoded are left out, and `note` is told.
+
+    Raises:
+        UserError: records cannot be encoded; all are named, those of one kind once.
+    """
+    found, faults = [], []
+    for index, record in enumerate(records):
+        try:
+            found.append((index, encode_record(record)))
+        except UserError as error:
+            faults.append((f"record {index + 1}", str(error)))
+    title = f"{len(faults)} of {len(records)} {noun} cannot be encoded"
+    settle_faults(title, faults, len(found), on_error, note)
+    return found
+
+
+def encodable(
+    records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
+) -> list[Record]:
+    """The records that can be encoded, whatever their length; the others are refused or noted, see `encode_all`."""
+    chats = sum(not _is_text(record) for record in records)
+    require_template(tokenizer, chats, len(records))
+    stop = template_stop(tokenizer) if chats else None
+    found = encode_all(
+        records, lambda record: _encode_record(record, tokenizer, stop, True), on_error=on_error, note=note
+    )
+    return [records[index] for index, _ in found]
 
 
 def split_prompt(record: Record) -> tuple[str | list[dict[str, Any]], str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jlora.data.records import OnError
 from jlora.errors import UserError
 
 OVERLONG = ("cut", "drop", "error")
@@ -12,8 +13,9 @@ class DataConfig:
     """Settings of the data.
 
     Args:
-      path: JSONL file to train on.
-      eval_path: JSONL file to evaluate on, or None.
+      path: file to train on: JSONL or a JSON array (gzipped or not), .parquet, .arrow, or a folder of datasets.
+      eval_path: file to evaluate on, or None.
+      on_error: "raise" ends the run when records cannot be read or encoded, "skip" leaves them out and says so.
       packing: several documents share a row of `train.seq_len`; attention and loss stay inside a document.
       overlong: what happens to a document longer than `train.seq_len`: "cut" keeps its start, "drop", or "error".
       completion_only: the loss counts assistant turns and completions only, not the prompt.
@@ -29,13 +31,14 @@ class DataConfig:
     completion_only: bool = True
     share_prompts: bool = True
     bucket: int = 64
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
         faults = []
         if not self.path:
-            faults.append(f"data.path: found {self.path!r}, expected the path of a JSONL file")
+            faults.append(f"data.path: found {self.path!r}, expected the path of a file")
         if self.eval_path == "":
-            faults.append("data.eval_path: found '', expected the path of a JSONL file, or None")
+            faults.append("data.eval_path: found '', expected the path of a file, or None")
         if self.overlong not in OVERLONG:
             faults.append(f"data.overlong: found {self.overlong!r}, expected one of {', '.join(OVERLONG)}")
         if self.bucket < 1:

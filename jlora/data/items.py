@@ -12,7 +12,7 @@ from jlora.data.chat import EncodeReport, Example, select, turn
 from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
-from jlora.data.records import Record
+from jlora.data.records import Note, OnError, Record, warn
 from jlora.data.template import (
     common_prefix,
     render,
@@ -35,7 +35,13 @@ class Item:
 
 
 def encode_pairs(
-    records: Sequence[Record], tokenizer: Any, *, seq_len: int, overlong: str = "drop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    overlong: str = "drop",
+    on_error: OnError = "raise",
+    note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
     """An item of the documents (chosen, rejected) for each pair that can be learned from, in order, and a report.
 
@@ -46,15 +52,22 @@ def encode_pairs(
     Args:
         records: as `read_preferences` returns them.
         overlong: of a document longer than `seq_len`, "cut" keeps the start, "drop" leaves its pair out, or "error".
+        on_error, note: see `encode_all`.
     """
-    return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len=seq_len, overlong=overlong)
+    return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len, overlong, on_error, note)
 
 
 def encode_unpaired(
-    records: Sequence[Record], tokenizer: Any, *, seq_len: int, overlong: str = "drop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    overlong: str = "drop",
+    on_error: OnError = "raise",
+    note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
     """An item of one document for each answer, with "label" 1 or 0; all else as in `encode_pairs`."""
-    return _encode(records, tokenizer, ("completion",), ("label",), seq_len=seq_len, overlong=overlong)
+    return _encode(records, tokenizer, ("completion",), ("label",), seq_len, overlong, on_error, note)
 
 
 def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> list[Item]:
@@ -239,13 +252,19 @@ def _encode(
     tokenizer: Any,
     sides: tuple[str, ...],
     names: tuple[str, ...],
-    *,
     seq_len: int,
     overlong: str,
+    on_error: OnError,
+    note: Note,
 ) -> tuple[list[Item], EncodeReport]:
     require_template(tokenizer, sum(not isinstance(record["prompt"], str) for record in records), len(records))
     kept, report = select(
-        records, lambda record: _encode_sides(record, sides, tokenizer), seq_len=seq_len, overlong=overlong
+        records,
+        lambda record: _encode_sides(record, sides, tokenizer),
+        seq_len=seq_len,
+        overlong=overlong,
+        on_error=on_error,
+        note=note,
     )
     return [
         Item(documents, {name: float(record[name]) for name in names if name in record}) for record, documents in kept

@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jlora.data.chat import split_prompt
+from jlora.data.chat import encode_all, split_prompt
 from jlora.data.forms import answer, asks, media_faults, normal_row, question, with_system
 from jlora.data.messages import kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
 from jlora.data.template import template_tokens, template_variables, text_tokens
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError
 
 Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with a question ("instruction", "question")'
@@ -44,33 +44,36 @@ def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
 
 
 def encode_prompts(
-    records: Sequence[Record], tokenizer: Any, max_prompt_length: int, *, overlong: str = "drop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_prompt_length: int,
+    *,
+    overlong: str = "drop",
+    on_error: OnError = "raise",
+    note: Note = warn,
 ) -> tuple[list[list[int]], PromptReport]:
     """The tokens of each prompt that is not too long, in order, and which records they belong to.
 
     Args:
         overlong: "drop", or "error".
+        on_error, note: see `encode_all`.
 
     Raises:
-        ValueError: a prompt cannot be encoded, is too long where `overlong` is "error", or none remains.
+        UserError: a prompt cannot be encoded, is too long where `overlong` is "error", or none remains.
     """
-    encoded, kept, faults = [], [], []
-    for index, record in enumerate(records):
-        try:
-            tokens = encode_prompt(record["prompt"], tokenizer, template_variables(record))
-        except UserError as error:
-            faults.append(f"record {index + 1}: {error}")
-            continue
-        if len(tokens) <= max_prompt_length:
-            encoded.append(tokens)
-            kept.append(index)
-        elif overlong == "error":
-            faults.append(f"record {index + 1}: found {len(tokens)} tokens, expected at most {max_prompt_length}")
-    if faults:
-        raise UserError(describe_faults(f"{len(faults)} of {len(records)} prompts cannot be used", faults))
+
+    def one(record: Record) -> list[int]:
+        tokens = encode_prompt(record["prompt"], tokenizer, template_variables(record))
+        if overlong == "error" and len(tokens) > max_prompt_length:
+            raise UserError(f"found {len(tokens)} tokens, expected at most {max_prompt_length}")
+        return tokens
+
+    found = encode_all(records, one, noun="prompts", on_error=on_error, note=note)
+    encoded = [(index, tokens) for index, tokens in found if len(tokens) <= max_prompt_length]
     if not encoded:
         raise UserError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
-    return encoded, PromptReport(tuple(kept), len(records) - len(kept))
+    kept = tuple(index for index, _ in encoded)
+    return [tokens for _, tokens in encoded], PromptReport(kept, len(found) - len(kept))
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> list[int]:

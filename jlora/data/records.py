@@ -77,17 +77,28 @@ def read_rows(
         if not found.faults:
             records += found.records
             unused += [(place, one) for one in found.unused]
-    if faults and (on_error == "raise" or not records):
-        hint = '; data.on_error="skip" (--on_error=skip) leaves them out' if records else ""
-        title = f"{path} has records that cannot be used ({wrong} of {count}{hint})"
-        raise UserError(describe_faults(title, group_faults(faults)))
+    settle_faults(f"{path}: {wrong} of {count} records cannot be used", faults, len(records), on_error, note)
     if not records:
         raise UserError(f"{path}: found no records, expected {forms} in each row")
-    if faults:
-        note(describe_faults(f"{path}: {wrong} of {count} records are left out", group_faults(faults)))
     if unused:
         note(describe_faults(f"{path} has keys that are not used", group_faults(unused)))
     return records
+
+
+def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_error: OnError, note: Note) -> None:
+    """Raise one UserError of all faults, or note that what they are in is left out; do nothing where there is none.
+
+    Args:
+        faults: (place, fault) pairs.
+        right: how much is without fault; where nothing is, there is nothing to go on with.
+    """
+    if not faults:
+        return
+    if on_error == "skip" and right:
+        note(describe_faults(f"{title} and are left out", group_faults(faults)))
+        return
+    hint = '; data.on_error="skip" (--on_error=skip) leaves them out' if right else ""
+    raise UserError(describe_faults(title + hint, group_faults(faults)))
 
 
 def check_record(record: Any) -> list[str]:

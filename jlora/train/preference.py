@@ -68,8 +68,8 @@ METHODS = {
 def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the preferences of `data.path`."""
     method, train = METHODS[config.algorithm], config.train
-    items, encoded = read_items(config, config.data.path, tokenizer)
-    held_out = read_items(config, config.data.eval_path, tokenizer)[0] if config.data.eval_path else []
+    items, encoded = read_items(config, config.data.path, tokenizer, note)
+    held_out = read_items(config, config.data.eval_path, tokenizer, note)[0] if config.data.eval_path else []
     _check_references(config, items, held_out)
     steps = data.plan_items(
         items,
@@ -112,12 +112,14 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     return Plan(len(steps), start)
 
 
-def read_items(config: RunConfig, path: str, tokenizer: Any) -> tuple[list[data.Item], data.EncodeReport]:
+def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tuple[list[data.Item], data.EncodeReport]:
     """The items of a file, as the algorithm wants them."""
     kind = METHODS[config.algorithm].kind
-    records = data.read_preferences(path, kind)
+    on_error = config.data.on_error
+    records = data.read_preferences(path, kind, on_error=on_error, note=note)
     encode = data.encode_pairs if kind == "pairs" else data.encode_unpaired
-    items, report = encode(records, tokenizer, seq_len=config.train.seq_len, overlong=config.data.overlong)
+    seq_len, overlong = config.train.seq_len, config.data.overlong
+    items, report = encode(records, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
     if dpo.CHOSEN in items[0].values and config.dpo.ld_alpha is not None:
         raise UserError(
             f"{path} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh token "

@@ -91,18 +91,21 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
             raise UserError(
                 "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
             )
-        train = data.read_prompts(config.data.path)
-        held_out = data.read_prompts(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
+        read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
+        train = read(config.data.path)
+        held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
     room = config.train.seq_len - settings.max_completion_length
-    prompts = _encode(train, tokenizer, room, config.data.overlong, note)
+    prompts = _encode(train, tokenizer, room, config.data, note)
     note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
-    return prompts, _encode(held_out, tokenizer, room, config.data.overlong, note) if held_out else None, names
+    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, names
 
 
-def _encode(records: Sequence[Record], tokenizer: Any, room: int, overlong: str, note: Note) -> Prompts:
-    if overlong == "cut":
+def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
+    if settings.overlong == "cut":
         raise UserError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
-    tokens, report = data.encode_prompts(records, tokenizer, room, overlong=overlong)
+    tokens, report = data.encode_prompts(
+        records, tokenizer, room, overlong=settings.overlong, on_error=settings.on_error, note=note
+    )
     if report.dropped:
         note(f"{report.dropped} prompts of more than {room} tokens are left out")
     return Prompts(tuple(records[index] for index in report.kept), tuple(tokens))

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the tokens that the data marks as trained."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,13 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the records of `data.path`."""
     train = config.train
     examples, encoded = data.encode(
-        data.read_records(config.data.path),
+        data.read_records(config.data.path, on_error=config.data.on_error, note=note),
         tokenizer,
         seq_len=train.seq_len,
         overlong=config.data.overlong,
         completion_only=config.data.completion_only,
+        on_error=config.data.on_error,
+        note=note,
     )
     steps = data.plan(
         [len(example.tokens) for example in examples],
@@ -37,6 +40,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         epochs=train.epochs,
         steps=train.steps,
     )
+    held_out = _held_out(config, tokenizer, note)
     note(f"{encoded.examples} examples, {data.describe(encoded, steps)}")
 
     def start(base: Base) -> Job:
@@ -47,7 +51,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             source=FileSource(data.loader(examples, steps, train.grad_accum), base.mesh),
             report=_report,
             adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
-            evaluate=functools.partial(_evaluate, config, base),
+            evaluate=functools.partial(_evaluate, config, base, held_out),
             panels=(("Tokens per second", ("tokens_per_second",)),),
         )
 
@@ -74,8 +78,15 @@ def _report(metrics: Metrics) -> Numbers:
     return {"mean_token_accuracy": float(metrics["correct"] / max(float(metrics["weight"]), 1.0))}
 
 
-def _evaluate(config: RunConfig, base: Base, state: TrainState) -> Numbers:
-    records = data.read_records(config.data.eval_path)
+def _held_out(config: RunConfig, tokenizer: Any, note: Note) -> list[data.Record]:
+    """The records of `data.eval_path`; what is wrong with them is found before the run begins."""
+    if not config.data.eval_path:
+        return []
+    settings = {"on_error": config.data.on_error, "note": note}
+    return data.encodable(data.read_records(config.data.eval_path, **settings), tokenizer, **settings)
+
+
+def _evaluate(config: RunConfig, base: Base, records: Sequence[data.Record], state: TrainState) -> Numbers:
     params = lora.combine(base.frozen, state.trainable)
     rows, seq_len = config.train.batch_size, config.train.seq_len
     return completion_loss(

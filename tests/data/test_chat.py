@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jlora.data import encode, split_prompt
+from jlora.data import encode, encode_pairs, encode_prompts, split_prompt
+from jlora.errors import UserError
 
 
 def trained_text(example, tokenizer):
@@ -162,8 +163,8 @@ def test_all_records_the_template_refuses_are_named(make_tokenizer):
     system = chat("s", "u", "a", roles=("system", "user", "assistant"))
     with pytest.raises(ValueError) as error:
         encode([system, chat("a?", "A."), system], make_tokenizer(template, "<|im_end|>"), seq_len=64)
-    assert "record 1: the chat template refuses the roles system, user, assistant: no system role" in str(error.value)
-    assert "record 3" in str(error.value)
+    refused = "record 1, record 3: the chat template refuses the roles system, user, assistant: no system role"
+    assert refused in str(error.value)
     assert "record 2" not in str(error.value)
 
 
@@ -172,3 +173,28 @@ def test_split_prompt_gives_the_question_and_the_answer():
     assert split_prompt({"messages": turns}) == (turns[:3], "B.")
     assert split_prompt({"prompt": "2+2=", "completion": "4"}) == ("2+2=", "4")
     assert split_prompt({"prompt": turns[:1], "completion": "A."}) == (turns[:1], "A.")
+
+
+def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}"
+        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    records = [chat("no", "a"), chat("b?", "B."), chat("no", "c"), chat("d?", "D.")]
+    other = chat("x", "x")["messages"][1:]
+    pairs = [{"prompt": r["messages"][:1], "chosen": r["messages"][1:], "rejected": other} for r in records]
+    tokenizer = make_tokenizer(template, "<|im_end|>")
+    for encoder, given in ((encode, records), (encode_pairs, pairs)):
+        notes = []
+        found, report = encoder(given, tokenizer, seq_len=64, on_error="skip", note=notes.append)
+        assert (len(found), report.kept) == (2, (1, 3))
+        [note] = notes
+        assert note.startswith("2 of 4 records cannot be encoded and are left out:\n  record 1, record 3: the chat")
+        with pytest.raises(UserError, match=r'2 of 4 records cannot be encoded; data.on_error="skip"'):
+            encoder(given, tokenizer, seq_len=64)
+        with pytest.raises(UserError, match="1 of 1 records cannot be encoded:"):
+            encoder(given[:1], tokenizer, seq_len=64, on_error="skip")
+    notes = []
+    tokens, report = encode_prompts(pairs, tokenizer, 64, on_error="skip", note=notes.append)
+    assert (len(tokens), report.kept, report.dropped) == (2, (1, 3), 0)
+    assert "2 of 4 prompts cannot be encoded and are left out" in notes[0]

@@ -242,7 +242,7 @@ def test_keys_that_other_loaders_read_are_named_once(tmp_path, beside, words):
     records = read(tmp_path, *[row] * 5, note=notes.append)
     [note] = notes
     path = tmp_path / "data.jsonl"
-    assert f"{path}:1, {path}:2, {path}:3 and 2 more: " in note
+    assert f"{path}:1, :2, :3 and 2 more: " in note
     assert words in note
     assert all(record[key] == row[key] for record in records for key in beside if key != "messages")
 
@@ -402,16 +402,17 @@ def test_one_bad_row_in_a_thousand_can_be_left_out(tmp_path):
     for reader, named in itertools.product((read_records, read_prompts, pairs, kto), ("raise", "skip")):
         if named == "raise":
             with pytest.raises(
-                UserError, match=r"4 of 1000; data.on_error=\"skip\" \(--on_error=skip\) leaves them out"
+                UserError,
+                match=r"4 of 1000 records cannot be used; data.on_error=\"skip\" \(--on_error=skip\) leaves them out",
             ):
                 reader(path)
             continue
         notes = []
         assert len(reader(path, on_error="skip", note=notes.append)) == (1992 if reader is kto else 996)
-        assert "4 of 1000 records are left out" in notes[0]
-        assert f"{path}:8, {path}:258, {path}:508 and 1 more: found a number, expected" in notes[0]
+        assert "4 of 1000 records cannot be used and are left out" in notes[0]
+        assert f"{path}:8, :258, :508 and 1 more: found a number, expected" in notes[0]
 
 
 def test_nothing_is_left_of_a_file_of_bad_rows(tmp_path):
-    with pytest.raises(UserError, match="2 of 2"):
+    with pytest.raises(UserError, match="2 of 2 records cannot be used:"):
         read(tmp_path, 1, 2, on_error="skip")

@@ -72,7 +72,7 @@ def test_faults_of_one_kind_are_said_once(tmp_path):
         read_records(path)
     title, *lines = str(error.value).splitlines()
     assert "61 of 61" in title
-    assert lines[0].startswith(f"  {path}:1, {path}:2, {path}:3 and 57 more: found the fields [] without prompt")
+    assert lines[0].startswith(f"  {path}:1, :2, :3 and 57 more: found the fields [] without prompt")
     assert lines[1:] == [f"  {path}:61: messages: found a number, expected a list of messages"]
 
 

@@ -16,6 +16,7 @@ from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.folder import replacing
+from jlora.hub.older import for_every_reader, save_tokenizer
 from jlora.hub.score import KERNEL, only_scored, scored_config, scored_leaves
 from jlora.hub.weights import INDEX, SINGLE
 from jlora.models.model import SCORE
@@ -104,7 +105,7 @@ def write_folder(
     shards = _shards(entries, shard_bytes)
     stale = STALE if tokenizer is None else STALE + TOKENIZER
     with replacing(path, marker="config.json", stale=stale) as folder:
-        _write_json(folder / "config.json", config)
+        _write_json(folder / "config.json", for_every_reader(config))
         if generation:
             _write_json(folder / "generation_config.json", generation)
         weight_map, total = {}, 0
@@ -116,7 +117,7 @@ def write_folder(
         if len(shards) > 1:
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
 
 
 def as_written(model: "Model", params: Params) -> tuple["Model", Params]:

@@ -1,0 +1,90 @@
+"""What older readers (transformers 4, vLLM, mlx-lm) need of a model's folder beside what transformers 5 reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# {the name in transformers 5: the name in 4}
+RENAMED = {"dtype": "torch_dtype"}
+EXPERTS = {"num_local_experts": "num_experts"}  # of Qwen's mixtures
+# What the fields of rotary positions were called outside of `rope_parameters`.
+BEFORE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+BEFORE_OF_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+# Classes of transformers 4 that put the begin and the end of a text where these two settings say, whatever
+# tokenizer.json says.
+ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer")
+
+
+def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with its dtype, rotary positions and experts under the names of transformers 4 and 5."""
+    renamed = RENAMED | (EXPERTS if config.get("model_type") == "qwen3_moe" else {})
+    named = {before: config[now] for now, before in renamed.items() if config.get(now) is not None}
+    return {**config, **named, **_rope(config)}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say in transformers 4 what `rope_parameters` says in 5."""
+    rope, model_type = config.get("rope_parameters"), config.get("model_type")
+    if not isinstance(rope, Mapping):
+        return {}
+    scaled = bool(config.get("rope_scaling"))
+    if isinstance(full := rope.get("full_attention"), Mapping):  # Gemma 3, whose windows have positions of their own
+        found = _flat(full, model_type)
+        local = rope.get("sliding_attention")
+        if isinstance(local, Mapping) and "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        return {key: value for key, value in found.items() if not (scaled and key == "rope_scaling")}
+    # transformers 5 takes nothing of `rope_parameters` beside `rope_scaling`.
+    return {} if scaled else _flat(rope, model_type)
+
+
+def _flat(rope: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
+    before = BEFORE_OF_GPT_NEOX if model_type == "gpt_neox" else BEFORE
+    found = {name: rope[key] for key, name in before.items() if rope.get(key) is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return found
+    scaling = {key: value for key, value in rope.items() if key not in (*before, "type")} | {"rope_type": kind}
+    if model_type == "phi3":  # which takes these three and no more
+        if (original := scaling.get("original_max_position_embeddings")) is not None:
+            found["original_max_position_embeddings"] = original
+        scaling = {"type": kind} | {key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling}
+    return found | {"rope_scaling": scaling}
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the tokenizer so that transformers 4 and 5 open it with the same ids and the same chat template."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before, which transformers 5 knows too
+    if isinstance(extra := config.get("extra_special_tokens"), list):  # transformers 4 takes a mapping of names only
+        del config["extra_special_tokens"]
+        config |= {"additional_special_tokens": extra} if extra else {}
+    if config.get("tokenizer_class", "").removesuffix("Fast") in ADDS_BY_SETTING:
+        config |= _ends(tokenizer)
+    if tokenizer.chat_template and "chat_template" not in config:
+        config["chat_template"] = _templates(tokenizer.chat_template)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ends(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bool]:
+    """Whether a text begins and ends with tokens of its own."""
+    ids = tokenizer("a").input_ids
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return {
+        "add_bos_token": bool(ids) and begin is not None and ids[0] == begin,
+        "add_eos_token": bool(ids) and end is not None and ids[-1] == end,
+    }
+
+
+def _templates(found: str | Mapping[str, str]) -> str | list[dict[str, str]]:
+    if isinstance(found, str):
+        return found
+    return [{"name": name, "template": template} for name, template in found.items()]

@@ -1,6 +1,5 @@
 """PEFT adapter folders: the same bytes for the same adapter, read strictly: all of it fits, or nothing is loaded."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,96 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from safetensors.numpy import save_file
 
-from jlora import lora, quant, sharding, tree
+from jlora import lora, sharding, tree
 from jlora.errors import MissingFileError, UserError
 from jlora.hub import names
-from jlora.hub.adapter_config import CONFIG, NO_TARGETS, AdapterConfig, Summary, to_json
-from jlora.hub.adapter_names import AdapterNames, copied_modules
-from jlora.hub.folder import replacing
+from jlora.hub.adapter_config import CONFIG, AdapterConfig
+from jlora.hub.adapter_names import AdapterNames
 from jlora.hub.peft_slots import (
     PLAIN,
     PREFIX,
     TRANSPOSED,
     Module,
     Slot,
-    base_weight,
     check_fits,
     config_slots,
-    extra_slots,
     factor_slots,
     find_modules,
-    input_embedding,
     is_wanted,
     optional_tensors,
     outermost,
     read_slots,
     token_modules,
 )
-from jlora.hub.score import has_score
 from jlora.hub.source import locate
 from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
 from jlora.lora.merge import TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
-from jlora.models.model import SCORE
 from jlora.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-STALE = ("adapter_model*",)
-
-
-def save_adapter(path: str | Path, params: Params, base: str | None = None, *, fold: bool = False) -> None:
-    """Write the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
-
-    A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank, on the untouched
-    base. With a score head it is an adapter of transformers' …ForSequenceClassification with one label, which holds the
-    whole head.
-
-    Args:
-        base: the Hub id or path of the base model, for adapter_config.json.
-        fold: multiply every scale into B, so that lora_alpha is r for any reader, of any version.
-
-    Raises:
-        ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
-        FileExistsError: `path` holds something other than an adapter.
-    """
-    params = _whole_score(lora.with_starts(params))
-    flat = tree.flatten(params)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, int | float] = {}
-    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
-    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
-        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
-    for module in modules:
-        scale, rank = _settings(flat, module)
-        if not rank:
-            continue
-        ranks[module.name], alphas[module.name] = rank, rank if fold else _tidy(scale * rank)
-        for leaf, (name, _, codec) in module.factors(rank).items():
-            value = _layer(flat[f"{module.path}/{leaf}"], module.index)
-            tensors[name] = codec.to_file(module.used(leaf, value, rank) * (scale if fold and leaf == "lora_b" else 1))
-        if f"{module.path}/lora_bias" in flat:
-            factor = scale if fold else 1
-            tensors[f"{module.tensors}.lora_B.bias"] = _layer(flat[f"{module.path}/lora_bias"], module.index) * factor
-        if f"{module.path}/lora_magnitude" in flat:
-            name = f"{module.tensors}.lora_magnitude_vector"
-            tensors[name] = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
-    tensors |= _mirrored_head(tensors, flat)
-    extra = extra_slots(flat, _wrapped(modules, ranks))
-    tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
-    if not tensors:
-        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
-    tensors |= _base_copies(flat, modules)
-    config = to_json(_summary(params, ranks, alphas), base=base)
-    with replacing(path, marker=CONFIG, stale=STALE) as folder:
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-        save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / "README.md").write_text(_card(config), encoding="utf-8")
 
 
 def load_adapter(params: Params, path: str | Path) -> Params:
@@ -221,21 +160,6 @@ def _place(path: str, value: np.ndarray, leaves: Mapping[str, Any]) -> jax.Array
 # ---------------------------------------------------------------- tied embeddings
 
 
-def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The head's tensors that are the embedding's, for adapters that act in both places."""
-    mirrored = {}
-    for path, head in TIED_HEADS.items():
-        if f"{path}/lora_tied" not in flat:
-            continue
-        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
-        if f"{name}.lora_embedding_A" in tensors:
-            mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
-            mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T
-        if f"{path}/{TRAINED}embedding" in flat:
-            mirrored[f"{PREFIX}{head}.weight"] = np.asarray(flat[f"{path}/{TRAINED}embedding"])
-    return mirrored
-
-
 def _mirrored(
     file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], config: AdapterConfig
 ) -> set[str]:
@@ -272,114 +196,6 @@ def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: Adapt
     return marks
 
 
-def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np.ndarray]:
-    """The base's own embedding and head beside their adapters, as PEFT writes them."""
-    wanted = {*TIED_HEADS, *TIED_HEADS.values()}
-    copies = {}
-    for module in modules:
-        heads = [TIED_HEADS[module.path]] if f"{module.path}/lora_tied" in flat else []
-        weight = base_weight(flat, module) if module.path in wanted else None
-        if weight is not None and not quant.is_packed(weight):
-            names_of_copies = [module.tensors, *[PREFIX + head for head in heads]]
-            copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in names_of_copies}
-    return copies
-
-
-# ---------------------------------------------------------------- what is saved
-
-
-def _whole_score(params: Params) -> Params:
-    """The tree with the whole score head as part of its adapter, as PEFT has it for sequence classifiers."""
-    if not has_score(params) or not any(lora.is_adapter(path) for path in tree.flatten(params)):
-        return params
-    return params | {SCORE: {f"{TRAINED}kernel": lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
-
-
-def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
-    """(scale, rank) of one layer's adapter."""
-    scale = float(_layer(flat[f"{module.path}/lora_scale"], module.index))
-    rank = flat.get(f"{module.path}/lora_rank")
-    width = flat[f"{module.path}/lora_a"].shape[-1]
-    return scale, width if rank is None else int(_layer(rank, module.index))
-
-
-def _layer(leaf: Any, index: int | None) -> np.ndarray:
-    value = np.asarray(leaf if index is None else leaf[index])
-    return value.astype(np.float32) if value.dtype != np.int32 else value
-
-
-def _wrapped(modules: list[Module], ranks: Mapping[str, int]) -> set[str]:
-    return {module.name for module in modules if module.name in ranks}
-
-
-def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
-    """What adapter_config.json says of the adapter in `params`."""
-    flat = tree.flatten(params)
-    every = find_modules(params)
-    adapted = [module for module in every if module.name in ranks]
-    tied = [TIED_HEADS[path] for path in TIED_HEADS if f"{path}/lora_tied" in flat and f"{path}/lora_a" in flat]
-
-    def leaf_of_all(name: str) -> bool:
-        have = [f"{module.path}/{name}" in flat for module in adapted]
-        if any(have) and not all(have):
-            raise UserError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
-        return any(have)
-
-    bias, saved = _copies(flat, {module.path for module in adapted})
-    dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
-    return Summary(
-        ranks=ranks,
-        alphas=alphas,
-        linears=[module.name for module in every if not module.is_parameter],
-        targets=[module.name for module in adapted if not module.is_parameter] + tied,
-        parameters=[module.name for module in adapted if module.is_parameter],
-        dropout=float(max(dropouts, default=0.0)),
-        use_dora=leaf_of_all("lora_magnitude"),
-        lora_bias=leaf_of_all("lora_bias"),
-        bias=bias,
-        modules_to_save=AdapterNames(flat).shortest(saved),
-        tokens=_token_ids(flat),
-        tied=any(f"{path}/lora_tied" in flat for path in TIED_HEADS),
-        fan_in_fan_out=any(module.path.startswith("h/") and module.index is not None for module in adapted),
-        task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
-    )
-
-
-def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
-    """(`bias`, the modules of `modules_to_save`) that account for all trained copies."""
-    copies = copied_modules(flat)
-    saved = {module for module, leaves in copies.items() if leaves != {"bias"}}
-    trained = copies.keys() - saved
-    every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")} - saved
-    if trained and trained == every:
-        return "all", saved
-    # Modules that hold nothing else are copied whole, but for those that are adapted.
-    more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", f"{TRAINED}bias")}
-    saved, trained = saved | (trained - more), trained & more
-    if not trained:
-        return "none", saved
-    if trained == every & adapted:
-        return "lora_only", saved
-    raise UserError(f"PEFT's format trains all biases, or those of adapted modules; here are others: {sorted(trained)}")
-
-
-def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
-    called = AdapterNames(flat)
-    ids = {}
-    for path, leaf in flat.items():
-        if path.endswith("/lora_token_ids"):
-            module = path.rpartition("/")[0]
-            last = module.rpartition("/")[2]
-            ids[last if called.only(last) == [module] else called.modules(module)[0]] = np.asarray(leaf).tolist()
-    return ids.get(input_embedding(flat)) if len(ids) == 1 and input_embedding(flat) in ids else ids or None
-
-
-def _tidy(alpha: float) -> int | float:
-    """The integer that alpha was before its scale was rounded to float32, if it was one."""
-    nearest = round(alpha)
-    return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
-
-
 def weights_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         say_left_over(folder, WEIGHTS)
@@ -392,35 +208,3 @@ def weights_file(folder: Path) -> Path:
             f"load it with PEFT and save it again: save_pretrained writes {WEIGHTS}"
         )
     raise MissingFileError(f"no {WEIGHTS} in {folder}; files there: {listing(folder)}")
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    """A short model card; its header is what the Hub reads."""
-    base = config["base_model_name_or_path"]
-    header = [
-        "---",
-        *([f"base_model: {json.dumps(base)}"] if base else []),
-        "library_name: peft",
-        "tags:",
-        "- lora",
-        "---",
-    ]
-    targets = config["modules_to_save" if config["target_modules"] == NO_TARGETS else "target_modules"]
-    on = ", ".join(f"`{name}`" for name in targets)
-    scored = config["task_type"] == "SEQ_CLS"
-    auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
-    body = [
-        "",
-        "# LoRA adapter",
-        "",
-        f"Trained with jlora{f' on `{base}`' if base else ''}.",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, on {on}.",
-        "",
-        "```python",
-        f"from peft import AutoPeftModelFor{auto}",
-        "",
-        f'model = AutoPeftModelFor{auto}.from_pretrained("path/to/this/folder"{labels})',
-        "```",
-        "",
-    ]
-    return "\n".join(header + body)

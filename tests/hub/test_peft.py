@@ -305,7 +305,7 @@ def test_an_existing_adapter_is_replaced_only_by_a_whole_one(base, tmp_path, mon
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jlora.hub.peft.save_file", fail)
+        patch.setattr("jlora.hub.peft_save.save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             hub.save_adapter(target, params, base="other")
     assert (target / "adapter_model.safetensors").read_bytes() == before

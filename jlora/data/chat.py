@@ -1,7 +1,7 @@
 """Records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
 import dataclasses
-import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,23 +9,26 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from jlora.data.records import Note, OnError, Record, settle_faults, warn
+from jlora.data.rendered import Written, write
 from jlora.data.template import (
     as_messages,
     common_prefix,
     end_with_eos,
-    render,
-    rendered_tokens,
     require_template,
     template_stop,
     template_variables,
     text_tokens,
 )
+from jlora.data.turns import Turns
 from jlora.errors import UserError
 
 Encoded = TypeVar("Encoded")
 
-# In the place of a turn's words it shows where they stand in what a template writes.
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+Remark = Callable[[str], None]
+STOP_IN_WORDS = "the token that ends an answer stands within the words of one, so that the model learns to end there"
+PLACES_SHOWN = 3
+# Templates that say themselves what the model writes, for transformers' return_assistant_tokens_mask.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +50,7 @@ class EncodeReport:
       dropped: records left out because they were too long.
       untrained: records left out because they would teach nothing after cutting: a document of theirs has no token
         that is trained, or their documents are all alike.
+      notes: what should be known about some records, each kind once, with their number and the first of them.
     """
 
     examples: int
@@ -56,6 +60,7 @@ class EncodeReport:
     cut: int
     dropped: int
     untrained: int
+    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -72,7 +77,8 @@ def encode(
     """Examples for the records that can be trained on, in order, and a report of what was left out.
 
     The loss counts every assistant turn of `messages`, and the completion of a prompt, each with the token that ends
-    it, so that the model learns to stop. Nothing behind the last counted token is kept.
+    it, so that the model learns to stop. Nothing behind the last counted token is kept. Turns with "train": false are
+    never counted. Where a chat template has `{% generation %}` marks, they say what is counted of a turn.
 
     Args:
         end: without it no end-of-text token is added; what a chat template writes behind a turn counts all the same.
@@ -82,10 +88,11 @@ def encode(
     require_template(tokenizer, chats, len(records))
     stop = template_stop(tokenizer) if chats else None
 
-    def one(record: Record) -> tuple[Example, ...]:
-        tokens, trained = _encode_record(record, tokenizer, stop, end)
+    def one(record: Record, remark: Remark) -> tuple[Example, ...]:
+        tokens, trained, held = _encode_record(record, tokenizer, stop, end, remark)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
-        return (Example(tokens[:length], trained[:length] | (not completion_only)),)
+        counted = trained | ~held if not completion_only else trained
+        return (Example(tokens[:length], counted[:length]),)
 
     kept, report = select(records, one, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
     return [example for _, (example,) in kept], report
@@ -93,7 +100,7 @@ def encode(
 
 def select(
     records: Sequence[Record],
-    encode_record: Callable[[Record], tuple[Example, ...]],
+    encode_record: Callable[[Record, Remark], tuple[Example, ...]],
     *,
     seq_len: int,
     overlong: str,
@@ -104,19 +111,24 @@ def select(
 
     A record is kept or left out as a whole.
 
+    Args:
+        encode_record: (record, what to call with a remark on it) → its documents.
+
     Raises:
         ValueError: a record cannot be encoded, is too long where `overlong` is "error", or nothing remains.
     """
 
-    def one(record: Record) -> tuple[Example, ...]:
-        documents = encode_record(record)
+    def one(record: Record) -> tuple[tuple[Example, ...], dict[str, None]]:
+        said: dict[str, None] = {}
+        documents = encode_record(record, said.setdefault)
         if overlong == "error" and (longest := max(len(document.tokens) for document in documents)) > seq_len:
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
-        return documents
+        return documents, said
 
     kept, places = [], []
     cut = dropped = untrained = 0
-    for index, documents in encode_all(records, one, on_error=on_error, note=note):
+    remarks: dict[str, list[int]] = {}
+    for index, (documents, said) in encode_all(records, one, on_error=on_error, note=note):
         if too_long := max(len(document.tokens) for document in documents) > seq_len:
             if overlong == "drop":
                 dropped += 1
@@ -126,6 +138,8 @@ def select(
             untrained += 1
             continue
         cut += too_long
+        for remark in said:
+            remarks.setdefault(remark, []).append(index + 1)
         kept.append((records[index], documents))
         places.append(index)
     if not kept:
@@ -142,6 +156,7 @@ def select(
         cut=cut,
         dropped=dropped,
         untrained=untrained,
+        notes=tuple(_describe_remark(remark, numbers) for remark, numbers in remarks.items()),
     )
 
 
@@ -180,7 +195,7 @@ def encodable(
     require_template(tokenizer, chats, len(records))
     stop = template_stop(tokenizer) if chats else None
     found = encode_all(
-        records, lambda record: _encode_record(record, tokenizer, stop, True), on_error=on_error, note=note
+        records, lambda record: _encode_record(record, tokenizer, stop, True, str), on_error=on_error, note=note
     )
     return [records[index] for index, _ in found]
 
@@ -188,13 +203,40 @@ def encodable(
 def split_prompt(record: Record) -> tuple[str | list[dict[str, Any]], str]:
     """The prompt to generate from, and the text that the record gives as the answer.
 
-    With messages the answer is the last assistant message and the prompt is everything before it.
+    With messages the answer is the last assistant message and the prompt is everything before it. Of an answer that
+    calls tools the text is no more than what is said beside the calls; see `answer_text`.
     """
     if _is_text(record):
         return record["prompt"], record["completion"]
     messages, _ = _conversation(record)
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    last = _last_answer(messages)
     return messages[:last], messages[last].get("content") or ""
+
+
+def answer_text(record: Record, tokenizer: Any) -> str:
+    """The text that the record gives as the answer, as a model that answers so would write it.
+
+    Of an answer that calls tools that is the whole turn as the template writes it, calls included, without special
+    tokens and reasoning, as `generate` gives back an answer.
+
+    Raises:
+        UserError: the template cannot write the answer.
+    """
+    _, text = split_prompt(record)
+    if _is_text(record):
+        return text
+    messages, _ = _conversation(record)
+    last = _last_answer(messages)
+    if not messages[last].get("tool_calls"):
+        return text
+    written = write(messages[: last + 1], tokenizer, template_variables(record))
+    turns = Turns(written, template_stop(tokenizer))
+    found = tokenizer.decode(turns.tokens[turns.places(last)], skip_special_tokens=True)
+    return found.rpartition("</think>")[2].lstrip("\n") if "</think>" in found else found
+
+
+def _last_answer(messages: list[dict[str, Any]]) -> int:
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def _is_text(record: Record) -> bool:
@@ -209,20 +251,35 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
     return prompt + as_messages(record["completion"], "assistant"), len(prompt)
 
 
-def _encode_record(record: Record, tokenizer: Any, stop: int | None, end: bool) -> tuple[np.ndarray, np.ndarray]:
+def _encode_record(
+    record: Record, tokenizer: Any, stop: int | None, end: bool, remark: Remark
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens, which of them are trained, and which belong to turns that must not be."""
     if _is_text(record):
-        return _encode_text(record["prompt"], record["completion"], tokenizer, end)
+        tokens, trained = _encode_text(record["prompt"], record["completion"], tokenizer, end)
+        return tokens, trained, np.zeros_like(trained)
     messages, first = _conversation(record)
-    template = functools.partial(render, tokenizer=tokenizer, variables=template_variables(record))
-    text = template(messages)
-    tokens = rendered_tokens(text, tokenizer)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if index >= first and messages[index].get("train") is not False]
+    written = write(messages, tokenizer, template_variables(record), trained=learned)
+    for what in written.remarks:
+        remark(what)
+    turns = Turns(written, stop)
+    places = {index: turns.places(index) for index in answers}
+    tokens = turns.tokens
     if end and stop is None and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
-    trained = np.zeros(len(tokens), np.bool_)
-    for index in range(first, len(messages)):
-        if messages[index]["role"] == "assistant":
-            trained[slice(*turn(messages, index, text, tokens, tokenizer, template, stop))] = True
-    return tokens, trained
+        last = places[len(messages) - 1]
+        places[len(messages) - 1] = np.union1d(last, np.arange(len(turns.tokens), len(tokens)))
+    places = _widen(places, _generation_mask(written, tokens))
+    trained, held = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
+    for index, of_turn in places.items():
+        if index in learned:
+            _check_turn(index, tokens[of_turn], stop, remark)
+            trained[of_turn] = True
+        elif messages[index].get("train") is False:
+            held[of_turn] = True
+    return tokens, trained, held
 
 
 def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -231,51 +288,54 @@ def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tup
     return tokens, trained
 
 
-def turn(
-    messages: list[dict[str, Any]],
-    index: int,
-    text: str,
-    tokens: np.ndarray,
-    tokenizer: Any,
-    template: Callable[..., str],
-    stop: int | None,
-) -> tuple[int, int]:
-    """Where the assistant turn `messages[index]` starts and ends (exclusive, its stop token inside) in `tokens`, those
-    of `text`.
-    """
+def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
+    """Which tokens the template itself says that the model writes; None where it does not say."""
+    tokenizer = written.tokenizer
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = tokenizer.get_chat_template(None, written.variables.get("tools"))
+    if not _GENERATION.search(template) or not getattr(tokenizer, "is_fast", False):
+        return None
+    found = tokenizer.apply_chat_template(
+        written.messages, return_dict=True, return_assistant_tokens_mask=True, **written.variables
+    )
+    mask = np.zeros(len(tokens), np.bool_)
+    mask[: len(found["assistant_masks"])] = found["assistant_masks"]
+    mask[len(found["assistant_masks"]) :] = True  # an end-of-text token that the template does not write
+    return mask if mask.any() else None
 
-    def shared(part: str) -> int:
-        return common_prefix(rendered_tokens(part, tokenizer), tokens)
 
-    asked = template(messages[:index], add_generation_prompt=True)
-    known = text.startswith(asked)
-    if not known:  # what asks for an answer may say more than stands before one
-        known = text.startswith(template(messages[:index]))
-    if known:
-        start = shared(asked)
-    else:  # what comes before reads otherwise without the rest: the turn is what changes with its words
-        other = {"content": MARK} | {name: MARK for name in ("reasoning_content",) if messages[index].get(name)}
-        changed = template([*messages[:index], messages[index] | other, *messages[index + 1 :]])
-        first = _alike_for(text, changed)
-        start = shared(text[:first])
-    # Some templates leave the reasoning out of earlier turns, so a prefix that is shared with a shorter chat may end
-    # inside the turn. That is the answer only where there is no stop token to look for.
-    stops = np.flatnonzero(tokens[start:] == stop) if stop is not None else []
-    if len(stops):
-        return start, start + int(stops[0]) + 1
-    if index + 1 == len(messages):
-        return start, len(tokens)
-    if known:
-        return start, shared(template(messages[: index + 1]))
-    return start, shared(text[: len(text) - _alike_for(text[first:][::-1], changed[first:][::-1])])
+def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, np.ndarray]:
+    """The places of each turn's tokens: as they are, or those in and around them that the template's own mask has."""
+    if mask is None:
+        return places
+    found = {}
+    indices = [index for index in places if len(places[index])]
+    for number, index in enumerate(indices):
+        start, end = int(places[index][0]), int(places[index][-1]) + 1
+        before = int(places[indices[number - 1]][-1]) + 1 if number else 0
+        after = int(places[indices[number + 1]][0]) if number + 1 < len(indices) else len(mask)
+        while start > before and mask[start - 1]:
+            start -= 1
+        while end < after and mask[end]:
+            end += 1
+        found[index] = start + np.flatnonzero(mask[start:end])
+    return found
+
+
+def _check_turn(index: int, tokens: np.ndarray, stop: int | None, remark: Remark) -> None:
+    """Refuse a turn of which nothing is left but its end; remark on one that has an end within."""
+    if not len(tokens) or (len(tokens) == 1 and tokens[0] == stop):
+        raise UserError(f"messages[{index}]: the chat template writes no word of it, expected words to learn")
+    if stop is not None and (tokens[:-1] == stop).sum() > (tokens[-1] != stop):
+        remark(STOP_IN_WORDS)
+
+
+def _describe_remark(remark: str, numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:PLACES_SHOWN])) + (", …" if len(numbers) > PLACES_SHOWN else "")
+    return f"{len(numbers)} record{'s' * (len(numbers) > 1)} ({shown}): {remark}"
 
 
 def _alike(documents: tuple[Example, ...]) -> bool:
     first, *others = (document.tokens for document in documents)
     return bool(others) and all(np.array_equal(first, other) for other in others)
-
-
-def _alike_for(first: str, second: str) -> int:
-    """How many leading characters are the same."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,26 +1,26 @@
 """Items: what a step may not divide, such as the two answers of a pair. From records to tokens, plans and batches."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jlora.data.chat import EncodeReport, Example, select, turn
+from jlora.data.chat import EncodeReport, Example, Remark, select
 from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
 from jlora.data.records import Note, OnError, Record, warn
+from jlora.data.rendered import write
 from jlora.data.template import (
     common_prefix,
-    render,
-    rendered_tokens,
     require_template,
+    template_stop,
     template_variables,
     text_tokens,
 )
+from jlora.data.turns import Turns
 from jlora.errors import UserError, describe_faults
 
 RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
@@ -257,10 +257,12 @@ def _encode(
     on_error: OnError,
     note: Note,
 ) -> tuple[list[Item], EncodeReport]:
-    require_template(tokenizer, sum(not isinstance(record["prompt"], str) for record in records), len(records))
+    chats = sum(not isinstance(record["prompt"], str) for record in records)
+    require_template(tokenizer, chats, len(records))
+    stop = template_stop(tokenizer) if chats else None
     kept, report = select(
         records,
-        lambda record: _encode_sides(record, sides, tokenizer),
+        lambda record, remark: _encode_sides(record, sides, tokenizer, stop, remark),
         seq_len=seq_len,
         overlong=overlong,
         on_error=on_error,
@@ -271,24 +273,42 @@ def _encode(
     ], report
 
 
-def _encode_sides(record: Record, sides: tuple[str, ...], tokenizer: Any) -> tuple[Example, ...]:
+def _encode_sides(
+    record: Record, sides: tuple[str, ...], tokenizer: Any, stop: int | None, remark: Remark
+) -> tuple[Example, ...]:
     prompt, answers = record["prompt"], [record[side] for side in sides]
     if isinstance(prompt, str):
         before = text_tokens(prompt, tokenizer)
         whole = [text_tokens(prompt + answer, tokenizer, end=True) for answer in answers]
         starts = [common_prefix(before, tokens) for tokens in whole]
+        held = [np.zeros(len(tokens), np.bool_) for tokens in whole]
     else:
-        template = functools.partial(render, tokenizer=tokenizer, variables=template_variables(record))
-        chats = [prompt + answer for answer in answers]
-        texts = [template(chat) for chat in chats]
-        whole = [rendered_tokens(text, tokenizer) for text in texts]
-        starts = [
-            turn(chat, len(prompt), text, tokens, tokenizer, template, None)[0]
-            for chat, text, tokens in zip(chats, texts, whole, strict=True)
-        ]
+        found = [_encode_answer(record, prompt, answer, tokenizer, stop, remark) for answer in answers]
+        whole, starts, held = zip(*found, strict=True)
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
         raise UserError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
-    return tuple(Example(tokens, np.arange(len(tokens)) >= min(starts)) for tokens in whole)
+    return tuple(
+        Example(tokens, (np.arange(len(tokens)) >= min(starts)) & ~untrained)
+        for tokens, untrained in zip(whole, held, strict=True)
+    )
+
+
+def _encode_answer(
+    record: Record, prompt: list, answer: list, tokenizer: Any, stop: int | None, remark: Remark
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """The tokens of a prompt with its answer, where the answer starts, and which tokens are of untrained turns."""
+    chat, first = prompt + answer, len(prompt)
+    answers = [index for index in range(first, len(chat)) if chat[index]["role"] == "assistant"]
+    untrained = [index for index in answers if chat[index].get("train") is False]
+    learned = [index for index in answers if index not in untrained]
+    written = write(chat, tokenizer, template_variables(record), trained=learned)
+    for what in written.remarks:
+        remark(what)
+    turns = Turns(written, stop)
+    held = np.zeros(len(turns.tokens), np.bool_)
+    for index in untrained:
+        held[turns.places(index)] = True
+    return turns.tokens, turns.start(first), held
 
 
 def _documents(items: Sequence[Item]) -> list[Example]:

@@ -9,7 +9,8 @@ from jlora.data.chat import encode_all, split_prompt
 from jlora.data.forms import answer, asks, media_faults, normal_row, question, with_system
 from jlora.data.messages import kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
-from jlora.data.template import template_tokens, template_variables, text_tokens
+from jlora.data.rendered import write
+from jlora.data.template import rendered_tokens, template_variables, text_tokens
 from jlora.errors import UserError
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -90,10 +91,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
     elif not tokenizer.chat_template:
         raise UserError("found a list of messages, but the tokenizer has no chat template: give a text")
     else:
-        tokens = template_tokens(list(prompt), tokenizer, add_generation_prompt=True, variables=variables)
+        tokens = rendered_tokens(write(prompt, tokenizer, variables, ask=True).text, tokenizer) if prompt else []
     if not len(tokens):
         raise UserError("found an empty prompt: there is nothing to continue")
-    return tokens.tolist()
+    return [int(token) for token in tokens]
 
 
 def _accept(row: Any) -> Accepted:

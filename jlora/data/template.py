@@ -1,18 +1,49 @@
 """Text and messages to tokens: the tokenizer, its own chat template, and what that writes behind an answer."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jlora.data.vocabulary import require_rows
+from jlora.data.vocabulary import require_rows, unfitted
 from jlora.ends import CHAT, behind_words
 from jlora.errors import UserError
 
+ROLES_SHOWN = 12
+FOLD_HINT = 'data.system="fold" puts the system text at the beginning of the first user\'s turn'
+# Put before a template of one's own, so that whatever reads it folds alike: training, exports and what serves these.
+FOLD = (
+    "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer') and messages[1]['role'] == 'user'"
+    " %}{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
+    " + messages[2:] %}{%- endif %}"
+)
+
 
 def template_variables(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record hands to the chat template besides its messages: its tools, and its chat_template_kwargs."""
-    return ({"tools": record["tools"]} if "tools" in record else {}) | record.get("chat_template_kwargs", {})
+    """What a record hands to the chat template besides its messages: its tools, and its chat_template_kwargs.
+
+    No tools are as good as an empty list of them, and are not handed on.
+    """
+    return ({"tools": record["tools"]} if record.get("tools") else {}) | record.get("chat_template_kwargs", {})
+
+
+def fold_system(tokenizer: Any) -> None:
+    """Let the tokenizer's chat template write a system text as the beginning of the first user's turn.
+
+    The template itself is changed, so that it is the same wherever the tokenizer goes, exports included.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    tokenizer = unfitted(tokenizer)
+    template = tokenizer.chat_template
+    if not template:
+        raise UserError('data.system="fold": the tokenizer has no chat template that a system text could be folded for')
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: _folding(text) for name, text in template.items()}
+    else:
+        tokenizer.chat_template = _folding(template)
 
 
 def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
@@ -21,7 +52,7 @@ def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
     A text that begins with the beginning-of-text token, as a rendered chat does, gets no second one.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    tokens = np.asarray(tokenizer(text, add_special_tokens=not begun)["input_ids"], np.int32)
+    tokens = np.asarray(_call(tokenizer, text, add_special_tokens=not begun)["input_ids"], np.int32)
     return end_with_eos(tokens, tokenizer) if end else tokens
 
 
@@ -34,21 +65,17 @@ def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
     return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, np.int32(eos))
 
 
-def template_tokens(
-    messages: list[dict[str, Any]],
-    tokenizer: Any,
-    *,
-    add_generation_prompt: bool = False,
-    variables: Mapping[str, Any] | None = None,
-) -> np.ndarray:
-    """The tokens of what `render` writes."""
-    text = render(messages, tokenizer, add_generation_prompt=add_generation_prompt, variables=variables)
-    return rendered_tokens(text, tokenizer)
-
-
 def rendered_tokens(text: str, tokenizer: Any) -> np.ndarray:
     """The tokens of what a chat template wrote, which has its special tokens in it."""
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return np.asarray(_call(tokenizer, text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def placed_tokens(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens of what a chat template wrote, and [T, 2] where each begins and ends there; None if not told."""
+    if not getattr(tokenizer, "is_fast", False):
+        return rendered_tokens(text, tokenizer), None
+    found = _call(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    return np.asarray(found["input_ids"], np.int32), np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
 
 
 def render(
@@ -61,7 +88,7 @@ def render(
     """The text that the chat template makes of the messages, with `variables` of its own such as tools.
 
     Raises:
-        ValueError: the template refuses the messages.
+        UserError: the template refuses the messages, or fails on them in whatever way.
     """
     import jinja2  # transformers renders chat templates with it
 
@@ -71,9 +98,14 @@ def render(
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(variables or {})
         )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses the roles {roles}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        roles = [message["role"] for message in messages]
+        shown = ", ".join(roles if len(roles) <= ROLES_SHOWN else [*roles[:ROLES_SHOWN], f"… {len(roles)} in all"])
+        reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        hint = f"; {FOLD_HINT}" if roles[0] in ("system", "developer") else ""
+        raise UserError(f"the chat template refuses the roles {shown}: {reason}{hint}") from error
 
 
 def require_template(tokenizer: Any, chats: int, records: int) -> None:
@@ -99,6 +131,12 @@ def template_tail(tokenizer: Any) -> list[int]:
     return tokens[stop + 1 :]
 
 
+def special_tokens(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer's special tokens."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return special | set(tokenizer.all_special_ids)
+
+
 def as_messages(side: str | list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
     """Messages as they are, and a text as one message."""
     return [{"role": role, "content": side}] if isinstance(side, str) else side
@@ -111,6 +149,34 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     return int(different[0]) if len(different) else shared
 
 
+def _folding(template: str) -> str:
+    return template if template.startswith(FOLD) else FOLD + template
+
+
+def _call(tokenizer: Any, text: str, **settings: Any) -> Mapping[str, Any]:
+    """What the tokenizer makes of a text.
+
+    Raises:
+        UserError: it takes no such text, whatever it raises; a lone surrogate, for instance, has no bytes.
+    """
+    try:
+        return tokenizer(text, **settings)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
+        if lone := re.search("[\ud800-\udfff]", text):
+            around = text[max(0, lone.start() - 20) : lone.end() + 20]
+            reason = f"found {lone[0]!r} near {around!r}, half of a character (a lone surrogate), expected whole ones"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"the tokenizer cannot read the text: {reason}") from error
+
+
 def _behind_answer(tokenizer: Any) -> tuple[list[int], int]:
     """The tokens that the template writes behind an assistant's words, and the place of the first special one."""
-    return behind_words(render(list(CHAT), tokenizer), tokenizer)
+    try:
+        text = render(list(CHAT), tokenizer)
+    except UserError:  # templates of models that also see images read lists of parts
+        parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+        text = render(parts, tokenizer)
+    return behind_words(text, tokenizer)

@@ -1,0 +1,297 @@
+"""What goes into a chat template comes out of it: one function writes chats, for every objective and every answer.
+
+A chat is written twice, as it is and with marks on its words (`jlora.data.marks`). Whatever the template leaves out is
+named. Without their marks both texts must be the same; a template for which they are not has its words looked for.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jlora.data.marks import REASONING, Leaf, Marked, is_written, read_marks
+from jlora.data.template import FOLD_HINT, render
+from jlora.errors import UserError
+
+Messages = list[dict[str, Any]]
+SHOWN = 3
+_PARTS = re.compile(r"""['"]type['"]: ['"]text['"]""")
+BY_DESIGN = (
+    "the chat template leaves out what it writes while the chat ends there (reasoning of earlier turns, words beside "
+    "a call, a system text), so that it is not learned from"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """A chat as a template wrote it.
+
+    Args:
+      text: what it wrote.
+      messages: as they were handed to it: `arguments` as it reads them, no key that only jlora reads.
+      variables: the template's own.
+      tokenizer: whose template it is.
+      marked: the same with marks; None where these change what the template writes.
+      places: (number of a mark, its place in `text`) in order.
+      remarks: what should be known about it.
+    """
+
+    text: str
+    messages: Messages
+    variables: Mapping[str, Any]
+    tokenizer: Any
+    marked: Marked | None
+    places: tuple[tuple[int, int], ...]
+    remarks: tuple[str, ...] = ()
+
+    def again(self, messages: Messages, *, ask: bool = False, marks: bool = False) -> str:
+        """What the template writes of other messages; with `ask` it asks for an answer."""
+        return render(
+            messages,
+            self.tokenizer,
+            add_generation_prompt=ask,
+            variables=_with_tools(self.variables, self.marked) if marks else self.variables,
+        )
+
+
+def write(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    trained: Sequence[int] = (),
+    ask: bool = False,
+) -> Written:
+    """The chat as the tokenizer's template writes it.
+
+    Templates differ in how they read a call: `arguments` are handed over as an object, as transformers documents, and
+    as JSON text where the template cannot write that. Likewise a content that is missing is handed over as empty text,
+    and reasoning by its other names, where the template needs it so.
+
+    What the template must write: the words of every message, tools, calls and their arguments; the reasoning of the
+    messages in `trained`. What it writes only while a chat ends there (Qwen 3's reasoning of earlier turns, Mistral's
+    system text) may be missing, as it is when the model answers.
+
+    Args:
+        trained: indices of the messages that are learned.
+        ask: the template asks for an answer at the end.
+
+    Raises:
+        UserError: the template refuses the messages, or leaves out something; the message says what.
+    """
+    variables, refused, lossy, spare = variables or {}, None, None, None
+    for candidate in _spellings(messages):
+        try:
+            text = render(candidate, tokenizer, add_generation_prompt=ask, variables=variables)
+        except UserError as error:
+            refused = refused or error
+            continue
+        if any(isinstance(message.get("content"), list) for message in candidate) and _PARTS.search(text):
+            continue  # parts as Python or JSON shows them: the template means them to be text
+        written = _marked(text, candidate, tokenizer, variables, ask)
+        lost = _lost(written, set(trained))
+        kept = _not_by_design(written, lost)
+        if len(kept) < len(lost):
+            written = dataclasses.replace(written, remarks=(BY_DESIGN,))
+        if kept:
+            lossy = lossy or (written, kept)
+        elif _writes_python(candidate, text):
+            spare = spare or written
+        else:
+            return written
+    if spare is not None:
+        return spare
+    raise UserError(_describe_lost(*lossy)) if lossy else refused
+
+
+def _spellings(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
+    """The messages as templates may want them, the documented spelling first."""
+    plain = [_plain(message) for message in messages]
+    called = any(message.get("tool_calls") for message in plain)
+    reasoned = any(name in message for message in plain for name in REASONING)
+    silent = any(message.get("content") is None for message in plain)
+    for name in (None, *REASONING) if reasoned else (None,):
+        for fill in (False, True) if silent else (False,):
+            for as_text in (False, True) if called else (False,):
+                yield [_spelling(message, name, fill=fill, as_text=as_text) for message in plain]
+    if any(isinstance(message.get("content"), str) for message in plain):  # templates of models that also see images
+        yield [
+            message | {"content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in plain
+        ]
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what says whether it is trained and without an empty list of calls, its arguments objects."""
+    plain = {key: value for key, value in message.items() if key != "train"}
+    if not plain.get("tool_calls"):
+        plain.pop("tool_calls", None)
+    elif isinstance(plain["tool_calls"], list):
+        plain["tool_calls"] = [_with_arguments(call, _as_object) for call in plain["tool_calls"]]
+    return plain
+
+
+def _spelling(message: dict[str, Any], name: str | None, *, fill: bool, as_text: bool) -> dict[str, Any]:
+    spelt = dict(message)
+    if name is not None and (texts := [spelt.pop(other) for other in REASONING if other in spelt]):
+        spelt[name] = texts[0]
+    if fill and spelt.get("content") is None:
+        spelt["content"] = ""
+    if as_text and "tool_calls" in spelt:
+        spelt["tool_calls"] = [_with_arguments(call, _as_text) for call in spelt["tool_calls"]]
+    return spelt
+
+
+def _with_arguments(call: Any, change: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_arguments(call["function"], change)}
+    return call | {"arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    if not arguments.strip():
+        return {}
+    try:
+        found = json.loads(arguments)
+    except json.JSONDecodeError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _writes_python(messages: Messages, text: str) -> bool:
+    """Whether arguments stand there as Python shows an object: the template means them to be text."""
+    objects = [
+        call.get("function", call).get("arguments")
+        for message in messages
+        for call in message.get("tool_calls", ())
+        if isinstance(call, dict)
+    ]
+    return any(
+        isinstance(found, dict) and found and str(found) in text and _as_text(found) not in text for found in objects
+    )
+
+
+def _with_tools(variables: Mapping[str, Any], marked: Marked | None) -> dict[str, Any]:
+    return dict(variables) | ({"tools": marked.tools} if marked is not None and "tools" in variables else {})
+
+
+def _marked(text: str, messages: Messages, tokenizer: Any, variables: Mapping[str, Any], ask: bool) -> Written:
+    """The chat with its marks: on everything, or else on contents alone, or else none."""
+    written = functools.partial(Written, text, messages, variables, tokenizer)
+    for calls in (True, False):
+        marked = Marked(messages, variables.get("tools"), calls=calls)
+        try:
+            again = render(
+                marked.messages,
+                tokenizer,
+                add_generation_prompt=ask,
+                variables=_with_tools(variables, marked),
+            )
+        except UserError:
+            continue
+        same, places = read_marks(again)
+        if marked.sound and same == text:
+            return written(marked, tuple(places))
+    return written(None, ())
+
+
+def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
+    """(text, its words) that the template left out, though it must write them."""
+    marked = written.marked or Marked(written.messages, written.variables.get("tools"), calls=False)
+    seen = {number for number, _ in written.places}
+    lost = []
+    for leaf in marked.leaves:
+        if leaf.kind == "reasoning" and leaf.message not in trained:
+            continue
+        if written.marked is None or leaf.first is None:
+            words = [word for word in leaf.words if not _stands_in(word, written.text)]
+        else:
+            words = [word for number, word in enumerate(leaf.words, start=leaf.first) if number not in seen]
+        if words:
+            lost.append((leaf, words))
+    lost += [
+        (Leaf(path, message, "call", (str(value),), None), [json.dumps(value)])
+        for message, path, value in marked.values
+        if not is_written(value, written.text)
+    ]
+    return lost
+
+
+def _stands_in(word: str, text: str) -> bool:
+    return word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text
+
+
+def _not_by_design(written: Written, lost: list[tuple[Leaf, list[str]]]) -> list[tuple[Leaf, list[str]]]:
+    """What is lost but for the words of assistants and system texts that the template writes while the chat ends there.
+
+    It is tried out on one of a kind: reasoning or words, of an answer with calls or without; a system text.
+    """
+    tried: dict[tuple[str, bool], bool] = {}
+    kept = []
+    for leaf, words in lost:
+        message = written.messages[leaf.message]
+        kind = leaf.kind, bool(message.get("tool_calls"))
+        said = message["role"] == "assistant" and leaf.kind in ("reasoning", "content")
+        if leaf.message < 0 or not (said or message["role"] in ("system", "developer")):
+            kept.append((leaf, words))
+            continue
+        end = leaf.message + 1 if said else _next_answer(written.messages, leaf.message)
+        if end >= len(written.messages):
+            kept.append((leaf, words))
+            continue
+        if kind not in tried:
+            tried[kind] = _writes_alone(written, leaf, words, end)
+        if not tried[kind]:
+            kept.append((leaf, words))
+    return kept
+
+
+def _next_answer(messages: Messages, index: int) -> int:
+    following = (place for place in range(index, len(messages)) if messages[place]["role"] == "assistant")
+    return next(following, len(messages))
+
+
+def _writes_alone(written: Written, leaf: Leaf, words: list[str], end: int) -> bool:
+    """Whether the template writes a text while the chat ends there."""
+    ask = written.messages[leaf.message]["role"] != "assistant"
+    try:
+        if written.marked is None or leaf.first is None:
+            text = written.again(written.messages[:end], ask=ask)
+            return all(_stands_in(word, text) for word in words)
+        _, places = read_marks(written.again(written.marked.messages[:end], ask=ask, marks=True))
+    except UserError:
+        return False
+    return set(range(leaf.first, leaf.first + len(leaf.words))) <= {number for number, _ in places}
+
+
+def _describe_lost(written: Written, lost: list[tuple[Leaf, list[str]]]) -> str:
+    """What the template leaves out, and what to do."""
+    shown = []
+    for leaf, words in lost[:SHOWN]:
+        found = " ".join(words)
+        shown.append(f"{leaf.path} ({found[:60] + '…' if len(found) > 60 else found})")
+    rest = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+    hints = {_hint(leaf, written.messages[leaf.message]["role"]): None for leaf, _ in lost}
+    return f"the chat template leaves out {', '.join(shown)}{rest}; {'; '.join(hints)}"
+
+
+def _hint(leaf: Leaf, role: str) -> str:
+    if leaf.kind in ("tool", "call"):
+        return "tools and calls need a model whose template writes them"
+    if leaf.kind == "reasoning":
+        return 'reasoning needs a template that writes it, or a turn with "train": false'
+    if role in ("system", "developer"):
+        return FOLD_HINT
+    return f"the words of the role {role} need a template that writes them"

@@ -1,0 +1,276 @@
+"""Where the turns of a rendered chat start and end in its tokens.
+
+Marks say where each message's words stand. What a template writes between two turns is learned from the first pair of
+a kind, so that a chat of n messages is rendered a few times, not n times.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.data.marks import read_marks
+from jlora.data.rendered import Written
+from jlora.data.template import common_prefix, placed_tokens, rendered_tokens, special_tokens
+from jlora.errors import UserError
+
+# In the place of a turn's words it shows where they stand in what a template writes.
+SHOWN_AS = "\N{OBJECT REPLACEMENT CHARACTER}"
+_PIECE = re.compile(r"<[^<>]*>|\s+|[^<\s]+|<")
+_KINDS = 8  # ways in which turns of a kind may follow each other; more are not remembered
+
+
+class _Run(NamedTuple):
+    """Where words of a message stand together in the text, and where the words before them end and the next start."""
+
+    before: int
+    first: int
+    last: int
+    following: int
+    number: int  # of its last mark
+
+
+class Turns:
+    """The turns of a chat.
+
+    Args:
+      written: the chat.
+      stop: the token that ends an answer, or None where the template writes none.
+    """
+
+    def __init__(self, written: Written, stop: int | None) -> None:
+        self.tokens, self._offsets = placed_tokens(written.text, written.tokenizer)
+        self._written, self._stop = written, stop
+        self._special = special_tokens(written.tokenizer)
+        self._known: dict[tuple, list[tuple[str, int]]] = {}
+        self._closings: dict[tuple, int] = {}
+        self._opening: str | None = None
+        self._runs = self._find_runs()
+
+    def start(self, index: int) -> int:
+        """The first token of a turn: the first that the model writes when it answers with it."""
+        if index not in self._runs:
+            return self._by_prefix(index)[0]
+        return self._token(self._start_place(index))
+
+    def places(self, index: int) -> np.ndarray:
+        """The places of a turn's tokens, its stop token among them; in order, and not all together where the template
+        writes other words in between (Gemma 4 a tool's result, between a call and what is said beside it).
+        """
+        if index not in self._runs:
+            return np.arange(*self._by_prefix(index))
+        *others, last = self._runs[index]
+        ends = [self._token(self._closing(index, run, alone=True)) for run in others] + [self._end(index, last)]
+        starts = [self.start(index), *(self._token(run.first) for run in self._runs[index][1:])]
+        return np.concatenate([np.arange(*pair) for pair in zip(starts, ends, strict=True)])
+
+    def _end(self, index: int, run: "_Run") -> int:
+        """The end (exclusive) of a turn, its stop token inside."""
+        first, end = self._token(run.last), self._token(run.following)
+        if self._stop is not None and len(found := np.flatnonzero(self.tokens[first:end] == self._stop)):
+            return first + int(found[0]) + 1
+        if index + 1 == len(self._written.messages):
+            return len(self.tokens)
+        return self._token(self._closing(index, run))
+
+    def _find_runs(self) -> dict[int, list["_Run"]]:
+        """Of each message where its words stand together: mostly in one place."""
+        marked, places, found = self._written.marked, self._written.places, {}
+        if marked is None:
+            return {}
+        owners = [marked.owners[number] for number, _ in places]
+        edges = [place for place in range(len(owners)) if not place or owners[place] != owners[place - 1]]
+        for begin, end in zip(edges, [*edges[1:], len(owners)], strict=True):
+            before = places[begin - 1][1] if begin else 0
+            following = places[end][1] if end < len(places) else len(self._written.text)
+            run = _Run(before, places[begin][1], places[end - 1][1], following, places[end - 1][0])
+            found.setdefault(owners[begin], []).append(run)
+        return found
+
+    def _token(self, place: int) -> int:
+        """The first token that ends behind a place of the text."""
+        if place >= len(self._written.text):
+            return len(self.tokens)
+        if self._offsets is not None:
+            return int(np.searchsorted(self._offsets[:, 1], place, side="right"))
+        return common_prefix(rendered_tokens(self._written.text[:place], self._written.tokenizer), self.tokens)
+
+    def _start_place(self, index: int) -> int:
+        """Where a turn starts in the text: behind what the template writes to ask for it."""
+        before, first = self._runs[index][0].before, self._runs[index][0].first
+        gap = self._written.text[before:first]
+        kind = self._kind(index)
+        for asked, least in self._known.get(kind, ()):
+            if (found := _fit(asked, least, gap)) is not None:
+                return before + found
+        if (learnt := self._ask(index, gap)) is not None:
+            known = self._known.setdefault(kind, [])
+            if len(known) < _KINDS:
+                known.append(learnt)
+            if (found := _fit(*learnt, gap, exact=True)) is not None:
+                return before + found
+        return before + self._behind_opening(index, gap)
+
+    def _kind(self, index: int) -> tuple:
+        messages = self._written.messages
+        before = messages[index - 1] if index else {}
+        return index == 0, messages[index]["role"], before.get("role"), bool(before.get("tool_calls"))
+
+    def _ask(self, index: int, gap: str) -> tuple[str, int] | None:
+        """What stands behind the last word before a turn when the template asks for the turn, and how much of it stands
+        there when it does not ask.
+        """
+        marked, places = self._written.marked, self._written.places
+        own = next(place for place, (number, _) in enumerate(places) if marked.owners[number] == index)
+        if not index or not own:
+            return None
+        last = places[own - 1][0]
+        try:
+            asked = self._behind(index, last, ask=True)
+            if asked is None:
+                return None
+            if gap.startswith(asked):
+                return asked, len(asked)
+            base = self._behind(index, last, ask=False)
+        except UserError:
+            return None
+        return None if base is None else (asked, len(base))
+
+    def _behind(self, index: int, last: int, *, ask: bool) -> str | None:
+        """What the template writes behind a mark where the chat ends before a message; None if it is not the last."""
+        text, places = read_marks(self._written.again(self._written.marked.messages[:index], ask=ask, marks=True))
+        return text[places[-1][1] :] if places and places[-1][0] == last else None
+
+    def _behind_opening(self, index: int, gap: str) -> int:
+        """Behind the opening of an answer as the template writes it at the end of the chat, or else the words alone."""
+        pieces = _PIECE.findall(self._ask_again())
+        while pieces:
+            opening = "".join(pieces)
+            if opening.strip() and gap.count(opening) == 1:
+                return gap.index(opening) + len(opening)
+            pieces.pop()
+        content = self._written.messages[index].get("content")
+        leading = content[: len(content) - len(content.lstrip())] if isinstance(content, str) else ""
+        return len(gap) - len(leading) if gap.endswith(leading) else len(gap)
+
+    def _ask_again(self) -> str:
+        """What the template writes behind the chat to ask for one more answer; "" if it rewrites the chat for that."""
+        if self._opening is None:
+            text = self._written.text
+            try:
+                asked = self._written.again(self._written.messages, ask=True)
+            except UserError:
+                asked = ""
+            self._opening = asked[len(text) :] if asked.startswith(text) else ""
+        return self._opening
+
+    def _closing(self, index: int, run: "_Run", *, alone: bool = False) -> int:
+        """Where a turn ends in the text: behind what the template writes there while the chat ends with the turn, or,
+        with `alone`, with the turn without what it says beside its calls.
+
+        Another special token may stand in the place of the last one: gpt-oss ends earlier answers with one of its own.
+        """
+        region = self._written.text[run.last : run.following]
+        message = self._written.messages[index]
+        content = message.get("content")
+        trailing = content[len(content.rstrip()) :] if isinstance(content, str) and not alone else ""
+        own = len(trailing) if region.startswith(trailing) else 0
+        key = bool(message.get("tool_calls")), alone, own == len(trailing), region[own:]
+        if key not in self._closings:
+            tail = self._tail(index, run.number, alone=alone)
+            kept = _whole(tail, len(_alike(tail, region)))
+            if kept < len(tail):
+                kept = self._special_behind(index, run.last + kept) - run.last
+            self._closings[key] = max(0, kept - own)
+        return run.last + own + self._closings[key]
+
+    def _tail(self, index: int, number: int, *, alone: bool) -> str:
+        """What the template writes behind a mark while the chat ends with a turn; "" where it writes no such chat."""
+        *before, message = self._written.marked.messages[: index + 1]
+        try:
+            written = self._written.again([*before, message | {"content": ""} if alone else message], marks=True)
+        except UserError:
+            return ""
+        text, places = read_marks(written)
+        return text[places[-1][1] :] if places and places[-1][0] == number else ""
+
+    def _special_behind(self, index: int, place: int) -> int:
+        """The end of the special token that stands at a place of the text, unless it opens the next turn."""
+        token = self._token(place)
+        if self._offsets is None or token == len(self.tokens) or self._offsets[token, 0] != place:
+            return place
+        end = int(self._offsets[token, 1])
+        text = self._written.text[place:end]
+        following = self._written.messages[index + 1]["role"] if index + 1 < len(self._written.messages) else ""
+        opens = text in self._ask_again() or (following and following in text.lower())
+        return place if int(self.tokens[token]) not in self._special or opens else end
+
+    def _by_prefix(self, index: int) -> tuple[int, int]:
+        """A turn whose words bear no marks, from what the template writes of the messages before it."""
+        written, text = self._written, self._written.text
+        asked = base = None
+        if index:
+            try:
+                asked = written.again(written.messages[:index], ask=True)
+                base = asked if text.startswith(asked) else written.again(written.messages[:index])
+            except UserError:
+                base = None
+        known = base is not None and text.startswith(base)
+        if known:
+            start, end = self._token(len(_alike(asked, text))), None
+        else:  # what comes before reads otherwise without the rest: the turn is what changes with its words
+            start, end = self._by_change(index)
+        if self._stop is not None and len(stops := np.flatnonzero(self.tokens[start:] == self._stop)):
+            return start, start + int(stops[0]) + 1
+        if index + 1 == len(written.messages):
+            return start, len(self.tokens)
+        if end is None:
+            ended = written.again(written.messages[: index + 1])
+            end = self._token(len(_alike(ended, text)))
+        return start, end
+
+    def _by_change(self, index: int) -> tuple[int, int]:
+        written, text = self._written, self._written.text
+        message = written.messages[index]
+        other: Mapping[str, Any] = {"content": SHOWN_AS}
+        other |= {name: SHOWN_AS for name in ("reasoning_content",) if message.get(name)}
+        changed = written.again([*written.messages[:index], message | other, *written.messages[index + 1 :]])
+        first = len(_alike(text, changed))
+        end = len(text) - len(_alike(text[first:][::-1], changed[first:][::-1]))
+        return self._token(first), self._token(end)
+
+
+def _fit(asked: str, least: int, gap: str, *, exact: bool = False) -> int | None:
+    """How much of a gap between two turns asks for the second one; None if the gap is of another kind.
+
+    The spaces at the end of the first turn's words may differ; with `exact` they do not.
+    """
+    spaces, other = (len(text) - len(text.lstrip()) for text in (asked, gap))
+    if not exact and (not asked.strip() or not gap.strip()):
+        return len(asked) if gap.startswith(asked) else None
+    if exact:
+        spaces = other = 0
+    shared = len(_alike(asked[spaces:], gap[other:]))
+    if spaces + shared < len(asked):
+        shared = _whole(asked[spaces:], shared)
+        if spaces + shared < least:
+            return None
+    return other + shared
+
+
+def _whole(text: str, shared: int) -> int:
+    """How much of the start of a text is whole pieces of it (a tag, a word, spaces): not "<t" of "<think>"."""
+    return max((piece.end() for piece in _PIECE.finditer(text) if piece.end() <= shared), default=0)
+
+
+def _alike(first: str, second: str) -> str:
+    """The start that two texts share."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return first[:low]

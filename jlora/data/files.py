@@ -142,7 +142,7 @@ def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
         number, first = next(((number, line) for number, line in lines if _words(line)), (0, b""))
         if _words(first).startswith(b"["):
             rest = stream.read()
-            if not rest.strip() or not _is_json(first):
+            if _is_array(first, rest):
                 yield from _array_rows(path, number, first + rest)
                 return
             lines = enumerate(io.BytesIO(rest), start=number + 1)
@@ -156,6 +156,14 @@ def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
         yield from ((f"{path}:{number}", _line_value(line)) for number, line in lines if _words(line))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: found a damaged gzip file ({error}): write or download it again") from error
+
+
+def _is_array(first: bytes, rest: bytes) -> bool:
+    """Whether a file whose first line begins with a bracket is one array, and not lines of which the first is odd."""
+    if _is_json(first):
+        return not rest.strip()
+    second = next((line for line in io.BytesIO(rest) if line.strip()), b"]")
+    return rest.rstrip().endswith(b"]") or not _is_json(second)
 
 
 def _refuse_name(path: pathlib.Path) -> None:

@@ -163,10 +163,10 @@ def _from_messages(row: Record, kind: Kind) -> Record:
     messages = row["messages"]
     if messages[-1]["role"] != "assistant":
         return {**row, "prompt": messages}
-    said = as_messages(row.get("chosen") or "", "assistant")
+    chosen = row.get("chosen")
     if kind == "unpaired" and "label" in row and "completion" not in row:
         return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
-    if said == messages[-1:]:
+    if messages[-1:] == (as_messages(chosen, "assistant") if isinstance(chosen, str) else chosen):
         return {**row, "prompt": messages[:-1]}
     raise UserError("messages: found the assistant's words at the end, expected those that chosen and rejected answer")
 

@@ -1,30 +1,79 @@
 """A recipe with the command line's `--config.group.key=value` on top."""
 
+import json
+import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jlora.errors import UserError
+from jlora.errors import MissingFileError, UserError
+from jlora.train.config import default_config
 from jlora.train.pyfile import call, load_function
+
+_SETTINGS = (".yaml", ".yml", ".json")
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     """The ConfigDict of the file's get_config(), changed by the overrides.
 
-    Unknown keys stay in it, so that `resolve` names all of them at once. FILE.py:WORD hands WORD to get_config.
+    Unknown keys stay in it, so that `resolve` names all of them at once. FILE.py:WORD hands WORD to get_config. A YAML
+    or JSON file, such as the config.json of a run, holds what differs from the defaults.
 
     Raises:
         FileNotFoundError, ValueError: what is wrong with the file or the overrides.
     """
     file, colon, word = path.partition(":")
+    if pathlib.Path(file).suffix.lower() in _SETTINGS:
+        return _apply(_read_settings(path), overrides) if overrides else _read_settings(path)
     config = call(file, load_function(file, "get_config"), *([word] if colon else []))
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config() returned {type(config).__name__}, expected a ml_collections.ConfigDict")
     if not overrides:
         return config
     return _apply(config, overrides)
+
+
+def _read_settings(path: str) -> ConfigDict:
+    """The default settings with those of a YAML or JSON file on top."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers: for YAML 1.1, which PyYAML follows, 1e-4 is a text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.lower().endswith(".json") else yaml.load(text, Loader)
+    except OSError as error:
+        raise MissingFileError(
+            f"{path} is not a file that can be read ({error.strerror}); expected settings"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: found no YAML or JSON ({error})") from error
+    config = default_config()
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or not set(values) & set(config):
+        raise UserError(
+            f"{path}: found none of jlora's settings, expected groups of them ({', '.join(config)}), as in\n"
+            "  model: {path: FOLDER}\n  data: {path: FILE.jsonl}\n  train: {epochs: 1}\n"
+            "(recipes of other tools have other names; jlora train --help lists all settings)"
+        )
+    _merge(config, values, path)
+    return config
+
+
+def _merge(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(config.get(key), ConfigDict):
+            _merge(config[key], value, f"{where}: {key}")
+            continue
+        try:
+            config[key] = value
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: {key}: {error}") from error
 
 
 def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

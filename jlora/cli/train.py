@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="a file with get_config(), see configs/")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py", help="a file with get_config() (see configs/), or YAML or JSON"
+    )
     parser.add_argument(
         "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
     )

@@ -1,9 +1,12 @@
 """Overrides are parsed by the type of the setting, not by what they look like."""
 
+import json
+
 import pytest
 
 from jlora.cli.overrides import read_config
-from jlora.train.config import resolve
+from jlora.errors import MissingFileError, UserError
+from jlora.train.config import resolve, to_dict
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,60 @@ def test_a_word_behind_the_file_goes_to_get_config(tmp_path):
 def test_two_commands_in_one_process_do_not_meet(recipe):
     first = resolve(read_config(recipe, ["--config.lora.r=7"]))
     assert (first.lora.r, resolve(read_config(recipe, [])).lora.r) == (7, 2)
+
+
+SETTINGS = {
+    "algorithm": "dpo",
+    "model": {"path": "m", "quant": None},
+    "data": {"path": "d.jsonl"},
+    "lora": {"r": 3, "target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 4}},
+    "optim": {"learning_rate": 1e-4},
+    "train": {"epochs": 2},
+}
+
+
+def test_settings_may_stand_in_yaml_or_json(tmp_path):
+    lines = [f"{group}: {json.dumps(values)}\n" for group, values in SETTINGS.items()]
+    lines[4] = "optim:\n  learning_rate: 1e-4\n"
+    (tmp_path / "a.yaml").write_text("".join(lines))
+    (tmp_path / "a.json").write_text(json.dumps(SETTINGS))
+    yaml, plain = (resolve(read_config(str(tmp_path / name), [])) for name in ("a.yaml", "a.json"))
+    assert yaml == plain
+    assert (yaml.algorithm, yaml.lora.r, yaml.optim.learning_rate, yaml.train.epochs) == ("dpo", 3, 1e-4, 2)
+    assert yaml.lora.rank_pattern == (("layers.1.self_attn.q_proj", 4),)
+    assert resolve(read_config(str(tmp_path / "a.yaml"), ["--config.lora.r=5"])).lora.r == 5
+    # What a run wrote of itself.
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(yaml)))
+    assert resolve(read_config(str(tmp_path / "config.json"), [])) == yaml
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "base_model: m\ndatasets:\n- path: d\n", "found none of jlora's settings, expected groups of them"),
+        ("a.yaml", "- 1\n", "found none of jlora's settings"),
+        ("a.yaml", "3: {}\n", "found none of jlora's settings"),
+        ("a.yaml", "", "found none of jlora's settings"),
+        ("a.yaml", "model: [", "found no YAML or JSON"),
+        ("a.yaml", "model: !!python/object/apply:os.getcwd []", "found no YAML or JSON"),
+        ("a.json", "{", "found no YAML or JSON"),
+    ],
+)
+def test_what_is_not_a_recipe_says_what_one_looks_like(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_config(str(tmp_path / name), [])
+    assert words in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_wrong_settings_in_yaml_are_named_all_at_once(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model: {path: m, nope: 1}\ndata: {path: d}\ntrain: {steps: many}\nbla: 3\nlora: 3\n"
+    )
+    with pytest.raises(UserError) as error:
+        resolve(read_config(str(tmp_path / "a.yaml"), []))
+    for words in ("model.nope", "train.steps", "bla", "lora"):
+        assert words in str(error.value)
+    with pytest.raises(MissingFileError, match=r"none.yaml is not a file"):
+        read_config(str(tmp_path / "none.yaml"), [])

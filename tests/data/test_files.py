@@ -150,11 +150,12 @@ def test_a_folder_or_nothing_says_what_can_be_read(tmp_path):
             read_records(path)
 
 
-KEYS = (
+WORDS = (
     "messages conversations prompt completion chosen rejected completions scores label role content from value type "
     "text tools functions function_call tool_calls name arguments system question instruction input output history "
     "weight train masked margin chat_template_kwargs kto_tag context answer images"
-).split()
+)
+KEYS = WORDS.split()
 LEAVES = (None, True, False, 0, 1, -1, 0.5, float("nan"), float("inf"), 10**400, "", " ", "q", "user", "assistant")
 LEAVES += ("gpt", "human", "function_call", "text", "image_url", "{", "[]", '{"name": "f"}', "\ud800", "a b\nc", "é")
 

@@ -143,7 +143,7 @@ def _changes(
     """The model against its base, or against another."""
     other, before = model, lora.strip(params)
     if options.against != "base":
-        other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant)
+        other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
         other.config.require_same(model.config, options.against, options.model)
     changes = forgetting.compare(model, before, params, tokenizer, task=records, **sets)
     if options.loss_only:

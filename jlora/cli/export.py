@@ -28,7 +28,8 @@ def run(arguments: list[str]) -> int:
     elif options.merged:
         hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
     else:
-        hub.save_adapter(options.out, params, base=config.model.path)
+        resized = config.model.resize_vocab is not None
+        hub.save_adapter(options.out, params, base=config.model.path, save_embedding_layers=resized)
     kind = "GGUF" if options.gguf else "PEFT"
     print(f"{'merged model' if options.merged else f'adapter ({kind})'}: {options.out}")
     if options.merged and not options.unmeasured:

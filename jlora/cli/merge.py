@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora import data, hub, lora, quant, tree
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_gguf_option, rank, tensor_bar
+from jlora.cli.model import add_gguf_option, add_vocab_option, rank, tensor_bar
 from jlora.errors import UserError
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
@@ -32,7 +32,8 @@ def run(arguments: list[str]) -> int:
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = data.read_records(options.data) if options.data else None
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
-    model, base = hub.load(options.model, dtype=hub.exact_dtype(options.model))  # so that sums are rounded once
+    exact = hub.exact_dtype(options.model)  # so that sums are rounded once
+    model, base = hub.load(options.model, dtype=exact, vocab=options.vocab)
     tokenizer = hub.load_tokenizer(options.model)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
@@ -66,7 +67,8 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
     if options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     else:
-        hub.save_adapter(options.out, params, base=options.model)
+        resized = options.vocab is not None
+        hub.save_adapter(options.out, params, base=options.model, save_embedding_layers=resized)
     print(f"adapter ({'GGUF' if options.gguf else 'PEFT'}): {options.out}")
 
 
@@ -143,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=rank, help="of the mixture, or the share of its energy to keep, as 0.99")
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
     parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
+    add_vocab_option(parser)
     add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")

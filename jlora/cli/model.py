@@ -9,6 +9,7 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub
+from jlora.hub.resize import TOKENIZER
 from jlora.models import Model
 from jlora.quant import FORMATS
 from jlora.types import Params
@@ -29,6 +30,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
+    )
+    add_vocab_option(parser)
+
+
+def add_vocab_option(parser: argparse.ArgumentParser) -> None:
+    """--vocab."""
+    parser.add_argument(
+        "--vocab",
+        type=_rows,
+        metavar="ROWS",
+        help="give embedding and head so many rows, or with 'tokenizer' as many as the tokenizer needs; new ones are "
+        "the mean of the others",
     )
 
 
@@ -51,7 +64,7 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """The model, its params with the adapter in place, and the tokenizer, fitted to the model; of several adapters none
     is in place.
     """
-    model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant)
+    model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
     if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter)
     return model, params, data.fitted(hub.load_tokenizer(options.model), model.config.vocab_size)
@@ -63,6 +76,10 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
     return number
+
+
+def _rows(text: str) -> int | str:
+    return text if text == TOKENIZER else positive(text)
 
 
 def rank(text: str) -> int | float:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from jlora import data, hub, quant, tree
+from jlora.cli.model import add_vocab_option
 from jlora.errors import UserError
 from jlora.hub.quantized import FORMATS, quantizable
 from jlora.train.sensitivity import measure
@@ -20,7 +21,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = hub.load_tokenizer(options.model)
     if options.bits is not None:
         config = _mixed(options, config, dtype, tokenizer)
-    model, params = hub.load(options.model, dtype=dtype, quant=config)
+    model, params = hub.load(options.model, dtype=dtype, quant=config, vocab=options.vocab)
     hub.save_quantized(options.out, model, params, tokenizer=tokenizer)
     print(f"{options.quant} model: {options.out} ({8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight)")
     return 0
@@ -29,7 +30,7 @@ def run(arguments: list[str]) -> int:
 def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, tokenizer: Any) -> quant.QuantConfig:
     """The config with rules that keep what packing hurts most, as bitsandbytes' folders can say it: in 16 bits."""
     records = data.read_records(options.data) if options.data else []
-    model, params = hub.load(options.model, dtype=dtype)
+    model, params = hub.load(options.model, dtype=dtype, vocab=options.vocab)
     found = quant.candidates(params, config)
     quant.choose(found, dict.fromkeys((kernel.name for kernel in found), 0.0), options.bits, config)  # can it be?
     if records:
@@ -65,5 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", help="of all that is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
     )
+    add_vocab_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     return parser

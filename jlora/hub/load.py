@@ -18,6 +18,7 @@ from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
 from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
+from jlora.hub.resize import Vocab, grown, resized
 from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
 from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo
@@ -45,6 +46,8 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     quant: str | QuantConfig | None = None,
     mesh: Mesh | None = None,
+    *,
+    vocab: Vocab = None,
 ) -> tuple["Model", Params]:
     """The model and its params from a Hugging Face folder, a Hub id or a GGUF file.
 
@@ -56,6 +59,8 @@ def load(
         quant: which leaves are packed, from the values rounded to `dtype`. A checkpoint that bitsandbytes packed takes
             None: its packed tensors are taken over as they are.
         mesh: places every leaf by `jlora.sharding`; None leaves them on the default device.
+        vocab: how many rows embedding and head shall have, or "tokenizer": as many as the source's tokenizer needs. New
+            rows are the mean of the others. None leaves them as they are.
 
     Raises:
         FileNotFoundError: the checkpoint or files of it are missing.
@@ -70,6 +75,8 @@ def load(
     _require_plausible(leaves, checkpoint)
     tensors = _hub_tensors(model, leaves)
     stored = _check(checkpoint, tensors, stored)
+    model = resized(model, source, vocab)
+    leaves = _leaves(model, checkpoint, dtype)
     forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
     leaves = _leaves(model, checkpoint, dtype, stack_layers(forms, model.config.num_hidden_layers))
     tensors = _hub_tensors(model, leaves)
@@ -77,19 +84,20 @@ def load(
     def read(name: str) -> Any:
         return read_packed(stored[name], stored[name].dtype or dtype) if name in stored else checkpoint.read(name)
 
+    whole = _grown(read, model, tensors, stored)
     params = {
-        path: _load_leaf(read, path, leaf, tensors[path], form_of(forms, path), mesh) for path, leaf in leaves.items()
+        path: _load_leaf(whole, path, leaf, tensors[path], form_of(forms, path), mesh) for path, leaf in leaves.items()
     }
     return model, tree.unflatten(params)
 
 
-def read_model(source: str | Path) -> "Model":
+def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
     """The model that `load` makes of the source, without its params: of its weights nothing is read.
 
     Raises:
         FileNotFoundError, ValueError: as `load`, where the weights are not looked at.
     """
-    return _build(open_source(source))
+    return resized(_build(open_source(source)), source, vocab)
 
 
 def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) -> np.dtype:
@@ -220,6 +228,22 @@ def _check(
             expected[name] = expected[name][::-1]
     check_tensors(found, expected, harmless=set(filter(names.is_harmless, found)))
     return stored
+
+
+def _grown(
+    read: Callable[[str], Any],
+    model: "Model",
+    tensors: dict[str, list[names.HubTensor]],
+    stored: dict[str, Stored],
+) -> Callable[[str], Any]:
+    """`read`, whose tensors of embedding and head have the model's rows."""
+    of_model = model.config.names
+    paths = (f"{of_model.embedding}/embedding", f"{of_model.head}/kernel")
+    wide = {tensor.name for path in paths for tensor in tensors.get(path, ())}
+    packed = sorted(wide & stored.keys())
+    if packed and model.config.vocab_size != stored[packed[0]].matrix[-1]:
+        raise UserError(f"vocab: {', '.join(packed)} is packed, and gets no more rows; give the original checkpoint")
+    return grown(read, wide - stored.keys(), model.config.vocab_size)
 
 
 def _load_leaf(

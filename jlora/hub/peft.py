@@ -30,6 +30,7 @@ from jlora.hub.peft_slots import (
     read_slots,
     token_modules,
 )
+from jlora.hub.peft_vocabulary import carried_rows
 from jlora.hub.source import locate
 from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
 from jlora.lora.merge import TIED_HEADS, tied_heads
@@ -59,7 +60,9 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     adapted = [module for module in modules if is_wanted(module, found, config)]
     slots = factor_slots(adapted, config) | config_slots(leaves, config, adapted)
     mirrored = _mirrored(file, found, leaves, config)
-    check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored, modules)
+    whole, changed = carried_rows(file, found, leaves, slots)
+    check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored | whole, modules)
+    base = tree.map_with_path(lambda path, leaf: _replaced(path, leaf, changed, leaves), base)
     return assemble(base, adapted, config, slots, read_slots(file, slots))
 
 
@@ -77,6 +80,11 @@ def assemble(
     new |= _mark_tied(leaves, new, config)
     placed = {name: _place(name, value, leaves) for name, value in new.items()}
     return tree.unflatten(_with_norms(leaves | placed))
+
+
+def _replaced(path: str, leaf: Any, changed: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> Any:
+    """The base's leaf, or what the adapter's file has in its place."""
+    return _place(path, changed[path].astype(leaf.dtype), leaves) if path in changed else leaf
 
 
 # ---------------------------------------------------------------- from tensors to leaves

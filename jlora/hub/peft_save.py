@@ -16,6 +16,7 @@ from jlora.hub.adapter_names import AdapterNames, copied_modules
 from jlora.hub.folder import replacing
 from jlora.hub.peft import WEIGHTS
 from jlora.hub.peft_slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
+from jlora.hub.peft_vocabulary import vocabulary_copies
 from jlora.hub.score import has_score
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
@@ -25,7 +26,14 @@ from jlora.types import Params
 STALE = ("adapter_model*",)
 
 
-def save_adapter(path: str | Path, params: Params, base: str | None = None, *, fold: bool = False) -> None:
+def save_adapter(
+    path: str | Path,
+    params: Params,
+    base: str | None = None,
+    *,
+    fold: bool = False,
+    save_embedding_layers: bool = False,
+) -> None:
     """Write the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
 
     A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank, on the untouched
@@ -35,6 +43,8 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     Args:
         base: the Hub id or path of the base model, for adapter_config.json.
         fold: multiply every scale into B, so that lora_alpha is r for any reader, of any version.
+        save_embedding_layers: also write the base's embedding and head, as PEFT does where the base was given more rows
+            for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones.
 
     Raises:
         ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
@@ -68,6 +78,8 @@ def save_adapter(path: str | Path, params: Params, base: str | None = None, *, f
     if not tensors:
         raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
     tensors |= _base_copies(flat, modules)
+    if save_embedding_layers:
+        tensors |= vocabulary_copies(flat, tensors)
     config = to_json(_summary(params, ranks, alphas), base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
         text = json.dumps(config, indent=2, sort_keys=True)

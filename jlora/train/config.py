@@ -14,6 +14,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from jlora.data import DataConfig
 from jlora.errors import UserError, raise_all
+from jlora.hub.resize import check_vocab
 from jlora.lora import LoraConfig
 from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
@@ -60,12 +61,15 @@ class ModelSource:
         began in for a run that goes on.
       quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None: the weights as the checkpoint has them.
       adapter: a PEFT folder to go on from; its settings take the place of the group `lora`.
+      resize_vocab: rows of embedding and head, or "tokenizer": as many as the tokenizer needs; None: as they are. New
+        rows are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
     """
 
     path: str
     dtype: str | None = None
     quant: str | QuantConfig | None = None
     adapter: str | None = None
+    resize_vocab: int | str | None = None
 
     @property
     def merges_packed(self) -> bool:
@@ -82,6 +86,10 @@ class ModelSource:
             as_config(self.quant)
         except UserError as error:
             faults.append(f"model.quant: {error}")
+        try:
+            check_vocab(self.resize_vocab, "model.resize_vocab")
+        except UserError as error:
+            faults.append(str(error))
         raise_all(faults)
 
 

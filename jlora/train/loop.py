@@ -146,11 +146,12 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
-    rows = hub.read_model(config.model.path).config.vocab_size
+    rows = hub.read_model(config.model.path, config.model.resize_vocab).config.vocab_size
     tokenizer = data.fitted(hub.load_tokenizer(config.model.path), rows)
     one = ALGORITHMS[config.algorithm]
     plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
-    model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant, mesh=mesh)
+    settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
+    model, params = hub.load(config.model.path, mesh=mesh, **settings)
     if not config.adapters:  # several are put beside the base by their plan
         params = adapt(model, params, config, begun)
     frozen, trainable = lora.split(params)
@@ -243,7 +244,12 @@ def _finish(this: _Run) -> None:
     adapters = {name: _gathered(params) for name, params in this.job.adapters(this.state.trainable).items()}
     if jax.process_index() == 0:
         for name, params in adapters.items():
-            hub.save_adapter(this.workdir / name, params, base=this.config.model.path)
+            hub.save_adapter(
+                this.workdir / name,
+                params,
+                base=this.config.model.path,
+                save_embedding_layers=this.config.model.resize_vocab is not None,
+            )
         if can_plot():
             plot_curves(this.workdir, this.job.panels)
         else:

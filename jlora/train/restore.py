@@ -36,7 +36,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
     with checkpoint.reader(_checkpoints(folder)) as saved:
         found = _choose(folder, sorted(saved.all_steps()), step)
         manifest = checkpoint.read_manifest(saved, found)
-        model, params = hub.load(config.model.path, dtype=config.model.dtype, quant=config.model.quant)
+        settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
+        model, params = hub.load(config.model.path, **settings)
         if manifest["base"] != checkpoint.fingerprint(params):
             raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         fixed = checkpoint.read_fixed(saved, found)

@@ -6,7 +6,10 @@ import shutil
 
 import jax
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 
 import jlora
 from jlora import data, models
@@ -203,3 +206,56 @@ def test_a_fitted_tokenizer_is_the_tokenizer_otherwise(loaded):
     for call in (fitted, fitted.encode):
         with pytest.raises(jlora.UserError, match=re.escape(NEW)):
             call(f"one {NEW}")
+
+
+def test_a_run_on_a_resized_base_trains_the_new_tokens_and_what_it_leaves_opens(wide, tmp_path, capsys):
+    """From the run to every command that reads what it left, each with the rows of the tokenizer."""
+    rows = len(jlora.load_tokenizer(wide))
+    file = write(tmp_path / "data.jsonl", [TEXT, CHAT] * 2)
+    settings = {
+        "model": {"path": wide, "resize_vocab": "tokenizer"},
+        "data": {"path": file},
+        "lora": {"r": 2, "trainable_token_indices": (rows - 1,)},
+        "train": {"steps": 2, "batch_size": 2, "seq_len": 64, "save_every": 1},
+    }
+    out = tmp_path / "run"
+    assert np.isfinite(run(resolve(settings), out)["loss"])
+    run(resolve(settings), out)  # goes on, with nothing left to do: the base is the one that it began with
+    model, params = jlora.load(wide, vocab=rows)
+    adapted = jlora.load_adapter(params, out / "adapter")
+    ids = np.array([[1, 2, rows - 1]], np.int32)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(wide)
+    opened.resize_token_embeddings(rows)
+    opened = peft.PeftModel.from_pretrained(opened, out / "adapter")
+    with torch.no_grad():
+        expected = opened(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(model(adapted, ids), expected, atol=1e-4)
+
+    assert main(["export", f"--workdir={out}", "--merged", f"--out={tmp_path / 'merged'}"]) == 0
+    whole, merged = jlora.load(tmp_path / "merged")
+    assert whole.config.vocab_size == rows
+    np.testing.assert_allclose(whole(merged, ids), expected, atol=1e-4)
+
+    given = [f"--model={wide}", f"--adapter={out / 'adapter'}"]
+    for command, more in (("eval", [f"--data={file}", "--loss_only"]), ("generate", [f"--prompt=one {NEW}"])):
+        assert main([command, *given, *more]) == 2
+        assert f"--vocab={rows}" in capsys.readouterr().err
+        for vocab in (rows, "tokenizer"):
+            assert main([command, *given, *more, f"--vocab={vocab}"]) == 0
+    assert main(["merge", *given, "--vocab=tokenizer", f"--out={tmp_path / 'again'}"]) == 0
+    assert jlora.load(tmp_path / "again")[0].config.vocab_size == rows
+    assert main(["quantize", f"--model={wide}", "--quant=int8", f"--vocab={rows}", f"--out={tmp_path / 'packed'}"]) == 0
+    assert jlora.load(tmp_path / "packed")[0].config.vocab_size == rows
+
+
+def test_a_number_of_rows_is_given_on_the_command_line_too(wide, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from jlora.train.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        f"    config.model.path = {wide!r}\n    config.train.steps = 1\n    config.train.batch_size = 1\n"
+        f"    config.data.path = {write(tmp_path / 'd.jsonl', [TEXT])!r}\n    return config\n"
+    )
+    for vocab in (300, "tokenizer"):
+        out = tmp_path / f"run{vocab}"
+        assert main(["train", f"--config={recipe}", f"--workdir={out}", f"--config.model.resize_vocab={vocab}"]) == 0
+        assert json.loads((out / "config.json").read_text())["model"]["resize_vocab"] == vocab

@@ -1,0 +1,116 @@
+"""Embeddings and heads that lie whole in an adapter's file, because its base was given more rows for tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora import quant
+from jlora.errors import UserError
+from jlora.hub import names
+from jlora.hub.weights import TensorInfo, read_tensor
+from jlora.lora.merge import TIED_HEADS
+
+PREFIX = "base_model.model."
+# What PEFT calls a whole embedding or head of the base: alone, under an adapter, under token rows, beside a copy.
+COPIES = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight", ".original_module.weight")
+
+
+def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The base's own embedding, and head where that is another, as PEFT writes them once the vocabulary has grown.
+
+    Args:
+        flat: the tree's leaves.
+        written: the adapter's tensors, which may hold some of these already.
+    """
+    copies = {}
+    for path in (path for pair in TIED_HEADS.items() for path in pair):
+        leaf = next((flat[full] for full in (f"{path}/embedding", f"{path}/kernel") if full in flat), None)
+        if leaf is None or quant.is_packed(leaf):
+            continue
+        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
+        if not any(f"{name}{copy}" in written for copy in COPIES):
+            tokens = f"{name}.token_adapter.trainable_tokens_delta" in written
+            weight = np.asarray(leaf if f"{path}/embedding" in flat else leaf.T)
+            copies[f"{name}{'.token_adapter.base_layer' if tokens else ''}.weight"] = weight
+    return copies
+
+
+def carried_rows(
+    file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], slots: Mapping[str, Any]
+) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The tensors that are the base's embedding and head, and path → the values of those that differ from the base's.
+
+    PEFT puts them in the base's place, and so is done here: the base that an adapter with new tokens was trained on has
+    rows for these that no checkpoint holds.
+
+    Args:
+        slots: tensors that are parts of the adapter.
+
+    Raises:
+        UserError: the file's have another number of rows than the model's; what to do is said.
+    """
+    taken: set[str] = set()
+    changed: dict[str, np.ndarray] = {}
+    for embedding, head in TIED_HEADS.items():
+        if f"{embedding}/embedding" not in leaves:
+            continue
+        _require_same_rows(file, found, (embedding, head), leaves[f"{embedding}/embedding"].shape)
+        taken |= _repeated(file, found, embedding, head, tied=f"{head}/kernel" not in leaves) - slots.keys()
+        for module, path in ((embedding, f"{embedding}/embedding"), (head, f"{head}/kernel")):
+            path = path if path in leaves else f"{embedding}/embedding"  # a tied head is the embedding
+            for tensor in _copies(found, module):
+                if tensor in slots or quant.is_packed(leaves[path]):
+                    continue
+                values = read_tensor(file, tensor).astype(np.float32)
+                values = values.T if path.endswith("/kernel") else values
+                if _close(values, changed.get(path, leaves[path])):
+                    taken.add(tensor)
+                elif path not in changed:
+                    taken.add(tensor)
+                    changed[path] = values
+    return taken, changed
+
+
+def _repeated(file: Path, found: Mapping[str, TensorInfo], embedding: str, head: str, *, tied: bool) -> set[str]:
+    """Tensors that are in the file a second time: trained copies, and the token rows of a tied head."""
+    rows = ".token_adapter.trainable_tokens_delta"
+    pairs = [(f"{_name(head)}{rows}", f"{_name(embedding)}{rows}")] if tied else []
+    pairs += [(f"{_name(path)}.modules_to_save.weight", f"{_name(path)}.weight") for path in (embedding, head)]
+    return {
+        twice
+        for twice, once in pairs
+        if twice in found and once in found and np.array_equal(read_tensor(file, once), read_tensor(file, twice))
+    }
+
+
+def _require_same_rows(
+    file: Path, found: Mapping[str, TensorInfo], modules: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+    rows, width = shape
+    others = {
+        found[tensor].shape[0]
+        for module in modules
+        for tensor in (*_copies(found, module), f"{_name(module)}.modules_to_save.weight")
+        if tensor in found and found[tensor].shape[1:] == (width,)
+    } - {rows}
+    if others:
+        there = max(others)
+        raise UserError(
+            f"{file}: the adapter was trained with {there} rows for tokens, the model has {rows}: give the model as "
+            f"many with --vocab={there}, model.resize_vocab={there} in a recipe, or jlora.load(..., vocab={there})"
+        )
+
+
+def _copies(found: Mapping[str, TensorInfo], module: str) -> list[str]:
+    return [f"{_name(module)}{copy}" for copy in COPIES if f"{_name(module)}{copy}" in found]
+
+
+def _name(module: str) -> str:
+    return f"{PREFIX}{names.module_names(module, 1)[0]}"
+
+
+def _close(values: np.ndarray, base: Any) -> bool:
+    """Whether these are the base's rows, perhaps rounded."""
+    return values.shape == base.shape and np.allclose(np.asarray(base, np.float32), values, rtol=0.01, atol=1e-6)

@@ -1,0 +1,68 @@
+"""A base with more rows for tokens than its checkpoint has: new rows are the mean of those there are."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes  # noqa: F401 (numpy's casts to bfloat16)
+import numpy as np
+
+from jlora.errors import UserError
+from jlora.hub.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from jlora.models import Model
+
+TOKENIZER = "tokenizer"
+# What `vocab` may be: so many rows, as many as the tokenizer needs, or as many as there are.
+Vocab = int | str | None
+
+
+def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
+    """The model with as many rows for tokens as `vocab` says, in its config.json too.
+
+    Args:
+        source: where its tokenizer is. With vocab="tokenizer" there are as many rows as that has ids, and never fewer
+            than before: many models have some to spare.
+
+    Raises:
+        UserError: `vocab` is something else, or fewer rows than the model has.
+    """
+    rows = model.config.vocab_size
+    check_vocab(vocab, "vocab")
+    if vocab is None:
+        return model
+    wanted = vocab
+    if vocab == TOKENIZER:
+        wanted = max(rows, 1 + max(load_tokenizer(source).get_vocab().values(), default=-1))
+    if wanted < rows:
+        raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and none of them are taken away")
+    if wanted == rows:
+        return model
+    written = json.dumps(model.config.to_hf() | {"vocab_size": wanted}, sort_keys=True)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=wanted, source=written))
+
+
+def check_vocab(vocab: Vocab, name: str) -> None:
+    """Raise UserError unless `vocab` is a number of rows, "tokenizer" or None; `name` is what the user calls it."""
+    if vocab not in (None, TOKENIZER) and (isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1):
+        raise UserError(f"{name}: found {vocab!r}, expected a number of rows, {TOKENIZER!r}, or None")
+
+
+def grown(read: Callable[[str], Any], names: Collection[str], rows: int) -> Callable[[str], Any]:
+    """`read`, whose tensors of these names (embedding and head, [V, D]) come with so many rows.
+
+    transformers' `resize_token_embeddings` draws its new rows closely around that mean; here nothing is drawn, so that
+    a run that goes on has the base that it began with.
+    """
+
+    def read_grown(name: str) -> Any:
+        values = read(name)
+        if name not in names or len(values) == rows:
+            return values
+        mean = values.mean(axis=0, dtype=np.float64).astype(values.dtype)
+        return np.concatenate([values, np.broadcast_to(mean, (rows - len(values), *mean.shape))])
+
+    return read_grown

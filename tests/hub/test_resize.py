@@ -1,0 +1,176 @@
+"""A base with more rows for tokens: as transformers resizes it, and adapters of it that PEFT writes and reads."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import jlora
+from jlora import hub, tree
+from jlora.train import resolve
+
+ROWS, MORE = 64, 5
+SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+
+def make(folder, tied, **settings):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=ROWS, tie_word_embeddings=tied, **SIZES)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder, **settings)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("base"), request.param)
+
+
+def ids_up_to(rows):
+    ids = np.random.default_rng(rows).integers(0, rows, (2, 9))
+    ids[0, :3] = range(rows - 3, rows)
+    return ids
+
+
+def resized_reference(folder, rows):
+    """transformers' model with so many rows, those it draws set to the mean that it draws them around."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = [
+        layer.weight.detach().clone() for layer in (reference.get_input_embeddings(), reference.get_output_embeddings())
+    ]
+    reference.resize_token_embeddings(rows)
+    with torch.no_grad():
+        for layer, old in zip(
+            (reference.get_input_embeddings(), reference.get_output_embeddings()), before, strict=True
+        ):
+            drawn = layer.weight[ROWS:]
+            assert torch.allclose(drawn, old.mean(0).expand_as(drawn), atol=0.05)  # it draws closely around the mean
+            layer.weight[ROWS:] = old.mean(0)
+    return reference.eval()
+
+
+def logits_of(reference, ids):
+    with torch.no_grad():
+        return reference(torch.from_numpy(ids)).logits.numpy()
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "gguf", "on a mesh"])
+def test_new_rows_are_transformers(form, base, tmp_path):
+    reference = resized_reference(base, ROWS + MORE)
+    source, mesh = base, None
+    if form == "shards":
+        source = tmp_path / "shards"
+        transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(source, max_shard_size="10KB")
+        assert (source / "model.safetensors.index.json").is_file()
+    if form == "gguf":
+        pytest.importorskip("gguf")
+        source = tmp_path / "m.gguf"
+        hub.save_gguf(source, *jlora.load(base, dtype="float32"), dtype="f32")
+    if form == "on a mesh":
+        mesh = jlora.make_mesh(jlora.MeshConfig(data=8))
+    model, params = jlora.load(source, dtype="float32", mesh=mesh, vocab=ROWS + MORE)
+    assert hub.read_model(source, ROWS + MORE).config == model.config
+    ids = ids_up_to(ROWS + MORE)
+    assert_close(model(params, jnp.asarray(ids)), logits_of(reference, ids))
+
+
+def test_a_resized_model_is_written_with_its_rows(base, tmp_path):
+    model, params = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
+    jlora.save_model(tmp_path, model, params)
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == ROWS + MORE
+    ids = ids_up_to(ROWS + MORE)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(model(params, jnp.asarray(ids)), logits_of(reference, ids))
+    again, loaded = jlora.load(tmp_path, dtype="float32")
+    assert tree.flatten(loaded).keys() == tree.flatten(params).keys()
+    assert again.config.vocab_size == ROWS + MORE
+
+
+def test_packed_layers_do_not_hinder_it(base):
+    model, params = jlora.load(base, quant="int8", vocab=ROWS + MORE)
+    assert params["embed_tokens"]["embedding"].shape == (ROWS + MORE, 16)
+    assert np.isfinite(model(params, jnp.asarray(ids_up_to(ROWS + MORE)))).all()
+
+
+@pytest.mark.parametrize("vocab", [ROWS - 1, 0, -3, "more", True])
+def test_rows_that_cannot_be_are_refused(vocab, base):
+    for call in (jlora.load, hub.read_model):
+        with pytest.raises(jlora.UserError, match=f"vocab.*{vocab}"):
+            call(base, vocab=vocab)
+    settings = {"model": {"path": base, "resize_vocab": vocab}, "data": {"path": "d"}, "train": {"steps": 1}}
+    if vocab != ROWS - 1:
+        with pytest.raises(jlora.UserError, match="resize_vocab"):
+            resolve(settings)
+
+
+KINDS = {
+    "linears": dict(target_modules=["q_proj"]),
+    "token rows": dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [ROWS, ROWS + 1]}),
+    "the embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "a trained copy": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+}
+
+
+def peft_model(base, settings, saves_head):
+    """PEFT's model on a base that was given more rows, every weight of the adapter random."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(ROWS + MORE)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[ROWS:] = head[:ROWS].mean(0)  # of an adapted embedding's base PEFT does not save the head
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())[: 1 + saves_head]:
+            layer.weight[ROWS:] += 0.2 * torch.randn(MORE, layer.weight.shape[1])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_pefts_brings_its_new_rows(kind, base, tmp_path):
+    adapted = peft_model(base, KINDS[kind], kind != "the embedding")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(tmp_path)
+    model, params = jlora.load(base, dtype="float32")
+    with pytest.raises(jlora.UserError, match=f"{ROWS + MORE} rows.*has {ROWS}.*--vocab={ROWS + MORE}"):
+        jlora.load_adapter(params, tmp_path)
+    model, params = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
+    ids = ids_up_to(ROWS + MORE)
+    assert_close(model(jlora.load_adapter(params, tmp_path), jnp.asarray(ids)), logits_of(adapted, ids))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_resized_base_opens_in_peft(kind, base, tmp_path):
+    model, params = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
+    settings = dict(KINDS[kind], r=2, init_lora_weights=False)
+    if "trainable_token_indices" in settings:
+        settings["trainable_token_indices"] = [ROWS, ROWS + 1]
+    params = jlora.lora.init(params, jlora.LoraConfig(**settings), jax.random.key(0))
+    jlora.save_adapter(tmp_path, params, base=base, save_embedding_layers=True)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    reference.resize_token_embeddings(ROWS + MORE)
+    adapted = peft.PeftModel.from_pretrained(reference, tmp_path).eval()
+    ids = ids_up_to(ROWS + MORE)
+    assert_close(model(params, jnp.asarray(ids)), logits_of(adapted, ids))
+    _, again = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
+    assert_close(model(jlora.load_adapter(again, tmp_path), jnp.asarray(ids)), logits_of(adapted, ids))

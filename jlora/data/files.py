@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -147,10 +148,13 @@ def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
                 return
             lines = enumerate(io.BytesIO(rest), start=number + 1)
         elif _words(first).startswith(b"{") and _words(first)[-1:] in b"{[,":
-            raise UserError(
-                f"{path}:{number}: found an object that goes on behind its line, expected one record on each line "
-                "(JSONL), or one JSON array of all records"
-            )
+            second = next(((number, line) for number, line in lines if _words(line)), (number, b""))
+            if not _is_json(second[1]):
+                raise UserError(
+                    f"{path}:{number}: found an object that goes on behind its line, expected one record on each line "
+                    "(JSONL), or one JSON array of all records"
+                )
+            lines = itertools.chain([second], lines)
         if first:
             yield f"{path}:{number}", _line_value(first)
         yield from ((f"{path}:{number}", _line_value(line)) for number, line in lines if _words(line))

@@ -169,7 +169,7 @@ def media_faults(row: Mapping[str, Any]) -> list[str]:
 def unused_keys(row: Mapping[str, Any], read: Sequence[str]) -> list[str]:
     """What is said of keys that another loader would read here, and this record does not.
 
-    A text that the chat holds anyway, such as a copy of its question, is not missed.
+    What the chat holds anyway, such as a copy of its question or functions that its text describes, is not missed.
 
     Args:
         read: the keys that the record is made of.
@@ -179,9 +179,9 @@ def unused_keys(row: Mapping[str, Any], read: Sequence[str]) -> list[str]:
     for key, why in _UNUSED.items():
         if key not in row or key in read or _says_nothing(key, row[key]) or (key == "functions" and row.get("tools")):
             continue
-        if isinstance(row[key], str):
+        if words := _telling_words(row[key]):
             texts = list(_words(row, read)) if texts is None else texts
-            if any(row[key] in text for text in texts):
+            if all(any(word in text for text in texts) for word in words):
                 continue
         found.append(f"{key}: not used: {why.format(read=read[0])}")
     return found
@@ -192,6 +192,15 @@ def _says_nothing(key: str, value: Any) -> bool:
     if key in _SAYS_YES:
         return value is None or (isinstance(value, int | float) and value == 1) or value in ("", [], {})
     return not value
+
+
+def _telling_words(value: Any) -> list[str]:
+    """What of a value would be found in a chat that holds it anyway: a text, or the names of functions."""
+    if isinstance(value, str):
+        return [value]
+    items = value if isinstance(value, list) else []
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    return names if all(isinstance(name, str) and name for name in names) else []
 
 
 def _as_list(side: Any) -> Any:

@@ -94,7 +94,6 @@ def _normal(row: Any, kind: Kind) -> Accepted:
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS[kind]}"])
     row, faults, unused = normal_row(row)
     row, number_faults = _options(row)
-    row, missed = _without_train(row)
     if faults:
         return Accepted([], faults + number_faults)
     try:
@@ -108,7 +107,7 @@ def _normal(row: Any, kind: Kind) -> Accepted:
     faults = list(dict.fromkeys(fault for _, wrong, _ in found for fault in wrong))
     records, idle = [record for record, _, _ in found], found[0][2]
     beside = unused_keys(records[0] | {"messages": row.get("messages")}, (*read, *SIDES, "completions", "scores"))
-    return Accepted([] if faults else records, faults, unused + missed + idle + beside)
+    return Accepted([] if faults else records, faults, unused + idle + beside)
 
 
 def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
@@ -169,25 +168,6 @@ def _from_messages(row: Record, kind: Kind) -> Record:
     if messages[-1:] == (as_messages(chosen, "assistant") if isinstance(chosen, str) else chosen):
         return {**row, "prompt": messages[:-1]}
     raise UserError("messages: found the assistant's words at the end, expected those that chosen and rejected answer")
-
-
-def _without_train(row: Record) -> tuple[Record, list[str]]:
-    """The row without "train" in its messages, and what is missed by that: all of an answer is learned."""
-
-    def whole(side: Any) -> Any:
-        if not isinstance(side, list):
-            return side
-        return [{k: v for k, v in one.items() if k != "train"} if isinstance(one, dict) else one for one in side]
-
-    sides = {field: whole(row[field]) for field in ("messages", *SIDES) if field in row}
-    if isinstance(row.get("completions"), list):
-        sides["completions"] = [whole(answer) for answer in row["completions"]]
-    missed = [
-        f"{field}: found turns that are marked as not trained: not used: an answer is learned as a whole"
-        for field, side in sides.items()
-        if side != row[field] and field not in ("messages", "prompt")
-    ]
-    return row | sides, missed
 
 
 def _pair(row: Record) -> tuple[list[Record], list[str]]:

@@ -1,5 +1,6 @@
 import json
 import math
+import pathlib
 import sys
 
 import pytest
@@ -73,3 +74,17 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(data_file, tmp_path, c
 def test_without_json_it_is_a_table(model_folder, data_file, capsys):
     assert main(["eval", f"--model={model_folder}", f"--data={data_file}", "--loss_only"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_used_may_be_left_out(model_folder, data_file, tmp_path, capsys):
+    lines = pathlib.Path(data_file).read_text().splitlines(keepends=True)
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(["{\n", *lines[:3], '{"prompt": "a"}\n', "[\n", lines[3]]))
+    common = ["eval", f"--model={model_folder}", f"--data={path}", "--loss_only", "--json", "--seq_len=32"]
+    assert main(common) == 2
+    assert "3 of 7 records cannot be used; data.on_error" in capsys.readouterr().err
+    assert main([*common, "--on_error=skip"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["n"] == 4
+    assert "3 of 7 records cannot be used and are left out" in said.err
+    assert f"{path}:5: found the fields ['prompt'] without completion" in said.err

@@ -130,8 +130,8 @@ def test_a_line_that_json_chokes_on_is_named(tmp_path, line):
         read_records(path)
 
 
-def test_lines_of_which_the_first_begins_with_a_bracket_are_lines(tmp_path):
-    for first in ('"q"}], "id": 3}', "[3]", '[{"role": "user"}], "id": 3}'):
+def test_lines_of_which_the_first_is_broken_are_lines(tmp_path):
+    for first in ("{", '{"messages": [', '"q"}], "id": 3}', "[3]", '[{"role": "user"}], "id": 3}'):
         path = write(tmp_path, "a.jsonl", first + "\n" + LINES)
         notes = []
         assert read_records(path, on_error="skip", note=notes.append) == ROWS

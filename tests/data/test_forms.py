@@ -261,6 +261,7 @@ def test_keys_that_other_loaders_read_are_named_once(tmp_path, beside, words):
         {"output": "a"},
         {"ground_truth": {"a": 1}},
         {"functions": []},
+        {"functions": [{"name": "q"}, {"name": "a"}]},
         {"conversations": []},
     ],
 )
@@ -353,12 +354,10 @@ def test_messages_beside_a_pair_must_be_what_it_answers(tmp_path):
     assert "messages: found the assistant's words at the end, expected" in fault(tmp_path, row, pairs)
 
 
-def test_pairs_learn_answers_as_a_whole_and_say_so(tmp_path):
-    notes = []
-    row = {"prompt": [USER, {**OTHER, "weight": 0}, USER], "chosen": [{**ANSWER, "train": False}], "rejected": "b"}
-    [record] = read(tmp_path, {**row, "rejected": [OTHER]}, reader=pairs, note=notes.append)
-    assert (record["prompt"], record["chosen"]) == ([USER, OTHER, USER], [ANSWER])
-    assert "chosen: found turns that are marked as not trained: not used" in notes[0]
+def test_turns_of_a_pair_keep_that_they_are_not_trained(tmp_path):
+    row = {"prompt": [USER], "chosen": [{**OTHER, "weight": 0}, USER, ANSWER], "rejected": [OTHER]}
+    [record] = read(tmp_path, row, reader=pairs)
+    assert record["chosen"] == [{**OTHER, "train": False}, USER, ANSWER]
 
 
 def test_prompts_end_where_the_answer_begins(tmp_path):

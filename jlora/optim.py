@@ -1,12 +1,15 @@
 """The optimizer: AdamW on adapters, nothing on anything else; schedules, clipping, LoRA+."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 
 from jlora import lora
 from jlora.errors import UserError
+from jlora.lora.partition import TRAINED
+from jlora.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -19,6 +22,7 @@ class OptimConfig:
         learning_rate: peak rate. LoRA wants about ten times that of full fine-tuning ("LoRA Without Regret", 2025).
         schedule: what follows the warm-up: "constant", or "linear" or "cosine" decay to zero at the last step.
         warmup_steps: steps of linear rise from zero.
+        weight_decay: of matrices; biases and the scales of norms do not decay, as in transformers' Trainer.
         max_grad_norm: gradients are scaled down to this global norm; 0 switches clipping off.
         loraplus_lr_ratio: rate of B over rate of A (LoRA+, Hayou et al. 2024).
     """
@@ -79,6 +83,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mask=_decays,
         )
 
     by_label = {"lora_a": adamw(1.0), "lora_b": adamw(config.loraplus_lr_ratio), "frozen": optax.set_to_zero()}
@@ -89,3 +94,12 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def global_norm(tree: dict) -> jax.Array:
     """The l2 norm over all leaves."""
     return optax.tree.norm(tree)
+
+
+def _decays(params: Params) -> Params:
+    """True for every leaf that weight decay pulls towards zero."""
+
+    def decays(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> bool:
+        return path[-1].key.removeprefix(TRAINED) not in ("bias", "scale", "lora_bias")
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,12 +1,15 @@
 """Schedules against transformers', updates against torch's AdamW, and the second lock."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import torch
 import transformers
 
+from jlora import tree
 from jlora.optim import OptimConfig, learning_rate, make_optimizer
 
 
@@ -63,3 +66,37 @@ def test_faults_are_all_listed():
         OptimConfig(schedule="exponential", learning_rate=0.0, b1=1.0, warmup_steps=-1)
     for part in ("schedule='exponential'", "learning_rate=0.0", "b1=1.0", "warmup_steps=-1"):
         assert part in str(error.value)
+
+
+def test_what_transformers_does_not_decay_does_not_decay():
+    settings = dict(tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1, **settings)
+    adapted = peft.get_peft_model(
+        transformers.GPT2LMHeadModel(config),
+        peft.LoraConfig(
+            target_modules=["c_attn"],
+            bias="all",
+            lora_bias=True,
+            modules_to_save=["ln_f", "lm_head"],
+            fan_in_fan_out=True,
+        ),
+    )
+    decayed = transformers.Trainer.get_decay_parameter_names(None, adapted)
+    # jlora's path of a leaf, and what the parameter is called in PEFT.
+    names = {
+        "attn/c_attn/lora_a": "attn.c_attn.lora_A.default.weight",
+        "attn/c_attn/lora_b": "attn.c_attn.lora_B.default.weight",
+        "attn/c_attn/lora_bias": "attn.c_attn.lora_B.default.bias",
+        "attn/c_proj/trained_bias": "attn.c_proj.bias",
+        "ln_f/trained_scale": "ln_f.modules_to_save.default.weight",
+        "ln_f/trained_bias": "ln_f.modules_to_save.default.bias",
+        "lm_head/trained_kernel": "lm_head.modules_to_save.default.weight",
+    }
+    params = tree.unflatten({path: jnp.ones((2,)) for path in names})
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.5, schedule="constant"), 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = tree.flatten(optimizer.update(zeros, optimizer.init(params), params)[0])
+    known = [name for name, _ in adapted.named_parameters()]
+    for path, name in names.items():
+        (full,) = [other for other in known if other.endswith(f".{name}")]
+        assert bool(np.any(updates[path])) == (full in decayed), path

@@ -38,7 +38,7 @@ IGNORED = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
         *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config"),
-        *("megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+        *("megatron_core", "peft_type", "qalora_group_size", "revision", "runtime_config", "task_type"),
         "velora_config",
     )
 )
@@ -64,6 +64,7 @@ class AdapterConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
     target_parameters: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
+    peft_version: str | None = None
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
@@ -99,6 +100,7 @@ class AdapterConfig:
             trainable_token_indices=tokens if isinstance(tokens, dict) else tuple(tokens or ()),
             target_parameters=tuple(found.get("target_parameters") or ()),
             ensure_weight_tying=bool(found.get("ensure_weight_tying")),
+            peft_version=found.get("peft_version"),
         )
 
     def rank(self, module: str) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jlora.hub import mlx, peft
 from jlora.hub.adapter_config import CONFIG
-from jlora.hub.source import locate
+from jlora.hub.source import locate_adapter
 from jlora.hub.weights import read_json
 from jlora.types import Params
 
@@ -18,7 +18,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         FileNotFoundError: the folder or its files are missing.
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
-    folder = locate(path)
+    folder = locate_adapter(path)
     if mlx.is_mlx(read_json(folder / CONFIG)):
         return mlx.load_adapter(params, folder)
     return peft.load_adapter(params, folder)

@@ -23,7 +23,7 @@ from jlora.hub.peft_slots import (
     optional_tensors,
     read_slots,
 )
-from jlora.hub.source import locate
+from jlora.hub.source import locate_adapter
 from jlora.hub.weights import TensorInfo, read_json, read_tensor, tensor_infos
 from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
 from jlora.lora.merge import TIED_HEADS
@@ -47,7 +47,7 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
         ValueError: a rank or a field that cannot be; missing, unknown and misshapen tensors. All are listed.
     """
     check_rank(rank)
-    folder = locate(path)
+    folder = locate_adapter(path)
     fields = read_json(folder / CONFIG)
     method = open_method(fields, folder / CONFIG)
     file = weights_file(folder)

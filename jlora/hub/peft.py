@@ -14,6 +14,7 @@ from jlora.errors import MissingFileError, UserError
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.adapter_names import AdapterNames
+from jlora.hub.peft_experts import exchanged, find_one_by_one, stack_experts
 from jlora.hub.peft_slots import (
     PLAIN,
     PREFIX,
@@ -31,7 +32,7 @@ from jlora.hub.peft_slots import (
     token_modules,
 )
 from jlora.hub.peft_vocabulary import carried_rows
-from jlora.hub.source import locate
+from jlora.hub.source import locate_adapter
 from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
 from jlora.lora.merge import TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
@@ -50,20 +51,27 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         FileNotFoundError: the folder or its files are missing.
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
-    folder = locate(path)
+    folder = locate_adapter(path)
     config = AdapterConfig.from_json(read_json(folder / CONFIG), folder / CONFIG)
     file = weights_file(folder)
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)
-    modules = outermost(find_modules(base, found), found, config)
+    modules = find_modules(base, found)
+    single, made = find_one_by_one(file, modules, found, config), {}
+    config = single.config if single else config
+    modules = outermost(modules, found, config)
+    if single:
+        found, made = stack_experts(file, modules, found, single)
+    else:
+        modules = exchanged(modules, found, config, folder / CONFIG)
     adapted = [module for module in modules if is_wanted(module, found, config)]
     slots = factor_slots(adapted, config) | config_slots(leaves, config, adapted)
     mirrored = _mirrored(file, found, leaves, config)
     whole, changed = carried_rows(file, found, leaves, slots)
     check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored | whole, modules)
     base = tree.map_with_path(lambda path, leaf: _replaced(path, leaf, changed, leaves), base)
-    return assemble(base, adapted, config, slots, read_slots(file, slots))
+    return assemble(base, adapted, config, slots, read_slots(file, slots, made))
 
 
 def assemble(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import lora, quant, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, describe_faults
 from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.adapter_names import AdapterNames
@@ -23,6 +23,15 @@ from jlora.models.model import SCORE
 from jlora.types import Params
 
 PREFIX = "base_model.model."
+FIRST = 3  # faults of one kind that are shown
+# Parts of names that only a model in memory has → where they come from.
+MARKS = {
+    r"(^|\.)_orig_mod\.": "torch.compile puts there (_orig_mod)",
+    r"(^|\.)_fsdp_wrapped_module\.": "FSDP puts there (_fsdp_wrapped_module)",
+    r"^module\.": "DistributedDataParallel puts there (module)",
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.[^.]+(\.weight|\.bias)$"
+    r"|\.(lora_embedding_[AB])\.[^.]+$": "is the adapter's name in memory",
+}
 
 
 class Codec(NamedTuple):
@@ -49,6 +58,16 @@ def _expert_codecs(experts: int) -> tuple[Codec, Codec]:
     return a, b
 
 
+def _exchanged_codecs(experts: int) -> tuple[Codec, Codec]:
+    """A [E, D, R] ↔ [D, R·E], rank by rank; B [E, R, N] ↔ [E·R, N], expert by expert."""
+    a = Codec(
+        lambda x: x.transpose(1, 2, 0).reshape(x.shape[1], -1),
+        lambda x: x.reshape(x.shape[0], -1, experts).transpose(2, 0, 1),
+    )
+    b = Codec(lambda x: x.reshape(-1, x.shape[-1]), lambda x: x.reshape(experts, -1, x.shape[-1]))
+    return a, b
+
+
 def _flat_codecs(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[Codec, Codec]:
     """A [*inputs, R] ↔ [R, inputs], B [R, *outputs] ↔ [outputs, R]."""
     a = Codec(lambda x: x.reshape(-1, x.shape[-1]).T, lambda x: x.T.reshape(*inputs, -1))
@@ -68,6 +87,7 @@ class Module(NamedTuple):
         tensors: what its tensors' names begin with.
         kernel: (input axes, output axes) of a kernel that is no matrix, which other models than language models have;
             in the file it is one.
+        exchanged: the file has what A and B should hold the other way round (see `peft_experts`).
     """
 
     name: str
@@ -79,6 +99,7 @@ class Module(NamedTuple):
     experts: int
     tensors: str
     kernel: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    exchanged: bool = False
 
     @property
     def is_parameter(self) -> bool:
@@ -94,6 +115,12 @@ class Module(NamedTuple):
         if self.kernel:
             a, b = _flat_codecs(*self.kernel)
         wide = rank * max(1, self.experts)
+        if self.exchanged:
+            a, b = _exchanged_codecs(self.experts)
+            return {
+                "lora_a": (self.tensors + ends[1], (self.inputs, wide), a),
+                "lora_b": (self.tensors + ends[0], (wide, self.outputs), b),
+            }
         return {
             "lora_a": (self.tensors + ends[0], (wide, self.inputs), a),
             "lora_b": (self.tensors + ends[1], (self.outputs, wide), b),
@@ -309,9 +336,29 @@ def _width(leaves: Mapping[str, Any]) -> int:
     return next((leaves[f"{path}/embedding"].shape[1] for path in TIED_HEADS if f"{path}/embedding" in leaves), 0)
 
 
-def read_slots(file: Path, slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
-    """Tensor name → its float32 values as they lie in the tree."""
-    return {name: slot.codec.from_file(read_tensor(file, name).astype(np.float32)) for name, slot in slots.items()}
+def read_slots(
+    file: Path, slots: Mapping[str, Slot], made: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Tensor name → its float32 values as they lie in the tree.
+
+    Args:
+        made: values of tensors that the file does not hold like this.
+
+    Raises:
+        UserError: some are not finite; the first are named, with how many there are.
+    """
+    values, problems = {}, []
+    for name, slot in slots.items():
+        try:
+            value = made[name] if made and name in made else read_tensor(file, name)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            values[name] = slot.codec.from_file(value.astype(np.float32))
+    if problems:
+        rest = [f"... and {len(problems) - FIRST} more"] if len(problems) > FIRST else []
+        raise UserError("\n".join([*problems[:FIRST], *rest]))
+    return values
 
 
 def check_fits(
@@ -330,6 +377,7 @@ def check_fits(
     Raises:
         ValueError: tensors that are missing, unknown or misshapen; all are listed.
     """
+    _require_plain_names(file, found)
     problems = [f"missing {name} {slot.shape}" for name, slot in slots.items() if name not in found]
     problems += [
         f"{name} has shape {found[name].shape}, expected {slot.shape}{_labels(slot)}"
@@ -345,7 +393,22 @@ def check_fits(
     if not slots and not problems:
         problems.append("target_modules match no linear of the model")
     if problems:
-        raise UserError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(sorted(problems)))
+        raise UserError(describe_faults(f"{file} does not fit the model; nothing was loaded", sorted(problems)))
+
+
+def _require_plain_names(file: Path, found: Mapping[str, TensorInfo]) -> None:
+    """Check that no wrapper's name is in the tensors' names.
+
+    Raises:
+        UserError: some have one; they are counted, and the first is named.
+    """
+    for mark, why in MARKS.items():
+        if marked := [name for name in found if re.search(mark, name)]:
+            raise UserError(
+                f"{file}: {len(marked)} of {len(found)} tensors have a part in their names that {why}, such as "
+                f"{marked[0]}; PEFT reads no such names either. Save the adapter with PEFT's save_pretrained on the "
+                f"unwrapped model, or take that part out of the names"
+            )
 
 
 def _labels(slot: Slot) -> str:

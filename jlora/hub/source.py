@@ -54,6 +54,19 @@ def locate(location: str | Path) -> Path:
     raise MissingFileError(f"no folder or file {path}, and {str(location)!r} is not a Hub id (owner/name)")
 
 
+def locate_adapter(location: str | Path) -> Path:
+    """The local folder that `location` stands for, whatever GGUF files lie in it; a Hub id is downloaded.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        UserError: it is a file.
+    """
+    path = Path(location).expanduser()
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder of the adapter, which holds adapter_config.json")
+    return path if path.is_dir() else locate(location)
+
+
 def gguf_files(folder: Path) -> list[Path]:
     """The .gguf files of a folder, where they are its model: one with safetensors is that of those."""
     has_others = (folder / SINGLE).is_file() or (folder / INDEX).is_file()

@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
             f"--adapter: found {len(options.adapter)} for {len(options.prompt)} prompts, expected one, or one for each"
         )
     model, params, tokenizer = load_model(options)
-    params, adapters = _adapted(params, options.adapter)
+    params, adapters = _adapted(params, options.adapter, options.model)
     texts = generate(
         model,
         params,
@@ -35,11 +35,11 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _adapted(params: Params, folders: list[str]) -> tuple[Params | Bank, list[str | None] | None]:
+def _adapted(params: Params, folders: list[str], base: str) -> tuple[Params | Bank, list[str | None] | None]:
     """The params with the one adapter, or a bank of several and what each prompt takes of it."""
     if len(set(folders)) < 2:
-        return (hub.load_adapter(params, folders[0]) if folders and folders[0] else params), None
-    adapters = {folder: hub.load_adapter(params, folder) for folder in dict.fromkeys(folders) if folder}
+        return (hub.load_adapter(params, folders[0], base) if folders and folders[0] else params), None
+    adapters = {folder: hub.load_adapter(params, folder, base) for folder in dict.fromkeys(folders) if folder}
     return Bank.of(params, adapters), [folder or None for folder in folders]
 
 

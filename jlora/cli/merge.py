@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     exact = hub.exact_dtype(options.model)  # so that sums are rounded once
     model, base = hub.load(options.model, dtype=exact, vocab=options.vocab)
-    tokenizer = hub.load_tokenizer(options.model)
+    tokenizer = hub.load_tokenizer(options.model, adapters[0][0] if len(adapters) == 1 else None)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
         _save_adapter(model, params, options)
@@ -102,7 +102,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.Namespace) -> Params:
     """The base with the one adapter, or with what the method makes of several."""
-    loaded = [hub.load_adapter(base, folder) for folder, _ in adapters]
+    loaded = [hub.load_adapter(base, folder, options.model) for folder, _ in adapters]
     chosen = {name: getattr(options, name) for name in ("density", "rank") if getattr(options, name) is not None}
     if len(loaded) == 1 and adapters[0][1] == 1 and options.method is None and not chosen:
         return loaded[0]

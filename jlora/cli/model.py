@@ -66,8 +66,19 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
     if isinstance(options.adapter, str):
-        params = hub.load_adapter(params, options.adapter)
-    return model, params, data.fitted(hub.load_tokenizer(options.model), model.config.vocab_size)
+        params = hub.load_adapter(params, options.adapter, options.model)
+    return model, params, data.fitted(_tokenizer(options), model.config.vocab_size)
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """The tokenizer of the model or of its one adapter; those of several are said."""
+    adapters = {options.adapter} if isinstance(options.adapter, str) else set(options.adapter or ())
+    if len(adapters) == 1:
+        return hub.load_tokenizer(options.model, adapters.pop() or None)
+    tokenizer = hub.load_tokenizer(options.model)
+    for adapter in sorted(adapters - {""}):
+        hub.say_unused_tokenizer(tokenizer, adapter)
+    return tokenizer
 
 
 def positive(text: str) -> int:

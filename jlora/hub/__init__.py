@@ -11,7 +11,7 @@ from jlora.hub.model_merge import merge_models
 from jlora.hub.peft_save import save_adapter
 from jlora.hub.quantized import save_quantized
 from jlora.hub.source import Source, open_source
-from jlora.hub.tokenizer import load_tokenizer
+from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer
 
 __all__ = [
     "GGUF_TYPES",
@@ -34,4 +34,5 @@ __all__ = [
     "save_gguf_adapter",
     "save_model",
     "save_quantized",
+    "say_unused_tokenizer",
 ]

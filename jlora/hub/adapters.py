@@ -1,6 +1,8 @@
 """Adapter folders of every kind that jlora opens as they are."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 from jlora.hub import mlx, peft
 from jlora.hub.adapter_config import CONFIG
@@ -9,16 +11,31 @@ from jlora.hub.weights import read_json
 from jlora.types import Params
 
 
-def load_adapter(params: Params, path: str | Path) -> Params:
+def load_adapter(params: Params, path: str | Path, base: str | Path | None = None) -> Params:
     """The params with the adapter of a PEFT or mlx-lm folder (or Hub id) in place of whatever adapter they had.
 
     Layers that the adapter leaves out get rank 0: zero leaves, and a `lora_rank` leaf beside them.
+
+    Args:
+        base: where the params are from; an adapter whose config names another model is said.
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
     folder = locate_adapter(path)
-    if mlx.is_mlx(read_json(folder / CONFIG)):
+    fields = read_json(folder / CONFIG)
+    if base is not None:
+        _say_other_base(fields.get("base_model_name_or_path") or fields.get("model"), folder, str(base))
+    if mlx.is_mlx(fields):
         return mlx.load_adapter(params, folder)
     return peft.load_adapter(params, folder)
+
+
+def _say_other_base(named: Any, folder: Path, base: str) -> None:
+    """Warn where the last part of the base's name in the adapter's config is nowhere in where the params are from: the
+    same model may lie in a folder of its name, or in a cache (models--owner--name/…).
+    """
+    last = str(named or "").rstrip("/").rpartition("/")[2].lower()
+    if last and last not in f"{base} {Path(base).expanduser().resolve()}".lower():
+        warnings.warn(f"{folder}: {CONFIG} names the base model {named}; here it is put on {base}", stacklevel=3)

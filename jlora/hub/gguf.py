@@ -12,7 +12,7 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.hub import gguf_config, names
 from jlora.hub.gguf_layout import Heads, Layout, layout_of
-from jlora.hub.weights import TensorInfo
+from jlora.hub.weights import TensorInfo, require_finite
 from jlora.types import require
 
 
@@ -49,6 +49,7 @@ class GGUFFile:
         """The tensor in float32, in the Hub's layout."""
         tensor, shape, expert, layout = self._parts[name]
         values = _dequantize(tensor, tensor.data if expert is None else tensor.data[expert])
+        require_finite({f"{self.path}: {tensor.name}": values})
         if layout is None:
             return values.reshape(shape)
         queries = self.config.get("num_attention_heads", 1)

@@ -15,7 +15,7 @@ from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.adapter_names import AdapterNames
 from jlora.hub.score import KERNEL
-from jlora.hub.weights import TensorInfo, read_tensor
+from jlora.hub.weights import TensorInfo, read_tensor, read_unchecked, require_finite
 from jlora.lora.merge import MAIN, TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
 from jlora.lora.targets import split_axes
@@ -23,7 +23,6 @@ from jlora.models.model import SCORE
 from jlora.types import Params
 
 PREFIX = "base_model.model."
-FIRST = 3  # faults of one kind that are shown
 # Parts of names that only a model in memory has → where they come from.
 MARKS = {
     r"(^|\.)_orig_mod\.": "torch.compile puts there (_orig_mod)",
@@ -347,18 +346,9 @@ def read_slots(
     Raises:
         UserError: some are not finite; the first are named, with how many there are.
     """
-    values, problems = {}, []
-    for name, slot in slots.items():
-        try:
-            value = made[name] if made and name in made else read_tensor(file, name)
-        except UserError as error:
-            problems.append(str(error))
-        else:
-            values[name] = slot.codec.from_file(value.astype(np.float32))
-    if problems:
-        rest = [f"... and {len(problems) - FIRST} more"] if len(problems) > FIRST else []
-        raise UserError("\n".join([*problems[:FIRST], *rest]))
-    return values
+    raw = {name: made[name] if made and name in made else read_unchecked(file, name) for name in slots}
+    require_finite({f"{file}: {name}": value for name, value in raw.items()})
+    return {name: slot.codec.from_file(raw[name].astype(np.float32)) for name, slot in slots.items()}
 
 
 def check_fits(

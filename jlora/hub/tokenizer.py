@@ -1,13 +1,14 @@
 """The transformers tokenizer of a checkpoint, chat template included."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora.errors import MissingFileError, MissingPackageError, UserError
 from jlora.hub.gguf import tokenizer_fields
-from jlora.hub.source import locate
+from jlora.hub.source import locate, locate_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,30 +19,72 @@ CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
 TRIAL = "Some faults show only once a text is read."
 
 
-def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(source: str | Path, adapter: str | Path | None = None) -> "PreTrainedTokenizerBase":
     """The tokenizer that belongs to the model at `source`: a folder, a Hub id or a GGUF file.
 
     No code out of the folder is run, and no pickle is opened.
+
+    Args:
+        adapter: one whose folder may hold a tokenizer of its own, as many trainers leave it there: what the adapter was
+            trained with, so it is taken, and said where it is another one.
 
     Raises:
         FileNotFoundError: there is no such source, or it has no tokenizer.
         UserError: its files are not those of a tokenizer that transformers opens and that reads a text.
         ImportError: a GGUF file with a tokenizer that only transformers can build, which needs PyTorch for it.
     """
-    # Slow to import, and of no use to those who bring token ids.
-    import transformers
-
     path = locate(source)
+    if adapter and (own := _own_tokenizer(adapter)) is not None:
+        if parts := _differences(load_tokenizer(source), own):
+            warnings.warn(
+                f"{adapter} holds a tokenizer that differs from that of {source} in its {' and '.join(parts)}: the "
+                "adapter's is used",
+                stacklevel=2,
+            )
+        return own
     if path.suffix == ".gguf":
         return _opened(path, lambda: _from_gguf(path))
     if not has_tokenizer(path):
         raise MissingFileError(f"{path} has no tokenizer.json, tokenizer.model or vocab file")
+    return _of_folder(path)
+
+
+def _of_folder(path: Path) -> "PreTrainedTokenizerBase":
+    # Slow to import, and of no use to those who bring token ids.
+    import transformers
+
     return _opened(path, lambda: transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+
+
+def say_unused_tokenizer(tokenizer: "PreTrainedTokenizerBase", adapter: str | Path) -> None:
+    """Warn where the adapter's folder holds a tokenizer that differs from the one that is used."""
+    own = _own_tokenizer(adapter)
+    if own is not None and (parts := _differences(tokenizer, own)):
+        warnings.warn(
+            f"{adapter} holds a tokenizer that differs from the model's in its {' and '.join(parts)}: the model's is "
+            "used. For the adapter's, copy its files into the model's folder",
+            stacklevel=2,
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a tokenizer of its own."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
+def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
+    folder = locate_adapter(adapter)
+    return _of_folder(folder) if has_tokenizer(folder) else None
+
+
+def _differences(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
+    """In what the two read or write texts otherwise."""
+    pairs = {
+        "vocabulary": (one.get_vocab(), other.get_vocab()),
+        "chat template": (one.chat_template, other.chat_template),
+        "end of text": (one.eos_token, other.eos_token),
+    }
+    return [name for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 def _opened(path: Path, open_it: Callable[[], "PreTrainedTokenizerBase"]) -> "PreTrainedTokenizerBase":

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
+FIRST = 3  # faults of one kind that are shown
 CHUNK = 1 << 15  # values that are looked at together: they stay in a processor's cache
 
 
@@ -70,27 +71,37 @@ def read_tensor(file: Path, name: str) -> np.ndarray:
     Raises:
         UserError: it holds values that are not finite.
     """
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            values = handle.get_tensor(name)
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes that NumPy lacks
-        raise UserError(f"{file}: {name} cannot be read ({error})") from error
-    require_finite(values, f"{file}: {name}")
+    values = read_unchecked(file, name)
+    require_finite({f"{file}: {name}": values})
     return values
 
 
-def require_finite(values: np.ndarray, what: str) -> None:
+def read_unchecked(file: Path, name: str) -> np.ndarray:
+    """One tensor of a safetensors file, whatever its values are."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            return handle.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes that NumPy lacks
+        raise UserError(f"{file}: {name} cannot be read ({error})") from error
+
+
+def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
     """Check that no value is NaN or infinite: nothing that is computed with such weights is right.
 
     Raises:
-        UserError: some are; `what` names the tensor.
+        UserError: some are; the first tensors are named, with how many there are.
     """
-    if not _is_finite(values):
-        count = int(np.sum(~np.isfinite(values.astype(np.float64))))
-        raise UserError(
-            f"{what} holds {count} of {values.size} values that are NaN or infinite, so the model or adapter cannot be "
-            "used; go back to a checkpoint before its training diverged, or fetch the file again"
-        )
+    wrong = [name for name, values in tensors.items() if not _is_finite(values)]
+    if not wrong:
+        return
+    found = []
+    for name in wrong[:FIRST]:
+        count = int(np.sum(~np.isfinite(tensors[name].astype(np.float64))))
+        found.append(f"{name} holds {count} of {tensors[name].size} values that are NaN or infinite")
+    rest = [f"... and {len(wrong) - FIRST} more tensors"] if len(wrong) > FIRST else []
+    raise UserError(
+        "\n".join([*found, *rest, "Go back to a checkpoint before the training diverged, or fetch the file again"])
+    )
 
 
 def _is_finite(values: np.ndarray) -> bool:

@@ -39,7 +39,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
                 f"model.adapter is {config.model.adapter}: an adapter brings its own settings, so those of the group "
                 f"lora must stay at their defaults; found {config.lora}"
             )
-        params = hub.load_adapter(params, config.model.adapter)
+        params = hub.load_adapter(params, config.model.adapter, config.model.path)
     head = params.get("score")
     if config.algorithm != "reward":
         if head is not None:

@@ -148,6 +148,8 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     rows = hub.read_model(config.model.path, config.model.resize_vocab).config.vocab_size
     tokenizer = data.fitted(hub.load_tokenizer(config.model.path), rows)
+    if config.model.adapter:
+        hub.say_unused_tokenizer(tokenizer, config.model.adapter)
     one = ALGORITHMS[config.algorithm]
     plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)

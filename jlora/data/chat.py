@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jlora.data.records import Note, OnError, Record, settle_faults, warn
+from jlora.data.records import Note, OnError, Record, place_of, settle_faults, warn
 from jlora.data.rendered import Written, write
 from jlora.data.template import (
     as_messages,
@@ -181,7 +181,7 @@ def encode_all(
         try:
             found.append((index, encode_record(record)))
         except UserError as error:
-            faults.append((f"record {index + 1}", str(error)))
+            faults.append((place_of(record, index), str(error)))
     title = f"{len(faults)} of {len(records)} {noun} cannot be encoded"
     settle_faults(title, faults, len(found), on_error, note)
     return found

@@ -17,7 +17,7 @@ from jlora.data.forms import (
     with_system,
 )
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
-from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
+from jlora.data.records import Accepted, Note, OnError, Placed, Record, read_rows, warn
 from jlora.data.template import as_messages
 from jlora.errors import UserError
 
@@ -294,4 +294,4 @@ def _unpair(records: list[Record]) -> list[Record]:
 
 def _half(record: Record, side: str) -> Record:
     kept = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
-    return {**kept, "completion": record[side], "label": side == "chosen"}
+    return Placed(kept | {"completion": record[side], "label": side == "chosen"}, record.place)

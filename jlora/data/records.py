@@ -21,6 +21,24 @@ _FORMS = (
 )
 
 
+class Placed(dict):
+    """A record that knows where it stands, for messages about it: "train.jsonl:7"."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, record: Record, place: str) -> None:
+        super().__init__(record)
+        self.place = place
+
+    def __reduce__(self) -> tuple:
+        return Placed, (dict(self), self.place)
+
+
+def place_of(record: Record, index: int) -> str:
+    """Where a record stands; of one that is not from a file, its number."""
+    return record.place if isinstance(record, Placed) else f"record {index + 1}"
+
+
 class Accepted(NamedTuple):
     """What is made of a row: records, what is wrong with it, and which of its keys another loader would have used."""
 
@@ -75,7 +93,7 @@ def read_rows(
         wrong += bool(found.faults)
         faults += [(place, fault) for fault in found.faults]
         if not found.faults:
-            records += found.records
+            records += [Placed(record, place) for record in found.records]
             unused += [(place, one) for one in found.unused]
     settle_faults(f"{path}: {wrong} of {count} records cannot be used", faults, len(records), on_error, note)
     if not records:

@@ -1,9 +1,21 @@
 """Chat encoding: the answer and its stop token are trained, the prompt and what follows are not."""
 
+import functools
+import json
+
 import numpy as np
 import pytest
 
-from jlora.data import encode, encode_pairs, encode_prompts, split_prompt
+from jlora.data import (
+    encode,
+    encode_pairs,
+    encode_prompts,
+    encode_unpaired,
+    read_preferences,
+    read_prompts,
+    read_records,
+    split_prompt,
+)
 from jlora.errors import UserError
 
 
@@ -198,3 +210,24 @@ def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
     tokens, report = encode_prompts(pairs, tokenizer, 64, on_error="skip", note=notes.append)
     assert (len(tokens), report.kept, report.dropped) == (2, (1, 3), 0)
     assert "2 of 4 prompts cannot be encoded and are left out" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("reader", "encoder", "length"),
+    [
+        (read_records, encode, "seq_len"),
+        (read_prompts, encode_prompts, "max_prompt_length"),
+        (functools.partial(read_preferences, kind="pairs"), encode_pairs, "seq_len"),
+        (functools.partial(read_preferences, kind="unpaired"), encode_unpaired, "seq_len"),
+    ],
+)
+def test_records_of_a_file_are_named_by_their_lines(make_tokenizer, tmp_path, reader, encoder, length):
+    template = "{{ raise_exception('no') if messages[0].content == 'no' }}{{ messages[-1].content }}"
+    rows = [
+        chat(word, "a") | {"prompt": chat(word)["messages"], "chosen": "a", "rejected": "b"} for word in ("ok", "no")
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in (*rows, 3, rows[1])))
+    records = reader(path, on_error="skip", note=lambda message: None)
+    with pytest.raises(UserError, match=rf"{path}:3, .*:7"):
+        encoder(records, make_tokenizer(template, "<|im_end|>"), **{length: 99})

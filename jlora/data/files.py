@@ -62,7 +62,7 @@ def rows(path: pathlib.Path) -> Iterator[Row]:
     if not path.exists() or (path.is_dir() and not (path / "state.json").exists()):
         raise MissingFileError(f"{path}: found {_absent(path)}, expected {KINDS}")
     if path.is_dir():
-        table = require("datasets", "datasets").load_from_disk(str(path)).with_format(None)
+        table = _folder_rows(path)
     elif path.suffix in (".parquet", ".arrow"):
         table = _table_rows(path)
     else:
@@ -260,9 +260,23 @@ def _table_rows(path: pathlib.Path) -> Iterator[Any]:
             opened = arrow.ipc.open_file if source.read(6) == b"ARROW1" else arrow.ipc.open_stream
             source.seek(0)
             for batch in opened(source).read_all().to_batches():
+                batch.validate(full=True)  # the offsets of a damaged file lead anywhere in memory
                 yield from batch.to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: found no file of the kind that its name says ({error})") from error
+
+
+def _folder_rows(path: pathlib.Path) -> Iterator[Any]:
+    """The rows of a folder of `datasets`."""
+    datasets, arrow = require("datasets", "datasets"), require("pyarrow", "datasets")
+    try:
+        table = datasets.load_from_disk(str(path)).with_format(None)
+        for batch in table.data.table.to_batches():
+            batch.validate(full=True)
+        yield from table
+    except (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # `datasets` checks neither its state.json nor its dataset_info.json.
+        raise UserError(f"{path}: found a damaged folder of datasets ({type(error).__name__}: {error})") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -7,7 +7,9 @@ import json
 import lzma
 import pickle
 import random
+import shutil
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -57,6 +59,47 @@ def test_every_container_gives_the_same_records(tmp_path, name, packed):
 def test_tables_give_the_same_records(tmp_path):
     parquet(tmp_path / "a.parquet")
     assert read_records(tmp_path / "a.parquet") == ROWS
+
+
+def arrow(path, new=pyarrow.ipc.new_file):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with new(path, table.schema) as file:
+        file.write_table(table)
+
+
+TABLES = {
+    "a.parquet": parquet,
+    "a.arrow": arrow,
+    "stream.arrow": lambda path: arrow(path, pyarrow.ipc.new_stream),
+    "folder": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
+    "a.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+}
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_damaged_file_is_refused_or_read(tmp_path, kind, count):
+    draw = random.Random(kind)
+    whole, broken = tmp_path / f"whole {kind}", tmp_path / kind
+    TABLES[kind](whole)
+    for _ in range(count):
+        if whole.is_dir():
+            shutil.copytree(whole, broken, dirs_exist_ok=True)
+        else:
+            shutil.copy(whole, broken)
+        victim = draw.choice(sorted(broken.iterdir())) if broken.is_dir() else broken
+        content = bytearray(victim.read_bytes())
+        place = draw.randrange(len(content))
+        if draw.random() < 0.5:
+            content[place] = draw.randrange(256)
+        else:
+            del content[place : place + draw.choice([1, 16, len(content)])]
+        victim.write_bytes(content)
+        try:
+            read_records(broken, on_error="skip", note=lambda message: None)
+        except UserError as error:
+            assert str(broken) in str(error)
 
 
 def test_rows_are_named_where_they_stand(tmp_path):

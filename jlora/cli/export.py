@@ -2,10 +2,12 @@
 
 import argparse
 import warnings
+from typing import Any
 
-from jlora import hub, lora
+from jlora import data, hub, lora
 from jlora.cli.kept import print_kept
 from jlora.cli.model import add_gguf_option, tensor_bar
+from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
 
 
@@ -24,9 +26,9 @@ def run(arguments: list[str]) -> int:
     elif options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     elif options.merged and config.model.merges_packed:
-        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=hub.load_tokenizer(config.model.path))
+        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=_tokenizer(config))
     elif options.merged:
-        hub.save_model(options.out, model, params, tokenizer=hub.load_tokenizer(config.model.path))
+        hub.save_model(options.out, model, params, tokenizer=_tokenizer(config))
     else:
         resized = config.model.resize_vocab is not None
         hub.save_adapter(options.out, params, base=config.model.path, save_embedding_layers=resized)
@@ -39,6 +41,14 @@ def run(arguments: list[str]) -> int:
         except (ValueError, RuntimeError, MemoryError) as error:  # the model is there, whatever became of the figures
             warnings.warn(f"what it kept of the update could not be measured (--unmeasured): {error}", stacklevel=2)
     return 0
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    """The run's tokenizer, with the chat template that it trained with."""
+    tokenizer = hub.load_tokenizer(config.model.path)
+    if config.data.system == "fold":
+        data.fold_system(tokenizer)
+    return tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from jlora.types import Params
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--model, --adapter (several: which may be given again), --quant and --dtype."""
+    """--model, --adapter (several: which may be given again), --quant, --dtype and --fold_system."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
     )
@@ -32,6 +32,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
     )
     add_vocab_option(parser)
+    parser.add_argument(
+        "--fold_system",
+        action="store_true",
+        help='put a system text at the beginning of the first user\'s turn, as data.system="fold" does in training',
+    )
 
 
 def add_vocab_option(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +72,10 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
     if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter, options.model)
-    return model, params, data.fitted(_tokenizer(options), model.config.vocab_size)
+    tokenizer = data.fitted(_tokenizer(options), model.config.vocab_size)
+    if options.fold_system:
+        data.fold_system(tokenizer)
+    return model, params, tokenizer
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:

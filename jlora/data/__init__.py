@@ -1,6 +1,6 @@
 """Training data: records of files, chat templates, packing plans and the loader that feeds the training step."""
 
-from jlora.data.chat import EncodeReport, Example, encodable, encode, split_prompt
+from jlora.data.chat import EncodeReport, Example, answer_text, encodable, encode, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
 from jlora.data.files import digest

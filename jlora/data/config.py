@@ -1,6 +1,7 @@
 """Settings of the data: which files, and how their records become rows of tokens."""
 
 import dataclasses
+from typing import Literal
 
 from jlora.data.records import OnError
 from jlora.errors import UserError
@@ -21,6 +22,8 @@ class DataConfig:
       completion_only: the loss counts assistant turns and completions only, not the prompt.
       share_prompts: answers to one prompt (the sides of a pair, the completions of a group) stand behind one copy of
         it, which is read once; what comes out is the same.
+      system: "template" leaves it to the chat template to write a system text, "fold" puts it at the beginning of the
+        first user's turn, for templates that write none; what is exported folds likewise.
       bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
     """
 
@@ -32,6 +35,7 @@ class DataConfig:
     share_prompts: bool = True
     bucket: int = 64
     on_error: OnError = "raise"
+    system: Literal["template", "fold"] = "template"
 
     def __post_init__(self) -> None:
         faults = []

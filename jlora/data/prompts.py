@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jlora.data.chat import encode_all, split_prompt
+from jlora.data.chat import answer_text, encode_all, split_prompt
 from jlora.data.forms import answer, asks, media_faults, normal_row, question, with_system
 from jlora.data.messages import kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
@@ -75,6 +75,22 @@ def encode_prompts(
         raise UserError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
     kept = tuple(index for index, _ in encoded)
     return [tokens for _, tokens in encoded], PromptReport(kept, len(found) - len(kept))
+
+
+def with_answers(records: Sequence[Record], tokenizer: Any) -> list[Record]:
+    """The records of `read_prompts`, an answer that calls tools as its "completion" in the template's own words.
+
+    Raises:
+        UserError: the template cannot write the answer.
+    """
+    found = []
+    for record in records:
+        messages = record.get("messages") or [{}]
+        called = messages[-1].get("role") == "assistant" and messages[-1].get("tool_calls")
+        if called and record.get("completion") == (messages[-1].get("content") or ""):
+            record = {**record, "completion": answer_text(record, tokenizer)}
+        found.append(record)
+    return found
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> list[int]:

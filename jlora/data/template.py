@@ -11,7 +11,7 @@ from jlora.ends import CHAT, behind_words
 from jlora.errors import UserError
 
 ROLES_SHOWN = 12
-FOLD_HINT = 'data.system="fold" puts the system text at the beginning of the first user\'s turn'
+FOLD_HINT = 'data.system="fold" (--fold_system) puts the system text at the beginning of the first user\'s turn'
 # Put before a template of one's own, so that whatever reads it folds alike: training, exports and what serves these.
 FOLD = (
     "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer') and messages[1]['role'] == 'user'"

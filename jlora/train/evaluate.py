@@ -62,12 +62,13 @@ def evaluate(
     numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
     if not generate_texts:
         return numbers, []
-    prompts, targets = zip(*map(data.split_prompt, records), strict=True)
+    prompts = [data.split_prompt(record)[0] for record in records]
+    targets = [data.answer_text(record, tokenizer) for record in records]
     texts = generate(
         model,
         params,
         tokenizer,
-        list(prompts),
+        prompts,
         chat_template_kwargs=list(map(data.template_variables, records)),
         max_new_tokens=max_new_tokens,
         temperature=0.0,

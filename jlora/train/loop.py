@@ -150,6 +150,8 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
     tokenizer = data.fitted(hub.load_tokenizer(config.model.path), rows)
     if config.model.adapter:
         hub.say_unused_tokenizer(tokenizer, config.model.adapter)
+    if config.data.system == "fold":
+        data.fold_system(tokenizer)
     one = ALGORITHMS[config.algorithm]
     plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)

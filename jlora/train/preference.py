@@ -120,6 +120,8 @@ def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tupl
     encode = data.encode_pairs if kind == "pairs" else data.encode_unpaired
     seq_len, overlong = config.train.seq_len, config.data.overlong
     items, report = encode(records, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
+    for remark in report.notes:
+        note(remark)
     if dpo.CHOSEN in items[0].values and config.dpo.ld_alpha is not None:
         raise UserError(
             f"{path} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh token "

@@ -108,7 +108,8 @@ def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data
     )
     if report.dropped:
         note(f"{report.dropped} prompts of more than {room} tokens are left out")
-    return Prompts(tuple(records[index] for index in report.kept), tuple(tokens))
+    kept = data.with_answers([records[index] for index in report.kept], tokenizer)
+    return Prompts(tuple(kept), tuple(tokens))
 
 
 class Sampler:

@@ -42,6 +42,8 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     )
     held_out = _held_out(config, tokenizer, note)
     note(f"{encoded.examples} examples, {data.describe(encoded, steps)}")
+    for remark in encoded.notes:
+        note(remark)
 
     def start(base: Base) -> Job:
         return Job(

@@ -1,6 +1,6 @@
 """Where an answer ends: known once, for masks, decoding, rewards and what is exported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # A chat whose rendering shows what a template writes behind an answer: what stands behind these words.
@@ -33,11 +33,30 @@ def template_end(tokenizer: Any) -> int | None:
     if not tokenizer.chat_template:
         return None
     try:
-        text = tokenizer.apply_chat_template(list(CHAT), tokenize=False)
+        text = chat_text(lambda chat: tokenizer.apply_chat_template(chat, tokenize=False))
     except Exception:  # noqa: BLE001 (templates raise what they like; one that refuses so short a chat says nothing)
         return None
     tokens, place = behind_words(text, tokenizer)
     return tokens[place] if place < len(tokens) else None
+
+
+def chat_text(render: Callable[[list[dict[str, Any]]], str]) -> str:
+    """What a template makes of `CHAT`; with contents as lists of parts where it reads no other, as those of models that
+    also see images do.
+
+    Raises:
+        Exception: whatever `render` raises of the first.
+    """
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
+    texts, refused = [], None
+    for chat in (list(CHAT), parts):
+        try:
+            texts.append(render(chat))
+        except Exception as error:  # noqa: BLE001 (raised below where the other form does no better)
+            refused = refused or error
+    if not texts:
+        raise refused
+    return next((text for text in texts if WORDS in text), texts[0])
 
 
 def behind_words(text: str, tokenizer: Any) -> tuple[list[int], int]:

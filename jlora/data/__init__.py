@@ -17,9 +17,9 @@ from jlora.data.items import (
 from jlora.data.loader import Batch, collate, describe, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
-from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts
+from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers
 from jlora.data.records import OnError, Record, read_records
-from jlora.data.template import template_tail, template_variables
+from jlora.data.template import fold_system, template_tail, template_variables
 from jlora.data.vocabulary import RESIZE, fitted, unfitted
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "PromptReport",
     "Record",
     "Step",
+    "answer_text",
     "collate",
     "collate_items",
     "count_tokens",
@@ -46,6 +47,7 @@ __all__ = [
     "encode_prompts",
     "encode_unpaired",
     "fitted",
+    "fold_system",
     "item_loader",
     "loader",
     "plan",
@@ -58,5 +60,6 @@ __all__ = [
     "template_tail",
     "template_variables",
     "unfitted",
+    "with_answers",
     "with_mismatched",
 ]

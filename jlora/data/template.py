@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jlora.data.vocabulary import require_rows, unfitted
-from jlora.ends import CHAT, behind_words
+from jlora.ends import behind_words, chat_text
 from jlora.errors import UserError
 
 ROLES_SHOWN = 12
@@ -174,9 +174,4 @@ def _call(tokenizer: Any, text: str, **settings: Any) -> Mapping[str, Any]:
 
 def _behind_answer(tokenizer: Any) -> tuple[list[int], int]:
     """The tokens that the template writes behind an assistant's words, and the place of the first special one."""
-    try:
-        text = render(list(CHAT), tokenizer)
-    except UserError:  # templates of models that also see images read lists of parts
-        parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
-        text = render(parts, tokenizer)
-    return behind_words(text, tokenizer)
+    return behind_words(chat_text(lambda chat: render(chat, tokenizer)), tokenizer)

@@ -123,9 +123,10 @@ Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]
 
 def _sets(options: argparse.Namespace) -> dict[str, Any]:
     """What is measured beside the task."""
+    settings = {"on_error": options.on_error, "note": _note}
     return {
-        "general": data.read_records(options.general or str(forgetting.GENERAL)),
-        "questions": forgetting.read_questions(options.questions or forgetting.QUESTIONS),
+        "general": data.read_records(options.general or str(forgetting.GENERAL), **settings),
+        "questions": forgetting.read_questions(options.questions or forgetting.QUESTIONS, **settings),
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,
     }

@@ -1,6 +1,5 @@
 """What fine-tuning cost: a tuned model against the one before it, on the task, on general text and on questions."""
 
-import json
 import math
 import pathlib
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jlora import data, lora
+from jlora.data.records import Accepted, Note, read_rows, warn
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train.evaluate import RecordSums, encode_each, example_sums, record_sums
@@ -171,29 +171,25 @@ def _right(
     )
 
 
-def read_questions(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The questions of a JSONL file.
+def read_questions(
+    path: str | pathlib.Path, *, on_error: data.OnError = "raise", note: Note = warn
+) -> list[dict[str, Any]]:
+    """The questions of a file (see `data.records.read_rows`).
 
     Raises:
-        ValueError: lines that are no questions; all are listed.
+        UserError: no such file, or rows that are no questions; all are listed.
     """
-    found, faults = [], []
-    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            one = json.loads(line)
-            right = isinstance(one["question"], str) and all(isinstance(text, str) for text in one["choices"])
-            right = right and type(one["answer"]) is int and 0 <= one["answer"] < len(one["choices"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            right = False
-        if right:
-            found.append(one)
-        else:
-            faults.append(f"{path}:{number}: expected question, choices (texts) and answer (the right one's number)")
-    if faults or not found:
-        raise UserError("\n".join(faults) or f"{path} holds no questions")
-    return found
+    return read_rows(
+        path, _accept_question, "an object with question, choices and answer", on_error=on_error, note=note
+    )
+
+
+def _accept_question(row: Any) -> Accepted:
+    right = isinstance(row, dict) and isinstance(row.get("question"), str) and isinstance(row.get("choices"), list)
+    right = right and all(isinstance(text, str) for text in row["choices"])
+    if right and type(row.get("answer")) is int and 0 <= row["answer"] < len(row["choices"]):
+        return Accepted([row], [])
+    return Accepted([], ["expected question, choices (texts) and answer (the right one's number)"])
 
 
 def sweep(

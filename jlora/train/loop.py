@@ -42,7 +42,7 @@ FREE = {
     "mesh": None,
     "rollout": ("on_error", "log_completions"),
     "train": ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
-    "data": ("eval_path",),
+    "data": ("eval_path", "on_error"),
 }
 
 

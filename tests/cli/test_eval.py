@@ -62,7 +62,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(data_file, tmp_path, c
         check([*mode, f"--plot={tmp_path}"], f"--plot={tmp_path}: found a folder, expected a file")
     for mode in (against, sweep):
         check([*mode, f"--general={bad}"], f"{bad}")
-        check([*mode, f"--questions={bad}"], f"{bad}:1: expected question, choices")
+        check([*mode, f"--questions={bad}"], f"{bad}:1: found 'no', expected one line of JSON")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.setitem(sys.modules, "matplotlib", None)

@@ -144,7 +144,7 @@ class _Decoder:
     def start(self, rows: int) -> _State:
         """Nothing taken, every row free."""
         (queue, width), new = self.tokens.shape, self.settings.max_new_tokens
-        cache = self.model.empty_cache(self.params, rows, width + new)
+        cache = self.model.empty_cache(self.params, rows, width + new - 1)  # the last token is never read
         if rows < queue:  # otherwise all rows start together, and one length does for all
             cache = dataclasses.replace(cache, length=jnp.full(rows, width, jnp.int32))
         shape = (queue, new)

@@ -17,6 +17,9 @@ from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
 
+# How many prompts a message names.
+NAMED = 3
+
 
 class Completion(NamedTuple):
     """What was drawn after a prompt.
@@ -92,14 +95,15 @@ def rollout(
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
-    problems = faults(checked) + _unfit(model, prompts, keys)
+    problems = faults(checked) + _unfit(model, prompts, keys, max_new_tokens)
     if problems:
         raise UserError("rollout:\n  " + "\n  ".join(problems))
     refuse_chosen(params, "those of Bank.alone")
     rows = min(rows, len(prompts))
     settings |= dict(rows=rows, stop_ids=tuple(stop_ids))
     settings |= dict(greedy=temperature == 0, temperature=float(temperature) or 1.0)
-    calls = list(queues(prompts, keys, rows=rows, bucket=bucket))
+    room = model.config.positions_before(max_new_tokens)
+    calls = list(queues(prompts, keys, rows=rows, bucket=bucket, room=room))
     drawn = [_draw(model, params, *queue[1:], **settings) for queue in calls]
     drawn = jax.device_get(drawn)
     completions = {}
@@ -129,6 +133,7 @@ def queues(
     *,
     rows: int,
     bucket: int,
+    room: int | None = None,
     most: int | None = None,
     tags: Sequence[Hashable] | None = None,
 ) -> Iterator[Queue]:
@@ -139,6 +144,7 @@ def queues(
     Where prompts come several times, a queue is kept short enough for its different ones to be read beforehand.
 
     Args:
+        room: the most tokens that prompts are padded to, where a model has no more positions.
         most: how many times `rows` prompts a queue holds at most.
         tags: one for each prompt; those that differ in it are not the same prompt.
     """
@@ -146,6 +152,8 @@ def queues(
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[start : start + rows] for start in range(0, len(order), rows)]
     widths = [-(-len(prompts[batch[-1]]) // bucket) * bucket for batch in batches]
+    if room is not None:
+        widths = [max(len(prompts[batch[-1]]), min(width, room)) for batch, width in zip(batches, widths, strict=True)]
     repeated = len(prompts) // max(1, len(set(tagged)))
     if repeated > 2:  # `rows` times one less than that hold no more than `rows` different ones
         most = min(repeated - 1, most or repeated)
@@ -176,9 +184,23 @@ def _different(prompts: list[Hashable], size: int, rows: int) -> tuple[np.ndarra
     return filled, np.array(copies + [0] * (size - len(copies)), np.int32)
 
 
-def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array) -> list[str]:
+def beyond_positions(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """A line for the prompts that leave the model no position for so many new tokens."""
+    room = model.config.positions_before(max_new_tokens)
+    longer = [] if room is None else [number for number, prompt in enumerate(prompts) if len(prompt) > room]
+    if not longer:
+        return []
+    shown = ", ".join(map(str, longer[:NAMED])) + (", …" if len(longer) > NAMED else "")
+    return [
+        f"{len(longer)} of {len(prompts)} prompts ({shown}) are longer than {max(room, 0)} tokens, the longest has "
+        f"{max(map(len, prompts))}: {model.config.model_type} has learned {model.config.max_position_embeddings} "
+        f"positions, and max_new_tokens={max_new_tokens}"
+    ]
+
+
+def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int) -> list[str]:
     """A line for everything about the prompts that cannot be sampled from."""
-    problems = []
+    problems = beyond_positions(model, prompts, max_new_tokens)
     if not prompts:
         problems.append("no prompts: expected at least one")
     if empty := [number for number, prompt in enumerate(prompts) if not len(prompt)]:

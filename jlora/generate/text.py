@@ -10,8 +10,9 @@ import numpy as np
 from jlora import data
 from jlora.data import Prompt
 from jlora.errors import UserError
+from jlora.generate.asked import as_prompts, choices, one_each
 from jlora.generate.decode import decode
-from jlora.generate.rollout import faults, queues
+from jlora.generate.rollout import beyond_positions, faults, queues
 from jlora.lora.bank import Bank, Choice, Places, refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
@@ -26,10 +27,10 @@ def generate(
     model: Model,
     params: Params | Bank,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt],
     *,
-    adapters: Sequence[Choice] | None = None,
-    chat_template_kwargs: Sequence[Mapping[str, Any]] | None = None,
+    adapters: Choice | Sequence[Choice] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 64,
     temperature: int | float = 0.0,
     top_k: int = 0,
@@ -48,27 +49,31 @@ def generate(
         params: or a bank of adapters.
         adapters: of a bank, what each prompt is answered with: an adapter's name, several with weights, or None for the
             base alone; default None for all.
-        prompts: texts, continued as they are, or lists of chat messages, put through the tokenizer's chat template.
+        prompts: texts, continued as they are, or lists of chat messages, put through the tokenizer's chat template. One
+            alone is a list of one, and so is what comes back.
         chat_template_kwargs: of each prompt, what else the template is given, such as tools.
         temperature: 0 takes the likeliest token each time.
         top_k, top_p: see `sample`.
         on_batch: called with the number of prompts answered so far.
 
     Raises:
-        ValueError: settings out of range, an empty prompt, or messages for a tokenizer without a chat template.
+        ValueError: settings out of range, an empty prompt, prompts that are too long for the positions that the model
+            has learned, tokens that it has no row for, or messages for a tokenizer without a chat template.
         KeyError: an adapter that the bank does not hold.
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     if problems := faults(settings | dict(temperature=temperature, batch_size=batch_size)):
         raise UserError("generate:\n  " + "\n  ".join(problems))
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
+    prompts = as_prompts(prompts)
     params, places = _places(params, adapters, len(prompts))
-    variables = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
-    if len(variables) != len(prompts):
-        raise UserError(
-            f"chat_template_kwargs: found {len(variables)}, expected one for each of {len(prompts)} prompts"
-        )
+    variables: Any = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
+    variables = one_each("chat_template_kwargs", variables, Mapping, len(prompts))
     encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
+    if too_long := beyond_positions(model, encoded, max_new_tokens):
+        raise UserError("generate:\n  " + "\n  ".join(too_long))
+    longest = max(map(len, encoded), default=0) + max_new_tokens
+    model.config.warn_beyond(longest, f"prompts with max_new_tokens={max_new_tokens}")
     stop_ids = data.stop_ids(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
     rows = max(1, min(batch_size, len(encoded)))
@@ -78,7 +83,8 @@ def generate(
         if places is None
         else [(*map(tuple, of_prompt),) for of_prompt in zip(*map(np.asarray, places), strict=True)]
     )
-    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, most=BATCHES, tags=tags):
+    room = model.config.positions_before(max_new_tokens)
+    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, room=room, most=BATCHES, tags=tags):
         filled = queue.numbers + queue.numbers[:1] * (len(queue.tokens) - len(queue.numbers))
         tokens, counts, _ = decode(
             model,
@@ -103,16 +109,16 @@ def generate(
     return texts
 
 
-def _places(params: Params | Bank, adapters: Sequence[Choice] | None, count: int) -> tuple[Params, Places | None]:
+def _places(
+    params: Params | Bank, adapters: Choice | Sequence[Choice] | None, count: int
+) -> tuple[Params, Places | None]:
     """The params, and which adapters of the bank each prompt is answered with."""
     if not isinstance(params, Bank):
         if adapters is not None:
             raise UserError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
         refuse_chosen(params, "the bank, and adapters= with one choice a prompt")
         return params, None
-    if adapters is not None and len(adapters) != count:
-        raise UserError(f"adapters: found {len(adapters)}, expected one for each of {count} prompts")
-    return params.params, params.places([None] * count if adapters is None else adapters)
+    return params.params, params.places(choices(adapters, count))
 
 
 def _encode(tokenizer: Any, prompt: Prompt, variables: Mapping[str, Any], number: int) -> list[int]:

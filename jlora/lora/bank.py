@@ -148,7 +148,14 @@ class Bank:
         return self.names.index(name)
 
     def places(self, choices: Sequence[Choice]) -> Places:
-        """What the rows ask for, as numbers: at least `width` for each."""
+        """What the rows ask for, as numbers: at least `width` for each.
+
+        Raises:
+            UserError: one choice that is not in a list.
+            KeyError: an adapter that the bank does not hold.
+        """
+        if isinstance(choices, str | Mapping):
+            raise UserError(f"found {choices!r} alone, expected one choice for each row: give a list of them")
         wanted = [
             dict(choice) if isinstance(choice, Mapping) else {} if choice is None else {choice: 1.0}
             for choice in choices

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 from typing import Any, NamedTuple
 
 from jlora import tree
@@ -138,6 +139,30 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The config.json this was made from, every key of it."""
         return json.loads(self.source)
+
+    def positions_before(self, new_tokens: int) -> int | None:
+        """How long a text may be that so many new tokens follow, of which the last is not read; None: any length."""
+        return None if self.names.positions is None else self.max_position_embeddings - new_tokens + 1
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that the model's positions are made for, those that scaling adds included."""
+        scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in self.ropes]
+        return max([self.max_position_embeddings, *scaled])
+
+    def warn_beyond(self, tokens: int, what: str) -> None:
+        """Warn of texts that are longer than the model's positions are made for.
+
+        Args:
+            tokens: of the longest.
+            what: is so long.
+        """
+        if self.ropes and tokens > self.longest_text:
+            warnings.warn(
+                f"{what}: up to {tokens} tokens, but the model was made for texts of up to {self.longest_text} "
+                "(max_position_embeddings and rotary scaling in config.json): what it makes of later ones is in doubt",
+                stacklevel=3,
+            )
 
     @property
     def stacks(self) -> tuple[range, ...]:

@@ -160,7 +160,9 @@ class Plan:
     Attributes:
         total_steps: optimizer steps.
         start: puts the algorithm to work on a base.
+        longest: tokens of the longest text that the model reads or writes.
     """
 
     total_steps: int
     start: Callable[[Base], Job]
+    longest: int = 0

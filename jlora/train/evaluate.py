@@ -158,9 +158,16 @@ def encode_each(
     Raises:
       ValueError: a record cannot be encoded, or nothing is left of any.
     """
+    require_records(records)
     examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
     of_records = dict(zip(report.kept, examples, strict=True))
     return [of_records.get(place) for place in range(len(records))]
+
+
+def require_records(records: Any) -> None:
+    """Raise UserError if these are not records, as where one comes without a list around it."""
+    if isinstance(records, str | Mapping) or not all(isinstance(record, Mapping) for record in records):
+        raise UserError(f"records: found {type(records).__name__}, expected a list of records, each an object")
 
 
 def example_sums(
@@ -183,6 +190,7 @@ def example_sums(
     refuse_chosen(params, "those of Bank.alone")
     lengths = [len(example.tokens) - 1 for example in examples]
     model.require_positions(max(lengths, default=0), "seq_len")
+    model.config.warn_beyond(max(lengths, default=0), "records")
     model.require_rows([example.tokens for example in examples])
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]

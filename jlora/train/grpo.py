@@ -48,7 +48,8 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             panels=PANELS,
         )
 
-    return Plan(config.train.steps, start)
+    longest = max(map(len, prompts.tokens)) + config.rollout.max_completion_length
+    return Plan(config.train.steps, start, longest)
 
 
 def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:

@@ -146,14 +146,15 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
-    rows = hub.read_model(config.model.path, config.model.resize_vocab).config.vocab_size
-    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), rows)
+    described = hub.read_model(config.model.path, config.model.resize_vocab).config
+    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), described.vocab_size)
     if config.model.adapter:
         hub.say_unused_tokenizer(tokenizer, config.model.adapter)
     if config.data.system == "fold":
         data.fold_system(tokenizer)
     one = ALGORITHMS[config.algorithm]
     plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
+    described.warn_beyond(plan.longest, f"the texts of {config.data.path}")
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.load(config.model.path, mesh=mesh, **settings)
     if not config.adapters:  # several are put beside the base by their plan

@@ -49,7 +49,7 @@ def plan(
     def start(base: Base) -> Job:
         return _start(config, base, members, plans, note, begun)
 
-    return Plan(steps, start)
+    return Plan(steps, start, max(one.longest for one in plans.values()))
 
 
 class Sources:

@@ -109,7 +109,8 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
         )
 
-    return Plan(len(steps), start)
+    longest = max(len(document.tokens) for item in (*items, *held_out) for document in item.documents)
+    return Plan(len(steps), start, longest)
 
 
 def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tuple[list[data.Item], data.EncodeReport]:

@@ -57,7 +57,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             panels=(("Tokens per second", ("tokens_per_second",)),),
         )
 
-    return Plan(len(steps), start)
+    return Plan(len(steps), start, max(len(example.tokens) for example in examples))
 
 
 def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective:

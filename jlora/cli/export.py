@@ -6,7 +6,8 @@ from typing import Any
 
 from jlora import data, hub, lora
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_gguf_option, tensor_bar
+from jlora.cli.model import add_fold_option, add_gguf_option, say_adapter, tensor_bar
+from jlora.errors import UserError
 from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
 
@@ -14,6 +15,8 @@ from jlora.train.restore import load_run, read_config
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
+    if options.fold and (options.merged or options.gguf):
+        raise UserError("--fold is for PEFT adapters; a merged model has no adapter, and GGUF keeps scales by itself")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
     settings = read_config(options.workdir).model
@@ -31,10 +34,12 @@ def run(arguments: list[str]) -> int:
         hub.save_model(options.out, model, params, tokenizer=_tokenizer(config))
     else:
         resized = config.model.resize_vocab is not None
-        hub.save_adapter(options.out, params, base=config.model.path, save_embedding_layers=resized)
-    kind = "GGUF" if options.gguf else "PEFT"
-    print(f"{'merged model' if options.merged else f'adapter ({kind})'}: {options.out}")
-    if options.merged and not options.unmeasured:
+        hub.save_adapter(options.out, params, base=config.model.path, fold=options.fold, save_embedding_layers=resized)
+    if not options.merged:
+        say_adapter(options.out, gguf=bool(options.gguf))
+        return 0
+    print(f"merged model: {options.out}")
+    if not options.unmeasured:
         try:
             _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))
             print_kept(model, params, written, hub.load_tokenizer(config.model.path))
@@ -68,5 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         help="do not load what --merged wrote to say what it kept of the update (saves the memory of a second model)",
     )
     add_gguf_option(parser)
+    add_fold_option(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

@@ -3,7 +3,7 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import rank
+from jlora.cli.model import add_fold_option, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
@@ -22,8 +22,8 @@ def run(arguments: list[str]) -> int:
         modules_to_save=options.modules_to_save,
     )
     print(report)
-    hub.save_adapter(options.out, params, base=options.base)
-    print(f"adapter (PEFT): {options.out}")
+    hub.save_adapter(options.out, params, base=options.base, fold=options.fold)
+    say_adapter(options.out)
     return 0
 
 
@@ -44,5 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds whole copies of, as norm"
     )
+    add_fold_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     return parser

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora import data, hub, lora, quant, tree
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_gguf_option, add_vocab_option, rank, tensor_bar
+from jlora.cli.model import add_fold_option, add_gguf_option, add_vocab_option, rank, say_adapter, tensor_bar
 from jlora.errors import UserError
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
@@ -23,6 +23,8 @@ def run(arguments: list[str]) -> int:
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
         raise UserError("--quant packs a merged model, of which --adapter_only leaves none")
+    if options.fold and (options.gguf or not options.adapter_only):
+        raise UserError("--fold is for the PEFT adapter that --adapter_only writes")
     if options.gguf and options.dtype:
         raise UserError("--gguf names the type of what is written, so --dtype has no part in it")
     if options.gguf and options.quant:
@@ -68,8 +70,8 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     else:
         resized = options.vocab is not None
-        hub.save_adapter(options.out, params, base=options.model, save_embedding_layers=resized)
-    print(f"adapter ({'GGUF' if options.gguf else 'PEFT'}): {options.out}")
+        hub.save_adapter(options.out, params, base=options.model, fold=options.fold, save_embedding_layers=resized)
+    say_adapter(options.out, gguf=bool(options.gguf))
 
 
 def _run_recipe(options: argparse.Namespace) -> int:
@@ -146,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
     parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
     add_vocab_option(parser)
+    add_fold_option(parser)
     add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")

@@ -57,6 +57,22 @@ def add_gguf_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fold_option(parser: argparse.ArgumentParser) -> None:
+    """--fold."""
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="write the adapter with one rank and one scale for all modules, for readers that know no others (vLLM)",
+    )
+
+
+def say_adapter(path: str, *, gguf: bool = False) -> None:
+    """Print where an adapter was written, and what readers of one rank and one scale would take otherwise."""
+    print(f"adapter ({'GGUF' if gguf else 'PEFT'}): {path}")
+    if not gguf and (note := hub.scales_note(path)):
+        print(f"note: {note}")
+
+
 @contextlib.contextmanager
 def tensor_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, moved by calls with the tensors written and their number."""

@@ -8,7 +8,7 @@ from jlora.hub.gguf_export import TYPES as GGUF_TYPES
 from jlora.hub.gguf_export import require_gguf, save_gguf, save_gguf_adapter
 from jlora.hub.load import checkpoint_dtype, exact_dtype, float_dtype, load, read_model
 from jlora.hub.model_merge import merge_models
-from jlora.hub.peft_save import save_adapter
+from jlora.hub.peft_save import save_adapter, scales_note
 from jlora.hub.quantized import save_quantized
 from jlora.hub.source import Source, open_source
 from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer
@@ -35,4 +35,5 @@ __all__ = [
     "save_model",
     "save_quantized",
     "say_unused_tokenizer",
+    "scales_note",
 ]

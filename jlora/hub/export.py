@@ -18,7 +18,7 @@ from jlora.hub import names
 from jlora.hub.folder import replacing
 from jlora.hub.older import for_every_reader, save_tokenizer
 from jlora.hub.score import KERNEL, only_scored, scored_config, scored_leaves
-from jlora.hub.weights import INDEX, SINGLE
+from jlora.hub.weights import INDEX, SINGLE, require_finite
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -111,6 +111,7 @@ def write_folder(
         weight_map, total = {}, 0
         for name, members in shards.items():
             tensors = {key: value for entry in members for key, value in entry.tensors().items()}
+            require_finite(tensors)
             save_file(tensors, folder / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(value.nbytes for value in tensors.values())

@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.hub.folder import replacing_file
+from jlora.hub.weights import require_finite
 from jlora.types import require
 
 MAGIC = b"GGUF"
@@ -42,7 +43,7 @@ def write_file(
         metadata: by whole keys, "general.architecture" among them; whole numbers are written unsigned.
 
     Raises:
-        ValueError: the name does not end in .gguf, or weights are too large for float16.
+        ValueError: the name does not end in .gguf; weights are not finite, or too large for float16.
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
@@ -63,7 +64,9 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(tensors, start=1):
-            writer.write_tensor_data(_packed(gguf, tensor, types[tensor.name]))
+            values = tensor.values()
+            require_finite({tensor.name: values})
+            writer.write_tensor_data(_packed(gguf, tensor, values, types[tensor.name]))
             if progress:
                 progress(done, len(tensors))
 
@@ -80,9 +83,8 @@ def _kind(gguf: Any, value: Any) -> Any:
     return gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
 
 
-def _packed(gguf: Any, tensor: Tensor, type: Any) -> np.ndarray:
-    values = tensor.values()
+def _packed(gguf: Any, tensor: Tensor, values: np.ndarray, type: Any) -> np.ndarray:
     largest = float(np.abs(values).max(initial=0))
-    if tensor.type == "F16" and float(np.finfo(np.float16).max) < largest < np.inf:
+    if tensor.type == "F16" and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
     return gguf.quants.quantize(values, type)

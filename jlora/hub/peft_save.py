@@ -18,6 +18,7 @@ from jlora.hub.peft import WEIGHTS
 from jlora.hub.peft_slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
 from jlora.hub.peft_vocabulary import vocabulary_copies
 from jlora.hub.score import has_score
+from jlora.hub.weights import require_finite
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
@@ -42,45 +43,22 @@ def save_adapter(
 
     Args:
         base: the Hub id or path of the base model, for adapter_config.json.
-        fold: multiply every scale into B, so that lora_alpha is r for any reader, of any version.
+        fold: give all modules the largest rank (by zeros) and the scale 1 (multiplied into B), so that the adapter is
+            right for readers that know no rank_pattern and alpha_pattern, as vLLM.
         save_embedding_layers: also write the base's embedding and head, as PEFT does where the base was given more rows
             for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones.
 
     Raises:
-        ValueError: there is no adapter in `params`, or one that PEFT's format cannot express.
+        ValueError: there is no adapter in `params`, or one that PEFT's format cannot express, or values that are not
+            finite.
         FileExistsError: `path` holds something other than an adapter.
     """
     params = _whole_score(lora.with_starts(params))
-    flat = tree.flatten(params)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, int | float] = {}
-    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
-    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
-        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
-    for module in modules:
-        scale, rank = _settings(flat, module)
-        if not rank:
-            continue
-        ranks[module.name], alphas[module.name] = rank, rank if fold else _tidy(scale * rank)
-        for leaf, (name, _, codec) in module.factors(rank).items():
-            value = _layer(flat[f"{module.path}/{leaf}"], module.index)
-            tensors[name] = codec.to_file(module.used(leaf, value, rank) * (scale if fold and leaf == "lora_b" else 1))
-        if f"{module.path}/lora_bias" in flat:
-            factor = scale if fold else 1
-            tensors[f"{module.tensors}.lora_B.bias"] = _layer(flat[f"{module.path}/lora_bias"], module.index) * factor
-        if f"{module.path}/lora_magnitude" in flat:
-            name = f"{module.tensors}.lora_magnitude_vector"
-            tensors[name] = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
-    tensors |= _mirrored_head(tensors, flat)
-    extra = extra_slots(flat, _wrapped(modules, ranks))
-    tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
-    if not tensors:
-        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
-    tensors |= _base_copies(flat, modules)
+    tensors, summary = _contents(params, fold=fold)
     if save_embedding_layers:
-        tensors |= vocabulary_copies(flat, tensors)
-    config = to_json(_summary(params, ranks, alphas), base=base)
+        tensors |= vocabulary_copies(tree.flatten(params), tensors)
+    require_finite(tensors)
+    config = to_json(summary, base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
         text = json.dumps(config, indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -89,12 +67,73 @@ def save_adapter(
         (folder / "README.md").write_text(_card(config), encoding="utf-8")
 
 
+def scales_note(path: str | Path) -> str | None:
+    """What to say of the adapter in a folder if readers of one rank and one scale would compute something else."""
+    config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+    r, alpha, ranks, alphas = (config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+    scales = {name: alphas.get(name, alpha) / ranks.get(name, r) for name in sorted({*ranks, *alphas})}
+    found = [name for name, scale in scales.items() if abs(scale - alpha / r) > 1e-6 * abs(alpha / r)]
+    if not found:
+        return None
+    first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+    return (
+        f"{len(found)} modules have a scale of their own ({first}), by rank_pattern and alpha_pattern, which vLLM and "
+        "others do not read; fold=True (--fold) writes one rank and one scale that hold for every module"
+    )
+
+
+def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:
+    """(tensors by name, what adapter_config.json says of them)"""
+    flat = tree.flatten(params)
+    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
+    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
+        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
+    settings = {module: found for module in modules if (found := _settings(flat, module))[1]}
+    width = max((rank for _, rank in settings.values()), default=0) if fold else 0
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for module, (scale, rank) in settings.items():
+        ranks[module.name] = width or rank
+        alphas[module.name] = width or _tidy(scale * rank)
+        tensors |= _factors(flat, module, rank, width=ranks[module.name], scale=scale if fold else 1.0)
+    for path, head in _tied(flat).items():  # the same factors under another name
+        called = AdapterNames(flat).modules(path)[0]
+        if called in ranks:
+            ranks[head], alphas[head] = ranks[called], alphas[called]
+    tensors |= _mirrored_head(tensors, flat)
+    extra = extra_slots(flat, {module.name for module in settings})
+    tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
+    if not tensors:
+        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+    return tensors | _base_copies(flat, modules), _summary(params, ranks, alphas)
+
+
+def _factors(flat: Mapping[str, Any], module: Module, rank: int, *, width: int, scale: float) -> dict[str, np.ndarray]:
+    """The tensors of one layer's update: `scale` is multiplied into it, zeros are added up to the rank `width`."""
+    tensors = {}
+    for leaf, (name, _, codec) in module.factors(width).items():
+        value = module.used(leaf, _layer(flat[f"{module.path}/{leaf}"], module.index), rank)
+        value = module.padded(leaf, value, width)
+        tensors[name] = codec.to_file(value * scale if leaf == "lora_b" else value)
+    if f"{module.path}/lora_bias" in flat:
+        bias = _layer(flat[f"{module.path}/lora_bias"], module.index)
+        tensors[f"{module.tensors}.lora_B.bias"] = bias * scale
+    if f"{module.path}/lora_magnitude" in flat:
+        magnitude = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
+        tensors[f"{module.tensors}.lora_magnitude_vector"] = magnitude
+    return tensors
+
+
+def _tied(flat: Mapping[str, Any]) -> dict[str, str]:
+    """{embedding: head} where one adapter acts in both."""
+    return {path: head for path, head in TIED_HEADS.items() if f"{path}/lora_tied" in flat}
+
+
 def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The head's tensors that are the embedding's, for adapters that act in both places."""
     mirrored = {}
-    for path, head in TIED_HEADS.items():
-        if f"{path}/lora_tied" not in flat:
-            continue
+    for path, head in _tied(flat).items():
         name = f"{PREFIX}{names.module_names(path, 1)[0]}"
         if f"{name}.lora_embedding_A" in tensors:
             mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
@@ -137,16 +176,12 @@ def _layer(leaf: Any, index: int | None) -> np.ndarray:
     return value.astype(np.float32) if value.dtype != np.int32 else value
 
 
-def _wrapped(modules: list[Module], ranks: Mapping[str, int]) -> set[str]:
-    return {module.name for module in modules if module.name in ranks}
-
-
 def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
     """What adapter_config.json says of the adapter in `params`."""
     flat = tree.flatten(params)
     every = find_modules(params)
     adapted = [module for module in every if module.name in ranks]
-    tied = [TIED_HEADS[path] for path in TIED_HEADS if f"{path}/lora_tied" in flat and f"{path}/lora_a" in flat]
+    tied = [head for path, head in _tied(flat).items() if f"{path}/lora_a" in flat]
 
     def leaf_of_all(name: str) -> bool:
         have = [f"{module.path}/{name}" in flat for module in adapted]
@@ -168,7 +203,7 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
         bias=bias,
         modules_to_save=AdapterNames(flat).shortest(saved),
         tokens=_token_ids(flat),
-        tied=any(f"{path}/lora_tied" in flat for path in TIED_HEADS),
+        tied=bool(_tied(flat)),
         fan_in_fan_out=any(module.path.startswith("h/") and module.index is not None for module in adapted),
         task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
     )
@@ -224,6 +259,7 @@ def _card(config: Mapping[str, Any]) -> str:
     on = ", ".join(f"`{name}`" for name in targets)
     scored = config["task_type"] == "SEQ_CLS"
     auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
+    by_module = config["rank_pattern"] or config["alpha_pattern"]
     body = [
         "",
         "# LoRA adapter",
@@ -237,5 +273,6 @@ def _card(config: Mapping[str, Any]) -> str:
         f'model = AutoPeftModelFor{auto}.from_pretrained("path/to/this/folder"{labels})',
         "```",
         "",
+        *(["Ranks and scales differ by module: readers need rank_pattern and alpha_pattern.", ""] if by_module else []),
     ]
     return "\n".join(header + body)

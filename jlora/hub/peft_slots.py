@@ -131,6 +131,13 @@ class Module(NamedTuple):
             return value[..., :rank]
         return value[:rank] if self.kernel else value[..., :rank, :]
 
+    def padded(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
+        """What `used` gives, with zeros up to `rank`."""
+        axis = -1 if leaf == "lora_a" else 0 if self.kernel else -2
+        widths = [(0, 0)] * value.ndim
+        widths[axis] = (0, rank - value.shape[axis])
+        return np.pad(value, widths)
+
 
 class Slot(NamedTuple):
     """One tensor of the file, and its place in the tree."""

@@ -78,7 +78,7 @@ def scales_note(path: str | Path) -> str | None:
     first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
     return (
         f"{len(found)} modules have a scale of their own ({first}), by rank_pattern and alpha_pattern, which vLLM and "
-        "others do not read; fold=True (--fold) writes one rank and one scale that hold for every module"
+        "others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for all"
     )
 
 

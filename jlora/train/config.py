@@ -108,6 +108,7 @@ class TrainConfig:
       keep_checkpoints: older ones are removed.
       remat: activations of a layer are computed again in the backward pass instead of being kept.
       tensorboard: also write TensorBoard files (needs the extra of that name).
+      fold: the adapter that the run leaves has one rank and one scale for all modules, as `jlora export --fold`.
     """
 
     steps: int | None = None
@@ -123,6 +124,7 @@ class TrainConfig:
     eval_on_start: bool = False
     remat: bool = True
     tensorboard: bool = False
+    fold: bool = False
 
     def __post_init__(self) -> None:
         faults = []

@@ -41,7 +41,10 @@ ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
 FREE = {
     "mesh": None,
     "rollout": ("on_error", "log_completions"),
-    "train": ("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
+    "train": (
+        *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
+        "fold",
+    ),
     "data": ("eval_path", "on_error"),
 }
 
@@ -253,8 +256,11 @@ def _finish(this: _Run) -> None:
                 this.workdir / name,
                 params,
                 base=this.config.model.path,
+                fold=this.config.train.fold,
                 save_embedding_layers=this.config.model.resize_vocab is not None,
             )
+            if note := hub.scales_note(this.workdir / name):
+                this.note(f"{name}: {note}")
         if can_plot():
             plot_curves(this.workdir, this.job.panels)
         else:

@@ -32,7 +32,7 @@ def recipe(tmp_path_factory, model_folder, data_file):
         "    config.train.steps = 3\n"
         "    config.train.batch_size = 2\n"
         "    config.train.seq_len = 32\n"
-        "    config.lora.r = 2\n"
+        "    config.lora.r, config.lora.lora_alpha = 2, 6\n"
         "    return config\n"
     )
     return str(path)

@@ -20,6 +20,23 @@ def test_the_last_step_is_the_adapter_of_the_run(trained, tmp_path, step):
     assert filecmp.cmpfiles(trained / "adapter", tmp_path / "out", names, shallow=False) == (names, [], [])
 
 
+def test_a_folded_adapter_has_one_scale(trained, tmp_path):
+    """On request, or because the run says so."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((trained / "config.json").read_text())
+    assert config["train"]["fold"] is False
+    config["train"]["fold"] = True
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for name, options in (("asked", [f"--workdir={trained}", "--fold"]), ("set", [f"--workdir={tmp_path / 'run'}"])):
+        assert main(["export", *options, f"--out={tmp_path / name}"]) == 0
+        found = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert found["lora_alpha"] == found["r"]
+    plain = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert plain["lora_alpha"] != plain["r"]
+    assert main(["export", f"--workdir={trained}", "--merged", "--fold", f"--out={tmp_path / 'no'}"]) == 2
+    assert not (tmp_path / "no").exists()
+
+
 def test_an_earlier_step_is_another_adapter(trained, tmp_path):
     assert main(["export", f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--step=2"]) == 0
     assert not filecmp.cmp(*(path / "adapter_model.safetensors" for path in (trained / "adapter", tmp_path / "out")))

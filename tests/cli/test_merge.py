@@ -1,5 +1,7 @@
 """`jlora merge`: models that transformers opens, mixtures that load as adapters, and no packed sum by accident."""
 
+import json
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,23 @@ def test_several_adapters_with_weights_are_one(merge, adapters, model_folder):
     code, _, whole = merge(*pair)
     exact, _ = lora.mix(params, trees, [0.5, -2.0])
     np.testing.assert_allclose(logits(whole), model(exact, jnp.asarray(TOKENS)), atol=2e-5)
+
+
+def test_a_folded_adapter_has_one_scale(merge, model_folder, tmp_path):
+    params = jlora.load(model_folder)[1]
+    config = jlora.LoraConfig(r=2, lora_alpha=6, rank_pattern={"v_proj": 3}, init_lora_weights=False)
+    jlora.save_adapter(tmp_path / "by-module", lora.init(params, config, jax.random.key(0)))
+    code, shown, out = merge(f"--adapter={tmp_path / 'by-module'}", "--adapter_only")
+    assert code == 0 and "note: 2 modules have a scale of their own" in shown and "--fold" in shown
+    code, shown, folded = merge(f"--adapter={tmp_path / 'by-module'}", "--adapter_only", "--fold")
+    assert code == 0 and "note" not in shown
+    config = json.loads((folded / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 3 and not config["rank_pattern"]
+    trees = [tree.flatten(lora.merge(jlora.load_adapter(params, folder))) for folder in (out, folded)]
+    for path, leaf in trees[0].items():
+        np.testing.assert_allclose(trees[1][path], leaf, atol=1e-5, err_msg=path)
+    code, shown, _ = merge(f"--adapter={tmp_path / 'by-module'}", "--fold")
+    assert code == 2 and "--fold is for the PEFT adapter that --adapter_only writes" in shown
 
 
 def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):

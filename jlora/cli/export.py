@@ -34,7 +34,8 @@ def run(arguments: list[str]) -> int:
         hub.save_model(options.out, model, params, tokenizer=_tokenizer(config))
     else:
         resized = config.model.resize_vocab is not None
-        hub.save_adapter(options.out, params, base=config.model.path, fold=options.fold, save_embedding_layers=resized)
+        fold = options.fold or config.train.fold
+        hub.save_adapter(options.out, params, base=config.model.path, fold=fold, save_embedding_layers=resized)
     if not options.merged:
         say_adapter(options.out, gguf=bool(options.gguf))
         return 0

@@ -45,14 +45,14 @@ def describe_faults(title: str, faults: Sequence[str]) -> str:
 def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
     """Lines for `describe_faults` that say each kind of fault once.
 
-    Equal faults share a line with their first three places and a count of the rest. Of faults that differ in quoted
-    values and numbers alone the first three are shown.
+    Of equal pairs one counts. Equal faults share a line with their first three places and a count of the rest. Of
+    faults that differ in quoted values and numbers alone the first three are shown.
 
     Args:
         found: (place, fault) pairs, a place being for example "train.jsonl:7".
     """
     kinds: dict[str, dict[str, list[str]]] = {}
-    for place, fault in found:
+    for place, fault in dict.fromkeys(found):
         kinds.setdefault(_VARIABLE.sub("*", fault), {}).setdefault(fault, []).append(place)
     lines = []
     for faults in kinds.values():

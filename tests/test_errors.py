@@ -12,6 +12,7 @@ def test_equal_faults_share_a_line_with_three_places_and_a_count():
         "a:7: found no role",
     ]
     assert group_faults(found[:3]) == ["a:1, :2, :3: found a list, expected text"]
+    assert group_faults([*found[:2], *found[:2]]) == ["a:1, :2: found a list, expected text"]
     assert group_faults([("record 3", "bad"), ("record 9", "bad")]) == ["record 3, record 9: bad"]
     assert group_faults([("a:b.json:1 (record 1)", "bad"), ("c:9", "bad")]) == ["a:b.json:1 (record 1), c:9: bad"]
 

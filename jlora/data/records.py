@@ -153,7 +153,7 @@ def _accept(row: Any) -> Accepted:
     read = ("messages",)
     if "messages" not in row and "prompt" in row:
         read = ("prompt", "completion")
-    elif "messages" not in row and asks(row) and not {"chosen", "rejected"} <= set(row):
+    elif "messages" not in row and asks(row) and (answer(row) is not None or not {"chosen", "rejected"} <= set(row)):
         try:
             row, read = as_chat(row), ("messages", "history")
         except UserError as error:

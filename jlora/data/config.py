@@ -23,7 +23,7 @@ class DataConfig:
       share_prompts: answers to one prompt (the sides of a pair, the completions of a group) stand behind one copy of
         it, which is read once; what comes out is the same.
       system: "template" leaves it to the chat template to write a system text, "fold" puts it at the beginning of the
-        first user's turn, for templates that write none; what is exported folds likewise.
+        first user's turn, for templates that write none; merged folders that are exported fold likewise.
       bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
     """
 

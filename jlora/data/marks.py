@@ -105,7 +105,7 @@ class Marked:
     def _argument(self, value: Any, where: str, index: int) -> Any:
         if isinstance(value, dict):
             return {
-                self._name(name, f"{where}.{name}", index): self._argument(item, f"{where}.{name}", index)
+                self._name(name, f"{where}[{name!r}]", index): self._argument(item, f"{where}[{name!r}]", index)
                 for name, item in value.items()
             }
         if isinstance(value, list):

@@ -281,15 +281,17 @@ def _describe_lost(written: Written, lost: list[tuple[Leaf, list[str]]]) -> str:
     shown = []
     for leaf, words in lost[:SHOWN]:
         found = " ".join(words)
-        shown.append(f"{leaf.path} ({found[:60] + '…' if len(found) > 60 else found})")
+        shown.append(f"{leaf.path} ({found[:60] + '…' if len(found) > 60 else found!r})")
     rest = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     hints = {_hint(leaf, written.messages[leaf.message]["role"]): None for leaf, _ in lost}
     return f"the chat template leaves out {', '.join(shown)}{rest}; {'; '.join(hints)}"
 
 
 def _hint(leaf: Leaf, role: str) -> str:
-    if leaf.kind in ("tool", "call"):
-        return "tools and calls need a model whose template writes them"
+    if leaf.kind == "tool":
+        return 'tools need a model whose template writes them, or a record without "tools"'
+    if leaf.kind == "call":
+        return "calls need a model whose template writes them"
     if leaf.kind == "reasoning":
         return 'reasoning needs a template that writes it, or a turn with "train": false'
     if role in ("system", "developer"):

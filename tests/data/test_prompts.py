@@ -1,11 +1,12 @@
 """Prompts: what there is to generate from, with the columns that rewards read."""
 
+import copy
 import json
 
 import pytest
 import tokenizers
 
-from jlora.data import encode, encode_prompt, encode_prompts, read_prompts
+from jlora.data import encode, encode_prompt, encode_prompts, read_prompts, with_answers
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -100,3 +101,16 @@ def test_prompts_that_cannot_be_encoded_are_named(text_tokenizer):
         encode_prompts([{"prompt": ""}, {"prompt": "a"}, {"prompt": [USER]}], text_tokenizer, 9)
     assert "record 1: found an empty prompt: there is nothing to continue" in str(error.value)
     assert "record 3: found a list of messages, but the tokenizer has no chat template" in str(error.value)
+
+
+def test_an_answer_that_calls_a_tool_is_the_call_as_the_template_writes_it(tmp_path, tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    records = read(tmp_path, {"messages": messages}, {"messages": messages, "completion": "mine"}, {"prompt": [USER]})
+    calling = copy.copy(tokenizer)
+    calling.chat_template = tokenizer.chat_template.replace(
+        "message.content +", "message.content + (message.tool_calls | tojson if message.tool_calls else '') +"
+    )
+    called, mine, asked = with_answers(records, calling)
+    assert called == records[0] | {"completion": json.dumps([call])}
+    assert (mine, asked) == (records[1], records[2])

@@ -67,13 +67,24 @@ def test_calls_and_tools_that_no_token_holds_are_named(tokenizer, name):
         with pytest.raises(UserError) as error:
             way()
         found = str(error.value)
-        assert "leaves out messages[1].tool_calls[0].function.name (get_tide), messages[1].tool_calls[0]" in found
-        assert "arguments.harbour (harbour), messages[1].tool_calls[0].function.arguments.harbour (Brest)" in found
-        assert "tools and calls need a model whose template writes them" in found
+        assert "leaves out messages[1].tool_calls[0].function.name ('get_tide'), messages[1].tool_calls[0]" in found
+        assert (
+            "arguments['harbour'] ('harbour'), messages[1].tool_calls[0].function.arguments['harbour'] ('Brest')"
+            in found
+        )
+        assert "calls need a model whose template writes them" in found
     with pytest.raises(UserError, match=r"record 2: the chat template leaves out messages\[1\]"):
         ways(record, tokenizer(name))["messages"]()
-    with pytest.raises(UserError, match=r"leaves out tools\[0\].function.name \(get_tide\)"):
+    with pytest.raises(UserError, match=r"leaves out tools\[0\].function.name \('get_tide'\); tools need"):
         encode([SFT_RIGHT | {"tools": TOOLS}], tokenizer(name), seq_len=99)
+
+
+def test_records_that_lose_the_same_are_named_together(tokenizer):
+    records = [{"messages": [ASK, calling({"harbour": f"town{index}"}), RESULT, SAY]} for index in range(9)]
+    with pytest.raises(UserError) as error:
+        encode(records, tokenizer("plain"), seq_len=99)
+    assert len(str(error.value).splitlines()) == 5
+    assert "and 6 more of this kind" in str(error.value)
 
 
 def test_results_users_and_numbers_that_are_left_out_are_named(tokenizer, make_tokenizer):
@@ -86,22 +97,22 @@ def test_results_users_and_numbers_that_are_left_out_are_named(tokenizer, make_t
         "'assistant' and m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
         "<|im_end|>",
     )
-    with pytest.raises(UserError, match=r"messages\[2\].content \(four metres\); the words of the role tool need"):
+    with pytest.raises(UserError, match=r"messages\[2\].content \('four metres'\); the words of the role tool need"):
         encode([{"messages": chats[0]}], last, seq_len=99)
-    with pytest.raises(UserError, match=r"messages\[0\].content \(How high at nine\?\); the words of the role user"):
+    with pytest.raises(UserError, match=r"messages\[0\].content \('How high at nine\?'\); the words of the role user"):
         encode([{"messages": chats[1]}], last, seq_len=99)
     lost = {"messages": [ASK, calling({"hour": 9, "sure": True})]}
-    with pytest.raises(UserError, match=r"arguments.hour \(9\), messages\[1\].*arguments.sure \(true\)"):
+    with pytest.raises(UserError, match=r"arguments\['hour'\] \('9'\), messages\[1\].*\['sure'\] \('true'\)"):
         encode([lost], tokenizer("calls", NAMES), seq_len=99)
 
 
 def test_reasoning_that_is_cut_is_named_where_it_is_to_be_learned(tokenizer):
     thought = {"role": "assistant", "content": "<think>Six sevens.</think>42"}
     with pytest.raises(
-        UserError, match=r"leaves out messages\[1\].content \(Six sevens.\); reasoning needs a template"
+        UserError, match=r"leaves out messages\[1\].content \('Six sevens.'\); reasoning needs a template"
     ):
         encode([{"messages": [ASK, thought]}], tokenizer("cuts"), seq_len=99)
-    with pytest.raises(UserError, match=r"messages\[1\].reasoning_content \(Hm.\)"):
+    with pytest.raises(UserError, match=r"messages\[1\].reasoning_content \('Hm.'\)"):
         encode([{"messages": [ASK, {**SAY, "reasoning_content": "Hm."}]}], tokenizer("plain"), seq_len=99)
     # Not learned: earlier turns of a prompt, and a turn that says so.
     encode_prompt([ASK, thought, ASK], tokenizer("cuts"))
@@ -193,7 +204,7 @@ def test_texts_that_hold_marks_themselves_or_change_with_them_are_looked_for_ins
     )
     [example], _ = encode([SFT_RIGHT], counts, seq_len=99)
     assert counts.decode(example.tokens[example.trained]) == "11It is high.<|im_end|>"
-    with pytest.raises(UserError, match=r"messages\[1\].content \(twenty\)"):
+    with pytest.raises(UserError, match=r"messages\[1\].content \('twenty'\)"):
         encode([{"messages": [ASK, {**RESULT, "content": "twenty"}, SAY]}], counts, seq_len=99)
 
 

@@ -1,5 +1,7 @@
 """Evaluation: the loss is that of the completions alone, and metrics are those of the generated texts."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -144,3 +146,15 @@ def test_load_metric_finds_the_function_or_says_what_is_there(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"data.jsonl defines no function metric\(\); it defines none at all"):
         load_metric(tmp_path / "data.jsonl")
+
+
+def test_the_target_of_an_answer_that_calls_a_tool_is_the_call_as_the_template_writes_it(
+    model, params, tokenizer, monkeypatch
+):
+    template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|end|>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    records = [{"messages": [{"role": "user", "content": "2+2="}, answer]}]
+    _, [found] = evaluate(model, params, tokenizer, records, max_new_tokens=1, seq_len=200)
+    assert found["target"] == json.dumps([call])

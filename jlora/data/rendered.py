@@ -57,7 +57,7 @@ class Written:
 
 
 def write(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Any],
     tokenizer: Any,
     variables: Mapping[str, Any] | None = None,
     *,
@@ -79,8 +79,12 @@ def write(
         ask: the template asks for an answer at the end.
 
     Raises:
-        UserError: the template refuses the messages, or leaves out something; the message says what.
+        UserError: what is given is not messages, the template refuses them, or it leaves out something; the message
+            says what.
     """
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f'messages[{index}]: found {message!r:.60}, expected an object with "role" and "content"')
     variables, refused, lossy, spare = variables or {}, None, None, None
     for candidate in _spellings(messages):
         try:

@@ -104,8 +104,18 @@ def render(
         roles = [message["role"] for message in messages]
         shown = ", ".join(roles if len(roles) <= ROLES_SHOWN else [*roles[:ROLES_SHOWN], f"… {len(roles)} in all"])
         reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        hint = f"; {FOLD_HINT}" if roles[0] in ("system", "developer") else ""
+        system = roles[0] in ("system", "developer")
+        hint = f"; {FOLD_HINT}" if system and _writes(messages[1:], tokenizer, add_generation_prompt, variables) else ""
         raise UserError(f"the chat template refuses the roles {shown}: {reason}{hint}") from error
+
+
+def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables: Mapping[str, Any] | None) -> bool:
+    """Whether the template writes these messages."""
+    try:
+        render(messages, tokenizer, add_generation_prompt=ask, variables=variables)
+    except UserError:
+        return False
+    return True
 
 
 def require_template(tokenizer: Any, chats: int, records: int) -> None:

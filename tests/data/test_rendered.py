@@ -155,6 +155,19 @@ def test_whatever_a_template_or_tokenizer_raises_names_its_record(tokenizer):
         encode_prompt(half["messages"][:1], tokenizer("plain"))
 
 
+def test_what_is_not_a_message_is_named(tokenizer):
+    for wrong in ({"content": "hello"}, {"role": None, "content": "hello"}):
+        with pytest.raises(UserError, match=r'messages\[1\]: found .*, expected an object with "role" and "content"'):
+            encode_prompt([ASK, wrong], tokenizer("plain"))
+
+
+def test_folding_is_proposed_where_the_system_text_is_at_fault(tokenizer):
+    wrong = {"messages": [{"role": "system", "content": "Be brief."}, ASK, calling("Brest, nine")]}
+    with pytest.raises(UserError) as error:
+        encode([wrong], tokenizer("calls", ITEMS), seq_len=99)
+    assert "fold" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["raises", "no roles but two"])
 def test_a_system_text_that_a_template_does_not_write_can_be_folded_into_the_first_turn(tokenizer, name):
     made = tokenizer(name)

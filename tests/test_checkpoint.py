@@ -36,6 +36,18 @@ def test_round_trip_newest_kept_and_other_bases_refused(tmp_path):
     assert "base: found 'x', expected 'y'" in str(error.value) and "lora.r: found 4, expected 8" in str(error.value)
 
 
+def test_every_difference_is_a_line():
+    found = {"base": "x", "lora": {"r": 4, "gone": 1}, "same": [1]}
+    expected = {"base": "x", "lora": {"r": 8, "new": None, "more": 2}, "same": [1], "seed": 3}
+    assert checkpoint.compare(found, expected) == [
+        "lora.gone: found 1, expected None",
+        "lora.more: found None, expected 2",
+        "lora.r: found 4, expected 8",
+        "seed: found None, expected 3",
+    ]
+    assert not checkpoint.compare(found, found)
+
+
 def test_what_another_version_wrote_is_refused(tmp_path):
     with ocp.CheckpointManager(tmp_path) as old:
         held = {"state": ocp.args.StandardSave(STATE), "manifest": ocp.args.JsonSave({"base": "x"})}

@@ -147,6 +147,17 @@ def test_samples_follow_their_keys_through_any_order():
     assert len({tuple(tokens) for tokens in plain.tokens.tolist()}) == len(LENGTHS)
 
 
+def test_every_token_has_a_key_of_its_own():
+    """Where the model says nothing, what is drawn follows from the prompt's key and the number of the token alone."""
+    model, params = made("llama")
+    found = run(model, params | {"lm_head": {"kernel": jnp.zeros_like(params["lm_head"]["kernel"])}})
+    keys = jax.random.split(jax.random.key(5), len(LENGTHS))
+    for number in (0, 2):
+        draws = [jax.random.categorical(jax.random.fold_in(keys[number], step), jnp.zeros(101)) for step in range(NEW)]
+        np.testing.assert_array_equal(found.tokens[number], draws)
+    np.testing.assert_allclose(found.log_probs[0], -np.log(101), rtol=1e-5)
+
+
 def test_packed_weights_and_adapters_sample_the_same_on_a_mesh():
     model, params = adapted()
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))

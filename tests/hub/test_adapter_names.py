@@ -232,3 +232,46 @@ def test_names_that_two_modules_would_share_keep_their_slash():
         ["norm"],
         ["model/norm"],
     ]
+
+
+def test_folded_every_scale_is_in_b(tmp_path):
+    base = {"layers": {"q_proj": {"kernel": jnp.ones((2, 4, 6))}}, "head": {"kernel": jnp.ones((6, 3, 2))}}
+    config = lora.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "head"], rank_pattern={"1.q_proj": 2})
+    params = randomised(lora.init(base, config, KEY), np.random.default_rng(0))
+    params["layers"]["q_proj"] |= {  # as training leaves it: zeros where a layer's rank ends
+        "lora_a": params["layers"]["q_proj"]["lora_a"].at[1, :, 2:].set(0),
+        "lora_b": params["layers"]["q_proj"]["lora_b"].at[1, 2:].set(0),
+    }
+    plain, folded = tmp_path / "plain", tmp_path / "folded"
+    jlora.save_adapter(plain, params)
+    jlora.save_adapter(folded, params, fold=True)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (folded, plain))
+    for name, value in theirs.items():
+        scale = 1 if "lora_A" in name else 6 if "layers.1." in name else 3
+        np.testing.assert_allclose(ours[name], scale * value, rtol=1e-6, err_msg=name)
+    written = json.loads((folded / "adapter_config.json").read_text())
+    assert written["lora_alpha"] == written["r"] and written["alpha_pattern"] == written["rank_pattern"] != {}
+    merged = [lora.merge(jlora.load_adapter(base, folder)) for folder in (plain, folded)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *merged)
+
+
+def test_experts_lie_in_the_file_as_pefts_do(tmp_path):
+    """Expert by expert in A's rows, rank by rank in B's columns."""
+    layers, experts, inputs, outputs, rank = 2, 3, 4, 5, 2
+    kernel = jnp.ones((layers, experts, inputs, outputs))
+    base = {
+        "layers": {"mlp": {"experts": {"down_proj": {"kernel": kernel}}}, "q_proj": {"kernel": jnp.ones((2, 4, 4))}}
+    }
+    config = lora.LoraConfig(r=rank, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    params = randomised(lora.init(base, config, KEY), np.random.default_rng(0))
+    jlora.save_adapter(tmp_path, params)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    module = params["layers"]["mlp"]["experts"]["down_proj"]
+    for layer in range(layers):
+        name = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for expert in range(experts):
+            rows = slice(expert * rank, (expert + 1) * rank)
+            np.testing.assert_array_equal(held[f"{name}.lora_A.weight"][rows], module["lora_a"][layer, expert].T)
+            columns = held[f"{name}.lora_B.weight"][:, expert::experts]
+            np.testing.assert_array_equal(columns, module["lora_b"][layer, expert].T)
+    equal(jlora.load_adapter(base, tmp_path), params)

@@ -123,14 +123,25 @@ def test_nothing_dequantised_is_a_residual(remat, rows):
 
 
 def test_dropout_only_with_a_key():
-    m = module() | {"lora_dropout": jnp.float32(0.5)}
+    m = module() | {"lora_dropout": jnp.float32(0.2)}
     x = jnp.ones((4, 64))
     plain = lora.linear(x, {name: leaf for name, leaf in m.items() if name != "lora_dropout"})
     np.testing.assert_allclose(lora.linear(x, m), plain, rtol=1e-6)
-    dropped = [lora.linear(x, m, key=jax.random.key(i)) for i in range(400)]
+    dropped = np.asarray(jax.vmap(lambda key: lora.linear(x, m, key=key))(jax.random.split(jax.random.key(0), 400)))
     assert np.abs(dropped[0] - dropped[1]).max() > 0.1
-    deviation = np.std(np.stack(dropped), axis=0).max() / 20
-    np.testing.assert_allclose(np.mean(np.stack(dropped), axis=0), plain, atol=5 * deviation)
+    deviation = np.std(dropped, axis=0).max() / 20
+    np.testing.assert_allclose(np.mean(dropped, axis=0), plain, atol=5 * deviation)
+    # Inputs of one: what is kept of them is the same everywhere, and all but a fifth are.
+    m |= {"kernel": jnp.zeros((64, 64)), "lora_a": jnp.eye(64), "lora_b": jnp.eye(64), "lora_scale": jnp.float32(1)}
+    kept = lora.linear(jnp.ones((50, 64)), {n: leaf for n, leaf in m.items() if n != "bias"}, key=jax.random.key(1))
+    assert set(np.unique(kept)) == {0, np.float32(1.25)} and abs(np.mean(kept > 0) - 0.8) < 0.04
+
+
+def test_the_bias_of_an_adapter_is_scaled_with_it():
+    m = module() | {"lora_bias": jnp.arange(24.0)}
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    wanted = x @ m["kernel"] + m["bias"][None] + 0.25 * (x @ m["lora_a"] @ m["lora_b"] + m["lora_bias"][None])
+    np.testing.assert_allclose(lora.linear(x, m), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_scale_zero_switches_the_adapter_off():

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jlora import lora, models
-from jlora.lora.targets import find_targets
+from jlora.lora.targets import find_targets, matches
 
 CONFIG = LlamaConfig(
     vocab_size=31,
@@ -81,6 +81,32 @@ def test_another_target_does_not_change_a_start():
     first, second = (p["layers"]["self_attn"]["q_proj"]["lora_a"] for p in (one, both))
     np.testing.assert_array_equal(first, second)
     assert np.abs(first[0] - first[1]).max() > 0.01
+
+
+def test_every_module_has_a_start_of_its_own():
+    start = lora.init(PARAMS, lora.LoraConfig(target_modules=["q_proj", "o_proj"]), KEY)["layers"]["self_attn"]
+    assert start["q_proj"]["lora_a"].shape == start["o_proj"]["lora_a"].shape
+    assert (start["q_proj"]["lora_a"] != start["o_proj"]["lora_a"]).all()
+
+
+@pytest.mark.parametrize(
+    "items, wanted",
+    [
+        (("q_proj",), True),
+        (("self_attn.q_proj",), True),
+        (("layers.0.self_attn.q_proj",), True),
+        (("model.layers.0.self_attn.q_proj",), True),
+        (("self_attn",), False),
+        (("proj",), False),
+        (("attn.q_proj",), False),
+        (("0.self_attn",), False),
+        (r".*\.0\..*q_proj", True),
+        (r"q_proj", False),
+    ],
+    ids=str,
+)
+def test_patterns_mean_whole_parts_at_the_end(items, wanted):
+    assert matches("layers.0.self_attn.q_proj", items) is wanted
 
 
 def test_default_start_has_pefts_distribution():

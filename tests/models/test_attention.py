@@ -56,6 +56,35 @@ def test_fewer_queries_than_keys_see_what_the_mask_says():
     np.testing.assert_allclose(attend(*inputs, mask), plain(*inputs, mask), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("tokens", [9, 150])
+def test_soft_caps_and_scales_have_the_formulas_gradients(tokens):
+    *inputs, weights = arrays(tokens, tokens)
+    mask = attention_mask(*packed(tokens), *packed(tokens))
+
+    def capped(queries, keys, values):
+        groups = queries.shape[2] // keys.shape[2]
+        keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
+        scores = 1.5 * jnp.tanh(0.4 * jnp.einsum("bthf,bshf->bhts", queries, keys) / 1.5)
+        attention = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bhts,bshf->bthf", attention, values)
+
+    def run(form):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * form(*x)), argnums=(0, 1, 2))(*inputs)
+
+    ours = run(lambda *x: attend(*x, mask, 0.4, 1.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, run(capped))
+
+
+@pytest.mark.parametrize("window", [1, 3, None])
+def test_a_query_sees_its_document_up_to_itself_within_the_window(window):
+    positions, segments = packed(12)
+    seen = np.asarray(attention_mask(positions, segments, positions, segments, window))
+    for row, query, key in np.ndindex(seen.shape):
+        distance = int(positions[row, query] - positions[row, key])
+        alike = segments[row, query] == segments[row, key]
+        assert seen[row, query, key] == (alike and 0 <= distance < (window or 12)), (row, query, key)
+
+
 def test_scores_are_no_residual():
     *inputs, _ = arrays(96, 96)
     mask = attention_mask(*packed(96), *packed(96))

@@ -1,7 +1,9 @@
 """The step: PEFT's gradients and weights, accumulation, frozen weights, sharding."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -11,8 +13,8 @@ import jlora
 from jlora import lora, sharding, tree
 from jlora.optim import OptimConfig, make_optimizer
 from jlora.train.sft import sft_loss
-from jlora.train.state import create_state
-from jlora.train.step import make_step
+from jlora.train.state import create_state, create_states
+from jlora.train.step import Objective, Report, make_step, make_steps
 
 CONFIG = jlora.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)
 OPTIM = OptimConfig(learning_rate=1e-2, schedule="constant", max_grad_norm=0.0)
@@ -152,3 +154,96 @@ def test_dropout_differs_by_step_and_not_by_run(model_folder):
 def test_moments_exist_for_adapters_alone(model_folder):
     _, _, _, state, _ = prepared(model_folder, quant="nf4")
     assert tree.nbytes(state.moments) < 2.1 * tree.nbytes(state.trainable)
+
+
+# ---------------------------------------------------------------- laws of the step, on two numbers a leaf
+
+
+def toy_objective():
+    """The weighted mean of (a · x + b)², and the key that each micro-batch was given."""
+
+    def loss(trainable, frozen, batch, totals, key):
+        y = trainable["m"]["lora_a"][0] * batch["x"] + trainable["m"]["lora_b"][0] + frozen["m"]["bias"][0]
+        words = jnp.zeros(2, jnp.uint32) if key is None else jax.random.key_data(key)
+        part = jnp.sum(batch["weights"] * y**2) / totals["weight"]
+        return part, Report({"weight": jnp.sum(batch["weights"])}, {"keys": words})
+
+    return Objective(loss, lambda batch: {"weight": jnp.sum(batch["weights"])})
+
+
+TOY_FROZEN = {"m": {"bias": jnp.ones(1)}}
+TOY_OPTIM = OptimConfig(learning_rate=0.1, schedule="constant", max_grad_norm=0.5)
+
+
+def toy_trainable(first=1.0):
+    return {"m": {"lora_a": jnp.float32([first]), "lora_b": jnp.float32([-0.5])}}
+
+
+def toy_batch(micro, step=0, shape=(3,)):
+    rng = np.random.default_rng(step)
+    x, weights = rng.normal(size=(6, *shape)), rng.random((6, *shape))
+    return {name: jnp.float32(v).reshape(micro, -1, *shape[1:]) for name, v in (("x", x), ("weights", weights))}
+
+
+def toy_run(micro, *, dropout=False, steps=3, seed=0, rate=1.0, first=1.0):
+    optimizer = optax.chain(make_optimizer(TOY_OPTIM, 10), optax.scale(rate))
+    state = create_state(toy_trainable(first), optimizer, seed, sharding.make_mesh(ONE_DEVICE))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step, seen = make_step(toy_objective(), optimizer, places, dropout=dropout), []
+    for number in range(steps):
+        state, metrics = step(state, TOY_FROZEN, toy_batch(micro, number))
+        seen.append(jax.device_get(metrics))
+        assert int(state.step) == number + 1
+    return state, seen
+
+
+def test_toy_steps_are_adamw_on_the_mean_of_the_whole_batch():
+    """By hand in NumPy: the loss, the gradient's norm before clipping, AdamW with its moments, for any cut."""
+    a, b, moments = np.array([1.0]), np.array([-0.5]), np.zeros((2, 2))
+    expected = []
+    for number in range(3):
+        x, weights = (np.asarray(v, np.float64).ravel() for v in toy_batch(1, number).values())
+        y, total = a * x + b + 1, weights.sum()
+        grad = np.array([(weights * 2 * y * x).sum(), (weights * 2 * y).sum()]) / total
+        norm = np.linalg.norm(grad)
+        expected.append(((weights * y**2).sum() / total, norm, total))
+        clipped = grad * min(1, 0.5 / norm)
+        moments = np.array([0.9 * moments[0] + 0.1 * clipped, 0.999 * moments[1] + 0.001 * clipped**2])
+        steps = number + 1
+        update = 0.1 * (moments[0] / (1 - 0.9**steps)) / (np.sqrt(moments[1] / (1 - 0.999**steps)) + 1e-8)
+        a, b = a - update[0], b - update[1]
+    for micro in (1, 2, 6):
+        state, seen = toy_run(micro)
+        found = [(float(m["loss"]), float(m["grad_norm"]), float(m["weight"])) for m in seen]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose(state.trainable["m"]["lora_a"], a, rtol=1e-5)
+        np.testing.assert_allclose(state.trainable["m"]["lora_b"], b, rtol=1e-5)
+
+
+def test_toy_every_micro_batch_of_every_step_has_a_key_of_its_own():
+    keys = [toy_run(3, dropout=True, seed=seed)[1] for seed in (0, 1, 0)]
+    keys = [[tuple(words) for metrics in run for words in metrics["keys"].tolist()] for run in keys]
+    assert len(set(keys[0] + keys[1])) == 2 * 9 and keys[0] == keys[2]
+    assert not np.any([metrics["keys"] for metrics in toy_run(3)[1]])
+
+
+def test_toy_adapters_side_by_side_are_what_they_are_alone():
+    rates, seeds, firsts, micro = (1.0, 0.25), (3, 8), (1.0, -2.0), 2
+    optimizer = make_optimizer(TOY_OPTIM, 10)
+    scaled = optax.chain(optimizer, optax.scale(1.0))
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(toy_trainable, firsts))
+    state = create_states(both, scaled, seeds, sharding.make_mesh(ONE_DEVICE))
+    step = make_steps(toy_objective(), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state), dropout=True)
+    frozen = {"base": TOY_FROZEN, "settings": {}, "rate": jnp.float32(rates)}
+    seen = []
+    for number in range(3):
+        batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), toy_batch(micro, number))
+        state, metrics = step(state, frozen, batch)
+        seen.append(jax.device_get(metrics))
+        assert int(state.step) == number + 1
+    for place, (rate, seed, first) in enumerate(zip(rates, seeds, firsts, strict=True)):
+        alone, expected = toy_run(micro, dropout=True, seed=seed, rate=rate, first=first)
+        close(jax.tree.map(lambda leaf, place=place: leaf[place], state.trainable), alone.trainable, 1e-6)
+        for ours, theirs in zip(seen, expected, strict=True):
+            assert ours["loss"][place] == pytest.approx(theirs["loss"], rel=1e-6)
+            np.testing.assert_array_equal(ours["keys"][place], theirs["keys"])

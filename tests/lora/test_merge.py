@@ -71,8 +71,8 @@ def test_the_sum_is_rounded_once():
     module = {
         "kernel": kernel,
         "lora_a": jnp.ones((32, 1)),
-        "lora_b": jnp.full((1, 16), 1e-3),
-        "lora_scale": jnp.float32(1),
+        "lora_b": jnp.full((1, 16), 4e-3),
+        "lora_scale": jnp.float32(0.25),
     }
     merged = lora.merge({"proj": module})["proj"]["kernel"]
     assert merged.dtype == jnp.bfloat16

@@ -25,6 +25,14 @@ def test_labels_and_strip():
         "lora_b": "lora_b",
         "lora_scale": "frozen",
     }
+    # As PEFT's `create_loraplus_optimizer` has it: B's rate for what has one axis, and for B.
+    kinds = {
+        "frozen": ("kernel", "bias", "scale", "lora_scale", "lora_rank", "lora_base_norm", "lora_start_b", "lora_tied"),
+        "lora_a": ("lora_a", "lora_tokens", "trained_kernel", "trained_embedding"),
+        "lora_b": ("lora_b", "lora_bias", "lora_magnitude", "trained_bias", "trained_scale"),
+    }
+    for kind, names in kinds.items():
+        assert lora.labels({"m": dict.fromkeys(names, 0)}) == {"m": dict.fromkeys(names, kind)}
     assert lora.strip(PARAMS) == {"embed_tokens": {"embedding": "e"}, "layers": {"q_proj": {"kernel": "w"}}}
 
 

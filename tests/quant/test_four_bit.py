@@ -87,6 +87,22 @@ def test_int4_is_the_integers_of_four_bits_in_each_block():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_a_tie_goes_to_the_lower_value(format):
+    """Midpoints of a block whose largest magnitude is 1, and the next numbers on either side of them."""
+    values = np.sort(CODEBOOKS[format])
+    middles = (values[:-1] + values[1:]) / np.float32(2)
+    for given, expected in (
+        (middles, values[:-1]),
+        (np.nextafter(middles, np.float32(2)), values[1:]),
+        (np.nextafter(middles, np.float32(-2)), values[:-1]),
+    ):
+        block = np.full(64, -1, np.float32)
+        block[: len(middles)] = given
+        found = quant.dequantize(quant.quantize(jnp.asarray(block[:, None]), format))[: len(middles), 0]
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flat_parts_make_the_same_value_again(shape):
     leaf = quant.quantize(kernel(shape), "fp4")

@@ -29,7 +29,7 @@ _OTHER_ANSWER = "the answer is read from {read}"
 _ONE_WEIGHT = "every record counts alike"
 # Keys of other loaders that have no place in a record of their own, and why.
 _UNUSED = (
-    dict.fromkeys((*_CHATS, *_QUESTIONS, "input", "history"), _OTHER_PROMPT)
+    dict.fromkeys((*_CHATS, *_QUESTIONS, "input", "history", "prompt"), _OTHER_PROMPT)
     | dict.fromkeys(("output", "response", "completion"), _OTHER_ANSWER)
     | dict.fromkeys(("chosen", "rejected", "completions", "scores"), "preferences are for algorithms that learn them")
     | dict.fromkeys(("label", "kto_tag"), 'every answer is learned, wanted or not (algorithm="kto" tells them apart)')
@@ -166,41 +166,51 @@ def media_faults(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def unused_keys(row: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+def unused_keys(row: Mapping[str, Any], read: Sequence[str], among: Sequence[str] = tuple(_UNUSED)) -> list[str]:
     """What is said of keys that another loader would read here, and this record does not.
 
     What the chat holds anyway, such as a copy of its question or functions that its text describes, is not missed.
 
     Args:
         read: the keys that the record is made of.
+        among: the keys that are looked at.
     """
     texts = None
     found = []
-    for key, why in _UNUSED.items():
+    for key in among:
         if key not in row or key in read or _says_nothing(key, row[key]) or (key == "functions" and row.get("tools")):
             continue
         if words := _telling_words(row[key]):
             texts = list(_words(row, read)) if texts is None else texts
             if all(any(word in text for text in texts) for word in words):
                 continue
-        found.append(f"{key}: not used: {why.format(read=read[0])}")
+        found.append(f"{key}: not used: {_UNUSED[key].format(read=read[0])}")
     return found
+
+
+def unused_template_fields(row: Mapping[str, Any]) -> list[str]:
+    """What is said of what is for the chat template, in a row of plain text."""
+    return [
+        f"{name}: not used: it is for the chat template, which plain text does not go through"
+        for name in TEMPLATE_FIELDS
+        if row.get(name)
+    ]
 
 
 def _says_nothing(key: str, value: Any) -> bool:
     """Whether a value says what holds without it."""
     if key in _SAYS_YES:
         return value is None or (isinstance(value, int | float) and value == 1) or value in ("", [], {})
-    return not value
+    return not value or isinstance(value, int | float)
 
 
 def _telling_words(value: Any) -> list[str]:
-    """What of a value would be found in a chat that holds it anyway: a text, or the names of functions."""
+    """What of a value a chat holds that repeats it: a text, the words of messages, the names of functions."""
     if isinstance(value, str):
         return [value]
     items = value if isinstance(value, list) else []
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    return names if all(isinstance(name, str) and name for name in names) else []
+    words = [item.get("content", item.get("name")) if isinstance(item, dict) else None for item in items]
+    return words if all(isinstance(word, str) and word for word in words) else []
 
 
 def _as_list(side: Any) -> Any:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.data.chat import answer_text, encode_all, split_prompt
-from jlora.data.forms import answer, asks, media_faults, normal_row, question, with_system
+from jlora.data.forms import (
+    answer,
+    asks,
+    media_faults,
+    normal_row,
+    question,
+    unused_keys,
+    unused_template_fields,
+    with_system,
+)
 from jlora.data.messages import kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
 from jlora.data.rendered import write
@@ -117,11 +126,11 @@ def _accept(row: Any) -> Accepted:
     """A record with a prompt. What is beside it goes to the rewards, so that no key is without use."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS}"])
-    row, faults, unused = normal_row(row)
+    given, faults, unused = normal_row(row)
     if faults:
         return Accepted([], faults)
     try:
-        row, field, faults = _with_prompt(row)
+        row, field, faults = _with_prompt(given)
     except UserError as error:
         faults = [str(error)]
     if faults:
@@ -133,7 +142,10 @@ def _accept(row: Any) -> Accepted:
         return Accepted([], [f"{field}: found {found}, expected {expected}"])
     if not prompt:
         return Accepted([], ["prompt: found empty text, expected something to continue"])
+    if "messages" in row:
+        unused += unused_keys(given, ("messages",), ("prompt",))
     row, faults, idle = with_system(row, "prompt")
+    idle += unused_template_fields(row) if isinstance(prompt, str) else []
     return Accepted([row], faults, unused + idle + media_faults(row))
 
 

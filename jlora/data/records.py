@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jlora.data.files import digest, rows
-from jlora.data.forms import Record, answer, as_chat, asks, media_faults, normal_row, unused_keys, with_system
+from jlora.data.forms import (
+    Record,
+    answer,
+    as_chat,
+    asks,
+    media_faults,
+    normal_row,
+    unused_keys,
+    unused_template_fields,
+    with_system,
+)
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
 from jlora.errors import UserError, describe_faults, group_faults
 
@@ -161,6 +171,6 @@ def _accept(row: Any) -> Accepted:
     if faults := check_record(row) + media_faults(row):
         return Accepted([], faults)
     row, faults, idle = with_system(row, read[0])
-    if isinstance(row[read[0]], str) and row.get("tools") and isinstance(row["completion"], str):
-        idle.append("tools: not used: it is for the chat template, which plain text does not go through")
+    if isinstance(row[read[0]], str) and isinstance(row["completion"], str):
+        idle += unused_template_fields(row)
     return Accepted([row], faults, unused + idle + unused_keys(row, read))

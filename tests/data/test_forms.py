@@ -216,6 +216,8 @@ def test_calls_and_results_of_older_formats_are_tool_calls(tmp_path):
 
 
 NOTED = [
+    ({"prompt": "another"}, "prompt: not used: the prompt is read from messages"),
+    ({"prompt": [{"role": "user", "content": "another"}]}, "prompt: not used"),
     ({"label": False}, "label: not used: every answer is learned"),
     ({"weight": 0.5}, "weight: not used: every record counts alike"),
     ({"train": False}, "train: not used"),
@@ -267,6 +269,22 @@ def test_keys_that_other_loaders_read_are_named_once(tmp_path, beside, words):
 )
 def test_keys_that_nothing_is_lost_of_are_kept_without_a_word(tmp_path, beside):
     assert read(tmp_path, {"messages": [USER, ANSWER], **beside}) == [{"messages": [USER, ANSWER], **beside}]
+
+
+def test_what_plain_text_and_messages_leave_out_of_prompts_is_named(tmp_path):
+    tools = {"tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}
+    for reader in (read_records, read_prompts):
+        notes = []
+        read(tmp_path, {"prompt": "q", "completion": "a", **tools}, reader=reader, note=notes.append)
+        for name in tools:
+            assert f"{name}: not used: it is for the chat template" in notes[0]
+        read(tmp_path, {"prompt": [USER], "completion": "a", **tools}, reader=reader)
+    notes = []
+    [record] = read(tmp_path, {"prompt": "other", "messages": [USER]}, reader=read_prompts, note=notes.append)
+    assert record["prompt"] == [USER]
+    assert "prompt: not used: the prompt is read from messages" in notes[0]
+    for same in ("q", [USER], 3):
+        read(tmp_path, {"prompt": same, "messages": [USER, ANSWER]}, reader=read_prompts)
 
 
 def test_nothing_is_said_of_the_columns_of_prompts(tmp_path):

@@ -17,7 +17,7 @@ from jlora.hub.gguf import tokenizer_fields
 from jlora.hub.gguf_file import Progress, Tensor, require_name, write_file
 from jlora.hub.gguf_layout import Heads, layout_of
 from jlora.hub.gguf_metadata import HEAD, OWN_HEAD, architecture_of, check, describe
-from jlora.hub.gguf_tokenizer import PHI3, named, strips_spaces, tokenizer_metadata
+from jlora.hub.gguf_tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
 from jlora.hub.source import locate
 from jlora.hub.tokenizer import is_byte_level, load_tokenizer
 from jlora.lora.merge import TIED_HEADS
@@ -198,13 +198,24 @@ def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: 
         source = locate(tokenizer)
         if source.suffix == ".gguf":
             fields = {f"tokenizer.{key}": value for key, value in tokenizer_fields(source).items() if value != []}
-            fields |= _end_of_turn(source, fields)
+            fields |= _end_of_turn(source, fields) | _more_tokens(fields, model.config.vocab_size)
             return {"general.name": named(name, strips=bool(re.search(PHI3, _name(source))))} | fields
         tokenizer = load_tokenizer(source)
     return {
         "general.name": named(name, strips=strips_spaces(tokenizer)),
         **tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids),
     }
+
+
+def _more_tokens(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The lists of tokens with as many entries as the embedding has rows, for a base that was given more."""
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    fillers = {
+        "tokenizer.ggml.tokens": [f"[PAD{number}]" for number in range(len(tokens), rows)],
+        "tokenizer.ggml.token_type": [UNUSED] * (rows - len(tokens)),
+        "tokenizer.ggml.scores": [0.0] * (rows - len(tokens)),
+    }
+    return {name: [*fields[name], *more] for name, more in fillers.items() if more and name in fields}
 
 
 def _end_of_turn(source: Path, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
 from jlora.lora.starts import shifts_base
 from jlora.lora.targets import candidates, is_expert
+from jlora.lora.vocabulary import require_same_rows
 from jlora.types import Params
 
 # What a row asks for: an adapter by name, several with weights, or None for the base alone.
@@ -80,6 +81,7 @@ class Bank:
         """
         _require_names(adapters)
         base = strip(params)
+        require_same_rows(base, adapters)
         leaves = {name: _leaves(adapter) for name, adapter in adapters.items()}
         given = list(leaves.items())
         if config is not None:
@@ -112,6 +114,7 @@ class Bank:
             ValueError: there is no room for it; everything that does not fit is listed.
         """
         _require_names([name])
+        require_same_rows(self.params, {name: adapter})
         flat = _leaves(adapter)
         held = {path: leaf for path, leaf in tree.flatten(self.params).items() if path.rpartition("/")[2] in HELD}
         room = {path: _without(_place_axis(path, leaf), leaf.shape) for path, leaf in held.items()}

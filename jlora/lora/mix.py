@@ -16,6 +16,7 @@ from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_r
 from jlora.lora.merge import MAIN, TIED_HEADS, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
 from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
+from jlora.lora.vocabulary import require_same_rows
 from jlora.types import Params
 
 # Leaves of an adapter that a mixture has no rule for.
@@ -98,6 +99,7 @@ def mix(
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
     leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
     base = strip(params)
+    require_same_rows(base, named)
     flat = tree.flatten(base)
     leaves = _apart_where_unlike(leaves)
     flat |= _tied_heads(flat, leaves)

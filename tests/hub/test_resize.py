@@ -174,3 +174,34 @@ def test_an_adapter_of_a_resized_base_opens_in_peft(kind, base, tmp_path):
     assert_close(model(params, jnp.asarray(ids)), logits_of(adapted, ids))
     _, again = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
     assert_close(model(jlora.load_adapter(again, tmp_path), jnp.asarray(ids)), logits_of(adapted, ids))
+
+
+def test_adapters_that_brought_rows_do_not_lie_beside_others(base, tmp_path):
+    adapted = peft_model(base, KINDS["linears"], saves_head=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(tmp_path)
+    _, params = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
+    own = jlora.load_adapter(params, tmp_path)
+    plain = jlora.lora.init(params, jlora.LoraConfig(r=2, target_modules=["q_proj"]), jax.random.key(0))
+    bank = jlora.lora.Bank.of(params, {"plain": plain}, places=2)
+    for call in (
+        lambda: jlora.lora.Bank.of(params, {"own": own}),
+        lambda: bank.add("own", own),
+        lambda: jlora.lora.mix(params, {"own": own, "plain": plain}),
+    ):
+        with pytest.raises(jlora.UserError, match="own: embed_tokens/embedding is not the base's"):
+            call()
+
+
+def test_a_gguf_file_made_of_one_has_a_token_for_every_row(byte_tokenizer, tmp_path):
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=257, tie_word_embeddings=True, **SIZES)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    hub.save_gguf(tmp_path / "one.gguf", *jlora.load(tmp_path / "m"), byte_tokenizer, dtype="f32")
+    model, params = jlora.load(tmp_path / "one.gguf", vocab=257 + MORE)
+    hub.save_gguf(tmp_path / "two.gguf", model, params, tmp_path / "one.gguf", dtype="f32")
+    tokens = hub.gguf.tokenizer_fields(tmp_path / "two.gguf")["ggml.tokens"]
+    assert len(tokens) == len(set(tokens)) == jlora.load(tmp_path / "two.gguf")[0].config.vocab_size == 257 + MORE
+    assert jlora.load_tokenizer(tmp_path / "two.gguf")("abc")["input_ids"] == byte_tokenizer("abc")["input_ids"]

@@ -26,9 +26,9 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
         flat = tree.flatten(adapter)
         for path in (path for path in paths if path in flat and path in beside):
             ours, theirs = beside[path], flat[path]
-            if ours is theirs or is_packed(ours) or is_packed(theirs):
-                continue
-            if ours.shape != theirs.shape or not jnp.array_equal(ours, theirs):
+            if ours is theirs or is_packed(ours) or is_packed(theirs) or ours.shape != theirs.shape:
+                continue  # what does not fit in shape is said with all that does not
+            if not jnp.array_equal(ours, theirs):
                 faults.append(f"{name}: {path} is not the base's: its file brought rows of its own for tokens")
     if faults:
         title = "adapters with rows of their own for tokens cannot be put beside others: use each alone, or merge it"

@@ -218,16 +218,21 @@ class Turns:
                 base = None
         known = base is not None and text.startswith(base)
         if known:
-            start, end = self._token(len(_alike(asked, text))), None
+            whole = _whole(asked, len(_alike(asked, text)))
+            start, end = self._token(len(asked) if text.startswith(asked) else max(len(base), whole)), None
         else:  # what comes before reads otherwise without the rest: the turn is what changes with its words
             start, end = self._by_change(index)
-        if self._stop is not None and len(stops := np.flatnonzero(self.tokens[start:] == self._stop)):
+        later = [runs[0].first for other, runs in self._runs.items() if other > index]
+        behind = self.tokens[start : self._token(min(later, default=len(text)))]
+        if self._stop is not None and len(stops := np.flatnonzero(behind == self._stop)):
             return start, start + int(stops[0]) + 1
         if index + 1 == len(written.messages):
             return start, len(self.tokens)
         if end is None:
-            ended = written.again(written.messages[: index + 1])
-            end = self._token(len(_alike(ended, text)))
+            try:
+                end = self._token(len(_alike(written.again(written.messages[: index + 1]), text)))
+            except UserError:
+                _, end = self._by_change(index)
         return start, end
 
     def _by_change(self, index: int) -> tuple[int, int]:

@@ -100,6 +100,30 @@ def test_of_a_chat_that_begins_with_an_answer_the_words_alone_are_trained(make_t
     assert trained(alone, tokenizer).startswith("Hello!")
 
 
+LENGTHS = HEAD + "{{ m['content'] | length }} {{ m['content'] }}<|im_end|>\n{% endfor %}" + ASKS
+NO_STOP = HEAD + "{{ m['content'] | length }} {{ m['content'] }}\n{% endfor %}" + ASKS
+ODD = "{% if messages | length is odd %}{{ raise_exception('odd') }}{% endif %}"
+
+
+@pytest.mark.parametrize("refuses", ["", ODD])
+def test_turns_of_templates_that_change_with_marks_are_found_from_the_other_messages(make_tokenizer, refuses):
+    record = chat("a?", "A.", "b?", "<b>", "c?", "C.")
+    tokenizer = make_tokenizer(refuses + LENGTHS, "<|im_end|>")
+    words = trained(record, tokenizer)
+    if not refuses:
+        assert words == "2 A.<|im_end|>3 <b><|im_end|>2 C.<|im_end|>"
+    assert [piece.split()[-1] for piece in words.split("<|im_end|>")[:-1]] == ["A.", "<b>", "C."]
+    words = trained(record, make_tokenizer(refuses + NO_STOP, "<|im_end|>"))
+    assert "?" not in words
+    assert words.endswith("C.\n<|im_end|>")
+
+
+def test_an_answer_at_the_beginning_is_found_where_a_template_changes_with_marks(make_tokenizer):
+    assert trained(chat("Hello!", "a?", "A.", first=1), make_tokenizer(LENGTHS, "<|im_end|>")) == (
+        "6 Hello!<|im_end|>2 A.<|im_end|>"
+    )
+
+
 def test_a_template_that_refuses_the_first_messages_alone_writes_the_whole_chat(make_tokenizer):
     refuses = (
         "{% if messages | length < 5 and not messages[1] is defined %}{{ raise_exception('too short') }}{% endif %}"

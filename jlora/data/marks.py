@@ -188,7 +188,7 @@ def is_written(value: Any, text: str) -> bool:
     """Whether a number, a truth or a null stands in a text, as JSON, Python or a template may write it."""
     if value is None:
         return True  # some templates write nothing
-    forms = {str(value), json.dumps(value), str(value).lower()}
+    forms = {str(value), json.dumps(value, default=str), str(value).lower()}
     if isinstance(value, float) and value.is_integer():
         forms.add(str(int(value)))
     return any(form in text for form in forms)

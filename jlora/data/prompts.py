@@ -109,7 +109,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
         variables: the chat template's own, see `template_variables`.
 
     Raises:
-        ValueError: there are no tokens, or messages for a tokenizer without a chat template.
+        UserError: there are no tokens, or messages for a tokenizer without a chat template; the template refuses the
+            messages or leaves out something of them.
     """
     if isinstance(prompt, str):
         tokens = text_tokens(prompt, tokenizer)

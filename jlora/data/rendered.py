@@ -171,17 +171,14 @@ def _as_object(arguments: Any) -> Any:
 
 
 def _as_text(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+    return json.dumps(arguments, ensure_ascii=False, default=str) if isinstance(arguments, dict) else arguments
 
 
 def _writes_python(messages: Messages, text: str) -> bool:
     """Whether arguments stand there as Python shows an object: the template means them to be text."""
-    objects = [
-        call.get("function", call).get("arguments")
-        for message in messages
-        for call in message.get("tool_calls", ())
-        if isinstance(call, dict)
-    ]
+    calls = [call for message in messages for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+    functions = [call.get("function", call) for call in calls]
+    objects = [function.get("arguments") for function in functions if isinstance(function, dict)]
     return any(
         isinstance(found, dict) and found and str(found) in text and _as_text(found) not in text for found in objects
     )
@@ -226,7 +223,7 @@ def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
         if words:
             lost.append((leaf, words))
     lost += [
-        (Leaf(path, message, "call", (str(value),), None), [json.dumps(value)])
+        (Leaf(path, message, "call", (str(value),), None), [json.dumps(value, default=str)])
         for message, path, value in marked.values
         if not is_written(value, written.text)
     ]

@@ -1,5 +1,8 @@
 """What goes into a chat template comes out of it, or the record is named with what was left out."""
 
+import contextlib
+import random
+
 import pytest
 
 from jlora.data import answer_text, encode, encode_pairs, encode_prompt, fold_system, marks, template_variables
@@ -239,3 +242,27 @@ def test_an_answer_that_calls_is_the_call_as_the_template_writes_it(tokenizer):
     assert answer_text(SFT_RIGHT, made) == "It is high."
     assert answer_text({"prompt": [ASK], "completion": [calling({})]}, made) == "<call>get_tide {}</call>"
     assert answer_text({"prompt": "a", "completion": "b"}, made) == "b"
+
+
+def test_junk_in_the_place_of_calls_tools_and_words_is_trained_or_named(tokenizer):
+    choices = random.Random(0)
+
+    def junk(depth=0):
+        plain = [None, 3, 1.5, float("nan"), True, "", "a b", "{}", "[1", "\ud800", "\U000f0001", "</think>"]
+        names = ["function", "name", "arguments", "type", "text", "tide"]
+        nested = [junk(depth + 1) for _ in range(choices.randint(0, 3))] if depth < 4 else []
+        as_object = {choices.choice(names): value for value in nested}
+        return choices.choice([*plain, nested, as_object, as_object, as_object])
+
+    made = [tokenizer("calls", arguments) for arguments in (OBJECT, ITEMS, CONCATENATED)]
+    for number in range(60):
+        answer = {**calling(junk()), "content": "It is high."}
+        changed = choices.choice(["tool_calls", "content", "reasoning_content", None])
+        if changed == "tool_calls":
+            answer["tool_calls"] = [junk() for _ in range(choices.randint(1, 2))]
+        elif changed:
+            answer[changed] = junk()
+        record = {"messages": [ASK, answer, RESULT, SAY], "tools": [junk()]}
+        for way in ways(record, made[number % 3]).values():
+            with contextlib.suppress(UserError):
+                assert len(way())

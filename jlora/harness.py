@@ -8,7 +8,7 @@
 Needs the extra `harness`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jlora.data import Example, fitted
 from jlora.data.template import text_tokens
-from jlora.errors import UserError
+from jlora.errors import raise_all
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.models import Model
@@ -27,7 +27,17 @@ TemplateLM: Any = require("lm_eval.api.model", "harness").TemplateLM
 utils: Any = require("lm_eval.utils", "harness")
 
 # What a request may say of how to generate: the names of transformers, and the harness's own.
-GENERATION = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+GENERATION = ("until", *LENGTHS, "do_sample", "temperature", "top_k", "top_p")
+# What else tasks say, with the value that changes nothing; None does in any. The second are for sampling alone, the
+# third for several beams, the last change no text.
+IDLE = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of", "repetition_penalty"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_new_tokens", "min_length", "penalty_alpha", "diversity_penalty"), 0),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0),
+}
+SAMPLING = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "seed": None}
+FREE = ("length_penalty", "early_stopping", "use_cache", "pad_token_id", "cache_implementation")
 
 
 class JaxLM(TemplateLM):
@@ -137,17 +147,16 @@ class JaxLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
+        raise_all(fault for numbers in groups.values() for fault in _faults(requests[numbers[0]].args[1]))
         for numbers in groups.values():
             asked = requests[numbers[0]].args[1]
-            if unknown := sorted(set(asked) - set(GENERATION)):
-                raise UserError(f"generation: found {', '.join(unknown)}, known are {', '.join(GENERATION)}")
             sampled = asked.get("do_sample", False)
             found = generate(
                 self.model,
                 self.params,
                 self.tokenizer,
                 [requests[number].args[0] for number in numbers],
-                max_new_tokens=asked.get("max_gen_toks", asked.get("max_new_tokens", self.max_gen_toks)),
+                max_new_tokens=next((asked[name] for name in LENGTHS if asked.get(name)), self.max_gen_toks),
                 temperature=asked.get("temperature", 1.0) if sampled else 0.0,
                 top_k=asked.get("top_k", 0) if sampled else 0,
                 top_p=asked.get("top_p", 1.0) if sampled else 1.0,
@@ -157,6 +166,26 @@ class JaxLM(TemplateLM):
             for number, text in zip(numbers, found, strict=True):
                 texts[number] = _before(text, [until] if isinstance(until, str) else until)
         return texts
+
+
+def _faults(asked: Mapping[str, Any]) -> list[str]:
+    """What a request asks for that would change the text and that jlora does not do; what changes nothing is let by."""
+    idle = IDLE | (SAMPLING if asked.get("do_sample") else {})
+    left = set(asked) - {*GENERATION, *FREE, *(() if asked.get("do_sample") else SAMPLING)}
+    refused = [name for name in sorted(left) if asked[name] is not None and not _changes_nothing(name, asked, idle)]
+    faults = [
+        f"generation: {name}={asked[name]!r} is not supported"
+        + (f"; leave it out or give {idle[name]}" if idle.get(name) is not None else f", only {', '.join(GENERATION)}")
+        for name in refused
+    ]
+    lengths = {name: asked[name] for name in LENGTHS if asked.get(name) is not None}
+    if len(set(lengths.values())) > 1:
+        faults.append(f"generation: {lengths} differ; give one of them")
+    return faults
+
+
+def _changes_nothing(name: str, asked: Mapping[str, Any], idle: Mapping[str, Any]) -> bool:
+    return name in idle and idle[name] is not None and asked[name] == idle[name]
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

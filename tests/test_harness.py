@@ -154,3 +154,22 @@ def test_what_the_harness_may_not_ask_for_is_said(model_folder):
     lm = JaxLM(*hub.load(model_folder, dtype="float32"), hub.load_tokenizer(model_folder))
     with pytest.raises(ValueError, match="found num_beams, known are until"):
         lm.generate_until([Request()])
+
+
+def test_settings_that_change_nothing_are_let_by_and_others_are_named(model_folder):
+    lm = JaxLM(*hub.load(model_folder, dtype="float32"), hub.load_tokenizer(model_folder))
+
+    def text(**asked):
+        request = Instance("generate_until", {}, ("the old map", {"until": ["e"], **asked}), 0)
+        return lm.generate_until([request])
+
+    plain = text(max_gen_toks=5)
+    idle = dict(num_beams=1, min_p=0, do_sample=False, repetition_penalty=1.0, top_k=None, seed=3, length_penalty=2.0)
+    assert text(max_tokens=5, **idle) == text(max_new_tokens=5, min_p=0.3) == plain
+    wrong = dict(num_beams=4, repetition_penalty=1.2, guidance_scale=2.0, max_gen_toks=5, max_tokens=6)
+    with pytest.raises(ValueError, match="num_beams=4 is not supported; leave it out or give 1") as caught:
+        text(**wrong)
+    for part in ("repetition_penalty=1.2", "guidance_scale=2.0 is not supported, only until", "'max_tokens': 6"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match=r"min_p=0\.3 is not supported; leave it out or give 0"):
+        text(do_sample=True, min_p=0.3)

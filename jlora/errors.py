@@ -26,6 +26,10 @@ class ExistingFileError(UserError, FileExistsError):
     """What would be written over is left alone."""
 
 
+class NoSpaceError(UserError, OSError):
+    """There is no room on the disk for what was to be written."""
+
+
 class UnknownNameError(UserError, KeyError):
     """A name that nothing has."""
 

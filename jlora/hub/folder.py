@@ -1,13 +1,15 @@
 """Folders and files written whole: under a temporary name first, then swapped in: no reader meets half of one."""
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from jlora.errors import ExistingFileError, UserError
+from jlora.errors import ExistingFileError, NoSpaceError, UserError
 from jlora.hub.source import gguf_files
 
 
@@ -23,15 +25,17 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
 
     Raises:
         FileExistsError: `path` exists, is not empty and has no `marker`; nothing was touched.
+        NoSpaceError: the disk is full; nothing was touched, and nothing is left of the new folder.
     """
     target = Path(path).expanduser().resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
         raise ExistingFileError(f"{target} exists and has no {marker}, so it is left alone; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(target)
-    fresh.mkdir()
     try:
-        yield fresh
+        with _naming_a_full_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir()
+            yield fresh
         for entry in fresh.iterdir():  # safetensors makes its files readable by their owner alone
             if entry.is_file():
                 entry.chmod((fresh / marker).stat().st_mode)
@@ -70,6 +74,7 @@ def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` is a folder, or a file of another kind; nothing was touched.
+        NoSpaceError: the disk is full; nothing was touched, and nothing is left of the new file.
     """
     target = Path(path).expanduser().resolve()
     if target.is_dir():
@@ -78,13 +83,41 @@ def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
         raise ExistingFileError(
             f"{target} exists and is not {magic.decode()}, so it is left alone; choose another name"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(target)
     try:
-        yield fresh
+        with _naming_a_full_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(target: Path) -> Iterator[None]:
+    """Turns what the block raises for want of room into one error that says where."""
+    try:
+        yield
+    except Exception as error:  # safetensors' and tokenizers' are of no common class; all others go on as they are
+        if not _is_full(error):
+            raise
+        free = shutil.disk_usage(_existing(target)).free / 2**20
+        raise NoSpaceError(
+            f"{target}: there was no room for it ({error}); {free:,.1f} MiB are free there. Nothing is left of it, and "
+            "what was there before is untouched; make room, or choose another place"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether it says that a disk or a quota is full, or the largest file's size reached; NumPy says only how much."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    short = isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return getattr(error, "errno", None) in codes or (found is not None and int(found[1]) in codes) or bool(short)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.is_dir())
 
 
 def _begins_with(file: Path, magic: bytes) -> bool:

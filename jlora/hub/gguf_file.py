@@ -66,9 +66,18 @@ def write_file(
         for done, tensor in enumerate(tensors, start=1):
             values = tensor.values()
             require_finite({tensor.name: values})
-            writer.write_tensor_data(_packed(gguf, tensor, values, types[tensor.name]))
+            writer.write_tensor_data(_packed(gguf, tensor, values, types[tensor.name]).view(_Checked))
             if progress:
                 progress(done, len(tensors))
+
+
+class _Checked(np.ndarray):
+    """An array whose `tofile` raises what the disk says. NumPy's writes through a buffer of its own, and what is wrong
+    when that is emptied is lost: on a full disk small tensors would be missing without a word.
+    """
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(np.ascontiguousarray(self).view(np.ndarray).data)
 
 
 def require_name(path: str | Path) -> Any:

@@ -299,6 +299,19 @@ def test_export(case, load, parity, tmp_path):
     assert found < 1e-4
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_familys_tree_is_told_to_be_one_of_jloras_own(case):
+    """By structure, which other models' trees are told by too: nothing in it is taken for a single module."""
+    kind, fields = CASES[case]
+    model = models.build(getattr(transformers, kind)(**fields).to_dict())
+    leaves = tree.flatten(jax.eval_shape(model.random_params, jax.random.key(0)))
+    assert tree.is_own(leaves)
+    stack_of = tree.stacks_of(leaves)
+    stacked = {path: stack_of(path) for path in leaves}
+    assert stacked == {path: tree.stack_of(path) for path in leaves}
+    assert {stack.name for stack in stacked.values() if stack} == {model.config.names.stack}
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_field_of_the_config_is_known(model_type):
     """Each field of transformers' config class is read, or known to change nothing."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.errors import UserError
+from jlora.hub.adapter_fields import wrong_fields
 from jlora.lora.targets import HEADS
+from jlora.models.kinds import short
 
 CONFIG = "adapter_config.json"
 # The PEFT whose fields are written; readers decide by it how old an adapter is.
@@ -214,9 +216,9 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
     if found.get("peft_type") != "LORA":
         problems.append(f"peft_type is {found.get('peft_type')!r}; only 'LORA' adapters are read")
     problems += [
-        f"{name}={found[name]!r} is not supported"
+        f"{name}={short(found[name])} is not supported"
         for name, unused in sorted(UNSUPPORTED.items())
-        if name in found and found[name] not in unused
+        if name in found and all(found[name] is not value and found[name] != value for value in unused)
     ]
     start = found.get("init_lora_weights", True)
     if isinstance(start, str) and re.fullmatch(CHANGES_BASE, start):
@@ -224,28 +226,15 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights={start!r} changes the base weights as well; save it from PEFT as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    if not isinstance(found.get("r"), int) or found["r"] < 1:
-        problems.append(f"r is {found.get('r')!r}; expected a positive integer")
-    if not _is_number(found.get("lora_alpha")):
-        problems.append(f"lora_alpha is {found.get('lora_alpha')!r}; expected a number")
-    if not _is_number(found.get("lora_dropout") or 0.0):
-        problems.append(f"lora_dropout is {found['lora_dropout']!r}; expected a number")
+    problems += wrong_fields(found, ("r", "lora_alpha"))
     if found.get("use_dora") and found.get("lora_bias"):
         problems.append("use_dora and lora_bias do not go together (PEFT opens no such adapter either)")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = found.get(name) or {}
-        if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
-            problems.append(f"{name} is {pattern!r}; expected an object of numbers")
     return problems
 
 
 def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
     """Sorted ends of the names, which mean the parameter in every layer; all layers have one adapter or none has."""
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}) or None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:

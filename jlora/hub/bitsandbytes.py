@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from jlora.errors import UserError
-from jlora.hub.weights import SafetensorsFolder, TensorInfo, read_tensor
+from jlora.hub.weights import SafetensorsFolder, TensorInfo, read_tensor, read_unchecked
+from jlora.models.kinds import NUMBER
 from jlora.quant import PackedArray, PackedInt8, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
 
@@ -22,6 +23,7 @@ COMPANION = re.compile(
     r"|(?P<module>.+)\.(?P<row>SCB|weight_format)"
 )
 STATE = "quant_state.bitsandbytes__"
+VALUES = ("absmax", "nested_absmax", "SCB")  # the parts that are numbers
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -79,7 +81,9 @@ def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
     Args:
         dtype: that dequantised values are to be rounded to.
     """
-    parts = {part: _read(entry) for part, entry in stored.parts.items() if part not in ("quant_map", "weight_format")}
+    parts = {part: _read(entry) for part, entry in stored.parts.items() if part in VALUES}
+    name, info = stored.parts["weight"]
+    parts["weight"] = read_unchecked(info.file, name)  # bytes, of whatever type
     if stored.format == "int8":
         return PackedInt8(np.ascontiguousarray(parts["weight"].T), parts["SCB"].reshape(1, -1), np.dtype(dtype))
     nested, offset = None, None
@@ -188,7 +192,7 @@ def _wrong_settings(state: Mapping[str, Any], format: str, nested: bool) -> list
     shape = state.get("shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
         wrong.append(f"shape is {shape!r}, expected [out, in]")
-    if nested and not isinstance(state.get("nested_offset"), int | float):
+    if nested and not NUMBER.holds(state.get("nested_offset")):
         wrong.append(f"nested_offset is {state.get('nested_offset')!r}, expected a number")
     return wrong
 

@@ -67,8 +67,10 @@ def _open(path: Path) -> Any:
     gguf = require("gguf", "gguf")
     try:
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {error}") from error
+    except Exception as error:  # of any class: the package trusts every count and offset in the file
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_small(name: str) -> bool:

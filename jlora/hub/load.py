@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models, sharding, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, describe_faults
 from jlora.hub import names
 from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
 from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
@@ -22,6 +22,7 @@ from jlora.hub.resize import Vocab, grown, resized
 from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
 from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo
+from jlora.models.kinds import wrong_ends
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
@@ -174,6 +175,8 @@ def _build(checkpoint: Source) -> "Model":
     if not generation:
         return models.build(checkpoint.config)
     model = models.build(checkpoint.config | {"generation_config": generation})
+    if wrong := wrong_ends(generation):
+        raise UserError(describe_faults("generation_config.json", wrong))
     ends = generation.get("eos_token_id")
     if ends is None:
         return model

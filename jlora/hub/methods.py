@@ -15,6 +15,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.hub.adapter_config import AdapterConfig
+from jlora.hub.adapter_fields import wrong_fields
 from jlora.hub.peft_slots import Module
 from jlora.lora.low_rank import Change
 
@@ -249,17 +250,10 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     kind = fields.get("peft_type")
     if kind == "LORA":
         return ["it is a LoRA already: open it with jlora.load_adapter"]
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         return [f"peft_type is {kind!r}; {', '.join(METHODS)} can be converted"]
     problems = []
-    if kind != "IA3" and not _is_count(fields.get("r")):
-        problems.append(f"r is {fields.get('r')!r}; expected a positive integer")
-    if kind in ("LOHA", "LOKR") and not _is_number(fields.get("alpha")):
-        problems.append(f"alpha is {fields.get('alpha')!r}; expected a number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = fields.get(name) or {}
-        if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
-            problems.append(f"{name} is {pattern!r}; expected an object of numbers")
+    problems += wrong_fields(fields, {"IA3": (), "VERA": ("r",)}.get(kind, ("r", "alpha")))
     for name in ("decompose_factor", "projection_prng_key"):
         if not isinstance(fields.get(name, 0), int):
             problems.append(f"{name} is {fields[name]!r}; expected an integer")
@@ -268,14 +262,6 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     if kind == "IA3" and not isinstance(fields.get("feedforward_modules"), str | list):
         problems.append("feedforward_modules is missing: without it, (IA)³ may scale a module's input or its output")
     return problems
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _torch_kaiming(shapes: tuple[tuple[int, int], ...], seed: int) -> list[np.ndarray]:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from jlora import lora, tree
 from jlora.errors import MissingFileError, UserError
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
+from jlora.hub.adapter_fields import SHARE
 from jlora.hub.peft import assemble
 from jlora.hub.peft_slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
 from jlora.hub.weights import TensorInfo, listing, read_json, tensor_infos
 from jlora.lora.merge import TIED_HEADS
+from jlora.models.kinds import NUMBER, short
 from jlora.types import Params
 
 WEIGHTS = "adapters.safetensors"
@@ -130,8 +132,9 @@ def _problems(fields: Mapping[str, Any], lora_fields: Any, layers: Any) -> list[
         problems.append(f"lora_parameters.rank is {rank!r}; expected a positive integer")
     for name, default in (("scale", None), ("alpha", 0), ("dropout", 0.0)):
         value = lora_fields.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            problems.append(f"lora_parameters.{name} is {value!r}; expected a number")
+        kind = SHARE if name == "dropout" else NUMBER
+        if not kind.holds(value):
+            problems.append(f"lora_parameters.{name} is {short(value)}; expected {kind.what}")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         problems.append(f"lora_parameters.keys is {keys!r}; expected a list of names")
     return problems

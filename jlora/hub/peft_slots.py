@@ -15,7 +15,7 @@ from jlora.hub import names
 from jlora.hub.adapter_config import CONFIG, AdapterConfig
 from jlora.hub.adapter_names import AdapterNames
 from jlora.hub.score import KERNEL
-from jlora.hub.weights import TensorInfo, read_tensor, read_unchecked, require_finite
+from jlora.hub.weights import DTYPES, TensorInfo, read_tensor, read_unchecked, require_finite
 from jlora.lora.merge import MAIN, TIED_HEADS, tied_heads
 from jlora.lora.partition import TRAINED
 from jlora.lora.targets import split_axes
@@ -380,6 +380,11 @@ def check_fits(
         f"{name} has shape {found[name].shape}, expected {slot.shape}{_labels(slot)}"
         for name, slot in slots.items()
         if name in found and found[name].shape != slot.shape
+    ]
+    problems += [
+        f"{name} is {found[name].dtype}, expected one of {', '.join(sorted(DTYPES))}"
+        for name in slots
+        if name in found and found[name].dtype not in DTYPES
     ]
     there = {module.tensors for module in modules}
     problems += [

@@ -70,7 +70,7 @@ def locate_adapter(location: str | Path) -> Path:
 def gguf_files(folder: Path) -> list[Path]:
     """The .gguf files of a folder, where they are its model: one with safetensors is that of those."""
     has_others = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
-    return [] if has_others else sorted(folder.glob("*.gguf"))
+    return [] if has_others else sorted(file for file in folder.glob("*.gguf") if file.is_file())
 
 
 def check_tensors(

@@ -1,10 +1,11 @@
 """What the values of config.json's fields can be: types and bounds, looked at before anything is computed with them."""
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # of an array's axis
+MOST = sys.float_info.max  # integers of any size are read out of JSON
 LAYERS, EXPERTS = 10_000, 100_000  # far more than any model has, far fewer than memory holds
 
 
@@ -16,18 +17,18 @@ class Kind(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
-def _whole(least: int, most: int) -> Kind:
+def whole(least: int, most: int) -> Kind:
     return Kind(
         f"a whole number from {least:,} to {most:,}",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
     )
 
 
-def _list(what: str, holds: Callable[[Any], bool]) -> Kind:
-    return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(holds, value)))
+def list_of(kind: Kind, what: str) -> Kind:
+    return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
 NUMBER = Kind("a finite number", _is_number)
@@ -35,8 +36,8 @@ POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and v
 FLAG = Kind("true or false", lambda value: isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
-NUMBERS = _list("numbers", _is_number)
-SIZE, TOKEN = _whole(1, LARGEST), _whole(-1, LARGEST)  # some files have -1 for "none"
+NUMBERS = list_of(NUMBER, "numbers")
+SIZE, TOKEN = whole(1, LARGEST), whole(-1, LARGEST)  # some files have -1 for "none"
 
 # Kind → the fields of that kind, of whatever family; null and absence are looked at where a field is read.
 FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
@@ -48,9 +49,9 @@ FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
             *("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
         ),
     ),
-    (_whole(1, LAYERS), ("num_hidden_layers", "n_layer")),
-    (_whole(0, EXPERTS), ("num_local_experts", "num_experts", "num_experts_per_tok")),
-    (_whole(0, LARGEST), ("sliding_window", "max_window_layers")),
+    (whole(1, LAYERS), ("num_hidden_layers", "n_layer")),
+    (whole(0, EXPERTS), ("num_local_experts", "num_experts", "num_experts_per_tok")),
+    (whole(0, LARGEST), ("sliding_window", "max_window_layers")),
     (
         POSITIVE,
         (
@@ -75,8 +76,8 @@ FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ),
     (TEXT, ("hidden_act", "hidden_activation", "activation_function")),
     (OBJECT, ("rope_parameters", "rope_scaling")),
-    (_list("texts", TEXT.holds), ("layer_types", "architectures")),
-    (_list("whole numbers", _whole(0, LARGEST).holds), ("no_rope_layers", "mlp_only_layers")),
+    (list_of(TEXT, "texts"), ("layer_types", "architectures")),
+    (list_of(whole(0, LARGEST), "whole numbers"), ("no_rope_layers", "mlp_only_layers")),
     (
         Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value)))),
         ("eos_token_id",),
@@ -87,11 +88,16 @@ FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
 def wrong_values(config: Mapping[str, Any]) -> list[str]:
     """A line for each field of a config.json whose value is not of its kind."""
     return [
-        f"{name} is {_short(config[name])}, expected {kind.what}"
+        f"{name} is {short(config[name])}, expected {kind.what}"
         for kind, names in FIELDS
         for name in names
         if config.get(name) is not None and not kind.holds(config[name])
     ]
+
+
+def wrong_ends(generation: Mapping[str, Any]) -> list[str]:
+    """As `wrong_values`, for what generation_config.json says of the end of texts."""
+    return wrong_values({"eos_token_id": generation.get("eos_token_id")})
 
 
 def wrong_rope(parameters: Mapping[str, Any]) -> list[str]:
@@ -102,7 +108,7 @@ def wrong_rope(parameters: Mapping[str, Any]) -> list[str]:
         ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"), POSITIVE
     )
     return [
-        f"rotary parameter {name} is {_short(value)}, expected {expected[name].what}"
+        f"rotary parameter {name} is {short(value)}, expected {expected[name].what}"
         for name, value in parameters.items()
         if not expected[name].holds(value)
     ]
@@ -112,6 +118,6 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

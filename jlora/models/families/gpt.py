@@ -96,4 +96,4 @@ def _gpt(head_dim: int) -> Values:
 def _head_dim(fields: Fields, width: int, heads: int) -> int:
     if width % heads:
         fields.problems.append(f"the width {width} is not a multiple of the {heads} attention heads")
-    return width // heads
+    return width // heads or 1

@@ -125,7 +125,7 @@ def common(
         fields.problems.append(
             f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
         )
-    head_dim = fields.get("head_dim", head_dim or width // heads)
+    head_dim = fields.get("head_dim", head_dim or width // heads or 1)
     values = sizes(fields, heads=heads, head_dim=head_dim, num_key_value_heads=num_key_value_heads)
     rope = fields.rope()
     theta = fields.get("rope_theta", rope_theta)

@@ -187,6 +187,8 @@ class RunConfig:
             if not found:
                 members[name], found = typed.build(RunConfig, merged)
                 found += typed.unknown_keys(RunConfig, merged)
+                if not found and members[name].data.system != self.data.system:
+                    found = [f"data.system: expected {self.data.system!r} as of the run, whose tokenizer is theirs all"]
             faults += [f"adapters[{name!r}]: {fault}" for fault in found]
         raise_all(faults)
         return members

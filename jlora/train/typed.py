@@ -86,7 +86,8 @@ def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
         here = [name for name in known if group and name.rpartition(".")[0] == group] or _groups(known)
         near = [name for name in here if name == f"{group}.{group}_{key}"]
         near += [name for name in known if name.rpartition(".")[2] == key]
-        near += difflib.get_close_matches(path, known if group else _groups(known), n=1, cutoff=0.75)
+        close = difflib.get_close_matches(path, known if group else _groups(known), n=1, cutoff=0.75)
+        near += [name for name in close if difflib.get_close_matches(key, [name.rpartition(".")[2]], cutoff=0.5)]
         words = {name: name.rpartition(".")[2].split("_") for name in here + known}
         near += [name for name in here if key in words[name]]
         near += [name for name, parts in words.items() if key == "".join(word[0] for word in parts if word)]

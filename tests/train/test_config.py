@@ -67,7 +67,7 @@ def test_everything_missing_is_named_at_once():
         ({"train__remat": 1}, "train.remat: found 1 (int), expected bool"),
         ({"optim__learning_rate": "fast"}, "optim.learning_rate: found 'fast' (str), expected float"),
         ({"data__path": None}, "data.path: is required"),
-        ({"model": "m"}, "model: found 'm', expected a group with the keys path, dtype, quant, adapter"),
+        ({"model": "m"}, "model: found 'm', expected a group with the keys path, dtype, quant, adapter, resize_vocab"),
         (
             {"algorithm": "gpo"},
             "algorithm: found 'gpo' (str), expected one of 'sft', 'dpo', 'cpo', 'orpo', 'kto', 'reward', 'grpo', 'ppo'",
@@ -223,4 +223,13 @@ def test_what_adapters_lack_is_asked_of_each():
     assert [fault.split(": is the same")[0] for fault in faults(made)] == [
         "adapters['other']: mesh",
         "adapters['other']: optim.schedule",
+    ]
+
+
+def test_adapters_of_one_run_fold_system_texts_alike():
+    made = of_adapters(data__system="fold")
+    assert {member.data.system for member in resolve(made).members().values()} == {"fold"}
+    made.adapters["shop"]["data"]["system"] = "template"
+    assert faults(made) == [
+        "adapters['shop']: data.system: expected 'fold' as of the run, whose tokenizer is theirs all"
     ]

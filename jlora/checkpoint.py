@@ -40,6 +40,11 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
+    def newest(self) -> int | None:
+        """`latest`, once what is being written is there."""
+        self._manager.wait_until_finished()
+        return self.latest
+
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays are copied before this returns."""
         if self.latest == step:

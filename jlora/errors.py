@@ -40,6 +40,13 @@ class MissingPackageError(ImportError, UserError):
     """An optional package that is not installed; the message names the extra."""
 
 
+class Failed(RuntimeError):
+    """A command cannot be finished, though what it was given is not wrong: a full disk, numbers that are not finite.
+
+    The message says all that there is to say; no traceback is shown.
+    """
+
+
 def describe_faults(title: str, faults: Sequence[str]) -> str:
     """One message with every fault on its own line; a very long list ends with the number of the rest."""
     rest = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []

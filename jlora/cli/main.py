@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jlora.errors import UserError
+from jlora.errors import Failed, UserError
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 
@@ -68,6 +68,11 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
         if show_traceback:
             traceback.print_exc()
         return _complain(str(error))
+    except Failed as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"jlora: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _complain(message: str) -> int:

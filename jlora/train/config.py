@@ -107,6 +107,8 @@ class TrainConfig:
       eval_on_start: also evaluate before the first step, so that the log says what training changed.
       keep_checkpoints: older ones are removed.
       remat: activations of a layer are computed again in the backward pass instead of being kept.
+      on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
+        last checkpoint kept, or "skip" the step (ten in a row stop the run). Of several adapters the others go on.
       tensorboard: also write TensorBoard files (needs the extra of that name).
       fold: the adapter that the run leaves has one rank and one scale for all modules, as `jlora export --fold`.
     """
@@ -125,6 +127,7 @@ class TrainConfig:
     remat: bool = True
     tensorboard: bool = False
     fold: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         faults = []

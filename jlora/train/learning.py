@@ -14,9 +14,10 @@ def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning
     state = create_state(job.trainable, optimizer, config.train.seed, base.mesh)
     schedule = learning_rate(config.optim, total_steps)
     dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(base.frozen))
+    skip = config.train.on_nonfinite == "skip"
 
     def read(metrics: Metrics, number: int) -> Numbers:
         numbers = {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
         return numbers | {"learning_rate": float(schedule(number - 1))} | job.report(metrics)
 
-    return Learning(state, make_step(job.objective, optimizer, placement(state), dropout=dropout), read)
+    return Learning(state, make_step(job.objective, optimizer, placement(state), dropout=dropout, skip=skip), read)

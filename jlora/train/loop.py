@@ -17,6 +17,7 @@ from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.config import TASK, RunConfig, to_dict
+from jlora.train.finite import Guard
 from jlora.train.learning import learn
 from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
@@ -43,7 +44,7 @@ FREE = {
     "rollout": ("on_error", "log_completions"),
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
-        "fold",
+        *("fold", "on_nonfinite"),
     ),
     "data": ("eval_path", "on_error"),
 }
@@ -66,6 +67,7 @@ class _Run:
     step: Step
     read: Callable[[Metrics, int], Numbers]
     note: Note
+    guard: Guard
     tokens: int = 0
 
 
@@ -111,6 +113,7 @@ def run(
             this.state, position = saved.restore(this.state)
             this.job.source.set_state(position["source"])
             this.tokens = position["tokens"]
+            this.guard.set_state(position.get("guard", {}))
             start = int(this.state.step)
         if first:
             truncate(folder / COMPLETIONS, start)
@@ -185,6 +188,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
         step=learning.step,
         read=learning.read,
         note=note,
+        guard=Guard(config.train.on_nonfinite, sorted(config.adapters), folder, note),
     )
 
 
@@ -208,6 +212,10 @@ def _steps(
     unlogged: dict[str, float] = {}  # some numbers come with a rollout, not with every step
     unsaved = False
     for number, metrics in _metrics(this, start):
+        if this.guard.ended:  # before anything of this state is saved
+            if writer:
+                writer.write(number, unlogged | metrics)
+            raise this.guard.error(saved.newest())
         final = number == this.total_steps
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
         if evaluated:
@@ -223,7 +231,7 @@ def _steps(
             progress.update(number, metrics)
         unsaved = unsaved or number % train.save_every == 0
         if stopping or final or (unsaved and this.job.source.boundary):
-            saved.save(number, this.state, {"source": this.job.source.get_state(), "tokens": this.tokens})
+            saved.save(number, this.state, _position(this))
             unsaved = False
         if stopping:
             raise Interrupted(f"saved after step {number} of {this.total_steps} in {this.workdir}")
@@ -242,10 +250,15 @@ def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:
         batch, tokens, found = this.job.source.next(this.state)
         this.state, metrics = this.step(this.state, this.job.frozen, batch)
         metrics = jax.device_get(metrics)
+        seen = this.guard.see(metrics, number)
         this.job.source.observe(metrics)
         this.tokens += tokens
         speed = {"num_tokens": this.tokens, "tokens_per_second": tokens / (time.monotonic() - began)}
-        yield number, this.read(metrics, number) | speed | found
+        yield number, this.read(metrics, number) | speed | found | seen
+
+
+def _position(this: _Run) -> dict[str, Any]:
+    return {"source": this.job.source.get_state(), "tokens": this.tokens, "guard": this.guard.get_state()}
 
 
 def _finish(this: _Run) -> None:

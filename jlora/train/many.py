@@ -116,6 +116,7 @@ def _start(
         # The same chain as in the step, where the scale is each adapter's own.
         state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
         dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(settings))
+        skip = config.train.on_nonfinite == "skip"
         schedules = {name: learning_rate(member.optim, total_steps) for name, member in members.items()}
 
         def read(metrics: Metrics, number: int) -> Numbers:
@@ -126,7 +127,7 @@ def _start(
                 found[name] = numbers | {"learning_rate": float(schedules[name](number - 1))} | jobs[name].report(one)
             return _named(found)
 
-        return Learning(state, make_steps(job.objective, optimizer, placement(state), dropout=dropout), read)
+        return Learning(state, make_steps(job.objective, optimizer, placement(state), dropout=dropout, skip=skip), read)
 
     first = next(iter(jobs.values()))
     rates = [member.optim.learning_rate / config.optim.learning_rate for member in members.values()]
@@ -166,7 +167,12 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _named(found: Mapping[str, Numbers]) -> Numbers:
-    """Each number's mean under its name, and the adapters' own under name/adapter."""
+    """Each number's mean over the adapters that have a finite one, and the adapters' own under name/adapter."""
     first = next(iter(found.values()))
-    means = {key: float(np.mean([numbers[key] for numbers in found.values()])) for key in first}
+    means = {key: _mean([numbers[key] for numbers in found.values()]) for key in first}
     return means | {f"{key}/{name}": numbers[key] for key in first for name, numbers in found.items()}
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else np.nan

@@ -18,6 +18,7 @@ from jlora.types import Params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | np.ndarray]
+FINITE = "finite"  # of a step's metrics: whether everything that it computed is
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
@@ -48,7 +49,12 @@ class Objective:
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    *,
+    dropout: bool = False,
+    skip: bool = False,
 ) -> Step:
     """step(state, frozen, batch) → (state, metrics), jitted; it donates the state and never the frozen weights.
 
@@ -58,21 +64,35 @@ def make_step(
     Args:
         shardings: those the state was created under; it is returned under the same.
         dropout: hand the loss a random key of its own for each micro-batch.
+        skip: a step whose numbers are not finite leaves the adapters and their moments as they were.
 
-    The metrics are the report's sums and items, the loss and the gradient's norm.
+    The metrics are the report's sums and items, the loss and the gradient's norm, and `FINITE`.
     """
-    step = functools.partial(_advance, objective, optimizer, dropout)
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        after, metrics = _advance(objective, optimizer, dropout, state, frozen, batch)
+        return _skipping(state, after, metrics[FINITE]) if skip else after, metrics
+
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def make_steps(
-    objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState, *, dropout: bool = False
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    *,
+    dropout: bool = False,
+    skip: bool = False,
 ) -> Step:
     """The step of K adapters side by side, each as `make_step` would advance it alone.
 
     state and metrics are those of `create_states`, [K, …]; frozen is {"base": what all share, "settings": [K, …] of the
     adapters, "rate": [K] factors of the learning rate}; the batch's leaves are [A, K, …].
+
+    An adapter whose numbers are not finite does not hold up the others. Without `skip` it stays what it was before that
+    step, at every later step too.
     """
+    spare = _skipping if skip else _freezing
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         def one(own: tuple[TrainState, Params, jax.Array, Batch]) -> tuple[TrainState, Metrics]:
@@ -80,7 +100,7 @@ def make_steps(
             begun = dataclasses.replace(begun, step=state.step)
             scaled = optax.chain(optimizer, optax.scale(rate))
             after, metrics = _advance(objective, scaled, dropout, begun, lora.combine(frozen["base"], settings), part)
-            return dataclasses.replace(after, step=None), metrics
+            return dataclasses.replace(spare(begun, after, metrics[FINITE]), step=None), metrics
 
         parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
         own = (dataclasses.replace(state, step=None), frozen["settings"], frozen["rate"], parts)
@@ -116,7 +136,39 @@ def _advance(
     updates, moments = optimizer.update(grads, state.moments, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = sums | items | {"loss": value, "grad_norm": global_norm(grads)}
+    metrics[FINITE] = _all_finite((value, metrics["grad_norm"], trainable, moments))
     return TrainState(state.step + 1, trainable, moments, state.key), metrics
+
+
+def _all_finite(values: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in floats])
+
+
+def _skipping(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
+    """The state after a step, or before it where that is not finite; the step and the schedule advance either way."""
+
+    def scheduled(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(old: Any, new: Any) -> Any:
+        return new if scheduled(new) else jnp.where(finite, new, old)
+
+    trainable = jax.tree.map(choose, before.trainable, after.trainable)
+    moments = jax.tree.map(choose, before.moments, after.moments, is_leaf=scheduled)
+    return dataclasses.replace(after, trainable=trainable, moments=moments)
+
+
+def _freezing(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
+    """The state after a step, with the adapter before it where that is not finite. Its moments become NaN and stay so:
+    no later update is finite either, after a resume too, and the adapter remains what it is.
+    """
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        return jnp.where(finite, leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    trainable = jax.tree.map(lambda old, new: jnp.where(finite, new, old), before.trainable, after.trainable)
+    return dataclasses.replace(after, trainable=trainable, moments=jax.tree.map(mark, after.moments))
 
 
 def _accumulate(micro: Callable, batch: Batch) -> tuple[Any, Metrics]:

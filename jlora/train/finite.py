@@ -1,0 +1,98 @@
+"""Numbers that are not finite: a step's flag, what becomes of such a step, and when a run ends because of them."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jlora.errors import Failed
+from jlora.train.algorithm import Note, Numbers
+from jlora.train.step import FINITE, Metrics
+
+# Steps in a row that may be skipped: after so many it is no spike.
+MOST_SKIPPED = 10
+
+
+class Diverged(Failed):
+    """The loss, the gradient or the adapter is not finite any more; the message says where, and what is left."""
+
+
+class Guard:
+    """Counts the steps whose numbers are not finite, and ends a run of which nothing is left to train.
+
+    Args:
+        policy: `train.on_nonfinite`.
+        names: of the adapters that are trained side by side; () for one alone.
+        workdir: named in messages.
+        note: is told of every adapter that is left behind by the others.
+    """
+
+    def __init__(self, policy: str, names: Sequence[str], workdir: pathlib.Path, note: Note) -> None:
+        self._policy, self._names, self._workdir, self._note = policy, names, workdir, note
+        self._limit = MOST_SKIPPED if policy == "skip" else 1
+        # What stopped the run, and at which step.
+        self.ended: tuple[str, int] | None = None
+        count = max(1, len(names))
+        self._skipped, self._in_a_row = np.zeros(count, int), np.zeros(count, int)
+
+    def see(self, metrics: Metrics, step: int) -> Numbers:
+        """Looks at a step's metrics; what is to be logged of it."""
+        finite = np.atleast_1d(np.asarray(metrics[FINITE], bool))
+        self._skipped += ~finite
+        self._in_a_row = np.where(finite, 0, self._in_a_row + 1)
+        for place in np.flatnonzero(self._in_a_row == self._limit) if self._names else ():
+            self._note(
+                f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others go on, and its adapter "
+                f"stays as it was after step {step - self._limit}"
+            )
+        if (self._in_a_row >= self._limit).all():
+            self.ended = _what(metrics, int(np.argmin(self._in_a_row))), step
+        return {"skipped_steps": float(self._skipped.sum())} if self._policy == "skip" else {}
+
+    def error(self, kept: int | None) -> Diverged:
+        """What a run that `ended` ends with.
+
+        Args:
+            kept: the step of the newest checkpoint.
+        """
+        what, step = self.ended
+        return Diverged(_message(what, step, self._limit, len(self._names), self._workdir, kept))
+
+    def get_state(self) -> dict[str, list[int]]:
+        """The counts, as plain values."""
+        return {"skipped": self._skipped.tolist(), "in_a_row": self._in_a_row.tolist()}
+
+    def set_state(self, position: dict[str, list[int]]) -> None:
+        """Goes on with the counts of a checkpoint; {} of one that has none."""
+        if position:
+            self._skipped, self._in_a_row = np.array(position["skipped"]), np.array(position["in_a_row"])
+
+
+ADAPTER = "the adapter is not finite"
+
+
+def _what(metrics: Metrics, place: int) -> str:
+    """The first of the step's numbers that is not finite."""
+    for name, words in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+        value = float(np.atleast_1d(np.asarray(metrics[name]))[place])
+        if not np.isfinite(value):
+            return f"{words} is {value}"
+    return ADAPTER
+
+
+def _message(what: str, step: int, limit: int, adapters: int, workdir: pathlib.Path, kept: int | None) -> str:
+    rows = f", the last of {limit} steps in a row that were skipped" if limit > 1 else ""
+    lines = [f"stopped: {what} at step {step}{rows}" + (f", for each of {adapters} adapters" if adapters else "")]
+    if kept is None:
+        lines.append(f"nothing was saved before it; {workdir} can be used for another run")
+    elif adapters:
+        lines.append(f"the last checkpoint with finite numbers is that of step {kept}: {workdir}/checkpoints/{kept}")
+    else:
+        export = f"jlora export --workdir={workdir} --step={kept} --out=DIR"
+        lines.append(f"the last checkpoint with finite numbers is that of step {kept}; `{export}` writes its adapter")
+    lines.append(
+        "what usually helps, in a new workdir: a lower optim.learning_rate, optim.warmup_steps, "
+        "model.dtype=bfloat16 instead of float16, or a smaller optim.max_grad_norm; for single bad batches, "
+        "train.on_nonfinite=skip goes on without them, in this workdir too"
+    )
+    return "\n  ".join(lines)

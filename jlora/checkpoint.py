@@ -5,6 +5,7 @@ base it belongs to.
 import json
 import pathlib
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,14 +24,24 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run, under `folder`/<step>/. Writing goes on in the background.
 
     Args:
-        manifest: what a checkpoint belongs to (base weights, settings, data); one that differs is refused when
-            restoring.
+        manifest: what a checkpoint belongs to (base weights, settings, data). When restoring, one that differs is
+            refused, but for the names in `refused_before`.
+        refused_before: of the manifest, what the caller has compared.
         fixed: the leaves of the adapters that training leaves alone. Some follow from the base (what PiSSA takes out of
             it, DoRA's lengths), and computed anew on other devices they would differ in their last bits.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, manifest: dict[str, Any], fixed: Params) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int,
+        manifest: dict[str, Any],
+        fixed: Params,
+        refused_before: Collection[str] = (),
+    ) -> None:
         self._folder, self._manifest = folder, {"version": VERSION} | json.loads(json.dumps(manifest))
+        self._refused_before = refused_before
         self._fixed = fixed
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -70,7 +81,8 @@ class Checkpoints:
         step = self.latest
         found = read_manifest(self._manager, step)
         # Of what it does not say, as those that older versions wrote, nothing is known.
-        if differences := compare(found, {name: value for name, value in self._manifest.items() if name in found}):
+        names = (found.keys() & self._manifest.keys()) - set(self._refused_before)
+        if differences := compare(*({name: of[name] for name in names} for of in (found, self._manifest))):
             raise UserError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
@@ -112,19 +124,23 @@ def read_fixed(saved: ocp.CheckpointManager, step: int) -> Params:
 
 
 def newest_fixed(folder: pathlib.Path) -> Params:
-    """`read_fixed` of the newest checkpoint in the folder; {} where there is none.
+    """`read_fixed` of the newest checkpoint in the folder; {} where there is none."""
+    return newest(folder)[2]
+
+
+def newest(folder: pathlib.Path) -> tuple[int | None, dict[str, Any], Params]:
+    """(step, manifest, `read_fixed`) of the newest checkpoint in the folder; (None, {}, {}) where there is none.
 
     Raises:
         ValueError: it is of another version of jlora.
     """
     if not folder.is_dir():
-        return {}
+        return None, {}, {}
     with reader(folder) as saved:
         step = saved.latest_step()
         if step is None:
-            return {}
-        read_manifest(saved, step)
-        return read_fixed(saved, step)
+            return None, {}, {}
+        return step, read_manifest(saved, step), read_fixed(saved, step)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> list[str]:
@@ -136,7 +152,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> 
         if isinstance(there, dict) and isinstance(here, dict):
             differences += compare(there, here, where)
         elif there != here:
-            differences.append(f"{where}: found {there!r}, expected {here!r}")
+            differences.append(f"{where}: the run has {there!r}, given {here!r}")
     return differences
 
 

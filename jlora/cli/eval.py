@@ -17,7 +17,7 @@ from jlora.cli.model import add_model_options, load_model, positive
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train import forgetting, reward_model
-from jlora.train.evaluate import ANSWER, NUMBERS, evaluate, load_metric
+from jlora.train.evaluate import ANSWER, NUMBERS, MetricFailed, evaluate, load_metric
 from jlora.types import Params, require
 
 
@@ -59,11 +59,19 @@ def run(arguments: list[str]) -> int:
     if options.scales:
         _sweep(options, model, params, tokenizer, records, sets, measure)
         return 0
-    numbers, answers = measure(model, params)
+    try:
+        numbers, answers = measure(model, params)
+    except MetricFailed as error:
+        _report(options, error.numbers, error.answers)
+        raise
+    _report(options, numbers, answers)
+    return 0
+
+
+def _report(options: argparse.Namespace, numbers: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None:
     _show(options, numbers)
     if options.answers:
         _write_answers(pathlib.Path(options.answers), answers)
-    return 0
 
 
 def _read(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Which tokens a model knows: a tokenizer that refuses those that its embedding has no row for."""
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,13 @@ class Fitted:
     What is looked up beyond an embedding's rows is not a number, and neither is anything that is computed from it.
     """
 
-    def __init__(self, tokenizer: Any, rows: int) -> None:
-        self.tokenizer, self.rows = tokenizer, rows
+    def __init__(self, tokenizer: Any, rows: int, date: datetime.datetime | None = None) -> None:
+        self.tokenizer, self.rows, self.date = tokenizer, rows, date
+
+    def apply_chat_template(self, *messages: Any, **settings: Any) -> Any:
+        """What the template makes of the messages; its `strftime_now` tells `date`, if there is one."""
+        dated = {} if self.date is None else {"strftime_now": self.date.strftime}
+        return self.tokenizer.apply_chat_template(*messages, **(dated | settings))
 
     def __call__(self, *texts: Any, **settings: Any) -> Any:
         """What the tokenizer makes of the texts.
@@ -46,9 +52,14 @@ class Fitted:
         return getattr(self.tokenizer, name)
 
 
-def fitted(tokenizer: Any, rows: int) -> Fitted:
-    """The tokenizer for a model whose embedding has so many rows."""
-    return Fitted(unfitted(tokenizer), rows)
+def fitted(tokenizer: Any, rows: int, date: datetime.datetime | None = None) -> Fitted:
+    """The tokenizer for a model whose embedding has so many rows.
+
+    Args:
+        date: that chat templates see; None: the one that the tokenizer was fitted with, or today.
+    """
+    kept = tokenizer.date if isinstance(tokenizer, Fitted) else None
+    return Fitted(unfitted(tokenizer), rows, date or kept)
 
 
 def unfitted(tokenizer: Any) -> Any:

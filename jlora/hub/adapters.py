@@ -32,6 +32,13 @@ def load_adapter(params: Params, path: str | Path, base: str | Path | None = Non
     return peft.load_adapter(params, folder)
 
 
+def check_adapter(path: str | Path) -> None:
+    """Raises UserError for an adapter that cannot be opened, whatever model it is put on; its weights are not read."""
+    folder = locate_adapter(path)
+    if not mlx.is_mlx(read_json(folder / CONFIG)):
+        peft.open_adapter(folder)
+
+
 def _say_other_base(named: Any, folder: Path, base: str) -> None:
     """Warn where the last part of the base's name in the adapter's config is nowhere in where the params are from: the
     same model may lie in a folder of its name, or in a cache (models--owner--name/…).

@@ -51,9 +51,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         FileNotFoundError: the folder or its files are missing.
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
-    folder = locate_adapter(path)
-    config = AdapterConfig.from_json(read_json(folder / CONFIG), folder / CONFIG)
-    file = weights_file(folder)
+    config, file = open_adapter(path)
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)
@@ -72,6 +70,16 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored | whole, modules)
     base = tree.map_with_path(lambda path, leaf: _replaced(path, leaf, changed, leaves), base)
     return assemble(base, adapted, config, slots, read_slots(file, slots, made))
+
+
+def open_adapter(path: str | Path) -> tuple[AdapterConfig, Path]:
+    """The settings of a PEFT folder (or Hub id) and its file of weights, which is not read.
+
+    Raises:
+        UserError: files are missing, or ask for what jlora does not have; all is listed.
+    """
+    folder = locate_adapter(path)
+    return AdapterConfig.from_json(read_json(folder / CONFIG), folder / CONFIG), weights_file(folder)
 
 
 def assemble(

@@ -1,7 +1,8 @@
 """What the loop asks of an algorithm, whatever it learns from."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -161,8 +162,19 @@ class Plan:
         total_steps: optimizer steps.
         start: puts the algorithm to work on a base.
         longest: tokens of the longest text that the model reads or writes.
+        tokens: checksum of all that was encoded to be trained on.
     """
 
     total_steps: int
     start: Callable[[Base], Job]
     longest: int = 0
+    tokens: str = ""
+
+
+def checksum(examples: Iterable[data.Example]) -> str:
+    """Eight hex digits that follow from the examples' tokens, which of them are trained, and their order."""
+    found = 0
+    for example in examples:
+        found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)
+        found = zlib.crc32(np.asarray(example.trained, np.bool_).tobytes(), found)
+    return f"{found:08x}"

@@ -4,6 +4,7 @@ Defaults live in the dataclasses alone; recipes start from `default_config()` an
 """
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Mapping
@@ -325,6 +326,22 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     if faults:
         raise UserError("the settings do not hold:\n  " + "\n  ".join(faults))
     return run_config
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an older version of jlora wrote, with the defaults of those that it did not have."""
+    return _completed(RunConfig, settings)
+
+
+def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    missing = {f.name: f for f in dataclasses.fields(cls) if f.name not in values and not typed.is_required(f)}
+    found = dict(values) | {name: _default(field) for name, field in missing.items()}
+    for name, hint in typing.get_type_hints(cls).items():
+        members = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
+        value = found.get(name)
+        if members and isinstance(value, Mapping):
+            found[name] = _completed(members[0], value)
+    return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

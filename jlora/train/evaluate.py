@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora import data
-from jlora.errors import UserError
+from jlora.errors import UserError, describe_faults, group_faults
 from jlora.generate import generate
 from jlora.lora.bank import refuse_chosen
 from jlora.losses import token_scores
 from jlora.models import Model
 from jlora.sharding import on_host, put_batch
-from jlora.train.pyfile import load_function
+from jlora.train.pyfile import call, load_function, require_arguments
 from jlora.types import Params
 
 Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
@@ -27,6 +27,20 @@ Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 NUMBERS = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
 ANSWER = ("id", "prompt", "target", "text")
 RESERVED = (*NUMBERS, *ANSWER, "exact_match", "scale")
+
+
+class MetricFailed(UserError):
+    """A metric failed on some of the answers; what was computed besides is kept.
+
+    Attributes:
+      numbers, answers: as `evaluate` returns them, without the metric's values where it failed.
+    """
+
+    def __init__(
+        self, faults: Sequence[tuple[str, str]], numbers: dict[str, float], answers: list[dict[str, Any]]
+    ) -> None:
+        super().__init__(describe_faults("the metric failed", group_faults(faults)))
+        self.numbers, self.answers = numbers, answers
 
 
 def evaluate(
@@ -57,6 +71,7 @@ def evaluate(
 
     Raises:
       ValueError: no completion has a token within `seq_len`, or the model has no positions for the texts.
+      MetricFailed: the metric gave no numbers by name or raised a UserError (see `load_metric`); it has the rest.
     """
     sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
     numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
@@ -74,9 +89,7 @@ def evaluate(
         temperature=0.0,
         batch_size=batch_size,
     )
-    scores = [
-        _score(record, text, target, metric) for record, text, target in zip(records, texts, targets, strict=True)
-    ]
+    scores, failed = _scores(records, texts, targets, metric)
     for name in dict.fromkeys(name for score in scores for name in score):
         values = [score[name] for score in scores if name in score]
         numbers[name] = math.fsum(values) / len(values)
@@ -84,6 +97,8 @@ def evaluate(
         {**({"id": record["id"]} if "id" in record else {}), "prompt": prompt, "target": target, "text": text, **score}
         for record, prompt, target, text, score in zip(records, prompts, targets, texts, scores, strict=True)
     ]
+    if failed:
+        raise MetricFailed(failed, numbers, answers)
     return numbers, answers
 
 
@@ -226,9 +241,17 @@ def load_metric(path: str | pathlib.Path) -> Metric:
     """The function `metric` of a Python file.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, it cannot be run, or it has no such function.
+      UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other arguments.
+        What the function raises later becomes a UserError with file and line.
     """
-    return load_function(str(path), "metric")
+    metric = load_function(str(path), "metric")
+    require_arguments(str(path), metric, "record", "text")
+
+    @functools.wraps(metric)
+    def called(record: dict[str, Any], text: str) -> Mapping[str, float]:
+        return call(str(path), metric, record, text)
+
+    return called
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -240,6 +263,20 @@ def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Floa
     return jnp.stack(
         [jnp.sum(part, axis=1) for part in (-scores.log_probs * weights, scores.correct * weights, weights)]
     )
+
+
+def _scores(
+    records: Sequence[dict[str, Any]], texts: Sequence[str], targets: Sequence[str], metric: Metric | None
+) -> tuple[list[dict[str, float]], list[tuple[str, str]]]:
+    """The scores of every answer, and (record, fault) where the metric failed."""
+    scores, failed = [], []
+    for number, (record, text, target) in enumerate(zip(records, texts, targets, strict=True), start=1):
+        try:
+            scores.append(_score(record, text, target, metric))
+        except UserError as error:
+            scores.append(_score(record, text, target, None))
+            failed.append((f"record {number}", str(error)))
+    return scores, failed
 
 
 def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None) -> dict[str, float]:

@@ -49,7 +49,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         )
 
     longest = max(map(len, prompts.tokens)) + config.rollout.max_completion_length
-    return Plan(config.train.steps, start, longest)
+    return Plan(config.train.steps, start, longest, prompts.checksum)
 
 
 def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:

@@ -12,18 +12,18 @@ from typing import Any
 import jax
 
 from jlora import checkpoint, data, hub, lora, sharding, tree
-from jlora.errors import UserError
-from jlora.train import grpo, many, ppo, preference, sft
+from jlora.train import grpo, many, ppo, preference, resume, sft
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
-from jlora.train.config import TASK, RunConfig, to_dict
+from jlora.train.config import RunConfig, to_dict
+from jlora.train.early import check_surroundings
 from jlora.train.finite import Guard
 from jlora.train.learning import learn
 from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
 from jlora.train.rollout import FILE as COMPLETIONS
 from jlora.train.state import TrainState
-from jlora.train.step import Metrics, Step
+from jlora.train.step import Batch, Metrics, Step
 from jlora.types import Params
 
 # (settings, tokenizer, note) → the plan of a run.
@@ -36,17 +36,6 @@ ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
     "reward": preference.plan,
     "grpo": grpo.plan,
     "ppo": ppo.plan,
-}
-# What may differ when a run is taken up again: how it is watched, where it runs and what it forgives, not what it
-# computes.
-FREE = {
-    "mesh": None,
-    "rollout": ("on_error", "log_completions"),
-    "train": (
-        *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
-        *("fold", "on_nonfinite"),
-    ),
-    "data": ("eval_path", "on_error"),
 }
 
 
@@ -68,6 +57,7 @@ class _Run:
     read: Callable[[Metrics, int], Numbers]
     note: Note
     guard: Guard
+    manifest: dict[str, Any]
     tokens: int = 0
 
 
@@ -93,18 +83,18 @@ def run(
         the data, model or targets are not as they must be. Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)
-    begun = checkpoint.newest_fixed(folder / "checkpoints")
-    config = _with_dtype(folder, config)
-    _refuse_other_run(folder, config)
+    begun = resume.read_begun(folder)
+    config = resume.with_dtype(begun, config)
+    resume.refuse_other_settings(begun, config)
     this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
-    manifest = _manifest(config, this)
     first = jax.process_index() == 0  # one host writes what all of them know
     if first:
         _write_json(folder / "config.json", to_dict(config))
     saved = checkpoint.Checkpoints(
         folder / "checkpoints",
         keep=config.train.keep_checkpoints,
-        manifest=manifest,
+        manifest=this.manifest | {"base": checkpoint.fingerprint(lora.strip(this.base.frozen))},
+        refused_before=this.manifest.keys(),
         fixed=lora.adapter_leaves(this.base.frozen) | this.job.fixed,
     )
     try:
@@ -128,43 +118,33 @@ def run(
     return last
 
 
-def _manifest(config: RunConfig, this: _Run) -> dict[str, Any]:
-    """What the run's checkpoints belong to: the base, what training starts from, settings and data."""
-    runs = config.members().values() if config.adapters else [config]
-    files = {one.data.path for one in runs if not one.data.path.startswith(TASK)}
-    begun = {
-        file for one in runs if one.model.adapter for file in pathlib.Path(one.model.adapter).glob("*.safetensors")
-    }
-    return {
-        "base": checkpoint.fingerprint(lora.strip(this.base.frozen)),
-        "contents of model.adapter": {str(file): data.digest(file) for file in sorted(begun)},
-        "contents of data.path": {path: data.digest(path) for path in sorted(files)},
-        "lora": dataclasses.asdict(config.lora),
-    }
-
-
-def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note) -> _Run:
+def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note: Note) -> _Run:
     """Everything up to the first step; what the user may have got wrong is found before anything is written.
 
     Args:
-        begun: what the adapters' frozen half was when the run began; {} for one that begins.
+        begun: the run that the workdir holds.
     """
+    check_surroundings(config, folder)
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     described = hub.read_model(config.model.path, config.model.resize_vocab).config
-    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), described.vocab_size)
+    date = begun.date
+    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), described.vocab_size, date)
     if config.model.adapter:
         hub.say_unused_tokenizer(tokenizer, config.model.adapter)
     if config.data.system == "fold":
         data.fold_system(tokenizer)
     one = ALGORITHMS[config.algorithm]
-    plan = many.plan(config, tokenizer, note, one, begun) if config.adapters else one(config, tokenizer, note)
+    plan = many.plan(config, tokenizer, note, one, begun.fixed) if config.adapters else one(config, tokenizer, note)
     described.warn_beyond(plan.longest, f"the texts of {config.data.path}")
+    manifest = resume.manifest(config, tokenizer, plan, date)
+    resume.refuse_other_files(begun, manifest)
+    resume.refuse_fewer_steps(begun, plan.total_steps, note)
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.load(config.model.path, mesh=mesh, **settings)
     if not config.adapters:  # several are put beside the base by their plan
-        params = adapt(model, params, config, begun)
+        params = adapt(model, params, config, begun.fixed)
     frozen, trainable = lora.split(params)
     note(_describe_params(config, frozen, trainable))
     base = Base(
@@ -188,6 +168,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: Params, note: Note)
         step=learning.step,
         read=learning.read,
         note=note,
+        manifest=manifest,
         guard=Guard(config.train.on_nonfinite, sorted(config.adapters), folder, note),
     )
 
@@ -211,7 +192,7 @@ def _steps(
     last: dict[str, float] = {}
     unlogged: dict[str, float] = {}  # some numbers come with a rollout, not with every step
     unsaved = False
-    for number, metrics in _metrics(this, start):
+    for number, metrics in _metrics(this, start, saved):
         if this.guard.ended:  # before anything of this state is saved
             if writer:
                 writer.write(number, unlogged | metrics)
@@ -243,11 +224,22 @@ def _evaluation(this: _Run) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in this.job.evaluate(this.state).items()}
 
 
-def _metrics(this: _Run, start: int) -> Iterator[tuple[int, dict[str, float]]]:
+def _next(this: _Run, done: int, saved: checkpoint.Checkpoints) -> tuple[Batch, int, Numbers]:
+    """The next batch, after so many steps. What was trained until then is saved if a user's reward fails on it."""
+    position = _position(this)
+    try:
+        return this.job.source.next(this.state)
+    except UserError:
+        if done:
+            saved.save(done, this.state, position)
+        raise
+
+
+def _metrics(this: _Run, start: int, saved: checkpoint.Checkpoints) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, its metrics), each after the step is done."""
     for number in range(start + 1, this.total_steps + 1):
         began = time.monotonic()
-        batch, tokens, found = this.job.source.next(this.state)
+        batch, tokens, found = _next(this, number - 1, saved)
         this.state, metrics = this.step(this.state, this.job.frozen, batch)
         metrics = jax.device_get(metrics)
         seen = this.guard.see(metrics, number)
@@ -299,41 +291,6 @@ def _describe_params(config: RunConfig, frozen: Params, trainable: Params) -> st
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
     text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
     return f"{text}; going on from {config.model.adapter}" if config.model.adapter else text
-
-
-def _with_dtype(folder: pathlib.Path, config: RunConfig) -> RunConfig:
-    """The settings with the dtype that None stands for: that of the run in the workdir, or what these devices multiply
-    fastest. What a run computes in does not change with where it goes on.
-    """
-    if config.model.dtype is not None:
-        return config
-    path = folder / "config.json"
-    begun = json.loads(path.read_text())["model"]["dtype"] if path.exists() else None
-    model = dataclasses.replace(config.model, dtype=begun or hub.float_dtype(None).name)
-    return dataclasses.replace(config, model=model)
-
-
-def _refuse_other_run(folder: pathlib.Path, config: RunConfig) -> None:
-    """Raises ValueError when the workdir holds a run whose settings differ in more than `FREE`."""
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    found, expected = (_fixed(json.loads(text)) for text in (path.read_text(), json.dumps(to_dict(config))))
-    if differences := checkpoint.compare(found, expected):
-        raise UserError(
-            f"{folder} belongs to a run with other settings; choose another workdir, or give the same settings:\n  "
-            + "\n  ".join(differences)
-        )
-
-
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        group: {name: value for name, value in values.items() if name not in FREE.get(group, ())}
-        if isinstance(values, dict)
-        else values
-        for group, values in settings.items()
-        if FREE.get(group, ()) is not None
-    }
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -49,7 +49,8 @@ def plan(
     def start(base: Base) -> Job:
         return _start(config, base, members, plans, note, begun)
 
-    return Plan(steps, start, max(one.longest for one in plans.values()))
+    longest = max(one.longest for one in plans.values())
+    return Plan(steps, start, longest, " ".join(one.tokens for one in plans.values()))
 
 
 class Sources:

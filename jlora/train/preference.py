@@ -12,7 +12,7 @@ from jlora import data, lora, sharding
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train import cpo, dpo, kto, reward_model
-from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan, checksum
 from jlora.train.config import RunConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics, Objective
@@ -109,8 +109,9 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
         )
 
-    longest = max(len(document.tokens) for item in (*items, *held_out) for document in item.documents)
-    return Plan(len(steps), start, longest)
+    documents = [document for item in items for document in item.documents]
+    longest = max(len(one.tokens) for one in (*documents, *(one for item in held_out for one in item.documents)))
+    return Plan(len(steps), start, longest, checksum(documents))
 
 
 def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tuple[list[data.Item], data.EncodeReport]:

@@ -1,6 +1,7 @@
 """Python files that users write: recipes, metrics, rewards; loaded by path, their errors told with file and line."""
 
 import importlib.util
+import inspect
 import pathlib
 import sys
 import traceback
@@ -9,19 +10,8 @@ from typing import Any
 
 from jlora.errors import MissingFileError, UserError
 
-# What a faulty file can raise while it is run. Anything else is not the file's fault.
-ERRORS = (
-    SyntaxError,
-    NameError,
-    AttributeError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    OSError,
-)
+# What a user's file can raise while it is run: anything, sys.exit() too. Memory may run out for other reasons.
+ERRORS = (Exception, SystemExit)
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
@@ -48,11 +38,26 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 
 
 def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the file's function returns; a ValueError that names the line where it failed."""
+    """What the file's function returns; a UserError that names the line where it failed, whatever it raises."""
     try:
         return function(*arguments)
+    except MemoryError:
+        raise
     except ERRORS as error:
         raise UserError(describe(path, error)) from error
+
+
+def require_arguments(path: str, function: Callable[..., Any], *names: str) -> None:
+    """Raises UserError when the file's function cannot be called with as many arguments as there are names."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none to show
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise UserError(f"{path} defines {name}{signature}: {error}; expected {name}({', '.join(names)})") from error
 
 
 def describe(path: str, error: BaseException) -> str:

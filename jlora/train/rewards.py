@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -127,18 +127,24 @@ class Rewards:
         prompts = [record["prompt"] for record in records]
         return self(prompts, completions, completion_ids, columns, trainer_state=trainer_state)
 
-    def _calls(self, given: dict[str, Any]) -> list[Callable[[], Any]]:
-        calls, faults = [], []
+    def require_columns(self, columns: Collection[str]) -> None:
+        """Raises UserError when functions want what the records do not have; their signatures say what they want."""
+        faults = []
         for name, function in zip(self.names, self.functions, strict=True):
-            wanted, everything = reward_calls.parameters(function)
-            missing = [key for key, needed in wanted.items() if needed and key not in given]
-            if missing:
-                columns = sorted(set(given) - set(RESERVED))
-                faults.append(f"{name}: wants the columns {missing}, the records have {columns}")
-            arguments = given if everything else {key: given[key] for key in wanted if key in given}
-            calls.append(functools.partial(function, **arguments))
+            wanted = reward_calls.parameters(function)[0]
+            if missing := [key for key, needed in wanted.items() if needed and key not in (*columns, *RESERVED)]:
+                known = sorted(set(columns) - set(RESERVED))
+                faults.append(f"{name}: wants the columns {missing}, the records have {known}")
         if faults:
             raise UserError("rewards do not fit the records:\n  " + "\n  ".join(faults))
+
+    def _calls(self, given: dict[str, Any]) -> list[Callable[[], Any]]:
+        self.require_columns(given)
+        calls = []
+        for function in self.functions:
+            wanted, everything = reward_calls.parameters(function)
+            arguments = given if everything else {key: given[key] for key in wanted if key in given}
+            calls.append(functools.partial(function, **arguments))
         return calls
 
     def _read(self, results: list[Any], size: int) -> tuple[Float32[np.ndarray, "N F"], tuple[int, ...]]:
@@ -175,7 +181,7 @@ def load_rewards(
         on_error: "raise", or "skip": a completion that a function fails on has no reward from it.
 
     Raises:
-        ValueError, FileNotFoundError: every name that cannot be loaded, or another number of weights.
+        UserError: every name that cannot be loaded, or another number of weights.
     """
     functions, found, faults = [], [], []
     for name in names:
@@ -188,9 +194,9 @@ def load_rewards(
         found.append(label)
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
-        faults.append(ValueError(f"{len(weights)} reward weights: expected one for each of {len(names)} rewards"))
+        faults.append(UserError(f"{len(weights)} reward weights: expected one for each of {len(names)} rewards"))
     if faults:
-        raise faults[0] if len(faults) == 1 else ValueError("\n".join(map(str, faults)))
+        raise faults[0] if len(faults) == 1 else UserError("\n".join(map(str, faults)))
     counts: collections.Counter = collections.Counter()
     for index, label in enumerate(found):
         counts[label] += 1
@@ -208,6 +214,7 @@ class _MetricReward:
 
     def __init__(self, path: str, key: str) -> None:
         self._path, self._key, self._metric = path, key, pyfile.load_function(path, "metric")
+        pyfile.require_arguments(path, self._metric, "record", "text")
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | Exception]:
         columns = {"prompt": prompts, **{name: of for name, of in columns.items() if name not in RESERVED}}

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jlora.losses.advantages import overlong_penalty
 from jlora.train.algorithm import Base, Note, Numbers
 from jlora.train.config import TASK, RunConfig
 from jlora.train.reward_model import RewardModel
-from jlora.train.rewards import RewardTable, TrainerState, load_rewards, total
+from jlora.train.rewards import Rewards, RewardTable, TrainerState, load_rewards, total
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics
 from jlora.train.tasks import reasoning_tasks
@@ -36,6 +37,12 @@ class Prompts:
 
     records: tuple[Record, ...]
     tokens: tuple[list[int], ...]
+
+    @property
+    def checksum(self) -> str:
+        """Eight hex digits that follow from the tokens."""
+        rows = [f"{np.asarray(tokens).tolist()}" for tokens in self.tokens]
+        return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
 
     def order(self, seed: int, first: int, count: int) -> list[int]:
         """Prompts number `first` to `first + count` of an endless shuffled order, each once an epoch."""
@@ -68,8 +75,16 @@ class Rollouts:
     digest: int
 
 
-def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, list]:
-    """Training prompts, held-out ones where there are any, and the rewards, which a task may bring itself."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judges:
+    """What judges completions: the names of all rewards, which a task may bring itself, and the functions of them."""
+
+    names: tuple[Any, ...]
+    functions: Rewards
+
+
+def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, Judges]:
+    """Training prompts, held-out ones where there are any, and the rewards, whose functions fit the prompts."""
     if jax.process_count() > 1:
         raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
     settings = config.rollout
@@ -94,10 +109,22 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
         read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
         train = read(config.data.path)
         held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
+    judges = _judges(config, names, [*train, *held_out])
     room = config.train.seq_len - settings.max_completion_length
     prompts = _encode(train, tokenizer, room, config.data, note)
     note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
-    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, names
+    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, judges
+
+
+def _judges(config: RunConfig, names: Sequence[Any], records: Sequence[Record]) -> Judges:
+    weights = config.rollout.reward_weights or (1.0,) * len(names)
+    functions = load_rewards(
+        [name for name in names if name != "model"],
+        [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
+        on_error=config.rollout.on_error,
+    )
+    functions.require_columns({name for record in records for name in record if name != "prompt"})
+    return Judges(tuple(names), functions)
 
 
 def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
@@ -115,16 +142,11 @@ def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data
 class Sampler:
     """Completions and their rewards, from whatever policy it is given."""
 
-    def __init__(self, config: RunConfig, base: Base, names: list) -> None:
+    def __init__(self, config: RunConfig, base: Base, judges: Judges) -> None:
         settings = config.rollout
-        self._config, self._base = config, base
-        functions = [name for name in names if name != "model"]
+        self._config, self._base, self._functions = config, base, judges.functions
+        names = judges.names
         weights = settings.reward_weights or (1.0,) * len(names)
-        self._functions = load_rewards(
-            functions,
-            [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
-            on_error=settings.on_error,
-        )
         model_weight = [weights[names.index("model")]] if "model" in names else []
         self._overlong = config.grpo.overlong_cache
         self.weights = np.array(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora import data, lora
 from jlora.losses import cross_entropy
 from jlora.models import Model
-from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan, checksum
 from jlora.train.config import RunConfig
 from jlora.train.evaluate import completion_loss
 from jlora.train.state import TrainState
@@ -57,7 +57,8 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
             panels=(("Tokens per second", ("tokens_per_second",)),),
         )
 
-    return Plan(len(steps), start, max(len(example.tokens) for example in examples))
+    longest = max(len(example.tokens) for example in examples)
+    return Plan(len(steps), start, longest, checksum(examples))
 
 
 def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective:

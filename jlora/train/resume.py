@@ -1,0 +1,184 @@
+"""Whether a workdir's run may go on: the same settings, files, tokens and date as those it began with."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jlora import checkpoint, data, hub
+from jlora.errors import UserError
+from jlora.train.algorithm import Note, Plan
+from jlora.train.config import TASK, RunConfig, completed, to_dict
+from jlora.types import Params
+
+# What may differ when a run is taken up again: how long it goes on, how it is watched, where it runs and what it
+# forgives, not what it computes.
+FREE = {
+    "mesh": None,
+    "rollout": ("on_error", "log_completions"),
+    "train": (
+        *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
+        *("fold", "on_nonfinite", "steps", "epochs"),
+    ),
+    "data": ("eval_path", "on_error"),
+}
+CONTENTS = "contents of "
+EVALUATION = f"{CONTENTS}data.eval_path"
+DATE = "date that templates see"
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What a workdir holds of a run: nothing is held before the first checkpoint.
+
+    Attributes:
+        step: of the newest checkpoint, None where there is none.
+        settings: config.json's, with today's defaults for what it does not have.
+        manifest: the checkpoint's.
+        fixed: what the adapters' frozen half was when the run began.
+    """
+
+    folder: pathlib.Path
+    step: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Params = dataclasses.field(default_factory=dict)
+
+    @property
+    def date(self) -> datetime.datetime:
+        """The date that chat templates see: that of the run's beginning, which a resume on another day keeps."""
+        text = self.manifest.get(DATE)
+        return datetime.datetime.fromisoformat(text) if text else datetime.datetime.now().replace(microsecond=0)
+
+
+def read_begun(folder: pathlib.Path) -> Begun:
+    """The run of the workdir.
+
+    Raises:
+        UserError: it is of another version of jlora.
+    """
+    step, manifest, fixed = checkpoint.newest(folder / "checkpoints")
+    path = folder / "config.json"
+    if step is None or not path.exists():
+        return Begun(folder)
+    return Begun(folder, step, completed(json.loads(path.read_text(encoding="utf-8"))), manifest, fixed)
+
+
+def with_dtype(begun: Begun, config: RunConfig) -> RunConfig:
+    """The settings with the dtype that None stands for: that of the run in the workdir, or what these devices multiply
+    fastest. What a run computes in does not change with where it goes on.
+    """
+    if config.model.dtype is not None:
+        return config
+    dtype = begun.settings.get("model", {}).get("dtype") or hub.float_dtype(None).name
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
+    """Raises UserError when the workdir holds a run whose settings differ in more than `FREE`."""
+    if begun.step is None:
+        return
+    expected = json.loads(json.dumps(to_dict(config)))
+    if differences := checkpoint.compare(_fixed(begun.settings), _fixed(expected)):
+        raise UserError(
+            f"{begun.folder} belongs to a run with other settings; choose another workdir, or give the same settings:"
+            "\n  " + "\n  ".join(differences)
+        )
+
+
+def refuse_other_files(begun: Begun, manifest: Mapping[str, Any]) -> None:
+    """Raises UserError when files, tokens or the tokenizer are not those that the run began with; all are named.
+
+    Of what the checkpoint does not say, as those that older versions wrote, nothing is known. Evaluation may go over to
+    another file.
+    """
+    wanted = json.loads(json.dumps(manifest))
+    shared = {name: value for name, value in wanted.items() if name in begun.manifest and name != DATE}
+    found = {name: begun.manifest[name] for name in shared}
+    if EVALUATION in shared:
+        both = found[EVALUATION].keys() & shared[EVALUATION].keys()
+        for side in (found, shared):
+            side[EVALUATION] = {path: side[EVALUATION][path] for path in both}
+    if faults := list(_changes(found, shared)):
+        raise UserError(
+            f"{begun.folder} belongs to another run: what it began with has changed; restore it, or choose another "
+            "workdir:\n  " + "\n  ".join(faults)
+        )
+
+
+def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
+    """Raises UserError when the run is further than it is to go; says what another number of steps means.
+
+    Args:
+        total_steps: of the run as it is now asked for.
+    """
+    if begun.step is None:
+        return
+    if total_steps < begun.step:
+        raise UserError(
+            f"{begun.folder} holds a run that has done {begun.step} steps, and the settings ask for {total_steps}: "
+            "expected at least as many; train.steps and train.epochs can be raised"
+        )
+    before = begun.manifest.get("steps")
+    if before is not None and before != total_steps:
+        note(
+            f"the run was to have {before} steps and now has {total_steps}: from step {begun.step + 1} on the learning "
+            f"rate is that of a schedule over {total_steps} steps"
+        )
+
+
+def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datetime) -> dict[str, Any]:
+    """What the run's checkpoints belong to, beside their base: settings, files, tokenizer and tokens."""
+    runs = list(config.members().values()) if config.adapters else [config]
+    named = {
+        "data.path": {one.data.path for one in runs if not one.data.path.startswith(TASK)},
+        "data.eval_path": {one.data.eval_path for one in runs if one.data.eval_path},
+        "model.adapter": {str(file) for one in runs if one.model.adapter for file in _weights(one.model.adapter)},
+        "rollout.rewards": {match[0] for name in config.rollout.rewards if (match := re.search(r"[^:]+\.py", name))},
+        "rollout.reward_model": {str(file) for file in _weights(config.rollout.reward_model or "")},
+    }
+    contents = {
+        f"{CONTENTS}{setting}": {path: data.digest(path) for path in sorted(paths) if pathlib.Path(path).exists()}
+        for setting, paths in named.items()
+    }
+    return contents | {
+        "lora": dataclasses.asdict(config.lora),
+        "chat template": _checksum(tokenizer.chat_template),
+        "vocabulary": _checksum([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]),
+        "tokens of the data": plan.tokens,
+        "steps": plan.total_steps,
+        DATE: date.isoformat(),
+    }
+
+
+def _weights(folder: str) -> list[pathlib.Path]:
+    return sorted(pathlib.Path(folder).glob("*.safetensors")) if folder else []
+
+
+def _checksum(value: Any) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _changes(found: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted(given.keys() - {"steps", "lora"}):  # settings are compared as such
+        if name.startswith(CONTENTS):
+            for path in sorted(found[name].keys() | given[name].keys()):
+                if found[name].get(path) != given[name].get(path):
+                    yield f"{name}: {path} is not what it was"
+        elif found[name] != given[name]:
+            hint = " (the tokenizer's files, or the version of jlora, transformers or tokenizers, have changed)"
+            yield f"{name}: not what it was" if name != "tokens of the data" else f"{name}: not what they were{hint}"
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        group: {name: value for name, value in values.items() if name not in FREE.get(group, ())}
+        if isinstance(values, dict)
+        else values
+        for group, values in settings.items()
+        if FREE.get(group, ()) is not None
+    }

@@ -14,6 +14,7 @@ RESIZE = (
     "model.resize_vocab='tokenizer' in a recipe, jlora.load(..., vocab='tokenizer')"
 )
 NAMED = 3
+DIRECTIVES = "aAbBcdDeFGhHIjlkmMpRsSTuUVwWxXyYzZ"  # of strftime
 
 
 class Fitted:
@@ -27,8 +28,10 @@ class Fitted:
 
     def apply_chat_template(self, *messages: Any, **settings: Any) -> Any:
         """What the template makes of the messages; its `strftime_now` tells `date`, if there is one."""
-        dated = {} if self.date is None else {"strftime_now": self.date.strftime}
-        return self.tokenizer.apply_chat_template(*messages, **(dated | settings))
+        if self.date is not None:
+            template = self.tokenizer.get_chat_template(settings.get("chat_template"), settings.get("tools"))
+            settings = settings | {"chat_template": _dated(template, self.date)}
+        return self.tokenizer.apply_chat_template(*messages, **settings)
 
     def __call__(self, *texts: Any, **settings: Any) -> Any:
         """What the tokenizer makes of the texts.
@@ -50,6 +53,17 @@ class Fitted:
         if name == "tokenizer":  # not there yet while an object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
+
+
+def _dated(template: str, date: datetime.datetime) -> str:
+    """The template with a `strftime_now` of its own, which tells this date: transformers' tells the clock's, and makes
+    text of a function that it is given.
+    """
+    if "strftime_now" not in template:
+        return template
+    told = ((f"%{flag}{letter}", date.strftime(f"%{flag}{letter}")) for flag in ("", "-") for letter in DIRECTIVES)
+    filters = "".join(f"|replace({directive!r}, {text!r})" for directive, text in told)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro -%}}{template}"
 
 
 def fitted(tokenizer: Any, rows: int, date: datetime.datetime | None = None) -> Fitted:

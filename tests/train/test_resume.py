@@ -169,7 +169,9 @@ def test_tokenizer_template_and_tokens_that_changed_meanwhile_are_named(manifest
 def test_templates_see_the_date_of_the_runs_beginning(settings, model_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y-%m-%d') }}\n{%- set _ = strftime_now('%-d %B') %}" + tokenizer.chat_template
+    )
     tokenizer.save_pretrained(folder)
     dated = changed(settings, "model", path=str(folder))
     with pytest.raises(Interrupted):

@@ -4,8 +4,10 @@ base it belongs to.
 
 import json
 import pathlib
+import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import tree
-from jlora.errors import UserError
+from jlora.errors import Failed, UserError
 from jlora.types import Params
 
 # Of what a checkpoint holds; one of another version is refused.
@@ -53,11 +55,21 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """`latest`, once what is being written is there."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         return self.latest
 
+    def check(self) -> None:
+        """Raises Failed if what is being written in the background could not be; does not wait for it."""
+        with self._writing():
+            self._manager.check_for_errors()
+
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; the arrays are copied before this returns."""
+        """Starts writing a checkpoint; the arrays are copied before this returns.
+
+        Raises:
+            Failed: this one, or the one before it, cannot be written: the disk is full, or the like.
+        """
         if self.latest == step:
             return
         args = ocp.args.Composite(
@@ -66,7 +78,8 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             manifest=ocp.args.JsonSave(self._manifest),
         )
-        self._manager.save(step, args=args)
+        with self._writing():
+            self._manager.save(step, args=args)
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data position) of the newest checkpoint.
@@ -90,9 +103,28 @@ class Checkpoints:
         return restored.state, restored.data
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written; raises Failed if it could not be."""
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what the operating system refuses, which TensorStore wraps in errors of its own, into a message."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            reasons = (
+                [error.strerror] if isinstance(error, OSError) else re.findall(r": ([^:]+) \[os_error", str(error))
+            )
+            kept = max(ocp.utils.checkpoint_steps(self._folder), default=None)
+            after = "nothing was saved before" if kept is None else f"that of step {kept} is complete"
+            raise Failed(
+                f"a checkpoint could not be written to {self._folder}: {(reasons or [str(error)])[0]}; {after}. With "
+                "room on the disk, the same command goes on from there"
+            ) from error
 
 
 def reader(folder: pathlib.Path) -> ocp.CheckpointManager:

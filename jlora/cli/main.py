@@ -1,5 +1,6 @@
 """The `jlora` command: finds the command, and turns what goes wrong into a message and an exit code."""
 
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -8,6 +9,9 @@ import traceback
 from collections.abc import Sequence
 
 from jlora.errors import Failed, UserError
+
+# Of errors of the operating system: those that are nobody's fault.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 
@@ -72,6 +76,13 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
         if show_traceback:
             traceback.print_exc()
         print(f"jlora: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        print(f"jlora: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
         return FAILED
 
 

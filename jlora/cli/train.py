@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import pathlib
 import signal
 import sys
@@ -28,6 +29,7 @@ def run(arguments: list[str]) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     config = resolve(read_config(options.config, overrides))
     allocator.keep_freed_pages()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of each error that it then raises
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
     if options.distributed:
         jax.distributed.initialize()

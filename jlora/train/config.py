@@ -110,6 +110,8 @@ class TrainConfig:
       remat: activations of a layer are computed again in the backward pass instead of being kept.
       on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
         last checkpoint kept, or "skip" the step (ten in a row stop the run). Of several adapters the others go on.
+      on_changed_files: what a run that goes on does when its data, rewards or tokenizer are not what they were:
+        "refuse", or "note" what changed and go on.
       tensorboard: also write TensorBoard files (needs the extra of that name).
       fold: the adapter that the run leaves has one rank and one scale for all modules, as `jlora export --fold`.
     """
@@ -129,6 +131,7 @@ class TrainConfig:
     tensorboard: bool = False
     fold: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_changed_files: Literal["refuse", "note"] = "refuse"
 
     def __post_init__(self) -> None:
         faults = []

@@ -139,7 +139,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     plan = many.plan(config, tokenizer, note, one, begun.fixed) if config.adapters else one(config, tokenizer, note)
     described.warn_beyond(plan.longest, f"the texts of {config.data.path}")
     manifest = resume.manifest(config, tokenizer, plan, date)
-    resume.refuse_other_files(begun, manifest)
+    resume.refuse_other_files(begun, manifest, note if config.train.on_changed_files == "note" else None)
     resume.refuse_fewer_steps(begun, plan.total_steps, note)
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.load(config.model.path, mesh=mesh, **settings)
@@ -197,6 +197,7 @@ def _steps(
             if writer:
                 writer.write(number, unlogged | metrics)
             raise this.guard.error(saved.newest())
+        saved.check()
         final = number == this.total_steps
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
         if evaluated:

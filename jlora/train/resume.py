@@ -22,7 +22,7 @@ FREE = {
     "rollout": ("on_error", "log_completions"),
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
-        *("fold", "on_nonfinite", "steps", "epochs"),
+        *("fold", "on_nonfinite", "on_changed_files", "steps", "epochs"),
     ),
     "data": ("eval_path", "on_error"),
 }
@@ -90,8 +90,11 @@ def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
         )
 
 
-def refuse_other_files(begun: Begun, manifest: Mapping[str, Any]) -> None:
+def refuse_other_files(begun: Begun, manifest: Mapping[str, Any], tell: Note | None = None) -> None:
     """Raises UserError when files, tokens or the tokenizer are not those that the run began with; all are named.
+
+    Args:
+        tell: is told instead of it.
 
     Of what the checkpoint does not say, as those that older versions wrote, nothing is known. Evaluation may go over to
     another file.
@@ -104,9 +107,12 @@ def refuse_other_files(begun: Begun, manifest: Mapping[str, Any]) -> None:
         for side in (found, shared):
             side[EVALUATION] = {path: side[EVALUATION][path] for path in both}
     if faults := list(_changes(found, shared)):
+        if tell:
+            tell("going on with what has changed since the run began:\n  " + "\n  ".join(faults))
+            return
         raise UserError(
-            f"{begun.folder} belongs to another run: what it began with has changed; restore it, or choose another "
-            "workdir:\n  " + "\n  ".join(faults)
+            f"{begun.folder} belongs to another run: what it began with has changed; restore it, choose another "
+            "workdir, or go on with the change by train.on_changed_files=note:\n  " + "\n  ".join(faults)
         )
 
 

@@ -24,6 +24,41 @@ def test_json_holds_loss_perplexity_and_the_metric(model_folder, data_file, tmp_
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
 
 
+def test_a_metric_that_fails_is_named_with_its_line_and_what_was_computed_is_kept(
+    model_folder, data_file, tmp_path, capsys
+):
+    metric, answers = tmp_path / "metric.py", tmp_path / "answers.jsonl"
+    metric.write_text(
+        "def metric(record, text):\n    found = {'4+4=': 1.0}\n"
+        "    return {'right': found[record['messages'][0]['content']]}\n"
+    )
+    common = ["eval", "--max_new_tokens=3", "--seq_len=32", f"--model={model_folder}", f"--data={data_file}"]
+    assert main([*common, "--json", f"--metric={metric}", f"--answers={answers}"]) == 2
+    said = capsys.readouterr()
+    assert f"record 1: {metric}, line 3: KeyError: '0+0='" in said.err and "... and 8 more of this kind" in said.err
+    assert json.loads(said.out)["right"] == 1.0 and json.loads(said.out)["loss"] > 0
+    kept = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(kept) == 12 and [answer["target"] for answer in kept if "right" in answer] == ["8"]
+
+
+@pytest.mark.parametrize("fault", ["sys.exit(3)", "raise BlockingIOError()", "raise KeyError('x')", "import nothing"])
+def test_whatever_a_file_of_the_users_raises_is_named_with_its_line(data_file, model_folder, tmp_path, capsys, fault):
+    (tmp_path / "metric.py").write_text(f"import sys\n{fault}\n")
+    arguments = [f"--model={model_folder}", f"--data={data_file}", f"--metric={tmp_path / 'metric.py'}"]
+    assert main(["eval", *arguments]) == 2
+    assert f"jlora: {tmp_path / 'metric.py'}, line 2: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyError("nosuch"), ValueError("nosuch"), FileNotFoundError("nosuch")])
+def test_faults_of_jloras_own_are_tracebacks(data_file, model_folder, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jlora.cli.eval.evaluate", fail)
+    with pytest.raises(type(error), match="nosuch"):  # which ends the process with a traceback and exit 1
+        main(["eval", "--seq_len=32", f"--model={model_folder}", f"--data={data_file}"])
+
+
 def test_the_adapter_is_used(model_folder, data_file, trained, capsys):
     common = (f"--model={model_folder}", f"--data={data_file}", "--loss_only")
     base, adapted = numbers(capsys, *common), numbers(capsys, *common, f"--adapter={trained / 'adapter'}")

@@ -126,7 +126,7 @@ def manifest(settings, tmp_path, model_folder):
     day = datetime.datetime(2026, 1, 2)
 
     def make(tokens="0", **rest):
-        return resume.manifest(resolve(own | rest), tokenizer, Plan(2, lambda base: None, tokens), day)
+        return resume.manifest(resolve(own | rest), tokenizer, Plan(2, lambda base: None, tokens=tokens), day)
 
     return tokenizer, make
 
@@ -146,6 +146,9 @@ def test_files_that_changed_meanwhile_are_named(manifest, tmp_path, file, settin
     (tmp_path / file).write_text("something else")
     with pytest.raises(UserError) as error:
         resume.refuse_other_files(begun, make())
+    said = []
+    resume.refuse_other_files(begun, make(), said.append)
+    assert said[0].endswith(str(error.value).partition(":\n")[2])
     assert f"contents of {setting}: {tmp_path / file} is not what it was" in str(error.value)
 
 

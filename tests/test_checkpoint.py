@@ -33,17 +33,19 @@ def test_round_trip_newest_kept_and_other_bases_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         other.restore(STATE)
     other.close()
-    assert "base: found 'x', expected 'y'" in str(error.value) and "lora.r: found 4, expected 8" in str(error.value)
+    assert "base: the run has 'x', given 'y'" in str(error.value) and "lora.r: the run has 4, given 8" in str(
+        error.value
+    )
 
 
 def test_every_difference_is_a_line():
     found = {"base": "x", "lora": {"r": 4, "gone": 1}, "same": [1]}
     expected = {"base": "x", "lora": {"r": 8, "new": None, "more": 2}, "same": [1], "seed": 3}
     assert checkpoint.compare(found, expected) == [
-        "lora.gone: found 1, expected None",
-        "lora.more: found None, expected 2",
-        "lora.r: found 4, expected 8",
-        "seed: found None, expected 3",
+        "lora.gone: the run has 1, given None",
+        "lora.more: the run has None, given 2",
+        "lora.r: the run has 4, given 8",
+        "seed: the run has None, given 3",
     ]
     assert not checkpoint.compare(found, found)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jlora import checkpoint, hub, lora, tree
-from jlora.train import Interrupted, loop, resolve, run
+from jlora.train import Interrupted, resolve, resume, run
 from jlora.train.metrics import read_metrics
 from jlora.train.restore import load_run
 
@@ -114,16 +114,16 @@ def test_a_run_does_not_go_on_with_what_was_changed_meanwhile(settings, tmp_path
     else:
         hub.save_adapter(tmp_path / "begun", lora.init(params, lora.LoraConfig(r=2), jax.random.key(1)))
     with pytest.raises(
-        ValueError, match=f"belongs to another run:\n  contents of {what if what == 'data' else 'model'}"
+        ValueError, match=f"belongs to another run.*\n  contents of {what if what == 'data' else 'model'}"
     ):
         run(resolve(changed), tmp_path / "run")
 
 
 def test_a_run_keeps_the_dtype_that_it_began_in(settings, tmp_path):
     config = resolve(settings)
-    assert loop._with_dtype(tmp_path, config).model.dtype == "float32"
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"dtype": "bfloat16"}}))
-    assert loop._with_dtype(tmp_path, config).model.dtype == "bfloat16"
+    assert resume.with_dtype(resume.Begun(tmp_path), config).model.dtype == "float32"
+    begun = resume.Begun(tmp_path, 1, settings={"model": {"dtype": "bfloat16"}})
+    assert resume.with_dtype(begun, config).model.dtype == "bfloat16"
 
 
 def test_what_training_changed_is_seen_from_the_start(settings, tmp_path):
@@ -146,8 +146,8 @@ def test_a_workdir_of_another_run_is_refused(settings, finished):
     other = settings | {"optim": {"learning_rate": 5e-3}, "lora": {"r": 2}}
     with pytest.raises(ValueError) as error:
         run(resolve(other), finished)
-    assert "optim.learning_rate: found 0.001, expected 0.005" in str(error.value)
-    assert "lora.r: found 4, expected 2" in str(error.value)
+    assert "optim.learning_rate: the run has 0.001, given 0.005" in str(error.value)
+    assert "lora.r: the run has 4, given 2" in str(error.value)
     assert sorted(path.name for path in finished.iterdir()) == before
 
 

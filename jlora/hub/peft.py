@@ -51,7 +51,8 @@ def load_adapter(params: Params, path: str | Path) -> Params:
         FileNotFoundError: the folder or its files are missing.
         ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
     """
-    config, file = open_adapter(path)
+    folder = locate_adapter(path)
+    config, file = open_adapter(folder)
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)

@@ -248,7 +248,7 @@ def load_metric(path: str | pathlib.Path) -> Metric:
     require_arguments(str(path), metric, "record", "text")
 
     @functools.wraps(metric)
-    def called(record: dict[str, Any], text: str) -> Mapping[str, float]:
+    def called(record: dict[str, Any], text: str) -> Any:
         return call(str(path), metric, record, text)
 
     return called

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jlora import checkpoint, data, hub, lora, sharding, tree
+from jlora.errors import UserError
 from jlora.train import grpo, many, ppo, preference, resume, sft
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan

@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_the_last_checkpoint(settings, 
     process = start(settings("sft", 30), workdir, limit=2000)
     _, said = process.communicate()
     assert process.returncode == 1, said
-    assert "Traceback" not in said
+    assert "/jlora/" not in said  # TensorStore prints a traceback from a thread of its own, jlora prints none
     last = [line for line in said.splitlines() if line.startswith("jlora: ")][-1]
     assert str(workdir) in last and "File too large" in last
     config, _, _ = load_run(workdir)

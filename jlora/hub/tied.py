@@ -54,7 +54,7 @@ def settle_head(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
 def _tied_pair(checkpoint: SafetensorsFolder) -> Pair | None:
     """Head and embedding, if config.json or the family's default ties them; None if not."""
     modules = OF_OTHERS
-    tied = checkpoint.config.get("tie_word_embeddings")
+    tied = checkpoint.config.get("tie_word_embeddings") is True
     try:
         config = models.build(checkpoint.config).config
     except UserError:  # said where the model is built; `jlora merge --recipe` takes others

@@ -10,6 +10,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jlora import hub, quant, sharding, tree
+from jlora.errors import UserError
 from jlora.hub.load import float_dtype
 from jlora.hub.weights import SINGLE
 
@@ -230,3 +231,37 @@ def test_rotary_settings_that_disagree_are_taken_as_transformers_takes_them(kind
     assert np.abs(expected - torch_logits(model.eval())).max() > 0.01
     model, params = hub.load(tmp_path / "base")
     np.testing.assert_allclose(model(params, TOKENS), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(vocab_size=10**11), "vocab_size is 100000000000, expected a whole number from 1"),
+        (dict(vocab_size=101.5, hidden_size="48"), r"vocab_size is 101\.5, .*\n  hidden_size is '48', expected"),
+        (
+            dict(num_hidden_layers=5000),
+            "a model of 45,003 tensors, the checkpoint holds 30: look at the numbers of layers",
+        ),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected a whole number from 1 to 10,000"),
+        (dict(hidden_size=2**31 - 1), r"model\.norm\.weight has shape \(48,\), expected \(2147483647,\)"),
+        (dict(num_attention_heads=0), "num_attention_heads is 0, expected"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan, expected a finite number"),
+        (dict(rope_parameters={"rope_type": "default", "rope_theta": "1e4"}), "rotary parameter rope_theta is '1e4'"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no', expected true or false"),
+        (dict(quantization_config={"quant_method": "bitsandbytes"}), "delete the entry quantization_config"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_values_that_no_model_has_are_refused_by_name(changes, message, llama_folder, edit_json):
+    folder, _ = llama_folder()
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        hub.load(folder)
+
+
+@pytest.mark.parametrize("ends", [["a"], "ab", [[1]], 1.5])
+def test_ends_of_texts_are_tokens(ends, llama_folder, edit_json):
+    folder, _ = llama_folder()
+    edit_json(folder / "generation_config.json", eos_token_id=ends)
+    with pytest.raises(UserError, match=r"generation_config\.json.*\n.*eos_token_id is .* expected a whole number"):
+        hub.load(folder)

@@ -1,6 +1,7 @@
 """Trees, paths and rules."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jlora import quant, tree
@@ -44,3 +45,37 @@ def test_counts_are_logical_and_bytes_are_real():
     params = {"a": {"kernel": packed}, "b": {"scale": jnp.ones(3)}}
     assert tree.count(params) == 64 * 8 + 3
     assert tree.nbytes(params) == 64 * 8 // 2 + 4 * 8 + 4 * 3
+
+
+def leaves_of(**shapes):
+    return {path.replace("__", "/"): np.zeros(shape) for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "shapes, stacked",
+    [
+        (dict(h__a__kernel=(3, 4, 5), h__a__bias=(3, 5), h__norm__scale=(3, 4)), True),
+        (dict(h__a__kernel=(4, 5), h__a__bias=(5,)), False),
+        (dict(h__a__kernel=(4, 4), h__norm__scale=(4,)), False),
+        (dict(h__a__kernel=(4, 2, 2), h__a__bias=(2, 2), h__b__kernel=(2, 2, 4)), False),  # DenseGeneral
+        (dict(h__a__kernel=(4, 2, 2), h__b__bias=(4,)), False),
+        (dict(h__kernel=(4, 2, 2), h__a__kernel=(4, 2, 2)), False),
+        (dict(h__a__kernel=(3, 4, 5), h__a__lora_a=(3, 4, 2), h__a__lora_scale=(3,), h__a__trained_bias=(3, 5)), True),
+        (dict(h__a__embedding=(3, 4)), False),
+    ],
+    ids=str,
+)
+def test_a_stack_is_told_by_its_leaves(shapes, stacked):
+    leaves = leaves_of(**shapes)
+    found = tree.stacks_of(leaves)
+    assert [found(path) is not None for path in leaves] == [stacked] * len(leaves)
+    assert (found("h/a") is not None) is stacked
+    assert tree.is_own(leaves) is stacked
+
+
+def test_parts_of_a_stack_have_their_own_number_of_layers():
+    leaves = {"layers@0-2/a/kernel": np.zeros((3, 4, 4)), "layers@3-7:4/a/kernel": np.zeros((2, 4, 4))}
+    found = tree.stacks_of(leaves)
+    assert list(found("layers@3-7:4/a").indices(2)) == [3, 7]
+    assert tree.is_own(leaves | {"embed_tokens/embedding": np.zeros((9, 4))})
+    assert not tree.is_own(leaves | {"head/kernel": np.zeros((4, 9))})

@@ -92,7 +92,8 @@ def scored_config(
     """config.json of the model with its score head.
 
     transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's or the config's, unless
-    that is a token which ends texts, for then it would not score at their ends. Without one it takes single texts only.
+    that is a token which ends texts, for then it would not score at their ends, or one that the model has no row for.
+    Without one it takes single texts only.
 
     Raises:
         ValueError: transformers has no such class for the model's family.
@@ -110,5 +111,5 @@ def scored_config(
         "architectures": [PREFIXES[kind] + SUFFIX],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": next((token for token in pads if token not in ends), None),
+        "pad_token_id": next((token for token in pads if token not in ends and token < model.config.vocab_size), None),
     }

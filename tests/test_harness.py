@@ -152,7 +152,7 @@ def test_what_the_harness_may_not_ask_for_is_said(model_folder):
         args = ("a", {"until": ["x"], "num_beams": 3})
 
     lm = JaxLM(*hub.load(model_folder, dtype="float32"), hub.load_tokenizer(model_folder))
-    with pytest.raises(ValueError, match="found num_beams, known are until"):
+    with pytest.raises(ValueError, match="generation: num_beams=3 is not supported"):
         lm.generate_until([Request()])
 
 

@@ -22,6 +22,7 @@ class Method:
         combine: (tensors by model, the base's or None, settings by model, settings of the whole, random numbers).
         base: whether it needs base_model.
         faults: what is wrong with the settings of a tensor: (by model, of the whole).
+        rescales: whether what is left of pruned changes is made larger (mergekit's `rescale`).
     """
 
     of_models: Mapping[str, Value | None]
@@ -29,6 +30,7 @@ class Method:
     combine: Callable[..., np.ndarray]
     base: bool
     faults: Callable[[Sequence[dict], dict], list[str]] = lambda of_models, of_all: []
+    rescales: bool = False
 
 
 def _linear(
@@ -64,17 +66,26 @@ def _passthrough(
     return arrays[0] * np.float32(of_models[0]["scale"])
 
 
-def _changes(rule: Rule) -> Callable[..., np.ndarray]:
-    """What `rule` makes of changes of the base."""
+def _changes(rule: Rule, *, rows: bool = False) -> Callable[..., np.ndarray]:
+    """What `rule` makes of changes of the base; `rows`: of those that DELLA leaves of them."""
 
     def combine(
         arrays: Sequence[np.ndarray], base: np.ndarray, of_models: Sequence[dict], of_all: dict, draws: Any
     ) -> Float[np.ndarray, "..."]:
+        densities = [own["density"] for own in of_models]
+        changes = [
+            array - base if density else np.zeros_like(base) for array, density in zip(arrays, densities, strict=True)
+        ]
+        if rows:
+            changes = [
+                _by_rank(change, density, own["epsilon"], draws)
+                for change, density, own in zip(changes, densities, of_models, strict=True)
+            ]
         change = add_changes(
-            [array - base for array in arrays],
+            changes,
             [own["weight"] for own in of_models],
             dataclasses.replace(rule, average=bool(of_all["normalize"])),
-            density=[own["density"] for own in of_models],
+            density=[1.0 if rows or not density else density for density in densities],
             generator=draws,
         )
         return base + change * np.float32(of_all["lambda"])
@@ -82,9 +93,55 @@ def _changes(rule: Rule) -> Callable[..., np.ndarray]:
     return combine
 
 
+def _by_rank(change: np.ndarray, density: Value, epsilon: Value, draws: np.random.Generator) -> np.ndarray:
+    """DELLA's pruning: in every row the value of rank k of n is kept in density - ε + 2 ε k / (n - 1) of all draws, and
+    divided by that.
+    """
+    if density in (0, 1):
+        return change
+    table = change.reshape(-1, change.shape[-1]) if change.ndim > 1 else change[None]
+    ranks = np.argsort(np.argsort(np.abs(table), axis=1, kind="stable"), axis=1, kind="stable")
+    share = np.float32(density - epsilon) + ranks * np.float32(2 * epsilon / max(1, table.shape[1] - 1))
+    return np.where(draws.random(table.shape) < share, table / share, np.float32(0)).reshape(change.shape)
+
+
+def _outside(of_models: Sequence[dict], of_all: dict) -> list[str]:
+    return [
+        f"parameters.epsilon: found {own['epsilon']} with density {own['density']}; both density - epsilon and density "
+        "+ epsilon have to lie between 0 and 1"
+        for own in of_models
+        if own["density"] not in (0, 1)
+        and not 0 < own["density"] - own["epsilon"] <= own["density"] + own["epsilon"] < 1
+    ]
+
+
+def _model_stock(
+    arrays: Sequence[np.ndarray], base: np.ndarray, of_models: Sequence[dict], of_all: dict, draws: Any
+) -> Float[np.ndarray, "..."]:
+    """Jang et al. 2024; of more than two models the mean of the cosines between pairs, as mergekit takes it."""
+    rows = bool(of_all["filter_wise"]) and base.ndim > 1
+    flat = [(array - base).reshape(len(base) if rows else 1, -1) for array in arrays]
+    lengths = [np.linalg.norm(change, axis=1) for change in flat]
+    cosines = [
+        np.clip(np.sum(flat[i] * flat[j], axis=1) / np.maximum(lengths[i] * lengths[j], 1e-6), -1, 1)
+        for i in range(len(flat))
+        for j in range(i)
+    ]
+    cosine, count = np.mean(cosines, axis=0)[:, None], len(flat)
+    share = count * cosine / (1 + (count - 1) * cosine)
+    return base + (share * np.mean(flat, axis=0)).reshape(base.shape).astype(np.float32)
+
+
 def _of_changes(rule: Rule) -> Method:
     of_all = {"normalize": rule.average, "lambda": 1.0}
-    return Method({"weight": None, "density": 1.0}, of_all, _changes(rule), base=True)
+    rescales = rule.prune == "random"
+    return Method({"weight": None, "density": 1.0}, of_all, _changes(rule), base=True, rescales=rescales)
+
+
+def _della(rule: Rule) -> Method:
+    of_models = {"weight": None, "density": 1.0, "epsilon": 0.15}
+    of_all = {"normalize": rule.average, "lambda": 1.0}
+    return Method(of_models, of_all, _changes(rule, rows=True), base=True, faults=_outside, rescales=True)
 
 
 METHODS = {
@@ -94,5 +151,8 @@ METHODS = {
     "ties": _of_changes(RULES["ties"]),
     "dare_linear": _of_changes(RULES["dare_linear"]),
     "dare_ties": _of_changes(RULES["dare_ties"]),
+    "della_linear": _della(Rule()),
+    "della": _della(Rule(elect=True, average=True)),
+    "model_stock": Method({}, {"filter_wise": False}, _model_stock, base=True),
     "passthrough": Method({"scale": 1.0}, {}, _passthrough, base=False),
 }

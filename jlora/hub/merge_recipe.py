@@ -11,18 +11,24 @@ import numpy as np
 
 from jlora.errors import MissingFileError, UserError
 from jlora.hub.merge_methods import METHODS
+from jlora.hub.merge_spelling import common_tokenizer, in_own_form, sum_of_adapter
 from jlora.hub.source import Source, open_source
 from jlora.hub.weights import DTYPES
 
 LAYER = re.compile(r"(?P<before>(?:.*\.)?(?:layers|h)\.)(?P<number>\d+)(?P<after>\..+)")
 FLOATS = {"float32": np.dtype(np.float32), "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
-TOP = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source", "seed")
-# Parameters that mergekit's methods have and these have not.
-MERGEKITS = (
-    *("int8_mask", "rescale", "rescale_norm", "epsilon", "gamma", "embed_slerp", "nuslerp_flatten", "nuslerp_row_wise"),
-    *("noise_scale", "noise_variance", "noise_seed", "select_topk", "filter_wise", "max_iter", "tol", "cur_rank"),
+TOP = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "seed",
+    "chat_template",
 )
-
 Settings = Mapping[str, Any]
 
 
@@ -64,6 +70,7 @@ class Recipe:
     dtype: str | None
     tokenizer: str
     seed: int
+    chat_template: str | None = None
 
 
 def read_recipe(recipe: str | Path | Settings) -> Settings:
@@ -74,7 +81,8 @@ def read_recipe(recipe: str | Path | Settings) -> Settings:
         ValueError: settings that are unknown, missing or of another form than expected; all are listed.
     """
     settings = recipe if isinstance(recipe, Mapping) else _read(Path(recipe))
-    _raise(_form_faults(settings))
+    settings, faults = in_own_form(settings)
+    _raise(faults + _form_faults(settings))
     return settings
 
 
@@ -87,6 +95,9 @@ def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
     faults = []
     method, base = settings["merge_method"], settings.get("base_model")
     for model in models_of(settings):
+        if fault := sum_of_adapter(model):
+            faults.append(fault)
+            continue
         try:
             sources[model] = open_source(model)
         except UserError as error:
@@ -105,6 +116,10 @@ def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
         ]
     _raise(faults + _misfits(method, base, slices))
     chosen = settings.get("tokenizer_source") or base or slices[0].inputs[0].model
+    if chosen == "union":
+        named = models_of(settings)
+        chosen, faults = common_tokenizer([*([base] if base else []), *(model for model in named if model != base)])
+        _raise(faults)
     return Recipe(
         method=method,
         base=base,
@@ -113,6 +128,7 @@ def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
         dtype=settings.get("out_dtype") or settings.get("dtype"),
         tokenizer=base if chosen == "base" else chosen,
         seed=settings.get("seed", 0),
+        chat_template=settings.get("chat_template"),
     )
 
 
@@ -168,6 +184,9 @@ def _form_faults(settings: Settings) -> list[str]:
         faults.append(f"base_model: is required by {method}")
     if type(seed) is not int or seed < 0:
         faults.append(f"seed: found {seed!r}, expected a whole number of at least 0")
+    template = settings.get("chat_template")
+    if template is not None and template != "auto" and not (isinstance(template, str) and "{" in template):
+        faults.append(f"chat_template: found {template!r}, expected auto, or the template itself")
     faults += _tokenizer_faults(settings.get("tokenizer_source"), base)
     faults += _list_faults(settings)
     for where, found, of_model in _parameters(settings) if known else ():
@@ -176,8 +195,6 @@ def _form_faults(settings: Settings) -> list[str]:
 
 
 def _tokenizer_faults(chosen: Any, base: Any) -> list[str]:
-    if chosen == "union":
-        return ["tokenizer_source: found 'union', but models of different vocabularies are not combined: name one"]
     if chosen == "base" and not base:
         return ["tokenizer_source: found 'base', but there is no base_model"]
     if chosen is not None and not isinstance(chosen, str):
@@ -256,8 +273,8 @@ def _parameter_faults(where: str, found: Any, method: str, *, of_model: bool) ->
             faults += _value_faults(place, name, value)
         elif name in of_all:
             faults.append(f"{place}: is of all models together: give it in the recipe's or the slice's parameters")
-        elif name in MERGEKITS:
-            faults.append(f"{place}: mergekit has it and jlora has not: leave it out")
+        elif name == "rescale":
+            faults.append(f"{place}: {method} is not computed so here: leave it out")
         else:
             faults.append(f"{place}: is not known to {method}; known are {', '.join(known) or 'none'}")
     return faults
@@ -281,8 +298,8 @@ def _number_faults(place: str, name: str, found: Any) -> list[str]:
     numbers = found if isinstance(found, list) else [found]
     if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         return [f"{place}: found {found!r}, expected a number, or a list of them along the layers"]
-    if name == "density" and not all(0 < number <= 1 for number in numbers):
-        return [f"{place}: found {found!r}, expected a number in (0, 1]"]
+    if name == "density" and not all(0 <= number <= 1 for number in numbers):
+        return [f"{place}: found {found!r}, expected a number in [0, 1]"]
     return []
 
 
@@ -336,6 +353,8 @@ def _misfits(method: str, base: str | None, slices: Sequence[Slice]) -> list[str
             faults.append(f"passthrough takes one model a slice, found {len(part.inputs)}")
         if METHODS[method].base and not others:
             faults.append(f"{method} needs models besides base_model")
+        if method == "model_stock" and len(others) < 2:
+            faults.append(f"model_stock needs two models or more besides base_model, found {len(others)}")
         everyone = [input.model for input in part.inputs]
         if len(set(everyone)) < len(everyone):
             faults.append(f"a model is named twice in one slice: {', '.join(everyone)}")

@@ -16,6 +16,7 @@ from jlora.hub.export import SHARD_BYTES, Entry, write_folder
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.merge_methods import METHODS, Method
 from jlora.hub.merge_recipe import FLOATS, LAYER, Input, Recipe, Slice, count_layers, models_of, read_recipe, resolve
+from jlora.hub.merge_spelling import set_template
 from jlora.hub.names import is_harmless
 from jlora.hub.source import Source
 from jlora.hub.tokenizer import load_tokenizer
@@ -62,13 +63,17 @@ def merge_models(
     A recipe is a YAML file (or the mapping in one) as mergekit reads it: merge_method, base_model, models or slices
     with layer_range, parameters (numbers, gradients over layers, filters by tensor name), dtype or out_dtype,
     tokenizer_source. The methods and their formulas are mergekit's, computed in float32 and rounded once; but for
-    DARE's factor, which is the paper's 1 / density (mergekit's keeps the sum of absolute values):
+    DARE's and DELLA's factor, which is the papers' 1 / density (mergekit's keeps the sum of absolute values):
 
         linear           Σ weight · W / Σ weight, or without the division (normalize: false) (model soups)
         slerp            base and one more along the arc between them, by t
         task_arithmetic  base + Σ weight · (W - base)                     (Ilharco et al. 2023)
         ties             the largest `density` of the changes, where signs agree, averaged (Yadav et al. 2023)
         dare_linear, dare_ties  a random `density` of the changes         (Yu et al. 2024)
+        della_linear, della     the same, but large changes of a row are kept more often: density ± epsilon by rank,
+                                each divided by how often it is kept      (Deep et al. 2024)
+        model_stock      t · mean + (1 - t) · base, t = N cos θ / (1 + (N - 1) cos θ), θ the mean angle between the
+                         changes of N models                              (Jang et al. 2024)
         passthrough      layers of several models on top of each other
 
     The result has the settings of base_model, or of the first model. Each layer of each model has to compute there what
@@ -117,6 +122,7 @@ def merge_models(
         for number, chosen in enumerate(fixed, start=1)
     ]
     tokenizer = load_tokenizer(plan.tokenizer)
+    set_template(tokenizer, plan.chat_template, models_of(settings))
     largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
     config = config | {"dtype": _dtype(largest, plan, sources).name}
     write_folder(out, (config, sources[_reference(plan)].generation_config), entries, tokenizer, shard_bytes)

@@ -125,8 +125,9 @@ def written(tmp_path_factory, byte_tokenizer):
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_models_and_adapters_open(environment, python_of, written, byte_tokenizer, tmp_path):
-    # transformers 4 has a module for each expert, where PEFT finds no parameter to adapt: it says so.
-    old = environment.startswith("4.")
+    # transformers 4 has a module for each expert, where PEFT finds no parameter to adapt, and says so; PEFT 0.19 opens
+    # no adapter on experts in transformers 5.0 (TypeError), whoever wrote it.
+    old = environment.startswith(("4.", "5.0"))
     cases = {name: case for name, case in written.items() if not (old and name.startswith("adapter, experts"))}
     text = "ab, c <|end|>"
     jobs = [

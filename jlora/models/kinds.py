@@ -31,7 +31,9 @@ def list_of(kind: Kind, what: str) -> Kind:
     return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
-NUMBER = Kind("a finite number", _is_number)
+NUMBER = Kind(  # an integer among floats is one of 32 bits to JAX
+    "a finite number", lambda value: _is_number(value) and (isinstance(value, float) or abs(value) <= LARGEST)
+)
 POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
@@ -45,7 +47,7 @@ FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         SIZE,
         (
             *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "n_embd", "n_head", "n_inner", "moe_intermediate_size", "decoder_sparse_step"),
+            *("head_dim", "n_embd", "n_head", "n_inner", "n_positions", "moe_intermediate_size", "decoder_sparse_step"),
             *("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
         ),
     ),
@@ -55,7 +57,7 @@ FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (
         POSITIVE,
         (
-            *("max_position_embeddings", "original_max_position_embeddings", "n_positions", "rope_theta"),
+            *("max_position_embeddings", "original_max_position_embeddings", "rope_theta"),
             *("rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"),
             *("query_pre_attn_scalar", "logits_scaling"),
         ),

@@ -155,9 +155,11 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
-    wrong = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    wrong = [
+        name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name or len(name) > 255
+    ]
     if wrong:
-        raise UserError(f"{index}: the weight_map names {wrong[0]!r}, expected a file of this folder")
+        raise UserError(f"{index}: the weight_map names {str(wrong[0])[:60]!r}, expected a file of this folder")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

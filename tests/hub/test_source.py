@@ -185,7 +185,7 @@ def test_one_file_comes_before_an_index_that_was_left_over(llama_folder):
         np.testing.assert_array_equal(found.read(name), value.numpy(), err_msg=name)
 
 
-@pytest.mark.parametrize("entry", ["../elsewhere.safetensors", "/etc/model.safetensors", 7, None])
+@pytest.mark.parametrize("entry", ["../elsewhere.safetensors", "/etc/model.safetensors", "a" * 5000, 7, None])
 def test_an_index_names_files_of_its_folder(llama_folder, entry):
     folder, _ = llama_folder(max_shard_size="40KB")
     index = json.loads((folder / INDEX).read_text())

@@ -99,11 +99,11 @@ def mix(
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
     leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
     base = strip(params)
-    require_same_rows(base, named)
     flat = tree.flatten(base)
     leaves = _apart_where_unlike(leaves)
     flat |= _tied_heads(flat, leaves)
     _check(flat, list(named), leaves, given, method, rank, density)
+    require_same_rows(base, named)
     how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
     found: dict[str, Any] = {}
     fits: list[Fit] = []

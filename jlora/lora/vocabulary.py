@@ -20,8 +20,10 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
         adapters: trees that may hold the base that each was opened on, by name.
     """
     beside = tree.flatten(base)
-    paths = [f"{module}/{leaf}" for pair in TIED_HEADS.items() for module, leaf in zip(pair, LEAVES, strict=True)]
-    faults = []
+    paths = dict.fromkeys(
+        f"{module}/{leaf}" for pair in TIED_HEADS.items() for module, leaf in zip(pair, LEAVES, strict=True)
+    )
+    faults: list[str] = []
     for name, adapter in adapters.items():
         flat = tree.flatten(adapter)
         for path in (path for path in paths if path in flat and path in beside):

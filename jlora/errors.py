@@ -26,10 +26,6 @@ class ExistingFileError(UserError, FileExistsError):
     """What would be written over is left alone."""
 
 
-class NoSpaceError(UserError, OSError):
-    """There is no room on the disk for what was to be written."""
-
-
 class UnknownNameError(UserError, KeyError):
     """A name that nothing has."""
 
@@ -45,6 +41,10 @@ class Failed(RuntimeError):
 
     The message says all that there is to say; no traceback is shown.
     """
+
+
+class NoSpaceError(Failed, OSError):
+    """There is no room on the disk for what was to be written."""
 
 
 def describe_faults(title: str, faults: Sequence[str]) -> str:

@@ -75,15 +75,17 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     one.
     """
 
+    def decay(updates: Params, params: Params) -> Params:
+        pulled = jax.tree.map(lambda update, leaf: update + config.weight_decay * leaf, updates, params)
+        return jax.tree.map(lambda yes, new, old: new if yes else old, _decays(updates), pulled, updates)
+
     def adamw(ratio: float) -> optax.GradientTransformation:
         schedule = learning_rate(config, steps)
-        return optax.adamw(
-            lambda step: schedule(step) * ratio,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=_decays,
+        return optax.chain(
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            # Not optax.adamw(mask=…), whose state has another structure: checkpoints of older versions would not open.
+            optax.stateless(decay),
+            optax.scale_by_learning_rate(lambda step: schedule(step) * ratio),
         )
 
     by_label = {"lora_a": adamw(1.0), "lora_b": adamw(config.loraplus_lr_ratio), "frozen": optax.set_to_zero()}

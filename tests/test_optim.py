@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from jlora import tree
+from jlora import lora, tree
 from jlora.optim import OptimConfig, learning_rate, make_optimizer
 
 
@@ -101,3 +101,12 @@ def test_what_transformers_does_not_decay_does_not_decay():
     for path, name in names.items():
         (full,) = [other for other in known if other.endswith(f".{name}")]
         assert bool(np.any(updates[path])) == (full in decayed), path
+
+
+def test_the_state_is_that_of_optax_adamw():
+    """Checkpoints of every version hold it; another structure would not open."""
+    params = {"proj": {"lora_a": jnp.ones((2, 1)), "trained_bias": jnp.ones((2,))}}
+    alone = {"lora_a": optax.adamw(optax.constant_schedule(1.0)), "lora_b": optax.adamw(optax.constant_schedule(1.0))}
+    alone["frozen"] = optax.set_to_zero()
+    expected = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(alone, lora.labels)).init(params)
+    assert jax.tree.structure(make_optimizer(OptimConfig(), 10).init(params)) == jax.tree.structure(expected)

@@ -76,8 +76,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """
 
     def decay(updates: Params, params: Params) -> Params:
-        pulled = jax.tree.map(lambda update, leaf: update + config.weight_decay * leaf, updates, params)
-        return jax.tree.map(lambda yes, new, old: new if yes else old, _decays(updates), pulled, updates)
+        def pull(yes: bool, update: jax.Array, leaf: jax.Array) -> jax.Array:
+            return update + config.weight_decay * leaf if yes else update
+
+        return jax.tree.map(pull, _decays(updates), updates, params)
 
     def adamw(ratio: float) -> optax.GradientTransformation:
         schedule = learning_rate(config, steps)

@@ -42,27 +42,59 @@ def _read_settings(path: str) -> ConfigDict:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: for YAML 1.1, which PyYAML follows, 1e-4 is a text."""
+        """YAML 1.2's numbers: for YAML 1.1, which PyYAML follows, 1e-4 is a text. A key may stand in a group once."""
+
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            _refuse_repeated(keys, f"{path}, line {node.start_mark.line + 1}")
+            return node
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_repeated([key for key, _ in found], path)
+        return dict(found)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if path.lower().endswith(".json") else yaml.load(text, Loader)
+        values = (
+            json.loads(text, object_pairs_hook=pairs) if path.lower().endswith(".json") else yaml.load(text, Loader)
+        )
     except OSError as error:
         raise MissingFileError(
             f"{path} is not a file that can be read ({error.strerror}); expected settings"
         ) from error
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: found no YAML or JSON ({error})") from error
     config = default_config()
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or not set(values) & set(config):
+    if not isinstance(values, dict) or not set(values) & set(config):
         raise UserError(
             f"{path}: found none of jlora's settings, expected groups of them ({', '.join(config)}), as in\n"
             "  model: {path: FOLDER}\n  data: {path: FILE.jsonl}\n  train: {epochs: 1}\n"
             "(recipes of other tools have other names; jlora train --help lists all settings)"
         )
+    _refuse_odd_values(values, path)
     _merge(config, values, path)
     return config
+
+
+def _refuse_repeated(keys: Sequence[str], where: str) -> None:
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise UserError(f"{where}: found {', '.join(repeated)} more than once, expected each setting once")
+
+
+def _refuse_odd_values(value: Any, where: str, around: tuple[int, ...] = ()) -> None:
+    """Refuse settings whose name is not a text, and values that hold themselves, as YAML's anchors can."""
+    if id(value) in around:
+        raise UserError(f"{where}: found a value that holds itself (an anchor of YAML), expected plain settings")
+    if not isinstance(value, dict | list):
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(value, dict) and not isinstance(key, str):
+            raise UserError(f"{where}: found the key {key!r}, expected the name of a setting as text")
+        _refuse_odd_values(inner, f"{where}: {key}", (*around, id(value)))
 
 
 def _merge(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:

@@ -4,11 +4,12 @@ What is read here is what Alpaca, ShareGPT, Orca, OpenAI, TRL, axolotl, LLaMA-Fa
 call by these names. A key that one of them gives a meaning to and that has no place in a record is named.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.data.files import parse_json
-from jlora.data.messages import Message, finite_faults, kind_of, normal_messages
+from jlora.data.messages import Message, finite_faults, kind_of, message_faults, normal_messages
 from jlora.errors import UserError
 
 Record = dict[str, Any]
@@ -24,8 +25,16 @@ _ANSWERS = ("output", "response", "answer")
 _SYSTEMS = ("system", "system_prompt")
 _MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 
+# Where pictures and sounds lie, and the marks of them in a chat.
+_MEDIA_PLACE = re.compile(
+    r"(?:https?|s3|gs|file)://|data:\w+/|\S\.(?:png|jpe?g|gif|webp|bmp|tiff?|svg|mp[34]|m4a|wav|flac|"
+    r"ogg|opus|webm|mkv|avi|mov)\b",
+    re.IGNORECASE,
+)
+_MEDIA_MARK = re.compile(r"<\|?(?:image|video|audio)(?:_pad|_\d+)?\|?>")
+
 _OTHER_PROMPT = "the prompt is read from {read}"
-_OTHER_ANSWER = "the answer is read from {read}"
+_OTHER_ANSWER = "the answer is read from {answers}"
 _ONE_WEIGHT = "every record counts alike"
 # Keys of other loaders that have no place in a record of their own, and why.
 _UNUSED = (
@@ -42,36 +51,66 @@ _UNUSED = (
 _SAYS_YES = ("label", "kto_tag", "weight", "sample_weight", "loss_weight", "loss_mask", "loss", "train")
 
 
-def normal_row(row: Record) -> tuple[Record, list[str], list[str]]:
+def normal_row(
+    row: Record, fields: Sequence[str], *, chat: bool = True, learned: bool = True
+) -> tuple[Record, list[str], list[str]]:
     """(the row with its messages in the normal form and its tools as a list, what is wrong with it, what is not used).
 
     A chat that is called "conversations" is called "messages". All other keys stay as they are.
+
+    Args:
+        fields: what the caller reads beside messages; of what it does not read no faults are found.
+        chat: whether it reads messages.
+        learned: whether it trains answers.
     """
     row, faults = with_template_fields(row)
     unused: list[str] = []
 
-    def normal(field: str, side: Any) -> Any:
+    def normal(field: str, side: Any, read: bool = True) -> Any:
         nonlocal faults, unused
-        side, wrong, idle = normal_messages(field, _as_list(side))
+        found, wrong, idle = normal_messages(field, _as_list(side), learned=learned and field != "prompt")
+        if not read:
+            return side if wrong else found
         faults, unused = faults + wrong, unused + idle
-        return side
+        return found
 
-    for chat in _CHATS:
-        if isinstance(row.get(chat), list) and "messages" not in row:
-            row["messages"] = normal(chat, row.pop(chat))
-            break
-    else:
-        if "messages" in row:
-            row["messages"] = normal("messages", row["messages"])
+    name = _chat_name(row, fields) if chat else None
+    if name is not None:
+        row["messages"] = normal(name, _as_turns(row.pop(name)))
+        faults += [] if name == "messages" else message_faults(name, row["messages"])
     for field in SIDES:
         if field in row:
-            row[field] = normal(field, row[field])
-    if isinstance(row.get("completions"), list):
+            row[field] = normal(field, row[field], field in fields and (name is None or "completions" in fields))
+    if isinstance(row.get("completions"), list) and "completions" in fields:
         row["completions"] = [normal(f"completions[{i}]", one) for i, one in enumerate(row["completions"])]
     functions = row.get("functions")
     if functions and isinstance(functions, list) and not row.get("tools") and _has_calls(row):
         row["tools"] = [{"type": "function", "function": function} for function in functions]
     return row, faults, unused
+
+
+def _chat_name(row: Record, fields: Sequence[str]) -> str | None:
+    """The key that holds the row's chat, unless all that the caller reads stands there without it."""
+    if "messages" in row:
+        return "messages"
+    whole = "prompt" in row and all(field in row for field in ("completion",) if field in fields)
+    for name in _CHATS:
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and not whole:
+            if any(isinstance(turn, dict) for turn in turns) or not (asks(row) or "prompt" in row):
+                return name
+    return None
+
+
+def _as_turns(chat: Any) -> Any:
+    """A chat whose turns are pairs of what the user says ("input") and the answer ("output") as messages."""
+    pairs = chat if isinstance(chat, list) else []
+    if not pairs or not all(isinstance(pair, dict) and {"input", "output"} <= set(pair) for pair in pairs):
+        return chat
+    if any({"role", "from"} & set(pair) for pair in pairs):
+        return chat
+    turns = (("user", "input"), ("assistant", "output"))
+    return [{"role": role, "content": pair[key]} for pair in pairs for role, key in turns]
 
 
 def with_template_fields(row: Record) -> tuple[Record, list[str]]:
@@ -80,9 +119,9 @@ def with_template_fields(row: Record) -> tuple[Record, list[str]]:
     row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_FIELDS}
     if isinstance(row.get("tools"), str):
         try:
-            row["tools"] = parse_json(row["tools"]) if row["tools"].strip() else None
+            row["tools"] = parse_json(row["tools"], "a list of tools as JSON") if row["tools"].strip() else None
         except UserError as error:
-            faults.append(f"tools: found text that is not JSON, expected a list of tools: {error}")
+            faults.append(f"tools: {error}")
             row["tools"] = None
     if row.get("tools", ...) in (None, []):
         del row["tools"]
@@ -96,6 +135,14 @@ def with_template_fields(row: Record) -> tuple[Record, list[str]]:
 def asks(row: Mapping[str, Any]) -> bool:
     """Whether a row without messages or prompt has a question under another name."""
     return any(_has_text(row, key) for key in (*_QUESTIONS, "input"))
+
+
+def questions(row: Mapping[str, Any]) -> list[str]:
+    """The words of a row's question, wherever they stand."""
+    if isinstance(row.get("messages"), list):
+        asked = [one for one in row["messages"] if isinstance(one, dict) and one.get("role") == "user"]
+        return [one["content"] for one in asked[-1:] if isinstance(one.get("content"), str)]
+    return [row[key] for key in (*_QUESTIONS, *_CONTEXTS) if _has_text(row, key)] if asks(row) else []
 
 
 def question(row: Mapping[str, Any]) -> list[Message]:
@@ -135,7 +182,7 @@ def as_chat(row: Record) -> Record:
         found = [key for key in _ANSWERS if key in row]
         if not found:
             raise UserError(f"found a question without an answer, expected one of {', '.join(_ANSWERS)}")
-        kind = "empty text" if row[found[0]] == "" else kind_of(row[found[0]])
+        kind = "empty text" if isinstance(row[found[0]], str) else kind_of(row[found[0]])
         raise UserError(f"{found[0]}: found {kind}, expected the text to learn")
     return {**row, "messages": [*question(row), {"role": "assistant", "content": words}]}
 
@@ -147,26 +194,45 @@ def with_system(row: Record, field: str) -> tuple[Record, list[str], list[str]]:
         return row, [], []
     words, chat = row[key], row[field]
     if isinstance(chat, str):
-        if words in chat:
+        if re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", chat):
             return row, [], []
         return row, [f'{key}: found it beside plain text, expected "{field}" as messages, or with this text in it'], []
     if chat and chat[0]["role"] in ("system", "developer"):
-        same = words.strip() in (chat[0].get("content") or "")
+        same = re.match(rf"\s*{re.escape(words.strip())}(?!\w)", chat[0].get("content") or "")
         return row, [], [] if same else [f"{key}: not used: the chat has a system message of its own"]
     return {**row, field: [{"role": "system", "content": words}, *chat]}, [], []
 
 
-def media_faults(row: Mapping[str, Any]) -> list[str]:
-    """A fault for each key that holds pictures or sounds, which no model here is shown."""
-    return [
-        f"{key}: found it beside the text, expected text alone: models are trained on text here, and the answer may "
-        "depend on what they are not shown"
-        for key in _MEDIA
-        if row.get(key)
-    ]
+def media_faults(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(a fault for each key that holds pictures or sounds, which no model here is shown; a note for each that may not).
+
+    A text is one of these where it says where something lies, or where the chat has a mark for it.
+    """
+    faults, notes = [], []
+    for key in _MEDIA:
+        value = row.get(key)
+        if not value or isinstance(value, int | float):
+            continue
+        items = value if isinstance(value, list) else [value]
+        texts = [item for item in items if isinstance(item, str | int | float | None)]
+        marked = any(_MEDIA_MARK.search(text) for text in _words(row, ("messages", *SIDES)))
+        if (
+            len(texts) < len(items)
+            or marked
+            or any(_MEDIA_PLACE.search(text) for text in texts if isinstance(text, str))
+        ):
+            faults.append(
+                f"{key}: found it beside the text, expected text alone: models are trained on text here, and the "
+                "answer may depend on what they are not shown"
+            )
+        else:
+            notes.append(f"{key}: not used: models are trained on text here")
+    return faults, notes
 
 
-def unused_keys(row: Mapping[str, Any], read: Sequence[str], among: Sequence[str] = tuple(_UNUSED)) -> list[str]:
+def unused_keys(
+    row: Mapping[str, Any], read: Sequence[str], among: Sequence[str] = tuple(_UNUSED), *, answers: str | None = None
+) -> list[str]:
     """What is said of keys that another loader would read here, and this record does not.
 
     What the chat holds anyway, such as a copy of its question or functions that its text describes, is not missed.
@@ -174,17 +240,20 @@ def unused_keys(row: Mapping[str, Any], read: Sequence[str], among: Sequence[str
     Args:
         read: the keys that the record is made of.
         among: the keys that are looked at.
+        answers: what the answer is read from, unless it is the first of `read`.
     """
     texts = None
     found = []
     for key in among:
+        if key == "history" and key in read and _has_text(row, key):
+            found.append("history: not used: found text, expected a list of [question, answer]")
         if key not in row or key in read or _says_nothing(key, row[key]) or (key == "functions" and row.get("tools")):
             continue
         if words := _telling_words(row[key]):
             texts = list(_words(row, read)) if texts is None else texts
             if all(any(word in text for text in texts) for word in words):
                 continue
-        found.append(f"{key}: not used: {_UNUSED[key].format(read=read[0])}")
+        found.append(f"{key}: not used: {_UNUSED[key].format(read=read[0], answers=answers or read[0])}")
     return found
 
 
@@ -238,7 +307,7 @@ def _words(row: Mapping[str, Any], read: Sequence[str]) -> Iterator[str]:
 
 def _history(turns: Any) -> list[Message]:
     """The messages of earlier turns, each [question, answer]."""
-    if not turns:
+    if not turns or isinstance(turns, str):
         return []
     pairs = turns if isinstance(turns, list) else [None]
     if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in pairs):

@@ -308,6 +308,8 @@ def _encode_answer(
     held = np.zeros(len(turns.tokens), np.bool_)
     for index in untrained:
         held[turns.places(index)] = True
+    if not learned:  # nor what the template writes behind the turns
+        held[:] = True
     return turns.tokens, turns.start(first), held
 
 

@@ -43,12 +43,15 @@ _MASKED = "masked"
 _PARTS_OF_TURN = ("train_detail", "mask")
 
 
-def normal_messages(field: str, messages: Any) -> tuple[Any, list[str], list[str]]:
+def normal_messages(field: str, messages: Any, *, learned: bool = True) -> tuple[Any, list[str], list[str]]:
     """(messages in the normal form, what is wrong with them, what is not used in them).
 
     A message may say "from" and "value", its content may be a list of text parts, it may call by "function_call", and
     an assistant's may say in several spellings that it is not trained, which becomes "train": False. What is not a
     list of objects is given back as it is, for `message_faults`.
+
+    Args:
+        learned: whether assistants' messages may be trained here; if not, no faults are found in how they are marked.
     """
     if not isinstance(messages, list):
         return messages, [], []
@@ -58,7 +61,7 @@ def normal_messages(field: str, messages: Any) -> tuple[Any, list[str], list[str
             where = f"{field}[{index}]"
             try:
                 message = _with_text(where, _with_calls(where, _with_role(where, message)))
-                message, untrained = _with_train(where, message)
+                message, untrained = _with_train(where, message, learned)
                 unused += untrained
                 faults += finite_faults(f"{where}.tool_calls", message.get("tool_calls"))
             except UserError as error:
@@ -167,7 +170,9 @@ def _with_calls(where: str, message: Message) -> Message:
         return message
     call = message["function_call"]
     rest = {key: value for key, value in message.items() if key != "function_call"}
-    if call is None or message.get("tool_calls"):
+    # Tables have an object of nulls, or an empty one, where a message calls nothing.
+    nothing = not call or (isinstance(call, dict) and all(value is None for value in call.values()))
+    if nothing or message.get("tool_calls"):
         return rest
     if not isinstance(call, dict) or "name" not in call:
         raise UserError(f"{where}.function_call: found {kind_of(call)}, expected an object with name and arguments")
@@ -195,26 +200,31 @@ def _with_text(where: str, message: Message) -> Message:
     return {**message, "content": "".join(texts)}
 
 
-def _with_train(where: str, message: Message) -> tuple[Message, list[str]]:
+def _with_train(where: str, message: Message, learned: bool) -> tuple[Message, list[str]]:
     """The message with "train": False as the one word on whether it is trained, and what is not used of the others."""
     said = [key for key in (*_TRAINED, _MASKED, *_PARTS_OF_TURN) if key in message]
     if not said:
         return message, []
-    found = {}
+    rest = {key: value for key, value in message.items() if key not in said}
+    answers = rest.get("role") == "assistant"
+    whose = "in a prompt, which is" if answers else f"with messages of the {rest.get('role')}, which are"
+    found, unused = {}, []
     for key in said:
         if (value := message[key]) is None or (key in _PARTS_OF_TURN and value in ([], "", False, 0)):
             continue
         if key in _PARTS_OF_TURN or not isinstance(value, int | float) or value not in (0, 1):
+            if not (answers and learned):
+                unused.append(f"{key}: not used {whose} never trained")
+                continue
             raise UserError(
                 f"{where}.{key}: found {json.dumps(value, default=str)[:40]}, expected true or false (or 1 or 0): a "
                 "turn is trained as a whole or not at all"
             )
         found[key] = bool(value) != (key == _MASKED)
-    rest = {key: value for key, value in message.items() if key not in said}
-    if len(set(found.values())) > 1:
+    if len(set(found.values())) > 1 and answers and learned:
         raise UserError(f"{where}: found {' and '.join(found)}, which say different things about training this turn")
     trained = next(iter(found.values()), True)
-    if rest.get("role") == "assistant":
-        return rest if trained else {**rest, "train": False}, []
-    unused = [f"{key}: not used with messages of the {rest.get('role')}, which are never trained" for key in found]
-    return rest, unused if trained else []
+    if answers:
+        return rest if trained else {**rest, "train": False}, unused
+    unused += [f"{key}: not used {whose} never trained" for key in found if trained]
+    return rest, unused

@@ -13,11 +13,13 @@ from jlora.data.forms import (
     media_faults,
     normal_row,
     question,
+    questions,
     unused_keys,
     with_system,
 )
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Placed, Record, read_rows, warn
+from jlora.data.starts import extract_prompt, holds_question, shared_text_faults, with_question, without_prompt
 from jlora.data.template import as_messages
 from jlora.errors import UserError
 
@@ -74,25 +76,11 @@ def read_preferences(
     return records if kind == "pairs" else _unpair(records)
 
 
-def extract_prompt(chosen: str | list, rejected: str | list) -> tuple[str | list, str | list, str | list]:
-    """(prompt, chosen, rejected): the shared start taken off two answers, neither of which ends up empty.
-
-    As TRL's function of this name: a space that ends a shared text stays with the answers.
-    """
-    last = min(len(chosen), len(rejected)) - 1
-    start = next((index for index in range(last + 1) if chosen[index] != rejected[index]), None)
-    if start is None:
-        start = last
-    elif start and chosen[start - 1] == " ":
-        start -= 1
-    return chosen[:start], chosen[start:], rejected[start:]
-
-
 def _normal(row: Any, kind: Kind) -> Accepted:
     """The records of one row (pairs, or unpaired ones), and what is wrong with it."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS[kind]}"])
-    row, faults, unused = normal_row(row)
+    row, faults, unused = normal_row(row, (*SIDES, "completions"), chat="prompt" not in row)
     row, number_faults = _options(row)
     if faults:
         return Accepted([], faults + number_faults)
@@ -101,13 +89,17 @@ def _normal(row: Any, kind: Kind) -> Accepted:
         records, faults = _records(row, kind)
     except UserError as error:
         faults = [str(error)]
-    if faults := number_faults + faults + media_faults(row):
+    media, shown = media_faults(row)
+    if faults := number_faults + faults + media:
         return Accepted([], faults)
     found = [with_system(record, "prompt") for record in records]
     faults = list(dict.fromkeys(fault for _, wrong, _ in found for fault in wrong))
     records, idle = [record for record, _, _ in found], found[0][2]
-    beside = unused_keys(records[0] | {"messages": row.get("messages")}, (*read, *SIDES, "completions", "scores"))
-    return Accepted([] if faults else records, faults, unused + idle + beside)
+    answers = "chosen and rejected" if "chosen" in records[0] else "completion"
+    beside = unused_keys(
+        records[0] | {"messages": row.get("messages")}, (*read, *SIDES, "completions", "scores"), answers=answers
+    )
+    return Accepted([] if faults else records, faults, unused + idle + shown + beside)
 
 
 def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
@@ -144,8 +136,7 @@ def _with_prompt(row: Record, kind: Kind) -> tuple[Record, tuple[str, ...]]:
     """
     if "kto_tag" in row and "label" not in row:
         row = {**row, "label": row["kto_tag"]}
-    answers = [row.get("chosen"), row.get("rejected")]
-    if "prompt" in row or (all(isinstance(one, list) for one in answers) and extract_prompt(*answers)[0]):
+    if "prompt" in row or _asks_itself(row):
         return row, ("prompt", "label", "kto_tag")
     if "messages" in row:
         if faults := message_faults("messages", row["messages"]):
@@ -155,6 +146,16 @@ def _with_prompt(row: Record, kind: Kind) -> tuple[Record, tuple[str, ...]]:
         words = {} if "completion" in row or kind == "pairs" or answer(row) is None else {"completion": answer(row)}
         return row | words | {"prompt": question(row)}, ("prompt", "history", "label", "kto_tag")
     return row, ("prompt", "label", "kto_tag")
+
+
+def _asks_itself(row: Record) -> bool:
+    """Whether chosen and rejected begin with the question, which the row has under another name too."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        return False
+    if isinstance(chosen, list) and (side_faults("chosen", chosen) or side_faults("rejected", rejected)):
+        return True  # `_pair` says what is wrong
+    return holds_question(extract_prompt(chosen, rejected)[0], questions(row))
 
 
 def _from_messages(row: Record, kind: Kind) -> Record:
@@ -182,40 +183,21 @@ def _pair(row: Record) -> tuple[list[Record], list[str]]:
     faults = faults or [f"{n}: found empty text, expected an answer" for n in ("chosen", "rejected") if not row[n]]
     if faults:
         return [], faults
-    # A text beside two conversations is the question that both begin with, which some data sets repeat.
-    if "prompt" not in row or (isinstance(prompt, str) and isinstance(chosen, list)):
-        shared, chosen, rejected = extract_prompt(chosen, rejected)
-        if isinstance(shared, str) and (faults := _shared_text_faults(shared, row)):
+    if "prompt" not in row:
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+        if isinstance(prompt, str) and (faults := shared_text_faults(prompt, row, SIDES)):
             return [], faults
-        prompt = shared if shared or prompt is None else as_messages(prompt, "user")
         if prompt == []:
             return [], ['found no message that chosen and rejected share, expected them to begin alike, or a "prompt"']
-    elif isinstance(prompt, list):
-        chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
+    elif isinstance(prompt, str) and isinstance(chosen, list):
+        # The question that both begin with, which some data sets repeat.
+        prompt, chosen, rejected = with_question(as_messages(prompt, "user"), chosen, rejected)
+    else:
+        if isinstance(prompt, list):
+            chosen, rejected = as_messages(chosen, "assistant"), as_messages(rejected, "assistant")
+        prompt, chosen, rejected = without_prompt(prompt, chosen, rejected)
     faults = completion_faults("chosen", chosen) + completion_faults("rejected", rejected)
     return [{**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}], faults
-
-
-def _shared_text_faults(shared: str, row: Record) -> list[str]:
-    """What speaks against taking the text that two answers begin with for their prompt.
-
-    A prompt ends a line, as "Human: ...\n\nAssistant:" does, or it is all that there is to read in the row, and at
-    least a word: two answers often begin with the same letters.
-    """
-    if "\n" in shared:
-        return []
-    others = [key for key, value in row.items() if key not in SIDES and isinstance(value, str) and " " in value.strip()]
-    if not others and (not shared or len(shared.split()) > 1 or _ends_word(shared, row)):
-        return []
-    beside = f" and {', '.join(others)} beside them" if others else ""
-    return [
-        f"found no prompt, but {shared!r} that chosen and rejected begin with{beside}, expected the question under "
-        '"prompt", "question" or "instruction" ("prompt": "" where there is none)'
-    ]
-
-
-def _ends_word(shared: str, row: Record) -> bool:
-    return all(not row[side][len(shared) :][:1].isalnum() for side in ("chosen", "rejected"))
 
 
 def _rankings(row: Record) -> tuple[list[Record], list[str]]:

@@ -127,7 +127,7 @@ def _accept(row: Any) -> Accepted:
     """A record with a prompt. What is beside it goes to the rewards, so that no key is without use."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS}"])
-    given, faults, unused = normal_row(row)
+    given, faults, unused = normal_row(row, ("prompt",), learned=False)
     if faults:
         return Accepted([], faults)
     try:
@@ -146,8 +146,13 @@ def _accept(row: Any) -> Accepted:
     if "messages" in row:
         unused += unused_keys(given, ("messages",), ("prompt",))
     row, faults, idle = with_system(row, "prompt")
-    idle += unused_template_fields(row) if isinstance(prompt, str) else []
-    return Accepted([row], faults, unused + idle + media_faults(row))
+    if isinstance(prompt, str):
+        # A column like others, then, which the rewards are given.
+        idle += [f"{fault.partition(':')[0]}: not used: the prompt is plain text without it" for fault in faults]
+        idle += unused_template_fields(row)
+        faults = []
+    media, shown = media_faults(row)
+    return Accepted([row], faults, unused + idle + media + shown)
 
 
 def _with_prompt(row: Record) -> tuple[Record, str, list[str]]:

@@ -148,7 +148,7 @@ def _hint(record: Record) -> str:
     """What a row that cannot be read looks like."""
     if {"chosen", "rejected"} <= set(record):
         return " (a pair, which algorithms that learn from preferences read)"
-    if "prompt" in record and (words := answer(record)) is not None:
+    if "prompt" in record and (words := answer(record)) is not None and words.strip() not in str(record["prompt"]):
         name = next(key for key, value in record.items() if value is words)
         return f" (rename {name} to completion)"
     return ' (a text alone is {"prompt": "", "completion": TEXT})' if isinstance(record.get("text"), str) else ""
@@ -157,20 +157,24 @@ def _hint(record: Record) -> str:
 def _accept(row: Any) -> Accepted:
     if not isinstance(row, dict):
         return Accepted([], check_record(row))
-    row, faults, unused = normal_row(row)
+    row, faults, unused = normal_row(row, ("prompt", "completion"))
     if faults:
         return Accepted([], faults)
     read = ("messages",)
-    if "messages" not in row and "prompt" in row:
+    # A prompt without its completion, beside an instruction and the answer, is often all of it written out.
+    written_out = "completion" not in row and row.get("instruction") and asks(row) and answer(row) is not None
+    if "messages" not in row and "prompt" in row and not written_out:
         read = ("prompt", "completion")
     elif "messages" not in row and asks(row) and (answer(row) is not None or not {"chosen", "rejected"} <= set(row)):
         try:
             row, read = as_chat(row), ("messages", "history")
         except UserError as error:
             return Accepted([], [str(error)])
-    if faults := check_record(row) + media_faults(row):
+    media, shown = media_faults(row)
+    if faults := check_record(row) + media:
         return Accepted([], faults)
     row, faults, idle = with_system(row, read[0])
+    answers = "completion" if read[0] == "prompt" else "messages"
     if isinstance(row[read[0]], str) and isinstance(row["completion"], str):
         idle += unused_template_fields(row)
-    return Accepted([row], faults, unused + idle + unused_keys(row, read))
+    return Accepted([row], faults, unused + idle + shown + unused_keys(row, read, answers=answers))

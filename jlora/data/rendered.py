@@ -213,11 +213,13 @@ def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
     marked = written.marked or Marked(written.messages, written.variables.get("tools"), calls=False)
     seen = {number for number, _ in written.places}
     lost = []
+    # Words apart are found at once; each of the others is looked for in the whole text.
+    present = set(written.text.split())
     for leaf in marked.leaves:
         if leaf.kind == "reasoning" and leaf.message not in trained:
             continue
         if written.marked is None or leaf.first is None:
-            words = [word for word in leaf.words if not _stands_in(word, written.text)]
+            words = [word for word in leaf.words if word not in present and not _stands_in(word, written.text)]
         else:
             words = [word for number, word in enumerate(leaf.words, start=leaf.first) if number not in seen]
         if words:

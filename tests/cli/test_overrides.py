@@ -108,3 +108,27 @@ def test_wrong_settings_in_yaml_are_named_all_at_once(tmp_path):
         assert words in str(error.value)
     with pytest.raises(MissingFileError, match=r"none.yaml is not a file"):
         read_config(str(tmp_path / "none.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "lora: {r: 4}\nmodel: {path: m}\nlora: {alpha: 8}\n", "a.yaml, line 1: found lora more than once"),
+        ("a.yaml", "model: {path: m}\nlora:\n  r: 4\n  r: 8\n", "a.yaml, line 3: found r more than once"),
+        ("a.json", '{"model": {"path": "m"}, "lora": {"r": 4, "r": 8}}', "a.json: found r more than once"),
+        ("a.yaml", "model: {path: m}\nlora: {3: 4}\n", "a.yaml: lora: found the key 3, expected the name of a setting"),
+        ("a.yaml", "model: {path: m}\nlora: &a\n  r: *a\n", "a.yaml: lora: r: found a value that holds itself"),
+        ("a.yaml", "model: {path: m}\nlora: {target_modules: &a [*a]}\n", "found a value that holds itself"),
+    ],
+)
+def test_settings_that_stand_twice_or_have_no_name_are_refused(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_config(str(tmp_path / name), [])
+    assert words in str(error.value)
+
+
+def test_an_anchor_may_be_used_again(tmp_path):
+    text = "model: {path: &p m}\ndata: {path: *p}\nlora: &l {r: 4}\noptim:\n  learning_rate: 1e-3\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_config(str(tmp_path / "a.yaml"), []).data.path == "m"

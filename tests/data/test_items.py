@@ -23,6 +23,7 @@ from jlora.data import (
     template_tail,
     with_mismatched,
 )
+from jlora.errors import UserError
 from jlora.types import BRANCH
 
 TEXTS = [("2+2=", "4", "5"), ("Sky?", " blue", " blue-green"), ("", "yes", "no"), ("p", "x" * 30, "y<|end|>")]
@@ -374,3 +375,14 @@ def test_items_that_do_not_go_together_are_refused():
     [step] = plan_items(THREE, seq_len=4, batch_size=2, grad_accum=2, packing=False, epochs=1)
     with pytest.raises(ValueError, match="found a step that was not planned for grad_accum=1"):
         collate_items(THREE, step, 1)
+
+
+@pytest.mark.parametrize("held", [("chosen", "rejected"), ("chosen",)])
+def test_answers_none_of_which_is_trained_teach_nothing(tokenizer, held):
+    user = {"role": "user", "content": "hi"}
+    good = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")} | {"prompt": [user]}
+    bad = good | {side: [{**good[side][0], "train": False}] for side in held}
+    items, report = encode_pairs([bad, good], tokenizer, seq_len=64, note=lambda message: None)
+    assert (len(items), report.untrained) == (1, 1)
+    with pytest.raises(UserError, match="no token to train on"):
+        encode_pairs([bad], tokenizer, seq_len=64)

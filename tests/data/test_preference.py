@@ -176,7 +176,7 @@ RANKING = {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2]}
         ({**PAIR, "ref_chosen_logps": -1}, "found one of ref_chosen_logps and ref_rejected_logps, expected both"),
         ({**PAIR, "tools": [{}]}, "tools: found it beside plain text, expected messages"),
         ({**CHAT, "tools": {}}, "tools: found an object, expected a list"),
-        ({**CHAT, "tools": "[{"}, "tools: found text that is not JSON"),
+        ({**CHAT, "tools": "[{"}, "tools: found '[{', expected a list of tools as JSON ("),
         ({**CHAT, "chat_template_kwargs": 1}, "chat_template_kwargs: found a number, expected an object"),
         ({"completions": ["a", "b"], "scores": [1, 2]}, "without prompt"),
         ({**RANKING, "scores": [1]}, "found 2 completions and 1 scores, expected as many of each"),
@@ -213,3 +213,87 @@ def test_all_bad_lines_and_all_faults_of_a_line_are_in_one_message(tmp_path):
     with pytest.raises(ValueError) as error:
         read(tmp_path, bad, PAIR, "{", "", {"prompt": "p"})
     assert [line.split(":")[1] for line in str(error.value).splitlines()[1:]] == ["1", "1", "1", "3", "5"]
+
+
+HH = "\n\nHuman: hi there\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"question": "hi there"},
+        {"instruction": "hi there", "input": ""},
+        {"query": "hi  there"},
+        {"messages": [{"role": "user", "content": "hi there"}]},
+        {"prompt": "hi there"},
+        {"question": "the first of the day"},
+    ],
+)
+def test_a_transcript_that_two_texts_begin_with_is_the_prompt_beside_its_question(tmp_path, beside):
+    path = write(tmp_path, {"chosen": f"{HH} Two.", "rejected": f"{HH} Five.", **beside})
+    [record] = read_preferences(path, "pairs", note=lambda message: None)
+    assert (record["prompt"], record["chosen"], record["rejected"]) == (HH, " Two.", " Five.")
+
+
+def test_answers_that_begin_alike_do_not_take_the_place_of_their_question(tmp_path):
+    [record] = read(tmp_path, {"chosen": "It is four.", "rejected": "It is five.", "question": "What is it?"})
+    assert record["prompt"] == [{"role": "user", "content": "What is it?"}]
+    assert record["chosen"] == [{"role": "assistant", "content": "It is four."}]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"source": "made by hand"},
+        {"id": "x y"},
+        {"subset": "a b", "created_at": "2024-01-01 10:00:00", "chosen_model": "gpt 4"},
+        {"part": "sky is"},
+    ],
+)
+def test_what_tells_of_a_row_does_not_ask(tmp_path, beside):
+    pair = {"chosen": "The sky is blue.", "rejected": "The sky is green.", **beside}
+    for record in read(tmp_path, pair) + read(tmp_path, pair, kind="unpaired"):
+        assert record["prompt"] == "The sky is"
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["Q: Two and two?\nA:", "### Instruction:\nAdd.\n\n### Response:\n", "<|user|>\nAdd.\n<|assistant|>\n", HH],
+)
+def test_a_dialogue_is_a_prompt_whatever_stands_beside_it(tmp_path, start):
+    row = {"chosen": f"{start}Four", "rejected": f"{start}Two", "post": "some other words"}
+    assert read(tmp_path, row)[0]["prompt"] == start
+
+
+def test_a_line_that_two_answers_share_is_not_a_prompt_beside_other_text(tmp_path):
+    row = {"chosen": "Sure!\n\nFour", "rejected": "Sure!\n\nFive"}
+    assert read(tmp_path, row)[0]["prompt"] == "Sure!\n\nF"
+    assert "begin with and post beside them" in fault(tmp_path, {"post": "What is two plus two?", **row})
+
+
+CALL = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+RESULT = {"role": "tool", "content": "r"}
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": "q"}, {"prompt": [USER]}, {"question": "q"}, {"messages": [USER]}])
+@pytest.mark.parametrize("shared", [[], [SYSTEM], [USER], [SYSTEM, USER]])
+def test_a_question_and_what_two_conversations_share_make_one_prompt(tmp_path, prompt, shared):
+    [record] = read(tmp_path, {**prompt, "chosen": [*shared, GOOD], "rejected": [*shared, BAD]})
+    expected = [SYSTEM, USER] if SYSTEM in shared else [USER]
+    assert (record["prompt"], record["chosen"], record["rejected"]) == (expected, [GOOD], [BAD])
+
+
+def test_a_question_stands_before_the_turns_that_two_answers_share(tmp_path):
+    row = {"prompt": "q", "chosen": [CALL, RESULT, GOOD], "rejected": [CALL, RESULT, BAD]}
+    assert read(tmp_path, row)[0]["prompt"] == [USER, CALL, RESULT]
+
+
+def test_a_prompt_that_both_answers_repeat_is_written_once(tmp_path):
+    turns = [SYSTEM, USER, GOOD, {"role": "user", "content": "more"}]
+    for repeated in (turns, turns[-1:], turns[:1]):
+        row = {"prompt": turns, "chosen": [*repeated, GOOD], "rejected": [*repeated, BAD]}
+        assert read(tmp_path, row) == [{"prompt": turns, "chosen": [GOOD], "rejected": [BAD]}]
+    text = {"prompt": "Two and two is", "chosen": "Two and two is four", "rejected": "Two and two is five"}
+    assert read(tmp_path, text) == [{"prompt": "Two and two is", "chosen": " four", "rejected": " five"}]
+    kept = {"prompt": "A", "chosen": "A cat", "rejected": "A dog"}
+    assert read(tmp_path, kept) == [kept]

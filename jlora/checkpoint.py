@@ -2,7 +2,9 @@
 base it belongs to.
 """
 
+import errno
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -20,6 +22,8 @@ from jlora.types import Params
 
 # Of what a checkpoint holds; one of another version is refused.
 VERSION = 2
+# What the operating system says of a disk or a quota that is used up.
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 class Checkpoints:
@@ -53,16 +57,21 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def newest(self) -> int | None:
-        """`latest`, once what is being written is there."""
+    def kept(self) -> list[int]:
+        """The steps of all complete checkpoints, the newest last, once what is being written is there."""
         with self._writing():
             self._manager.wait_until_finished()
-        return self.latest
+        return sorted(self._manager.all_steps())
 
     def check(self) -> None:
-        """Raises Failed if what is being written in the background could not be; does not wait for it."""
-        with self._writing():
-            self._manager.check_for_errors()
+        """Raises Failed if what was written in the background could not be; does not wait for what still is.
+
+        Only Orbax's own thread may take the checkpointer's error: without it, that thread would delete an older
+        checkpoint for one that was never completed.
+        """
+        if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            with self._writing():
+                self._manager.wait_until_finished()  # raises what that thread met
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays are copied before this returns.
@@ -117,13 +126,16 @@ class Checkpoints:
             if not isinstance(error, OSError) and "os_error_code" not in str(error):
                 raise
             reasons = (
-                [error.strerror] if isinstance(error, OSError) else re.findall(r": ([^:]+) \[os_error", str(error))
+                [error.strerror or str(error)]
+                if isinstance(error, OSError)
+                else re.findall(r": ([^:]+) \[os_error", str(error)) or [str(error)]
             )
+            room = "With room on the disk, " if any(full in reasons[0] for full in FULL) else "Once that is mended, "
             kept = max(ocp.utils.checkpoint_steps(self._folder), default=None)
             after = "nothing was saved before" if kept is None else f"that of step {kept} is complete"
             raise Failed(
-                f"a checkpoint could not be written to {self._folder}: {(reasons or [str(error)])[0]}; {after}. With "
-                "room on the disk, the same command goes on from there"
+                f"a checkpoint could not be written to {self._folder}: {reasons[0]}; {after}. "
+                f"{room}the same command goes on from there"
             ) from error
 
 

@@ -1,5 +1,10 @@
 """Checkpoints: exact, pruned, and refused when they belong to something else."""
 
+import errno
+import os
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jlora import checkpoint, quant, sharding
+from jlora.errors import Failed
 
 FIXED = {"layers@0-1": {"q_proj": {"lora_scale": jnp.ones(2)}}}
 STATE = {"a": jnp.arange(6.0).reshape(2, 3), "step": jnp.int32(3)}
@@ -71,3 +77,37 @@ def test_fingerprints_see_every_bit_and_no_sharding():
     renamed = {"k_proj": params["q_proj"], "norm": params["norm"]}
     prints = {checkpoint.fingerprint(p) for p in (params, swapped, flipped, renamed)}
     assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.ENOSPC, "With room on the disk"), (errno.EACCES, "Once that is mended")]
+)
+def test_what_failed_in_the_background_is_raised_by_check_and_the_older_checkpoint_stays(
+    tmp_path, monkeypatch, code, advice
+):
+    saved = checkpoint.Checkpoints(tmp_path / "c", keep=1, manifest={"base": "x"}, fixed=FIXED)
+    saved.save(1, STATE, {})
+    assert saved.kept() == [1]
+
+    def full(self):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", full)
+    saved.save(2, STATE, {})
+    with pytest.raises(Failed, match=f"{os.strerror(code)}; that of step .*{advice}"):
+        for _ in range(100):
+            saved.check()
+            time.sleep(0.05)
+    monkeypatch.undo()
+    saved.close()
+    assert (tmp_path / "c" / "1").is_dir()
+
+
+def test_checking_leaves_the_error_to_the_thread_that_removes_older_checkpoints(tmp_path, monkeypatch):
+    saved = checkpoint.Checkpoints(tmp_path / "c", keep=1, manifest={"base": "x"}, fixed=FIXED)
+    taken = []
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "check_for_errors", lambda self: taken.append(1))
+    saved.check()
+    assert not taken
+    saved.close()

@@ -41,22 +41,30 @@ class Guard:
         self._skipped += ~finite
         self._in_a_row = np.where(finite, 0, self._in_a_row + 1)
         for place in np.flatnonzero(self._in_a_row == self._limit) if self._names else ():
+            before = f"its adapter stays as it was after step {step - self._limit}"
+            if self._policy == "skip":
+                before = f"its last {self._limit} steps were skipped: {before} until a step of its own is finite again"
             self._note(
-                f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others go on, and its adapter "
-                f"stays as it was after step {step - self._limit}"
+                f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others go on, and {before}"
             )
         if (self._in_a_row >= self._limit).all():
             self.ended = _what(metrics, int(np.argmin(self._in_a_row))), step
         return {"skipped_steps": float(self._skipped.sum())} if self._policy == "skip" else {}
 
-    def error(self, kept: int | None) -> Diverged:
+    def error(self, kept: Sequence[int]) -> Diverged:
         """What a run that `ended` ends with.
 
         Args:
-            kept: the step of the newest checkpoint.
+            kept: the steps of the checkpoints, the newest last.
         """
         what, step = self.ended
-        return Diverged(_message(what, step, self._limit, len(self._names), self._workdir, kept))
+        rows = f", the last of {self._limit} steps in a row that were skipped" if self._limit > 1 else ""
+        each = f", for each of {len(self._names)} adapters" if self._names else ""
+        lines = [f"stopped: {what} at step {step}{rows}{each}"]
+        lines += _left(what, step - self._limit, bool(self._names), self._workdir, kept)
+        single = "; for single bad batches, train.on_nonfinite=skip goes on without them, in this workdir too"
+        # What several adapters froze when they stopped stays frozen.
+        return Diverged("\n  ".join([*lines, HELP + ("" if self._names or self._policy == "skip" else single)]))
 
     def get_state(self) -> dict[str, list[int]]:
         """The counts, as plain values."""
@@ -68,31 +76,42 @@ class Guard:
             self._skipped, self._in_a_row = np.array(position["skipped"]), np.array(position["in_a_row"])
 
 
-ADAPTER = "the adapter is not finite"
+ADAPTER = "the adapter or its moments are not finite"
+LOSS = "the loss"
+HELP = (
+    "what usually helps, in a new workdir: a lower optim.learning_rate, optim.warmup_steps, "
+    "model.dtype=bfloat16 instead of float16, or a smaller optim.max_grad_norm"
+)
 
 
 def _what(metrics: Metrics, place: int) -> str:
     """The first of the step's numbers that is not finite."""
-    for name, words in (("loss", "the loss"), ("grad_norm", "the gradient's norm")):
+    for name, words in (("loss", LOSS), ("grad_norm", "the gradient's norm")):
         value = float(np.atleast_1d(np.asarray(metrics[name]))[place])
         if not np.isfinite(value):
             return f"{words} is {value}"
     return ADAPTER
 
 
-def _message(what: str, step: int, limit: int, adapters: int, workdir: pathlib.Path, kept: int | None) -> str:
-    rows = f", the last of {limit} steps in a row that were skipped" if limit > 1 else ""
-    lines = [f"stopped: {what} at step {step}{rows}" + (f", for each of {adapters} adapters" if adapters else "")]
-    if kept is None:
-        lines.append(f"nothing was saved before it; {workdir} can be used for another run")
-    elif adapters:
-        lines.append(f"the last checkpoint with finite numbers is that of step {kept}: {workdir}/checkpoints/{kept}")
-    else:
-        export = f"jlora export --workdir={workdir} --step={kept} --out=DIR"
-        lines.append(f"the last checkpoint with finite numbers is that of step {kept}; `{export}` writes its adapter")
-    lines.append(
-        "what usually helps, in a new workdir: a lower optim.learning_rate, optim.warmup_steps, "
-        "model.dtype=bfloat16 instead of float16, or a smaller optim.max_grad_norm; for single bad batches, "
-        "train.on_nonfinite=skip goes on without them, in this workdir too"
-    )
-    return "\n  ".join(lines)
+def _left(what: str, before: int, several: bool, workdir: pathlib.Path, kept: Sequence[int]) -> list[str]:
+    """What is left of the run, a line each.
+
+    Args:
+        before: the last step that changed the weights. Where it is the loss that is not finite, it is so at these
+            weights, and a checkpoint of them may be spoiled.
+    """
+    if not kept:
+        return [f"nothing was saved before it; {workdir} can be used for another run"]
+    doubted = what.startswith(LOSS) and not several and kept[-1] >= before
+    good = max([step for step in kept if step < before] if doubted else kept, default=kept[-1])
+    export = f"jlora export --workdir={workdir} --step={good} --out=DIR"
+    where = f"{workdir}/checkpoints/{good}" if several else f"`{export}` writes its adapter"
+    words = "gave a finite loss" if good < kept[-1] else "holds finite numbers"
+    lines = [f"the last checkpoint that {words} is that of step {good}{': ' if several else '; '}{where}"]
+    if doubted:
+        older = "" if good < kept[-1] else "; train.keep_checkpoints of 2 or more keeps an older one"
+        lines.append(
+            f"the checkpoint of step {kept[-1]} holds the weights that give the loss above: they are spoiled, unless "
+            f"it is due to the batch{older}"
+        )
+    return lines

@@ -6,7 +6,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -197,12 +197,13 @@ def _steps(
         if this.guard.ended:  # before anything of this state is saved
             if writer:
                 writer.write(number, unlogged | metrics)
-            raise this.guard.error(saved.newest())
+            raise this.guard.error(saved.kept())
         saved.check()
         final = number == this.total_steps
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
         if evaluated:
-            metrics |= _evaluation(this)
+            with _kept(this, number, saved):
+                metrics |= _evaluation(this)
         # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
         stopping = not final and this.job.source.boundary and sharding.on_any_host(stop())
         unlogged |= metrics
@@ -227,12 +228,21 @@ def _evaluation(this: _Run) -> dict[str, float]:
 
 
 def _next(this: _Run, done: int, saved: checkpoint.Checkpoints) -> tuple[Batch, int, Numbers]:
-    """The next batch, after so many steps. What was trained until then is saved if a user's reward fails on it."""
-    position = _position(this)
-    try:
+    """The next batch, after so many steps."""
+    with _kept(this, done, saved):
         return this.job.source.next(this.state)
+
+
+@contextmanager
+def _kept(this: _Run, done: int, saved: checkpoint.Checkpoints) -> Iterator[None]:
+    """Saves what was trained in so many steps if a user's reward or metric fails meanwhile, where a run can go on from
+    there. With several hosts it does not: one that fails alone would wait for the others.
+    """
+    position, whole = _position(this), this.job.source.boundary and jax.process_count() == 1
+    try:
+        yield
     except UserError:
-        if done:
+        if done and whole:
             saved.save(done, this.state, position)
         raise
 

@@ -100,6 +100,13 @@ def ppo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
     return Objective(loss, lambda batch: {"tokens": jnp.maximum(jnp.sum(batch["weights"]), 1)})
 
 
+def next_coefficient(kl_coef: float, kl: float, settings: PPOConfig, count: int) -> float:
+    """The coefficient after a rollout of so many completions; a KL that is not finite would stay in it for good."""
+    if settings.target_kl is None or not math.isfinite(kl):
+        return kl_coef
+    return advantages.next_kl_coef(kl_coef, kl, settings.target_kl, settings.kl_horizon, count)
+
+
 def token_values(
     model: Model, params: Params, batch: Batch, key: jax.Array | None = None, remat: bool = False
 ) -> jax.Array:
@@ -135,10 +142,7 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
         scores = scores - settings.missing_eos_penalty * np.array([not c.finished for c in rollouts.completions])
     kl_coef = source.memory.setdefault("kl_coef", settings.kl_coef)
     found_numbers = _estimate(batch, scores, kl_coef, settings)
-    if settings.target_kl is not None and known.any():
-        source.memory["kl_coef"] = advantages.next_kl_coef(
-            kl_coef, found_numbers["objective/kl"], settings.target_kl, settings.kl_horizon, int(known.sum())
-        )
+    source.memory["kl_coef"] = next_coefficient(kl_coef, found_numbers["objective/kl"], settings, int(known.sum()))
     report = rollout.describe(rollouts, group) | found_numbers | {"objective/kl_coef": kl_coef}
     report["val/num_eos_tokens"] = float(sum(c.finished for c in rollouts.completions))
     if jax.process_index() == 0:

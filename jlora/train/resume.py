@@ -9,6 +9,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from jlora import checkpoint, data, hub
 from jlora.errors import UserError
 from jlora.train.algorithm import Note, Plan
@@ -29,6 +33,8 @@ FREE = {
 CONTENTS = "contents of "
 EVALUATION = f"{CONTENTS}data.eval_path"
 DATE = "date that templates see"
+# Checkpoints of older versions do not say what it held.
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Begun:
 
     Attributes:
         step: of the newest checkpoint, None where there is none.
-        settings: config.json's, with today's defaults for what it does not have.
+        settings: config.json's, with today's defaults for what it does not have; {} where that file is missing.
         manifest: the checkpoint's.
         fixed: what the adapters' frozen half was when the run began.
     """
@@ -52,7 +58,7 @@ class Begun:
     def date(self) -> datetime.datetime:
         """The date that chat templates see: that of the run's beginning, which a resume on another day keeps."""
         text = self.manifest.get(DATE)
-        return datetime.datetime.fromisoformat(text) if text else datetime.datetime.now().replace(microsecond=0)
+        return datetime.datetime.fromisoformat(text) if text else _now()
 
 
 def read_begun(folder: pathlib.Path) -> Begun:
@@ -63,9 +69,10 @@ def read_begun(folder: pathlib.Path) -> Begun:
     """
     step, manifest, fixed = checkpoint.newest(folder / "checkpoints")
     path = folder / "config.json"
-    if step is None or not path.exists():
+    if step is None:
         return Begun(folder)
-    return Begun(folder, step, completed(json.loads(path.read_text(encoding="utf-8"))), manifest, fixed)
+    settings = completed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return Begun(folder, step, settings, manifest, fixed)
 
 
 def with_dtype(begun: Begun, config: RunConfig) -> RunConfig:
@@ -83,7 +90,12 @@ def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
     if begun.step is None:
         return
     expected = json.loads(json.dumps(to_dict(config)))
-    if differences := checkpoint.compare(_fixed(begun.settings), _fixed(expected)):
+    if begun.settings:
+        found, expected = _fixed(begun.settings), _fixed(expected)
+    else:  # without its config.json, what the checkpoint itself says of the adapter
+        found = {"lora": begun.manifest.get("lora", {})}
+        expected = {"lora": {name: expected["lora"].get(name) for name in found["lora"]}}
+    if differences := checkpoint.compare(found, expected):
         raise UserError(
             f"{begun.folder} belongs to a run with other settings; choose another workdir, or give the same settings:"
             "\n  " + "\n  ".join(differences)
@@ -161,8 +173,19 @@ def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datet
     }
 
 
+def _now() -> datetime.datetime:
+    """The time, to the second, of the first process: all must see one date, and clocks and time zones differ."""
+    now = datetime.datetime.now().replace(microsecond=0)
+    if jax.process_count() == 1:
+        return now
+    told = multihost_utils.broadcast_one_to_all(np.array(now.timetuple()[:6], np.int32))
+    return datetime.datetime(*map(int, told))
+
+
 def _weights(folder: str) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(folder).glob("*.safetensors")) if folder else []
+    if not folder:
+        return []
+    return [*sorted(pathlib.Path(folder).glob("*.safetensors")), *pathlib.Path(folder).glob(ADAPTER_CONFIG)]
 
 
 def _checksum(value: Any) -> str:
@@ -173,7 +196,8 @@ def _changes(found: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str
     for name in sorted(given.keys() - {"steps", "lora"}):  # settings are compared as such
         if name.startswith(CONTENTS):
             for path in sorted(found[name].keys() | given[name].keys()):
-                if found[name].get(path) != given[name].get(path):
+                unknown = path not in found[name] and pathlib.Path(path).name == ADAPTER_CONFIG
+                if not unknown and found[name].get(path) != given[name].get(path):
                     yield f"{name}: {path} is not what it was"
         elif found[name] != given[name]:
             hint = " (the tokenizer's files, or the version of jlora, transformers or tokenizers, have changed)"

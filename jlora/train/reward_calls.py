@@ -74,7 +74,8 @@ def read(function: Callable[..., Any], result: Any, size: int) -> tuple[Float32[
     values = np.full(size, np.nan, np.float32)
     if isinstance(result, BaseException):
         return values, size, [(f"all {size} completions: {_describe(function, result)}", result)]
-    if isinstance(result, str | Mapping) or not hasattr(result, "__len__"):
+    alone = not hasattr(result, "__len__") or getattr(result, "ndim", 1) == 0  # arrays of no dimension have it too
+    if isinstance(result, str | Mapping) or alone:
         return values, size, [(f"returned {reprlib.repr(result)}, expected a list of {size} numbers", None)]
     if len(result) != size:
         return values, size, [(f"returned {len(result)} values, expected {size}, one for each completion", None)]
@@ -144,12 +145,20 @@ def _number(value: Any) -> np.float32:
 def _attempt(call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as error:  # noqa: BLE001 (a user's function raises anything; `read` reports it by name)
+    except pyfile.ERRORS as error:  # a user's function raises anything, sys.exit() too; `read` reports it by name
         return error
 
 
 async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+    return await asyncio.gather(*map(_answer, awaitables), return_exceptions=True)
+
+
+async def _answer(awaitable: Awaitable[Any]) -> Any:
+    """What it returns or raises; sys.exit() in a task would end the event loop, and its thread with it."""
+    try:
+        return await awaitable
+    except pyfile.ERRORS as error:
+        return error
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

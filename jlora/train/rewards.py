@@ -120,12 +120,18 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         *,
         trainer_state: TrainerState | None = None,
+        columns: Collection[str] = (),
     ) -> RewardTable:
-        """The rewards of one completion for each record, whose `prompt` is the prompt and all else columns."""
+        """The rewards of one completion for each record, whose `prompt` is the prompt and all else columns.
+
+        Args:
+            columns: those that other records of the same set have; like any that a record lacks, None for it.
+        """
         names = dict.fromkeys(name for record in records for name in record if name != "prompt")
-        columns = {name: [record.get(name) for record in records] for name in names}
+        names |= dict.fromkeys(sorted(columns))
+        values = {name: [record.get(name) for record in records] for name in names}
         prompts = [record["prompt"] for record in records]
-        return self(prompts, completions, completion_ids, columns, trainer_state=trainer_state)
+        return self(prompts, completions, completion_ids, values, trainer_state=trainer_state)
 
     def require_columns(self, columns: Collection[str]) -> None:
         """Raises UserError when functions want what the records do not have; their signatures say what they want."""

@@ -23,7 +23,7 @@ from jlora.train.config import TASK, RunConfig
 from jlora.train.reward_model import RewardModel
 from jlora.train.rewards import Rewards, RewardTable, TrainerState, load_rewards, total
 from jlora.train.state import TrainState
-from jlora.train.step import Batch, Metrics
+from jlora.train.step import FINITE, Batch, Metrics
 from jlora.train.tasks import reasoning_tasks
 from jlora.types import Params
 
@@ -37,6 +37,7 @@ class Prompts:
 
     records: tuple[Record, ...]
     tokens: tuple[list[int], ...]
+    columns: frozenset[str] = frozenset()  # those that any of the set's records has
 
     @property
     def checksum(self) -> str:
@@ -109,22 +110,27 @@ def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts
         read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
         train = read(config.data.path)
         held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
-    judges = _judges(config, names, [*train, *held_out])
+    judges = _judges(config, names, [train, held_out])
     room = config.train.seq_len - settings.max_completion_length
     prompts = _encode(train, tokenizer, room, config.data, note)
     note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
     return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, judges
 
 
-def _judges(config: RunConfig, names: Sequence[Any], records: Sequence[Record]) -> Judges:
+def _judges(config: RunConfig, names: Sequence[Any], sets: Sequence[Sequence[Record]]) -> Judges:
     weights = config.rollout.reward_weights or (1.0,) * len(names)
     functions = load_rewards(
         [name for name in names if name != "model"],
         [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
         on_error=config.rollout.on_error,
     )
-    functions.require_columns({name for record in records for name in record if name != "prompt"})
+    for records in filter(None, sets):  # those trained on, those held out
+        functions.require_columns(_columns(records))
     return Judges(tuple(names), functions)
+
+
+def _columns(records: Sequence[Record]) -> frozenset[str]:
+    return frozenset(name for record in records for name in record if name != "prompt")
 
 
 def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
@@ -136,7 +142,7 @@ def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data
     if report.dropped:
         note(f"{report.dropped} prompts of more than {room} tokens are left out")
     kept = data.with_answers([records[index] for index in report.kept], tokenizer)
-    return Prompts(tuple(kept), tuple(tokens))
+    return Prompts(tuple(kept), tuple(tokens), _columns(records))
 
 
 class Sampler:
@@ -202,6 +208,7 @@ class Sampler:
             texts,
             [completion.tokens.tolist() for completion in completions],
             trainer_state=TrainerState(step, self._config.train.steps),
+            columns=prompts.columns,
         )
         if self._reward_model is not None:
             chats = [not isinstance(record["prompt"], str) for record in records]
@@ -334,7 +341,11 @@ class RolloutSource:
         return sharding.put_batch(batch, self.base.mesh), data.count_tokens(batch, 1), numbers
 
     def observe(self, metrics: Metrics) -> None:
-        """Compares the checksum of the weights that this step's gradient was taken at with the sampler's."""
+        """Compares the checksum of the weights that this step's gradient was taken at with the sampler's; leaves what
+        is left of a rollout out when a step on it was not finite: the next would most likely not be, either.
+        """
+        if not np.all(metrics[FINITE]):
+            self._queue.clear()
         if self._digest is None:
             return
         found = {int(value) for value in np.ravel(metrics["policy_digest"])}

@@ -143,6 +143,8 @@ def _dataset(name: str, seed: str, size: int, settings: dict[str, Any]) -> Any:
     create = require("reasoning_gym", "tasks").create_dataset
     try:
         return create(name, seed=number, size=size, **settings)
+    except MemoryError:
+        raise
     except ERRORS as error:
         raise UserError(f"reasoning-gym task {name!r} with {settings}: {type(error).__name__}: {error}") from error
 

@@ -162,3 +162,34 @@ def test_adapters_beside_one_that_diverged_go_on_as_if_alone(settings, tmp_path,
     records = read_metrics(tmp_path / "run")
     assert [record["loss/bad"] is None for record in records] == [False, False, True, False]
     assert all(record["loss"] is not None for record in records)
+
+
+@pytest.mark.parametrize(
+    ("loss", "policy", "kept", "words"),
+    [
+        (np.nan, "stop", [2, 3], ["gave a finite loss is that of step 2", "of step 3 holds the weights that give"]),
+        (np.nan, "stop", [3], ["holds finite numbers is that of step 3", "keep_checkpoints of 2 or more"]),
+        (np.nan, "stop", [1, 2], ["holds finite numbers is that of step 2"]),
+        (1.0, "stop", [2, 3], ["the adapter or its moments are not finite", "finite numbers is that of step 3"]),
+        (np.nan, "stop", [], ["nothing was saved before it"]),
+    ],
+)
+def test_the_checkpoint_at_whose_weights_the_loss_failed_is_doubted(tmp_path, loss, policy, kept, words):
+    guard = finite.Guard(policy, (), tmp_path, print)
+    guard.see({"finite": np.array(False), "loss": np.array(loss), "grad_norm": np.array(1.0)}, 4)
+    message = str(guard.error(kept))
+    assert all(part in message for part in words), message
+    assert ("they are spoiled" in message) == (np.isnan(loss) and kept[-1:] == [3])
+    assert "on_nonfinite=skip" in message
+
+
+def test_several_adapters_hear_what_is_true_of_them(tmp_path):
+    bad = {"finite": np.array([False, True]), "loss": np.array([np.nan, 1]), "grad_norm": np.ones(2)}
+    said = []
+    guard = finite.Guard("skip", ("a", "b"), tmp_path, said.append)
+    for step in range(1, finite.MOST_SKIPPED + 1):
+        guard.see(bad, step)
+    assert len(said) == 1 and "as it was after step 0 until a step of its own is finite again" in said[0]
+    guard = finite.Guard("stop", ("a", "b"), tmp_path, said.append)
+    guard.see(bad | {"finite": np.zeros(2, bool)}, 4)
+    assert "on_nonfinite=skip" not in str(guard.error([3]))

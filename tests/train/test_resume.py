@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jlora import checkpoint, data
 from jlora.errors import UserError
-from jlora.train import Interrupted, resolve, resume, run
+from jlora.train import Interrupted, loop, resolve, resume, run
 from jlora.train.algorithm import Plan
 from jlora.train.metrics import read_metrics
 
@@ -196,3 +196,50 @@ def test_templates_see_the_date_of_the_runs_beginning(settings, model_folder, tm
         monkeypatch.setattr(resume, "DATE", "unknown")
         run(resolve(dated), tmp_path / "run")
     assert np.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
+
+
+def test_without_config_json_the_checkpoint_says_what_the_run_is(settings, finished, tmp_path):
+    workdir = copy(finished, tmp_path)
+    (workdir / "config.json").unlink()
+    begun = resume.read_begun(workdir)
+    assert begun.step == 2 and begun.fixed
+    with pytest.raises(UserError, match=r"lora\.r: the run has 2, given 4"):
+        run(resolve(changed(settings, "lora", r=4)), workdir)
+    with pytest.raises(UserError, match="expected at least as many"):
+        run(resolve(changed(settings, "train", steps=1)), workdir)
+    run(resolve(changed(settings, "train", steps=3)), workdir)
+    assert len(read_metrics(workdir)) == 3
+
+
+def test_the_config_of_an_adapter_is_watched_where_the_checkpoint_knows_it(manifest, tmp_path):
+    _, make = manifest
+    before = make()
+    path = tmp_path / "judge" / "adapter_config.json"
+    path.write_text('{"r": 2}')
+    resume.refuse_other_files(resume.Begun(tmp_path, 1, manifest=before), make())
+    begun = resume.Begun(tmp_path, 1, manifest=make())
+    path.write_text('{"r": 3}')
+    with pytest.raises(UserError, match=r"adapter_config\.json is not what it was"):
+        resume.refuse_other_files(begun, make())
+
+
+def test_every_process_sees_the_date_of_the_first(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    told = []
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.broadcast_one_to_all",
+        lambda now: told.append(now) or np.array([2026, 3, 4, 5, 6, 7], np.int32),
+    )
+    assert resume.Begun(pathlib.Path("run")).date == datetime.datetime(2026, 3, 4, 5, 6, 7)
+    assert len(told) == 1
+
+
+def test_a_reward_that_fails_in_evaluation_loses_no_step(settings, tmp_path, monkeypatch):
+    def fails(this):
+        raise UserError("rewards failed")
+
+    monkeypatch.setattr(loop, "_evaluation", fails)
+    watched = changed(settings, "data", eval_path=settings["data"]["path"])
+    with pytest.raises(UserError, match="rewards failed"):
+        run(resolve(changed(watched, "train", eval_every=2, steps=3, save_every=100)), tmp_path)
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == 2

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,8 @@ def test_records_become_prompts_and_columns():
     table = load_rewards([right]).of_records(records, ["x", "y"], [[1], [2]])
     assert table.values[0] == 1 and math.isnan(table.values[1, 0])
     assert table.scored.tolist() == [True, False]
+    # Of a rollout whose records all lack what others of the set have.
+    assert not load_rewards([right]).of_records(records[1:], ["y"], [[2]], columns=["answer"]).scored.any()
 
 
 def test_what_is_said_of_completions_can_be_written():
@@ -160,12 +163,25 @@ async def raises_later(completions):
     raise TimeoutError("no answer")
 
 
+def leaves(completions):
+    sys.exit(0)
+
+
+async def leaves_later(completions):
+    await asyncio.sleep(0)
+    sys.exit(0)
+
+
 HERE = re.escape(__file__)
 FAILURES = [
     (raises, rf"raises: all 2 completions: {HERE}, line \d+: KeyError: 'gone'", 2),
     (raises_later, rf"raises_later: all 2 completions: {HERE}, line \d+: TimeoutError: no answer", 2),
     (lambda completions: [1.0], "<lambda>: returned 1 values, expected 2", 2),
     (lambda completions: 0.5, "<lambda>: returned 0.5, expected a list of 2 numbers", 2),
+    (lambda completions: np.zeros(()), r"<lambda>: returned array\(0.\), expected a list of 2 numbers", 2),
+    (lambda completions: jnp.ones(()), "<lambda>: returned Array.*, expected a list of 2 numbers", 2),
+    (leaves, rf"leaves: all 2 completions: {HERE}, line \d+: SystemExit: 0", 2),
+    (leaves_later, rf"leaves_later: all 2 completions: {HERE}, line \d+: SystemExit: 0", 2),
     (lambda completions: None, "<lambda>: returned None, expected a list of 2 numbers", 2),
     (lambda completions: {"a": 1, "b": 2}, "<lambda>: returned {'a': 1, 'b': 2}, expected a list", 2),
     (lambda completions: [1.0, "good"], "<lambda>: completion 1: 'good', expected a finite number or None", 1),

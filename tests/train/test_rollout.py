@@ -7,9 +7,11 @@ import pytest
 
 from jlora import data, sharding
 from jlora.data import Example, Item
+from jlora.errors import UserError
 from jlora.generate import Completion
-from jlora.train import resolve, rollout
+from jlora.train import ppo, resolve, rollout
 from jlora.train.rewards import RewardTable
+from jlora.train.settings import PPOConfig
 
 LENGTHS = [(3, 4), (2, 1), (5, 6), (1, 2), (4, 3), (2, 5)]  # of prompts and completions
 
@@ -148,8 +150,32 @@ def test_what_is_said_of_a_rollout():
 def test_another_policy_than_the_samplers_is_noticed():
     source = rollout.RolloutSource.__new__(rollout.RolloutSource)
     source._digest = made().digest
-    source.observe({"policy_digest": np.array([[7], [7]], np.uint32)})
+    source.observe({"policy_digest": np.array([[7], [7]], np.uint32), "finite": True})
     with pytest.raises(RuntimeError, match=r"checksum 00000007.*not the one of this step \(00000007, 00000008\)"):
-        source.observe({"policy_digest": np.array([[7], [8]], np.uint32)})
+        source.observe({"policy_digest": np.array([[7], [8]], np.uint32), "finite": True})
     source._digest = None  # a later step on the same rollout: the policy has moved on
-    source.observe({"policy_digest": np.array([[9]], np.uint32)})
+    source.observe({"policy_digest": np.array([[9]], np.uint32), "finite": True})
+
+
+def test_the_rest_of_a_rollout_is_left_out_after_a_step_that_was_not_finite():
+    source = rollout.RolloutSource.__new__(rollout.RolloutSource)
+    source._digest, source._queue = None, [{}, {}]
+    source.observe({"finite": np.array(True)})
+    assert not source.boundary
+    source.observe({"finite": np.array(False)})
+    assert source.boundary
+
+
+def test_records_held_out_must_have_the_columns_too(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text("def reward(completions, answer):\n    return [0.0] * len(completions)\n")
+    with_answer, without = [{"prompt": "p", "answer": "x"}, {"prompt": "q"}], [{"prompt": "p"}]
+    rollout._judges(config(), [str(file)], [with_answer, []])
+    with pytest.raises(UserError, match=r"wants the columns \['answer'\]"):
+        rollout._judges(config(), [str(file)], [with_answer, without])
+
+
+@pytest.mark.parametrize(("kl", "moves"), [(1.0, True), (np.nan, False), (np.inf, False)])
+def test_a_divergence_that_is_not_finite_leaves_its_coefficient_alone(kl, moves):
+    assert (ppo.next_coefficient(0.2, kl, PPOConfig(target_kl=6.0), 4) != 0.2) == moves
+    assert ppo.next_coefficient(0.2, kl, PPOConfig(target_kl=None), 4) == 0.2

@@ -5,7 +5,16 @@ import random
 
 import pytest
 
-from jlora.data import answer_text, encode, encode_pairs, encode_prompt, fold_system, marks, template_variables
+from jlora.data import (
+    answer_text,
+    encode,
+    encode_pairs,
+    encode_prompt,
+    fold_system,
+    marks,
+    rendered,
+    template_variables,
+)
 from jlora.errors import UserError
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -266,3 +275,13 @@ def test_junk_in_the_place_of_calls_tools_and_words_is_trained_or_named(tokenize
         for way in ways(record, made[number % 3]).values():
             with contextlib.suppress(UserError):
                 assert len(way())
+
+
+def test_words_that_stand_apart_are_not_each_looked_for_in_a_long_text(make_tokenizer, monkeypatch):
+    searched = []
+    find = rendered._stands_in
+    monkeypatch.setattr(rendered, "_stands_in", lambda word, text: searched.append(word) or find(word, text))
+    counts = make_tokenizer(HEAD + "{{ m['content'] | length }} {{ m['content'] }}" + TAIL, "<|im_end|>")
+    words = " ".join(f"word{number}" for number in range(500))
+    encode([{"messages": [ASK, {**SAY, "content": words}]}], counts, seq_len=99999)
+    assert 0 < len(searched) < 10

@@ -78,6 +78,7 @@ def normal_row(
     if name is not None:
         row["messages"] = normal(name, _as_turns(row.pop(name)))
         faults += [] if name == "messages" else message_faults(name, row["messages"])
+    # Preferences, the callers that read completions, read the sides beside a chat too.
     for field in SIDES:
         if field in row:
             row[field] = normal(field, row[field], field in fields and (name is None or "completions" in fields))

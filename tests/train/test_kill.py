@@ -78,11 +78,17 @@ def start(settings, workdir, limit=None):
     )
 
 
-def kill(process, workdir, moment):
-    """Kills the process so many seconds after it has begun or gone on with its steps; whether it was still at work."""
+def kill(process, workdir, moment, step=0):
+    """Kills the process so many seconds after it has done a step, this one or a later; whether it was still at work."""
     log, begun = workdir / "metrics.jsonl", time.time_ns()
-    while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > begun):
-        time.sleep(0.02)
+
+    def done():
+        if not (log.exists() and log.stat().st_mtime_ns > begun):
+            return False
+        return any(json.loads(line)["step"] >= step for line in log.read_text().splitlines() if line.endswith("}"))
+
+    while process.poll() is None and not done():
+        time.sleep(0.005)
     time.sleep(moment)
     working = process.poll() is None
     process.send_signal(signal.SIGKILL) if working else None
@@ -111,16 +117,19 @@ def test_a_run_that_is_killed_once_ends_as_the_whole_one(settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo"])
-def test_a_run_that_is_killed_at_ten_random_moments_ends_as_the_whole_one(settings, tmp_path, algorithm):
-    chosen = settings(algorithm, 20)
+@pytest.mark.parametrize(("algorithm", "kills"), [("sft", 4), ("dpo", 3), ("grpo", 3)])
+def test_a_run_that_is_killed_at_random_moments_ends_as_the_whole_one(settings, tmp_path, algorithm, kills):
+    """Ten kills in all, each within three steps that the run before did not reach, in and between its checkpoints."""
+    chosen = settings(algorithm, 3 * kills + 2)
     moments = random.Random(algorithm)
     workdir = tmp_path / "killed"
-    killed = 0
-    while killed < 10 and not (workdir / "adapter").exists():
-        killed += kill(start(chosen, workdir), workdir, moments.uniform(0.0, 2.0))
+    for number in range(kills):
+        step = 3 * number + moments.randint(1, 3)
+        assert kill(start(chosen, workdir), workdir, moments.uniform(0.0, 0.1), step), f"kill {number + 1}"
+        assert not (workdir / "adapter").exists()
     whole, last = (start(chosen, folder) for folder in (tmp_path / "whole", workdir))
-    assert [process.wait() for process in (whole, last)] == [0, 0] and killed >= 3
+    said = [process.communicate()[1] for process in (whole, last)]
+    assert [process.returncode for process in (whole, last)] == [0, 0], said
     assert end(workdir) == end(tmp_path / "whole")
 
 

@@ -32,7 +32,7 @@ def settings(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     records = [
         {"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}.", "chosen": f"{2 * i}.", "rejected": f"{i}."}
-        for i in range(24)
+        for i in range(1, 25)
     ]
     for name, keys in (("sft", ("prompt", "completion")), ("dpo", ("prompt", "chosen", "rejected"))):
         rows = [{key: record[key] for key in keys} for record in records]

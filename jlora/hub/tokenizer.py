@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # How byte-level vocabularies split a text before merging, by GGUF's names; True: every digit stands alone.
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False, "default": False}
+# Without one of these transformers makes an empty tokenizer of what else is there.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
 TRIAL = "Some faults show only once a text is read."
 
@@ -73,8 +75,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
+    """What the adapter's folder holds: None without a vocabulary, and, said, where it does not open."""
     folder = locate_adapter(adapter)
-    return _of_folder(folder) if has_tokenizer(folder) else None
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        return None
+    try:
+        return _of_folder(folder)
+    except UserError as error:
+        warnings.warn(f"{adapter}: its own tokenizer is left aside, the model's is used: {error}", stacklevel=3)
+        return None
 
 
 def _differences(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:

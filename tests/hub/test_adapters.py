@@ -115,6 +115,23 @@ def test_an_adapters_own_tokenizer_is_used_and_said(tokenizers):
         hub.say_unused_tokenizer(hub.load_tokenizer(base), folder)
 
 
+def test_a_tokenizers_settings_alone_are_no_tokenizer(tokenizers):
+    """transformers would make an empty one of them."""
+    base, folder = tokenizers
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    assert hub.load_tokenizer(base, folder)("hello").input_ids == hub.load_tokenizer(base)("hello").input_ids
+
+
+def test_a_tokenizer_of_an_adapter_that_does_not_open_is_left_aside_and_said(tokenizers):
+    base, folder = tokenizers
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.warns(UserWarning, match="its own tokenizer is left aside, the model's is used"):
+        found = hub.load_tokenizer(base, folder)
+    assert found("hello").input_ids == hub.load_tokenizer(base)("hello").input_ids
+
+
 def test_an_adapter_without_a_tokenizer_takes_the_models(tokenizers):
     base, folder = tokenizers
     for file in folder.glob("tokenizer*"):

@@ -53,6 +53,7 @@ def carried_rows(
     """
     taken: set[str] = set()
     changed: dict[str, np.ndarray] = {}
+    settled: dict[str, np.ndarray] = {}  # what the file's first copy of each says
     for embedding, head in TIED_HEADS.items():
         if f"{embedding}/embedding" not in leaves:
             continue
@@ -65,10 +66,14 @@ def carried_rows(
                     continue
                 values = read_tensor(file, tensor).astype(np.float32)
                 values = values.T if path.endswith("/kernel") else values
-                if _close(values, changed.get(path, leaves[path])):
-                    taken.add(tensor)
-                elif path not in changed:
-                    taken.add(tensor)
+                if path in settled and not _close(values, settled[path]):
+                    raise UserError(
+                        f"{file}: {tensor} differs from the embedding in the same file, and the model ties the two: "
+                        "load a model whose head is its own, as the adapter was trained on"
+                    )
+                settled[path] = values
+                taken.add(tensor)
+                if not _close(values, leaves[path]):
                     changed[path] = values
     return taken, changed
 

@@ -115,6 +115,18 @@ def test_an_adapters_own_tokenizer_is_used_and_said(tokenizers):
         hub.say_unused_tokenizer(hub.load_tokenizer(base), folder)
 
 
+def test_a_head_of_its_own_is_not_taken_for_a_tied_embedding(llama_folder, tmp_path):
+    folder, _ = llama_folder(tie_word_embeddings=True)
+    _, params = hub.load(folder)
+    config = jlora.LoraConfig(r=4, init_lora_weights=False)
+    hub.save_adapter(tmp_path / "adapter", jlora.lora.init(params, config, jax.random.key(0)), base=str(folder))
+    file, embedding = tmp_path / "adapter" / FILE, np.asarray(params["embed_tokens"]["embedding"])
+    names = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+    save_file(load_file(file) | dict(zip(names, (embedding, embedding + 1), strict=True)), file)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding in the same file"):
+        hub.load_adapter(params, tmp_path / "adapter")
+
+
 def test_a_tokenizers_settings_alone_are_no_tokenizer(tokenizers):
     """transformers would make an empty one of them."""
     base, folder = tokenizers

@@ -11,7 +11,7 @@ from jlora import data, lora, losses
 from jlora.generate import policy_digest
 from jlora.losses import POLICY_LOSS_TYPES, advantages, by_document
 from jlora.models import Model
-from jlora.train import rollout
+from jlora.train import layout, rollout
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan, reference_params
 from jlora.train.config import RunConfig
 from jlora.train.rollout import Rollouts, RolloutSource, Sampler
@@ -171,8 +171,8 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
     group = config.rollout.num_generations
     rollouts, rounds = _sample_groups(sampler, source, state, note)
     seed = (config.train.seed, source.drawn)
-    batch = rollout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation, seed)
-    batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
+    batch = layout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation, seed)
+    batch["sampler_log_probs"] = layout.to_layout(batch, [c.log_probs for c in rollouts.completions])
     moved = settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
     scores = score_batch(source.base, config, state.trainable, batch, old=moved, reference=bool(settings.beta))
     batch |= {name: value for name, value in scores.items() if name != "old_log_probs" or moved}
@@ -193,9 +193,9 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
             source.prompts,
             config.rollout.log_completions,
             reward=rollouts.rewards,
-            advantage=rollout.by_item(batch, given) / np.maximum(rollout.by_item(batch, batch["weights"]), 1),
+            advantage=layout.by_item(batch, given) / np.maximum(layout.by_item(batch, batch["weights"]), 1),
         )
-    return rollout.parts(batch, settings.steps_per_generation) * settings.num_iterations, numbers, rollouts
+    return layout.parts(batch, settings.steps_per_generation) * settings.num_iterations, numbers, rollouts
 
 
 def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, note: Note) -> tuple[Rollouts, int]:
@@ -227,12 +227,12 @@ def _advantages(
         kl = (batch["old_log_probs"] - batch["reference_log_probs"]) * batch["weights"]
         numbers["kl"] = float(kl.sum() / max(batch["weights"].sum(), 1))
     if settings.advantage == "reinforce++":
-        scores = rollout.spread(batch, rewards)
+        scores = layout.spread(batch, rewards)
         return advantages.reinforce_plus_plus(scores, kl, batch["weights"], settings.beta), numbers
     if settings.kl_in_reward:
-        rewards = rewards - settings.beta * rollout.by_item(batch, kl)
+        rewards = rewards - settings.beta * layout.by_item(batch, kl)
     if settings.advantage == "reinforce++_baseline":
-        found = advantages.reinforce_plus_plus_baseline(rewards, group, rollout.by_item(batch, batch["weights"]))
+        found = advantages.reinforce_plus_plus_baseline(rewards, group, layout.by_item(batch, batch["weights"]))
     elif settings.advantage == "leave_one_out":
         found = advantages.leave_one_out(rewards, group, normalize=settings.normalize_advantages)
     else:
@@ -240,12 +240,12 @@ def _advantages(
         found = advantages.reward_advantages(
             values, weights, group, multi_objective=settings.multi_objective, scale=settings.scale_rewards
         )
-    return rollout.spread(batch, found), numbers
+    return layout.spread(batch, found), numbers
 
 
 def _group_values(batch: data.Batch, group: int) -> data.Batch:
     """For averages inside every prompt: how many tokens its group has, and 1/size that counts the prompts."""
-    lengths = rollout.by_item(batch, batch["weights"])
+    lengths = layout.by_item(batch, batch["weights"])
     tokens = np.repeat(lengths.reshape(-1, group).sum(axis=1), group)
     index = batch["index"].astype(int)
     marked = batch["items"] > 0

@@ -12,7 +12,7 @@ from jlora import data, lora, sharding
 from jlora.generate import policy_digest
 from jlora.losses import advantages, ppo_policy, ppo_value, token_scores
 from jlora.models import Model
-from jlora.train import rollout
+from jlora.train import layout, rollout
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.config import RunConfig
 from jlora.train.grpo import sampling_items, sampling_numbers
@@ -130,10 +130,10 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     seed = (config.train.seed, source.drawn)
     found = sampler(state.trainable["policy"], source.prompts, numbers, seed, step=int(state.step))
     rollouts = rollout.join([found], config.rollout.on_error, group, source.prompts)
-    batch = rollout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches, seed)
-    batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in rollouts.completions])
+    batch = layout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches, seed)
+    batch["sampler_log_probs"] = layout.to_layout(batch, [c.log_probs for c in rollouts.completions])
     known = ~np.isnan(rollouts.rewards)  # what failed to be judged is not learned from
-    batch["weights"] = batch["weights"] * rollout.spread(batch, known)
+    batch["weights"] = batch["weights"] * layout.spread(batch, known)
     batch |= score_batch(base, config, state.trainable["policy"], batch, old=True, reference=True)
     value_params = lora.combine(base.frozen, state.trainable["value"])
     batch["old_values"] = np.asarray(_values(base.model, value_params, sharding.put_batch(batch, base.mesh)))
@@ -157,7 +157,7 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     steps = [
         part
         for epoch in range(settings.num_ppo_epochs)
-        for part in rollout.parts(_shuffled(batch, (*seed, epoch)), settings.num_mini_batches)
+        for part in layout.parts(_shuffled(batch, (*seed, epoch)), settings.num_mini_batches)
     ]
     return steps, report, rollouts
 
@@ -173,15 +173,15 @@ def _estimate(batch: data.Batch, scores: np.ndarray, kl_coef: float, settings: P
     kl = advantages.kl_estimate(log_probs, jnp.asarray(batch["reference_log_probs"]), settings.kl_estimator)
     kl = np.asarray(kl) * weights
     counted = jnp.asarray(weights)
-    rewards = jnp.asarray(advantages.token_rewards(rollout.spread(batch, scores), kl, weights, kl_coef))
+    rewards = jnp.asarray(advantages.token_rewards(layout.spread(batch, scores), kl, weights, kl_coef))
     if settings.whiten_rewards:
         rewards = advantages.whiten(rewards, counted, shift_mean=False)
     found, returns = advantages.gae(rewards, jnp.asarray(batch["old_values"]), counted, settings.gamma, settings.lam)
     batch["advantages"] = np.asarray(advantages.whiten(found, counted))
     batch["returns"] = np.asarray(returns)
     of_items = {
-        "kl": rollout.by_item(batch, kl),
-        "entropy": rollout.by_item(batch, -batch["old_log_probs"] * weights),
+        "kl": layout.by_item(batch, kl),
+        "entropy": layout.by_item(batch, -batch["old_log_probs"] * weights),
         "scores": scores,
     }
     of_items["non_score_reward"] = -kl_coef * of_items["kl"]

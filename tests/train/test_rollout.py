@@ -9,7 +9,7 @@ from jlora import data, sharding
 from jlora.data import Example, Item
 from jlora.errors import UserError
 from jlora.generate import Completion
-from jlora.train import ppo, resolve, rollout
+from jlora.train import layout, ppo, resolve, rollout
 from jlora.train.rewards import RewardTable
 from jlora.train.settings import PPOConfig
 
@@ -47,12 +47,12 @@ def made(texts=None, rewards=None, same_prompts=False):
 def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing, share):
     rollouts = made(same_prompts=share)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
-    batch = rollout.lay_out(rollouts, config(packing=packing, share_prompts=share), mesh, 2, (0,))
+    batch = layout.lay_out(rollouts, config(packing=packing, share_prompts=share), mesh, 2, (0,))
     assert len(batch["tokens"]) % 2 == 0
     shared = (batch["documents"] == batch["items"].shape[1]) & (batch["segment_ids"] > 0)
     assert shared.any() == share
     assert data.count_tokens(batch, 1) == sum(map(sum, LENGTHS))
-    laid = rollout.to_layout(batch, [completion.log_probs for completion in rollouts.completions])
+    laid = layout.to_layout(batch, [completion.log_probs for completion in rollouts.completions])
     assert (laid != 0).sum() == sum(answer for _, answer in LENGTHS) - 1  # the first log-probability is 0
     # A place predicts the next token, so the completion's n-th number lies where its n-th token is the target.
     for index, completion in enumerate(rollouts.completions):
@@ -60,20 +60,20 @@ def test_numbers_of_items_and_tokens_find_their_places_and_the_way_back(packing,
             places = (batch["targets"] == token) & (batch["weights"] > 0)
             assert laid[places].tolist() == [pytest.approx(log_prob)], index
     sums = [completion.log_probs.sum() for completion in rollouts.completions]
-    np.testing.assert_allclose(rollout.by_item(batch, laid), sums, rtol=1e-6)
-    spread = rollout.spread(batch, np.arange(6) + 1.0)
+    np.testing.assert_allclose(layout.by_item(batch, laid), sums, rtol=1e-6)
+    spread = layout.spread(batch, np.arange(6) + 1.0)
     np.testing.assert_array_equal(spread > 0, batch["weights"] > 0)
     lengths = np.array([answer for _, answer in LENGTHS])
-    np.testing.assert_allclose(rollout.by_item(batch, spread), lengths * (np.arange(6) + 1))
+    np.testing.assert_allclose(layout.by_item(batch, spread), lengths * (np.arange(6) + 1))
 
 
 def test_rows_are_spread_evenly_over_the_parts_and_too_few_are_taken_apart():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, tensor=4))
     rollouts = made(same_prompts=True)
-    batch = rollout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, 1, (0,))
+    batch = layout.lay_out(rollouts, config(packing=False, share_prompts=True), mesh, 1, (0,))
     assert batch["tokens"].shape[:2] == (2, 2)  # rows of two completions each, 1 + 2, filled up for the mesh
     assert batch["items"].sum(axis=1).tolist() == [2, 4]
-    apart = rollout.lay_out(rollouts, config(packing=True, share_prompts=True), mesh, 4, (0,))
+    apart = layout.lay_out(rollouts, config(packing=True, share_prompts=True), mesh, 4, (0,))
     assert apart["tokens"].shape[:2] == (4, 2)  # three rows of pairs are too few for four steps
     assert sorted(apart["items"].sum(axis=1).tolist()) == [1, 1, 2, 2]
     assert sorted(apart["index"][apart["items"] > 0].tolist()) == list(range(6))
@@ -83,7 +83,7 @@ def test_no_step_of_a_rollout_has_the_longest_completions_alone():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
     first = set()
     for drawn in range(8):
-        batch = rollout.lay_out(made(), config(packing=False, share_prompts=False), mesh, 3, (0, drawn))
+        batch = layout.lay_out(made(), config(packing=False, share_prompts=False), mesh, 3, (0, drawn))
         assert sorted(batch["index"][batch["items"] > 0].tolist()) == list(range(6))
         first.add(int(np.argmax(batch["weights"].sum(axis=(1, 2)))))
     assert len(first) > 1

@@ -12,7 +12,7 @@ from jlora import data, lora, sharding, tree
 from jlora.data import Example, Item
 from jlora.generate import Completion
 from jlora.models import build
-from jlora.train import resolve, rollout
+from jlora.train import layout, resolve, rollout
 from jlora.train.dpo import dpo_loss
 from jlora.train.grpo import grpo_loss
 from jlora.train.reward_model import reward_loss
@@ -162,9 +162,9 @@ def test_groups(packing, halves):
     found, read = [], []
     for share in (True, False):
         chosen = dataclasses.replace(config, data=dataclasses.replace(config.data, share_prompts=share))
-        batch = rollout.lay_out(rollouts, chosen, mesh, 1, (0,))
-        batch["sampler_log_probs"] = rollout.to_layout(batch, [c.log_probs for c in completions])
-        batch["advantages"] = rollout.spread(batch, np.sin(np.arange(16)))
+        batch = layout.lay_out(rollouts, chosen, mesh, 1, (0,))
+        batch["sampler_log_probs"] = layout.to_layout(batch, [c.log_probs for c in completions])
+        batch["advantages"] = layout.spread(batch, np.sin(np.arange(16)))
         read.append(int((batch["segment_ids"] > 0).sum()))
         found.append(evaluated(grpo_loss(MODEL, chosen), halves, batch))
     assert read[0] < 0.9 * read[1]

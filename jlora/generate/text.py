@@ -1,6 +1,6 @@
 """Prompts in, texts out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,24 +67,15 @@ def generate(
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     prompts = as_prompts(prompts)
     params, places = _places(params, adapters, len(prompts))
-    variables: Any = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
-    variables = one_each("chat_template_kwargs", variables, Mapping, len(prompts))
-    encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
-    if too_long := beyond_positions(model, encoded, max_new_tokens):
-        raise UserError("generate:\n  " + "\n  ".join(too_long))
+    encoded = _encoded(model, tokenizer, prompts, chat_template_kwargs, max_new_tokens)
     longest = max(map(len, encoded), default=0) + max_new_tokens
     model.config.warn_beyond(longest, f"prompts with max_new_tokens={max_new_tokens}")
     stop_ids = data.stop_ids(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(len(encoded)))
     rows = max(1, min(batch_size, len(encoded)))
     texts, answered = [""] * len(encoded), 0
-    tags = (
-        None
-        if places is None
-        else [(*map(tuple, of_prompt),) for of_prompt in zip(*map(np.asarray, places), strict=True)]
-    )
     room = model.config.positions_before(max_new_tokens)
-    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, room=room, most=BATCHES, tags=tags):
+    for queue in queues(encoded, keys, rows=rows, bucket=BUCKET, room=room, most=BATCHES, tags=_tags(places)):
         filled = queue.numbers + queue.numbers[:1] * (len(queue.tokens) - len(queue.numbers))
         tokens, counts, _ = decode(
             model,
@@ -119,6 +110,29 @@ def _places(
         refuse_chosen(params, "the bank, and adapters= with one choice a prompt")
         return params, None
     return params.params, params.places(choices(adapters, count))
+
+
+def _tags(places: Places | None) -> list[Hashable] | None:
+    """What tells prompts of one text apart that are answered with different adapters."""
+    if places is None:
+        return None
+    return [(*map(tuple, of_prompt),) for of_prompt in zip(*map(np.asarray, places), strict=True)]
+
+
+def _encoded(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The prompts as tokens, each short enough for what follows it."""
+    variables: Any = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
+    variables = one_each("chat_template_kwargs", variables, Mapping, len(prompts))
+    encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]
+    if too_long := beyond_positions(model, encoded, max_new_tokens):
+        raise UserError("generate:\n  " + "\n  ".join(too_long))
+    return encoded
 
 
 def _encode(tokenizer: Any, prompt: Prompt, variables: Mapping[str, Any], number: int) -> list[int]:

@@ -1,12 +1,14 @@
 """The `jlora` command: finds the command, and turns what goes wrong into a message and an exit code."""
 
+import contextlib
 import errno
 import importlib
 import importlib.metadata
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 from jlora.errors import Failed, UserError
 
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
     # Only tokenizers of transformers are used: its advice to install PyTorch is of no use here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    return _run(arguments[0], arguments[1:], show_traceback)
+    with _plain_warnings():
+        return _run(arguments[0], arguments[1:], show_traceback)
 
 
 def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
@@ -84,6 +87,29 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         print(f"jlora: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings, whosever they are, are said as `warning: TEXT`, without a place in the code and once each.
+
+    Only how they are written changes: filters (`python -W`) choose among them as ever. A filter would not do for
+    saying them once, as libraries that change filters for a moment make Python forget what it has said.
+    """
+    said: set[str] = set()
+
+    def line(message: Warning | str, *_: object) -> str:
+        text = f"warning: {str(message).strip()}\n"
+        if text in said:
+            return ""
+        said.add(text)
+        return text
+
+    before, warnings.formatwarning = warnings.formatwarning, line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _complain(message: str) -> int:

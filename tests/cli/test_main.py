@@ -133,3 +133,33 @@ def test_python_m_jlora_is_the_command():
     done = subprocess.run([sys.executable, "-m", "jlora", "--help"], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: jlora COMMAND")
+
+
+WARNING = """
+import sys, types, warnings
+from jlora.cli.main import main
+
+def run(arguments):
+    for _ in range(2):
+        warnings.warn("a.json: fields that are ignored:\\n  x\\n")
+        with warnings.catch_warnings():  # as libraries do; Python forgets what it has said
+            warnings.simplefilter("ignore")
+            warnings.warn("nobody wants it")
+    warnings.warn("a.json: fields that are ignored:\\n  x\\n", FutureWarning)
+    warnings.warn("another")
+    warnings.warn("for developers", DeprecationWarning)
+    return 0
+
+sys.modules["jlora.cli.eval"] = types.SimpleNamespace(run=run)
+assert main(["eval"]) == 0
+warnings.warn("in Python's form again")
+"""
+
+
+def test_a_warning_is_said_once_and_without_a_place_in_the_code():
+    arguments = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", WARNING]
+    done = subprocess.run(arguments, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stderr == (
+        "warning: a.json: fields that are ignored:\n  x\nwarning: another\n"
+        "<string>:18: UserWarning: in Python's form again\n"
+    )

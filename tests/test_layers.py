@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     ("errors",),
-    ("allocator", "ends", "tree", "types"),
+    ("allocator", "devices", "ends", "tree", "types"),
     ("kernels", "sharding"),
     ("quant",),
     ("lora",),

@@ -1,0 +1,114 @@
+"""What a run used of its devices: memory at its peak, and how much of their arithmetic."""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jlora import devices, tree
+from jlora.models import ModelConfig
+from jlora.types import Params
+
+# Leaves of an adapter that nothing is multiplied by as by a matrix.
+_SETTINGS = ("lora_scale", "lora_rank", "lora_dropout", "lora_base_norm", "scale", "bias", "lora_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Of one run.
+
+    Attributes:
+        tokens_per_second: over all devices.
+        peak_bytes: the most that a device held; of a CPU, by how much the process has grown at most.
+        of_process: whether `peak_bytes` is the process's.
+        mfu: the share of the devices' peak arithmetic that the model's FLOPs took; None where a peak or the FLOPs are
+            not known.
+    """
+
+    tokens_per_second: float
+    peak_bytes: int | None
+    of_process: bool = False
+    mfu: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """For a log: what is known of `tokens_per_second`, `peak_bytes` and `mfu`."""
+        return {
+            name: value
+            for name in ("tokens_per_second", "peak_bytes", "mfu")
+            if (value := getattr(self, name)) is not None
+        }
+
+    def __str__(self) -> str:
+        parts = [f"{self.tokens_per_second:,.0f} tokens/s"]
+        if self.peak_bytes is not None:
+            where = "of the process" if self.of_process else "a device"
+            parts.append(f"peak memory {_size(self.peak_bytes)} {where}")
+        if self.mfu is not None:
+            parts.append(f"MFU {self.mfu:.1%}")
+        return ", ".join(parts)
+
+
+def summary(
+    tokens: int,
+    seconds: int | float,
+    flops_per_token: int | float | None = None,
+    *,
+    used: Sequence[Any] | None = None,
+    grown_from: int = 0,
+) -> Usage:
+    """What the run used that took so long for so many tokens.
+
+    Args:
+        seconds: without the compilation, if tokens a second are to say how fast the steps are.
+        flops_per_token: see the function of that name.
+        used: the `jax.Device`s of its mesh; default: the first one.
+        grown_from: `process_peak()` before the run.
+    """
+    used = list(used) if used is not None else jax.devices()[:1]
+    local = [device for device in used if device.process_index == jax.process_index()] or used[:1]
+    peaks = [stats["peak_bytes_in_use"] for device in local if (stats := device.memory_stats())]
+    speed = tokens / seconds if seconds > 0 else 0.0
+    device = devices.known(used[0].device_kind)
+    mfu = None
+    if flops_per_token and device is not None and device.flops:
+        mfu = speed * flops_per_token / (device.flops * len(used))
+    if peaks:
+        return Usage(speed, max(peaks), mfu=mfu)
+    return Usage(speed, max(0, process_peak() - grown_from), of_process=True, mfu=mfu)
+
+
+def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_len: int) -> float:
+    """FLOPs of a step for each token of a row of `seq_len`, as MFU counts them (Chowdhery et al. 2022, PaLM): the
+    products with weights and attention's, without what remat computes again, reference policies and rollouts.
+
+    A frozen weight takes part in two products, forward and for the gradient of its input; a trained one in three.
+    Attention's scores are counted whole, though half of them are masked.
+    """
+    tied = config.tie_word_embeddings
+
+    def multiplied(params: Params) -> float:
+        count = 0.0
+        for path, leaf in tree.flatten(params).items():
+            module, _, name = path.rpartition("/")
+            if (name == "embedding" and not tied) or leaf.ndim < 2 or name in _SETTINGS:
+                continue
+            share = config.experts.top_k / config.experts.count if config.experts and "/experts/" in path else 1.0
+            count += share * leaf.size * (module != config.names.positions)
+        return count
+
+    width = config.num_attention_heads * config.head_dim
+    seen = sum(min(seq_len, layer.window or seq_len) for layer in config.layers)
+    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * width * seen
+
+
+def process_peak() -> int:
+    """The most bytes of memory that this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -99,7 +99,8 @@ def save_gguf_adapter(
 
     Raises:
         ValueError: there is no adapter in `params`, or it is more than llama.cpp computes: DoRA, biases, trained
-            copies, token rows, an adapter of an embedding that is the head too. All is listed: merge it instead.
+            copies, token rows, an embedding or head that came with it, an adapter of an embedding that is the head too.
+            All is listed: merge it instead.
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
@@ -272,6 +273,7 @@ def _not_plain(flat: Mapping[str, Any]) -> list[str]:
         "lora_magnitude": "DoRA's magnitudes",
         "lora_bias": "the adapter's bias",
         "lora_tokens": "trained token rows",
+        "lora_carried": "weights that came with the adapter in place of the base's",
     }
     problems = []
     for path in flat:

@@ -1,6 +1,6 @@
 """PEFT adapter folders: the same bytes for the same adapter, read strictly: all of it fits, or nothing is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from jlora.hub.peft_vocabulary import carried_rows
 from jlora.hub.source import locate_adapter
 from jlora.hub.weights import INDEX_SUFFIX, TensorInfo, listing, read_json, read_tensor, say_left_over, tensor_infos
 from jlora.lora.merge import TIED_HEADS, tied_heads
-from jlora.lora.partition import TRAINED
+from jlora.lora.partition import CARRIED, TRAINED
 from jlora.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
@@ -70,7 +70,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     whole, changed = carried_rows(file, found, leaves, slots)
     check_fits(file, found, slots, optional_tensors(file, found, leaves, modules) | mirrored | whole, modules)
     base = tree.map_with_path(lambda path, leaf: _replaced(path, leaf, changed, leaves), base)
-    return assemble(base, adapted, config, slots, read_slots(file, slots, made))
+    return _marked(assemble(base, adapted, config, slots, read_slots(file, slots, made)), changed)
 
 
 def open_adapter(path: str | Path) -> tuple[AdapterConfig, Path]:
@@ -102,6 +102,13 @@ def assemble(
 def _replaced(path: str, leaf: Any, changed: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> Any:
     """The base's leaf, or what the adapter's file has in its place."""
     return _place(path, changed[path].astype(leaf.dtype), leaves) if path in changed else leaf
+
+
+def _marked(params: Params, changed: Iterable[str]) -> Params:
+    """The params with a mark beside every leaf that is not the base's, by which `save_adapter` knows to write it."""
+    leaves = tree.flatten(params)
+    marks = [f"{path.rpartition('/')[0]}/{CARRIED}" for path in changed]
+    return tree.unflatten(leaves | {path: _place(path, np.array(1, np.int32), leaves) for path in marks})
 
 
 # ---------------------------------------------------------------- from tensors to leaves

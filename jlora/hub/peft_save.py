@@ -46,7 +46,9 @@ def save_adapter(
         fold: give all modules the largest rank (by zeros) and the scale 1 (multiplied into B), so that the adapter is
             right for readers that know no rank_pattern and alpha_pattern, as vLLM.
         save_embedding_layers: also write the base's embedding and head, as PEFT does where the base was given more rows
-            for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones.
+            for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones. Those
+            that came with an adapter (`jlora.load_adapter`) are written in any case; what a program has put in their
+            place itself cannot be told from the base's.
 
     Raises:
         ValueError: there is no adapter in `params`, or one that PEFT's format cannot express, or values that are not
@@ -55,8 +57,7 @@ def save_adapter(
     """
     params = _whole_score(lora.with_starts(params))
     tensors, summary = _contents(params, fold=fold)
-    if save_embedding_layers:
-        tensors |= vocabulary_copies(tree.flatten(params), tensors)
+    tensors |= vocabulary_copies(tree.flatten(params), tensors, every=save_embedding_layers)
     require_finite(tensors)
     config = to_json(summary, base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:

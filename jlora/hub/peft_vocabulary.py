@@ -1,4 +1,4 @@
-"""Embeddings and heads that lie whole in an adapter's file, because its base was given more rows for tokens."""
+"""Embeddings and heads that lie whole in an adapter's file: its base was given more rows for tokens, or other ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,29 +11,36 @@ from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.weights import TensorInfo, read_tensor
 from jlora.lora.merge import TIED_HEADS
+from jlora.lora.partition import CARRIED
 
 PREFIX = "base_model.model."
 # What PEFT calls a whole embedding or head of the base: alone, under an adapter, under token rows, beside a copy.
 COPIES = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight", ".original_module.weight")
 
 
-def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The base's own embedding, and head where that is another, as PEFT writes them once the vocabulary has grown.
+def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any], *, every: bool) -> dict[str, np.ndarray]:
+    """The embedding and the head that the adapter's file has to hold whole, under the names that PEFT gives them.
 
     Args:
         flat: the tree's leaves.
         written: the adapter's tensors, which may hold some of these already.
+        every: both of them (a tied head is the embedding), as PEFT does once the vocabulary has grown; otherwise those
+            that came with the adapter.
     """
     copies = {}
     for path in (path for pair in TIED_HEADS.items() for path in pair):
         leaf = next((flat[full] for full in (f"{path}/embedding", f"{path}/kernel") if full in flat), None)
-        if leaf is None or quant.is_packed(leaf):
+        if leaf is None or quant.is_packed(leaf) or not (every or f"{path}/{CARRIED}" in flat):
             continue
-        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
-        if not any(f"{name}{copy}" in written for copy in COPIES):
-            tokens = f"{name}.token_adapter.trainable_tokens_delta" in written
-            weight = np.asarray(leaf if f"{path}/embedding" in flat else leaf.T)
-            copies[f"{name}{'.token_adapter.base_layer' if tokens else ''}.weight"] = weight
+        name = _name(path)
+        if f"{name}.base_layer.weight" in written:
+            continue
+        beside = ""
+        if f"{name}.token_adapter.trainable_tokens_delta" in written:
+            beside = ".token_adapter.base_layer"
+        elif f"{name}.weight" in written:  # a trained copy, which a tied head may not share
+            beside = ".original_module"
+        copies[f"{name}{beside}.weight"] = np.asarray(leaf if f"{path}/embedding" in flat else leaf.T)
     return copies
 
 

@@ -17,7 +17,7 @@ from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
 from jlora.lora.starts import shifts_base
 from jlora.lora.targets import candidates, is_expert
-from jlora.lora.vocabulary import require_same_rows
+from jlora.lora.vocabulary import marks, require_same_rows, without_marks
 from jlora.types import Params
 
 # What a row asks for: an adapter by name, several with weights, or None for the base alone.
@@ -81,7 +81,7 @@ class Bank:
         """
         _require_names(adapters)
         base = strip(params)
-        require_same_rows(base, adapters)
+        require_same_rows(params, adapters)
         leaves = {name: _leaves(adapter) for name, adapter in adapters.items()}
         given = list(leaves.items())
         if config is not None:
@@ -105,7 +105,11 @@ class Bank:
                 if path in flat:
                     leaf[_index(path, leaf, place, flat[path].shape)] = np.asarray(flat[path])
             filled[path] = _placed(path, leaf, mesh)
-        return cls(overlay(base, tree.unflatten(filled)), (*adapters, *(None,) * (count - len(adapters))), width)
+        return cls(
+            overlay(base, tree.unflatten(filled | marks(params))),
+            (*adapters, *(None,) * (count - len(adapters))),
+            width,
+        )
 
     def add(self, name: str, adapter: Params) -> "Bank":
         """The bank with one more adapter, or with another one under a name that it has.
@@ -238,7 +242,7 @@ def _require_names(names: Iterable[Any]) -> None:
 
 
 def _leaves(adapter: Params) -> dict[str, Any]:
-    flat = tree.flatten(adapter_leaves(adapter))
+    flat = without_marks(tree.flatten(adapter_leaves(adapter)))
     whole = all(path.replace("/lora_start_", "/lora_") in flat for path in flat)  # else `_faults` says what lacks
     return tree.flatten(with_starts(tree.unflatten(flat))) if whole else flat
 

@@ -16,7 +16,7 @@ from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_r
 from jlora.lora.merge import MAIN, TIED_HEADS, merged_leaf
 from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
 from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
-from jlora.lora.vocabulary import require_same_rows
+from jlora.lora.vocabulary import marks, require_same_rows, without_marks
 from jlora.types import Params
 
 # Leaves of an adapter that a mixture has no rule for.
@@ -97,13 +97,13 @@ def mix(
     """
     named = adapters if isinstance(adapters, Mapping) else {str(i): one for i, one in enumerate(adapters, start=1)}
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
-    leaves = [tree.flatten(adapter_leaves(with_starts(adapter))) for adapter in named.values()]
+    leaves = [without_marks(tree.flatten(adapter_leaves(with_starts(adapter)))) for adapter in named.values()]
     base = strip(params)
     flat = tree.flatten(base)
     leaves = _apart_where_unlike(leaves)
     flat |= _tied_heads(flat, leaves)
     _check(flat, list(named), leaves, given, method, rank, density)
-    require_same_rows(base, named)
+    require_same_rows(params, named)
     how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
     found: dict[str, Any] = {}
     fits: list[Fit] = []
@@ -114,7 +114,7 @@ def mix(
         mixed = _mixed_factors(path, own, members, how, fits) | _mixed_leaves(path, own, members, how)
         found |= {f"{path}/{name}": jnp.asarray(leaf) for name, leaf in mixed.items()}
     title = f"{method} of {', '.join(f'{weight:g} · {name}' for name, weight in zip(named, given, strict=True))}"
-    return overlay(base, tree.unflatten(found)), Fits(title, tuple(fits))
+    return overlay(base, tree.unflatten(found | marks(params))), Fits(title, tuple(fits))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ Beside a module's own leaves an adapter may hold:
   lora_start_a, _b      the update that the base is read without (PiSSA and its like)
   lora_base_norm        lengths of the frozen weights, for DoRA
   lora_tied             this embedding's adapter acts in the head too
+  lora_carried          this embedding or head is not the base's: the adapter's file holds it whole (`jlora.hub.peft`)
   lora_ids, lora_weights   which adapters of a bank every row of the batch uses (`jlora.lora.bank`)
 """
 
@@ -21,8 +22,9 @@ from jlora.errors import UserError
 from jlora.types import Params
 
 TRAINABLE = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "lora_tokens")
+CARRIED = "lora_carried"
 SETTINGS = (
-    *("lora_scale", "lora_rank", "lora_dropout", "lora_token_ids", "lora_tied"),
+    *("lora_scale", "lora_rank", "lora_dropout", "lora_token_ids", "lora_tied", CARRIED),
     *("lora_start_a", "lora_start_b", "lora_base_norm", "lora_ids", "lora_weights"),
 )
 TRAINED = "trained_"

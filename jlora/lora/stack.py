@@ -9,6 +9,7 @@ import numpy as np
 from jlora import tree
 from jlora.errors import UserError
 from jlora.lora.partition import adapter_leaves
+from jlora.lora.vocabulary import refuse_own_rows
 from jlora.types import Params
 
 # The axis of the rank, along which factors are padded. Zeros in A and B stay zeros: each one's gradient is a product
@@ -32,6 +33,7 @@ def stack(adapters: Mapping[str, Params]) -> Params:
         ValueError: adapters that differ in more than ranks, values and plain modules; all differences are listed.
     """
     leaves = {name: tree.flatten(adapter_leaves(adapter)) for name, adapter in adapters.items()}
+    refuse_own_rows(leaves)
     faults: list[str] = []
     stacked = {
         path: _stacked(path, leaves, faults) for path in sorted({path for flat in leaves.values() for path in flat})

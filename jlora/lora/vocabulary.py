@@ -1,12 +1,14 @@
 """Adapters that came with rows for tokens which the base does not have."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
 from jlora import tree
 from jlora.errors import UserError, describe_faults
 from jlora.lora.merge import TIED_HEADS
+from jlora.lora.partition import CARRIED
 from jlora.quant import is_packed
 from jlora.types import Params
 
@@ -17,6 +19,8 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
     """Raise UserError for adapters on an embedding or head of their own: on this base their tokens would be others.
 
     Args:
+        base: may hold the mark that its rows came with an adapter; of adapters that come without their base the mark
+            alone says so.
         adapters: trees that may hold the base that each was opened on, by name.
     """
     beside = tree.flatten(base)
@@ -26,12 +30,45 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
     faults: list[str] = []
     for name, adapter in adapters.items():
         flat = tree.flatten(adapter)
-        for path in (path for path in paths if path in flat and path in beside):
+        for path in paths:
+            mark = f"{path.rpartition('/')[0]}/{CARRIED}"
+            if path in beside and path not in flat and mark in flat and mark not in beside:
+                faults.append(_fault(name, path))
+            if path not in beside or path not in flat:
+                continue
             ours, theirs = beside[path], flat[path]
             if ours is theirs or is_packed(ours) or is_packed(theirs) or ours.shape != theirs.shape:
                 continue  # what does not fit in shape is said with all that does not
             if not jnp.array_equal(ours, theirs):
-                faults.append(f"{name}: {path} is not the base's: its file brought rows of its own for tokens")
+                faults.append(_fault(name, path))
+    _refuse(faults)
+
+
+def refuse_own_rows(adapters: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for adapters, given by their leaves alone, of which a mark says the same."""
+    _refuse([_fault(name, path) for name, flat in adapters.items() for path in flat if is_mark(path)])
+
+
+def is_mark(path: str) -> bool:
+    """Whether the leaf at `path` says of the embedding or head beside it that it came with the adapter."""
+    return path.rpartition("/")[2] == CARRIED
+
+
+def without_marks(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's leaves but for the marks: they do not change what it computes on the base that it was opened on."""
+    return {path: leaf for path, leaf in leaves.items() if not is_mark(path)}
+
+
+def marks(params: Params) -> dict[str, Any]:
+    """The marks in these params, by path."""
+    return {path: leaf for path, leaf in tree.flatten(params).items() if is_mark(path)}
+
+
+def _fault(name: str, path: str) -> str:
+    return f"{name}: {path} is not the base's: its file brought rows of its own for tokens"
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         title = "adapters with rows of their own for tokens cannot be put beside others: use each alone, or merge it"
         raise UserError(describe_faults(title, faults))

@@ -262,6 +262,30 @@ def test_a_number_of_rows_is_given_on_the_command_line_too(wide, tmp_path):
         assert json.loads((out / "config.json").read_text())["model"]["resize_vocab"] == vocab
 
 
+def test_rows_that_an_adapter_brought_stay_with_it_through_every_command(wide, tmp_path):
+    """No option says that there are any: the adapter does."""
+    model, params = jlora.load(wide)
+    table = params["embed_tokens"]["embedding"] * 1.5
+    other = jlora.lora.init(params | {"embed_tokens": {"embedding": table}}, jlora.LoraConfig(r=2), jax.random.key(0))
+    start = tmp_path / "start"
+    jlora.save_adapter(start, other, base=wide, save_embedding_layers=True)
+    settings = {
+        "model": {"path": wide, "adapter": str(start)},
+        "data": {"path": write(tmp_path / "data.jsonl", [GOOD] * 2)},
+        "train": {"steps": 1, "batch_size": 2, "seq_len": 64, "fold": True},
+        "optim": {"learning_rate": 1e-12},
+    }
+    run(resolve(settings), tmp_path / "run")
+    assert main(["export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'exported'}"]) == 0
+    given = ["merge", f"--model={wide}", f"--adapter={start}", "--adapter_only"]
+    assert main([*given, f"--out={tmp_path / 'again'}"]) == 0
+    assert main([*given, "--fold", f"--out={tmp_path / 'folded'}"]) == 0
+    ids = np.array([[1, 2, 3]], np.int32)
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "exported", tmp_path / "again", tmp_path / "folded"):
+        found = model(jlora.load_adapter(params, folder), ids)
+        np.testing.assert_allclose(found, model(other, ids), atol=1e-4, err_msg=str(folder))
+
+
 def test_a_run_goes_on_from_an_adapter_that_brings_rows(wide, tmp_path):
     rows = len(jlora.load_tokenizer(wide))
     model, params = jlora.load(wide, vocab=rows)

@@ -10,9 +10,11 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import jlora
 from jlora import hub, tree
+from jlora.hub.peft import WEIGHTS
 from jlora.train import resolve
 
 ROWS, MORE = 64, 5
@@ -176,6 +178,70 @@ def test_an_adapter_of_a_resized_base_opens_in_peft(kind, base, tmp_path):
     assert_close(model(jlora.load_adapter(again, tmp_path), jnp.asarray(ids)), logits_of(adapted, ids))
 
 
+def own_rows(base, kind, path):
+    """PEFT's model on a base whose embedding and head are not its checkpoint's, saved with them."""
+    settings = KINDS[kind] | ({"trainable_token_indices": [3, 5]} if kind == "token rows" else {})
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+        # A tied head is changed with the embedding; an adapted embedding's is not saved by PEFT.
+        for layer in layers[: 1 if model.config.tie_word_embeddings or kind == "the embedding" else 2]:
+            layer.weight += 0.2 * torch.randn_like(layer.weight)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(path, save_embedding_layers=True)
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_an_adapter_brought_are_saved_with_it(kind, base, tmp_path):
+    adapted = own_rows(base, kind, tmp_path / "theirs")
+    ids = ids_up_to(ROWS)
+    expected = logits_of(adapted, ids)
+    model, params = jlora.load(base, dtype="float32")
+    for fold in (False, True):
+        jlora.save_adapter(tmp_path / "ours", jlora.load_adapter(params, tmp_path / "theirs"), base=base, fold=fold)
+        assert_close(model(jlora.load_adapter(params, tmp_path / "ours"), jnp.asarray(ids)), expected)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assert_close(logits_of(peft.PeftModel.from_pretrained(opened, tmp_path / "ours").eval(), ids), expected)
+
+
+def test_rows_of_the_base_itself_are_not_saved(base, tmp_path):
+    _, params = jlora.load(base, dtype="float32")
+    plain = jlora.lora.init(params, jlora.LoraConfig(r=2, target_modules=["q_proj"]), jax.random.key(0))
+    for folder, more in ((tmp_path / "plain", {}), (tmp_path / "copies", {"save_embedding_layers": True})):
+        jlora.save_adapter(folder, plain, base=base, **more)
+        jlora.save_adapter(tmp_path / "again", jlora.load_adapter(params, folder), base=base)
+        assert not any("embed" in name or "head" in name for name in load_file(tmp_path / "again" / WEIGHTS))
+
+
+def test_what_mixes_adapters_keeps_the_mark_of_the_base_that_they_share(base, tmp_path):
+    own_rows(base, "linears", tmp_path)
+    model, params = jlora.load(base, dtype="float32")
+    own = jlora.load_adapter(params, tmp_path)
+    half, _ = jlora.lora.mix(own, {"own": own}, [0.5])
+    jlora.save_adapter(tmp_path / "half", half, base=base)
+    ids = jnp.asarray(ids_up_to(ROWS))
+    assert_close(model(jlora.load_adapter(params, tmp_path / "half"), ids), model(half, ids))
+    bank = jlora.lora.Bank.of(own, {"own": own})
+    assert_close(model(bank.alone("own"), ids), model(own, ids))
+
+
+def test_llama_cpp_has_no_place_for_them(base, tmp_path):
+    pytest.importorskip("gguf")
+    own_rows(base, "linears", tmp_path)
+    model, params = jlora.load(base, dtype="float32")
+    with pytest.raises(jlora.UserError, match=r"embed_tokens: weights that came with the adapter.*merge"):
+        hub.save_gguf_adapter(tmp_path / "a.gguf", model, jlora.load_adapter(params, tmp_path))
+
+
 def test_adapters_that_brought_rows_do_not_lie_beside_others(base, tmp_path):
     adapted = peft_model(base, KINDS["linears"], saves_head=True)
     with warnings.catch_warnings():
@@ -189,8 +255,10 @@ def test_adapters_that_brought_rows_do_not_lie_beside_others(base, tmp_path):
         lambda: jlora.lora.Bank.of(params, {"own": own}),
         lambda: bank.add("own", own),
         lambda: jlora.lora.mix(params, {"own": own, "plain": plain}),
+        lambda: jlora.lora.mix(params, {"own": jlora.lora.adapter_leaves(own), "plain": plain}),
+        lambda: jlora.lora.stack({"own": own, "plain": plain}),
     ):
-        with pytest.raises(jlora.UserError, match="own: embed_tokens/embedding is not the base's"):
+        with pytest.raises(jlora.UserError, match=r"own: embed_tokens/.* is not the base's"):
             call()
 
 

@@ -1,7 +1,8 @@
 """The plan of a run: which examples share a row, which rows a step, and how long the rows are. Pure, no tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,8 +46,9 @@ def plan(
 ) -> list[Step]:
     """The steps of a run, the same on every platform for the same arguments.
 
-    Every example is in exactly one row of each epoch. Rows left over at the end of an epoch join the next one; at the
-    very end empty rows fill the last step. A fractional epoch takes the start of that epoch's order.
+    Every example is in exactly one row of each epoch. Rows left over at the end of an epoch are the first of the next
+    one; at the very end empty rows fill the last step. A fractional epoch takes that part of the epoch's rows, rounded
+    up to steps. So a longer run begins with the steps of a shorter one, and fills the last where that was not full.
 
     Args:
       lengths: tokens of each example, at most `seq_len`.
@@ -60,7 +62,11 @@ def plan(
     bucket *= -(-seq_len // (bucket * MAX_SHAPES))
     planned: list[Step] = []
     carried: list[Row] = []
-    for epoch, order in _orders(len(lengths), seed=seed, epochs=epochs, shuffle=shuffle):
+    for epoch in itertools.count():
+        share = 1.0 if epochs is None else min(1.0, epochs - epoch)
+        if share <= 0:
+            break
+        order = _generator(seed, epoch, "order").permutation(len(lengths)) if shuffle else np.arange(len(lengths))
         generator = _generator(seed, epoch, "rows")
         if packing:
             rows = _pack(order, lengths, seq_len)
@@ -68,11 +74,15 @@ def plan(
                 rows = [rows[index] for index in generator.permutation(len(rows))]
         else:
             rows = [(int(index),) for index in order]
+        taken = -(-(len(carried) + max(1, round(share * len(rows)))) // batch_size)
+        # Not shuffled with the others: a run that ends with the epoch before ends with what is carried.
+        opening = batch_size if carried and len(carried) + len(rows) >= batch_size else 0
         rows = carried + rows
         full = len(rows) - len(rows) % batch_size
-        groups = _group(rows[:full], lengths, batch_size, generator if shuffle and not packing else None)
-        planned += [_step(group, lengths, bucket, seq_len) for group in groups]
-        carried = rows[full:]
+        groups = [rows[:opening]] if opening else []
+        groups += _group(rows[opening:full], lengths, batch_size, generator if shuffle and not packing else None)
+        planned += [_step(group, lengths, bucket, seq_len) for group in groups[:taken]]
+        carried = rows[full:] if taken > len(groups) or share == 1 else []
         if steps is not None and len(planned) >= steps:
             return planned[:steps]
     if carried:
@@ -108,15 +118,6 @@ def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
     """PCG64 by name, not NumPy's default generator, which may change."""
     entropy = [seed, epoch, ("order", "rows").index(purpose)]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
-
-
-def _orders(count: int, *, seed: int, epochs: int | float | None, shuffle: bool) -> Iterator[tuple[int, np.ndarray]]:
-    epoch = 0
-    while epochs is None or epoch < epochs:
-        order = _generator(seed, epoch, "order").permutation(count) if shuffle else np.arange(count)
-        share = 1.0 if epochs is None else min(1.0, epochs - epoch)
-        yield epoch, order[: max(1, round(share * count))]
-        epoch += 1
 
 
 def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[Row]:

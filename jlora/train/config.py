@@ -99,7 +99,8 @@ class TrainConfig:
     """How long, how much at once, and how often to look.
 
     Args:
-      steps, epochs: the end of the run, whichever comes first; at least one of them is given.
+      steps, epochs: the end of the run, whichever comes first; at least one of them is given. Part of an epoch is that
+        part of its rows, rounded up to steps.
       batch_size: rows of a micro-batch, over all devices.
       seq_len: tokens of a row.
       grad_accum: micro-batches of a step.

@@ -80,6 +80,22 @@ def test_a_part_of_an_epoch_takes_that_part_of_the_examples():
     )
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1, 1.5, 2])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_more_epochs_go_on_from_fewer_without_a_row_twice(packed, epochs, batch_size):
+    lengths = random_lengths(103, 256)
+    short, long = (
+        plan(lengths, seq_len=256, batch_size=batch_size, packing=packed, epochs=some) for some in (epochs, 3)
+    )
+    *before, last = short
+    assert before == long[: len(before)]
+    rows = [row for row in last.rows if row]
+    assert rows == list(long[len(before)].rows[: len(rows)])
+    count = sum(row != () for step in long for row in step.rows) / 3
+    assert 0 <= sum(row != () for step in short for row in step.rows) - round(epochs * count) < batch_size + 1
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(seed, epochs=1):
         steps = plan([8] * 64, seq_len=8, batch_size=64, packing=False, seed=seed, epochs=epochs)

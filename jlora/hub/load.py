@@ -22,7 +22,7 @@ from jlora.hub.resize import Vocab, grown, resized
 from jlora.hub.score import is_scored, scored_leaves
 from jlora.hub.source import Source, check_tensors, open_source
 from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo
-from jlora.models.kinds import wrong_ends
+from jlora.models import kinds
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
@@ -175,9 +175,9 @@ def _build(checkpoint: Source) -> "Model":
     if not generation:
         return models.build(checkpoint.config)
     model = models.build(checkpoint.config | {"generation_config": generation})
-    if wrong := wrong_ends(generation):
-        raise UserError(describe_faults("generation_config.json", wrong))
     ends = generation.get("eos_token_id")
+    if wrong := kinds.wrong(kinds.FIELDS, "eos_token_id", ends):
+        raise UserError(describe_faults("generation_config.json", wrong))
     if ends is None:
         return model
     config = dataclasses.replace(model.config, eos_token_ids=(ends,) if isinstance(ends, int) else tuple(ends))

@@ -62,7 +62,9 @@ def is_scored(checkpoint: Source) -> bool:
             f"{TENSOR} has shape {tensor.shape}, a classifier of {tensor.shape[0]} labels; jlora reads heads of one "
             "label (num_labels=1), as reward models have"
         )
-    return tensor is not None or any(name.endswith(SUFFIX) for name in checkpoint.config.get("architectures") or ())
+    named = checkpoint.config.get("architectures")
+    names = named if isinstance(named, list) else [named]  # transformers opens files whose names are no list
+    return tensor is not None or any(isinstance(name, str) and name.endswith(SUFFIX) for name in names)
 
 
 def scored_leaves(model: "Model", leaves: Mapping[str, Any], heads: Collection[str]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jlora import tree
-from jlora.errors import UserError
-from jlora.models.kinds import wrong_rope
+from jlora.errors import UserError, describe_faults
+from jlora.models import kinds
 
 
 class Layer(NamedTuple):
@@ -202,26 +203,42 @@ def _differences(name: str, one: Any, other: Any) -> list[str]:
 
 
 class Fields:
-    """A config.json being read: what was asked for, what is missing, and every problem found on the way."""
+    """A config.json being read: what was asked for, what is missing, and every problem found on the way.
+
+    A field is looked at where it is read: one that a family does not read may hold anything.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.seen: set[str] = set()
-        self.missing: list[str] = []
+        self.missing: dict[str, None] = {}  # in order, each once
+        self.wrong: dict[str, None] = {}
         self.problems: list[str] = []
 
+    def replaced(self, **values: Any) -> "Fields":
+        """The same fields with other values, noting what is found in the same place."""
+        other = Fields(self.config | values)
+        other.seen, other.missing, other.wrong, other.problems = self.seen, self.missing, self.wrong, self.problems
+        return other
+
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value; `default` when it is absent or null."""
+        """The field's value; `default` when it is absent or null, or of another kind, which is noted."""
         self.seen.add(name)
-        value = self.config.get(name)
-        return default if value is None else value
+        return self.of_kind(kinds.FIELDS, name, self.config.get(name), default)
+
+    def of_kind(
+        self, kind: Mapping[str, kinds.Kind], name: str, value: Any, default: Any = None, *, what: str = ""
+    ) -> Any:
+        """As `get`, of a value that was found elsewhere: `what` says where."""
+        wrong = kinds.wrong(kind, name, value, what)
+        self.wrong |= dict.fromkeys(wrong)
+        return default if value is None or wrong else value
 
     def require(self, name: str) -> int:
         """The field's value; one that is absent is noted, and 1 stands for it until `finish`."""
-        value = self.get(name)
-        if value is None:
-            self.missing.append(name)
-        return 1 if value is None else value
+        if self.config.get(name) is None:
+            self.missing[name] = None
+        return self.get(name, 1)
 
     def rope(self) -> dict[str, Any]:
         """The rotary parameters: `rope_scaling`, as version 4 of transformers wrote it, wherever it says something;
@@ -240,10 +257,11 @@ class Fields:
 
     def finish(self) -> None:
         """Raises ValueError with everything that is wrong, if anything is."""
-        if self.missing:
+        if self.missing and not self.wrong:
             raise UserError(f"config.json lacks {', '.join(self.missing)}")
-        if self.problems:
-            raise UserError("config.json:\n  " + "\n  ".join(self.problems))
+        # What else is found beside values that are missing or wrong may come of what stood for them.
+        if problems := [f"{name} is missing" for name in self.missing] + [*self.wrong] or self.problems:
+            raise UserError(describe_faults("config.json", problems))
 
 
 # rope_type → (needed, optional) parameters
@@ -257,41 +275,50 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def read_rope(fields: Fields, parameters: dict[str, Any], *, theta: float, head_dim: int, partial: float = 1.0) -> Rope:
-    """The rotary positions that `rope_parameters` (transformers 5) or `rope_scaling` (4) describe."""
-    parameters = {name: value for name, value in parameters.items() if value is not None}
-    if wrong := wrong_rope(parameters):
-        fields.problems += wrong
-        return Rope(head_dim)
-    theta = float(parameters.pop("rope_theta", theta))
-    rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
-    parameters.pop("type", None)
-    dim = int(head_dim * parameters.pop("partial_rotary_factor", partial))
+def read_rope(
+    fields: Fields, parameters: dict[str, Any], *, theta: float, head_dim: int, partial: float | None = None
+) -> Rope:
+    """The rotary positions that `rope_parameters` (transformers 5) or `rope_scaling` (4) describe.
+
+    Args:
+        partial: the part of a head that is turned, where `parameters` do not say; None: the family turns whole heads.
+    """
+
+    def read(name: str, default: Any = None) -> Any:
+        return fields.of_kind(kinds.ROTARY, name, parameters.get(name), default, what="rotary parameter ")
+
+    rope_type = read("rope_type", read("type", "default") if parameters.get("rope_type") is None else "default")
     longest = fields.get("max_position_embeddings", 2048)
-    own_original = parameters.pop("original_max_position_embeddings", longest)
-    original = fields.get("original_max_position_embeddings", own_original)
+    original = fields.get("original_max_position_embeddings", read("original_max_position_embeddings", longest))
+    theta = float(read("rope_theta", theta))
+    if partial is not None:
+        dim = int(head_dim * read("partial_rotary_factor", partial))
+    elif rope_type == "default":  # where transformers turns whole heads, whatever is said
+        dim = head_dim
+    else:
+        dim = int(head_dim * read("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))
+        if dim != head_dim:
+            fields.problems.append(
+                f"rope_type {rope_type!r} with a partial_rotary_factor is not supported in this family, which rotates "
+                "whole heads (nor does transformers compute it)"
+            )
     if not 0 < dim <= head_dim or dim % 2:
         fields.problems.append(f"{dim} of a head's {head_dim} values are rotated; expected an even number of them")
     if rope_type not in ROPE_TYPES:
         fields.problems.append(f"rope_type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
         return Rope(dim)
     needed, optional = ROPE_TYPES[rope_type]
-    if rope_type == "default":  # transformers reads nothing else of it
-        parameters = {}
-    fields.problems += [f"rope_type {rope_type!r} needs {name!r}" for name in needed if name not in parameters]
-    fields.problems += [
-        f"rope_type {rope_type!r} with {name!r} is not supported"
-        for name in sorted(set(parameters) - {*needed, *optional})
-    ]
+    found = {name: value for name in (*needed, *optional) if (value := read(name)) is not None}
+    fields.problems += [f"rope_type {rope_type!r} needs {name!r}" for name in needed if name not in found]
     if rope_type == "longrope":
-        parameters |= {name: tuple(parameters.get(name, ())) for name in needed}
-        parameters.setdefault("factor", longest / original)
+        found |= {name: tuple(found.get(name, ())) for name in needed}
+        found.setdefault("factor", longest / original)
         fields.problems += [
-            f"rope_type 'longrope' needs {dim // 2} numbers in {name!r}, found {len(parameters[name])}"
+            f"rope_type 'longrope' needs {dim // 2} numbers in {name!r}, found {len(found[name])}"
             for name in needed
-            if len(parameters[name]) != dim // 2
+            if len(found[name]) != dim // 2
         ]
-    parameters.setdefault("attention_factor", _attention_factor(rope_type, parameters, original))
+    found.setdefault("attention_factor", _attention_factor(rope_type, found, original))
     names = {field.name for field in dataclasses.fields(Rope)}
     return Rope(
         dim=dim,
@@ -299,7 +326,7 @@ def read_rope(fields: Fields, parameters: dict[str, Any], *, theta: float, head_
         rope_type=rope_type,
         original_max_position_embeddings=original,
         max_position_embeddings=longest,
-        **{name: value for name, value in parameters.items() if name in names},
+        **{name: value for name, value in found.items() if name in names},
     )
 
 

@@ -41,79 +41,59 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 NUMBERS = list_of(NUMBER, "numbers")
 SIZE, TOKEN = whole(1, LARGEST), whole(-1, LARGEST)  # some files have -1 for "none"
 
-# Kind → the fields of that kind, of whatever family; null and absence are looked at where a field is read.
-FIELDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    (
-        SIZE,
-        (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "n_embd", "n_head", "n_inner", "n_positions", "moe_intermediate_size", "decoder_sparse_step"),
-            *("no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
-        ),
-    ),
-    (whole(1, LAYERS), ("num_hidden_layers", "n_layer")),
-    (whole(0, EXPERTS), ("num_local_experts", "num_experts", "num_experts_per_tok")),
-    (whole(0, LARGEST), ("sliding_window", "max_window_layers")),
-    (
-        POSITIVE,
-        (
-            *("max_position_embeddings", "original_max_position_embeddings", "rope_theta"),
-            *("rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"),
-            *("query_pre_attn_scalar", "logits_scaling"),
-        ),
-    ),
-    (
-        NUMBER,
-        (
-            *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "attn_logit_softcapping"),
-            *("final_logit_softcapping", "attention_multiplier", "embedding_multiplier", "residual_multiplier"),
-        ),
-    ),
-    (
-        FLAG,
-        (
-            *("attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window"),
-            *("norm_topk_prob", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "use_parallel_residual"),
-        ),
-    ),
-    (TEXT, ("hidden_act", "hidden_activation", "activation_function")),
-    (OBJECT, ("rope_parameters", "rope_scaling")),
-    (list_of(TEXT, "texts"), ("layer_types", "architectures")),
-    (list_of(whole(0, LARGEST), "whole numbers"), ("no_rope_layers", "mlp_only_layers")),
-    (
-        Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value)))),
-        ("eos_token_id",),
-    ),
+WHOLES = list_of(whole(0, LARGEST), "whole numbers")
+WHOLES_OR_FLAGS = Kind(
+    "a list of whole numbers or flags", lambda value: isinstance(value, list) and all(isinstance(v, int) for v in value)
 )
+TOKENS = Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value))))
 
-
-def wrong_values(config: Mapping[str, Any]) -> list[str]:
-    """A line for each field of a config.json whose value is not of its kind."""
-    return [
-        f"{name} is {short(config[name])}, expected {kind.what}"
-        for kind, names in FIELDS
-        for name in names
-        if config.get(name) is not None and not kind.holds(config[name])
-    ]
-
-
-def wrong_ends(generation: Mapping[str, Any]) -> list[str]:
-    """As `wrong_values`, for what generation_config.json says of the end of texts."""
-    return wrong_values({"eos_token_id": generation.get("eos_token_id")})
-
-
-def wrong_rope(parameters: Mapping[str, Any]) -> list[str]:
-    """A line for each rotary parameter that is not of its kind."""
-    expected = dict.fromkeys(parameters, NUMBER) | dict.fromkeys(("rope_type", "type"), TEXT)
-    expected |= dict.fromkeys(("short_factor", "long_factor"), NUMBERS) | {"truncate": FLAG}
-    expected |= dict.fromkeys(
-        ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"), POSITIVE
+# Field → its kind, in whatever family reads it. A field that nothing reads may hold anything.
+FIELDS: dict[str, Kind] = {
+    name: kind
+    for kind, names in (
+        (SIZE, "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"),
+        (SIZE, "n_embd n_head n_inner n_positions moe_intermediate_size decoder_sparse_step"),
+        (SIZE, "no_rope_layer_interval sliding_window_pattern _sliding_window_pattern"),
+        (whole(1, LAYERS), "num_hidden_layers n_layer"),
+        (whole(0, EXPERTS), "num_local_experts num_experts num_experts_per_tok"),
+        (whole(0, LARGEST), "sliding_window"),
+        (whole(-LARGEST, LARGEST), "max_window_layers"),
+        (POSITIVE, "max_position_embeddings original_max_position_embeddings rope_theta rope_local_base_freq"),
+        (POSITIVE, "rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar logits_scaling"),
+        (NUMBER, "rms_norm_eps layer_norm_eps layer_norm_epsilon attn_logit_softcapping final_logit_softcapping"),
+        (NUMBER, "attention_multiplier embedding_multiplier residual_multiplier"),
+        (FLAG, "attention_bias mlp_bias qkv_bias tie_word_embeddings use_sliding_window norm_topk_prob"),
+        (FLAG, "scale_attn_by_inverse_layer_idx scale_attn_weights use_parallel_residual"),
+        (TEXT, "hidden_act hidden_activation activation_function"),
+        (OBJECT, "rope_parameters rope_scaling"),
+        (list_of(TEXT, "texts"), "layer_types"),
+        (WHOLES, "mlp_only_layers"),
+        (WHOLES_OR_FLAGS, "no_rope_layers"),
+        (TOKENS, "eos_token_id"),
     )
-    return [
-        f"rotary parameter {name} is {short(value)}, expected {expected[name].what}"
-        for name, value in parameters.items()
-        if not expected[name].holds(value)
-    ]
+    for name in names.split()
+}
+# The same of rotary parameters.
+ROTARY: dict[str, Kind] = {
+    **dict.fromkeys(("rope_type", "type"), TEXT),
+    **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"), POSITIVE),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"), NUMBER),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), NUMBER),
+    **dict.fromkeys(("short_factor", "long_factor"), NUMBERS),
+    "truncate": FLAG,
+}
+
+
+def wrong(kinds: Mapping[str, Kind], name: str, value: Any, what: str = "") -> list[str]:
+    """A line for a value that is not of the kind of its name; names of no kind may have any, null is absence.
+
+    Args:
+        what: comes before the name.
+    """
+    kind = kinds.get(name)
+    if value is None or kind is None or kind.holds(value):
+        return []
+    return [f"{what}{name} is {short(value)}, expected {kind.what}"]
 
 
 def _listed(value: Any) -> list[Any]:

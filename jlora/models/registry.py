@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError
 from jlora.models.config import Fields, ModelConfig
 from jlora.models.families import FAMILIES
-from jlora.models.kinds import wrong_values
 from jlora.models.layers import ACTIVATIONS
 from jlora.models.model import Model
 
@@ -23,16 +22,14 @@ def build(hf_config: dict[str, Any]) -> Model:
         raise UserError(
             f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
         )
-    if wrong := wrong_values(hf_config):
-        raise UserError(describe_faults("config.json", wrong))
     fields = Fields(hf_config)
     values = FAMILIES[model_type](fields)
     if values["hidden_act"] not in ACTIVATIONS:
         fields.problems.append(
             f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(ACTIVATIONS)})"
         )
-    fields.finish()
     ends = fields.get("eos_token_id", ())
+    fields.finish()
     return Model(
         ModelConfig(
             **values,

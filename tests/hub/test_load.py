@@ -237,7 +237,7 @@ def test_rotary_settings_that_disagree_are_taken_as_transformers_takes_them(kind
     ("changes", "message"),
     [
         (dict(vocab_size=10**11), "vocab_size is 100000000000, expected a whole number from 1"),
-        (dict(vocab_size=101.5, hidden_size="48"), r"vocab_size is 101\.5, .*\n  hidden_size is '48', expected"),
+        (dict(vocab_size=101.5, hidden_size="48"), r"hidden_size is '48', .*\n  vocab_size is 101\.5, expected"),
         (
             dict(num_hidden_layers=5000),
             "a model of 45,003 tensors, the checkpoint holds 30: look at the numbers of layers",

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -319,6 +320,7 @@ def test_every_field_of_the_config_is_known(model_type):
     fields = model_config.Fields(theirs)
     FAMILIES[model_type](fields)
     fields.finish()
+    FAMILIES[model_type](fields.replaced(layer_types=None, no_rope_layers=None, use_sliding_window=True))
     known = fields.seen | HARMLESS | {"model_type", "eos_token_id"}
     assert not {name for name, value in theirs.items() if value is not None} - known
 
@@ -378,6 +380,34 @@ def test_mixed_formats_lie_in_stacks_of_their_own(folders):
 
 
 @pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": None}),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 2]}}),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0, "mrope_section": [1]}}),
+        ("gemma3_text", {"partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"partial_rotary_factor": 0.25}),
+        ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.25}),
+        ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.75}),
+        # Phi-3's own length is 4096 where nothing is said, and goes before that of the rotary parameters.
+        (
+            "phi3-longrope",
+            {"max_position_embeddings": 8192, "original_max_position_embeddings": None, "rope_parameters": LONGROPE},
+        ),
+    ],
+)
+def test_rotary_fields_are_those_that_transformers_takes(case, change, folders, tmp_path):
+    shutil.copytree(folders(case), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model, params = jlora.load(tmp_path)
+    ids = tokens()
+    assert difference(model(params, jnp.asarray(ids)), logits_of(theirs, ids)) < 1e-4
+
+
+@pytest.mark.parametrize(
     ("case", "change", "message"),
     [
         ("internlm3", {"attention_bias": False}, "qkv_bias False with bias True is not supported"),
@@ -389,6 +419,11 @@ def test_mixed_formats_lie_in_stacks_of_their_own(folders):
         ("gemma2", {"layer_types": ["chunked_attention"] * 4}, "layer_types: chunked_attention is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial' is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs 'factor'"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_type 'linear' with a partial_rotary_factor is not supported",
+        ),
         ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "found 1"),
         ("gpt_neox", {"hidden_size": 50}, "the width 50 is not a multiple of the 6 attention heads"),
         ("gpt2", {"n_layer": None}, "config.json lacks n_layer"),

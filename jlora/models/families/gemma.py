@@ -13,17 +13,17 @@ SANDWICH = Names(
 
 def gemma(fields: Fields) -> Values:
     """Gemma 1."""
-    activation = fields.get("hidden_act", "gelu_pytorch_tanh")
+    values = _gemma(fields, "hidden_act")
     # The first releases say "gelu" and mean the approximation; transformers reads it so too.
-    return _gemma(fields) | {"hidden_act": "gelu_pytorch_tanh" if activation == "gelu" else activation}
+    return values | ({"hidden_act": "gelu_pytorch_tanh"} if values["hidden_act"] == "gelu" else {})
 
 
 def gemma2(fields: Fields) -> Values:
     """Gemma 2: norms around attention and MLP, soft caps, every other layer with a window."""
-    values = _gemma(fields)
+    values = _gemma(fields, "hidden_activation")
     count = values["num_hidden_layers"]
-    default = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
-    windows = read_windows(fields, fields.get("sliding_window", 4096), count, default)
+    window = fields.get("sliding_window", 4096)
+    windows = read_windows(fields, window, count, lambda: [i % 2 == 0 for i in range(count)])
     return (
         values
         | _second(fields)
@@ -44,12 +44,14 @@ def gemma3(fields: Fields) -> Values:
         nested = {}
     full = (nested.get("full_attention") or {}) | (fields.get("rope_scaling") or {})
     local = nested.get("sliding_attention") or {}
-    values = _gemma(fields, own_rope=True)
+    values = _gemma(fields, "hidden_activation", own_rope=True)
     count, head_dim = values["num_hidden_layers"], values["head_dim"]
-    pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
-    default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
-    window = fields.get("sliding_window", 4096)
-    windows = read_windows(fields, window, count, default)
+
+    def default() -> list[bool]:
+        pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+        return [(i + 1) % pattern != 0 for i in range(count)]
+
+    windows = read_windows(fields, fields.get("sliding_window", 4096), count, default)
     ropes = (
         read_rope(fields, full, theta=fields.get("rope_theta", 1e6), head_dim=head_dim),
         read_rope(fields, local, theta=fields.get("rope_local_base_freq", 1e4), head_dim=head_dim),
@@ -67,14 +69,11 @@ def gemma3(fields: Fields) -> Values:
     )
 
 
-def _gemma(fields: Fields, *, own_rope: bool = False) -> Values:
+def _gemma(fields: Fields, activation: str, *, own_rope: bool = False) -> Values:
     fields.only("use_bidirectional_attention", False)
     bias = fields.get("attention_bias", False)
-    shared = Fields({k: v for k, v in fields.config.items() if not (own_rope and k.startswith("rope_"))})
-    values = common(shared, head_dim=256, tied=True)
-    fields.seen |= shared.seen
-    fields.missing += shared.missing
-    fields.problems += shared.problems
+    no_rope = dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta")) if own_rope else {}
+    values = common(fields.replaced(**no_rope), head_dim=256, tied=True, activation=(activation, "gelu_pytorch_tanh"))
     return values | {
         "norm": "rms_plus_one",
         "qkv_bias": bias,
@@ -86,7 +85,6 @@ def _gemma(fields: Fields, *, own_rope: bool = False) -> Values:
 def _second(fields: Fields) -> Values:
     return {
         "names": SANDWICH,
-        "hidden_act": fields.get("hidden_activation", "gelu_pytorch_tanh"),
         "attention_scale": fields.get("query_pre_attn_scalar", 256) ** -0.5,
     }
 

@@ -2,6 +2,7 @@
 Phi-3.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jlora.models.config import Experts, Fields, Layer, Names, read_rope
@@ -47,12 +48,14 @@ def smollm3(fields: Fields) -> Values:
     """SmolLM3: some layers without positions (NoPE, Kazemnejad et al. 2023)."""
     values = llama(fields) | common(fields, num_key_value_heads=4, rope_theta=2e6, tied=True)
     count = values["num_hidden_layers"]
-    interval = fields.get("no_rope_layer_interval", 4)
-    rotated = fields.get("no_rope_layers", [(i + 1) % interval != 0 for i in range(count)])
-    window = fields.get("sliding_window") if fields.get("use_sliding_window", False) else None
-    default = ["full_attention" if window is None or rotated[i] else "sliding_attention" for i in range(count)]
-    windows = read_windows(fields, window, count, default)
+    rotated = fields.get("no_rope_layers")
+    if rotated is None:
+        interval = fields.get("no_rope_layer_interval", 4)
+        rotated = [(i + 1) % interval != 0 for i in range(count)]
+    rotated = rotated[:count]  # transformers leaves the rest of a longer list aside
     _require_length(fields, "no_rope_layers", rotated, count)
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", False) else None
+    windows = read_windows(fields, window, count, lambda: [window is not None and not turn for turn in rotated])
     layers = tuple(Layer(window=w, rope=0 if turn else None) for w, turn in zip(windows, rotated, strict=False))
     return values | {"layers": layers}
 
@@ -78,8 +81,12 @@ def granite(fields: Fields) -> Values:
 def phi3(fields: Fields) -> Values:
     """Phi-3, Phi-3.5 and Phi-4: fused projections, part of each head rotated, LongRoPE."""
     rope = fields.rope()
-    if rope.get("type", rope.get("rope_type")) in ("su", "yarn"):  # its names of old
-        fields = _WithRope(fields, rope | {"rope_type": "longrope", "type": "longrope"})
+    if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # its names of old
+        fields = fields.replaced(rope_scaling=rope | {"rope_type": "longrope"})
+    # transformers' class has a length of its own, which it takes before that of the rotary parameters.
+    fields = fields.replaced(
+        original_max_position_embeddings=fields.get("original_max_position_embeddings", 4096),
+    )
     values = common(fields, norm_eps=1e-5, partial=fields.get("partial_rotary_factor", 1.0))
     names = Names(queries_keys_values=("qkv_proj",), mlp_up=("gate_up_proj",))
     return values | {
@@ -101,14 +108,6 @@ def mixtral(fields: Fields) -> Values:
     return values | {"experts": experts, "layers": (layer,) * values["num_hidden_layers"]}
 
 
-class _WithRope(Fields):
-    """The same fields with other rotary parameters."""
-
-    def __init__(self, fields: Fields, rope: dict[str, Any]) -> None:
-        super().__init__(fields.config | {"rope_parameters": rope, "rope_scaling": None})
-        self.seen, self.missing, self.problems = fields.seen, fields.missing, fields.problems
-
-
 def common(
     fields: Fields,
     *,
@@ -116,8 +115,9 @@ def common(
     head_dim: int | None = None,
     norm_eps: float = 1e-6,
     rope_theta: float = 10000.0,
-    partial: float = 1.0,
+    partial: float | None = None,
     tied: bool = False,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> Values:
     """What nearly all families have in common; the arguments are what their transformers configs default to."""
     width, heads = fields.require("hidden_size"), fields.require("num_attention_heads")
@@ -136,7 +136,7 @@ def common(
         "norm_eps": fields.get("rms_norm_eps", norm_eps),
         "max_position_embeddings": fields.get("max_position_embeddings", 2048),
         "tie_word_embeddings": fields.get("tie_word_embeddings", tied),
-        "hidden_act": fields.get("hidden_act", "silu"),
+        "hidden_act": fields.get(*activation),
         "attention_scale": head_dim**-0.5,
         "ropes": (read_rope(fields, rope, theta=theta, head_dim=head_dim, partial=partial),),
         "layers": (Layer(),) * fields.require("num_hidden_layers"),
@@ -156,9 +156,15 @@ def sizes(fields: Fields, *, heads: int, head_dim: int, num_key_value_heads: int
     }
 
 
-def read_windows(fields: Fields, window: int | None, count: int, default: list[str]) -> list[int | None]:
-    """The window of every layer by `layer_types`."""
-    kinds = fields.get("layer_types", default)
+def read_windows(fields: Fields, window: int | None, count: int, default: Callable[[], list[bool]]) -> list[int | None]:
+    """The window of every layer by `layer_types`.
+
+    Args:
+        default: which layers have it, where there are no such types.
+    """
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        return [window if has else None for has in default()]
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         fields.problems.append(f"layer_types: {', '.join(unknown)} is not supported")

@@ -41,6 +41,7 @@ def _attention(fields: Fields) -> Values:
 
 def _layers(fields: Fields, count: int) -> tuple[Layer, ...]:
     window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else None
-    first = fields.get("max_window_layers", 28)
-    default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
-    return tuple(Layer(window=w) for w in read_windows(fields, window, count, default))
+    windows = read_windows(
+        fields, window, count, lambda: [bool(window) and i >= fields.get("max_window_layers", 28) for i in range(count)]
+    )
+    return tuple(Layer(window=w) for w in windows)

@@ -93,7 +93,8 @@ def load(
 
 
 def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
-    """The model that `load` makes of the source, without its params: of its weights nothing is read.
+    """The model that `load` makes of the source, without its params: its weights are not read, but for a head that may
+    be the embedding once more, which is compared with it by the block, once in a process.
 
     Raises:
         FileNotFoundError, ValueError: as `load`, where the weights are not looked at.

@@ -1,6 +1,8 @@
 """Whether head and embedding are one: what a safetensors checkpoint holds decides, as in transformers 5."""
 
+import functools
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -9,9 +11,10 @@ import numpy as np
 from jlora import models
 from jlora.errors import UserError
 from jlora.hub import names
-from jlora.hub.weights import DTYPES, SafetensorsFolder
+from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo, read_blocks
 
 OF_OTHERS = ("lm_head", "embed_tokens")  # of models that jlora does not compute
+BLOCK = 1 << 20  # values of each of the two that are held at once
 
 
 class Pair(NamedTuple):
@@ -38,15 +41,9 @@ def settle_head(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
         return checkpoint
     if pair.embedding is None:
         checkpoint.rename({pair.expected: pair.head})
-    elif _equal(checkpoint, pair.head, pair.embedding):
+    elif _is_copy(checkpoint, pair):
         checkpoint.tensors.pop(pair.head)
     else:
-        warnings.warn(
-            f"{checkpoint.folder}: config.json ties head and embedding, but {pair.head} differs from {pair.embedding}; "
-            "both are read, as in transformers 5 (version 4 drops the head). "
-            'Say "tie_word_embeddings": false in config.json, or delete the head if it is left over',
-            stacklevel=3,
-        )
         checkpoint.config["tie_word_embeddings"] = False
     return checkpoint
 
@@ -69,14 +66,57 @@ def _tied_pair(checkpoint: SafetensorsFolder) -> Pair | None:
     return Pair(head if head in there else None, stored if stored in there else None, embedding)
 
 
-def _equal(checkpoint: SafetensorsFolder, head: str, embedding: str) -> bool:
-    """Whether both hold the same values, rounded to the narrower of their two dtypes."""
-    infos = [checkpoint.tensors[name] for name in (head, embedding)]
-    if infos[0].shape != infos[1].shape or any(info.dtype not in DTYPES for info in infos):
+def _is_copy(checkpoint: SafetensorsFolder, pair: Pair) -> bool:
+    """Whether the head is the embedding once more; if not, that is said."""
+    infos = [checkpoint.tensors[name] for name in (pair.head, pair.embedding)]
+    tensors = [_Stored(name, info, _identity(info.file)) for name, info in zip(pair, infos, strict=False)]
+    return _compare(checkpoint.folder, *tensors)
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file, and what tells the file from one that is written in its place."""
+
+    name: str
+    info: TensorInfo
+    identity: tuple[int, ...]
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(
+    maxsize=64
+)  # a command opens its model several times: the two are read, and the warning said, once
+def _compare(folder: Path, head: _Stored, embedding: _Stored) -> bool:
+    if _equal(head, embedding):
+        return True
+    warnings.warn(
+        f"{folder}: config.json ties head and embedding, but {head.name} differs from {embedding.name}; "
+        "both are read, as in transformers 5 (version 4 drops the head). "
+        'Say "tie_word_embeddings": false in config.json, or delete the head if it is left over',
+        stacklevel=5,
+    )
+    return False
+
+
+def _equal(head: _Stored, embedding: _Stored) -> bool:
+    """Whether both hold the same values, rounded to the narrower of their two dtypes: read up to the first difference,
+    a block of rows at a time.
+    """
+    infos = [head.info, embedding.info]
+    if infos[0].shape != infos[1].shape or not infos[0].shape or any(info.dtype not in DTYPES for info in infos):
         return False
-    one, other = checkpoint.read(head), checkpoint.read(embedding)
+    dtypes = [DTYPES[info.dtype] for info in infos]
+    narrow = min(dtypes, key=lambda dtype: (dtype.itemsize, ml_dtypes.finfo(dtype).nmant))
+    blocks = (read_blocks(tensor.info.file, tensor.name, BLOCK) for tensor in (head, embedding))
+    return all(_same(one, other, narrow) for one, other in zip(*blocks, strict=True))
+
+
+def _same(one: np.ndarray, other: np.ndarray, narrow: np.dtype) -> bool:
     if one.dtype == other.dtype and one.tobytes() == other.tobytes():
         return True
-    narrow = min(one.dtype, other.dtype, key=lambda dtype: (dtype.itemsize, ml_dtypes.finfo(dtype).nmant))
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(one.astype(narrow), other.astype(narrow)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        one, other = one.astype(narrow), other.astype(narrow)
+    return bool(np.all((one == other) | (np.isnan(one) & np.isnan(other))))  # NaN is refused where it is read

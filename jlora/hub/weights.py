@@ -1,9 +1,10 @@
 """Safetensors checkpoints: one file, or shards with an index, read one tensor at a time out of memory-mapped files."""
 
 import json
+import math
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,23 @@ def read_unchecked(file: Path, name: str) -> np.ndarray:
         with safe_open(file, framework="numpy") as handle:
             return handle.get_tensor(name)
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes that NumPy lacks
+        raise UserError(f"{file}: {name} cannot be read ({error})") from error
+
+
+def read_blocks(file: Path, name: str, values: int) -> Iterator[np.ndarray]:
+    """Rows of one tensor, so many that a block has about `values` values, one block after another, whatever they are.
+
+    Raises:
+        UserError: as `read_unchecked` does.
+    """
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            part = handle.get_slice(name)
+            count, *rest = part.get_shape()
+            step = max(1, values // max(1, math.prod(rest)))
+            for start in range(0, count, step):
+                yield part[start : min(start + step, count)]
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: {name} cannot be read ({error})") from error
 
 

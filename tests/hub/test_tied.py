@@ -9,6 +9,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jlora import hub
+from jlora.errors import UserError
+from jlora.hub import tied as tied_module
+from jlora.hub import weights
 from jlora.hub.weights import SINGLE
 
 TOKENS = np.array([[1, 5, 9, 30, 7, 3, 2]], np.int32)
@@ -91,3 +94,55 @@ def test_a_copy_of_other_precision_is_a_copy(llama_folder):
     tensors[HEAD] = tensors["model.embed_tokens.weight"].astype(np.float16)
     save_file(tensors, folder / SINGLE)
     assert "lm_head" not in hub.load(folder)[1]
+
+
+def with_head(folder, change):
+    """The folder with a head that is the embedding but for the change; (head, embedding)"""
+    tensors = load_file(folder / SINGLE)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors[HEAD] = change(embedding.copy())
+    save_file(tensors, folder / SINGLE)
+    return tensors[HEAD], embedding
+
+
+def test_a_difference_in_the_last_row_is_found_block_by_block_and_said_once(llama_folder, monkeypatch):
+    folder, _ = llama_folder(tie_word_embeddings=True)
+    monkeypatch.setattr(tied_module, "BLOCK", 50)
+
+    def last(values):
+        values[-1, -1] += 1
+        return values
+
+    with_head(folder, last)
+    blocks = []
+    original = tied_module.read_blocks
+    monkeypatch.setattr(tied_module, "read_blocks", lambda *all: (blocks.append(one) or one for one in original(*all)))
+    monkeypatch.setattr(weights, "read_tensor", None)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight differs from") as said:
+        found = [hub.read_model(folder).config.tie_word_embeddings for _ in range(3)]
+    assert found == [False] * 3
+    assert len(said) == 1
+    assert max(one.size for one in blocks) <= 50
+    count = len(blocks)
+    assert count > 4
+
+    def first(values):
+        values[0, 0] += 1
+        return values
+
+    with_head(folder, first)  # another file in its place: compared anew, and left at the first difference
+    with pytest.warns(UserWarning, match=r"lm_head\.weight differs from"):
+        hub.read_model(folder)
+    assert len(blocks) == count + 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_values_that_are_no_numbers_in_both_are_no_difference(dtype, llama_folder):
+    folder, _ = llama_folder(tie_word_embeddings=True)
+    tensors = load_file(folder / SINGLE)
+    tensors["model.embed_tokens.weight"][2, 3] = np.nan
+    save_file(tensors, folder / SINGLE)
+    with_head(folder, lambda values: values.astype(dtype))
+    assert hub.read_model(folder).config.tie_word_embeddings
+    with pytest.raises(UserError, match=r"embed_tokens\.weight holds 1 of"):
+        hub.load(folder)

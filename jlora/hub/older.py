@@ -29,32 +29,46 @@ def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say in transformers 4 what `rope_parameters` says in 5."""
-    rope, model_type = config.get("rope_parameters"), config.get("model_type")
+    rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
     scaled = bool(config.get("rope_scaling"))
     if isinstance(full := rope.get("full_attention"), Mapping):  # Gemma 3, whose windows have positions of their own
-        found = _flat(full, model_type)
+        found = _flat(full, config)
         local = rope.get("sliding_attention")
         if isinstance(local, Mapping) and "rope_theta" in local:
             found["rope_local_base_freq"] = local["rope_theta"]
         return {key: value for key, value in found.items() if not (scaled and key == "rope_scaling")}
     # transformers 5 takes nothing of `rope_parameters` beside `rope_scaling`.
-    return {} if scaled else _flat(rope, model_type)
+    return {} if scaled else _flat(rope, config)
 
 
-def _flat(rope: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
-    before = BEFORE_OF_GPT_NEOX if model_type == "gpt_neox" else BEFORE
+def _flat(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    before = BEFORE_OF_GPT_NEOX if config.get("model_type") == "gpt_neox" else BEFORE
     found = {name: rope[key] for key, name in before.items() if rope.get(key) is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found
     scaling = {key: value for key, value in rope.items() if key not in (*before, "type")} | {"rope_type": kind}
-    if model_type == "phi3":  # which takes these three and no more
-        if (original := scaling.get("original_max_position_embeddings")) is not None:
-            found["original_max_position_embeddings"] = original
-        scaling = {"type": kind} | {key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling}
-    return found | {"rope_scaling": scaling}
+    if config.get("model_type") == "phi3":
+        scaling = _of_phi3(scaling, config)
+    return found | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _of_phi3(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` as transformers 4 takes it for Phi-3: LongRoPE's type and its two lists, and no more.
+
+    Nothing, where more is said: transformers 5 would miss it, as it takes `rope_scaling` before `rope_parameters`.
+    """
+    lengths = (config.get(name) or 4096 for name in ("max_position_embeddings", "original_max_position_embeddings"))
+    longest, original = lengths  # of which both versions make the factor, where none is given
+    given = {key: value for key, value in scaling.items() if value is not None}
+    given.pop("original_max_position_embeddings", None)  # of the class itself, which goes before this one
+    if given.get("factor") == longest / original:
+        del given["factor"]
+    kind = given.pop("rope_type")
+    whole = kind == "longrope" and given.keys() == {"short_factor", "long_factor"}
+    return {"type": kind, **given} if whole else {}
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

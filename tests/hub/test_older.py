@@ -2,14 +2,25 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
+import torch
 import transformers
 
+from jlora import hub, models
 from jlora.hub.older import for_every_reader, save_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0]}
+SIZES = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, vocab_size=40)
+PHI3 = dict(
+    model_type="phi3",
+    max_position_embeddings=64,
+    original_max_position_embeddings=16,
+    rope_parameters=dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5, **LONG),
+)
 
 
 @pytest.mark.parametrize(
@@ -28,18 +39,8 @@ LONG = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0]}
             {"rotary_emb_base": 1e5, "rotary_pct": 0.5},
         ),
         "phi3": (
-            {
-                "model_type": "phi3",
-                "rope_parameters": LONG
-                | {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-                | {"original_max_position_embeddings": 16},
-            },
-            {
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "original_max_position_embeddings": 16,
-                "rope_scaling": {"type": "longrope", **LONG},
-            },
+            PHI3 | {"rope_parameters": PHI3["rope_parameters"] | {"factor": 4.0}},  # 64 / 16 as it is
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_scaling": {"type": "longrope", **LONG}},
         ),
         "gemma3_text": (
             {
@@ -62,6 +63,35 @@ LONG = {"short_factor": [1.0, 1.1], "long_factor": [1.5, 3.0]}
 )
 def test_config_json_for_transformers_4(config, added):
     assert for_every_reader(config) == config | added
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"factor": 2.0},
+        {"attention_factor": 1.7},
+        {"factor": 2.0, "attention_factor": 1.7, "original_max_position_embeddings": 16},
+        {"rope_type": "linear", "factor": 2.0, "short_factor": None, "long_factor": None},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=str,
+)
+def test_what_phi3_cannot_say_in_transformers_4_is_not_lost_in_5(more, tmp_path):
+    config = PHI3 | SIZES | {"pad_token_id": 0, "rope_parameters": PHI3["rope_parameters"] | more}
+    model = models.build(config)
+    params = model.random_params(jax.random.key(0))
+    hub.save_model(tmp_path / "out", model, params)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "rope_scaling" not in written and written["rope_theta"] == 1e4
+    ids = np.arange(1, 31)[None]
+    expected = np.asarray(model(params, ids))
+    again, read = hub.load(tmp_path / "out", dtype="float32")
+    np.testing.assert_allclose(np.asarray(again(read, ids)), expected, rtol=1e-5, atol=1e-6)
+    if more.get("rope_type", "longrope") == "longrope":  # transformers opens no Phi-3 of another type
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        with torch.no_grad():
+            found = theirs(torch.from_numpy(ids)).logits.numpy()
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def byte_level():

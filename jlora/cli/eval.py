@@ -5,15 +5,14 @@ import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from jlora import data, hub, lora
-from jlora.cli.model import add_model_options, load_model, positive
+from jlora.cli.model import add_model_options, add_on_error_option, load_model, positive, print_note
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train import forgetting, reward_model
@@ -30,7 +29,7 @@ def run(arguments: list[str]) -> int:
     sets = _sets(options) if options.against or options.scales else {}
     model, params, tokenizer = load_model(options)
     if not options.pairs:
-        records = data.encodable(records, tokenizer, on_error=options.on_error, note=_note)
+        records = data.encodable(records, tokenizer, on_error=options.on_error, note=print_note)
     if ("score" in params) != options.pairs:
         found = "a reward model" if "score" in params else "no reward model: it has no score head"
         raise UserError(
@@ -103,14 +102,10 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise UserError(f"{name}={path}: found a folder, expected a file")
     if options.plot:
         require("matplotlib.figure", "plots")
-    settings = {"on_error": options.on_error, "note": _note}
+    settings = {"on_error": options.on_error, "note": print_note}
     if options.pairs:
         return data.read_preferences(options.data, "pairs", **settings)
     return data.read_records(options.data, **settings)
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _compare(
@@ -118,7 +113,7 @@ def _compare(
 ) -> None:
     """Shows what a reward model makes of pairs, and draws it where a plot is asked for."""
     items, report = data.encode_pairs(
-        records, tokenizer, seq_len=options.seq_len, on_error=options.on_error, note=_note
+        records, tokenizer, seq_len=options.seq_len, on_error=options.on_error, note=print_note
     )
     metrics = reward_model.compare(model, params, items, batch_size=options.batch_size, seq_len=options.seq_len)
     _show(options, reward_model.report(metrics) | {"n": float(len(items)), "dropped": float(report.dropped)})
@@ -131,7 +126,7 @@ Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]
 
 def _sets(options: argparse.Namespace) -> dict[str, Any]:
     """What is measured beside the task."""
-    settings = {"on_error": options.on_error, "note": _note}
+    settings = {"on_error": options.on_error, "note": print_note}
     return {
         "general": data.read_records(options.general or str(forgetting.GENERAL), **settings),
         "questions": forgetting.read_questions(options.questions or forgetting.QUESTIONS, **settings),
@@ -252,12 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")
-    parser.add_argument(
-        "--on_error",
-        choices=get_args(data.OnError),
-        default="raise",
-        help="of records that cannot be read or encoded: skip leaves them out and says so (default: raise)",
-    )
+    add_on_error_option(parser)
     parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
     parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="of a text (default: 128)")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records at a time (default: 8)")

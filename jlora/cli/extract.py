@@ -3,14 +3,14 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import add_fold_option, rank, say_adapter
+from jlora.cli.model import add_fold_option, add_vocab_option, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
     """0; what is wrong is raised."""
     options = _parser().parse_args(arguments)
     hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
-    model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base))
+    model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base), vocab=options.vocab)
     tuned_model, tuned = hub.load(options.model, dtype=hub.exact_dtype(options.model))
     # An adapter holds weights: a setting that differs would be lost.
     model.config.require_same(tuned_model.config, options.base, options.model)
@@ -22,7 +22,8 @@ def run(arguments: list[str]) -> int:
         modules_to_save=options.modules_to_save,
     )
     print(report)
-    hub.save_adapter(options.out, params, base=options.base, fold=options.fold)
+    resized = options.vocab is not None
+    hub.save_adapter(options.out, params, base=options.base, fold=options.fold, save_embedding_layers=resized)
     say_adapter(options.out)
     return 0
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds whole copies of, as norm"
     )
+    add_vocab_option(parser, of="the base's ")
     add_fold_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     return parser

@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import rich.console
 import rich.progress
@@ -39,14 +40,24 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
 
 
-def add_vocab_option(parser: argparse.ArgumentParser) -> None:
-    """--vocab."""
+def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:
+    """--vocab; `of` says whose, where a command works on two models."""
     parser.add_argument(
         "--vocab",
         type=_rows,
         metavar="ROWS",
-        help="give embedding and head so many rows, or with 'tokenizer' as many as the tokenizer needs; new ones are "
-        "the mean of the others",
+        help=f"give {of}embedding and head so many rows, or with 'tokenizer' as many as the tokenizer needs; new ones "
+        "are the mean of the others",
+    )
+
+
+def add_on_error_option(parser: argparse.ArgumentParser) -> None:
+    """--on_error, of every command that reads records from --data: messages about these name it."""
+    parser.add_argument(
+        "--on_error",
+        choices=get_args(data.OnError),
+        default="raise",
+        help="of records that cannot be read or encoded: skip leaves them out and says so (default: raise)",
     )
 
 
@@ -103,6 +114,25 @@ def _tokenizer(options: argparse.Namespace) -> Any:
     for adapter in sorted(adapters - {""}):
         hub.say_unused_tokenizer(tokenizer, adapter)
     return tokenizer
+
+
+def read_records(options: argparse.Namespace) -> list[data.Record] | None:
+    """The records of --data that can be read, by --on_error; None where the option is not given."""
+    return data.read_records(options.data, on_error=options.on_error, note=print_note) if options.data else None
+
+
+def encodable(
+    options: argparse.Namespace, records: list[data.Record] | None, tokenizer: Any, rows: int
+) -> list[data.Record] | None:
+    """Those that can be encoded too, with the tokenizer of a model whose embedding has so many rows."""
+    if records is None:
+        return None
+    return data.encodable(records, data.fitted(tokenizer, rows), on_error=options.on_error, note=print_note)
+
+
+def print_note(message: str) -> None:
+    """What is said beside a command's results."""
+    print(message, file=sys.stderr)
 
 
 def positive(text: str) -> int:

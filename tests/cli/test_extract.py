@@ -34,6 +34,24 @@ def test_peft_opens_what_was_extracted(model_folder, tmp_path, capsys):
     assert (before - expected).abs().max() > 0.01
 
 
+def test_a_base_is_given_the_rows_of_a_model_that_has_more(model_folder, tmp_path, capsys):
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    rows = tuned.config.vocab_size + 3
+    tuned.resize_token_embeddings(rows)
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = ["extract", f"--base={model_folder}", f"--model={tmp_path / 'tuned'}", f"--out={tmp_path / 'adapter'}"]
+    options += ["--target_modules", "q_proj", "--modules_to_save", "embed_tokens"]
+    options += [] if tuned.config.tie_word_embeddings else ["lm_head"]
+    assert main(options) == 2
+    assert f"vocab_size: {rows - 3} and {rows}" in capsys.readouterr().err
+    assert main([*options, f"--vocab={rows}"]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    base.resize_token_embeddings(rows)
+    ids = torch.arange(rows - 9, rows)[None]
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    torch.testing.assert_close(found, tuned(ids).logits, atol=2e-5, rtol=1e-5)
+
+
 def test_what_changes_no_computation_may_differ(model_folder, tmp_path, capsys):
     shutil.copytree(model_folder, tmp_path / "chat")
     path = tmp_path / "chat" / "config.json"

@@ -5,9 +5,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora import data, hub, lora, quant, tree
+from jlora import hub, lora, quant, tree
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_fold_option, add_gguf_option, add_vocab_option, rank, say_adapter, tensor_bar
+from jlora.cli.model import (
+    add_fold_option,
+    add_gguf_option,
+    add_on_error_option,
+    add_vocab_option,
+    encodable,
+    rank,
+    read_records,
+    say_adapter,
+    tensor_bar,
+)
 from jlora.errors import UserError
 from jlora.hub.quantized import quantizable
 from jlora.lora.mix import METHODS
@@ -32,19 +42,23 @@ def run(arguments: list[str]) -> int:
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=options.adapter_only)
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
-    records = data.read_records(options.data) if options.data else None
+    records = read_records(options)
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     exact = hub.exact_dtype(options.model)  # so that sums are rounded once
     model, base = hub.load(options.model, dtype=exact, vocab=options.vocab)
-    tokenizer = hub.load_tokenizer(options.model, adapters[0][0] if len(adapters) == 1 else None)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
         _save_adapter(model, params, options)
         return 0
     hub.require_writable(model, params)
+    tokenizer = hub.load_tokenizer(options.model, adapters[0][0] if len(adapters) == 1 else None)
+    records = encodable(options, records, tokenizer, model.config.vocab_size)
     if options.gguf:  # what it kept is read off the file
+        # The model's own is copied from where it lies: a GGUF file says more of it than can be read off the object.
+        differs = hub.tokenizer_differences(hub.load_tokenizer(options.model), tokenizer)
+        written = tokenizer if differs else options.model
         with tensor_bar() as bar:
-            hub.save_gguf(options.out, model, params, options.model, dtype=options.gguf, progress=bar)
+            hub.save_gguf(options.out, model, params, written, dtype=options.gguf, progress=bar)
         _, merged = hub.load(options.out, dtype="float32")
     else:
         merged = lora.merge(params, dtype)
@@ -154,5 +168,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
     parser.add_argument("--dtype", help="of the merged folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
+    add_on_error_option(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

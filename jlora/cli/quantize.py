@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from jlora import data, hub, quant, tree
-from jlora.cli.model import add_vocab_option
+from jlora import hub, quant, tree
+from jlora.cli.model import add_on_error_option, add_vocab_option, encodable, read_records
 from jlora.errors import UserError
 from jlora.hub.quantized import FORMATS, quantizable
 from jlora.train.sensitivity import measure
@@ -29,8 +29,9 @@ def run(arguments: list[str]) -> int:
 
 def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, tokenizer: Any) -> quant.QuantConfig:
     """The config with rules that keep what packing hurts most, as bitsandbytes' folders can say it: in 16 bits."""
-    records = data.read_records(options.data) if options.data else []
+    records = read_records(options)
     model, params = hub.load(options.model, dtype=dtype, vocab=options.vocab)
+    records = encodable(options, records, tokenizer, model.config.vocab_size)
     found = quant.candidates(params, config)
     quant.choose(found, dict.fromkeys((kernel.name for kernel in found), 0.0), options.bits, config)  # can it be?
     if records:
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
     )
+    add_on_error_option(parser)
     parser.add_argument(
         "--dtype", help="of all that is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
     )

@@ -11,7 +11,7 @@ from jlora.hub.model_merge import merge_models
 from jlora.hub.peft_save import save_adapter, scales_note
 from jlora.hub.quantized import save_quantized
 from jlora.hub.source import Source, open_source
-from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer
+from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer, tokenizer_differences
 
 __all__ = [
     "GGUF_TYPES",
@@ -36,4 +36,5 @@ __all__ = [
     "save_quantized",
     "say_unused_tokenizer",
     "scales_note",
+    "tokenizer_differences",
 ]

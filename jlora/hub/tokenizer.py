@@ -37,7 +37,7 @@ def load_tokenizer(source: str | Path, adapter: str | Path | None = None) -> "Pr
     """
     path = locate(source)
     if adapter and (own := _own_tokenizer(adapter)) is not None:
-        if parts := _differences(load_tokenizer(source), own):
+        if parts := tokenizer_differences(load_tokenizer(source), own):
             warnings.warn(
                 f"{adapter} holds a tokenizer that differs from that of {source} in its {' and '.join(parts)}: the "
                 "adapter's is used",
@@ -61,7 +61,7 @@ def _of_folder(path: Path) -> "PreTrainedTokenizerBase":
 def say_unused_tokenizer(tokenizer: "PreTrainedTokenizerBase", adapter: str | Path) -> None:
     """Warn where the adapter's folder holds a tokenizer that differs from the one that is used."""
     own = _own_tokenizer(adapter)
-    if own is not None and (parts := _differences(tokenizer, own)):
+    if own is not None and (parts := tokenizer_differences(tokenizer, own)):
         warnings.warn(
             f"{adapter} holds a tokenizer that differs from the model's in its {' and '.join(parts)}: the model's is "
             "used. For the adapter's, copy its files into the model's folder",
@@ -86,8 +86,8 @@ def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
         return None
 
 
-def _differences(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
-    """In what the two read or write texts otherwise."""
+def tokenizer_differences(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
+    """In what the two tokenizers read or write texts otherwise; empty where they do not."""
     pairs = {
         "vocabulary": (one.get_vocab(), other.get_vocab()),
         "chat template": (one.chat_template, other.chat_template),

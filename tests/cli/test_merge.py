@@ -1,6 +1,7 @@
 """`jlora merge`: models that transformers opens, mixtures that load as adapters, and no packed sum by accident."""
 
 import json
+import shutil
 
 import gguf
 import jax
@@ -137,6 +138,36 @@ def test_to_gguf(merge, adapters, model_folder, kind):
     assert 99 < share < 101
     np.testing.assert_allclose(logits(out), logits(model_folder, adapters[0]), atol=2e-3 if kind == "f16" else 2e-2)
     assert jlora.load_tokenizer(out)("AB").input_ids == jlora.load_tokenizer(model_folder)("AB").input_ids
+
+
+@pytest.mark.parametrize("base", ["folder", "gguf"])
+def test_a_gguf_file_has_the_tokenizer_that_is_said_to_be_used(adapters, model_folder, tmp_path, base, capsys):
+    adapter, out = tmp_path / "adapter", tmp_path / "out.gguf"
+    shutil.copytree(adapters[0], adapter)
+    tokenizer = jlora.load_tokenizer(model_folder)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(adapter)
+    if base == "gguf":
+        hub.save_gguf(tmp_path / "base.gguf", *jlora.load(model_folder), model_folder)
+        model_folder = tmp_path / "base.gguf"
+    with pytest.warns(UserWarning, match="in its chat template: the adapter's is used"):
+        assert main(["merge", f"--model={model_folder}", f"--adapter={adapter}", "--gguf=f16", f"--out={out}"]) == 0
+    assert jlora.load_tokenizer(out).chat_template == tokenizer.chat_template
+
+
+def test_an_adapter_is_written_without_a_tokenizer(merge, adapters, monkeypatch):
+    monkeypatch.setattr(hub, "load_tokenizer", None)
+    assert merge(f"--adapter={adapters[0]}", "--adapter_only")[0] == 0
+
+
+def test_records_that_are_wrong_are_refused_or_left_out(merge, adapters, tmp_path):
+    rows = [{"prompt": "AB", "completion": "CD"}, {"prompt": 3}, {"prompt": "", "completion": ""}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"--adapter={adapters[0]}", f"--data={tmp_path / 'data.jsonl'}"]
+    code, shown, out = merge(*options)
+    assert code == 2 and "of 3 records cannot be used" in shown and "(--on_error=skip)" in shown and not out.exists()
+    code, shown, _ = merge(*options, "--on_error=skip")
+    assert code == 0 and "are left out" in shown and "KL(" in shown
 
 
 def test_an_adapter_to_gguf(merge, adapters, model_folder):

@@ -46,6 +46,16 @@ def test_mixed_precision_keeps_some_kernels(model_folder, data_file, tmp_path, b
     assert len(skipped) > 1 and "lm_head" in skipped
 
 
+def test_records_that_are_wrong_are_refused_or_left_out(model_folder, tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "AB", "completion": "CD"}) + "\n{}\n")
+    options = ["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", "--bits=6", f"--data={path}"]
+    assert main(options) == 2
+    assert "1 of 2 records cannot be used" in capsys.readouterr().err
+    assert main([*options, "--on_error=skip"]) == 0
+    assert "are left out" in capsys.readouterr().err
+
+
 def test_a_packed_folder_can_be_trained_on(recipe, model_folder, tmp_path, capsys):
     assert main(["quantize", f"--model={model_folder}", f"--out={tmp_path / 'out'}", "--bits=8"]) == 0
     workdir = tmp_path / "run"

@@ -18,7 +18,7 @@ from jlora.hub.peft import WEIGHTS
 from jlora.hub.peft_slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
 from jlora.hub.peft_vocabulary import vocabulary_copies
 from jlora.hub.score import has_score
-from jlora.hub.weights import require_finite
+from jlora.hub.weights import read_json, require_finite
 from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import TRAINED
 from jlora.models.model import SCORE
@@ -47,8 +47,9 @@ def save_adapter(
             right for readers that know no rank_pattern and alpha_pattern, as vLLM.
         save_embedding_layers: also write the base's embedding and head, as PEFT does where the base was given more rows
             for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones. Those
-            that came with an adapter (`jlora.load_adapter`) are written in any case; what a program has put in their
-            place itself cannot be told from the base's.
+            that came with an adapter (`jlora.load_adapter`) are written in any case, and both where `base` is a folder
+            whose config.json has another number of rows; what a program has put in their place itself cannot be told
+            from the base's.
 
     Raises:
         ValueError: there is no adapter in `params`, or one that PEFT's format cannot express, or values that are not
@@ -57,7 +58,8 @@ def save_adapter(
     """
     params = _whole_score(lora.with_starts(params))
     tensors, summary = _contents(params, fold=fold)
-    tensors |= vocabulary_copies(tree.flatten(params), tensors, every=save_embedding_layers)
+    flat = tree.flatten(params)
+    tensors |= vocabulary_copies(flat, tensors, every=save_embedding_layers or _has_more_rows(flat, base))
     require_finite(tensors)
     config = to_json(summary, base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
@@ -81,6 +83,19 @@ def scales_note(path: str | Path) -> str | None:
         f"{len(found)} modules have a scale of their own ({first}), by rank_pattern and alpha_pattern, which vLLM and "
         "others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for all"
     )
+
+
+def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
+    """Whether the embedding has more rows than that of the base, where this lies in a folder."""
+    file = Path(base or "") / "config.json"
+    if base is None or not file.is_file():
+        return False
+    try:
+        rows = read_json(file).get("vocab_size")
+    except UserError:  # a name for adapter_config.json, which nothing is asked of
+        return False
+    embeddings = [flat[f"{path}/embedding"] for path in TIED_HEADS if f"{path}/embedding" in flat]
+    return isinstance(rows, int) and any(leaf.shape[0] > rows for leaf in embeddings)
 
 
 def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:

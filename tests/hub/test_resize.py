@@ -161,14 +161,16 @@ def test_an_adapter_of_pefts_brings_its_new_rows(kind, base, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+@pytest.mark.parametrize("said", [{"save_embedding_layers": True}, {}], ids=["said", "seen"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_a_resized_base_opens_in_peft(kind, base, tmp_path):
+def test_an_adapter_of_a_resized_base_opens_in_peft(kind, said, base, tmp_path):
     model, params = jlora.load(base, dtype="float32", vocab=ROWS + MORE)
     settings = dict(KINDS[kind], r=2, init_lora_weights=False)
     if "trainable_token_indices" in settings:
         settings["trainable_token_indices"] = [ROWS, ROWS + 1]
     params = jlora.lora.init(params, jlora.LoraConfig(**settings), jax.random.key(0))
-    jlora.save_adapter(tmp_path, params, base=base, save_embedding_layers=True)
+    jlora.save_adapter(tmp_path, params, base=base, **said)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / WEIGHTS))
     reference = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     reference.resize_token_embeddings(ROWS + MORE)
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path).eval()

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jlora import lora
@@ -68,6 +70,11 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
             after = optax.cosine_decay_schedule(config.learning_rate, decay_steps)
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
+    """`learning_rate` of every step, on the host: asked for between steps, it would be computed behind the next one."""
+    return np.asarray(jax.vmap(learning_rate(config, steps))(jnp.arange(steps)))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

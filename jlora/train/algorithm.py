@@ -26,11 +26,17 @@ class Source(Protocol):
     def boundary(self) -> bool:
         """Whether a run may be saved and stopped here: what `get_state` says is then enough to go on."""
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the next batch may be asked for while the last step is still computed: it follows neither from its
+        state nor from its metrics.
+        """
+
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
         """The next step's batch on the mesh, how many tokens it holds, and what to report of how it came about."""
 
     def observe(self, metrics: Metrics) -> None:
-        """Is told what the step on the last batch returned.
+        """Is told what a step returned: that on the last batch, or, of a source that is `ahead`, the one before.
 
         Raises:
             RuntimeError: the step does not fit the batch.
@@ -46,7 +52,7 @@ class Source(Protocol):
 class FileSource:
     """Batches of a fixed data set, from a grain iterator that can be resumed."""
 
-    boundary = True
+    boundary = ahead = True
 
     def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int | None = None) -> None:
         """Of items, `sides` says how many documents of each count as tokens of the data; None: there are no items."""

@@ -1,7 +1,7 @@
 """What advances a run: its state, its jitted step, and how a step's metrics read."""
 
 from jlora import tree
-from jlora.optim import learning_rate, make_optimizer
+from jlora.optim import learning_rates, make_optimizer
 from jlora.train.algorithm import Base, Job, Learning, Numbers, placement
 from jlora.train.config import RunConfig
 from jlora.train.state import create_state
@@ -12,12 +12,12 @@ def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning
     """One adapter, or several that one loss trains."""
     optimizer = make_optimizer(config.optim, total_steps)
     state = create_state(job.trainable, optimizer, config.train.seed, base.mesh)
-    schedule = learning_rate(config.optim, total_steps)
+    rates = learning_rates(config.optim, total_steps)
     dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(base.frozen))
     skip = config.train.on_nonfinite == "skip"
 
     def read(metrics: Metrics, number: int) -> Numbers:
         numbers = {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
-        return numbers | {"learning_rate": float(schedule(number - 1))} | job.report(metrics)
+        return numbers | {"learning_rate": float(rates[number - 1])} | job.report(metrics)
 
     return Learning(state, make_step(job.objective, optimizer, placement(state), dropout=dropout, skip=skip), read)

@@ -24,7 +24,7 @@ from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
 from jlora.train.progress import Progress
 from jlora.train.rollout import FILE as COMPLETIONS
 from jlora.train.state import TrainState
-from jlora.train.step import Batch, Metrics, Step
+from jlora.train.step import Metrics, Step
 from jlora.types import Params
 
 # (settings, tokenizer, note) → the plan of a run.
@@ -59,7 +59,58 @@ class _Run:
     note: Note
     guard: Guard
     manifest: dict[str, Any]
+    # Of the steps that are done: what they read, and when the last one was.
     tokens: int = 0
+    finished: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """A step that was sent off.
+
+    Attributes:
+        metrics: on the device, and perhaps not computed yet.
+        tokens, found: of its batch, as `Source.next` returns them.
+        began: when its batch was asked for.
+    """
+
+    number: int
+    metrics: Metrics
+    tokens: int
+    found: Numbers
+    began: float
+
+
+@dataclasses.dataclass
+class _Log:
+    """What is told of the steps that are done.
+
+    Attributes:
+        last: the newest step's metrics.
+    """
+
+    writer: MetricsWriter | None
+    progress: Progress | None
+    every: int
+    last: Numbers = dataclasses.field(default_factory=dict)
+    # Some numbers come with a rollout, not with every step.
+    _unlogged: Numbers = dataclasses.field(default_factory=dict)
+
+    def tell(self, number: int, metrics: Numbers, *, at_once: bool = False) -> None:
+        """Adds a step; `at_once`: to metrics.jsonl too, whatever `train.log_every` says."""
+        if at_once or number % self.every == 0:
+            self.write(number, metrics)
+        else:
+            self._unlogged |= metrics
+        if self.progress:
+            self.progress.update(number, metrics)
+        self.last = metrics
+
+    def write(self, number: int, metrics: Numbers) -> None:
+        """Adds an object to metrics.jsonl."""
+        if self.writer:
+            self.writer.write(number, self._unlogged | metrics)
+        self._unlogged = {}
 
 
 def run(
@@ -112,11 +163,14 @@ def run(
         board = config.train.tensorboard
         writing = MetricsWriter(folder, start_step=start or -1, tensorboard=board) if first else nullcontext()
         with writing as writer:
-            last = _steps(this, start, writer, saved, progress, stop)
+            if progress:
+                progress.start(this.total_steps, start)
+            log = _Log(writer, progress, config.train.log_every)
+            _steps(this, start, log, saved, stop)
     finally:
         saved.close()
     _finish(this)
-    return last
+    return log.last
 
 
 def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note: Note) -> _Run:
@@ -174,91 +228,114 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     )
 
 
-def _steps(
-    this: _Run,
-    start: int,
-    writer: MetricsWriter | None,
-    saved: checkpoint.Checkpoints,
-    progress: Progress | None,
-    stop: Callable[[], bool],
-) -> dict[str, float]:
-    """Runs the steps from `start`; the last one's metrics."""
-    train = this.config.train
-    if progress:
-        progress.start(this.total_steps, start)
+def _steps(this: _Run, start: int, log: _Log, saved: checkpoint.Checkpoints, stop: Callable[[], bool]) -> None:
+    """Runs the steps from `start`.
+
+    A step is sent off before the metrics of the one before it are read: JAX returns before anything is computed, and
+    while the host reads, logs and lays out a batch, the device has the next step to go on with. But the arrays of a
+    state are donated to the step that follows, so that nothing may follow a step whose state is wanted. Such a step is
+    settled: it is waited for, found finite and told of, and then saved or evaluated, while the data still stands behind
+    its batch, which is the last that was asked for. Settled are the steps to be saved or evaluated, the last one, that
+    at which the run is asked to stop, and every one of a source whose next batch follows from the state or the metrics
+    (`Source.ahead`). Waiting there costs the device one batch's laying out; checkpoints are written meanwhile.
+
+    If a step that is not settled turns out not to be finite, what was sent off behind it is dropped.
+    """
+    train, source = this.config.train, this.job.source
     if train.eval_on_start and start == 0:
-        before = _evaluation(this)
-        if writer:
-            writer.write(0, before)
-    last: dict[str, float] = {}
-    unlogged: dict[str, float] = {}  # some numbers come with a rollout, not with every step
-    unsaved = False
-    for number, metrics in _metrics(this, start, saved):
-        if this.guard.ended:  # before anything of this state is saved
-            if writer:
-                writer.write(number, unlogged | metrics)
-            raise this.guard.error(saved.kept())
-        saved.check()
+        log.write(0, _evaluation(this))
+    unsaved = stopping = False
+
+    def asked() -> bool:
+        nonlocal stopping
+        # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
+        stopping = stopping or sharding.on_any_host(stop())
+        return stopping
+
+    unread: _Sent | None = None
+
+    def catch_up() -> None:
+        nonlocal unread
+        if unread:
+            log.tell(unread.number, _read(this, unread, log, saved))
+            unread = None
+
+    for number in range(start + 1, this.total_steps + 1):
+        with _kept(this, number - 1, saved, catch_up):
+            sent = _send(this, number)
+        catch_up()
         final = number == this.total_steps
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
+        due = number % train.save_every == 0
+        if source.ahead and not (final or evaluated or due or asked()):
+            unread = sent
+            continue
+        metrics = _read(this, sent, log, saved)
         if evaluated:
             with _kept(this, number, saved):
                 metrics |= _evaluation(this)
-        # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
-        stopping = not final and this.job.source.boundary and sharding.on_any_host(stop())
-        unlogged |= metrics
-        if evaluated or stopping or final or number % train.log_every == 0:
-            if writer:
-                writer.write(number, unlogged)
-            unlogged = {}
-        if progress:
-            progress.update(number, metrics)
-        unsaved = unsaved or number % train.save_every == 0
-        if stopping or final or (unsaved and this.job.source.boundary):
+        ends = not final and source.boundary and asked()
+        log.tell(number, metrics, at_once=evaluated or ends or final)
+        unsaved = unsaved or due
+        if ends or final or (unsaved and source.boundary):
             saved.save(number, this.state, _position(this))
             unsaved = False
-        if stopping:
+        if ends:
             raise Interrupted(f"saved after step {number} of {this.total_steps} in {this.workdir}")
-        last = metrics
-    return last
 
 
 def _evaluation(this: _Run) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in this.job.evaluate(this.state).items()}
 
 
-def _next(this: _Run, done: int, saved: checkpoint.Checkpoints) -> tuple[Batch, int, Numbers]:
-    """The next batch, after so many steps."""
-    with _kept(this, done, saved):
-        return this.job.source.next(this.state)
-
-
 @contextmanager
-def _kept(this: _Run, done: int, saved: checkpoint.Checkpoints) -> Iterator[None]:
+def _kept(
+    this: _Run, done: int, saved: checkpoint.Checkpoints, settle: Callable[[], object] = lambda: None
+) -> Iterator[None]:
     """Saves what was trained in so many steps if a user's reward or metric fails meanwhile, where a run can go on from
     there. With several hosts it does not: one that fails alone would wait for the others.
+
+    Args:
+        settle: reads the last of the steps if that was not done yet, and raises Diverged if it is not to be saved.
     """
-    position, whole = _position(this), this.job.source.boundary and jax.process_count() == 1
+    source, whole = this.job.source.get_state(), this.job.source.boundary and jax.process_count() == 1
     try:
         yield
     except UserError:
+        settle()
         if done and whole:
-            saved.save(done, this.state, position)
+            saved.save(done, this.state, _position(this) | {"source": source})
         raise
 
 
-def _metrics(this: _Run, start: int, saved: checkpoint.Checkpoints) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, its metrics), each after the step is done."""
-    for number in range(start + 1, this.total_steps + 1):
-        began = time.monotonic()
-        batch, tokens, found = _next(this, number - 1, saved)
-        this.state, metrics = this.step(this.state, this.job.frozen, batch)
-        metrics = jax.device_get(metrics)
-        seen = this.guard.see(metrics, number)
-        this.job.source.observe(metrics)
-        this.tokens += tokens
-        speed = {"num_tokens": this.tokens, "tokens_per_second": tokens / (time.monotonic() - began)}
-        yield number, this.read(metrics, number) | speed | found | seen
+def _send(this: _Run, number: int) -> _Sent:
+    """Sends a step off; nothing is waited for but its batch."""
+    began = time.monotonic()
+    batch, tokens, found = this.job.source.next(this.state)
+    this.state, metrics = this.step(this.state, this.job.frozen, batch)
+    return _Sent(number, metrics, tokens, found, began)
+
+
+def _read(this: _Run, sent: _Sent, log: _Log, saved: checkpoint.Checkpoints) -> Numbers:
+    """A step's numbers, once it is done.
+
+    Raises:
+        Diverged: nothing is left to train. Failed: a checkpoint could not be written meanwhile.
+    """
+    metrics = jax.device_get(sent.metrics)
+    # It had the device to itself since the step before was done, or since it was begun, whichever was later.
+    now = time.monotonic()
+    seconds, this.finished = now - max(sent.began, this.finished), now
+    seen = this.guard.see(metrics, sent.number)
+    this.job.source.observe(metrics)
+    this.tokens += sent.tokens
+    speed = {"num_tokens": this.tokens, "tokens_per_second": sent.tokens / seconds}
+    numbers = this.read(metrics, sent.number) | speed | sent.found | seen
+    if this.guard.ended:
+        log.write(sent.number, numbers)
+        raise this.guard.error(saved.kept())
+    saved.check()
+    return numbers
 
 
 def _position(this: _Run) -> dict[str, Any]:

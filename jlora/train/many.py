@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jlora import lora, sharding, tree
-from jlora.optim import learning_rate, make_optimizer
+from jlora.optim import learning_rates, make_optimizer
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, FileSource, Job, Learning, Note, Numbers, Plan, placement
 from jlora.train.config import RunConfig
@@ -56,7 +56,7 @@ def plan(
 class Sources:
     """Batches [A, K, …] of K sources, each padded with zeros (no tokens) to the largest of the step."""
 
-    boundary = True
+    boundary = ahead = True
 
     def __init__(self, sources: Mapping[str, FileSource], mesh: jax.sharding.Mesh) -> None:
         self._sources, self._mesh = sources, mesh
@@ -118,14 +118,14 @@ def _start(
         state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
         dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(settings))
         skip = config.train.on_nonfinite == "skip"
-        schedules = {name: learning_rate(member.optim, total_steps) for name, member in members.items()}
+        rates = {name: learning_rates(member.optim, total_steps) for name, member in members.items()}
 
         def read(metrics: Metrics, number: int) -> Numbers:
             found = {}
             for place, name in enumerate(members):
                 one = jax.tree.map(lambda leaf, place=place: np.asarray(leaf[place]), metrics)
                 numbers = {"loss": float(one["loss"]), "grad_norm": float(one["grad_norm"])}
-                found[name] = numbers | {"learning_rate": float(schedules[name](number - 1))} | jobs[name].report(one)
+                found[name] = numbers | {"learning_rate": float(rates[name][number - 1])} | jobs[name].report(one)
             return _named(found)
 
         return Learning(state, make_steps(job.objective, optimizer, placement(state), dropout=dropout, skip=skip), read)

@@ -236,6 +236,8 @@ class Sampler:
 class RolloutSource:
     """Batches from the policy as it is: a rollout is sampled when the batches of the last one are used up."""
 
+    ahead = False
+
     def __init__(
         self,
         config: RunConfig,

@@ -1,7 +1,11 @@
-"""The loop: the same run on a mesh, refused workdirs, and faults that leave nothing behind."""
+"""The loop: the same run on a mesh and without looking ahead, refused workdirs, faults that leave nothing behind."""
 
+import dataclasses
+import itertools
 import json
+import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -9,8 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from jlora import checkpoint, hub, lora, tree
-from jlora.train import Interrupted, resolve, resume, run
-from jlora.train.metrics import read_metrics
+from jlora.errors import UserError
+from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, run
+from jlora.train.algorithm import FileSource
+from jlora.train.many import Sources
+from jlora.train.metrics import MetricsWriter, read_metrics
 from jlora.train.restore import load_run
 
 
@@ -164,3 +171,166 @@ def test_a_run_that_cannot_start_leaves_nothing(settings, tmp_path, change, mess
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(resolve(settings | change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Late(np.ndarray):
+    """A number that is still on the device."""
+
+    def __array__(self, dtype=None, copy=None):
+        self.read()
+        return np.array(self.view(np.ndarray))
+
+
+def late(value, read=lambda: None):
+    array = np.asarray(value).view(Late)
+    array.read = read
+    return array
+
+
+@dataclasses.dataclass
+class State:
+    """What a fake step makes of the one before, which it deletes."""
+
+    step: int
+    finite: bool = True
+    deleted: bool = False
+
+
+class Fake(checkpoint.Checkpoints, MetricsWriter):
+    """Source, step, checkpoints and metrics.jsonl, as a record of what the loop did with them. Batches are numbers,
+    `spoiled` the steps that give NaN, and what is asked for the batch of step `fails` is a user's mistake.
+    """
+
+    def __init__(self, *, ahead, spoiled=(), fails=None, boundary=lambda position: True):
+        self.ahead, self._spoiled, self._fails, self._boundary = ahead, spoiled, fails, boundary
+        self.position = 0
+        self.events, self.saved, self.written = [], {}, []
+
+    @property
+    def boundary(self):
+        return self._boundary(self.position)
+
+    def next(self, state):
+        assert not state.deleted and state.step == self.position
+        self.position += 1
+        if self.position == self._fails:
+            raise UserError("rows")
+        return self.position, 10, {}
+
+    def observe(self, metrics):
+        pass
+
+    def get_state(self):
+        return self.position
+
+    def step(self, state, frozen, batch):
+        number, state.deleted = state.step + 1, True
+        assert number == batch
+        self.events.append(("send", number))
+        fine = number not in self._spoiled
+        metrics = {name: late(float(number) if fine else np.nan) for name in ("loss", "grad_norm")}
+        metrics["finite"] = late(fine, lambda: self.events.append(("read", number)))
+        return State(number, fine), metrics
+
+    def evaluate(self, state):
+        assert not state.deleted and ("read", state.step) in self.events
+        self.events.append(("evaluate", state.step))
+        return {"step": float(state.step)}
+
+    def save(self, number, state, data):
+        assert number == state.step and not state.deleted and ("read", number) in self.events
+        self.events.append(("save", number))
+        self.saved[number] = dataclasses.replace(state), data
+
+    def check(self):
+        pass
+
+    def kept(self):
+        return sorted(self.saved)
+
+    def write(self, number, metrics):
+        numbers = {name: value for name, value in metrics.items() if name != "tokens_per_second"}
+        self.written.append((number, json.dumps(numbers)))
+
+
+def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="stop", stop=None):
+    """How the loop ends with a fake."""
+    train = types.SimpleNamespace(save_every=save_every, eval_every=eval_every, eval_on_start=False)
+    this = loop._Run.__new__(loop._Run)
+    this.config, this.workdir = types.SimpleNamespace(train=train), pathlib.Path("run")
+    this.job = types.SimpleNamespace(source=fake, frozen=None, evaluate=fake.evaluate)
+    this.total_steps, this.state, this.step = total, State(0), fake.step
+    this.read = lambda metrics, number: {"loss": float(metrics["loss"]), "number": number}
+    this.guard = finite.Guard(policy, (), this.workdir, print)
+    log = loop._Log(fake, None, log_every)
+    asked = itertools.count(1)
+    try:
+        loop._steps(this, 0, log, fake, lambda: next(asked) == stop)
+    except (UserError, Diverged, Interrupted) as error:
+        return type(error), str(error)
+    return json.dumps({name: value for name, value in log.last.items() if name != "tokens_per_second"})
+
+
+def test_the_next_step_is_sent_before_the_last_one_is_read():
+    fake = Fake(ahead=True)
+    steps(fake, total=4)
+    assert fake.events == [
+        *(("send", 1), ("send", 2), ("read", 1), ("send", 3), ("read", 2), ("send", 4), ("read", 3), ("read", 4)),
+        ("save", 4),
+    ]
+
+
+def test_nothing_is_sent_behind_a_step_whose_state_is_wanted():
+    fake = Fake(ahead=True)
+    steps(fake, total=6, save_every=2, eval_every=3)
+    for kind in ("save", "evaluate"):
+        for number in {step for name, step in fake.events if name == kind} - {6}:
+            assert fake.events.index((kind, number)) < fake.events.index(("send", number + 1))
+
+
+def test_batches_that_follow_from_a_step_are_asked_for_after_it():
+    fake = Fake(ahead=False)
+    steps(fake, total=3)
+    assert [name for name, _ in fake.events] == ["send", "read"] * 3 + ["save"]
+
+
+@pytest.mark.parametrize("spoiled", [(), (1,), (2,), (3,), (4,), (2, 3), (4, 5), (6,)])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_whatever_happens_ends_as_without_looking_ahead(spoiled, policy, monkeypatch):
+    monkeypatch.setattr(finite, "MOST_SKIPPED", 2)
+    wishes = itertools.product((1, 3, 100), (0, 2), (1, 3), (None, 1, 2, 4), (None, 2, 4))
+    for save_every, eval_every, log_every, stop, fails in wishes:
+        fakes = [Fake(ahead=ahead, spoiled=spoiled, fails=fails) for ahead in (True, False)]
+        options = dict(save_every=save_every, eval_every=eval_every, log_every=log_every, policy=policy, stop=stop)
+        ends = [steps(fake, **options) for fake in fakes]
+        assert ends[0] == ends[1], options
+        assert fakes[0].saved == fakes[1].saved and fakes[0].written == fakes[1].written, options
+        for number, (state, data) in fakes[0].saved.items():
+            assert data["source"] == number and data["tokens"] == 10 * number
+            assert state.finite or policy == "skip"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "several"])
+def test_real_runs_are_the_same_bit_for_bit_without_looking_ahead(settings, tmp_path, monkeypatch, kind):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{i} plus {i} is ", "chosen": f"{2 * i}.", "rejected": f"{i}."} for i in range(1, 40)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in pairs))
+    own = {
+        "sft": {},
+        "dpo": {"algorithm": "dpo", "data": {"path": str(path)}},
+        "several": {"adapters": {name: {"train": {"seed": seed}} for seed, name in enumerate(("one", "other"))}},
+    }[kind]
+    adapter = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.1}
+    train = {"steps": 5, "batch_size": 2, "seq_len": 32, "save_every": 3}
+    changed = {"model": settings["model"], "data": settings["data"], "lora": adapter, "train": train} | own
+    ends = []
+    for ahead in (True, False):
+        for source in (FileSource, Sources):
+            monkeypatch.setattr(source, "ahead", ahead)
+        folder = tmp_path / str(ahead)
+        last = run(resolve(changed), folder)
+        records = [record | {"tokens_per_second": 0} for record in read_metrics(folder)]
+        adapters = [file.read_bytes() for file in sorted(folder.rglob("adapter_model.safetensors"))]
+        assert len(records) == 5 and len(adapters) == (2 if kind == "several" else 1)
+        ends.append((records, adapters, last | {"tokens_per_second": 0}))
+    assert ends[0] == ends[1]

@@ -27,6 +27,8 @@ INTERRUPTED = 75
 def run(arguments: list[str]) -> int:
     """The exit code: 0, or 75 when stopped early with everything saved."""
     options, overrides = _parser().parse_known_args(arguments)
+    if options.profile is not None:
+        overrides = [*overrides, f"--config.train.profile={options.profile}"]
     config = resolve(read_config(options.config, overrides))
     allocator.keep_freed_pages()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of each error that it then raises
@@ -88,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="N",
+        help="trace N steps into the workdir's profile/ (train.profile), for xprof, TensorBoard",
     )
     parser.add_argument("--distributed", action="store_true", help="several hosts: call jax.distributed.initialize()")
     return parser

@@ -114,6 +114,7 @@ class TrainConfig:
       on_changed_files: what a run that goes on does when its data, rewards or tokenizer are not what they were:
         "refuse", or "note" what changed and go on.
       tensorboard: also write TensorBoard files (needs the extra of that name).
+      profile: steps to trace, after the first two; see `jlora.train.tracing`.
       fold: the adapter that the run leaves has one rank and one scale for all modules, as `jlora export --fold`.
     """
 
@@ -130,6 +131,7 @@ class TrainConfig:
     eval_on_start: bool = False
     remat: bool = True
     tensorboard: bool = False
+    profile: int = 0
     fold: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     on_changed_files: Literal["refuse", "note"] = "refuse"
@@ -141,7 +143,7 @@ class TrainConfig:
         if self.epochs is not None and not self.epochs > 0:
             faults.append(f"train.epochs: found {self.epochs}, expected more than 0")
         least = {"steps": 1, "batch_size": 1, "seq_len": 2, "grad_accum": 1, "log_every": 1, "save_every": 1}
-        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0}
+        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0, "profile": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:

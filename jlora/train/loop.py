@@ -13,7 +13,7 @@ import jax
 
 from jlora import checkpoint, data, hub, lora, sharding, tree
 from jlora.errors import UserError
-from jlora.train import grpo, many, ppo, preference, resume, sft
+from jlora.train import grpo, many, ppo, preference, resume, sft, tracing, usage
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.config import RunConfig, to_dict
@@ -62,6 +62,9 @@ class _Run:
     # Of the steps that are done: what they read, and when the last one was.
     tokens: int = 0
     finished: float = 0.0
+    # Tokens, seconds and row length of each step since the start, and the memory that the process had before it.
+    timed: list[tuple[int, float, int]] = dataclasses.field(default_factory=list)
+    grown_from: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class _Sent:
     Attributes:
         metrics: on the device, and perhaps not computed yet.
         tokens, found: of its batch, as `Source.next` returns them.
+        length: of its batch's rows.
         began: when its batch was asked for.
     """
 
@@ -78,6 +82,7 @@ class _Sent:
     metrics: Metrics
     tokens: int
     found: Numbers
+    length: int
     began: float
 
 
@@ -135,10 +140,12 @@ def run(
         the data, model or targets are not as they must be. Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)
+    grown_from = usage.process_peak()
     begun = resume.read_begun(folder)
     config = resume.with_dtype(begun, config)
     resume.refuse_other_settings(begun, config)
     this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
+    this.grown_from = grown_from
     first = jax.process_index() == 0  # one host writes what all of them know
     if first:
         _write_json(folder / "config.json", to_dict(config))
@@ -166,9 +173,11 @@ def run(
             if progress:
                 progress.start(this.total_steps, start)
             log = _Log(writer, progress, config.train.log_every)
-            _steps(this, start, log, saved, stop)
+            with tracing.Trace(folder, config.train.profile, start, this.total_steps, this.note) as trace:
+                _steps(this, start, log, saved, trace, stop)
     finally:
         saved.close()
+    _tell_usage(this)
     _finish(this)
     return log.last
 
@@ -228,7 +237,14 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     )
 
 
-def _steps(this: _Run, start: int, log: _Log, saved: checkpoint.Checkpoints, stop: Callable[[], bool]) -> None:
+def _steps(
+    this: _Run,
+    start: int,
+    log: _Log,
+    saved: checkpoint.Checkpoints,
+    trace: tracing.Trace,
+    stop: Callable[[], bool],
+) -> None:
     """Runs the steps from `start`.
 
     A step is sent off before the metrics of the one before it are read: JAX returns before anything is computed, and
@@ -258,10 +274,11 @@ def _steps(this: _Run, start: int, log: _Log, saved: checkpoint.Checkpoints, sto
         nonlocal unread
         if unread:
             log.tell(unread.number, _read(this, unread, log, saved))
+            trace.done(unread.number)
             unread = None
 
     for number in range(start + 1, this.total_steps + 1):
-        with _kept(this, number - 1, saved, catch_up):
+        with _kept(this, number - 1, saved, catch_up), trace.step(number):
             sent = _send(this, number)
         catch_up()
         final = number == this.total_steps
@@ -271,6 +288,7 @@ def _steps(this: _Run, start: int, log: _Log, saved: checkpoint.Checkpoints, sto
             unread = sent
             continue
         metrics = _read(this, sent, log, saved)
+        trace.done(number)
         if evaluated:
             with _kept(this, number, saved):
                 metrics |= _evaluation(this)
@@ -313,7 +331,7 @@ def _send(this: _Run, number: int) -> _Sent:
     began = time.monotonic()
     batch, tokens, found = this.job.source.next(this.state)
     this.state, metrics = this.step(this.state, this.job.frozen, batch)
-    return _Sent(number, metrics, tokens, found, began)
+    return _Sent(number, metrics, tokens, found, batch["tokens"].shape[-1], began)
 
 
 def _read(this: _Run, sent: _Sent, log: _Log, saved: checkpoint.Checkpoints) -> Numbers:
@@ -326,6 +344,7 @@ def _read(this: _Run, sent: _Sent, log: _Log, saved: checkpoint.Checkpoints) -> 
     # It had the device to itself since the step before was done, or since it was begun, whichever was later.
     now = time.monotonic()
     seconds, this.finished = now - max(sent.began, this.finished), now
+    this.timed.append((sent.tokens, seconds, sent.length))
     seen = this.guard.see(metrics, sent.number)
     this.job.source.observe(metrics)
     this.tokens += sent.tokens
@@ -340,6 +359,26 @@ def _read(this: _Run, sent: _Sent, log: _Log, saved: checkpoint.Checkpoints) -> 
 
 def _position(this: _Run) -> dict[str, Any]:
     return {"source": this.job.source.get_state(), "tokens": this.tokens, "guard": this.guard.get_state()}
+
+
+def _tell_usage(this: _Run) -> None:
+    """Says what the steps since the start used, and writes it to usage.json; the first two compile, and do not count if
+    there are more. MFU is sft's: elsewhere a token that is counted is one that other policies read or wrote, too.
+    """
+    timed = sorted(this.timed[2:] or this.timed, key=lambda one: one[0] / one[1])
+    if not timed:
+        return
+    tokens, seconds, length = timed[(len(timed) - 1) // 2]
+    flops = None
+    if this.config.algorithm == "sft":
+        params = next(iter(this.job.adapters(this.state.trainable).values()))
+        flops = usage.flops_per_token(this.base.model.config, *lora.split(params), length)
+    devices = this.base.mesh.devices.ravel().tolist()
+    used = usage.summary(tokens, seconds, flops, used=devices, grown_from=this.grown_from)
+    this.note(f"{used} (median of {len(timed)} steps)")
+    if jax.process_index() == 0:
+        about = {"device": devices[0].device_kind, "devices": len(devices), "steps": len(timed)}
+        _write_json(this.workdir / "usage.json", used.numbers() | about)
 
 
 def _finish(this: _Run) -> None:

@@ -26,6 +26,7 @@ FREE = {
     "rollout": ("on_error", "log_completions"),
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
+        *("profile",),
         *("fold", "on_nonfinite", "on_changed_files", "steps", "epochs"),
     ),
     "data": ("eval_path", "on_error"),

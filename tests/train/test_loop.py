@@ -1,6 +1,7 @@
 """The loop: the same run on a mesh and without looking ahead, refused workdirs, faults that leave nothing behind."""
 
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
@@ -14,10 +15,11 @@ from safetensors.numpy import load_file
 
 from jlora import checkpoint, hub, lora, tree
 from jlora.errors import UserError
-from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, run
+from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, run, tracing, usage
 from jlora.train.algorithm import FileSource
 from jlora.train.many import Sources
 from jlora.train.metrics import MetricsWriter, read_metrics
+from jlora.train.progress import Progress
 from jlora.train.restore import load_run
 
 
@@ -215,7 +217,7 @@ class Fake(checkpoint.Checkpoints, MetricsWriter):
         self.position += 1
         if self.position == self._fails:
             raise UserError("rows")
-        return self.position, 10, {}
+        return {"tokens": np.zeros((1, 1, self.position))}, 10, {}
 
     def observe(self, metrics):
         pass
@@ -225,7 +227,7 @@ class Fake(checkpoint.Checkpoints, MetricsWriter):
 
     def step(self, state, frozen, batch):
         number, state.deleted = state.step + 1, True
-        assert number == batch
+        assert number == batch["tokens"].shape[-1]
         self.events.append(("send", number))
         fine = number not in self._spoiled
         metrics = {name: late(float(number) if fine else np.nan) for name in ("loss", "grad_norm")}
@@ -259,13 +261,14 @@ def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="s
     this = loop._Run.__new__(loop._Run)
     this.config, this.workdir = types.SimpleNamespace(train=train), pathlib.Path("run")
     this.job = types.SimpleNamespace(source=fake, frozen=None, evaluate=fake.evaluate)
-    this.total_steps, this.state, this.step = total, State(0), fake.step
+    this.total_steps, this.state, this.step, this.timed = total, State(0), fake.step, []
     this.read = lambda metrics, number: {"loss": float(metrics["loss"]), "number": number}
     this.guard = finite.Guard(policy, (), this.workdir, print)
     log = loop._Log(fake, None, log_every)
     asked = itertools.count(1)
+    trace = tracing.Trace(this.workdir, 0, 0, total, print)
     try:
-        loop._steps(this, 0, log, fake, lambda: next(asked) == stop)
+        loop._steps(this, 0, log, fake, trace, lambda: next(asked) == stop)
     except (UserError, Diverged, Interrupted) as error:
         return type(error), str(error)
     return json.dumps({name: value for name, value in log.last.items() if name != "tokens_per_second"})
@@ -334,3 +337,23 @@ def test_real_runs_are_the_same_bit_for_bit_without_looking_ahead(settings, tmp_
         assert len(records) == 5 and len(adapters) == (2 if kind == "several" else 1)
         ends.append((records, adapters, last | {"tokens_per_second": 0}))
     assert ends[0] == ends[1]
+
+
+def test_a_run_ends_with_what_it_used(settings, tmp_path, monkeypatch):
+    """On a device whose peak is known, of one adapter and of several."""
+    own = {"train": settings["train"] | {"steps": 4}, "model": {"path": settings["model"]["path"]}}
+    monkeypatch.setattr(usage.devices, "known", lambda kind: types.SimpleNamespace(flops=1e12))
+    for kind in ({}, {"adapters": {name: {"train": {"seed": seed}} for seed, name in enumerate(("one", "other"))}}):
+        told, folder = io.StringIO(), tmp_path / f"run{len(kind)}"
+        run(resolve(settings | own | kind), folder, progress=Progress(told))
+        used = json.loads((folder / "usage.json").read_text())
+        speeds = sorted(record["tokens_per_second"] for record in read_metrics(folder)[2:])
+        assert used["tokens_per_second"] == pytest.approx(speeds[0]) and used["peak_bytes"] >= 0
+        assert (used["steps"], used["devices"], used["device"]) == (2, 1, "cpu")
+        parameters = 2 * 256 * 512 * 3 + 2 * 256 * (192 + 96) * 2 + 257 * 256
+        least = 4 * parameters * speeds[0] / 1e12
+        assert least < used["mfu"] < 1.3 * least
+        assert f"MFU {used['mfu']:.1%} (median of 2 steps)" in told.getvalue()
+    before = (folder / "usage.json").read_bytes()
+    run(resolve(settings | own | kind), folder)  # finished already
+    assert (folder / "usage.json").read_bytes() == before

@@ -61,6 +61,11 @@ class Device:
     full_name: str = ""
     cuda: Cuda | None = None
 
+    @property
+    def usable(self) -> int | None:
+        """Bytes of its memory that are left for a program: CUDA, its libraries and fragments take about 1 GiB."""
+        return self.memory - GIB if self.memory and self.platform == "cuda" else self.memory
+
 
 def _tpu(name: str, kinds: tuple[str, ...], *figures: float) -> Device:
     flops, bandwidth, memory, host_link, links = figures

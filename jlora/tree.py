@@ -124,6 +124,13 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def abstract(values: Any, shardings: Any) -> Any:
+    """The arrays' shapes and dtypes under shardings that lie in a tree of the same form."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), values, shardings
+    )
+
+
 def digest(leaf: Any) -> list[jax.Array]:
     """For each array of a leaf, the sum of its scrambled words times odd weights that follow from their places, modulo
     2³²: exact in any order of summation. No change of one word goes unseen; several cancel by chance only.

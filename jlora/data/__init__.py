@@ -14,7 +14,7 @@ from jlora.data.items import (
     plan_items,
     with_mismatched,
 )
-from jlora.data.loader import Batch, collate, describe, loader
+from jlora.data.loader import Batch, collate, describe, filled, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers
@@ -46,6 +46,7 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "encode_unpaired",
+    "filled",
     "fitted",
     "fold_system",
     "item_loader",

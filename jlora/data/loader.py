@@ -22,6 +22,13 @@ def loader(examples: Sequence[Example], steps: Sequence[Step], grad_accum: int =
     return batches(steps, lambda step: collate(examples, step, grad_accum), grad_accum)
 
 
+def filled(length: int, prompt: int = 0) -> Example:
+    """A document of so many tokens, all of them trained but for a prompt, that begins like no other: it stands for the
+    most that data can ask for.
+    """
+    return Example(np.zeros(length, np.int32), np.arange(length) >= prompt)
+
+
 def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_accum: int) -> grain.DatasetIterator:
     """The resumable iterator over what `collate_step` makes of each step."""
     if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):

@@ -4,6 +4,7 @@ A packed `P.weight` is known by what lies beside it, never by config.json: `P.we
 `__fp4`) with its block scales, or `P.SCB`, the scales of LLM.int8's rows.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.hub.weights import SafetensorsFolder, TensorInfo, read_tensor, read_unchecked
 from jlora.models.kinds import NUMBER
-from jlora.quant import PackedArray, PackedInt8, four_bit
+from jlora.quant import PackedArray, PackedInt8, QuantConfig, as_config, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
 
 COMPANION = re.compile(
@@ -53,6 +54,23 @@ class Stored(NamedTuple):
     @property
     def names(self) -> set[str]:
         return {name for name, _ in self.parts.values()}
+
+
+def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
+    """How a checkpoint is packed by what its config.json says; None for one that is not."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None
+    if settings.get("load_in_8bit"):
+        return as_config("int8")
+    if not settings.get("load_in_4bit"):
+        method = settings.get("quant_method", "by an unnamed method")
+        raise UserError(
+            f"config.json says that the weights are quantised ({method}), which jlora does not read; "
+            "give the original model, and model.quant"
+        )
+    form = as_config(settings.get("bnb_4bit_quant_type", "fp4"))
+    return dataclasses.replace(form, double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
 
 
 def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:

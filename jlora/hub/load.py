@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora import models, sharding, tree
 from jlora.errors import UserError, describe_faults
 from jlora.hub import names
-from jlora.hub.bitsandbytes import Stored, read_packed, stored_tensors
-from jlora.hub.forms import Form, chosen_forms, form_of, stack_layers, stored_forms
+from jlora.hub.bitsandbytes import Stored, read_packed, said_quant, stored_tensors
+from jlora.hub.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
 from jlora.hub.resize import Vocab, grown, resized
 from jlora.hub.score import is_scored, scored_leaves
-from jlora.hub.source import Source, check_tensors, open_source
+from jlora.hub.source import Description, Source, check_tensors, open_description, open_source
 from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo
 from jlora.models import kinds
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
@@ -67,15 +67,69 @@ def load(
         FileNotFoundError: the checkpoint or files of it are missing.
         ValueError: files are broken, the model is of an unknown kind, or tensors do not fit it; all are listed.
     """
-    dtype = float_dtype(dtype, mesh)
-    checkpoint = open_source(source)
-    config = as_config(quant)
-    stored = _stored(source, checkpoint, config)
+    contents = _contents(source, open_source(source), float_dtype(dtype, mesh), as_config(quant), vocab)
+    return contents.model, tree.unflatten({path: contents.load(path, mesh) for path in contents.leaves})
+
+
+def describe(
+    source: str | Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    quant: str | QuantConfig | None = None,
+    mesh: Mesh | None = None,
+    *,
+    vocab: Vocab = None,
+) -> tuple["Model", Params]:
+    """What `load` returns, with shapes, dtypes and shardings in the place of arrays. Of the source config.json is
+    enough; of a Hub id nothing else is fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    contents = _contents(source, open_description(source), float_dtype(dtype, mesh), as_config(quant), vocab)
+    params = tree.unflatten({path: contents.abstract(path) for path in contents.leaves})
+    if mesh is None:
+        return contents.model, params
+    return contents.model, tree.abstract(params, sharding.tree_shardings(params, mesh))
+
+
+class Contents(NamedTuple):
+    """A checkpoint that fits its model.
+
+    Attributes:
+        leaves: path → what is made of it before it is packed.
+        tensors: path → the tensors that it is made of.
+        stored: the tensors that are packed already.
+        read: (a tensor's name) → its values.
+    """
+
+    model: "Model"
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    tensors: dict[str, list[names.HubTensor]]
+    forms: Forms
+    stored: dict[str, Stored]
+    read: Callable[[str], Any]
+
+    def abstract(self, path: str) -> Any:
+        """The leaf as it will be kept."""
+        return _abstract(self.leaves[path], form_of(self.forms, path))
+
+    def load(self, path: str, mesh: Mesh | None) -> Any:
+        """The leaf."""
+        return _load_leaf(self.read, path, self.leaves[path], self.tensors[path], form_of(self.forms, path), mesh)
+
+
+def _contents(
+    source: str | Path, checkpoint: Source | Description, dtype: np.dtype, config: QuantConfig | None, vocab: Vocab
+) -> Contents:
+    described = isinstance(checkpoint, Description)
+    stored = {} if described else _stored(source, checkpoint, config)
+    config = config or (said_quant(checkpoint.config) if described else None)
     model = _build(checkpoint)
     leaves = _leaves(model, checkpoint, dtype)
-    _require_plausible(leaves, checkpoint)
     tensors = _hub_tensors(model, leaves)
-    stored = _check(checkpoint, tensors, stored)
+    if not described:
+        _require_plausible(leaves, checkpoint)
+        stored = _check(checkpoint, tensors, stored)
     model = resized(model, source, vocab)
     leaves = _leaves(model, checkpoint, dtype)
     forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
@@ -85,11 +139,7 @@ def load(
     def read(name: str) -> Any:
         return read_packed(stored[name], stored[name].dtype or dtype) if name in stored else checkpoint.read(name)
 
-    whole = _grown(read, model, tensors, stored)
-    params = {
-        path: _load_leaf(whole, path, leaf, tensors[path], form_of(forms, path), mesh) for path, leaf in leaves.items()
-    }
-    return model, tree.unflatten(params)
+    return Contents(model, leaves, tensors, forms, stored, _grown(read, model, tensors, stored))
 
 
 def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
@@ -170,7 +220,7 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
     return stored
 
 
-def _build(checkpoint: Source) -> "Model":
+def _build(checkpoint: Source | Description) -> "Model":
     """The model, which ends a text where generation_config.json says so: chat models often have more ends than one."""
     generation = checkpoint.generation_config
     if not generation:
@@ -186,7 +236,7 @@ def _build(checkpoint: Source) -> "Model":
 
 
 def _leaves(
-    model: "Model", checkpoint: Source, dtype: np.dtype, stacks: tuple[range, ...] | None = None
+    model: "Model", checkpoint: Source | Description, dtype: np.dtype, stacks: tuple[range, ...] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Path → what is to be read from the checkpoint."""
     leaves = tree.flatten(model.abstract_params(dtype, stacks))
@@ -260,7 +310,7 @@ def _load_leaf(
 ) -> Any:
     """One leaf, its layers written one after another into a buffer that is given up and returned every time."""
     packing = Packing(tensors[0].transposed, form, None)
-    whole = jax.eval_shape(functools.partial(_pack, packing=packing._replace(transposed=False)), leaf)
+    whole = _abstract(leaf, form)
     leading = len(tensors[0].index)
     if mesh is not None:
         packing = packing._replace(shardings=tuple(jax.tree.leaves(sharding.leaf_sharding(path, whole, mesh))))
@@ -302,6 +352,11 @@ def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
         for part, placement in zip(parts, placements, strict=True)
     ]
     return jax.tree.unflatten(structure, placed)
+
+
+def _abstract(leaf: jax.ShapeDtypeStruct, form: Form) -> Any:
+    """The leaf packed, as shapes."""
+    return jax.eval_shape(functools.partial(_pack, packing=Packing(False, form, None)), leaf)
 
 
 def _pack(values: Any, packing: Packing) -> Any:

@@ -9,7 +9,7 @@ import jax
 
 from jlora import lora, tree
 from jlora.errors import UserError
-from jlora.hub.source import Source
+from jlora.hub.source import Description, Source
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -50,7 +50,7 @@ def has_score(params: Params) -> bool:
     return own.keys() == {"kernel"} and own["kernel"].shape[1:] == (1,)
 
 
-def is_scored(checkpoint: Source) -> bool:
+def is_scored(checkpoint: Source | Description) -> bool:
     """Whether the checkpoint is a reward model's.
 
     Raises:

@@ -1,13 +1,14 @@
 """Where a model comes from: a folder, a GGUF file or a Hub id, opened as one object that reads tensors by Hub name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from jlora.errors import MissingFileError, UserError, describe_faults
 from jlora.hub.gguf import GGUFFile
 from jlora.hub.tied import settle_head
-from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo
+from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo, read_json
 
 TEMPLATES = "additional_chat_templates"  # the folder of the named ones
 ALLOW = (
@@ -22,6 +23,7 @@ IGNORE = (
     *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
     f"{TEMPLATES}[!/]*",
 )
+GENERATION = "generation_config.json"
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
 
@@ -38,6 +40,31 @@ def open_source(location: str | Path) -> Source:
     """
     path = locate(location)
     return GGUFFile(path) if path.suffix == ".gguf" else settle_head(SafetensorsFolder(path))
+
+
+class Description:
+    """A folder whose config.json is looked at and whose weights, if there are any, are not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        generation = folder / GENERATION
+        self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
+        self.tensors: dict[str, TensorInfo] = {}
+
+    def read(self, name: str) -> NoReturn:
+        """There is nothing to read."""
+        raise MissingFileError(f"{self.folder} was opened without its weights; {name} is asked for")
+
+
+def open_description(location: str | Path) -> "Source | Description":
+    """The checkpoint at `location`; without weights where there are none, and where they would have to be fetched."""
+    path = Path(location).expanduser()
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return Description(path)
+    if path.exists() or path.is_absolute() or not re.fullmatch(HUB_ID, str(location)):
+        return open_source(location)
+    return Description(_download(str(location), ("config.json", GENERATION)))
 
 
 def locate(location: str | Path) -> Path:
@@ -108,13 +135,13 @@ def _gguf_in(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str] = ALLOW) -> Path:
     # Slow to import, and of no use to those who load from a folder.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(ALLOW), ignore_patterns=list(IGNORE))
+        folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=list(IGNORE))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MissingFileError(

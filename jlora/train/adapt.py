@@ -1,14 +1,18 @@
 """The adapter that a run starts with."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jlora import checkpoint, hub, lora, tree
+from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.quant import Rounded
+from jlora.train.algorithm import Base
 from jlora.train.config import RunConfig
 from jlora.types import Params
 
@@ -27,6 +31,35 @@ def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None 
     model.require_positions(config.train.seq_len, "train.seq_len")
     _warn_of_experts(params)
     return _with_fixed(_adapted(model, params, config), fixed or {})
+
+
+def based(
+    config: RunConfig,
+    model: Model,
+    params: Params,
+    mesh: Mesh,
+    *,
+    tokenizer: Any = None,
+    workdir: Any = None,
+    place: Callable[[Params, Mesh], Params] = sharding.shard,
+) -> Base:
+    """What an algorithm starts from.
+
+    Args:
+        params: with the adapter, unless several are put beside the base by their plan.
+        place: see `Base`.
+    """
+    frozen, trainable = lora.split(params)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        frozen=place(frozen, mesh),
+        trainable=trainable,
+        reference=place(lora.adapter_leaves(params), mesh) if config.model.adapter else {},
+        workdir=workdir,
+        place=place,
+    )
 
 
 def _adapted(model: Model, params: Params, config: RunConfig) -> Params:

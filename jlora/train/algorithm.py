@@ -89,6 +89,7 @@ class Base:
         frozen, trainable: the two halves of its params, `frozen` placed on the mesh.
         reference: the starting adapter when the run goes on from one, {} when it starts at the base.
         workdir: where an algorithm may leave files of its own.
+        place: puts a tree on the mesh; where the arrays are shapes only, it gives them their shardings.
     """
 
     model: Model
@@ -98,6 +99,7 @@ class Base:
     trainable: Params
     reference: Params
     workdir: Any
+    place: Callable[[Params, jax.sharding.Mesh], Params] = sharding.shard
 
     @property
     def constants(self) -> Params:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -25,18 +25,20 @@ class Cost:
         return Cost(self.flops * times, self.traffic * times)
 
 
-def cost(jaxpr: Any) -> Cost:
+def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
     """The cost of a jaxpr: loops count as often as they run (one whose end depends on values, once), and of branches
-    the dearest.
+    the dearest, or the platform's where they are for platforms.
     """
     total = Cost()
     for equation in jaxpr.eqns:
-        inner = [cost(one) for one in _inner(equation)]
+        inner = [cost(one, platform) for one in programs(equation)]
         match equation.primitive.name:
             case "dot_general" | "ragged_dot_general" | "ragged_dot":
                 total += _product(equation)
             case "scan":
                 total += inner[0] * equation.params["length"]
+            case "cond" if branches := equation.params.get("branches_platforms"):
+                total += inner[chosen(branches, platform)]
             case "cond":
                 total += max(inner, key=lambda one: one.flops)
             case "pallas_call":
@@ -48,13 +50,27 @@ def cost(jaxpr: Any) -> Cost:
     return total
 
 
-def _inner(equation: Any) -> Iterator[Any]:
+def programs(equation: Any) -> list[Any]:
+    """The jaxprs that an equation runs."""
+    found = []
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(one, "jaxpr"):
-                yield one.jaxpr
-            elif hasattr(one, "eqns"):
-                yield one
+            if hasattr(one, "eqns"):
+                found.append(one.jaxpr if hasattr(one, "jaxpr") else one)
+            elif hasattr(one, "jaxpr"):
+                found.append(one.jaxpr)
+    return found
+
+
+def chosen(branches: Sequence[tuple[str, ...] | None], platform: str) -> int:
+    """Which of the branches for platforms is this one's; None is of all others."""
+    of = next((place for place, names in enumerate(branches) if names and platform in names), None)
+    return branches.index(None) if of is None else of
+
+
+def nbytes(aval: Any) -> int:
+    """Bytes of an abstract array, 0 of what is none."""
+    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
 def _product(equation: Any) -> Cost:
@@ -65,15 +81,11 @@ def _product(equation: Any) -> Cost:
         depth = math.prod(left.shape[axis] for axis in contracted)
     else:  # rows in groups: each row meets one group's matrix
         depth = left.shape[-1]
-    return Cost(2.0 * math.prod(result.shape) * depth, float(sum(map(_bytes, (left, right, result)))))
+    return Cost(2.0 * math.prod(result.shape) * depth, float(sum(map(nbytes, (left, right, result)))))
 
 
 def _attention(equation: Any, products: int) -> Cost:
     queries, keys, *_ = (variable.aval for variable in equation.invars)
     batch, length, heads, width = queries.shape
     flops = 2.0 * products * batch * heads * length * keys.shape[1] * width
-    return Cost(flops, float(products * (_bytes(queries) + _bytes(keys))))
-
-
-def _bytes(aval: Any) -> int:
-    return math.prod(aval.shape) * aval.dtype.itemsize
+    return Cost(flops, float(products * (nbytes(queries) + nbytes(keys))))

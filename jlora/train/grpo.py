@@ -1,5 +1,6 @@
 """GRPO and its relatives: a completion is as good as it is better than others of its prompt."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,7 @@ from jlora.generate import policy_digest
 from jlora.losses import POLICY_LOSS_TYPES, advantages, by_document
 from jlora.models import Model
 from jlora.train import layout, rollout
-from jlora.train.algorithm import Base, Job, Note, Numbers, Plan, reference_params
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan, Source, reference_params
 from jlora.train.config import RunConfig
 from jlora.train.rollout import Rollouts, RolloutSource, Sampler
 from jlora.train.scores import completion_scores, score_batch
@@ -37,19 +38,42 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         sampler = Sampler(config, base, rewards)
         if config.grpo.beta:
             note(f"the reference policy is {config.model.adapter or 'the base model'}")
-        return Job(
-            trainable=base.trainable,
-            frozen=base.constants,
-            objective=grpo_loss(base.model, config),
-            source=RolloutSource(config, base, prompts, functools.partial(_collect, sampler, note)),
-            report=functools.partial(_report, config),
-            adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        return dataclasses.replace(
+            _job(config, base, RolloutSource(config, base, prompts, functools.partial(_collect, sampler, note))),
             evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable, int(state.step)),
-            panels=PANELS,
         )
 
     longest = max(map(len, prompts.tokens)) + config.rollout.max_completion_length
     return Plan(config.train.steps, start, longest, prompts.checksum)
+
+
+def fullest(config: RunConfig) -> Plan:
+    """One step on completions as long as they may be."""
+    settings = config.grpo
+
+    def start(base: Base) -> Job:
+        batch = layout.fullest(config, base.mesh, settings.steps_per_generation)
+        names = ["advantages", *(["old_log_probs"] if _has_moved(settings) else [])]
+        names += ["reference_log_probs"] if settings.beta else []
+        batch |= dict.fromkeys(names, np.zeros_like(batch["weights"]))
+        if settings.loss_type == BY_PROMPT:
+            batch |= _group_values(batch, config.rollout.num_generations)
+        batches = iter(layout.parts(batch, settings.steps_per_generation))
+        return _job(config, base, FileSource(batches, base.mesh, sides=1))
+
+    return Plan(1, start, config.train.seq_len)
+
+
+def _job(config: RunConfig, base: Base, source: Source) -> Job:
+    return Job(
+        trainable=base.trainable,
+        frozen=base.constants,
+        objective=grpo_loss(base.model, config),
+        source=source,
+        report=functools.partial(_report, config),
+        adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        panels=PANELS,
+    )
 
 
 def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
@@ -173,7 +197,7 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
     seed = (config.train.seed, source.drawn)
     batch = layout.lay_out(rollouts, config, source.base.mesh, settings.steps_per_generation, seed)
     batch["sampler_log_probs"] = layout.to_layout(batch, [c.log_probs for c in rollouts.completions])
-    moved = settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
+    moved = _has_moved(settings)
     scores = score_batch(source.base, config, state.trainable, batch, old=moved, reference=bool(settings.beta))
     batch |= {name: value for name, value in scores.items() if name != "old_log_probs" or moved}
     given, numbers = _advantages(rollouts, batch, settings, group, sampler.weights)
@@ -196,6 +220,11 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
             advantage=layout.by_item(batch, given) / np.maximum(layout.by_item(batch, batch["weights"]), 1),
         )
     return layout.parts(batch, settings.steps_per_generation) * settings.num_iterations, numbers, rollouts
+
+
+def _has_moved(settings: GRPOConfig) -> bool:
+    """Whether steps need the log-probabilities under the policy that sampled, which may not be theirs any more."""
+    return settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
 
 
 def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, note: Note) -> tuple[Rollouts, int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import data, sharding
 from jlora.train.config import RunConfig
+from jlora.train.rewards import RewardTable
 from jlora.train.rollout import Rollouts
 
 
@@ -43,6 +44,26 @@ def lay_out(
         groups += [step.groups[0] if step.groups else () for step in steps[start:end]] + padding
     step = data.Step(tuple(rows), max(step.length for step in steps), tuple(groups) if share else None)
     return data.collate_items(rollouts.items, step, micro_batches)
+
+
+def fullest(config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
+    """A rollout of `lay_out` whose prompts and completions are as long as they may be, with the sampler's
+    log-probabilities: no rollout needs more memory.
+    """
+    train, settings = config.train, config.rollout
+    count = train.batch_size * train.grad_accum * parts
+    document = data.filled(train.seq_len, train.seq_len - settings.max_completion_length)
+    rollouts = Rollouts(
+        numbers=[place // settings.num_generations for place in range(count)],
+        completions=[],
+        texts=[],
+        items=[data.Item((document,), {"index": float(place)}) for place in range(count)],
+        table=RewardTable((), np.zeros((count, 0), np.float32), (), {}, {}),
+        rewards=np.zeros(count, np.float32),
+        digest=0,
+    )
+    batch = lay_out(rollouts, config, mesh, parts, (0,))
+    return batch | {"sampler_log_probs": np.zeros_like(batch["weights"])}
 
 
 def _height(rows: int, ways: int) -> int:

@@ -14,7 +14,7 @@ import jax
 from jlora import checkpoint, data, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.train import grpo, many, ppo, preference, resume, sft, tracing, usage
-from jlora.train.adapt import adapt
+from jlora.train.adapt import adapt, based
 from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.config import RunConfig, to_dict
 from jlora.train.early import check_surroundings
@@ -209,17 +209,8 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     model, params = hub.load(config.model.path, mesh=mesh, **settings)
     if not config.adapters:  # several are put beside the base by their plan
         params = adapt(model, params, config, begun.fixed)
-    frozen, trainable = lora.split(params)
-    note(_describe_params(config, frozen, trainable))
-    base = Base(
-        model=model,
-        tokenizer=tokenizer,
-        mesh=mesh,
-        frozen=sharding.shard(frozen, mesh),
-        trainable=trainable,
-        reference=sharding.shard(lora.adapter_leaves(params), mesh) if config.model.adapter else {},
-        workdir=folder,
-    )
+    base = based(config, model, params, mesh, tokenizer=tokenizer, workdir=folder)
+    note(_describe_params(config, base.frozen, base.trainable))
     job = plan.start(base)
     learning = (job.learn or learn)(config, base, job, plan.total_steps)
     return _Run(

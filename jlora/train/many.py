@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import lora, sharding, tree
+from jlora import data, lora, sharding, tree
 from jlora.optim import learning_rates, make_optimizer
 from jlora.train.adapt import adapt
 from jlora.train.algorithm import Base, FileSource, Job, Learning, Note, Numbers, Plan, placement
@@ -63,9 +63,13 @@ class Sources:
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
         """The next batches; the policies play no part."""
+        batch, count = self.read()
+        return sharding.put_batch(batch, self._mesh), count, {}
+
+    def read(self) -> tuple[data.Batch, int]:
+        """The next batches on the host, joined, and how many tokens they hold."""
         batches, counts = zip(*(source.read() for source in self._sources.values()), strict=True)
-        joined = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
-        return sharding.put_batch(joined, self._mesh), sum(counts), {}
+        return {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, sum(counts)
 
     def observe(self, metrics: Metrics) -> None:
         """Nothing to check."""
@@ -97,7 +101,7 @@ def _start(
     jobs, own, fixed = {}, {}, {}
     for name, adapter in adapters.items():
         settings_of_one, own[name] = lora.split(adapter)
-        fixed[name] = sharding.shard(settings_of_one, base.mesh)
+        fixed[name] = base.place(settings_of_one, base.mesh)
         frozen = lora.combine(base.frozen, fixed[name])
         jobs[name] = plans[name].start(dataclasses.replace(base, frozen=frozen, trainable=own[name]))
 
@@ -136,7 +140,7 @@ def _start(
         trainable=trainable,
         frozen={
             "base": base.frozen,
-            "settings": sharding.shard(settings, base.mesh),
+            "settings": base.place(settings, base.mesh),
             "rate": jnp.asarray(rates, jnp.float32),
         },
         objective=first.objective,

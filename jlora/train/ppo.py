@@ -1,5 +1,6 @@
 """PPO: a policy and a value, two adapters on one frozen base, learn from rewards that a KL to the reference limits."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -13,7 +14,7 @@ from jlora.generate import policy_digest
 from jlora.losses import advantages, ppo_policy, ppo_value, token_scores
 from jlora.models import Model
 from jlora.train import layout, rollout
-from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.algorithm import Base, FileSource, Job, Note, Numbers, Plan, Source
 from jlora.train.config import RunConfig
 from jlora.train.grpo import sampling_items, sampling_numbers
 from jlora.train.rollout import Rollouts, RolloutSource, Sampler
@@ -37,24 +38,43 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     def start(base: Base) -> Job:
         sampler = Sampler(config, base, rewards)
         note(f"the reference policy is {config.model.adapter or 'the base model'}")
-        # The value starts as the policy does, with a head that says 0.
-        _, value = lora.split(base.model.add_score(lora.combine(base.frozen, base.trainable)))
-        return Job(
-            trainable={"policy": base.trainable, "value": value},
-            frozen=base.frozen,
-            objective=ppo_loss(base.model, config),
-            source=RolloutSource(config, base, prompts, functools.partial(_collect, sampler)),
-            report=_report,
-            adapters=lambda trainable: {
-                "adapter": lora.combine(base.frozen, trainable["policy"]),
-                "value": lora.combine(base.frozen, trainable["value"]),
-            },
+        return dataclasses.replace(
+            _job(config, base, RolloutSource(config, base, prompts, functools.partial(_collect, sampler))),
             evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable["policy"], int(state.step)),
-            panels=PANELS,
         )
 
     longest = max(map(len, prompts.tokens)) + config.rollout.max_completion_length
     return Plan(config.train.steps, start, longest, prompts.checksum)
+
+
+def fullest(config: RunConfig) -> Plan:
+    """One step on completions as long as they may be."""
+    names = ("old_log_probs", "reference_log_probs", "old_values", "advantages", "returns")
+
+    def start(base: Base) -> Job:
+        batch = layout.fullest(config, base.mesh, config.ppo.num_mini_batches)
+        batch |= dict.fromkeys(names, np.zeros_like(batch["weights"]))
+        batches = iter(layout.parts(batch, config.ppo.num_mini_batches))
+        return _job(config, base, FileSource(batches, base.mesh, sides=1))
+
+    return Plan(1, start, config.train.seq_len)
+
+
+def _job(config: RunConfig, base: Base, source: Source) -> Job:
+    # The value starts as the policy does, with a head that says 0.
+    _, value = lora.split(base.model.add_score(lora.combine(base.frozen, base.trainable)))
+    return Job(
+        trainable={"policy": base.trainable, "value": value},
+        frozen=base.frozen,
+        objective=ppo_loss(base.model, config),
+        source=source,
+        report=_report,
+        adapters=lambda trainable: {
+            "adapter": lora.combine(base.frozen, trainable["policy"]),
+            "value": lora.combine(base.frozen, trainable["value"]),
+        },
+        panels=PANELS,
+    )
 
 
 def ppo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:

@@ -71,7 +71,34 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     items, encoded = read_items(config, config.data.path, tokenizer, note)
     held_out = read_items(config, config.data.eval_path, tokenizer, note)[0] if config.data.eval_path else []
     _check_references(config, items, held_out)
-    steps = data.plan_items(
+    steps = _steps(config, items, epochs=train.epochs, steps=train.steps)
+    note(f"{len(items)} {'pairs' if method.kind == 'pairs' else 'answers'}, {data.describe(encoded, steps)}")
+    documents = [document for item in items for document in item.documents]
+    longest = max(len(one.tokens) for one in (*documents, *(one for item in held_out for one in item.documents)))
+    start = functools.partial(_start, config, items, steps, held_out, note)
+    return Plan(len(steps), start, longest, checksum(documents))
+
+
+def fullest(config: RunConfig) -> Plan:
+    """One step on items whose documents are as long as they may be and share nothing: no data needs more memory."""
+    train, known = config.train, {}
+    if METHODS[config.algorithm].kind == "unpaired":
+        documents, known = 1, {"label": 1.0}
+    else:
+        documents = 2
+        if config.dpo.precompute_ref_log_probs:
+            known = {dpo.CHOSEN: 0.0, dpo.REJECTED: 0.0}
+    item = data.Item((data.filled(train.seq_len),) * documents, known)
+    items = _with_others(config, [item] * (2 * train.batch_size * train.grad_accum))
+    steps = _steps(config, items, epochs=None, steps=1)
+    return Plan(1, functools.partial(_start, config, items, steps, (), lambda message: None), train.seq_len)
+
+
+def _steps(
+    config: RunConfig, items: Sequence[data.Item], *, epochs: int | float | None, steps: int | None
+) -> list[data.Step]:
+    train = config.train
+    return data.plan_items(
         items,
         seq_len=train.seq_len,
         batch_size=train.batch_size,
@@ -79,39 +106,43 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
         packing=config.data.packing,
         bucket=config.data.bucket,
         seed=train.seed,
-        epochs=train.epochs,
-        steps=train.steps,
+        epochs=epochs,
+        steps=steps,
         share=shares(config),
     )
-    note(f"{len(items)} {'pairs' if method.kind == 'pairs' else 'answers'}, {data.describe(encoded, steps)}")
 
-    def start(base: Base) -> Job:
-        objective = method.objective(base.model, config)
-        train_items, eval_items = items, held_out
-        if method.reference:
-            note(f"the reference policy is {_reference_name(config, items)}")
-            if config.dpo.precompute_ref_log_probs and dpo.CHOSEN not in items[0].values:
-                train_items, eval_items = (with_reference(base, config, some) for some in (items, held_out))
-        evaluate = functools.partial(evaluate_items, jax.jit(_scorer(objective)), config, base, eval_items)
-        return Job(
-            trainable=base.trainable,
-            frozen=base.constants,
-            objective=objective,
-            source=FileSource(
-                data.item_loader(train_items, steps, train.grad_accum),
-                base.mesh,
-                sides=2 if method.kind == "pairs" else 1,
-            ),
-            report=method.report,
-            adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
-            evaluate=lambda state: _numbers(method, evaluate(state)),
-            panels=method.panels,
-            finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
-        )
 
-    documents = [document for item in items for document in item.documents]
-    longest = max(len(one.tokens) for one in (*documents, *(one for item in held_out for one in item.documents)))
-    return Plan(len(steps), start, longest, checksum(documents))
+def _start(
+    config: RunConfig,
+    items: Sequence[data.Item],
+    steps: Sequence[data.Step],
+    held_out: Sequence[data.Item],
+    note: Note,
+    base: Base,
+) -> Job:
+    method = METHODS[config.algorithm]
+    objective = method.objective(base.model, config)
+    train_items, eval_items = items, held_out
+    if method.reference:
+        note(f"the reference policy is {_reference_name(config, items)}")
+        if config.dpo.precompute_ref_log_probs and dpo.CHOSEN not in items[0].values:
+            train_items, eval_items = (with_reference(base, config, some) for some in (items, held_out))
+    evaluate = functools.partial(evaluate_items, jax.jit(_scorer(objective)), config, base, eval_items)
+    return Job(
+        trainable=base.trainable,
+        frozen=base.constants,
+        objective=objective,
+        source=FileSource(
+            data.item_loader(train_items, steps, config.train.grad_accum),
+            base.mesh,
+            sides=2 if method.kind == "pairs" else 1,
+        ),
+        report=method.report,
+        adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        evaluate=lambda state: _numbers(method, evaluate(state)),
+        panels=method.panels,
+        finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
+    )
 
 
 def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tuple[list[data.Item], data.EncodeReport]:
@@ -129,9 +160,14 @@ def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tupl
             f"{path} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh token "
             "by token: leave out ref_chosen_logps and ref_rejected_logps, or dpo.ld_alpha"
         )
+    return _with_others(config, items), report
+
+
+def _with_others(config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:
+    """The items with the documents that an algorithm makes of several of them."""
     if config.algorithm == "kto" and config.kto.loss_type == "kto":
-        items = data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
-    return items, report
+        return data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
+    return list(items)
 
 
 def _check_references(config: RunConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:

@@ -45,20 +45,39 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     for remark in encoded.notes:
         note(remark)
 
-    def start(base: Base) -> Job:
-        return Job(
-            trainable=base.trainable,
-            frozen=base.frozen,
-            objective=sft_loss(base.model, remat=train.remat),
-            source=FileSource(data.loader(examples, steps, train.grad_accum), base.mesh),
-            report=_report,
-            adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
-            evaluate=functools.partial(_evaluate, config, base, held_out),
-            panels=(("Tokens per second", ("tokens_per_second",)),),
-        )
-
     longest = max(len(example.tokens) for example in examples)
+    start = functools.partial(_start, config, examples, steps, held_out)
     return Plan(len(steps), start, longest, checksum(examples))
+
+
+def fullest(config: RunConfig) -> Plan:
+    """One step on rows without padding: no data needs more memory."""
+    train = config.train
+    rows = train.batch_size * train.grad_accum
+    examples = [data.filled(train.seq_len)] * rows
+    lengths = [train.seq_len] * rows
+    settings = dict(packing=config.data.packing, bucket=config.data.bucket)
+    steps = data.plan(lengths, seq_len=train.seq_len, batch_size=rows, steps=1, **settings)
+    return Plan(1, functools.partial(_start, config, examples, steps, ()), train.seq_len)
+
+
+def _start(
+    config: RunConfig,
+    examples: Sequence[data.Example],
+    steps: Sequence[data.Step],
+    held_out: Sequence[data.Record],
+    base: Base,
+) -> Job:
+    return Job(
+        trainable=base.trainable,
+        frozen=base.frozen,
+        objective=sft_loss(base.model, remat=config.train.remat),
+        source=FileSource(data.loader(examples, steps, config.train.grad_accum), base.mesh),
+        report=_report,
+        adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        evaluate=functools.partial(_evaluate, config, base, held_out),
+        panels=(("Tokens per second", ("tokens_per_second",)),),
+    )
 
 
 def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective:

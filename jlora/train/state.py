@@ -61,7 +61,11 @@ def _key_data(seed: int) -> jax.Array:
 
 
 def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Mesh) -> TrainState:
-    shardings = state_shardings(jax.eval_shape(create, trainable), mesh)
+    """Of shapes in the place of arrays, the state's shapes."""
+    shapes = jax.eval_shape(create, trainable)
+    shardings = state_shardings(shapes, mesh)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
+        return tree.abstract(shapes, shardings)
     return jax.jit(create, out_shardings=shardings)(trainable)
 
 

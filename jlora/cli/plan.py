@@ -1,0 +1,113 @@
+"""`jlora plan`: what a run needs of devices that need not be here, and what to change where it does not fit."""
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+import jax
+from rich.console import Console
+
+from jlora.cli.overrides import read_config
+from jlora.devices import DEVICES
+from jlora.train.config import RunConfig, resolve
+from jlora.train.forecast import Forecast, forecast
+from jlora.train.topology import COMPILERS, Topology, parse
+
+# Environment variables that libtpu reads: without the first it asks for the machine that it is not on.
+_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code: 0, whether the run fits or not."""
+    options, overrides = _parser().parse_known_args(arguments)
+    topology = parse(options.topology)
+    config = resolve(read_config(options.config, overrides))
+    _prepare(topology)
+    with _working(f"compiling for {topology.name}" if topology.has_compiler else "tracing the step"):
+        found = forecast(config, topology)
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print("\n".join(_lines(config, topology, found)))
+    return 0
+
+
+def _prepare(topology: Topology) -> None:
+    """Keeps the accelerators of this machine free, and has as many devices of its CPU as are to stand in for others."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with contextlib.suppress(RuntimeError):  # JAX is at work already, as in tests
+        jax.config.update("jax_platforms", "cpu")
+        if topology.count > 1:
+            jax.config.update("jax_num_cpu_devices", topology.count)
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    with Console(stderr=True).status(what):
+        yield
+
+
+def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[str]:
+    device = topology.device
+    how = "estimated" if found.estimated else f"compiled in {found.compile_seconds:.0f} s"
+    yield f"{config.algorithm} of {config.model.path} on {found.devices} × {device.name} ({device.full_name}), {how}"
+    if found.estimated:
+        yield (
+            f"  The memory is an estimate: pip install 'jlora[{topology.extra}]' brings XLA's compiler for these "
+            "devices, which says it exactly."
+        )
+    yield f"parameters  {found.trainable_parameters:,} trained, {found.frozen_parameters:,} frozen"
+    verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[found.fits]
+    have = f" of {gib(found.memory_bytes)}" if found.memory_bytes else ""
+    yield f"memory      {gib(found.peak_bytes_per_device)} a device{have}{verdict}"
+    kinds = dict(found.bytes_by_kind) | {"the step's": max(0, found.peak_bytes_per_device - found.argument_bytes)}
+    width = max(map(len, kinds))
+    for name, size in kinds.items():
+        yield f"            {name:<{width}}  {gib(size):>10}"
+    if found.host_bytes:
+        yield f"            {gib(found.host_bytes)} of the host's memory, for what is offloaded"
+    if found.cache_bytes_per_device:
+        yield (
+            f"            a rollout's keys and values, computed from their shapes: {gib(found.cache_bytes_per_device)} "
+            "(not there during the step)"
+        )
+    yield f"step        {found.tokens:,} tokens, {found.flops / 1e12:,.1f} TFLOP"
+    if found.seconds_per_step:
+        speed = found.tokens / found.seconds_per_step
+        yield (
+            f"            at the device's peaks at least {found.seconds_per_step:.3g} s, at most {speed:,.0f} tokens/s"
+        )
+    if found.devices > 1:
+        nothing = "not known without the compiler" if found.estimated else "nothing"
+        moved = ", ".join(f"{kind} {gib(size)}" for kind, size in found.received_bytes.items())
+        yield f"moves       each device receives in a step: {moved or nothing}"
+
+
+def gib(size: int) -> str:
+    """'8.59 GiB', '12.0 MiB'."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    extras = ", ".join(f"jlora[{extra}]" for _, extra in COMPILERS.values() if extra)
+    parser = argparse.ArgumentParser(
+        prog="jlora plan",
+        usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--json]",
+        description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
+        "compiler, FLOPs, and what moves between devices. Of the model config.json is enough; no data is read: every "
+        "row is taken to be full.",
+        epilog=f"Compilers come with {extras}; without one the memory is an estimate.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py", help="as for jlora train")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="DEVICES",
+        help=f"one of {', '.join(DEVICES)}; several as v5e:2x4, v5p:2x2x1, h100x8, cpu:4",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser

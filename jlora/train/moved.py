@@ -1,0 +1,96 @@
+"""What a compiled program moves between devices, read off its text."""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
+BITS |= {"f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
+
+
+class _Computation(NamedTuple):
+    """Received bytes by kind of its own collectives, and (what it calls, how often)."""
+
+    received: dict[str, float]
+    calls: list[tuple[str, int]]
+
+
+def received(text: str) -> dict[str, int]:
+    """Kind of collective → bytes that a device receives in one run, by ring algorithms. Loops whose number of turns
+    the program does not say count once.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    computations, entry = _read(text)
+
+    @functools.cache
+    def total(name: str) -> Mapping[str, float]:
+        own = collections.Counter(computations[name].received) if name in computations else collections.Counter()
+        for called, times in computations[name].calls if name in computations else ():
+            for kind, count in total(called).items():
+                own[kind] += times * count
+        return own
+
+    return {kind: int(count) for kind, count in sorted(total(entry).items(), key=lambda pair: -pair[1]) if count}
+
+
+def _read(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = computations.setdefault(found[2], _Computation(collections.defaultdict(float), []))
+            entry = found[2] if found[1] else entry
+        elif current is not None:
+            if found := _COLLECTIVE.search(line):
+                current.received[found[2]] += _received(line, *found.groups())
+            times = int(turns[1]) if " while(" in line and (turns := _TRIPS.search(line)) else 1
+            current.calls.extend((name, times) for name in _called(line))
+    return computations, entry
+
+
+def _called(line: str) -> Iterator[str]:
+    yield from _CALLED.findall(line)
+    if branches := _BRANCHES.search(line):
+        yield from (name.strip().lstrip("%") for name in branches[1].split(","))
+
+
+def _received(line: str, result: str, kind: str, start: str | None) -> float:
+    shapes = [
+        BITS.get(dtype, 32) / 8 * math.prod(int(size) for size in dims.split(",") if size)
+        for dtype, dims in _SHAPE.findall(result)
+    ]
+    # What starts an asynchronous one returns its operands beside its results.
+    size = sum(shapes[len(shapes) // 2 :] if start and kind != "all-reduce" else shapes)
+    ways = _ways(line)
+    share = (ways - 1) / ways if ways else 1.0
+    match kind:
+        case "all-reduce":
+            return 2 * share * size
+        case "reduce-scatter":
+            return size * max(ways - 1, 0)
+        case "collective-permute":
+            return size
+        case _:
+            return share * size
+
+
+def _ways(line: str) -> int:
+    """How many devices take part in each of the collective's groups."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return found[1].count(",") + 1
+    return 0

@@ -1,0 +1,164 @@
+"""Devices that are not here, by name: those of a topology that XLA compiles for, or stand-ins where it cannot."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from jlora import sharding
+from jlora.devices import DEVICES, Device, sizes, target_config
+from jlora.errors import UserError
+from jlora.models import ModelConfig
+from jlora.sharding import MeshConfig
+
+# Platform → the packages of which one compiles for it, and the extra that brings it.
+COMPILERS = {
+    "cpu": (("jaxlib",), ""),
+    "tpu": (("libtpu",), "tpu"),
+    "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
+}
+SHAPES = {"v4": "2x2x1", "v5p": "2x2x1"}  # the smallest that libtpu has; of the others 2x2
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to plan for.
+
+    Attributes:
+        name: as it was asked for.
+        shape: how many there are along each axis.
+    """
+
+    name: str
+    device: Device
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of computation, where none is asked for."""
+        return "float32" if self.device.platform == "cpu" else "bfloat16"
+
+    @property
+    def extra(self) -> str:
+        """The extra of jlora that brings the compiler."""
+        return COMPILERS[self.device.platform][1]
+
+    @property
+    def has_compiler(self) -> bool:
+        """Whether XLA can compile for these devices here."""
+        return any(map(_installed, COMPILERS[self.device.platform][0]))
+
+    def devices(self) -> list[Any]:
+        """The devices, for a mesh; of this process's CPU where there is no compiler for them.
+
+        Raises:
+            UserError: the compiler does not know the shape, or the process has fewer devices.
+        """
+        if self.device.platform == "cpu" or not self.has_compiler:
+            here = jax.devices("cpu")
+            if len(here) < self.count:
+                raise UserError(
+                    f"--topology={self.name}: this process has {len(here)} CPU devices; set "
+                    f"XLA_FLAGS=--xla_force_host_platform_device_count={self.count}"
+                )
+            return here[: self.count]
+        try:
+            return list(self._described().devices)[: self.count]
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--topology={self.name}: XLA's compiler does not have it ({reason})") from error
+
+    def _described(self) -> Any:
+        if self.device.platform == "cuda":
+            shape = f"1x1x{self.count}"  # slices, hosts, devices of a host
+            text = target_config(self.device)
+            return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=text)
+        shape = "x".join(map(str, self.shape))
+        if self.count == 1:
+            shape = SHAPES.get(self.device.name, "2x2")
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{self.device.name}:{shape}")
+
+
+def parse(name: str) -> Topology:
+    """The topology of a name: "v5e:2x4", "h100", "h100x8", "cpu", "cpu:4".
+
+    Raises:
+        UserError: a device that is not in the table, or a shape that it cannot have.
+    """
+    kind, colon, shape = name.partition(":")
+    if not colon and (several := re.fullmatch(r"(.+)x(\d+)", kind)) and several[1] in DEVICES:
+        kind, shape = several[1], several[2]
+    device = DEVICES.get(kind)
+    if device is None:
+        raise UserError(
+            f"--topology={name}: found {kind!r}, expected one of {', '.join(DEVICES)}, with a shape behind it for "
+            "several (v5e:2x4, v5p:2x2x1, h100x8)"
+        )
+    found = sizes(shape or "1")
+    cubes = kind in SHAPES
+    if found is None or (device.platform != "tpu" and len(found) > 1):
+        example = "h100x8" if device.platform == "cuda" else "cpu:8"
+        raise UserError(f"--topology={name}: found the shape {shape!r}, expected a number of devices, as in {example}")
+    if device.platform == "tpu" and math.prod(found) > 1 and len(found) != (3 if cubes else 2):
+        expected = "three sizes, as in 2x2x1" if cubes else "two sizes, as in 2x4"
+        raise UserError(f"--topology={name}: found the shape {shape!r}, expected {expected}")
+    return Topology(name, device, found)
+
+
+def make_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """The mesh over the topology's devices.
+
+    Raises:
+        UserError: the devices cannot form it; the message has the nearest that they can.
+    """
+    try:
+        return sharding.make_mesh(config, list(devices))
+    except UserError as error:
+        raise UserError(f"--topology={topology.name}: {error}; try {flags(nearest(config, len(devices)))}") from error
+
+
+def nearest(config: MeshConfig, count: int) -> MeshConfig:
+    """A mesh of so many devices that keeps what it can of another's axes: tensor first, then sequence, then data; what
+    is left is fsdp.
+    """
+    left, kept = count, {}
+    for axis in ("tensor", "sequence", "data"):
+        kept[axis] = math.gcd(left, max(1, getattr(config, axis)))
+        left //= kept[axis]
+    return MeshConfig(fsdp=left, **kept)
+
+
+def flags(config: MeshConfig) -> str:
+    """The mesh as options of the command line, axes of 1 left out."""
+    given = [f"--config.mesh.{axis}={size}" for axis, size in vars(config).items() if size != 1]
+    return " ".join(given) or "--config.mesh.fsdp=1"
+
+
+def check_divides(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError if heads or the vocabulary cannot be split as the mesh asks for it."""
+    ways = mesh.shape["tensor"]
+    counts = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    wrong = [f"{name} is {count}" for name, count in counts.items() if count % ways]
+    if wrong:
+        common = math.gcd(*counts.values())
+        fitting = [size for size in range(1, min(common, 64) + 1) if common % size == 0]
+        raise UserError(
+            f"mesh.tensor={ways} does not divide the model: {', '.join(wrong)}; expected one of "
+            f"{', '.join(map(str, fitting))}, or mesh.fsdp, which splits anything"
+        )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would lie in
+        return False

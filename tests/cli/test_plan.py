@@ -1,0 +1,97 @@
+"""`jlora plan`: what it prints, of which algorithms, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from jlora.cli.main import main
+from jlora.train.forecast import FULLEST
+from jlora.train.topology import COMPILERS
+
+ROLLOUT = [
+    "--config.rollout.rewards=('nothing.py:one',)",
+    "--config.rollout.num_generations=2",
+    "--config.rollout.max_completion_length=8",
+]
+
+
+@pytest.fixture
+def plan(recipe, capsys):
+    """(options) → (exit code, what was printed, what was said of errors)."""
+
+    def run(*options):
+        code = main(["plan", f"--config={recipe}", "--config.data.path=not_there.jsonl", *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    for platform in ("tpu", "cuda"):
+        monkeypatch.setitem(COMPILERS, platform, (("a_package_that_is_not_there",), COMPILERS[platform][1]))
+
+
+def test_a_compiled_step_as_json(plan):
+    code, printed, _ = plan("--topology=cpu", "--json")
+    found = json.loads(printed)
+    assert code == 0
+    assert found["estimated"] is False and found["compile_seconds"] > 0 and found["host_bytes"] == 0
+    # r=2 on q and o (24 → 24), k and v (24 → 8), gate, up and down (24 and 40) of 2 layers
+    assert found["trainable_parameters"] == 2 * 2 * (2 * 48 + 2 * 32 + 3 * 64)
+    assert found["frozen_parameters"] > 257 * 24
+    assert found["peak_bytes_per_device"] >= found["argument_bytes"] == sum(found["bytes_by_kind"].values())
+    assert found["tokens"] == 2 * 32
+
+
+@pytest.mark.parametrize("algorithm", FULLEST)
+def test_every_algorithm_is_planned_without_data_and_without_a_compiler(plan, no_compiler, algorithm):
+    rollout = ROLLOUT if algorithm in ("grpo", "ppo") else []
+    code, printed, said = plan("--topology=h100", "--json", f"--config.algorithm={algorithm}", *rollout)
+    assert code == 0, said
+    found = json.loads(printed)
+    assert found["estimated"] is True and found["compile_seconds"] == 0
+    assert found["peak_bytes_per_device"] > found["argument_bytes"]
+    assert bool(found["cache_bytes_per_device"]) == (algorithm in ("grpo", "ppo"))
+    assert found["fits"] is True and found["seconds_per_step"] > 0
+
+
+def test_an_estimate_says_so_and_which_extra_brings_the_compiler(plan, no_compiler):
+    code, printed, _ = plan(
+        "--topology=v5e:2x4", "--config.mesh.fsdp=2", "--config.mesh.data=4", "--config.train.batch_size=8"
+    )
+    assert code == 0
+    assert "on 8 × v5e (TPU v5e), estimated" in printed and "jlora[tpu]" in printed
+    assert "of 15.75 GiB: fits" in printed
+
+
+def test_what_moves_on_a_mesh(plan):
+    code, printed, _ = plan("--topology=cpu:2", "--json", "--config.mesh.data=2")
+    found = json.loads(printed)
+    assert code == 0 and found["devices"] == 2
+    # At least the adapters' gradients, float32, once to and fro over a ring of two.
+    assert found["received_bytes"]["all-reduce"] >= 4 * found["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--topology=h300"], r"found 'h300', expected one of v4, v5e, .*h100"),
+        (["--topology=v5e:8"], r"found the shape '8', expected two sizes, as in 2x4"),
+        (["--topology=v5p:2x2"], r"expected three sizes, as in 2x2x1"),
+        (["--topology=h100:2x2"], r"expected a number of devices, as in h100x8"),
+        (
+            ["--topology=cpu:4", "--config.mesh.fsdp=3", "--config.train.batch_size=3"],
+            r"4 devices; try --config.mesh.fsdp=4",
+        ),
+        (["--topology=cpu:4", "--config.mesh.tensor=2"], r"try --config.mesh.fsdp=2 --config.mesh.tensor=2"),
+        (["--topology=cpu:2", "--config.mesh.tensor=2"], r"num_attention_heads is 3.* vocab_size is 257"),
+        (["--topology=cpu", "--config.model.dtype=int4"], r"model.dtype: found 'int4', expected one of float32"),
+        (["--topology=cpu", "--config.model.path=not/there"], r"not/there"),
+    ],
+)
+def test_mistakes_are_one_message(plan, options, message):
+    code, printed, said = plan(*options)
+    assert code == 2 and not printed
+    assert re.search(message, said), said

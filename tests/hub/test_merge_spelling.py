@@ -133,5 +133,6 @@ def test_della_keeps_large_changes_of_a_row_more_often():
     np.testing.assert_allclose((found != 0).mean(axis=0), share, atol=0.08)
     kept = found != 0
     np.testing.assert_allclose(found[kept], np.tile(sizes / share, (400, 1))[kept], rtol=1e-5)
-    both = METHODS["della"].combine([change, -change], base, settings * 2, of_all, np.random.default_rng(0))
-    assert np.all((both >= 0) | (np.abs(both) <= 90.001)) and np.any(both > 0)
+    # Of two that disagree the larger sum's sign is elected, and only what has it is averaged.
+    both = METHODS["della"].combine([2 * change, -change], base, settings * 2, of_all | {"normalize": True}, draws)
+    assert set(np.unique(np.round(both * share / sizes, 3))) == {-1, 0, 2}

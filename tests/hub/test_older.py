@@ -58,6 +58,13 @@ PHI3 = dict(
         ),
         # transformers 5 takes the old field before the new one, so the new one is not written into it.
         "both": ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}, {}),
+        "both, with windows": (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}},
+            },
+            {"rope_theta": 1e6},
+        ),
         "neither": ({"model_type": "gpt2", "rope_parameters": None}, {}),
     }.values(),
 )

@@ -2,6 +2,7 @@
 
 from jlora.sharding.mesh import (
     MeshConfig,
+    Vote,
     batch_sharding,
     make_mesh,
     on_any_host,
@@ -14,6 +15,7 @@ from jlora.sharding.rules import leaf_sharding, shard, tree_shardings
 
 __all__ = [
     "MeshConfig",
+    "Vote",
     "batch_sharding",
     "leaf_sharding",
     "make_mesh",

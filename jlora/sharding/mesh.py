@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -115,3 +116,28 @@ def on_host(values: Any) -> Any:
 def on_any_host(flag: bool) -> bool:
     """Whether one host at least says so; every host has to ask."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+class Vote:
+    """Whether one host at least has said so, as `on_any_host`, for asking again and again while the devices are busy:
+    with several hosts the answer is that to the time before, since the devices would give today's behind their work.
+    """
+
+    def __init__(self) -> None:
+        self._before: jax.Array | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Asks; every host has to."""
+        if jax.process_count() == 1:
+            return flag
+        before, self._before = self._before, _any(flag)
+        return before is not None and bool(np.asarray(before))
+
+
+def _any(flag: bool) -> jax.Array:
+    """On every device, once it is computed, whether one host says so."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("host", "device"))
+    placed = NamedSharding(mesh, PartitionSpec("host"))
+    flags = jax.make_array_from_callback((jax.process_count(),), placed, lambda index: np.array([flag]))
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))(flags)

@@ -133,7 +133,8 @@ def run(
 
     Args:
         progress: is told of every step.
-        stop: asked after every step; once true, everything is saved and `Interrupted` raised.
+        stop: asked once for every step; once true, that step is finished (of several hosts, the next one), everything
+            is saved and `Interrupted` raised.
 
     Raises:
         ValueError: the workdir belongs to a run with other settings, on other data or of another version of jlora, or
@@ -252,11 +253,12 @@ def _steps(
     if train.eval_on_start and start == 0:
         log.write(0, _evaluation(this))
     unsaved = stopping = False
+    vote = sharding.Vote()
 
-    def asked() -> bool:
+    def asked(any_host: Callable[[bool], bool]) -> bool:
         nonlocal stopping
         # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
-        stopping = stopping or sharding.on_any_host(stop())
+        stopping = stopping or any_host(stop())
         return stopping
 
     unread: _Sent | None = None
@@ -275,7 +277,7 @@ def _steps(
         final = number == this.total_steps
         evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
         due = number % train.save_every == 0
-        if source.ahead and not (final or evaluated or due or asked()):
+        if source.ahead and not (final or evaluated or due or asked(vote)):
             unread = sent
             continue
         metrics = _read(this, sent, log, saved)
@@ -283,7 +285,7 @@ def _steps(
         if evaluated:
             with _kept(this, number, saved):
                 metrics |= _evaluation(this)
-        ends = not final and source.boundary and asked()
+        ends = not final and source.boundary and asked(sharding.on_any_host)
         log.tell(number, metrics, at_once=evaluated or ends or final)
         unsaved = unsaved or due
         if ends or final or (unsaved and source.boundary):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora import lora
+from jlora import lora, sharding
 from jlora.errors import UserError
 from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
@@ -30,7 +30,9 @@ class Decoded(NamedTuple):
     log_probs: Float[Array, "Q new"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows", "max_new_tokens", "stop_ids", "greedy", "top_k", "top_p"))
+@functools.partial(
+    sharding.jit, static_argnames=("model", "rows", "max_new_tokens", "stop_ids", "greedy", "top_k", "top_p")
+)
 def decode(
     model: Model,
     params: Params,

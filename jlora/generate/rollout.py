@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from jlora import lora, tree
+from jlora import lora, sharding, tree
 from jlora.errors import UserError
 from jlora.generate.decode import Decoded, decode
 from jlora.lora.bank import refuse_chosen
@@ -212,7 +212,9 @@ def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array, max_
     return problems
 
 
-@functools.partial(jax.jit, static_argnames=("model", "greedy", "rows", "max_new_tokens", "stop_ids", "top_k", "top_p"))
+@functools.partial(
+    sharding.jit, static_argnames=("model", "greedy", "rows", "max_new_tokens", "stop_ids", "top_k", "top_p")
+)
 def _draw(
     model: Model,
     params: Params,

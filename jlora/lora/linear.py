@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jlora import quant
+from jlora import quant, sharding
 from jlora.errors import UserError
 from jlora.lora.merge import Kernel, gains, merged_leaf
 from jlora.lora.partition import resolve
@@ -190,6 +190,8 @@ def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
     """
     more = ("lora_magnitude", "lora_bias", "lora_start_a", "lora_ids")
     if "lora_a" not in module or any(name in module for name in more) or (key is not None and "lora_dropout" in module):
+        return False
+    if sharding.ways(sharding.TOKENS) > 1:  # it takes flat rows, in which tokens that a mesh splits do not lie together
         return False
     inputs, outputs = module["kernel"].shape
     exact = jax.default_backend() == "cpu" and x.dtype == module["lora_a"].dtype == jnp.float32

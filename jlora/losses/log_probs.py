@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.lora import combine, split
-from jlora.losses.chunks import Chunks, columns_of, count, target_logits
-from jlora.losses.cross_entropy import Project
+from jlora.losses.chunks import Chunks, Project, target_logits
 from jlora.types import Params
 
 
@@ -49,17 +48,14 @@ def token_scores(
         head: its leaves; adapters among them get gradients, the rest is constant.
     """
     frozen, trainable = split(head)
-    chunks = Chunks.of(weights, chunk)
-    front = chunks.front(hidden), chunks.front(targets), chunks.front(weights)
-    scores = _scores(project, chunks.columns, trainable, front[0], frozen, *front[1:], jnp.float32(temperature))
-    log_probs, *rest = (chunks.back(values) for values in scores)
+    log_probs, *rest = _scores(project, chunk, trainable, hidden, frozen, targets, weights, jnp.float32(temperature))
     return TokenScores(log_probs, *map(jax.lax.stop_gradient, rest))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scores(
     project: Project,
-    columns: int,
+    chunk: int,
     trainable: Params,
     hidden: jax.Array,
     frozen: Params,
@@ -67,41 +63,44 @@ def _scores(
     weights: jax.Array,
     temperature: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The four scores in front order."""
+    """The four scores."""
+    head = combine(frozen, trainable)
+    chunks = Chunks.of(project, head, hidden, weights, chunk)
+    hidden, targets = chunks.front(hidden), chunks.front(targets)
 
     def body(i: jax.Array, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        h, t, w = (columns_of(values, i, columns) for values in (hidden, targets, weights))
-        found = _chunk(project(combine(frozen, trainable), h) / temperature, t)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_, jnp.where(w != 0, new, 0), i * columns, axis=1)
-            for all_, new in zip(scores, found, strict=True)
-        )
+        h, t, w = chunks.chunk(i, hidden, targets, chunks.weights)
+        found = _chunk(chunks.logits(project, head, h) / temperature, t)
+        return tuple(chunks.put(all_, jnp.where(w != 0, new, 0), i) for all_, new in zip(scores, found, strict=True))
 
-    return jax.lax.fori_loop(0, count(weights, columns), body, (jnp.zeros(weights.shape, jnp.float32),) * 4)
+    start = (jnp.zeros(chunks.weights.shape, jnp.float32),) * 4
+    return tuple(map(chunks.back, jax.lax.fori_loop(0, chunks.count, body, start)))
 
 
-def _scores_forward(project: Project, columns: int, *inputs: Any) -> tuple[tuple[jax.Array, ...], tuple]:
-    return _scores(project, columns, *inputs), inputs
+def _scores_forward(project: Project, chunk: int, *inputs: Any) -> tuple[tuple[jax.Array, ...], tuple]:
+    return _scores(project, chunk, *inputs), inputs
 
 
-def _scores_backward(project: Project, columns: int, inputs: tuple, cotangents: tuple[jax.Array, ...]) -> tuple:
+def _scores_backward(project: Project, chunk: int, inputs: tuple, cotangents: tuple[jax.Array, ...]) -> tuple:
     trainable, hidden, frozen, targets, weights, temperature = inputs
-    cotangent = jnp.where(weights != 0, cotangents[0], 0)
+    chunks = Chunks.of(project, combine(frozen, trainable), hidden, weights, chunk)
+    cotangent = jnp.where(chunks.weights != 0, chunks.front(cotangents[0]), 0)
+    hidden, targets = chunks.front(hidden), chunks.front(targets)
 
     def body(i: jax.Array, grads: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
-        h, t, g = (columns_of(values, i, columns) for values in (hidden, targets, cotangent))
+        h, t, g = chunks.chunk(i, hidden, targets, cotangent)
 
         def log_probs(trainable: Params, h: jax.Array) -> jax.Array:
-            logits = project(combine(frozen, trainable), h) / temperature
+            logits = chunks.logits(project, combine(frozen, trainable), h) / temperature
             return target_logits(logits, t) - jax.nn.logsumexp(logits, axis=-1)
 
         _, pullback = jax.vjp(log_probs, trainable, h)
         chunk_trainable, chunk_hidden = pullback(g)
-        grad_hidden = jax.lax.dynamic_update_slice_in_dim(grads[1], chunk_hidden, i * columns, axis=1)
-        return jax.tree.map(jnp.add, grads[0], chunk_trainable), grad_hidden
+        return jax.tree.map(jnp.add, grads[0], chunk_trainable), chunks.put(grads[1], chunk_hidden, i)
 
     start = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(hidden))
-    return *jax.lax.fori_loop(0, count(weights, columns), body, start), None, None, None, None
+    grad_trainable, grad_hidden = jax.lax.fori_loop(0, chunks.count, body, start)
+    return grad_trainable, chunks.back(grad_hidden), None, None, None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

@@ -6,11 +6,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jlora import sharding
 from jlora.models.attention import Cache, attend
 from jlora.models.config import ModelConfig
 from jlora.models.experts import Mixture
 from jlora.models.layers import ACTIVATIONS, Linear, Norm
 from jlora.models.rope import rotate
+
+# The mesh axes of queries [B, T, H, F], and of keys and values, which a device needs for all tokens. Where tensor does
+# not divide the heads of the keys, every device has all of them.
+QUERIES = (sharding.ROWS, sharding.TOKENS, "tensor", None)
+KEYS = (sharding.ROWS, None, "tensor", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,8 @@ class Attention(nn.Module):
         if config.qk_norm == "all":
             parts = [self._norm("q_norm", parts[0]), self._norm("k_norm", parts[1]), parts[2]]
         queries, keys, values = (
-            part.reshape(*x.shape[:2], count, config.head_dim) for part, count in zip(parts, heads, strict=True)
+            sharding.constrain(part.reshape(*x.shape[:2], count, config.head_dim), *axes)
+            for part, count, axes in zip(parts, heads, (QUERIES, KEYS, KEYS), strict=True)
         )
         if config.qk_norm == "head":
             queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)
@@ -104,6 +111,7 @@ class Block(nn.Module):
         self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         config, names = self.config, self.config.names
+        x = sharding.held(x)
         attention = Attention(config, name=names.attention)
         y, cache = attention(self._norm(names.attention_norms[0], x), context, cache, layer)
         attended = x + self._scaled(self._norm(names.attention_norms[1], y))
@@ -112,7 +120,7 @@ class Block(nn.Module):
         return attended + self._scaled(self._norm(names.mlp_norms[1], y)), cache
 
     def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
-        return x if name is None else Norm(self.config.norm, self.config.norm_eps, name=name)(x)
+        return x if name is None else sharding.held(Norm(self.config.norm, self.config.norm_eps, name=name)(x))
 
     def _scaled(self, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jlora import lora
 from jlora.models.config import ModelConfig
-from jlora.models.layers import ACTIVATIONS, leaves
+from jlora.models.layers import ACTIVATIONS, leaves, used
 
 
 class Router(nn.Module):
@@ -36,7 +36,7 @@ class Grouped(nn.Module):
         if self.is_initializing():
             initialise = nn.initializers.lecun_normal(batch_axis=0)
             self.param("kernel", initialise, (self.count, x.shape[-1], self.features))
-        return lora.grouped_linear(x, sizes, leaves(self))
+        return lora.grouped_linear(x, sizes, used(self))
 
 
 class GatedExperts(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora import lora
+from jlora import lora, sharding
 from jlora.types import Params
 
 ACTIVATIONS = {
@@ -34,7 +34,10 @@ class Linear(nn.Module):
                 self.param("bias", nn.initializers.zeros, (self.features,))
         self.sow("inputs", "x", x)  # kept only where a caller asks for this collection
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return lora.linear(x, leaves(self), key=key)
+        inputs, outputs = sharding.features("/".join(self.path))
+        # What every device has whole several linears may share: its gradient is added up first and then held, once.
+        x = x if inputs is None else sharding.held(x, inputs)
+        return sharding.held(lora.linear(x, used(self), key=key), outputs)
 
 
 class Embed(nn.Module):
@@ -47,7 +50,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         if self.is_initializing():
             self.param("embedding", nn.initializers.normal(0.02), (self.vocabulary, self.features))
-        return lora.embed(tokens, leaves(self))
+        return sharding.held(lora.embed(tokens, leaves(self)))
 
 
 class Norm(nn.Module):
@@ -84,3 +87,8 @@ class Norm(nn.Module):
 def leaves(module: nn.Module) -> Params:
     """The leaves at a bound module's path, adapters included."""
     return module.variables["params"]
+
+
+def used(module: nn.Module) -> Params:
+    """`leaves` of a linear, whole on every device that computes with them (see `jlora.sharding.gathered`)."""
+    return sharding.gathered("/".join(module.path), leaves(module))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlora import lora, tree
+from jlora import lora, sharding, tree
 from jlora.errors import UserError
 from jlora.lora.linear import SAVED
 from jlora.lora.partition import TRAINED
@@ -70,7 +70,7 @@ class Model:
             self.require_rows([tokens])
         return self._call(params, tokens, positions, segment_ids)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(sharding.jit, static_argnums=0)
     def _call(
         self, params: Params, tokens: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None
     ) -> jax.Array:
@@ -104,7 +104,7 @@ class Model:
         norm = tree.subtree(params, config.names.norm)
         return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(sharding.jit, static_argnums=0)
     def input_moments(
         self,
         params: Params,
@@ -157,8 +157,11 @@ class Model:
         return logits
 
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits from hidden states."""
-        return self.project(self.head(params), hidden)
+        """float32 logits from hidden states [B, D] or [B, T, D]."""
+        rows, vocabulary = sharding.logits_axes(self.config.vocab_size)
+        between = (sharding.TOKENS,) * (hidden.ndim - 2)
+        hidden = sharding.constrain(hidden, rows, *between, None)
+        return sharding.constrain(self.project(self.head(params), hidden), rows, *between, vocabulary)
 
     def add_score(self, params: Params, key: jax.Array | None = None) -> Params:
         """The params with a score head that belongs to the adapter: score/trained_kernel [D, 1] float32.

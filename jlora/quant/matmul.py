@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora import sharding
 from jlora.quant.formats import PackedArray, dequantize, is_packed
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
     """x @ kernel in x's dtype. With a packed kernel only x's gradient exists; nothing dequantised is kept."""
-    # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes.
-    rows = x.reshape(-1, x.shape[-1])
+    # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes. But tokens
+    # that a mesh splits do not lie together in it.
+    rows = x if sharding.ways(sharding.TOKENS) > 1 else x.reshape(-1, x.shape[-1])
     y = _packed(rows, kernel) if is_packed(kernel) else rows @ kernel.astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -1,5 +1,6 @@
 """Device meshes, and the rules that place every leaf of a param tree on them."""
 
+from jlora.sharding.constraints import ROWS, TOKENS, constrain, gathered, held, jit, logits_axes, mesh_of, on, ways
 from jlora.sharding.mesh import (
     MeshConfig,
     Vote,
@@ -11,14 +12,24 @@ from jlora.sharding.mesh import (
     replicated,
     row_ways,
 )
-from jlora.sharding.rules import leaf_sharding, shard, tree_shardings
+from jlora.sharding.rules import features, leaf_sharding, shard, tree_shardings
 
 __all__ = [
+    "ROWS",
+    "TOKENS",
     "MeshConfig",
     "Vote",
     "batch_sharding",
+    "constrain",
+    "features",
+    "gathered",
+    "held",
+    "jit",
     "leaf_sharding",
+    "logits_axes",
     "make_mesh",
+    "mesh_of",
+    "on",
     "on_any_host",
     "on_host",
     "put_batch",
@@ -26,4 +37,5 @@ __all__ = [
     "row_ways",
     "shard",
     "tree_shardings",
+    "ways",
 ]

@@ -1,7 +1,9 @@
 """Which mesh axes split which dimension of a leaf: one table of path rules for the base, its packed forms and its
-adapters.
+adapters, whatever the family calls them.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,48 +11,86 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import tree
 
+Sizes = Mapping[str, int]
+
 # Axes of the last two dimensions (input, output) of a kernel. Column-parallel linears split their outputs over
 # `tensor`, row-parallel ones their inputs, so one all-reduce a block is all that tensor parallelism costs
-# (Megatron-LM, 2019).
+# (Megatron-LM, 2019). What `fsdp` splits is gathered where it is used (`jlora.sharding.gathered`).
 COLUMN = ("fsdp", "tensor")
 ROW = ("tensor", "fsdp")
+# The narrow factor beside a dimension that `tensor` splits: fsdp splits the same one further.
+BOTH = ("tensor", "fsdp")
+# A vocabulary is never gathered: hidden states go to the part of the head that a device has, being far fewer.
+VOCABULARY = "vocabulary"
+MEANT = {VOCABULARY: ("tensor", "fsdp")}
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(.*/)?(o_proj|down_proj)/(trained_)?kernel", ROW),
-    (r"(.*/)?(o_proj|down_proj)/lora_(start_)?a", ("tensor", None)),
-    (r"(.*/)?(o_proj|down_proj)/lora_(start_)?b", (None, "fsdp")),
-    (r"(.*/)?(trained_)?embedding", ROW),
+_ROW_PARALLEL = r"(.*/)?(o_proj|down_proj|c_proj|dense|dense_4h_to_h)"
+_HEAD = r"(.*/)?(lm_head|embed_out)"
+_EMBEDDING = r"(.*/)?(embed_tokens|wte|embed_in)"
+
+Axes = tuple[str | tuple[str, ...] | None, ...]
+
+RULES: tuple[tuple[str, Axes], ...] = (
+    (rf"{_HEAD}/(trained_)?kernel", (None, VOCABULARY)),
+    (rf"{_HEAD}/lora_(start_)?b", (None, VOCABULARY)),
+    (rf"{_HEAD}/lora_(start_)?a", ()),
+    (r"(.*/)?wpe/.*", ()),  # of positions there are few
+    (r"(.*/)?(trained_)?embedding", (VOCABULARY, None)),
+    (rf"{_EMBEDDING}/lora_(start_)?a", (VOCABULARY, None)),
+    (rf"{_EMBEDDING}/lora_(start_)?b", ()),
+    (rf"{_ROW_PARALLEL}/(trained_)?kernel", ROW),
+    (rf"{_ROW_PARALLEL}/lora_(start_)?a", (BOTH, None)),
+    (rf"{_ROW_PARALLEL}/lora_(start_)?b", (None, "fsdp")),
     (r"(.*/)?(trained_)?kernel", COLUMN),
     (r"(.*/)?lora_(start_)?a", ("fsdp", None)),
-    (r"(.*/)?lora_(start_)?b", (None, "tensor")),
+    (r"(.*/)?lora_(start_)?b", (None, BOTH)),
     (r".*", ()),
 )
 
 
 def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
-    """NamedShardings in the shape of `leaf`: an array, a ShapeDtypeStruct, or a packed value made of several.
+    """NamedShardings in the shape of `leaf`: an array, a ShapeDtypeStruct, or a packed value made of several."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), leaf_specs(path, leaf, mesh.shape))
+
+
+def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
+    """PartitionSpecs in the shape of `leaf`, on a mesh whose axes have these sizes.
 
     The rule names axes for the trailing dimensions. A packed value's parts that have its rank (codes, block scales)
     are all split the same way, so blocks stay whole, but for a dimension of which a part has one entry only (a scale
     for all inputs): every device keeps that. Parts of another rank (nested scales) are tiny and kept on every device
-    too. An axis that does not divide a dimension of every part that is split is left out.
+    too. An axis that does not divide a dimension of every part that is split is left out; but fsdp, which means nothing
+    to the product, then splits the rule's other dimension if it divides that.
     """
     axes = tree.match_rules(RULES, [path], allow_unused=True)[path]
     parts = [part for part in jax.tree.leaves(leaf) if part.ndim == leaf.ndim]
     offset = leaf.ndim - len(axes)
-    spec: list[str | None] = [None] * leaf.ndim
-    for i, axis in enumerate(axes, start=offset):
-        sizes = [part.shape[i] for part in parts if part.shape[i] > 1] if i >= 0 else []
-        if axis is not None and sizes and all(size % mesh.shape[axis] == 0 for size in sizes):
-            spec[i] = axis
+    wanted = {i: _names(axis) for i, axis in enumerate(axes, start=offset) if axis is not None and i >= 0}
+    lengths = {i: [part.shape[i] for part in parts if part.shape[i] > 1] for i in wanted}
+    flattened = bool(wanted) and parts[0].shape[-1] != leaf.shape[-1]  # a kernel packed as one column
+    spec: list[tuple[str, ...]] = [()] * leaf.ndim
+    # fsdp comes last: what is left when it is gathered has to lie together.
+    for i, name in sorted(((i, name) for i, names in wanted.items() for name in names), key=lambda at: at[1] == "fsdp"):
+        elsewhere = [other for other in wanted if other != i] if name == "fsdp" else []
+        for at in [] if flattened and name == "tensor" else [i, *elsewhere]:
+            ways = math.prod(sizes[each] for each in (*spec[at], name))
+            if lengths[at] and all(size % ways == 0 for size in lengths[at]):
+                spec[at] = (*spec[at], name)
+                break
 
-    def place(part: Any) -> NamedSharding:
+    def place_part(part: Any) -> PartitionSpec:
         if part.ndim != leaf.ndim:
-            return NamedSharding(mesh, PartitionSpec())
-        kept = [axis if size > 1 else None for axis, size in zip(spec, part.shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*kept))
+            return PartitionSpec()
+        kept = [names if size > 1 else () for names, size in zip(spec, part.shape, strict=True)]
+        return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in kept))
 
-    return jax.tree.map(place, leaf)
+    return jax.tree.map(place_part, leaf)
+
+
+def features(module: str) -> tuple[str | None, str | None]:
+    """Which axis splits the inputs, and which the outputs, of the linear at this path while it computes."""
+    axes = tree.match_rules(RULES, [f"{module}/kernel"], allow_unused=True)[f"{module}/kernel"]
+    return tuple("tensor" if axis == "tensor" else None for axis in axes)
 
 
 def tree_shardings(params: dict, mesh: Mesh) -> dict:
@@ -61,3 +101,7 @@ def tree_shardings(params: dict, mesh: Mesh) -> dict:
 def shard(params: dict, mesh: Mesh) -> dict:
     """The same params, placed on the mesh by `tree_shardings`."""
     return jax.device_put(params, tree_shardings(params, mesh))
+
+
+def _names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    return MEANT.get(axis, (axis,)) if isinstance(axis, str) else axis

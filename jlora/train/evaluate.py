@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora import data
+from jlora import data, sharding
 from jlora.errors import UserError, describe_faults, group_faults
 from jlora.generate import generate
 from jlora.lora.bank import refuse_chosen
@@ -254,7 +254,7 @@ def load_metric(path: str | pathlib.Path) -> Metric:
     return called
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Float[Array, "3 B"]:
     rows = {name: values[0] for name, values in batch.items()}
     hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], rows["segment_ids"])

@@ -136,7 +136,7 @@ def token_values(
     return model.score(params, hidden) * (batch["weights"] > 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
+@functools.partial(sharding.jit, static_argnums=(0,))
 def _values(model: Model, params: Params, batch: Batch) -> jax.Array:
     return jax.lax.map(functools.partial(token_values, model, params), batch)
 

@@ -127,7 +127,7 @@ def _start(
         note(f"the reference policy is {_reference_name(config, items)}")
         if config.dpo.precompute_ref_log_probs and dpo.CHOSEN not in items[0].values:
             train_items, eval_items = (with_reference(base, config, some) for some in (items, held_out))
-    evaluate = functools.partial(evaluate_items, jax.jit(_scorer(objective)), config, base, eval_items)
+    evaluate = functools.partial(evaluate_items, sharding.jit(_scorer(objective)), config, base, eval_items)
     return Job(
         trainable=base.trainable,
         frozen=base.constants,
@@ -210,7 +210,7 @@ def evaluate_items(
 
 def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:
     """The same pairs with the reference's log-probabilities among their values."""
-    score = jax.jit(functools.partial(dpo.reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
+    score = sharding.jit(functools.partial(dpo.reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
     found: list[data.Item] = []
     for batch in _batches(items, config, base.mesh):
         rows = jax.tree.map(lambda leaf: leaf[0], batch)

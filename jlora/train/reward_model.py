@@ -147,7 +147,7 @@ class RewardModel:
         return dataclasses.replace(item, documents=(data.Example(tokens, np.zeros(len(tokens), np.bool_)),))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(sharding.jit, static_argnums=(0, 3))
 def _rewards(model: Model, params: Params, batch: Batch, sides: int = 1) -> jax.Array:
     rows = jax.tree.map(lambda leaf: leaf[0], batch)
     return document_rewards(model, params, rows, sides * rows["items"].shape[0])

@@ -89,7 +89,7 @@ def score_batch(
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
+@functools.partial(sharding.jit, static_argnums=(0,))
 def _log_probs(model: Model, params: Params, batch: Batch, temperature: int | float | jax.Array) -> jax.Array:
     def micro(rows: Batch) -> jax.Array:
         return completion_scores(model, params, rows, temperature=temperature).log_probs

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import data, quant, tree
+from jlora import data, quant, sharding, tree
 from jlora.models import Model
 from jlora.models.model import SCORE
 from jlora.types import Params
@@ -79,7 +79,7 @@ def _rows(model: Model, tokenizer: Any, records: Sequence[dict[str, Any]], seq_l
     return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segment_ids)}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "path", "format", "double_quant"))
+@functools.partial(sharding.jit, static_argnames=("model", "path", "format", "double_quant"))
 def _divergence(
     model: Model,
     params: Params,
@@ -104,7 +104,7 @@ def _mean_divergence(expected: jax.Array, found: jax.Array, rows: dict[str, jax.
     return jnp.sum(jnp.where(real, divergence, 0)) / jnp.sum(real)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(sharding.jit, static_argnums=0)
 def _log_probabilities(model: Model, params: Params, rows: dict[str, jax.Array]) -> jax.Array:
     hidden, _ = model.hidden(params, rows["tokens"], segment_ids=rows["segment_ids"])
     if SCORE in params:

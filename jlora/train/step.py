@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora import lora, tree
+from jlora import lora, sharding, tree
 from jlora.lora.targets import is_expert
 from jlora.optim import global_norm
 from jlora.train.state import TrainState
@@ -73,7 +73,7 @@ def make_step(
         after, metrics = _advance(objective, optimizer, dropout, state, frozen, batch)
         return _skipping(state, after, metrics[FINITE]) if skip else after, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return sharding.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def make_steps(
@@ -109,7 +109,7 @@ def make_steps(
         after, metrics = jax.lax.map(one, own) if experts else jax.vmap(one)(own)
         return dataclasses.replace(after, step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    return sharding.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def _advance(

@@ -20,12 +20,25 @@ def mesh():
         ("layers/self_attn/q_proj/kernel", (3, 64, 32), P(None, "fsdp", "tensor")),
         ("layers/self_attn/o_proj/kernel", (3, 64, 32), P(None, "tensor", "fsdp")),
         ("layers/self_attn/q_proj/lora_a", (3, 64, 4), P(None, "fsdp", None)),
-        ("layers/self_attn/q_proj/lora_b", (3, 4, 32), P(None, None, "tensor")),
-        ("layers/mlp/down_proj/lora_a", (3, 64, 4), P(None, "tensor", None)),
+        ("layers/self_attn/q_proj/lora_b", (3, 4, 32), P(None, None, ("tensor", "fsdp"))),
+        ("layers/mlp/down_proj/lora_a", (3, 64, 4), P(None, ("tensor", "fsdp"), None)),
         ("layers/mlp/down_proj/lora_b", (3, 4, 32), P(None, None, "fsdp")),
         ("layers/self_attn/q_proj/lora_scale", (3,), P(None)),
-        ("embed_tokens/embedding", (64, 32), P("tensor", "fsdp")),
-        ("layers/self_attn/q_proj/kernel", (3, 63, 32), P(None, None, "tensor")),
+        ("h/attn/c_attn/kernel", (3, 64, 32), P(None, "fsdp", "tensor")),
+        ("h/mlp/c_proj/kernel", (3, 64, 32), P(None, "tensor", "fsdp")),
+        ("gpt_neox/layers/attention/dense/kernel", (3, 64, 32), P(None, "tensor", "fsdp")),
+        ("gpt_neox/layers/mlp/dense_h_to_4h/kernel", (3, 64, 32), P(None, "fsdp", "tensor")),
+        ("layers/mlp/experts/down_proj/kernel", (3, 6, 64, 32), P(None, None, "tensor", "fsdp")),
+        ("embed_tokens/embedding", (64, 32), P(("tensor", "fsdp"), None)),
+        ("embed_tokens/lora_a", (64, 4), P(("tensor", "fsdp"), None)),
+        ("lm_head/kernel", (32, 64), P(None, ("tensor", "fsdp"))),
+        ("lm_head/lora_b", (4, 64), P(None, ("tensor", "fsdp"))),
+        ("embed_out/lora_a", (32, 4), P(None, None)),
+        # What fsdp does not divide on one side it may on the other, beyond what tensor splits there.
+        ("layers/self_attn/q_proj/kernel", (3, 63, 32), P(None, None, ("tensor", "fsdp"))),
+        ("layers/self_attn/o_proj/kernel", (3, 64, 30), P(None, ("tensor", "fsdp"), None)),
+        ("layers/self_attn/q_proj/kernel", (3, 64, 33), P(None, "fsdp", None)),
+        ("wte/embedding", (66, 32), P("tensor", None)),
         ("norm/scale", (64,), P(None)),
     ],
 )
@@ -41,7 +54,7 @@ def test_packed_parts_are_split_alike_and_blocks_stay_whole(mesh):
     assert placed.nested_absmax.spec == P()
     narrow = quant.quantize(jnp.ones((2, 192, 32)))  # three blocks do not divide by four
     placed = sharding.leaf_sharding("layers/mlp/up_proj/kernel", narrow, mesh)
-    assert placed.codes.spec == placed.absmax.spec == P(None, None, "tensor")
+    assert placed.codes.spec == placed.absmax.spec == P(None, None, ("tensor", "fsdp"))
 
 
 def test_a_scale_of_all_inputs_is_split_over_outputs_only(mesh):

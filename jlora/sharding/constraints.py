@@ -1,0 +1,182 @@
+"""What code that knows no mesh says of its arrays' placement; it holds where a mesh is in context.
+
+Left alone, the compiler weighs a product's operands by its own lights: a weight that is split over its inputs made it
+gather every row of the batch on every device and add up partial products, fourteen times the bytes of the weights.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jlora.sharding.mesh import AXES
+from jlora.sharding.rules import MEANT, VOCABULARY, Sizes, leaf_specs
+
+Axis = str | tuple[str, ...] | None
+
+# The mesh axes of a batch's rows, of its tokens, and of the vocabulary of logits.
+ROWS = ("data", "fsdp")
+TOKENS = "sequence"
+
+
+def jit(function: Callable, **settings: Any) -> Callable:
+    """`jax.jit`, traced and run with the mesh in context that the arguments are on.
+
+    {"kernel": on a mesh of data=2, fsdp=4} → `constrain` inside holds arrays to that mesh; on one device it does
+    nothing. The context belongs to what jax.jit caches its traces by, so the two do not mix.
+    """
+    compiled = jax.jit(function, **settings)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with on(mesh_of((args, kwargs))):
+            return compiled(*args, **kwargs)
+
+    @functools.wraps(compiled.lower)
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        with on(mesh_of((args, kwargs))):
+            return compiled.lower(*args, **kwargs)
+
+    call.lower, call._cache_size = lower, compiled._cache_size
+    return call
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh | None) -> Iterator[None]:
+    """Code traced inside holds its arrays to `mesh`; None leaves the context as it is."""
+    if mesh is None:
+        yield
+        return
+    # The abstract mesh alone: with a concrete one, jax refuses arrays on one device beside those on the mesh.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def mesh_of(values: Any) -> Mesh | None:
+    """The mesh of several devices that the first of a tree's arrays (or shapes) with one is on."""
+    for leaf in jax.tree.leaves(values):
+        placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(placed, NamedSharding) and placed.mesh.size > 1:
+            return placed.mesh
+    return None
+
+
+def sizes() -> Sizes:
+    """The sizes of the mesh axes in context that the compiler divides arrays over; {} without a mesh of several
+    devices.
+
+    Axes that are manual (inside `jax.shard_map`) have been divided over already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+        return {}
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    found = {axis: mesh.shape[axis] if kinds[axis] is AxisType.Auto else 1 for axis in AXES}
+    return {} if math.prod(found.values()) == 1 else found
+
+
+def ways(*axes: str) -> int:
+    """Into how many parts these mesh axes of the context split an array."""
+    found = sizes()
+    return math.prod(found.get(axis, 1) for axis in axes)
+
+
+def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
+    """x, its dimensions split over these mesh axes (those of them that divide it) and whole on all others.
+
+    Without a mesh in context it is x itself. The gradient is held the same way.
+    """
+    if not (found := sizes()):
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, found))
+
+
+def held(x: jax.Array, width: Axis = None) -> jax.Array:
+    """Activations [B, T, …, N]: rows and tokens where the batch's are, and N over the axes of `width`.
+
+    Arrays of fewer axes have no rows of a batch, and are left alone.
+    """
+    return x if x.ndim < 3 else constrain(x, ROWS, TOKENS, *(None,) * (x.ndim - 3), width)
+
+
+def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(axes of the rows, axes of the vocabulary) of logits: a head that is split over its vocabulary stays where it
+    is, and sees the rows of all devices that it is split over.
+    """
+    if not (found := sizes()):
+        return (), ()
+    split = _dividing(vocabulary, MEANT[VOCABULARY], found)
+    return tuple(axis for axis in ROWS if axis not in split), split
+
+
+def gathered(module: str, leaves: dict) -> dict:
+    """The leaves at a module's path with what `fsdp` splits of them gathered, a packed leaf as it is packed; what
+    `tensor` splits stays split. Gradients go back to where the leaves are.
+
+    Call it where the leaves are used, inside what is recomputed: a layer's weights then exist for that layer only, and
+    are gathered once forward and once for recomputation and backward together.
+    """
+    if not (found := sizes()) or found["fsdp"] == 1:
+        return leaves
+
+    def gather(name: str, leaf: Any) -> Any:
+        specs = leaf_specs(f"{module}/{name}" if module else name, leaf, found)
+        return jax.tree.map(lambda part, spec: _gather(part, spec, _without_fsdp(spec)), leaf, specs)
+
+    return {name: gather(name, leaf) for name, leaf in leaves.items()}
+
+
+def _gather(x: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
+    if before == after:
+        return x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.with_sharding_constraint(x, after)
+    return _gather_float(before, after, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_float(before: PartitionSpec, after: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, after)
+
+
+def _gather_forward(before: PartitionSpec, after: PartitionSpec, x: jax.Array) -> tuple[jax.Array, None]:
+    return _gather_float(before, after, x), None
+
+
+def _gather_backward(before: PartitionSpec, after: PartitionSpec, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    """Partial sums go straight to the device that keeps them, not to all."""
+    return (jax.lax.with_sharding_constraint(grad, before),)
+
+
+_gather_float.defvjp(_gather_forward, _gather_backward)
+
+
+def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    kept = [tuple(name for name in _names(axis) if name != "fsdp") for axis in spec]
+    return PartitionSpec(*(names or None for names in kept))
+
+
+def _spec(shape: tuple[int, ...], axes: tuple[Axis, ...], found: Sizes) -> PartitionSpec:
+    if len(axes) != len(shape):
+        raise ValueError(f"found axes {axes} for an array of shape {shape}, expected one entry a dimension")
+    return PartitionSpec(
+        *(_dividing(size, _names(axis), found) or None for size, axis in zip(shape, axes, strict=True))
+    )
+
+
+def _dividing(size: int, names: tuple[str, ...], found: Sizes) -> tuple[str, ...]:
+    """Those of the axes that, one after another, divide a dimension."""
+    kept: tuple[str, ...] = ()
+    for name in names:
+        if found[name] > 1 and size % math.prod(found[each] for each in (*kept, name)) == 0:
+            kept = (*kept, name)
+    return kept
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis

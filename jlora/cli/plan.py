@@ -5,13 +5,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from jlora.cli.overrides import read_config
 from jlora.devices import DEVICES
+from jlora.errors import UserError
 from jlora.train.config import RunConfig, resolve
+from jlora.train.fitting import Found, cheapest, longest
 from jlora.train.forecast import Forecast, forecast
 from jlora.train.topology import COMPILERS, Topology, parse
 
@@ -25,13 +28,57 @@ def run(arguments: list[str]) -> int:
     topology = parse(options.topology)
     config = resolve(read_config(options.config, overrides))
     _prepare(topology)
-    with _working(f"compiling for {topology.name}" if topology.has_compiler else "tracing the step"):
-        found = forecast(config, topology)
-    if options.json:
-        print(json.dumps(found.to_json(), indent=2))
+    ask = _Asking(topology)
+    if options.max_seq_len:
+        suggestion = longest(config, topology, ask)
+        if suggestion is None:
+            raise UserError(f"--max_seq_len: not even the shortest rows fit on {topology.name}")
+        found = suggestion.forecast
     else:
-        print("\n".join(_lines(config, topology, found)))
+        found = ask(config)
+        suggestion = cheapest(config, topology, found, ask) if found.fits is False else None
+    if options.json:
+        print(json.dumps(found.to_json() | _suggested(suggestion), indent=2))
+    else:
+        print("\n".join([*_lines(config, topology, found), *_advice(found, suggestion)]))
     return 0
+
+
+def _suggested(suggestion: Found | None) -> dict[str, Any]:
+    if suggestion is None:
+        return {"suggestion": None}
+    return {"suggestion": {"flags": suggestion.flags, "needs": suggestion.forecast.to_json()}}
+
+
+def _advice(found: Forecast, suggestion: Found | None) -> Iterator[str]:
+    if suggestion is not None:
+        needs = gib(suggestion.forecast.peak_bytes_per_device)
+        what = "longest rows that fit" if suggestion.forecast is found else "cheapest change that fits"
+        yield f"{what}: {' '.join(suggestion.flags)}  ({needs} a device)"
+    elif not found.fits:
+        yield (
+            "No change of remat, batch, quantisation, mesh and offloading makes it fit: try shorter rows "
+            "(--max_seq_len says how long they may be), a lower lora.r, a smaller model or more devices"
+        )
+
+
+class _Asking:
+    """Forecasts, with a line on the terminal of what is at work and what has been found."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology, self._console = topology, Console(stderr=True, highlight=False)
+        self._count = 0
+
+    def __call__(self, config: RunConfig) -> Forecast:
+        train = config.train
+        doing = "compiling" if self._topology.has_compiler else "tracing"
+        what = f"{train.batch_size} × {train.seq_len:,} tokens for {self._topology.name}"
+        self._count += 1
+        with self._console.status(f"{doing} {what} (no. {self._count})"):
+            found = forecast(config, self._topology)
+        if self._count > 1 or not found.fits:
+            self._console.print(f"{what}: {gib(found.peak_bytes_per_device)}{'' if found.fits else ', does not fit'}")
+        return found
 
 
 def _prepare(topology: Topology) -> None:
@@ -42,12 +89,6 @@ def _prepare(topology: Topology) -> None:
         jax.config.update("jax_platforms", "cpu")
         if topology.count > 1:
             jax.config.update("jax_num_cpu_devices", topology.count)
-
-
-@contextlib.contextmanager
-def _working(what: str) -> Iterator[None]:
-    with Console(stderr=True).status(what):
-        yield
 
 
 def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[str]:
@@ -80,6 +121,13 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
         yield (
             f"            at the device's peaks at least {found.seconds_per_step:.3g} s, at most {speed:,.0f} tokens/s"
         )
+    if (
+        device.memory
+        and device.platform == "cuda"
+        and found.peak_bytes_per_device > 0.75 * device.memory
+        and found.fits
+    ):
+        yield "            JAX takes 75% of a GPU's memory unless told otherwise: XLA_PYTHON_CLIENT_MEM_FRACTION=.97"
     if found.devices > 1:
         nothing = "not known without the compiler" if found.estimated else "nothing"
         moved = ", ".join(f"{kind} {gib(size)}" for kind, size in found.received_bytes.items())
@@ -95,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     extras = ", ".join(f"jlora[{extra}]" for _, extra in COMPILERS.values() if extra)
     parser = argparse.ArgumentParser(
         prog="jlora plan",
-        usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--json]",
+        usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
         description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
         "compiler, FLOPs, and what moves between devices. Of the model config.json is enough; no data is read: every "
         "row is taken to be full.",
@@ -108,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DEVICES",
         help=f"one of {', '.join(DEVICES)}; several as v5e:2x4, v5p:2x2x1, h100x8, cpu:4",
+    )
+    parser.add_argument(
+        "--max_seq_len", action="store_true", help="search the longest train.seq_len that fits (a few compilations)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -123,7 +123,6 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
     else:
         peak, host, moved = compiled
     products = cost(program.traced.jaxpr.jaxpr, topology.device.platform)
-    device = topology.device
     return Forecast(
         topology=topology.name,
         estimated=compiled is None,
@@ -131,7 +130,7 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
         peak_bytes_per_device=peak,
         argument_bytes=arguments,
         host_bytes=host,
-        memory_bytes=device.usable,
+        memory_bytes=topology.memory,
         trainable_parameters=program.trainable,
         frozen_parameters=tree.count(program.base.frozen),
         bytes_by_kind=program.sizes,
@@ -214,10 +213,10 @@ def _compiled(program: Program, topology: Topology) -> tuple[int, int, dict[str,
     try:
         compiled = program.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what does not fit, and says what it needs
-        needed = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", str(error))
+        needed = _said_to_need(str(error), sum(program.sizes.values()))
         if needed is None:
             raise
-        return int(float(needed[1]) * 1024 ** " KMGT".index(needed[2] or " ")), 0, {}
+        return needed, 0, {}
     memory = compiled.memory_analysis()
     host = sum(getattr(memory, f"host_{kind}_size_in_bytes", 0) for kind in ("argument", "output", "temp")) - getattr(
         memory, "host_alias_size_in_bytes", 0
@@ -230,6 +229,18 @@ def _compiled(program: Program, topology: Topology) -> tuple[int, int, dict[str,
     )
     peak = memory.peak_memory_in_bytes  # counts the host's part too
     return min(device, peak) if peak else device, max(host, 0), received(compiled.as_text())
+
+
+def _said_to_need(message: str, arguments: int) -> int | None:
+    """Bytes that a compiler says that a program needs of a device which has fewer."""
+    forms = (
+        (arguments, r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
+        (0, r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
+    )
+    for beside, form in forms:
+        if found := re.search(form, message):
+            return beside + int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return None
 
 
 def _temporaries(program: Program, topology: Topology) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,13 @@ class Topology:
     def dtype(self) -> str:
         """Of computation, where none is asked for."""
         return "float32" if self.device.platform == "cpu" else "bfloat16"
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that a program can have of each device; those of a CPU share what the machine has."""
+        if self.device.platform != "cpu":
+            return self.device.usable
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
 
     @property
     def extra(self) -> str:

@@ -66,6 +66,48 @@ def test_an_estimate_says_so_and_which_extra_brings_the_compiler(plan, no_compil
     assert "of 15.75 GiB: fits" in printed
 
 
+LLAMA_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A folder with the config.json of a model of 8 billion weights, and nothing else."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return f"--config.model.path={folder}"
+
+
+def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(plan, no_compiler, large):
+    code, printed, said = plan("--topology=rtx4090", large, "--config.train.seq_len=1024")
+    assert code == 0, said
+    assert "of 22.47 GiB: fits" in printed  # 16-bit weights
+    code, printed, _ = plan("--topology=rtx4090", large, "--config.train.seq_len=8192")
+    assert "DOES NOT FIT" in printed
+    assert "cheapest change that fits: --config.model.quant=nf4  (" in printed
+
+
+def test_the_longest_rows(plan, no_compiler, large):
+    code, printed, said = plan("--topology=h100", "--max_seq_len", "--json", large, "--config.model.quant=nf4")
+    found = json.loads(printed)
+    assert code == 0 and found["fits"]
+    [flag] = found["suggestion"]["flags"]
+    assert int(flag.removeprefix("--config.train.seq_len=")) > 2048
+    assert found["peak_bytes_per_device"] > 0.9 * found["memory_bytes"]
+    assert "does not fit" in said or said.count("GiB") > 2  # what was tried
+
+
 def test_what_moves_on_a_mesh(plan):
     code, printed, _ = plan("--topology=cpu:2", "--json", "--config.mesh.data=2")
     found = json.loads(printed)

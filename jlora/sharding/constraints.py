@@ -32,17 +32,16 @@ def jit(function: Callable, **settings: Any) -> Callable:
     """
     compiled = jax.jit(function, **settings)
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with on(mesh_of((args, kwargs))):
-            return compiled(*args, **kwargs)
+    def within(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with on(mesh_of((args, kwargs))):
+                return run(*args, **kwargs)
 
-    @functools.wraps(compiled.lower)
-    def lower(*args: Any, **kwargs: Any) -> Any:
-        with on(mesh_of((args, kwargs))):
-            return compiled.lower(*args, **kwargs)
+        return call
 
-    call.lower, call._cache_size = lower, compiled._cache_size
+    call = within(compiled)
+    call.lower, call.trace, call._cache_size = within(compiled.lower), within(compiled.trace), compiled._cache_size
     return call
 
 

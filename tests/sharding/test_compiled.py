@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from jlora import lora, models, quant, sharding, tree
 from jlora.optim import OptimConfig, make_optimizer
 from jlora.train import sft
-from jlora.train.state import create_state, state_shardings
+from jlora.train.state import create_state
 from jlora.train.step import make_step
 
 ROWS, TOKENS, WIDTH, INNER, VOCABULARY, RANK = 8, 48, 256, 512, 1088, 3
@@ -71,8 +72,15 @@ def collectives(text):
 @functools.cache
 def compiled(family, **mesh):
     """(the compiled step of a small model on a mesh, its arguments, what it moves); each is compiled once."""
-    mesh = sharding.MeshConfig(**mesh)
-    mesh = sharding.make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)])
+    step, arguments = case(family, **mesh)
+    program = step.lower(*arguments).compile()
+    return program, arguments, collectives(program.as_text())
+
+
+def case(family, devices=None, **mesh):
+    """(step, its arguments). With devices that are not here the arguments are shapes."""
+    sizes = sharding.MeshConfig(**mesh)
+    here = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.sizes)])
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
     model = models.build(CONFIGS[family] | {layers: 2, "vocab_size": VOCABULARY})
     params = model.random_params(jax.random.key(0))
@@ -82,9 +90,9 @@ def compiled(family, **mesh):
     )
     settings = lora.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
     params = lora.init(params, settings, jax.random.key(1))
-    frozen, trainable = (sharding.shard(half, mesh) for half in lora.split(params))
+    frozen, trainable = (sharding.shard(half, here) for half in lora.split(params))
     optimizer = make_optimizer(OptimConfig(), 10)
-    state = create_state(trainable, optimizer, 0, mesh)
+    state = create_state(trainable, optimizer, 0, here)
     rng = np.random.default_rng(0)
     shape = (1, ROWS, TOKENS)
     batch = {
@@ -94,10 +102,16 @@ def compiled(family, **mesh):
         "segment_ids": np.ones(shape, np.int32),
         "weights": (rng.random(shape) < 0.7).astype(np.float32),
     }
-    arguments = state, frozen, sharding.put_batch(batch, mesh)
-    step = make_step(sft.sft_loss(model, chunk=COLUMNS * ROWS // 4), optimizer, state_shardings(state, mesh))
-    program = step.lower(*arguments).compile()
-    return program, arguments, collectives(program.as_text())
+    arguments = state, frozen, sharding.put_batch(batch, here)
+    if devices is not None:
+        there = sharding.make_mesh(sizes, devices)
+
+        def shape_of(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(there, leaf.sharding.spec))
+
+        arguments = jax.tree.map(shape_of, arguments)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+    return make_step(sft.sft_loss(model, chunk=COLUMNS * ROWS // 4), optimizer, shardings), arguments
 
 
 def in_layers(moved):
@@ -129,7 +143,22 @@ def test_a_mesh_changes_no_number(family, mesh):
 
 
 def test_fsdp_gathers_codes_and_never_a_weight_or_an_activation():
-    layers = [moved for moved in compiled("llama", fsdp=4)[2] if in_layers(moved)]
+    check_gathers(compiled("llama", fsdp=4)[2])
+
+
+@pytest.mark.slow
+def test_on_tpus_too(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    step, arguments = case("llama", devices=list(devices), data=2, fsdp=4)
+    # The least effort compiles several times faster, and leaves gathers whole.
+    program = step.lower(*arguments).compile(compiler_options={"exec_time_optimization_effort": -1.0})
+    check_gathers(collectives(program.as_text()))
+
+
+def check_gathers(found):
+    layers = [moved for moved in found if in_layers(moved)]
     codes = [moved for moved in layers if moved.dtype == "u8"]
     kernels = {(WIDTH, WIDTH): 2, (WIDTH, WIDTH // 2): 2, (WIDTH, INNER): 2, (INNER, WIDTH): 1}
     for (inputs, outputs), count in kernels.items():

@@ -1,12 +1,17 @@
 """Where leaves go on a mesh of eight devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import PartitionSpec as P
 
-from jlora import quant, sharding
+from jlora import models, quant, sharding, tree
+from jlora.models.families import FAMILIES
+from jlora.sharding.rules import RULES
 
 
 @pytest.fixture
@@ -96,3 +101,39 @@ def test_mesh_sizes():
         sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=3))
     with pytest.raises(ValueError, match="at most one of them -1"):
         sharding.MeshConfig(data=-1, fsdp=-1)
+
+
+LEAVES = (
+    *("kernel", "trained_kernel", "bias", "lora_a", "lora_b", "lora_start_a", "lora_start_b", "lora_scale"),
+    *("lora_magnitude", "embedding", "trained_embedding"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_linears_of_every_family_are_split_as_their_place_wants(family, mesh):
+    """Outputs of the first of two linears over tensor, inputs of the second; the head over its vocabulary."""
+    names = models.build(transformers.CONFIG_MAPPING[family]().to_dict()).config.names
+    leaf = jax.ShapeDtypeStruct((2, 64, 32), jnp.float32)
+
+    def spec(*path):
+        return sharding.leaf_sharding("/".join((*path, "kernel")), leaf, mesh).spec
+
+    first = [(names.attention, name) for name in names.queries_keys_values] + [("mlp", name) for name in names.mlp_up]
+    assert {spec(names.stack, *path) for path in first} == {P(None, "fsdp", "tensor")}
+    second = [(names.attention, names.output), ("mlp", names.mlp_down)]
+    assert {spec(names.stack, *path) for path in second} == {P(None, "tensor", "fsdp")}
+    assert spec(names.head) == P(None, None, ("tensor", "fsdp"))
+    table = sharding.leaf_sharding(f"{names.embedding}/embedding", jax.ShapeDtypeStruct((64, 32), jnp.float32), mesh)
+    assert table.spec == P(("tensor", "fsdp"), None)
+
+
+def test_every_rule_matches_something_in_some_family():
+    paths = set()
+    for family in FAMILIES:
+        names = models.build(transformers.CONFIG_MAPPING[family]().to_dict()).config.names
+        linears = (*names.queries_keys_values, names.output, *names.mlp_up, names.mlp_down)
+        modules = (names.embedding, names.positions, names.head, *(f"{names.stack}/mlp/{linear}" for linear in linears))
+        paths |= {f"{module}/{leaf}" for module in modules if module for leaf in LEAVES}
+    tree.match_rules(RULES, paths)  # refuses a rule that matches nothing
+    first = {next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path)) for path in paths}
+    assert first == set(range(len(RULES)))  # and none stands behind one that takes all of its paths

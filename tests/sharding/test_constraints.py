@@ -52,6 +52,12 @@ def test_axes_that_do_not_divide_are_left_out(mesh, shape, axes, spec):
     assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
 
 
+def test_activations_lie_by_rows_and_tokens(mesh):
+    x = jax.device_put(jnp.ones((8, 4, 6)), sharding.replicated(mesh))
+    placed = sharding.jit(lambda x: (sharding.held(x), sharding.held(x, "tensor")))(x)
+    assert [each.sharding.spec for each in placed] == [P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")]
+
+
 def test_another_programs_mesh_is_left_alone():
     other = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(other.abstract_mesh):

@@ -28,6 +28,10 @@ COMMANDS = {
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }
 
+# What XLA's compilers read when they are imported: libtpu asks for the machine that it is not on, and all warn of
+# programs that do not fit.
+ENVIRONMENT = {"plan": {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "2"}}
+
 USAGE = """usage: jlora COMMAND [OPTIONS]
 
 LoRA and QLoRA fine-tuning of language models in JAX.
@@ -65,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
+    for name, value in ENVIRONMENT.get(command, {}).items():
+        os.environ.setdefault(name, value)
     try:
         return importlib.import_module(f"jlora.cli.{command}").run(arguments)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message

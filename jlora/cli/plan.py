@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +16,6 @@ from jlora.train.config import RunConfig, resolve
 from jlora.train.fitting import Found, cheapest, longest
 from jlora.train.forecast import Forecast, forecast
 from jlora.train.topology import COMPILERS, Topology, parse
-
-# Environment variables that libtpu reads: without the first it asks for the machine that it is not on.
-_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def run(arguments: list[str]) -> int:
@@ -83,8 +79,6 @@ class _Asking:
 
 def _prepare(topology: Topology) -> None:
     """Keeps the accelerators of this machine free, and has as many devices of its CPU as are to stand in for others."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     with contextlib.suppress(RuntimeError):  # JAX is at work already, as in tests
         jax.config.update("jax_platforms", "cpu")
         if topology.count > 1:

@@ -88,9 +88,14 @@ def _received(line: str, result: str, kind: str, start: str | None) -> float:
 
 
 def _ways(line: str) -> int:
-    """How many devices take part in each of the collective's groups."""
+    """How many devices take part in each of the collective's groups; 0 where the text does not say."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        # An axis, or a part of one: 'a' or 'a':(size before it)its size.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
     return 0

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora import lora
+from jlora import lora, sharding, tree
 from jlora.models.config import ModelConfig
 from jlora.models.layers import ACTIVATIONS, leaves, used
 
@@ -60,6 +60,11 @@ class Mixture(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if sharding.is_spread(x) and not self.is_initializing():
+            # Or every device would compute all tokens: they are sorted by expert all together.
+            flat = sharding.gathered("/".join(self.path), tree.flatten(leaves(self)))
+            alone = Mixture(self.config)
+            return sharding.apart(lambda params, x: alone.apply({"params": params}, x), tree.unflatten(flat), x)
         experts = self.config.experts
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = jax.lax.top_k(Router(experts.count, name="gate")(rows), experts.top_k)

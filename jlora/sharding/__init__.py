@@ -1,6 +1,19 @@
 """Device meshes, and the rules that place every leaf of a param tree on them."""
 
-from jlora.sharding.constraints import ROWS, TOKENS, constrain, gathered, held, jit, logits_axes, mesh_of, on, ways
+from jlora.sharding.constraints import (
+    ROWS,
+    TOKENS,
+    apart,
+    constrain,
+    gathered,
+    held,
+    is_spread,
+    jit,
+    logits_axes,
+    mesh_of,
+    on,
+    ways,
+)
 from jlora.sharding.mesh import (
     MeshConfig,
     Vote,
@@ -19,11 +32,13 @@ __all__ = [
     "TOKENS",
     "MeshConfig",
     "Vote",
+    "apart",
     "batch_sharding",
     "constrain",
     "features",
     "gathered",
     "held",
+    "is_spread",
     "jit",
     "leaf_sharding",
     "logits_axes",

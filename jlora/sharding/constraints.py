@@ -103,6 +103,21 @@ def held(x: jax.Array, width: Axis = None) -> jax.Array:
     return x if x.ndim < 3 else constrain(x, ROWS, TOKENS, *(None,) * (x.ndim - 3), width)
 
 
+def is_spread(x: jax.Array) -> bool:
+    """Whether the mesh in context splits rows or tokens of x [B, T, …]."""
+    found = sizes()
+    return bool(found) and x.shape[0] % ways(*ROWS) == 0 == x.shape[1] % ways(TOKENS) and ways(*ROWS, TOKENS) > 1
+
+
+def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array) -> jax.Array:
+    """function(params, x) [B, T, …] of x [B, T, …] that `is_spread`, by each device for its own rows and tokens: for
+    functions that look at all tokens together (sort them, count them) and treat each by itself.
+    """
+    place = PartitionSpec(ROWS, TOKENS)
+    axes = {*ROWS, TOKENS}
+    return jax.shard_map(function, in_specs=(PartitionSpec(), place), out_specs=place, axis_names=axes)(params, x)
+
+
 def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(axes of the rows, axes of the vocabulary) of logits: a head that is split over its vocabulary stays where it
     is, and sees the rows of all devices that it is split over.

@@ -42,6 +42,7 @@ CONFIGS = {
         layer_norm_eps=1e-5,
     ),
 }
+CONFIGS["mixtral"] = CONFIGS["llama"] | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
 
 
 class Moved(NamedTuple):
@@ -88,7 +89,9 @@ def case(family, devices=None, **mesh):
     params = tree.map_with_path(
         lambda path, leaf: quant.quantize(leaf) if path.startswith(stack) and path.endswith("kernel") else leaf, params
     )
-    settings = lora.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    experts = ("experts.gate_up_proj", "experts.down_proj") if family == "mixtral" else None
+    targets = {"target_modules": "all-linear", "target_parameters": experts}
+    settings = lora.LoraConfig(r=RANK, init_lora_weights=False, **targets)
     params = lora.init(params, settings, jax.random.key(1))
     frozen, trainable = (sharding.shard(half, here) for half in lora.split(params))
     optimizer = make_optimizer(OptimConfig(), 10)
@@ -129,6 +132,7 @@ def is_adapters(moved):
         ("llama", {"fsdp": 2, "sequence": 2}),
         ("gpt2", {"tensor": 2}),
         ("gpt_neox", {"tensor": 2}),
+        ("mixtral", {"fsdp": 2, "tensor": 2}),
     ],
 )
 def test_a_mesh_changes_no_number(family, mesh):
@@ -191,6 +195,13 @@ def test_tensor_parallelism_moves_activations_and_gradients_of_adapters(family):
     layers = [moved for moved in rest if in_layers(moved) and RANK not in moved.shape]
     assert {moved.size for moved in layers} == {ROWS * TOKENS * WIDTH}
     assert len([moved for moved in layers if "transpose" not in moved.where]) == 2  # after attention and after the MLP
+
+
+def test_tokens_go_to_experts_where_they_are():
+    found = [moved for moved in compiled("mixtral", fsdp=2, tensor=2)[2] if moved.size > 1]
+    assert [moved for moved in found if "sort" in moved.where or "top_k" in moved.where] == []
+    # Each device has two choices of an expert for each of its own tokens, and never those of all tokens.
+    assert [moved for moved in found if 2 * ROWS * TOKENS in moved.shape] == []
 
 
 def test_what_does_not_divide_is_whole_and_right():

@@ -56,12 +56,10 @@ def live_bytes(jaxpr: Any, platform: str) -> int:
     held = peak = 0
     ending: dict[int, int] = {}
     for place, operation in enumerate(operations):
-        if operation.fused:
-            continue
         inside = max((live_bytes(one, platform) for one in operation.inner), default=0)
         if operation.name == "dot_general":  # it reads arrays, whatever its operands are made of
             inside += sum(sizes[value] for value in operation.reads & made_of.keys())
-        for value, size in operation.writes:
+        for value, size in () if operation.fused else operation.writes:
             held += size
             end = last.get(value, place)
             ending[end] = ending.get(end, 0) + size

@@ -144,3 +144,16 @@ def test_a_described_model_that_is_packed_has_the_form_that_its_config_names(set
         for model in ({"path": model_folder, "quant": "nf4"}, {"path": str(folder), "quant": None})
     )
     assert described(asked.arguments) == described(said.arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", forecast.FULLEST)
+def test_every_algorithm_compiles_for_a_card_that_is_not_here(settings, algorithm):
+    card = topology.parse("h100")
+    if not card.has_compiler:
+        pytest.skip(f"needs jlora[{card.extra}]")
+    found = forecast.forecast(settings(algorithm), card)
+    assert not found.estimated and found.fits
+    assert found.peak_bytes_per_device > found.argument_bytes
+    estimate = forecast._temporaries(forecast.trace(settings(algorithm), card), card)
+    assert 0.2 < estimate / (found.peak_bytes_per_device - found.argument_bytes) < 5

@@ -172,6 +172,7 @@ def trace(config: RunConfig, topology: Topology) -> Program:
         "reference adapter": _held(base.reference),
         "batch": _held(batch),
     }
+    sizes["counters, settings"] = max(0, _held(arguments) - sum(sizes.values()))
     return Program(
         mesh=mesh,
         base=base,

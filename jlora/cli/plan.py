@@ -99,7 +99,8 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
     have = f" of {gib(found.memory_bytes)}" if found.memory_bytes else ""
     yield f"memory      {gib(found.peak_bytes_per_device)} a device{have}{verdict}"
     kinds = dict(found.bytes_by_kind) | {"the step's": max(0, found.peak_bytes_per_device - found.argument_bytes)}
-    width = max(map(len, kinds))
+    kinds = {name: size for name, size in kinds.items() if size > 2**20 / 20}  # less would read as 0.0 MiB
+    width = max(map(len, kinds), default=0)
     for name, size in kinds.items():
         yield f"            {name:<{width}}  {gib(size):>10}"
     if found.host_bytes:

@@ -16,6 +16,8 @@ Params = dict[str, Any]
 
 # Segment s + b · BRANCH is a branch of segment s: its tokens see those of s and their own, not those of other branches.
 BRANCH = 1 << 16
+# The checkpoint_name of values that are dear to compute again: outputs of products and of attention.
+SAVED = "saved"
 
 
 def require(module: str, extra: str) -> types.ModuleType:

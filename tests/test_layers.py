@@ -7,7 +7,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
     ("errors",),
     ("allocator", "devices", "ends", "tree", "types"),
-    ("kernels", "sharding"),
+    ("sharding",),
+    ("kernels",),
     ("quant",),
     ("lora",),
     ("models",),

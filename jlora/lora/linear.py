@@ -9,10 +9,7 @@ from jlora import quant, sharding
 from jlora.errors import UserError
 from jlora.lora.merge import Kernel, gains, merged_leaf
 from jlora.lora.partition import resolve
-from jlora.types import Params
-
-# The checkpoint_name of values that are dear to compute again: outputs of products and of attention.
-SAVED = "saved"
+from jlora.types import SAVED, Params
 
 
 def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
@@ -40,7 +37,7 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     else:
         y = quant.matmul(x, module["kernel"])
         if "lora_a" in module:
-            y = (y + update(x, module, key=key).astype(jnp.float32)).astype(y.dtype)
+            y = y + update(x, module, key=key).astype(y.dtype)
     if "bias" in module:
         y = y + _row(module["bias"], y.ndim).astype(y.dtype)
     if "lora_tokens" in module:  # of a head: rows of its weight are columns of the logits
@@ -54,8 +51,8 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     if "lora_ids" in module:
         return _update_by_row(x, module)
     lora_a, lora_b = module["lora_a"], module["lora_b"]
-    inputs = x.astype(lora_a.dtype)
-    hidden = quant.matmul(_dropped(inputs, module, key), lora_a) * module["lora_scale"]
+    inputs = x
+    hidden = quant.matmul(_dropped(inputs, module, key), lora_a) * module["lora_scale"].astype(x.dtype)
     y = quant.matmul(hidden, lora_b)
     if "lora_start_a" in module:
         start = quant.matmul(inputs, module["lora_start_a"]) * module["lora_scale"]

@@ -1,6 +1,6 @@
 """Language models from their Hugging Face config: every family is data, one decoder computes them."""
 
-from jlora.models.attention import Cache
+from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.families import FAMILIES
 from jlora.models.model import Model

@@ -1,13 +1,16 @@
 """The decoder layer of every family: what differs between them is data in the ModelConfig."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jlora import sharding
-from jlora.models.attention import Cache, attend
+from jlora.kernels.attention import AUTO, Marks, attend
+from jlora.kernels.order import in_turn
+from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.experts import Mixture
 from jlora.models.layers import ACTIVATIONS, Linear, Norm
@@ -17,6 +20,8 @@ from jlora.models.rope import rotate
 # not divide the heads of the keys, every device has all of them.
 QUERIES = (sharding.ROWS, sharding.TOKENS, "tensor", None)
 KEYS = (sharding.ROWS, None, "tensor", None)
+# Values of a tile of an MLP's inner values, on one device.
+TILE = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +30,40 @@ class Context:
 
     Attributes:
         cos, sin: RoPE tables [B, T, F]; None where nothing is rotated.
-        mask: bool [B, T, S].
+        marks: which keys a query may see.
     """
 
     cos: jax.Array | None
     sin: jax.Array | None
-    mask: jax.Array
+    marks: Marks
+
+
+def _tiles(shape: tuple[int, int, int], width: int) -> int:
+    """How many tiles of tokens an MLP's inner values [B, T, width] are computed in: as few as keep one below TILE, and
+    as divide T.
+    """
+    rows, tokens, _ = shape
+    if sharding.ways(sharding.TOKENS) > 1:  # they lie on several devices
+        return 1
+    values = rows * tokens * width // sharding.ways(*sharding.ROWS, "tensor")
+    needed = -(-values // TILE)
+    return next((tiles for tiles in range(needed, min(tokens, 4 * needed) + 1) if tokens % tiles == 0), 1)
+
+
+def _cut(x: jax.Array, count: int) -> jax.Array:
+    """[count, B, T/count, D] of [B, T, D] where rows lie on several devices, else [count, 1, B·T/count, D], as it is in
+    memory.
+    """
+    if sharding.sizes():
+        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, x.shape[-1]), 1, 0)
+    return x.reshape(count, 1, -1, x.shape[-1])
 
 
 class Attention(nn.Module):
     """Self-attention; with a cache it writes the T new keys and values of `layer` and attends to all S."""
 
     config: ModelConfig
+    form: str = AUTO
 
     @nn.compact
     def __call__(
@@ -50,7 +77,8 @@ class Attention(nn.Module):
             queries = queries / (layer + 1).astype(queries.dtype)
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
-        y = attend(queries, keys, values, context.mask, config.attention_scale, config.attention_softcap)
+        settings = config.attention_scale, config.attention_softcap, self.form
+        y = attend(queries, keys, values, context.marks, *settings)
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
 
@@ -92,7 +120,11 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, names = self.config, self.config.names
         width = config.intermediate_size * (2 if config.gated else 1) // len(names.mlp_up)
-        parts = [Linear(width, config.mlp_bias, name=name)(x) for name in names.mlp_up]
+        parts = []
+        for name in names.mlp_up:
+            # One after the other, and backwards: not both of their kernels are dequantised at a time.
+            y, x = in_turn(Linear(width, config.mlp_bias, name=name)(x), x)
+            parts.append(y)
         if config.gated and len(parts) == 1:
             parts = jnp.split(parts[0], 2, axis=-1)
         y = ACTIVATIONS[config.hidden_act](parts[0])
@@ -100,11 +132,55 @@ class MLP(nn.Module):
         return Linear(config.hidden_size, config.mlp_bias, name=names.mlp_down)(y)
 
 
-class Block(nn.Module):
-    """One decoder layer: norm, attention, norm, MLP, with norms before or after or both."""
+class Feedforward(nn.Module):
+    """The half of a layer that looks at one token at a time: norm, MLP, norm, and the sum with what was attended."""
 
     config: ModelConfig
     experts: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array | None, attended: jax.Array) -> jax.Array:
+        config, norms = self.config, self.config.names.mlp_norms
+        mlp = Mixture(config, name="mlp") if self.experts else MLP(config, name="mlp")
+        y = mlp(_norm(config, norms[0], x if config.parallel else attended))
+        return attended + _scaled(config, _norm(config, norms[1], y))
+
+    def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The same of one tile of tokens after another, each computed again in the backward pass: an MLP's inner values
+        are as long as several layer inputs.
+
+        Args:
+            key: of dropout, a random key of its own for each tile.
+        """
+        variables = {"params": {name: self.variables["params"][name] for name in self._children()}}
+        alone = Feedforward(self.config, parent=None)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one(number: jax.Array, *tiles: jax.Array | None) -> jax.Array:
+            rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
+            return alone.apply(variables, *tiles, rngs=rngs)
+
+        # Where the MLP does not read x, it is not to be cut and carried along.
+        parts = (_cut(x, count) if self.config.parallel else None), _cut(attended, count)
+        _, y = jax.lax.scan(lambda _, item: (None, one(*item)), None, (jnp.arange(count), *parts))
+        return jnp.moveaxis(y, 0, 1).reshape(attended.shape) if sharding.sizes() else y.reshape(attended.shape)
+
+    def _children(self) -> list[str]:
+        return ["mlp", *(name for name in self.config.names.mlp_norms if name is not None)]
+
+
+class Block(nn.Module):
+    """One decoder layer: norm, attention, norm, MLP, with norms before or after or both.
+
+    Attributes:
+        attention: the form that computes it (`jlora.kernels.attention`).
+        lean: values that can be computed again are not kept, nor whole where a tile will do.
+    """
+
+    config: ModelConfig
+    experts: bool = False
+    attention: str = AUTO
+    lean: bool = False
 
     @nn.compact
     def __call__(
@@ -112,16 +188,22 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         config, names = self.config, self.config.names
         x = sharding.held(x)
-        attention = Attention(config, name=names.attention)
-        y, cache = attention(self._norm(names.attention_norms[0], x), context, cache, layer)
-        attended = x + self._scaled(self._norm(names.attention_norms[1], y))
-        mlp = Mixture(config, name="mlp") if self.experts else MLP(config, name="mlp")
-        y = mlp(self._norm(names.mlp_norms[0], x if config.parallel else attended))
-        return attended + self._scaled(self._norm(names.mlp_norms[1], y)), cache
+        attention = Attention(config, self.attention, name=names.attention)
+        y, cache = attention(_norm(config, names.attention_norms[0], x), context, cache, layer)
+        attended = x + _scaled(config, _norm(config, names.attention_norms[1], y))
+        feedforward = Feedforward(config, self.experts)
+        nn.share_scope(self, feedforward)
+        tiles = _tiles(x.shape, config.intermediate_size) if self.lean and not self.experts else 1
+        if tiles == 1 or self.is_mutable_collection("inputs"):
+            return feedforward(x, attended), cache
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return feedforward.in_tiles(tiles, key, x, attended), cache
 
-    def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
-        return x if name is None else sharding.held(Norm(self.config.norm, self.config.norm_eps, name=name)(x))
 
-    def _scaled(self, y: jax.Array) -> jax.Array:
-        scale = self.config.residual_scale
-        return y if scale == 1 else y * jnp.asarray(scale, y.dtype)
+def _norm(config: ModelConfig, name: str | None, x: jax.Array) -> jax.Array:
+    return x if name is None else sharding.held(Norm(config.norm, config.norm_eps, name=name)(x))
+
+
+def _scaled(config: ModelConfig, y: jax.Array) -> jax.Array:
+    scale = config.residual_scale
+    return y if scale == 1 else y * jnp.asarray(scale, y.dtype)

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from jlora import lora, sharding, tree
 from jlora.errors import UserError
-from jlora.lora.linear import SAVED
+from jlora.kernels.attention import AUTO, Marks
 from jlora.lora.partition import TRAINED
-from jlora.models.attention import Cache, attention_mask
+from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Block, Context
 from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
-from jlora.types import BRANCH, Params
+from jlora.types import BRANCH, SAVED, Params
 
 # The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
 SCORE = "score"
@@ -28,25 +28,27 @@ NAMED = 3
 
 
 class Tables(NamedTuple):
-    """Every mask and every rotation that some layer uses, of which each layer takes one.
+    """Every rotation that some layer uses, of which each layer takes one, and what tells which keys a query may see.
 
     Attributes:
         cos, sin: [rotations, B, T, F], None where no layer rotates.
-        masks: bool [windows, B, T, S].
-        windows: the window of each mask.
     """
 
     cos: jax.Array | None
     sin: jax.Array | None
-    masks: jax.Array
-    windows: tuple[int | None, ...]
+    marks: Marks
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An architecture without weights: every method takes the params. Hashable, so it can be static in jit."""
+    """An architecture without weights: every method takes the params. Hashable, so it can be static in jit.
+
+    Attributes:
+        attention: the form that computes it, one of `jlora.kernels.attention.FORMS`, or "auto".
+    """
 
     config: ModelConfig
+    attention: str = AUTO
 
     def __call__(
         self,
@@ -87,16 +89,20 @@ class Model:
         cache: Cache | None = None,
         key: jax.Array | None = None,
         remat: bool = False,
+        branches: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The final norm's output, and the cache with these tokens in it when one is given.
 
         Args:
             key: turns on dropout.
             remat: recompute each layer in the backward pass, keeping only its input.
+            branches: whether some segment may branch off another (`jlora.types.BRANCH`); without, there are faster
+                forms of attention.
         """
+        branches = branches and segment_ids is not None
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         config = self.config
-        tables, cache = self._tables(positions, segment_ids, cache)
+        tables, cache = self._tables(positions, segment_ids, cache, branches)
         x = self._embed(params, tokens, positions)
         x, cache, _ = self._layers(params, x, tables, cache, key, remat)
         if cache is not None:
@@ -293,16 +299,18 @@ class Model:
             x = x + learned.apply({"params": tree.subtree(params, config.names.positions)}, positions)
         return x
 
-    def _tables(self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> tuple[Tables, Cache | None]:
+    def _tables(
+        self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, branches: bool = True
+    ) -> tuple[Tables, Cache | None]:
         config = self.config
         key_positions, key_segments = positions, segment_ids
         if cache is not None:
             cache = cache.mark(positions, segment_ids)
             key_positions, key_segments = cache.positions, cache.segment_ids
         windows = tuple(dict.fromkeys(layer.window for layer in config.layers))
-        masks = [attention_mask(positions, segment_ids, key_positions, key_segments, window) for window in windows]
+        seen = Marks(positions, segment_ids, key_positions, key_segments, windows=windows, branches=branches)
         if all(layer.rope is None for layer in config.layers):
-            return Tables(None, None, jnp.stack(masks), windows), cache
+            return Tables(None, None, seen), cache
         lengths = None
         if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
             # What branches share is rotated for the longest of them.
@@ -313,7 +321,7 @@ class Model:
             cos, sin = rotations[0]
             rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)))
         cos, sin = (jnp.stack(parts) for parts in zip(*rotations, strict=True))
-        return Tables(cos, sin, jnp.stack(masks), windows), cache
+        return Tables(cos, sin, seen), cache
 
     def _layers(
         self,
@@ -327,7 +335,7 @@ class Model:
     ) -> tuple[jax.Array, Cache | None, Params]:
         """Every block in turn: one compiled body for each stack, scanned over it.
 
-        Layers that differ in window or rotation only share a body, which picks its mask and tables by number; stacks
+        Layers that differ in window or rotation only share a body, which picks its window and tables by number; stacks
         that alternate are scanned together.
 
         Args:
@@ -337,7 +345,7 @@ class Model:
         policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
 
         def block(experts: bool) -> Callable:
-            module = Block(config, experts)
+            module = Block(config, experts, self.attention, lean=remat)
 
             def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None, Params]:
                 index, rotation, window, leaves = layer
@@ -371,10 +379,10 @@ class Model:
         return x, cache, tree.unflatten(seen)
 
     def _numbers(self, layers: range, tables: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of every layer: its index, its rotation's and its mask's."""
+        """Of every layer: its index, its rotation's and its window's."""
         chosen = [self.config.layers[i] for i in layers]
         rotations = [len(self.config.ropes) if layer.rope is None else layer.rope for layer in chosen]
-        windows = [tables.windows.index(layer.window) for layer in chosen]
+        windows = [tables.marks.windows.index(layer.window) for layer in chosen]
         return tuple(jnp.asarray(np.array(values, np.int32)) for values in (layers, rotations, windows))
 
     def _groups(self, params: Params) -> list[list[tuple[str, Params, range]]]:
@@ -407,11 +415,11 @@ def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Pa
 
 
 def _context(tables: Tables, rotation: jax.Array, window: jax.Array) -> Context:
-    """One layer's rotation and mask."""
+    """One layer's rotation and window."""
 
     def pick(stack: jax.Array | None, index: jax.Array) -> jax.Array | None:
         if stack is None or len(stack) == 1:
             return None if stack is None else stack[0]
         return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
-    return Context(pick(tables.cos, rotation), pick(tables.sin, rotation), pick(tables.masks, window))
+    return Context(pick(tables.cos, rotation), pick(tables.sin, rotation), tables.marks.of_layer(window))

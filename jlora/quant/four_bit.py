@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.kernels.order import after
 from jlora.quant.scales import dequantize_scales, quantize_scales, rounded_to
 
 BLOCK = 64
@@ -46,6 +47,9 @@ CODEBOOKS: dict[str, np.ndarray] = {
     # error but harm a model more (SmolLM2-135M's divergence, as benchmarks/quantization.py has it: 0.80, not 0.39).
     "int4": np.arange(-8, 8, dtype=np.float32) / np.float32(8),
 }
+
+
+_SHIFTS = np.array([4, 0], np.uint8)
 
 
 @functools.partial(
@@ -114,7 +118,9 @@ def pack(array: Float[Array, "*stack D N"], format: str, *, double_quant: bool) 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def unpack(leaf: Packed4bit, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
     """The kernels that a packed value stands for: codebook · scale in float32, rounded once to the leaf's dtype."""
-    values = _lookup(_nibbles(leaf.codes), CODEBOOKS[leaf.format]) * jnp.repeat(block_scales(leaf), BLOCK, axis=-2)
+    leaf, shifts = after(leaf, jnp.asarray(_SHIFTS))
+    values = _lookup(_nibbles(leaf.codes, shifts), CODEBOOKS[leaf.format])
+    values = values * jnp.repeat(block_scales(leaf), BLOCK, axis=-2)
     return rounded_to(_from_blocks(values, leaf.matrix), leaf.dtype, dtype)
 
 
@@ -199,14 +205,18 @@ def _from_blocks(columns: jax.Array, matrix: tuple[int, int]) -> jax.Array:
     return jnp.swapaxes(flat.reshape(*flat.shape[:-1], outputs, inputs), -1, -2)
 
 
-def _nibbles(codes: jax.Array) -> jax.Array:
+def _nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
     """uint8 codes [..., D, N] from bytes [..., D/2, N].
 
     Each byte is repeated and then shifted by 4 or 0: XLA vectorises that, where it would branch on stacked halves.
+
+    Args:
+        shifts: 4 and 0, out of a barrier with a part of the packed value: JAX would compute the shift of every code
+            once, before a loop over layers, and keep it.
     """
     *stack, half, outputs = codes.shape
     twice = jnp.broadcast_to(codes[..., :, None, :], (*stack, half, 2, outputs))
-    shift = 4 - 4 * jax.lax.broadcasted_iota(jnp.uint8, twice.shape, twice.ndim - 2)
+    shift = jnp.broadcast_to(shifts[:, None], twice.shape)
     return ((twice >> shift) & 15).reshape(*stack, 2 * half, outputs)
 
 
@@ -228,11 +238,28 @@ def _select(index: jax.Array, table: np.ndarray) -> jax.Array:
     return choose(3, table)
 
 
+def _bits(index: jax.Array, table: np.ndarray) -> jax.Array:
+    """By a tree of selects whose leaves are computed: the bits of one of two values, as the last bit says. There are no
+    constants that a compiler would write out.
+    """
+    index = index.astype(jnp.int32)
+    last = -(index & 1)
+
+    def choose(bit: int, values: np.ndarray) -> jax.Array:
+        if bit == 0:
+            low, high = (int(value) for value in values.view(np.int32))
+            return low ^ (last & (low ^ high))
+        half = len(values) // 2
+        return jnp.where((index >> bit) & 1 == 1, choose(bit - 1, values[half:]), choose(bit - 1, values[:half]))
+
+    return jax.lax.bitcast_convert_type(choose(3, table.astype(np.float32)), jnp.float32).astype(table.dtype)
+
+
 def _gather(index: jax.Array, table: np.ndarray) -> jax.Array:
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
-LOOKUPS = {"select": _select, "gather": _gather}
+LOOKUPS = {"select": _select, "gather": _gather, "bits": _bits}
 # A CPU vectorises selects and not a gather. Elsewhere XLA moves the constants of the selects out of the loop over the
 # layers, where they stand as 16 arrays of a kernel's size in float32 until the end: 5 GiB of Llama-3.1-8B's step.
-LOOKUP = {"cpu": "select", "default": "gather"}
+LOOKUP = {"cpu": "select", "tpu": "bits", "default": "gather"}

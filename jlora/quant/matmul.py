@@ -5,16 +5,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora import sharding
+from jlora.kernels.order import after
 from jlora.quant.formats import PackedArray, dequantize, is_packed
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
-    """x @ kernel in x's dtype. With a packed kernel only x's gradient exists; nothing dequantised is kept."""
+    """x @ kernel in x's dtype, with sums, and a dense kernel's gradient, in float32 at least. With a packed kernel only
+    x's gradient exists; nothing dequantised is kept.
+    """
     # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes. But tokens
     # that a mesh splits do not lie together in it.
     rows = x if sharding.ways(sharding.TOKENS) > 1 else x.reshape(-1, x.shape[-1])
-    y = _packed(rows, kernel) if is_packed(kernel) else rows @ kernel.astype(x.dtype)
+    y = _packed(rows, kernel) if is_packed(kernel) else _dense(rows, kernel)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@jax.custom_vjp
+def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _dense_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dense(x, kernel), (x, kernel)
+
+
+def _dense_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    grad_kernel = jnp.einsum("...d,...n->dn", x, grad, preferred_element_type=kernel.dtype)
+    return grad @ kernel.astype(x.dtype).T, grad_kernel
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 def grouped_matmul(
@@ -45,6 +66,8 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 
 @jax.custom_vjp
 def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
+    # Dequantised once x is there: not all kernels of a layer before its first product.
+    kernel, x = after(kernel, x)
     return x @ dequantize(kernel, x.dtype)
 
 
@@ -53,6 +76,7 @@ def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, Packe
 
 
 def _packed_backward(kernel: PackedArray, grad: jax.Array) -> tuple[jax.Array, None]:
+    kernel, grad = after(kernel, grad)
     return grad @ dequantize(kernel, grad.dtype).T, None
 
 

@@ -88,7 +88,7 @@ def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective
     ) -> tuple[jax.Array, Report]:
         params = lora.combine(frozen, trainable)
         hidden, _ = model.hidden(
-            params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat
+            params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat, branches=False
         )
         sums = cross_entropy(model.project, model.head(params), hidden, batch["targets"], batch["weights"], chunk=chunk)
         return sums.loss / totals["tokens"], Report({"correct": sums.correct, "weight": sums.weight})

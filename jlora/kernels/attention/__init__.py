@@ -1,0 +1,140 @@
+"""Attention: one signature, and one table of the forms that compute it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jlora.errors import UserError
+from jlora.kernels.attention import blocked, plain, splash
+from jlora.kernels.attention.marks import Marks, Scores
+from jlora.kernels.device import target
+from jlora.types import SAVED
+
+__all__ = ["AUTO", "FORMS", "Marks", "attend"]
+
+AUTO = "auto"
+
+
+class Form(NamedTuple):
+    """One way to compute attention.
+
+    Attributes:
+        forward: (rule, queries, keys, values, marks) → (output, log of each query's sum of weights).
+        backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of the three.
+        fits: (marks) → why it cannot be used, or "".
+    """
+
+    forward: Callable
+    backward: Callable
+    fits: Callable[[Marks], str] = lambda marks: ""
+
+
+def _interpreted(module: Any) -> Form:
+    parts = (functools.partial(part, interpret=True) for part in (module.forward, module.backward))
+    return Form(*parts, module.fits)
+
+
+def _on(platform: str, module: Any) -> Form:
+    """A form that the compiler takes for one platform; a program that then runs on another is blocked."""
+
+    def part(name: str) -> Callable:
+        def run(rule: Scores, *arrays: Any) -> Any:
+            here, elsewhere = (functools.partial(getattr(form, name), rule) for form in (module, blocked))
+            return jax.lax.platform_dependent(*arrays, **{platform: here}, default=elsewhere)
+
+        return run
+
+    return Form(part("forward"), part("backward"), module.fits)
+
+
+FORMS = {
+    "plain": Form(plain.forward, plain.backward),
+    "blocked": Form(blocked.forward, blocked.backward),
+    "splash": _on("tpu", splash),
+    "splash_interpreted": _interpreted(splash),
+}
+# Device → the forms that are best there, the first that can be used is. "plain" is left where the scores of a block of
+# queries would be more than PLAIN numbers.
+BEST = {"cpu": ("plain", "blocked"), "gpu": ("plain", "blocked"), "tpu": ("splash", "plain", "blocked")}
+PLAIN = {"cpu": 1 << 25, "gpu": 1 << 22, "tpu": 1 << 22}
+
+
+def attend(
+    queries: Float[Array, "B T H F"],
+    keys: Float[Array, "B S K F"],
+    values: Float[Array, "B S K F"],
+    marks: Marks,
+    scale: float,
+    softcap: float | None = None,
+    form: str = AUTO,
+) -> Float[Array, "B T H F"]:
+    """softmax(scale · q·k) @ v over the keys that `marks` let a query see, with H/K query heads for each key head;
+    scores and softmax in float32.
+
+    Args:
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
+        form: of FORMS, or "auto": what is best on the device.
+
+    Raises:
+        UserError: the form cannot be used here.
+    """
+    batch, tokens, heads, width = queries.shape
+    grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
+    name = _chosen(form, marks, heads)
+    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
+    # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
+    # mask.
+    marks, grouped = jax.lax.optimization_barrier((marks, grouped))
+    y = _attend(Scores(scale, softcap), name, grouped, keys, values, marks)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
+
+
+def _chosen(form: str, marks: Marks, heads: int) -> str:
+    """The form to use."""
+    if form != AUTO:
+        if form not in FORMS:
+            raise UserError(f"found the attention form {form!r}; expected {AUTO}, {', '.join(FORMS)}")
+        if fault := FORMS[form].fits(marks):
+            raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
+        return form
+    device = target()
+    for name in BEST[device]:
+        large = name == "plain" and _scores(marks, heads) > PLAIN[device]
+        if not large and not FORMS[name].fits(marks):
+            return name
+    return "blocked"
+
+
+def _scores(marks: Marks, heads: int) -> int:
+    """How many scores the plain form has at once."""
+    tokens, size = marks.size
+    pieces = max(1, min(4, tokens // 64)) if marks.aligned else 1
+    return marks.positions.shape[0] * heads * (tokens // pieces) * size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
+    """[B, K, G, T, F] from queries [B, K, G, T, F], keys and values [B, K, S, F]."""
+    return FORMS[form].forward(rule, queries, keys, values, marks)[0]
+
+
+def _attend_forward(
+    rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
+) -> tuple[jax.Array, tuple]:
+    """The output, and what the backward pass needs: not the scores, which would be the largest residual."""
+    y, log_totals = FORMS[form].forward(rule, queries, keys, values, marks)
+    y, log_totals = checkpoint_name(y, SAVED), checkpoint_name(log_totals, SAVED)
+    return y, (queries, keys, values, marks, y, log_totals)
+
+
+def _attend_backward(rule: Scores, form: str, residuals: tuple, grad: jax.Array) -> tuple:
+    queries, keys, values, marks, y, log_totals = residuals
+    return *FORMS[form].backward(rule, queries, keys, values, marks, y, log_totals, grad), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

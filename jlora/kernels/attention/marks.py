@@ -1,0 +1,107 @@
+"""Which keys a query may see, as a few integers a token: no form needs a mask of queries × keys."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jlora.types import BRANCH
+
+FAR = int(np.iinfo(np.int32).max)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segment_ids", "key_positions", "key_segment_ids", "chosen"],
+    meta_fields=["windows", "branches"],
+)
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """A query sees the keys of its own segment, and of the one that it branches off (see `BRANCH`), at its own position
+    or fewer than the window earlier.
+
+    Where queries and keys are the same tokens, positions rise with the index within a segment: a key that comes later
+    in the array is not seen.
+
+    Attributes:
+        positions, segment_ids: int32 [B, T], of the queries.
+        key_positions, key_segment_ids: int32 [B, S].
+        windows: every window that some layer has; None: none.
+        chosen: int32, the number of this layer's window among them; None where there is one only.
+        branches: whether some segment may branch off another. What cannot be known is taken for a yes.
+    """
+
+    positions: Any
+    segment_ids: Any
+    key_positions: Any
+    key_segment_ids: Any
+    chosen: Any = None
+    windows: tuple[int | None, ...] = (None,)
+    branches: bool = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(T, S)."""
+        return self.positions.shape[1], self.key_positions.shape[1]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether queries and keys are the same tokens."""
+        return self.size[0] == self.size[1]
+
+    @property
+    def limit(self) -> Int[Array, ""] | int:
+        """The distance from which on keys are not seen any more."""
+        limits = [FAR if window is None else window for window in self.windows]
+        return limits[0] if self.chosen is None else jnp.asarray(np.array(limits, np.int32))[self.chosen]
+
+    def of_layer(self, window: Int[Array, ""]) -> "Marks":
+        """Those of a layer that has this one of the windows."""
+        return self if len(self.windows) == 1 else dataclasses.replace(self, chosen=window)
+
+    def mask(self, rows: slice = slice(None), columns: slice = slice(None)) -> Bool[Array, "B T S"]:
+        """Whether each of these queries sees each of these keys."""
+        return seen(
+            (self.positions[:, rows], self.segment_ids[:, rows]),
+            (self.key_positions[:, columns], self.key_segment_ids[:, columns]),
+            self.limit,
+        )
+
+
+def seen(
+    queries: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    keys: tuple[Int[Array, "B S"], Int[Array, "B S"]],
+    limit: Int[Array, ""] | int,
+) -> Bool[Array, "B T S"]:
+    """Whether each query, (positions, segments), sees each key."""
+    (places, segments), (key_places, key_segments) = queries, keys
+    key_segments = key_segments[:, None, :]
+    same = (segments[:, :, None] == key_segments) | ((segments % BRANCH)[:, :, None] == key_segments)
+    distance = places[:, :, None] - key_places[:, None, :]
+    found = same & (distance >= 0)
+    return found if isinstance(limit, int) and limit == FAR else found & (distance < limit)
+
+
+class Scores(NamedTuple):
+    """How products of queries and keys become scores.
+
+    Attributes:
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2); None: they stay.
+    """
+
+    scale: float
+    softcap: float | None = None
+
+    def __call__(self, products: jax.Array) -> jax.Array:
+        scores = products * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+    def gradient(self, scores: jax.Array, grad: jax.Array) -> jax.Array:
+        """The gradient of the products from that of the scores."""
+        if self.softcap is not None:
+            grad = grad * (1 - (scores / self.softcap) ** 2)
+        return grad * self.scale

@@ -1,0 +1,158 @@
+"""Attention by JAX's splash kernels, on a TPU or interpreted: forward and backward, linear in memory."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+from jlora.kernels.attention.marks import Marks, Scores
+
+# Tokens and widths of heads are padded to multiples of a TPU's lanes.
+LANES = 128
+# The widest blocks of queries and keys, the largest power of two up to it that divides the tokens is taken.
+WIDEST = 512
+
+
+def fits(marks: Marks) -> str:
+    """Why these kernels cannot be used; "" where they can."""
+    if not marks.aligned:
+        return "the queries are not the keys' tokens (a cache)"
+    return "segments that branch off others" if marks.branches else ""
+
+
+def forward(
+    rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
+    batch, heads, groups, tokens, width = queries.shape
+    rows = _rows(rule, queries, keys, values, marks)
+
+    def one(window: int | None, rows: tuple) -> tuple[jax.Array, jax.Array]:
+        run = functools.partial(_forward, window, rule.softcap, interpret)
+        return jax.vmap(run)(*rows)
+
+    y, log_totals = _by_window(marks, one, rows)
+    y = y.reshape(batch, heads, groups, *y.shape[2:])[..., :tokens, :width]
+    return y, log_totals.reshape(batch, heads, groups, -1)[..., :tokens]
+
+
+def backward(
+    rule: Scores,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    marks: Marks,
+    y: jax.Array,
+    log_totals: jax.Array,
+    grad: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of queries, keys and values."""
+    tokens, width = queries.shape[-2:]
+    rows = _rows(rule, queries, keys, values, marks)
+    y, grad = (_padded(x).reshape(*rows[0].shape) for x in (y, grad))
+    log_totals = _pad(log_totals, -1, LANES).reshape(rows[0].shape[:-1])
+
+    def one(window: int | None, rows: tuple) -> tuple[jax.Array, ...]:
+        run = functools.partial(_backward, window, rule.softcap, interpret)
+        return jax.vmap(run)(*rows)
+
+    grads = _by_window(marks, one, (*rows, y, log_totals, grad))
+    grad_queries = grads[0][..., :tokens, :width].reshape(queries.shape).astype(jnp.float32) * rule.scale
+    return (
+        grad_queries.astype(queries.dtype),
+        *(found[..., :tokens, :width].astype(x.dtype) for found, x in zip(grads[1:], (keys, values), strict=True)),
+    )
+
+
+def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
+    """What `run` gives for this layer's window: a kernel is made for one."""
+    forms = [functools.partial(run, window) for window in marks.windows]
+    return forms[0](rows) if marks.chosen is None else jax.lax.switch(marks.chosen, forms, rows)
+
+
+def _rows(rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> tuple[jax.Array, ...]:
+    """Queries [B, H, T', F'], scaled, keys and values [B, K, T', F'] and segments [B, T'], padded to whole lanes."""
+    scaled = (queries.astype(jnp.float32) * rule.scale).astype(queries.dtype)
+    queries, keys, values = (_padded(x) for x in (scaled, keys, values))
+    segments = jnp.pad(marks.segment_ids, [(0, 0), (0, -marks.size[0] % LANES)], constant_values=-1)
+    return queries.reshape(queries.shape[0], -1, *queries.shape[3:]), keys, values, segments
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    return _pad(_pad(x, -1, LANES), -2, LANES)
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, room) if room[axis][1] else x
+
+
+def _forward(
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
+    y, (log_totals,) = kernel(queries, keys, values, splash.SegmentIds(segments, segments))
+    return y, log_totals
+
+
+def _backward(
+    window: int | None,
+    softcap: float | None,
+    interpret: bool,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    segments: jax.Array,
+    y: jax.Array,
+    log_totals: jax.Array,
+    grad: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # The kernel's own backward pass, from a forward pass that is not computed again: JAX has no public name for it.
+    kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
+    segment_ids = splash.SegmentIds(segments, segments)
+    infos = kernel.dq_mask_info, kernel.dkv_mask_info
+    residuals = (queries, keys, values, segment_ids, None, y, log_totals, *infos)
+    return splash._splash_attention_bwd(**kernel.kwargs, res=residuals, do=grad)[3:6]
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(
+    window: int | None, softcap: float | None, interpret: bool, heads: int, tokens: int
+) -> splash.SplashAttentionKernel:
+    """Kept, for what it finds out about the mask of a long row takes seconds. It holds arrays of the host: JAX's own
+    functions would make them on the device that a program is compiled for, which may not be here.
+    """
+    shape, side = (tokens, tokens), math.gcd(tokens, WIDEST)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    whole = masks.MultiHeadMask([mask] * heads)
+    info, mask_function = mask_info.process_mask(whole, (side, side))
+    info_of_keys, _ = mask_info.process_mask_dkv(whole, (side, side))
+    names = (field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block"))
+    return splash.SplashAttentionKernel(
+        info,
+        info,
+        info_of_keys,
+        block_sizes=splash.BlockSizes(**dict.fromkeys(names, side)),
+        is_mqa=False,
+        save_residuals=True,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=None,
+        mask_function=mask_function,
+        interpret=interpret,
+    )

@@ -1,0 +1,56 @@
+"""When things are computed: XLA may compute early, and then keep, whatever does not depend on what comes before."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def after(values: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+    """The same values, of which nothing is computed before x is there, and x.
+
+    Only their smallest array waits: what the others come from, as a layer's slice of a stack, can still be fused with
+    what is computed of them. Nor does JAX compute what depends on x once for all layers.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    smallest = min(range(len(leaves)), key=lambda i: math.prod(leaves[i].shape))
+    leaves[smallest], x = jax.lax.optimization_barrier((leaves[smallest], x))
+    leaves[smallest] = leaves[smallest] + _zero(x, leaves[smallest].dtype)
+    return jax.tree.unflatten(structure, leaves), x
+
+
+def constant(value: float, x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The scalar, not before x is there: what it is broadcast to is not made before a loop, and kept."""
+    return jax.lax.optimization_barrier((jnp.asarray(value, dtype), x))[0]
+
+
+@jax.custom_vjp
+def in_turn(first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both: what is computed of this x comes after `first`. In the backward pass the gradient of `first` is after that
+    of x, and after `first` itself, which it may need nothing of.
+    """
+    return jax.lax.optimization_barrier((first, x))
+
+
+def _in_turn_forward(first: jax.Array, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    return in_turn(first, x), first
+
+
+def _in_turn_backward(first: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    first, grad, grad_x = jax.lax.optimization_barrier((first, *grads))
+    return grad + _zero(grad_x, grad.dtype) + _zero(first, grad.dtype), grad_x
+
+
+in_turn.defvjp(_in_turn_forward, _in_turn_backward)
+
+
+def _zero(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A zero that the compiler takes for something that x determines: XLA for GPUs drops barriers before it orders.
+    With several devices it would be sent around.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not jnp.issubdtype(x.dtype, jnp.floating) or (not mesh.empty and mesh.size > 1):
+        return jnp.zeros((), dtype)
+    one = jax.lax.index_in_dim(x.reshape(-1), 0, keepdims=False)
+    return jnp.where(one == one, 0, one).astype(dtype)  # NaN stays NaN: the compiler cannot know better

@@ -1,0 +1,103 @@
+"""The cache of keys and values, for texts that grow token by token."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "positions", "segment_ids", "length"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of earlier tokens, stacked over layers, with room for S tokens a row.
+
+    Attributes:
+        keys, values: [L, B, K, S, F], the order in which attention reads them.
+        positions, segment_ids: int32 [B, S]; segment 0 marks what is padding or not written yet.
+        length: int32, how many of the S are written: a scalar where that is the same for every row (shorter prompts are
+            padded on the left), [B] where rows differ. A row is not to be read once its length has passed S.
+    """
+
+    keys: Any
+    values: Any
+    positions: Any
+    segment_ids: Any
+    length: Any
+
+    @classmethod
+    def empty(cls, layers: int, batch: int, size: int, heads: int, width: int, dtype: jax.typing.DTypeLike) -> "Cache":
+        """A cache with nothing written."""
+        shape = (layers, batch, heads, size, width)
+        marks = jnp.zeros((batch, size), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
+
+    def mark(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> "Cache":
+        """The cache that knows of T new tokens, whose keys and values the layers then write at `length`."""
+
+        def write(marks: jax.Array, new: jax.Array) -> jax.Array:
+            if self.length.ndim:
+                return marks.at[self._places(new.shape[1])].set(new, mode="drop", unique_indices=True)
+            return jax.lax.dynamic_update_slice(marks, new, (0, self.length))
+
+        return dataclasses.replace(
+            self, positions=write(self.positions, positions), segment_ids=write(self.segment_ids, segment_ids)
+        )
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "B T K F"], values: Float[Array, "B T K F"]
+    ) -> tuple["Cache", Float[Array, "B S K F"], Float[Array, "B S K F"]]:
+        """The cache with a layer's new keys and values at `length`, and all of that layer's keys and values."""
+
+        def write(stack: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(stack.dtype)
+            if self.length.ndim:
+                rows, columns = self._places(new.shape[1])
+                return stack.at[layer, rows, :, columns].set(new, mode="drop", unique_indices=True)
+            new = jnp.swapaxes(new, 1, 2)[None]
+            return jax.lax.dynamic_update_slice(stack, new, (layer, 0, 0, self.length, 0))
+
+        def read(stack: jax.Array) -> jax.Array:
+            return jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), 1, 2)
+
+        cache = dataclasses.replace(self, keys=write(self.keys, keys), values=write(self.values, values))
+        return cache, read(cache.keys), read(cache.values)
+
+    def put(self, rows: Int[Array, "R"], other: "Cache") -> "Cache":
+        """The cache with `rows` begun anew as the rows of `other`, which may be smaller; rows out of range are dropped.
+
+        A cache of one length takes that of `other`: all of its rows are to be put at once.
+        """
+        size = other.keys.shape[3]
+        room = [(0, 0), (0, self.keys.shape[3] - size)]
+        length = other.length
+        if self.length.ndim:
+            length = self.length.at[rows].set(length, mode="drop")
+        return Cache(
+            self.keys.at[:, rows, :, :size].set(other.keys, mode="drop"),
+            self.values.at[:, rows, :, :size].set(other.values, mode="drop"),
+            self.positions.at[rows].set(jnp.pad(other.positions, room), mode="drop"),
+            self.segment_ids.at[rows].set(jnp.pad(other.segment_ids, room), mode="drop"),
+            length,
+        )
+
+    def take(self, rows: Int[Array, "R"]) -> "Cache":
+        """The cache whose rows are these of this one, which has one length; a row may be taken several times."""
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[:, rows].get(mode="clip"),
+            values=self.values.at[:, rows].get(mode="clip"),
+            positions=self.positions.at[rows].get(mode="clip"),
+            segment_ids=self.segment_ids.at[rows].get(mode="clip"),
+        )
+
+    def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
+        """(rows [B, 1], columns [B, T]) of the next tokens of every row, where rows differ in length."""
+        rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
+        return rows, self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]

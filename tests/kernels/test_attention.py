@@ -1,0 +1,162 @@
+"""Every form of attention against the formula written out: values and gradients."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import UserError
+from jlora.kernels import attention
+from jlora.kernels.attention import FORMS, Marks, attend, blocked
+from jlora.types import BRANCH
+
+SCALE = 0.3
+
+
+def formula(queries, keys, values, marks, scale=SCALE, softcap=None):
+    groups = queries.shape[2] // keys.shape[2]
+    keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
+    scores = scale * jnp.einsum("bthf,bshf->bhts", queries, keys)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask_of(marks)[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshf->bthf", weights, values)
+
+
+def mask_of(marks):
+    """What each query sees, token by token."""
+    positions, segments, places, owners = map(
+        np.asarray, (marks.positions, marks.segment_ids, marks.key_positions, marks.key_segment_ids)
+    )
+    window = marks.windows[0 if marks.chosen is None else int(marks.chosen)]
+    mask = np.zeros((*positions.shape, places.shape[1]), bool)
+    for b, t, s in np.ndindex(*mask.shape):
+        own = owners[b, s] in (segments[b, t], segments[b, t] % BRANCH)
+        distance = positions[b, t] - places[b, s]
+        mask[b, t, s] = own and 0 <= distance < (window or 10**9)
+    return mask
+
+
+def arrays(tokens, size, heads=6, kv_heads=3, width=10):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, tokens, heads, width), (2, size, kv_heads, width), (2, size, kv_heads, width)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True)]
+
+
+def packed(tokens, branches=False, **settings):
+    """Marks of rows that hold two documents and, in the second row, padding; or two branches off one beginning."""
+    index = np.broadcast_to(np.arange(tokens), (2, tokens))
+    first, second = tokens // 3, tokens // 2
+    segments, positions = np.where(index < first, 1, 2), np.where(index < first, index, index - first)
+    if branches:
+        segments = np.where(index < first, 1, np.where(index < second, 1 + BRANCH, 1 + 2 * BRANCH))
+        positions = np.where(index < second, index, index - second + first)
+    segments[1, -5:] = 0
+    own = jnp.asarray(positions, jnp.int32), jnp.asarray(segments, jnp.int32)
+    return Marks(*own, *own, branches=branches, **settings)
+
+
+def same(form, marks, softcap=None, **sizes):
+    """Asserts that values and gradients are the formula's."""
+    *inputs, weights = arrays(*marks.size, **sizes)
+
+    def run(compute):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=(0, 1, 2))(*inputs)
+
+    ours = jax.jit(functools.partial(run, lambda *x: attend(*x, marks, SCALE, softcap, form)))()
+    theirs = run(lambda *x: formula(*x, marks, SCALE, softcap))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocked, "NARROWEST", 32)
+    monkeypatch.setattr(blocked, "SCORES", 1)
+
+
+@pytest.mark.parametrize(("form", "tokens"), [*itertools.product(["plain", "blocked"], [1, 33, 150, 300])])
+def test_values_and_gradients_are_the_formulas(form, tokens, small_blocks):
+    same(form, packed(tokens))
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked"])
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_branches_windows_and_soft_caps_are_the_formulas(form, window, small_blocks):
+    same(form, packed(97, branches=True, windows=(None, window), chosen=jnp.int32(1)), softcap=1.5)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 1.5)])
+def test_splash_kernels_are_the_formulas(window, softcap):
+    same("splash_interpreted", packed(150, windows=(window,)), softcap, heads=4, kv_heads=2)
+
+
+def test_splash_kernels_take_the_window_of_the_layer():
+    same("splash_interpreted", packed(130, windows=(None, 5), chosen=jnp.int32(1)), heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked"])
+def test_fewer_queries_than_keys_see_what_lies_in_the_cache(form, small_blocks):
+    cached = packed(200)
+    queries = cached.positions[:, 120:160], cached.segment_ids[:, 120:160]
+    same(form, Marks(*queries, cached.key_positions, cached.key_segment_ids))
+
+
+def test_a_query_sees_its_document_and_the_one_that_it_branches_off():
+    marks = packed(60, branches=True, windows=(7,))
+    np.testing.assert_array_equal(marks.mask(), mask_of(marks))
+    np.testing.assert_array_equal(marks.mask(slice(3, 9), slice(0, 20)), mask_of(marks)[:, 3:9, :20])
+
+
+def test_long_rows_keep_no_scores(small_blocks):
+    """Nothing that the backward pass keeps, and nothing within a pass, is as large as the scores."""
+    marks, (*inputs, _) = packed(512), arrays(512, 512)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (math.prod(variable.aval.shape) for variable in equation.outvars)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from sizes(getattr(inner, "jaxpr", inner))
+
+    def loss(form, *x):
+        return jnp.sum(attend(*x, marks, SCALE, None, form))
+
+    def largest(form):
+        return max(sizes(jax.make_jaxpr(jax.grad(functools.partial(loss, form), argnums=(0, 1, 2)))(*inputs).jaxpr))
+
+    scores = 2 * 6 * 512 * 512
+    assert largest("plain") >= scores // 4
+    blocked_largest = largest("blocked")
+    assert blocked_largest < scores // 4, blocked_largest
+
+
+def test_what_the_backward_pass_keeps_is_linear_in_the_length():
+    marks, (*inputs, _) = packed(96), arrays(96, 96)
+    _, pullback = jax.vjp(lambda *x: attend(*x, marks, SCALE), *inputs)
+    kept = jax.tree.leaves(pullback)
+    assert max(leaf.size for leaf in kept if hasattr(leaf, "size")) <= max(x.size for x in inputs)
+
+
+def test_each_device_has_its_order_of_forms_and_long_rows_their_own(monkeypatch):
+    short, branched, cached = packed(128), packed(128, branches=True), packed(128)
+    monkeypatch.setattr(attention, "target", lambda: "tpu")
+    assert attention._chosen("auto", short, 4) == "splash"
+    assert attention._chosen("auto", branched, 4) == "plain"
+    monkeypatch.setattr(attention, "PLAIN", dict.fromkeys(attention.PLAIN, 100))
+    assert attention._chosen("auto", branched, 4) == "blocked"
+    monkeypatch.setattr(attention, "target", lambda: "cpu")
+    assert attention._chosen("auto", cached, 4) == "blocked"
+    assert attention.BEST.keys() == attention.PLAIN.keys()
+    assert {name for names in attention.BEST.values() for name in names} <= FORMS.keys()
+
+
+def test_a_form_that_cannot_be_used_is_refused_with_the_reason():
+    *inputs, _ = arrays(40, 40)
+    with pytest.raises(UserError, match="'splash' cannot be used here: segments that branch off"):
+        attend(*inputs, packed(40, branches=True), SCALE, None, "splash")
+    with pytest.raises(UserError, match="found the attention form 'flash'; expected auto, plain"):
+        attend(*inputs, packed(40), SCALE, None, "flash")

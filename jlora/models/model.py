@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import lora, sharding, tree
@@ -18,8 +19,9 @@ from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Block, Context
 from jlora.models.layers import Embed, Linear, Norm
+from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
-from jlora.types import BRANCH, SAVED, Params
+from jlora.types import BRANCH, Params
 
 # The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
 SCORE = "score"
@@ -88,14 +90,15 @@ class Model:
         *,
         cache: Cache | None = None,
         key: jax.Array | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         branches: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """The final norm's output, and the cache with these tokens in it when one is given.
 
         Args:
             key: turns on dropout.
-            remat: recompute each layer in the backward pass, keeping only its input.
+            remat: what the backward pass computes again, one of `jlora.models.remat.POLICIES`; True is "full": each
+                layer, of which only the input is kept.
             branches: whether some segment may branch off another (`jlora.types.BRANCH`); without, there are faster
                 forms of attention.
         """
@@ -330,7 +333,7 @@ class Model:
         tables: Tables,
         cache: Cache | None,
         key: jax.Array | None,
-        remat: bool,
+        remat: bool | str,
         observe: Callable[[jax.Array], Params] | None = None,
     ) -> tuple[jax.Array, Cache | None, Params]:
         """Every block in turn: one compiled body for each stack, scanned over it.
@@ -342,12 +345,12 @@ class Model:
             observe: of every linear's inputs; what it returns comes back at the linear's path, layer by layer.
         """
         config = self.config
-        policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
 
         def block(experts: bool) -> Callable:
-            module = Block(config, experts, self.attention, lean=remat)
+            module = Block(config, experts, self.attention, lean=is_lean(remat))
 
             def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None, Params]:
+                x = checkpoint_name(x, LAYER_INPUT)
                 index, rotation, window, leaves = layer
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
                 context = _context(tables, rotation, window)
@@ -357,9 +360,7 @@ class Model:
                 )
                 return x, cache, _observed(sown, observe)
 
-            # Without remat only the dear values are kept: norms, rotations and activations cost less again than in
-            # memory.
-            return jax.checkpoint(apply, prevent_cse=False, policy=policy)
+            return rematerialised(apply, remat)
 
         seen: Params = {}
         for group in self._groups(params):

@@ -108,7 +108,9 @@ class TrainConfig:
       log_every, save_every, eval_every: in steps; evaluation at 0 means never.
       eval_on_start: also evaluate before the first step, so that the log says what training changed.
       keep_checkpoints: older ones are removed.
-      remat: activations of a layer are computed again in the backward pass instead of being kept.
+      remat: what the backward pass finds of a layer's activations: "full" keeps a layer's input and computes the rest
+        again, "offload" does so with the inputs in the host's memory, "none" keeps what is dear. True is "full", False
+        "none".
       on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
         last checkpoint kept, or "skip" the step (ten in a row stop the run). Of several adapters the others go on.
       on_changed_files: what a run that goes on does when its data, rewards or tokenizer are not what they were:
@@ -129,7 +131,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0
     eval_on_start: bool = False
-    remat: bool = True
+    remat: bool | Literal["full", "offload", "none"] = True
     tensorboard: bool = False
     profile: int = 0
     fold: bool = False

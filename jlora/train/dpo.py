@@ -22,7 +22,7 @@ def objective(model: Model, config: RunConfig) -> Objective:
     return dpo_loss(model, config.dpo, remat=config.train.remat)
 
 
-def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool = True, chunk: int = 512) -> Objective:
+def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool | str = True, chunk: int = 512) -> Objective:
     """The weighted sum of the terms of `settings`, each the mean over the pairs of a step.
 
     The frozen half is `Base.constants`. Where the batch brings the reference's log-probabilities, no reference is run.

@@ -128,7 +128,7 @@ def next_coefficient(kl_coef: float, kl: float, settings: PPOConfig, count: int)
 
 
 def token_values(
-    model: Model, params: Params, batch: Batch, key: jax.Array | None = None, remat: bool = False
+    model: Model, params: Params, batch: Batch, key: jax.Array | None = None, remat: bool | str = False
 ) -> jax.Array:
     """The value [B, T] of having come to every token, by the score head; 0 where no completion token follows."""
     rows = batch["tokens"], batch["positions"], batch["segment_ids"]

@@ -30,7 +30,7 @@ def objective(model: Model, config: RunConfig) -> Objective:
     return reward_loss(model, config.reward, remat=config.train.remat)
 
 
-def reward_loss(model: Model, settings: RewardConfig, *, remat: bool = True, chunk: int = 512) -> Objective:
+def reward_loss(model: Model, settings: RewardConfig, *, remat: bool | str = True, chunk: int = 512) -> Objective:
     """The Bradley-Terry loss, the mean over the pairs of a step; a "margin" in the data is taken into account."""
 
     def loss(
@@ -67,7 +67,7 @@ def document_rewards(model: Model, params: Params, batch: Batch, count: int) -> 
 
 
 def _hidden(
-    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, remat: bool = False
+    model: Model, params: Params, batch: Batch, *, key: jax.Array | None = None, remat: bool | str = False
 ) -> jax.Array:
     rows = batch["tokens"], batch["positions"], batch["segment_ids"]
     return model.hidden(params, *rows, key=key, remat=remat)[0]

@@ -22,7 +22,7 @@ def completion_scores(
     *,
     weights: jax.Array | None = None,
     key: jax.Array | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
     chunk: int = 512,
     temperature: int | float | jax.Array = 1.0,
 ) -> TokenScores:

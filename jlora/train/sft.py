@@ -80,7 +80,7 @@ def _start(
     )
 
 
-def sft_loss(model: Model, *, remat: bool = True, chunk: int = 512) -> Objective:
+def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Objective:
     """The mean negative log-likelihood of the trained tokens of a step, and the sums that metrics are made of."""
 
     def loss(

@@ -1,0 +1,53 @@
+"""What the backward pass finds again of a layer's forward pass, and what it computes again."""
+
+from collections.abc import Callable
+
+import jax
+
+from jlora.errors import UserError
+from jlora.types import SAVED
+
+# The checkpoint_name of what a layer begins with.
+LAYER_INPUT = "layer_input"
+
+
+def _offload() -> Callable:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# Name → (the policy, or None, whether values that are computed again are so in tiles). "full" keeps a layer's input and
+# nothing else, "offload" the same in the host's memory, "none" the outputs of products and of attention too: norms,
+# rotations and activations cost less again than in memory.
+POLICIES: dict[str, tuple[Callable[[], Callable | None], bool]] = {
+    "full": (lambda: None, True),
+    "offload": (_offload, True),
+    "none": (lambda: jax.checkpoint_policies.save_only_these_names(SAVED), False),
+}
+
+
+def name_of(remat: bool | str) -> str:
+    """The policy's name: True is "full", False is "none".
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    name = {True: "full", False: "none"}.get(remat, remat)
+    if name not in POLICIES:
+        raise UserError(f"found remat {remat!r}; expected True, False, {', '.join(map(repr, POLICIES))}")
+    return name
+
+
+def rematerialised(apply: Callable, remat: bool | str) -> Callable:
+    """The layer, whose values are computed again in the backward pass as the policy says."""
+    policy, _ = POLICIES[name_of(remat)]
+    return jax.checkpoint(apply, prevent_cse=False, policy=policy())
+
+
+def is_lean(remat: bool | str) -> bool:
+    """Whether what is computed again is so in tiles."""
+    return POLICIES[name_of(remat)][1]

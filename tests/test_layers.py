@@ -86,8 +86,8 @@ def test_imports_go_down():
 def test_imports_inside_functions_and_of_equals_are_seen():
     code = "def f():\n    from jlora import train\n    import jlora.data.chat\n    from jlora.tree import flatten\n"
     assert [problem.split(": ")[1] for problem in violations("hub", ast.parse(code), "x")] == [
-        "hub (level 6) imports train (level 8)",
-        "hub (level 6) imports data (level 6)",
+        "hub (level 7) imports train (level 9)",
+        "hub (level 7) imports data (level 7)",
     ]
 
 

@@ -12,6 +12,7 @@ from jlora.sharding.constraints import (
     logits_axes,
     mesh_of,
     on,
+    sizes,
     ways,
 )
 from jlora.sharding.mesh import (
@@ -51,6 +52,7 @@ __all__ = [
     "replicated",
     "row_ways",
     "shard",
+    "sizes",
     "tree_shardings",
     "ways",
 ]

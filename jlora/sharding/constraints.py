@@ -57,12 +57,18 @@ def on(mesh: Mesh | None) -> Iterator[None]:
 
 
 def mesh_of(values: Any) -> Mesh | None:
-    """The mesh of several devices that the first of a tree's arrays (or shapes) with one is on."""
+    """The mesh that the first of a tree's arrays (or shapes) with one is on; of several devices, if some are.
+
+    A mesh of one device holds nothing, but says what kind of device it is.
+    """
+    alone = None
     for leaf in jax.tree.leaves(values):
         placed = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        if isinstance(placed, NamedSharding) and placed.mesh.size > 1:
-            return placed.mesh
-    return None
+        if isinstance(placed, NamedSharding):
+            if placed.mesh.size > 1:
+                return placed.mesh
+            alone = alone or placed.mesh
+    return alone
 
 
 def sizes() -> Sizes:

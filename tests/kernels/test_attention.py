@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import UserError
+from jlora import UserError, sharding
 from jlora.kernels import attention
 from jlora.kernels.attention import FORMS, Marks, attend, blocked
 from jlora.types import BRANCH
@@ -97,6 +97,22 @@ def test_splash_kernels_are_the_formulas(window, softcap):
 
 def test_splash_kernels_take_the_window_of_the_layer():
     same("splash_interpreted", packed(130, windows=(None, 5), chosen=jnp.int32(1)), heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("form", ["blocked", "splash_interpreted"])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])  # a device has its own heads, or all of them
+def test_forms_are_the_formulas_on_a_mesh(form, heads):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    *inputs, weights = arrays(140, 140, *heads)
+    marks = packed(140)
+
+    def run(compute, *x):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=(0, 1, 2))(*x)
+
+    placed = jax.device_put(inputs, sharding.replicated(mesh))
+    ours = sharding.jit(functools.partial(run, lambda *x: attend(*x, marks, SCALE, None, form)))(*placed)
+    theirs = run(lambda *x: formula(*x, marks), *inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
 
 
 @pytest.mark.parametrize("form", ["plain", "blocked"])

@@ -4,13 +4,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+from jax.sharding import PartitionSpec
 
+from jlora import sharding
 from jlora.kernels.attention.marks import Marks, Scores
 
 # Tokens and widths of heads are padded to multiples of a TPU's lanes.
@@ -21,6 +24,8 @@ WIDEST = 512
 
 def fits(marks: Marks) -> str:
     """Why these kernels cannot be used; "" where they can."""
+    if sharding.ways(sharding.TOKENS) > 1:
+        return "tokens that a mesh splits"
     if not marks.aligned:
         return "the queries are not the keys' tokens (a cache)"
     return "segments that branch off others" if marks.branches else ""
@@ -34,8 +39,7 @@ def forward(
     rows = _rows(rule, queries, keys, values, marks)
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, jax.Array]:
-        run = functools.partial(_forward, window, rule.softcap, interpret)
-        return jax.vmap(run)(*rows)
+        return _on_each(functools.partial(_forward, window, rule.softcap, interpret), rows)
 
     y, log_totals = _by_window(marks, one, rows)
     y = y.reshape(batch, heads, groups, *y.shape[2:])[..., :tokens, :width]
@@ -61,8 +65,7 @@ def backward(
     log_totals = _pad(log_totals, -1, LANES).reshape(rows[0].shape[:-1])
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, ...]:
-        run = functools.partial(_backward, window, rule.softcap, interpret)
-        return jax.vmap(run)(*rows)
+        return _on_each(functools.partial(_backward, window, rule.softcap, interpret), rows)
 
     grads = _by_window(marks, one, (*rows, y, log_totals, grad))
     grad_queries = grads[0][..., :tokens, :width].reshape(queries.shape).astype(jnp.float32) * rule.scale
@@ -76,6 +79,23 @@ def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...
     """What `run` gives for this layer's window: a kernel is made for one."""
     forms = [functools.partial(run, window) for window in marks.windows]
     return forms[0](rows) if marks.chosen is None else jax.lax.switch(marks.chosen, forms, rows)
+
+
+def _on_each(run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
+    """What `run` gives for every row, each device for its own rows and heads: the compiler cannot divide a kernel."""
+    batched = jax.vmap(run)
+    if not (found := sharding.sizes()):
+        return batched(*rows)
+    count, heads = rows[0].shape[0], rows[1].shape[1]  # of the keys, which may be fewer than the queries'
+    split = None if count % sharding.ways(*sharding.ROWS) else sharding.ROWS
+    of_heads = None if heads % found["tensor"] else "tensor"
+
+    def spec(x: Any) -> PartitionSpec:  # [B, heads, …], but segments [B, T]
+        return PartitionSpec(split, *((of_heads,) if x.ndim > 2 else ()))
+
+    shapes = jax.eval_shape(batched, *rows)
+    places = tuple(map(spec, rows)), jax.tree.map(spec, shapes)
+    return jax.shard_map(batched, in_specs=places[0], out_specs=places[1], check_vma=False)(*rows)
 
 
 def _rows(rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> tuple[jax.Array, ...]:

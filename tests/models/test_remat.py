@@ -1,0 +1,102 @@
+"""What a layer keeps for the backward pass, by the name of the policy; and MLPs in tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import UserError, lora, models
+from jlora.models import decoder
+from jlora.models.remat import POLICIES, name_of
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def halves():
+    model = models.build(CONFIG)
+    settings = lora.LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.2)
+    params = lora.init(model.random_params(jax.random.key(0)), settings, jax.random.key(1))
+    frozen, trainable = lora.split(params)
+    return model, frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable)
+
+
+def gradients(halves, remat, tokens, key=None):
+    model, frozen, trainable = halves
+
+    def loss(trainable):
+        hidden, _ = model.hidden(lora.combine(frozen, trainable), tokens, remat=remat, key=key)
+        return jnp.sum(jnp.sin(hidden * 3))
+
+    return jax.jit(jax.value_and_grad(loss))(trainable)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 24)), jnp.int32)
+
+
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_every_policy_gives_the_same_gradients(halves, remat):
+    ours, theirs = gradients(halves, remat, TOKENS), gradients(halves, "none", TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize("tile", [1 << 10, 1 << 11])
+def test_tiles_of_an_mlp_give_the_gradients_of_the_whole(halves, tile, monkeypatch):
+    whole = gradients(halves, "full", TOKENS)
+    monkeypatch.setattr(decoder, "TILE", tile)
+    jax.clear_caches()
+    assert decoder._tiles((2, 24, 32), 80) > 1
+    tiled = gradients(halves, "full", TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
+
+
+def test_tiles_drop_other_inputs_each(halves, monkeypatch):
+    monkeypatch.setattr(decoder, "TILE", 1 << 10)
+    jax.clear_caches()
+    same = jnp.full((1, 24), 5)  # without dropout every token after the first would be like its neighbour in the MLP
+    first, again = (gradients(halves, "full", same, jax.random.key(3)) for _ in range(2))
+    other = gradients(halves, "full", same, jax.random.key(4))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert first[0] != other[0]
+
+
+@pytest.mark.parametrize(("shape", "tiles"), [((1, 24, 32), 1), ((2, 24, 32), 3), ((2, 23, 32), 1)])
+def test_tiles_divide_the_tokens(shape, tiles, monkeypatch):
+    monkeypatch.setattr(decoder, "TILE", 1 << 11)
+    assert decoder._tiles(shape, 100) == tiles or tiles == 1
+
+
+def test_what_is_kept_of_a_layer(halves):
+    """Of "full" the layers' inputs, of "none" many times as much."""
+    model, frozen, trainable = halves
+
+    def kept(remat):
+        def hidden(trainable):
+            return model.hidden(lora.combine(frozen, trainable), TOKENS, remat=remat)[0]
+
+        _, pullback = jax.vjp(hidden, trainable)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback) if leaf.ndim == 4 and leaf.shape[0] == 3)
+
+    inputs = 3 * 2 * 24 * 32
+    assert kept("full") == inputs
+    assert kept("none") > 4 * inputs
+
+
+def test_policies_are_named():
+    assert [name_of(remat) for remat in (True, False, *POLICIES)] == ["full", "none", *POLICIES]
+    with pytest.raises(UserError, match="found remat 'all'; expected True, False, 'full', 'offload', 'none'"):
+        name_of("all")

@@ -55,7 +55,8 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
     memory.
     """
     if sharding.sizes():
-        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, x.shape[-1]), 1, 0)
+        tiles = jnp.moveaxis(x.reshape(x.shape[0], count, -1, x.shape[-1]), 1, 0)
+        return sharding.constrain(tiles, None, sharding.ROWS, None, None)
     return x.reshape(count, 1, -1, x.shape[-1])
 
 
@@ -115,6 +116,7 @@ class MLP(nn.Module):
     """down(act(gate(x)) · up(x)), gate and up apart or in one product, or down(act(up(x)))."""
 
     config: ModelConfig
+    gathered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -123,13 +125,13 @@ class MLP(nn.Module):
         parts = []
         for name in names.mlp_up:
             # One after the other, and backwards: not both of their kernels are dequantised at a time.
-            y, x = in_turn(Linear(width, config.mlp_bias, name=name)(x), x)
+            y, x = in_turn(Linear(width, config.mlp_bias, self.gathered, name=name)(x), x)
             parts.append(y)
         if config.gated and len(parts) == 1:
             parts = jnp.split(parts[0], 2, axis=-1)
         y = ACTIVATIONS[config.hidden_act](parts[0])
         y = y * parts[1] if config.gated else y
-        return Linear(config.hidden_size, config.mlp_bias, name=names.mlp_down)(y)
+        return Linear(config.hidden_size, config.mlp_bias, self.gathered, name=names.mlp_down)(y)
 
 
 class Feedforward(nn.Module):
@@ -137,11 +139,12 @@ class Feedforward(nn.Module):
 
     config: ModelConfig
     experts: bool = False
+    gathered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array | None, attended: jax.Array) -> jax.Array:
         config, norms = self.config, self.config.names.mlp_norms
-        mlp = Mixture(config, name="mlp") if self.experts else MLP(config, name="mlp")
+        mlp = Mixture(config, name="mlp") if self.experts else MLP(config, self.gathered, name="mlp")
         y = mlp(_norm(config, norms[0], x if config.parallel else attended))
         return attended + _scaled(config, _norm(config, norms[1], y))
 
@@ -152,8 +155,10 @@ class Feedforward(nn.Module):
         Args:
             key: of dropout, a random key of its own for each tile.
         """
-        variables = {"params": {name: self.variables["params"][name] for name in self._children()}}
-        alone = Feedforward(self.config, parent=None)
+        params = self.variables["params"]
+        mlp = {name: sharding.gathered(f"mlp/{name}", linear) for name, linear in params["mlp"].items()}
+        norms = {name: params[name] for name in self.config.names.mlp_norms if name is not None}
+        variables, alone = {"params": norms | {"mlp": mlp}}, Feedforward(self.config, gathered=True, parent=None)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(number: jax.Array, *tiles: jax.Array | None) -> jax.Array:
@@ -163,10 +168,9 @@ class Feedforward(nn.Module):
         # Where the MLP does not read x, it is not to be cut and carried along.
         parts = (_cut(x, count) if self.config.parallel else None), _cut(attended, count)
         _, y = jax.lax.scan(lambda _, item: (None, one(*item)), None, (jnp.arange(count), *parts))
-        return jnp.moveaxis(y, 0, 1).reshape(attended.shape) if sharding.sizes() else y.reshape(attended.shape)
-
-    def _children(self) -> list[str]:
-        return ["mlp", *(name for name in self.config.names.mlp_norms if name is not None)]
+        if sharding.sizes():
+            y = jnp.moveaxis(sharding.constrain(y, None, sharding.ROWS, None, None), 0, 1)
+        return y.reshape(attended.shape)
 
 
 class Block(nn.Module):

@@ -25,6 +25,7 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
+    gathered: bool = False  # by the caller: what several calls use is to be gathered once
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ class Linear(nn.Module):
         inputs, outputs = sharding.features("/".join(self.path))
         # What every device has whole several linears may share: its gradient is added up first and then held, once.
         x = x if inputs is None else sharding.held(x, inputs)
-        return sharding.held(lora.linear(x, used(self), key=key), outputs)
+        return sharding.held(lora.linear(x, leaves(self) if self.gathered else used(self), key=key), outputs)
 
 
 class Embed(nn.Module):

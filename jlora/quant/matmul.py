@@ -32,7 +32,19 @@ def _dense_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[ja
 def _dense_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     grad_kernel = jnp.einsum("...d,...n->dn", x, grad, preferred_element_type=kernel.dtype)
-    return grad @ kernel.astype(x.dtype).T, grad_kernel
+    return grad @ kernel.astype(x.dtype).T, _summed(grad_kernel, kernel)
+
+
+def _summed(grad: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The gradient, added up over devices that (inside `jax.shard_map`) have rows of their own but the same kernel."""
+    axes = _varying(grad) - _varying(kernel)
+    return jax.lax.psum(grad, tuple(axes)) if axes else grad
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes along which x differs; JAX has renamed the attribute that says so."""
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
 
 _dense.defvjp(_dense_forward, _dense_backward)

@@ -15,4 +15,9 @@ def target() -> str:
         platform = chosen if isinstance(chosen, str) else chosen.platform
     else:
         platform = jax.default_backend()
+    return kind_of(platform)
+
+
+def kind_of(platform: str) -> str:
+    """ "gpu" for every platform of JAX's that is one."""
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

@@ -1,5 +1,6 @@
 """The adapter that a run starts with."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ def based(
     workdir: Any = None,
     place: Callable[[Params, Mesh], Params] = sharding.shard,
 ) -> Base:
-    """What an algorithm starts from.
+    """What an algorithm starts from. Its model computes attention as the settings say.
 
     Args:
         params: with the adapter, unless several are put beside the base by their plan.
@@ -51,7 +52,7 @@ def based(
     """
     frozen, trainable = lora.split(params)
     return Base(
-        model=model,
+        model=dataclasses.replace(model, attention=config.model.attention),
         tokenizer=tokenizer,
         mesh=mesh,
         frozen=place(frozen, mesh),

@@ -16,6 +16,7 @@ from ml_collections.config_dict import RequiredValueError
 from jlora.data import DataConfig
 from jlora.errors import UserError, raise_all
 from jlora.hub.resize import check_vocab
+from jlora.kernels.attention import AUTO, FORMS
 from jlora.lora import LoraConfig
 from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
@@ -64,6 +65,7 @@ class ModelSource:
       adapter: a PEFT folder to go on from; its settings take the place of the group `lora`.
       resize_vocab: rows of embedding and head, or "tokenizer": as many as the tokenizer needs; None: as they are. New
         rows are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
+      attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" is what is best on the device.
     """
 
     path: str
@@ -71,6 +73,7 @@ class ModelSource:
     quant: str | QuantConfig | None = None
     adapter: str | None = None
     resize_vocab: int | str | None = None
+    attention: str = AUTO
 
     @property
     def merges_packed(self) -> bool:
@@ -83,6 +86,8 @@ class ModelSource:
             faults.append("model.path: found '', expected a folder, a Hub id or a GGUF file")
         if self.dtype not in (None, *DTYPES):
             faults.append(f"model.dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}, or None")
+        if self.attention not in (AUTO, *FORMS):
+            faults.append(f"model.attention: found {self.attention!r}, expected one of {', '.join((AUTO, *FORMS))}")
         try:
             as_config(self.quant)
         except UserError as error:

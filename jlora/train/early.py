@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable
 
 from jlora.errors import ExistingFileError, UserError, raise_all
 from jlora.hub.adapters import check_adapter
+from jlora.kernels import attention
+from jlora.kernels.device import target
 from jlora.train.config import RunConfig
 from jlora.types import require
 
 
 def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Raises UserError for adapters that cannot be opened, packages that are missing, and a workdir that cannot be
-    written; all in one message. Nothing is written.
+    """Raises UserError for adapters that cannot be opened, packages that are missing, a form of attention that does
+    not run here, and a workdir that cannot be written; all in one message. Nothing is written.
     """
     runs = config.members().values() if config.adapters else [config]
     adapters = {one.model.adapter: "model.adapter" for one in runs if one.model.adapter}
@@ -22,6 +24,7 @@ def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> None:
         (f"{setting}: ", lambda path=path: check_adapter(path)) for path, setting in adapters.items()
     ]
     checks.append(("", lambda: check_writable(workdir)))
+    checks.append(("model.attention: ", lambda: attention.require(config.model.attention, target())))
     if config.train.tensorboard:
         checks.append(("train.tensorboard: ", lambda: require("tensorboardX", "tensorboard")))
     raise_all(_faults(checks))

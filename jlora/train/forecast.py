@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from jlora import hub, sharding, tree
+from jlora.kernels import attention
+from jlora.kernels.device import kind_of
 from jlora.quant import is_packed
 from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt, based
@@ -154,6 +156,7 @@ def trace(config: RunConfig, topology: Topology) -> Program:
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.describe(config.model.path, mesh=mesh, **settings)
     check_divides(model.config, mesh)
+    attention.require(config.model.attention, kind_of(mesh.devices.flat[0].platform))
     if not config.adapters:
         params = jax.eval_shape(lambda params: adapt(model, params, config), params)
     base = based(config, model, params, mesh, place=_placed)

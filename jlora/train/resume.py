@@ -23,6 +23,7 @@ from jlora.types import Params
 # forgives, not what it computes.
 FREE = {
     "mesh": None,
+    "model": ("attention",),
     "rollout": ("on_error", "log_completions"),
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),

@@ -172,7 +172,9 @@ def test_each_device_has_its_order_of_forms_and_long_rows_their_own(monkeypatch)
 
 def test_a_form_that_cannot_be_used_is_refused_with_the_reason():
     *inputs, _ = arrays(40, 40)
-    with pytest.raises(UserError, match="'splash' cannot be used here: segments that branch off"):
-        attend(*inputs, packed(40, branches=True), SCALE, None, "splash")
-    with pytest.raises(UserError, match="found the attention form 'flash'; expected auto, plain"):
+    with pytest.raises(UserError, match="'splash_interpreted' cannot be used here: segments that branch off"):
+        attend(*inputs, packed(40, branches=True), SCALE, None, "splash_interpreted")
+    with pytest.raises(UserError, match="'splash' runs on a tpu, and this is a cpu; 'auto' runs anywhere"):
+        attend(*inputs, packed(40), SCALE, None, "splash")
+    with pytest.raises(UserError, match="found the attention form 'flash'; expected one of auto, plain"):
         attend(*inputs, packed(40), SCALE, None, "flash")

@@ -64,10 +64,13 @@ def test_everything_missing_is_named_at_once():
         ({"train__steps": True}, "train.steps: found True (bool), expected int or None"),
         ({"train__steps": 3.5}, "train.steps: found 3.5 (float), expected int or None"),
         ({"train__batch_size": "4"}, "train.batch_size: found '4' (str), expected int"),
-        ({"train__remat": 1}, "train.remat: found 1 (int), expected bool"),
+        ({"train__remat": 1}, "train.remat: found 1 (int), expected bool or one of 'full', 'offload', 'none'"),
         ({"optim__learning_rate": "fast"}, "optim.learning_rate: found 'fast' (str), expected float"),
         ({"data__path": None}, "data.path: is required"),
-        ({"model": "m"}, "model: found 'm', expected a group with the keys path, dtype, quant, adapter, resize_vocab"),
+        (
+            {"model": "m"},
+            "model: found 'm', expected a group with the keys path, dtype, quant, adapter, resize_vocab, attention",
+        ),
         (
             {"algorithm": "gpo"},
             "algorithm: found 'gpo' (str), expected one of 'sft', 'dpo', 'cpo', 'orpo', 'kto', 'reward', 'grpo', 'ppo'",

@@ -88,6 +88,12 @@ def test_adapters_are_all_named(settings, tmp_path):
     refused(missing, tmp_path, r"model\.adapter: .*none[\s\S]*rollout\.reward_model: .*nor")
 
 
+def test_a_form_of_attention_that_the_device_does_not_run(settings, tmp_path):
+    refused(changed(settings["sft"], "model", attention="splash"), tmp_path, r"model\.attention: .*runs on a tpu")
+    with pytest.raises(UserError, match=r"model\.attention: found 'flash', expected one of auto, plain, blocked"):
+        resolve(changed(settings["sft"], "model", attention="flash"))
+
+
 def test_a_missing_package(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     refused(changed(settings["sft"], "train", tensorboard=True), tmp_path, r"jlora\[tensorboard\]")

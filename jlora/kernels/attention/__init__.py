@@ -15,7 +15,7 @@ from jlora.kernels.attention.marks import Marks, Scores
 from jlora.kernels.device import target
 from jlora.types import SAVED
 
-__all__ = ["AUTO", "FORMS", "Marks", "attend"]
+__all__ = ["AUTO", "FORMS", "Marks", "attend", "require"]
 
 AUTO = "auto"
 
@@ -27,11 +27,13 @@ class Form(NamedTuple):
         forward: (rule, queries, keys, values, marks) → (output, log of each query's sum of weights).
         backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of the three.
         fits: (marks) → why it cannot be used, or "".
+        device: where it runs; None: anywhere.
     """
 
     forward: Callable
     backward: Callable
     fits: Callable[[Marks], str] = lambda marks: ""
+    device: str | None = None
 
 
 def _interpreted(module: Any) -> Form:
@@ -49,7 +51,7 @@ def _on(platform: str, module: Any) -> Form:
 
         return run
 
-    return Form(part("forward"), part("backward"), module.fits)
+    return Form(part("forward"), part("backward"), module.fits, platform)
 
 
 FORMS = {
@@ -94,11 +96,19 @@ def attend(
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
+def require(form: str, device: str) -> None:
+    """Raises UserError for a form that is unknown, or that this kind of device ("cpu", "gpu", "tpu") does not run."""
+    if form != AUTO and form not in FORMS:
+        raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")
+    only = None if form == AUTO else FORMS[form].device
+    if only not in (None, device):
+        raise UserError(f"the attention form {form!r} runs on a {only}, and this is a {device}; {AUTO!r} runs anywhere")
+
+
 def _chosen(form: str, marks: Marks, heads: int) -> str:
     """The form to use."""
     if form != AUTO:
-        if form not in FORMS:
-            raise UserError(f"found the attention form {form!r}; expected {AUTO}, {', '.join(FORMS)}")
+        require(form, target())
         if fault := FORMS[form].fits(marks):
             raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
         return form

@@ -121,7 +121,7 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
     seconds = time.monotonic() - began
     arguments = sum(program.sizes.values())
     if compiled is None:
-        peak, host, moved = arguments + _temporaries(program, topology), 0, {}
+        peak, host, moved = arguments + _temporaries(program, topology), _temporaries(program, topology, host=True), {}
     else:
         peak, host, moved = compiled
     products = cost(program.traced.jaxpr.jaxpr, topology.device.platform)
@@ -247,10 +247,10 @@ def _said_to_need(message: str, arguments: int) -> int | None:
     return None
 
 
-def _temporaries(program: Program, topology: Topology) -> int:
+def _temporaries(program: Program, topology: Topology, host: bool = False) -> int:
     """An estimate: activations are split over the rows and the sequence of the mesh."""
     ways = sharding.row_ways(program.mesh) * program.mesh.shape["sequence"]
-    return live_bytes(program.traced.jaxpr.jaxpr, topology.device.platform) // ways
+    return live_bytes(program.traced.jaxpr.jaxpr, topology.device.platform, host) // ways
 
 
 def _cache_bytes(config: RunConfig, program: Program) -> int:

@@ -39,11 +39,14 @@ class Operation(NamedTuple):
         return FUSED.fullmatch(self.name) is not None
 
 
-def live_bytes(jaxpr: Any, platform: str) -> int:
+def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
     """Bytes at the fullest moment beside the arguments. Elementwise equations are taken to be fused into their users;
     of the others each result lives from where it is made to where it is used last.
+
+    Args:
+        host: of the host's memory, where offloaded values lie, and not of the device's.
     """
-    operations, results = _flat(jaxpr, platform)
+    operations, results = _flat(jaxpr, platform, host)
     made_of: dict[int, frozenset[int]] = {}  # a fused value → the arrays that it is computed from
     last: dict[int, int] = {}
     sizes: dict[int, int] = {}
@@ -56,7 +59,7 @@ def live_bytes(jaxpr: Any, platform: str) -> int:
     held = peak = 0
     ending: dict[int, int] = {}
     for place, operation in enumerate(operations):
-        inside = max((live_bytes(one, platform) for one in operation.inner), default=0)
+        inside = max((live_bytes(one, platform, host) for one in operation.inner), default=0)
         if operation.name == "dot_general":  # it reads arrays, whatever its operands are made of
             inside += sum(sizes[value] for value in operation.reads & made_of.keys())
         for value, size in () if operation.fused else operation.writes:
@@ -68,8 +71,10 @@ def live_bytes(jaxpr: Any, platform: str) -> int:
     return peak
 
 
-def _flat(jaxpr: Any, platform: str) -> tuple[list[Operation], frozenset[int]]:
-    """The operations of a program with those of its calls in their place, and the values that it returns."""
+def _flat(jaxpr: Any, platform: str, host: bool) -> tuple[list[Operation], frozenset[int]]:
+    """The operations of a program with those of its calls in their place, and the values that it returns. Values in
+    the other memory have no bytes.
+    """
     operations: list[Operation] = []
     count = itertools.count()
 
@@ -93,7 +98,7 @@ def _flat(jaxpr: Any, platform: str) -> tuple[list[Operation], frozenset[int]]:
                 Operation(
                     kind,
                     frozenset(value for value in reads if value is not None),
-                    tuple((value, nbytes(variable.aval)) for variable, value in writes.items()),
+                    tuple((value, _nbytes(variable.aval, host)) for variable, value in writes.items()),
                     tuple(inner),
                 )
             )
@@ -101,3 +106,7 @@ def _flat(jaxpr: Any, platform: str) -> tuple[list[Operation], frozenset[int]]:
 
     returned = walk(jaxpr, {})
     return operations, frozenset(value for value in returned if value is not None)
+
+
+def _nbytes(aval: Any, host: bool) -> int:
+    return nbytes(aval) if (getattr(aval, "memory_space", None) == jax.memory.Space.Host) == host else 0

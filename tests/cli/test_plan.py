@@ -93,9 +93,19 @@ def test_what_does_not_fit_comes_with_the_cheapest_change_that_does(plan, no_com
     code, printed, said = plan("--topology=rtx4090", large, "--config.train.seq_len=1024")
     assert code == 0, said
     assert "of 22.47 GiB: fits" in printed  # 16-bit weights
-    code, printed, _ = plan("--topology=rtx4090", large, "--config.train.seq_len=8192")
+    longer = ["--config.train.batch_size=1", "--config.train.seq_len=32768"]
+    code, printed, _ = plan("--topology=rtx4090", large, *longer)
     assert "DOES NOT FIT" in printed
     assert "cheapest change that fits: --config.model.quant=nf4  (" in printed
+
+
+def test_offloaded_activations_are_the_hosts_in_an_estimate_too(plan, no_compiler, large):
+    options = ["--topology=h100", "--json", large, "--config.model.quant=nf4", "--config.train.seq_len=8192"]
+    full, offload = (json.loads(plan(*options, f"--config.train.remat={name}")[1]) for name in ("full", "offload"))
+    inputs = full["tokens"] * LLAMA_8B["hidden_size"] * LLAMA_8B["num_hidden_layers"] * 2  # bytes
+    assert full["host_bytes"] == 0 and inputs <= offload["host_bytes"] < 1.1 * inputs
+    gone = full["peak_bytes_per_device"] - offload["peak_bytes_per_device"]
+    assert 0.9 * inputs < gone < 1.1 * inputs
 
 
 def test_the_longest_rows(plan, no_compiler, large):

@@ -41,7 +41,7 @@ def asked(memory, formula):
 def needs(config):
     """Weights over the devices, and activations by rows and tokens."""
     weights = (4 if config.model.quant else 16) / config.mesh.fsdp
-    kept = 1 if config.train.remat else 4
+    kept = {False: 4, "none": 4, "offload": 0.25}.get(config.train.remat, 1)
     return weights + kept * config.train.batch_size / config.mesh.fsdp * config.train.seq_len / 1024
 
 
@@ -59,6 +59,7 @@ def needs(config):
             "mesh.fsdp=4 --config.train.batch_size=8",
         ),
         (5.5, "h100", {}, "batch_size=1 --config.train.grad_accum=8 --config.model.quant=nf4"),
+        (6.5, "h100", {"model": {"quant": "nf4"}, "train": {"batch_size": 7}}, "--config.train.remat=offload"),
     ],
 )
 def test_the_cheapest_change_that_fits(memory, topo, groups, flags):

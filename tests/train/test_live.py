@@ -71,3 +71,15 @@ def test_of_branches_for_platforms_the_platforms_own_counts(platform, products):
         return jax.lax.platform_dependent(a, b, tpu=jnp.matmul, default=other)
 
     assert of(chosen, platform=platform) == products * SIZE
+
+
+def test_what_is_offloaded_is_the_hosts():
+    def looped(a, b):
+        def body(x, _):
+            return x @ b, jax.device_put(x, jax.memory.Space.Host)
+
+        return jax.lax.scan(body, a, None, length=5)
+
+    jaxpr = jax.make_jaxpr(looped)(jnp.zeros((N, N)), jnp.zeros((N, N))).jaxpr
+    assert live_bytes(jaxpr, "cuda") == (1 + 1) * SIZE
+    assert live_bytes(jaxpr, "cuda", host=True) == (5 + 1) * SIZE

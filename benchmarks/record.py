@@ -13,7 +13,7 @@ import subprocess
 import jax
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes", "libtpu", "jax-cuda13-plugin")
 
 
 def save(name: str, figures: dict) -> pathlib.Path:
@@ -21,7 +21,7 @@ def save(name: str, figures: dict) -> pathlib.Path:
     device = jax.devices()[0]
     content = {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": commit(),
         "device": f"{_cpu_name()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "figures": figures,
@@ -30,6 +30,11 @@ def save(name: str, figures: dict) -> pathlib.Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def commit() -> str:
+    """What is checked out, "+changes" behind it where files differ."""
+    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,349 @@
+#!/usr/bin/env python3
+"""How much memory of a device does a training step take? By XLA's own compilers, beside what others publish.
+
+    python benchmarks/memory.py [--only=h100|tpu] [--cases=NAME,NAME] [--dry]
+
+Nothing is read but the shapes in a config.json and nothing is run: as `jlora plan` does, the script compiles the whole
+SFT step for devices that need not be here (`pip install 'jlora[cuda13]'` and `'jlora[tpu]'` bring the compilers), one
+case after another, each in a process of its own. Rank 16 on all linears, NF4 with double quantisation, AdamW and
+remat="full", unless a case says otherwise. CPU seconds are those of tracing and compiling the step.
+
+The table is printed and kept as JSON, with versions and commit, in benchmarks/results/. A case that was left out, or
+that has no compiler here, keeps the figures that it has there; each has its own date and commit.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import record
+import rich.console
+import rich.progress
+import rich.table
+
+from jlora import kernels
+from jlora.devices import DEVICES, GIB
+from jlora.errors import UserError
+from jlora.models import decoder
+from jlora.train import topology
+from jlora.train.config import RunConfig, resolve
+from jlora.train.forecast import Forecast, forecast
+
+NAME = "memory"
+LLAMA = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    torch_dtype="bfloat16",
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+)
+ROPE = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    sizes = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
+    return LLAMA | dict(rope_parameters=ROPE) | sizes | others
+
+
+MODELS = {
+    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, tie_word_embeddings=True),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32),
+    "Llama-3-70B": _llama(
+        8192, 28672, 80, 64, max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=5e5)
+    ),
+    "tiny": _llama(32, 64, 2, 4, vocab_size=256, num_key_value_heads=2, head_dim=8),
+}
+
+
+# Group → settings.
+Settings = dict[str, dict[str, Any]]
+
+
+class Aim(NamedTuple):
+    """The most that a case may take; GiB, and CPU seconds."""
+
+    peak: float | None = None
+    received: float | None = None
+    cpu_seconds: float | None = None
+
+
+class Case(NamedTuple):
+    """A step to be compiled.
+
+    Attributes:
+        settings: what differs from the settings of every case.
+        plain_attention, whole_mlp: with forms that jlora leaves behind where memory counts.
+        peer: who else has published a figure, and which.
+        cost: CPU seconds that it takes, about; for the time left.
+    """
+
+    name: str
+    topology: str
+    model: str
+    rows: int
+    tokens: int
+    aim: Aim = Aim()
+    peer: str = ""
+    settings: tuple[Settings, ...] = ()
+    plain_attention: bool = False
+    whole_mlp: bool = False
+    cost: int = 10
+
+    @property
+    def group(self) -> str:
+        return "h100" if self.topology == "h100" else "tpu"
+
+
+Row = dict[str, Any]
+
+R32 = {"lora": {"r": 32, "lora_alpha": 64}}
+OFFLOAD = {"train": {"remat": "offload"}}
+CARD_24GB, CARD_80GB = (round(DEVICES[name].usable / GIB, 2) for name in ("rtx4090", "h100"))
+
+DRY = Case("dry", "cpu", "tiny", 1, 32, Aim(peak=1.0))
+H100 = (
+    Case("8b-2x2048", "h100", "Llama-3.1-8B", 2, 2048, Aim(7.3), "torchtune: 7.4 GB"),
+    Case("3b-2x4096", "h100", "Llama-3.2-3B", 2, 4096, Aim(4.5), "torchtune: 4.6 GB"),
+    Case("70b-1x2048", "h100", "Llama-3-70B", 1, 2048, Aim(43), "QLoRA's paper: 48 GB"),
+    Case("8b-1x8192", "h100", "Llama-3.1-8B", 1, 8192, Aim(9.0)),
+    Case("8b-1x32768", "h100", "Llama-3.1-8B", 1, 32768, Aim(17), settings=(R32,)),
+    Case("8b-1x32768-offload", "h100", "Llama-3.1-8B", 1, 32768, Aim(10), settings=(R32, OFFLOAD)),
+    Case(
+        "8b-24gb",
+        "h100",
+        "Llama-3.1-8B",
+        1,
+        157_696,
+        Aim(CARD_24GB),
+        "Unsloth in 24 GB: 78,475 tokens",
+        settings=(R32, OFFLOAD),
+        cost=20,
+    ),
+    Case(
+        "8b-80gb",
+        "h100",
+        "Llama-3.1-8B",
+        1,
+        704_512,
+        Aim(CARD_80GB),
+        "Unsloth in 80 GB: 342,733 tokens",
+        settings=(R32, OFFLOAD),
+        cost=90,
+    ),
+    Case(
+        "70b-80gb",
+        "h100",
+        "Llama-3-70B",
+        1,
+        180_224,
+        Aim(CARD_80GB),
+        "Unsloth in 80 GB: 89,389 tokens",
+        settings=(R32, OFFLOAD),
+        cost=25,
+    ),
+)
+TPU = (
+    Case("v5e-8b-1x2048", "v5e", "Llama-3.1-8B", 1, 2048, Aim(7.0, cpu_seconds=90), cost=90),
+    Case(
+        "v5e-8b-4x2048-fsdp4",
+        "v5e:2x2",
+        "Llama-3.1-8B",
+        4,
+        2048,
+        Aim(3.0, received=5.5),
+        settings=({"mesh": {"fsdp": 4}},),
+        cost=150,
+    ),
+    Case(
+        "v5e-70b-8x2048-fsdp8",
+        "v5e:2x4",
+        "Llama-3-70B",
+        8,
+        2048,
+        Aim(10.5),
+        settings=({"mesh": {"fsdp": 8}},),
+        cost=200,
+    ),
+)
+BF16, KEPT = {"model": {"quant": None}}, {"train": {"remat": "none"}}
+
+
+def _technique(name: str, *settings: Settings, **forms: bool) -> Case:
+    return Case(name, "h100", "Llama-3.1-8B", 2, 2048, settings=settings, **forms)
+
+
+# The first case with one technique upon another.
+TECHNIQUES = (
+    _technique("0-bf16", BF16, KEPT, plain_attention=True, whole_mlp=True),
+    _technique("1-remat", BF16, plain_attention=True, whole_mlp=True),
+    _technique("2-nf4", plain_attention=True, whole_mlp=True),
+    _technique("3-attention", whole_mlp=True),
+    _technique("4-mlp-tiles"),
+    _technique("5-offload", OFFLOAD),
+)
+CASES = (*H100, *TECHNIQUES, *TPU)
+
+
+def main() -> None:
+    """Compiles the cases, prints and writes what they need."""
+    options = _parse()
+    cases = [DRY] if options.dry else _wanted(options.only, options.cases)
+    # For the processes to come: accelerators that are here are left alone, and libtpu does not look for a cloud's.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    console = rich.console.Console()
+    with tempfile.TemporaryDirectory() as work:
+        rows = _measured(cases, _write_models(pathlib.Path(work)), console, writes=not options.dry)
+    console.print(_table(cases, rows))
+
+
+def _measured(cases: list[Case], folder: pathlib.Path, console: rich.console.Console, writes: bool) -> dict[str, Row]:
+    """Name → figures; they are written after each case, so that a run that is stopped loses one."""
+    rows: dict[str, Row] = {}
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
+    # One case takes longer than the half minute that the bar looks back by default.
+    with rich.progress.Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as bar:
+        task = bar.add_task("compiling", total=sum(case.cost for case in cases))
+        for case in cases:
+            bar.update(task, description=case.name)
+            rows[case.name] = apart(case, folder)
+            bar.advance(task, case.cost)
+            found = rows[case.name]
+            said = found.get("fault") or f"{found['peak']:.2f} GiB"
+            console.print(f"{case.name}: {said}", highlight=False)
+            if writes:
+                record.save(NAME, {"cases": kept(rows)})
+    return rows
+
+
+def apart(case: Case, folder: pathlib.Path) -> Row:
+    """`measure` in a process of its own, which no other case's compiler and constants have been in."""
+    if not topology.parse(case.topology).has_compiler:
+        return {"fault": f"no compiler here: pip install 'jlora[{topology.parse(case.topology).extra}]'"}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure, case, folder).result()
+        except (UserError, RuntimeError) as error:  # of JAX's, and of a process that ended before it was done
+            return {"fault": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+
+
+def measure(case: Case, folder: pathlib.Path) -> Row:
+    """What the case needs. It sets jlora's constants and leaves them so."""
+    if case.plain_attention:
+        kernels.attention.PLAIN["gpu"] = math.inf
+    if case.whole_mlp:
+        decoder.TILE = 1 << 62
+    began = time.process_time()
+    found = forecast(config_of(case, folder), topology.parse(case.topology))
+    return row(case, found, time.process_time() - began)
+
+
+def config_of(case: Case, folder: pathlib.Path) -> RunConfig:
+    """The settings of a run, as `jlora plan` gets them."""
+    values: Settings = {
+        "model": {"path": str(folder / case.model), "quant": "nf4", "dtype": "bfloat16"},
+        "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "data": {"path": "none"},
+        "train": {"steps": 1, "batch_size": case.rows, "seq_len": case.tokens, "remat": "full"},
+    }
+    for own in case.settings:
+        values |= {group: values.get(group, {}) | changed for group, changed in own.items()}
+    return resolve(values)
+
+
+def row(case: Case, found: Forecast, cpu_seconds: float) -> Row:
+    """The case's figures in GiB, and which of its aims it misses."""
+    sizes = dict(
+        peak=found.peak_bytes_per_device,
+        arguments=found.argument_bytes,
+        temporaries=found.peak_bytes_per_device - found.argument_bytes,
+        host=found.host_bytes,
+        received=sum(found.received_bytes.values()),
+    )
+    figures = {name: round(size / GIB, 3) for name, size in sizes.items()} | {"cpu_seconds": round(cpu_seconds, 1)}
+    aims = {name: most for name, most in case.aim._asdict().items() if most is not None}
+    missed = [name for name, most in aims.items() if figures[name] > most]
+    made = dict(date=datetime.date.today().isoformat(), commit=record.commit())
+    return figures | {"aim": aims, "missed": missed, "peer": case.peer} | made
+
+
+def kept(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows, with those of earlier runs where these have no figures; cases that are no more are left out."""
+    path = record.RESULTS / f"{NAME}.json"
+    earlier = json.loads(path.read_text())["figures"]["cases"] if path.exists() else {}
+    known = earlier | {name: found for name, found in rows.items() if "fault" not in found}
+    return {case.name: known[case.name] for case in CASES if case.name in known}
+
+
+def _table(cases: Iterable[Case], rows: dict[str, Row]) -> rich.table.Table:
+    columns = ("peak", "arguments", "temporaries", "host", "received", "CPU s")
+    table = rich.table.Table(
+        "case",
+        *(rich.table.Column(name, justify="right") for name in columns),
+        "aim",
+        "others",
+        caption="GiB a device, and CPU seconds of tracing and compiling; ✗: an aim is missed",
+    )
+    for case in cases:
+        found = rows[case.name]
+        if fault := found.get("fault"):
+            table.add_row(case.name, *[""] * len(columns), fault, case.peer)
+            continue
+        sizes = [f"{found[name]:.2f}" for name in ("peak", "arguments", "temporaries", "host", "received")]
+        aims = [
+            f"{name.replace('_', ' ')} ≤ {most:g}{' ✗' if name in found['missed'] else ''}"
+            for name, most in found["aim"].items()
+        ]
+        table.add_row(case.name, *sizes, f"{found['cpu_seconds']:.0f}", ", ".join(aims), case.peer)
+    return table
+
+
+def _write_models(folder: pathlib.Path) -> pathlib.Path:
+    for name, config in MODELS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _wanted(only: str | None, names: list[str] | None) -> list[Case]:
+    return [case for case in CASES if only in (None, case.group) and (names is None or case.name in names)]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("h100", "tpu"), help="the cases of one compiler")
+    parser.add_argument("--cases", type=_names, metavar="NAME,NAME", help=", ".join(case.name for case in CASES))
+    parser.add_argument("--dry", action="store_true", help="a tiny model on this machine's CPU; nothing is written")
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    known, found = [case.name for case in CASES], text.split(",")
+    if unknown := [name for name in found if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

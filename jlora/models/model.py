@@ -99,10 +99,10 @@ class Model:
             key: turns on dropout.
             remat: what the backward pass computes again, one of `jlora.models.remat.POLICIES`; True is "full": each
                 layer, of which only the input is kept.
-            branches: whether some segment may branch off another (`jlora.types.BRANCH`); without, there are faster
-                forms of attention.
+            branches: whether some segment may branch off another (`jlora.types.BRANCH`), or a position not follow the
+                one before it in its segment; without, there are faster forms of attention.
         """
-        branches = branches and segment_ids is not None
+        branches = branches and not (segment_ids is None and positions is None)
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         config = self.config
         tables, cache = self._tables(positions, segment_ids, cache, branches)

@@ -257,7 +257,7 @@ def load_metric(path: str | pathlib.Path) -> Metric:
 @functools.partial(sharding.jit, static_argnums=0)
 def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Float[Array, "3 B"]:
     rows = {name: values[0] for name, values in batch.items()}
-    hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], rows["segment_ids"])
+    hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], rows["segment_ids"], branches=False)
     weights = rows["weights"]
     scores = token_scores(model.project, model.head(params), hidden, rows["targets"], weights)
     return jnp.stack(

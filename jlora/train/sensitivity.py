@@ -106,7 +106,7 @@ def _mean_divergence(expected: jax.Array, found: jax.Array, rows: dict[str, jax.
 
 @functools.partial(sharding.jit, static_argnums=0)
 def _log_probabilities(model: Model, params: Params, rows: dict[str, jax.Array]) -> jax.Array:
-    hidden, _ = model.hidden(params, rows["tokens"], segment_ids=rows["segment_ids"])
+    hidden, _ = model.hidden(params, rows["tokens"], segment_ids=rows["segment_ids"], branches=False)
     if SCORE in params:
         scores = model.score(params, hidden)
         return jnp.stack([jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)], axis=-1)

@@ -32,7 +32,8 @@ class Marks:
         key_positions, key_segment_ids: int32 [B, S].
         windows: every window that some layer has; None: none.
         chosen: int32, the number of this layer's window among them; None where there is one only.
-        branches: whether some segment may branch off another. What cannot be known is taken for a yes.
+        branches: whether some segment may branch off another, or positions rise otherwise than by one within a segment.
+            What cannot be known is taken for a yes.
     """
 
     positions: Any

@@ -16,18 +16,23 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes", "libtpu", "jax-cuda13-plugin")
 
 
-def save(name: str, figures: dict) -> pathlib.Path:
-    """Writes results/<name>.json and returns its path."""
-    device = jax.devices()[0]
+def save(name: str, figures: dict, *, device: str | None = None, path: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes results/<name>.json, or the file at `path`, and returns its path.
+
+    Args:
+        device: the kind of it, where this process is not to take hold of it.
+    """
+    if device is None:
+        device = jax.devices()[0].device_kind
     content = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "device": f"{_cpu_name()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "device": f"{_cpu_name()}, {os.cpu_count()} cores" if device == "cpu" else device,
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
         "figures": figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -87,12 +87,11 @@ def forms_here() -> list[str]:
     """The forms of attention that can run on this device, "plain" among them: not the interpreted ones, nor those that
     are another device's alone.
     """
-    from jlora.kernels.attention import BEST, FORMS
+    from jlora.kernels.attention import FORMS
     from jlora.kernels.device import target
 
-    ours = set(BEST[target()])
-    others = {name for names in BEST.values() for name in names} - ours
-    return [name for name in FORMS if name not in others and not name.endswith("_interpreted")]
+    here = (None, target())
+    return [name for name, form in FORMS.items() if form.device in here and not name.endswith("_interpreted")]
 
 
 def attention_checks(dry: bool) -> Iterator[tuple[str, Callable[[], Row]]]:

@@ -79,8 +79,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache, keys, values = cache.write(layer, keys, values)
         settings = config.attention_scale, config.attention_softcap, self.form
-        # The gradient of a norm needs what was normed: both would be kept.
-        y = attend(queries, keys, values, context.marks, *settings, keep=config.qk_norm is None)
+        y = attend(queries, keys, values, context.marks, *settings)
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
 

@@ -21,8 +21,8 @@ def _offload() -> Callable:
 
 
 # Name → (the policy, or None, whether values that are computed again are so in tiles). "full" keeps a layer's input and
-# nothing else, "offload" the same in the host's memory, "none" the outputs of products and of attention too (those that
-# attention reads as they are after rotation): norms and activations cost less again than in memory.
+# nothing else, "offload" the same in the host's memory, "none" the outputs of products and of attention too: norms,
+# rotations and activations cost less again than in memory.
 POLICIES: dict[str, tuple[Callable[[], Callable | None], bool]] = {
     "full": (lambda: None, True),
     "offload": (_offload, True),

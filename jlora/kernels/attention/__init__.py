@@ -74,7 +74,6 @@ def attend(
     scale: float,
     softcap: float | None = None,
     form: str = AUTO,
-    keep: bool = False,
 ) -> Float[Array, "B T H F"]:
     """softmax(scale · q·k) @ v over the keys that `marks` let a query see, with H/K query heads for each key head;
     scores and softmax in float32.
@@ -82,8 +81,6 @@ def attend(
     Args:
         softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
         form: of FORMS, or "auto": what is best on the device.
-        keep: queries, keys and values are SAVED in the layout in which the backward pass reads them. Where nothing else
-            needs what they were made from, that takes its place: no more memory, and it is not rotated again.
 
     Raises:
         UserError: the form cannot be used here.
@@ -92,8 +89,6 @@ def attend(
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
     name = _chosen(form, marks, heads)
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    if keep:
-        grouped, keys, values = (checkpoint_name(heads, SAVED) for heads in (grouped, keys, values))
     # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
     # mask.
     marks, grouped = jax.lax.optimization_barrier((marks, grouped))

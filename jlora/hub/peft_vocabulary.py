@@ -69,7 +69,8 @@ def carried_rows(
         for module, path in ((embedding, f"{embedding}/embedding"), (head, f"{head}/kernel")):
             path = path if path in leaves else f"{embedding}/embedding"  # a tied head is the embedding
             for tensor in _copies(found, module):
-                if tensor in slots or quant.is_packed(leaves[path]):
+                of_trained = tensor in taken and f"{_name(embedding)}.weight" in slots  # a tied head's, once more
+                if tensor in slots or of_trained or quant.is_packed(leaves[path]):
                     continue
                 values = read_tensor(file, tensor).astype(np.float32)
                 values = values.T if path.endswith("/kernel") else values
@@ -86,9 +87,10 @@ def carried_rows(
 
 
 def _repeated(file: Path, found: Mapping[str, TensorInfo], embedding: str, head: str, *, tied: bool) -> set[str]:
-    """Tensors that are in the file a second time: trained copies, and the token rows of a tied head."""
+    """Tensors that are in the file a second time: trained copies, and what a tied head shares with the embedding."""
     rows = ".token_adapter.trainable_tokens_delta"
     pairs = [(f"{_name(head)}{rows}", f"{_name(embedding)}{rows}")] if tied else []
+    pairs += [(f"{_name(head)}.weight", f"{_name(embedding)}.weight")] if tied else []
     pairs += [(f"{_name(path)}.modules_to_save.weight", f"{_name(path)}.weight") for path in (embedding, head)]
     return {
         twice

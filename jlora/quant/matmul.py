@@ -1,7 +1,10 @@
 """The product of activations with a kernel, dense or packed (then dequantised again in the backward pass)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jlora import sharding
@@ -25,14 +28,23 @@ def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel.astype(x.dtype)
 
 
-def _dense_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x, kernel), (x, kernel)
+def _dense_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
+    """A kernel that is not trained needs no x in the backward pass."""
+    return _dense(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
 
 
-def _dense_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _dense_backward(residuals: tuple[jax.Array | None, jax.Array], grad: Any) -> tuple[jax.Array, jax.Array | None]:
     x, kernel = residuals
+    if isinstance(grad, SymbolicZero):
+        grad = jnp.zeros(grad.shape, grad.dtype)
+    grad_x = grad @ kernel.astype(grad.dtype).T
+    if x is None:
+        return grad_x, None
     grad_kernel = jnp.einsum("...d,...n->dn", x, grad, preferred_element_type=kernel.dtype)
-    return grad @ kernel.astype(x.dtype).T, _summed(grad_kernel, kernel)
+    return grad_x, _summed(grad_kernel, kernel)
+
+
+_dense.defvjp(_dense_forward, _dense_backward, symbolic_zeros=True)
 
 
 def _summed(grad: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -45,9 +57,6 @@ def _varying(x: jax.Array) -> frozenset[str]:
     """The manual mesh axes along which x differs; JAX has renamed the attribute that says so."""
     kind = jax.typeof(x)
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma
-
-
-_dense.defvjp(_dense_forward, _dense_backward)
 
 
 def grouped_matmul(

@@ -21,6 +21,7 @@ def run(tmp_path, *arguments):
     return done.returncode, json.loads(out.read_text())["figures"]["rows"], done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_what_holds_on_the_cpu_passes(tmp_path):
     code, rows, said = run(tmp_path, "--parts", "train,attention,decode")
     assert code == 0, said

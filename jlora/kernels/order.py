@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.kernels.device import target
+
 
 def after(values: Any, x: jax.Array) -> tuple[Any, jax.Array]:
     """The same values, of which nothing is computed before x is there, and x.
@@ -50,7 +52,20 @@ def _zero(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     With several devices it would be sent around.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not jnp.issubdtype(x.dtype, jnp.floating) or (not mesh.empty and mesh.size > 1):
+    alone = mesh.empty or mesh.size == 1
+    if target() != "gpu" or not alone or not jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros((), dtype)
-    one = jax.lax.index_in_dim(x.reshape(-1), 0, keepdims=False)
-    return jnp.where(one == one, 0, one).astype(dtype)  # NaN stays NaN: the compiler cannot know better
+    # The least normal number where x is infinite, which no sum notices; never NaN: rows and adapters share the kernels.
+    return jnp.where(_first(x) > jnp.finfo(x.dtype).max, jnp.finfo(jnp.float32).tiny, 0).astype(dtype)
+
+
+@jax.custom_batching.custom_vmap
+def _first(x: jax.Array) -> jax.Array:
+    """x's first element."""
+    return jax.lax.index_in_dim(x.reshape(-1), 0, keepdims=False)
+
+
+@_first.def_vmap
+def _first_of_all(axis_size: int, in_batched: list, x: jax.Array) -> tuple[jax.Array, bool]:
+    """One for the whole batch: adapters side by side wait together, and a kernel is dequantised once for them."""
+    return _first(x), False

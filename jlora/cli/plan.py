@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,19 +12,21 @@ from rich.console import Console
 
 from jlora.cli.overrides import read_config
 from jlora.devices import DEVICES
-from jlora.errors import UserError
+from jlora.errors import UserError, raise_all
 from jlora.train.config import RunConfig, resolve
 from jlora.train.fitting import Found, cheapest, longest
 from jlora.train.forecast import Forecast, forecast
+from jlora.train.placement import place
 from jlora.train.topology import COMPILERS, Topology, parse
 
 
 def run(arguments: list[str]) -> int:
     """The exit code: 0, whether the run fits or not."""
     options, overrides = _parser().parse_known_args(arguments)
-    topology = parse(options.topology)
-    config = resolve(read_config(options.config, overrides))
+    topology, config = _asked_for(options.topology, options.config, overrides)
     _prepare(topology)
+    placed = place(config, topology.devices())
+    config = dataclasses.replace(config, mesh=placed.sizes)
     ask = _Asking(topology)
     if options.max_seq_len:
         suggestion = longest(config, topology, ask)
@@ -36,8 +39,21 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found.to_json() | _suggested(suggestion), indent=2))
     else:
-        print("\n".join([*_lines(config, topology, found), *_advice(found, suggestion)]))
+        print("\n".join([*_lines(config, topology, found), *placed.notes, *_advice(found, suggestion)]))
     return 0
+
+
+def _asked_for(name: str, recipe: str, overrides: list[str]) -> tuple[Topology, RunConfig]:
+    """The devices and the settings; what is wrong with either is in one message."""
+    found, faults = [], []
+    for read in (lambda: parse(name), lambda: resolve(read_config(recipe, overrides))):
+        try:
+            found.append(read())
+        except UserError as error:
+            faults.append(str(error))
+    raise_all(faults)
+    topology, config = found
+    return topology, config
 
 
 def _suggested(suggestion: Found | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from jlora.hub.export import require_writable, save_model
 from jlora.hub.folder import refuse_inputs
 from jlora.hub.gguf_export import TYPES as GGUF_TYPES
 from jlora.hub.gguf_export import require_gguf, save_gguf, save_gguf_adapter
-from jlora.hub.load import checkpoint_dtype, describe, exact_dtype, float_dtype, load, read_model
+from jlora.hub.load import checkpoint_dtype, describe, describe_model, exact_dtype, float_dtype, load, read_model
 from jlora.hub.model_merge import merge_models
 from jlora.hub.peft_save import save_adapter, scales_note
 from jlora.hub.quantized import save_quantized
@@ -19,6 +19,7 @@ __all__ = [
     "checkpoint_dtype",
     "convert_adapter",
     "describe",
+    "describe_model",
     "exact_dtype",
     "float_dtype",
     "load",

@@ -152,6 +152,15 @@ def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
     return resized(_build(open_source(source)), source, vocab)
 
 
+def describe_model(source: str | Path, vocab: Vocab = None) -> "Model":
+    """The model that `describe` makes of the source: config.json is enough.
+
+    Raises:
+        FileNotFoundError, ValueError: as `describe`, where weights are not looked at.
+    """
+    return resized(_build(open_description(source)), source, vocab)
+
+
 def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) -> np.dtype:
     """The dtype that `dtype` names; None is what the devices at hand multiply fastest.
 

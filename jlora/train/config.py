@@ -234,15 +234,6 @@ class RunConfig:
             )
         if self.train.eval_on_start and not self.train.eval_every:
             faults.append("train.eval_on_start: has no effect without train.eval_every")
-        rows = self.mesh.data * self.mesh.fsdp
-        if rows > 0 and self.train.batch_size % rows:
-            faults.append(
-                f"train.batch_size is {self.train.batch_size}: not a multiple of mesh.data × mesh.fsdp = {rows}"
-            )
-        if self.mesh.sequence > 0 and self.train.seq_len % self.mesh.sequence:
-            faults.append(
-                f"train.seq_len is {self.train.seq_len}: not a multiple of mesh.sequence = {self.mesh.sequence}"
-            )
         raise_all(faults)
 
     def _data_faults(self) -> list[str]:

@@ -1,21 +1,26 @@
-"""What can be wrong with a run's surroundings, found before its model is loaded: folders, packages, signatures."""
+"""What can be wrong with a run's surroundings, found before its model is loaded: devices, folders, packages."""
 
 import os
 import pathlib
 from collections.abc import Callable, Iterable
 
+import jax
+
 from jlora.errors import ExistingFileError, UserError, raise_all
 from jlora.hub.adapters import check_adapter
-from jlora.kernels import attention
-from jlora.kernels.device import target
 from jlora.train.config import RunConfig
+from jlora.train.placement import Placement, place
 from jlora.types import require
 
 
-def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Raises UserError for adapters that cannot be opened, packages that are missing, a form of attention that does
-    not run here, and a workdir that cannot be written; all in one message. Nothing is written.
+def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> Placement:
+    """Where the run computes. Nothing is loaded or written.
+
+    Raises:
+        UserError: the settings or the model do not go together with the devices (`placement.place`), adapters cannot be
+        opened, packages are missing, or the workdir cannot be written; all in one message.
     """
+    placed: list[Placement] = []
     runs = config.members().values() if config.adapters else [config]
     adapters = {one.model.adapter: "model.adapter" for one in runs if one.model.adapter}
     if config.rollout.reward_model:
@@ -24,10 +29,11 @@ def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> None:
         (f"{setting}: ", lambda path=path: check_adapter(path)) for path, setting in adapters.items()
     ]
     checks.append(("", lambda: check_writable(workdir)))
-    checks.append(("model.attention: ", lambda: attention.require(config.model.attention, target())))
+    checks.append(("", lambda: placed.append(place(config, jax.devices()))))
     if config.train.tensorboard:
         checks.append(("train.tensorboard: ", lambda: require("tensorboardX", "tensorboard")))
     raise_all(_faults(checks))
+    return placed[0]
 
 
 def check_writable(folder: pathlib.Path) -> None:

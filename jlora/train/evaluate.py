@@ -27,6 +27,7 @@ Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 NUMBERS = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
 ANSWER = ("id", "prompt", "target", "text")
 RESERVED = (*NUMBERS, *ANSWER, "exact_match", "scale")
+BUCKET = 64  # lengths of rows are multiples of it
 
 
 class MetricFailed(UserError):
@@ -209,7 +210,9 @@ def example_sums(
     model.require_rows([example.tokens for example in examples])
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
     examples = [examples[index] for index in order]
-    steps = data.plan(sorted(lengths), seq_len=seq_len, batch_size=batch_size, packing=False, epochs=1, shuffle=False)
+    bucket = BUCKET if mesh is None else math.lcm(BUCKET, mesh.shape["sequence"])  # which splits every row's tokens
+    settings = dict(seq_len=seq_len, batch_size=batch_size, bucket=bucket)
+    steps = data.plan(sorted(lengths), packing=False, epochs=1, shuffle=False, **settings)
     found = np.zeros((3, len(order)), np.float64)
     for step in steps:
         batch = _batch(examples, step)

@@ -10,8 +10,6 @@ import jax
 import numpy as np
 
 from jlora import hub, sharding, tree
-from jlora.kernels import attention
-from jlora.kernels.device import kind_of
 from jlora.quant import is_packed
 from jlora.train import grpo, many, ppo, preference, sft
 from jlora.train.adapt import adapt, based
@@ -21,7 +19,8 @@ from jlora.train.cost import Cost, cost
 from jlora.train.learning import learn
 from jlora.train.live import live_bytes
 from jlora.train.moved import received
-from jlora.train.topology import Topology, check_divides, make_mesh
+from jlora.train.placement import place
+from jlora.train.topology import Topology
 
 # (settings) → the plan of a run of one step on the most data that they allow.
 FULLEST: dict[str, Callable[[RunConfig], Plan]] = {
@@ -112,8 +111,7 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
     """What the run needs on the topology's devices.
 
     Raises:
-        UserError: as `jlora train` before it reads weights; the devices cannot form the mesh; the model cannot be split
-        as the mesh asks for it.
+        UserError: as `jlora train` before it reads weights.
     """
     program = trace(config, topology)
     began = time.monotonic()
@@ -152,11 +150,9 @@ def trace(config: RunConfig, topology: Topology) -> Program:
     began = time.monotonic()
     if config.model.dtype is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=topology.dtype))
-    mesh = make_mesh(config.mesh, topology, topology.devices())
+    mesh = place(config, topology.devices()).mesh
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.describe(config.model.path, mesh=mesh, **settings)
-    check_divides(model.config, mesh)
-    attention.require(config.model.attention, kind_of(mesh.devices.flat[0].platform))
     if not config.adapters:
         params = jax.eval_shape(lambda params: adapt(model, params, config), params)
     base = based(config, model, params, mesh, place=_placed)

@@ -189,8 +189,9 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     Args:
         begun: the run that the workdir holds.
     """
-    check_surroundings(config, folder)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh, remarks = check_surroundings(config, folder)
+    for remark in remarks:
+        note(remark)
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     described = hub.read_model(config.model.path, config.model.resize_vocab).config

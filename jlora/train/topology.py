@@ -5,17 +5,13 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-from jlora import sharding
 from jlora.devices import DEVICES, Device, sizes, target_config
 from jlora.errors import UserError
-from jlora.models import ModelConfig
-from jlora.sharding import MeshConfig
 
 # Platform → the packages of which one compiles for it, and the extra that brings it.
 COMPILERS = {
@@ -120,49 +116,6 @@ def parse(name: str) -> Topology:
         expected = "three sizes, as in 2x2x1" if cubes else "two sizes, as in 2x4"
         raise UserError(f"--topology={name}: found the shape {shape!r}, expected {expected}")
     return Topology(name, device, found)
-
-
-def make_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) -> jax.sharding.Mesh:
-    """The mesh over the topology's devices.
-
-    Raises:
-        UserError: the devices cannot form it; the message has the nearest that they can.
-    """
-    try:
-        return sharding.make_mesh(config, list(devices))
-    except UserError as error:
-        raise UserError(f"--topology={topology.name}: {error}; try {flags(nearest(config, len(devices)))}") from error
-
-
-def nearest(config: MeshConfig, count: int) -> MeshConfig:
-    """A mesh of so many devices that keeps what it can of another's axes: tensor first, then sequence, then data; what
-    is left is fsdp.
-    """
-    left, kept = count, {}
-    for axis in ("tensor", "sequence", "data"):
-        kept[axis] = math.gcd(left, max(1, getattr(config, axis)))
-        left //= kept[axis]
-    return MeshConfig(fsdp=left, **kept)
-
-
-def flags(config: MeshConfig) -> str:
-    """The mesh as options of the command line, axes of 1 left out."""
-    given = [f"--config.mesh.{axis}={size}" for axis, size in vars(config).items() if size != 1]
-    return " ".join(given) or "--config.mesh.fsdp=1"
-
-
-def check_divides(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError if heads or the vocabulary cannot be split as the mesh asks for it."""
-    ways = mesh.shape["tensor"]
-    counts = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
-    wrong = [f"{name} is {count}" for name, count in counts.items() if count % ways]
-    if wrong:
-        common = math.gcd(*counts.values())
-        fitting = [size for size in range(1, min(common, 64) + 1) if common % size == 0]
-        raise UserError(
-            f"mesh.tensor={ways} does not divide the model: {', '.join(wrong)}; expected one of "
-            f"{', '.join(map(str, fitting))}, or mesh.fsdp, which splits anything"
-        )
 
 
 def _installed(package: str) -> bool:

@@ -79,8 +79,6 @@ def test_everything_missing_is_named_at_once():
         ({"train__batch_size": 0}, "train.batch_size: found 0, expected at least 1"),
         ({"train__epochs": 0}, "train.epochs: found 0.0, expected more than 0"),
         ({"train__eval_every": 5}, "train.eval_every is 5, so data.eval_path is required"),
-        ({"mesh__fsdp": 8}, "train.batch_size is 4: not a multiple of mesh.data × mesh.fsdp = 8"),
-        ({"mesh__sequence": 3}, "train.seq_len is 512: not a multiple of mesh.sequence = 3"),
         (
             {"algorithm": "cpo", "cpo__label_smoothing": 0.6},
             "cpo.label_smoothing: found 0.6, expected less than 0.5",

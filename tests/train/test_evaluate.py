@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jlora import models
+from jlora import models, sharding
 from jlora.data import encode
 from jlora.generate import generate
 from jlora.train.evaluate import evaluate, load_metric, record_sums
@@ -60,6 +60,14 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(model, params, tokenize
     lost = jax.tree.map(lambda leaf: leaf * np.nan, params)
     numbers, _ = evaluate(model, lost, tokenizer, RECORDS, batch_size=2, seq_len=32, generate_texts=False)
     assert np.isnan([numbers["loss"], numbers["perplexity"]]).all()
+
+
+def test_rows_of_any_length_divide_over_a_mesh_of_three(model, params, tokenizer):
+    mesh = sharding.make_mesh(sharding.MeshConfig(sequence=3), jax.devices()[:3])
+    settings = dict(batch_size=1, seq_len=96)
+    spread = record_sums(model, sharding.shard(params, mesh), tokenizer, RECORDS, mesh=mesh, **settings)
+    for one, other in zip(spread, record_sums(model, params, tokenizer, RECORDS, **settings), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_records_keep_their_places_where_nothing_of_one_is_left(model, params, tokenizer):

@@ -1,4 +1,4 @@
-"""Devices by name, and the meshes that they can form. The compilers' own answers need jlora[tpu] or jlora[cuda13]."""
+"""Devices by name. The compilers' own answers need jlora[tpu] or jlora[cuda13]."""
 
 import dataclasses
 
@@ -7,8 +7,7 @@ import pytest
 
 from jlora.devices import DEVICES
 from jlora.errors import UserError
-from jlora.sharding import MeshConfig
-from jlora.train.topology import flags, nearest, parse
+from jlora.train.topology import parse
 
 
 @pytest.mark.parametrize(
@@ -33,19 +32,6 @@ def test_names(name, device, count):
 def test_what_is_no_name(name):
     with pytest.raises(UserError, match=f"--topology={name}: "):
         parse(name)
-
-
-@pytest.mark.parametrize(
-    ("asked", "count", "found"),
-    [
-        (dict(fsdp=3), 4, "--config.mesh.fsdp=4"),
-        (dict(tensor=2), 8, "--config.mesh.fsdp=4 --config.mesh.tensor=2"),
-        (dict(tensor=3, data=2), 8, "--config.mesh.data=2 --config.mesh.fsdp=4"),
-        (dict(data=4, fsdp=4), 1, "--config.mesh.fsdp=1"),
-    ],
-)
-def test_the_nearest_mesh(asked, count, found):
-    assert flags(nearest(MeshConfig(**asked), count)) == found
 
 
 def compiler(name):

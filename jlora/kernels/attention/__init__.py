@@ -96,21 +96,23 @@ def attend(
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
-def require(form: str, device: str) -> None:
-    """Raises UserError for a form that is unknown, or that this kind of device ("cpu", "gpu", "tpu") does not run."""
+def require(form: str, device: str, marks: Marks | None = None) -> None:
+    """Raises UserError for a form that is unknown, that this kind of device ("cpu", "gpu", "tpu") does not run, or that
+    does not compute what `marks` let queries see.
+    """
     if form != AUTO and form not in FORMS:
         raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")
     only = None if form == AUTO else FORMS[form].device
     if only not in (None, device):
         raise UserError(f"the attention form {form!r} runs on a {only}, and this is a {device}; {AUTO!r} runs anywhere")
+    if form != AUTO and marks is not None and (fault := FORMS[form].fits(marks)):
+        raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
 
 
 def _chosen(form: str, marks: Marks, heads: int) -> str:
     """The form to use."""
     if form != AUTO:
-        require(form, target())
-        if fault := FORMS[form].fits(marks):
-            raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
+        require(form, target(), marks)
         return form
     device = target()
     for name in BEST[device]:

@@ -1,5 +1,6 @@
 """Every form of attention against the formula written out: values and gradients."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -99,6 +100,12 @@ def test_splash_kernels_take_the_window_of_the_layer():
     same("splash_interpreted", packed(130, windows=(None, 5), chosen=jnp.int32(1)), heads=2, kv_heads=1)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_splash_kernels_join_a_branch_with_what_it_branches_off(softcap):
+    same("splash_interpreted", packed(150, branches=True), softcap, heads=4, kv_heads=2)
+    same("splash_interpreted", dataclasses.replace(packed(130), branches=True), softcap, heads=2, kv_heads=1)
+
+
 @pytest.mark.parametrize("form", ["blocked", "splash_interpreted"])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])  # a device has its own heads, or all of them
 def test_forms_are_the_formulas_on_a_mesh(form, heads):
@@ -158,9 +165,10 @@ def test_what_the_backward_pass_keeps_is_linear_in_the_length():
 
 
 def test_each_device_has_its_order_of_forms_and_long_rows_their_own(monkeypatch):
-    short, branched, cached = packed(128), packed(128, branches=True), packed(128)
+    short, branched, cached = packed(128), packed(128, branches=True, windows=(9,)), packed(128)
     monkeypatch.setattr(attention, "target", lambda: "tpu")
     assert attention._chosen("auto", short, 4) == "splash"
+    assert attention._chosen("auto", packed(128, branches=True), 4) == "splash"
     assert attention._chosen("auto", branched, 4) == "plain"
     monkeypatch.setattr(attention, "PLAIN", dict.fromkeys(attention.PLAIN, 100))
     assert attention._chosen("auto", branched, 4) == "blocked"
@@ -172,8 +180,14 @@ def test_each_device_has_its_order_of_forms_and_long_rows_their_own(monkeypatch)
 
 def test_a_form_that_cannot_be_used_is_refused_with_the_reason():
     *inputs, _ = arrays(40, 40)
-    with pytest.raises(UserError, match="'splash_interpreted' cannot be used here: segments that branch off"):
-        attend(*inputs, packed(40, branches=True), SCALE, None, "splash_interpreted")
+    with pytest.raises(UserError, match="'splash_interpreted' cannot be used here: windows in segments that branch"):
+        attend(
+            *inputs,
+            packed(40, branches=True, windows=(None, 7), chosen=jnp.int32(0)),
+            SCALE,
+            None,
+            "splash_interpreted",
+        )
     with pytest.raises(UserError, match="'splash' runs on a tpu, and this is a cpu; 'auto' runs anywhere"):
         attend(*inputs, packed(40), SCALE, None, "splash")
     with pytest.raises(UserError, match="found the attention form 'flash'; expected one of auto, plain"):

@@ -1,4 +1,8 @@
-"""Attention by JAX's splash kernels, on a TPU or interpreted: forward and backward, linear in memory."""
+"""Attention by JAX's splash kernels, on a TPU or interpreted: forward and backward, linear in memory.
+
+The kernels compare a query's segment with a key's, so a branch, which sees two segments, takes two calls: of its own
+tokens and of what it branches off. Their outputs are joined by the logarithms of their sums of weights.
+"""
 
 import dataclasses
 import functools
@@ -15,11 +19,14 @@ from jax.sharding import PartitionSpec
 
 from jlora import sharding
 from jlora.kernels.attention.marks import Marks, Scores
+from jlora.types import BRANCH
 
 # Tokens and widths of heads are padded to multiples of a TPU's lanes.
 LANES = 128
 # The widest blocks of queries and keys, the largest power of two up to it that divides the tokens is taken.
 WIDEST = 512
+# Segments that no token has: of padding, and of queries that branch off nothing.
+PADDING, NOTHING = -1, -2
 
 
 def fits(marks: Marks) -> str:
@@ -28,7 +35,9 @@ def fits(marks: Marks) -> str:
         return "tokens that a mesh splits"
     if not marks.aligned:
         return "the queries are not the keys' tokens (a cache)"
-    return "segments that branch off others" if marks.branches else ""
+    if marks.branches and any(window is not None for window in marks.windows):
+        return "windows in segments that branch off others (the kernels count by index, not by position)"
+    return ""
 
 
 def forward(
@@ -36,12 +45,12 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
     batch, heads, groups, tokens, width = queries.shape
-    rows = _rows(rule, queries, keys, values, marks)
+    rows = _rows(rule, queries, keys, values)
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, jax.Array]:
         return _on_each(functools.partial(_forward, window, rule.softcap, interpret), rows)
 
-    y, log_totals = _by_window(marks, one, rows)
+    y, log_totals = _by_branch(marks, lambda segments: _by_window(marks, one, (*rows, *segments)), _join)
     y = y.reshape(batch, heads, groups, *y.shape[2:])[..., :tokens, :width]
     return y, log_totals.reshape(batch, heads, groups, -1)[..., :tokens]
 
@@ -60,19 +69,45 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
     tokens, width = queries.shape[-2:]
-    rows = _rows(rule, queries, keys, values, marks)
+    rows = _rows(rule, queries, keys, values)
     y, grad = (_padded(x).reshape(*rows[0].shape) for x in (y, grad))
     log_totals = _pad(log_totals, -1, LANES).reshape(rows[0].shape[:-1])
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, ...]:
         return _on_each(functools.partial(_backward, window, rule.softcap, interpret), rows)
 
-    grads = _by_window(marks, one, (*rows, y, log_totals, grad))
+    def both(segments: tuple) -> tuple[jax.Array, ...]:
+        return _by_window(marks, one, (*rows, *segments, y, log_totals, grad))
+
+    grads = _by_branch(marks, both, lambda own, more: tuple(map(jnp.add, own, more)))
     grad_queries = grads[0][..., :tokens, :width].reshape(queries.shape).astype(jnp.float32) * rule.scale
     return (
         grad_queries.astype(queries.dtype),
         *(found[..., :tokens, :width].astype(x.dtype) for found, x in zip(grads[1:], (keys, values), strict=True)),
     )
+
+
+def _by_branch(marks: Marks, run: Callable, join: Callable) -> tuple[jax.Array, ...]:
+    """What `run` gives for (segments of queries, segments of keys) [B, T'], joined with what it gives for the segments
+    that branches branch off; the second is not computed where there is no branch.
+    """
+    room = [(0, 0), (0, -marks.size[0] % LANES)]
+    segments = jnp.pad(marks.segment_ids, room, constant_values=PADDING)
+    own = run((segments, segments))
+    if not marks.branches:
+        return own
+    beginnings = jnp.where(segments >= BRANCH, segments % BRANCH, NOTHING)
+    more = functools.partial(run, (beginnings, segments))
+    return jax.lax.cond(jnp.any(segments >= BRANCH), lambda own: join(own, more()), lambda own: own, own)
+
+
+def _join(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
+    """The output and logarithms over the keys of both calls. One that saw no key has a logarithm near float32's lowest
+    number, and so no weight.
+    """
+    log_totals = jnp.logaddexp(one[1], two[1])
+    parts = (y.astype(jnp.float32) * jnp.exp(logs - log_totals)[..., None] for y, logs in (one, two))
+    return sum(parts).astype(one[0].dtype), log_totals
 
 
 def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
@@ -98,12 +133,11 @@ def _on_each(run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
     return jax.shard_map(batched, in_specs=places[0], out_specs=places[1], check_vma=False)(*rows)
 
 
-def _rows(rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> tuple[jax.Array, ...]:
-    """Queries [B, H, T', F'], scaled, keys and values [B, K, T', F'] and segments [B, T'], padded to whole lanes."""
+def _rows(rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries [B, H, T', F'], scaled, keys and values [B, K, T', F'], padded to whole lanes."""
     scaled = (queries.astype(jnp.float32) * rule.scale).astype(queries.dtype)
     queries, keys, values = (_padded(x) for x in (scaled, keys, values))
-    segments = jnp.pad(marks.segment_ids, [(0, 0), (0, -marks.size[0] % LANES)], constant_values=-1)
-    return queries.reshape(queries.shape[0], -1, *queries.shape[3:]), keys, values, segments
+    return queries.reshape(queries.shape[0], -1, *queries.shape[3:]), keys, values
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -124,9 +158,10 @@ def _forward(
     keys: jax.Array,
     values: jax.Array,
     segments: jax.Array,
+    key_segments: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
-    y, (log_totals,) = kernel(queries, keys, values, splash.SegmentIds(segments, segments))
+    y, (log_totals,) = kernel(queries, keys, values, splash.SegmentIds(segments, key_segments))
     return y, log_totals
 
 
@@ -138,13 +173,14 @@ def _backward(
     keys: jax.Array,
     values: jax.Array,
     segments: jax.Array,
+    key_segments: jax.Array,
     y: jax.Array,
     log_totals: jax.Array,
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     # The kernel's own backward pass, from a forward pass that is not computed again: JAX has no public name for it.
     kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
-    segment_ids = splash.SegmentIds(segments, segments)
+    segment_ids = splash.SegmentIds(segments, key_segments)
     infos = kernel.dq_mask_info, kernel.dkv_mask_info
     residuals = (queries, keys, values, segment_ids, None, y, log_totals, *infos)
     return splash._splash_attention_bwd(**kernel.kwargs, res=residuals, do=grad)[3:6]

@@ -42,7 +42,7 @@ def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
             case "cond":
                 total += max(inner, key=lambda one: one.flops)
             case "pallas_call":
-                total += inner[0] * math.prod(equation.params["grid_mapping"].grid)
+                total += _kernel(equation, inner[0].flops)
             case name if name.startswith("dot_product_attention"):  # cuDNN's: queries and keys [B, T, N, H]
                 total += _attention(equation, 2 if "fwd" in name else 5)
             case _:
@@ -82,6 +82,17 @@ def _product(equation: Any) -> Cost:
     else:  # rows in groups: each row meets one group's matrix
         depth = left.shape[-1]
     return Cost(2.0 * math.prod(result.shape) * depth, float(sum(map(nbytes, (left, right, result)))))
+
+
+def _kernel(equation: Any, flops: float) -> Cost:
+    """A kernel's own estimate, or its products in every block of its grid; what it reads and writes is counted once,
+    for its products are of what is on the chip.
+    """
+    own = equation.params.get("cost_estimate")
+    ends = sum(nbytes(variable.aval) for variable in (*equation.invars, *equation.outvars))
+    if own is not None:
+        return Cost(float(own.flops), float(own.bytes_accessed or ends))
+    return Cost(flops * math.prod(equation.params["grid_mapping"].grid), float(ends))
 
 
 def _attention(equation: Any, products: int) -> Cost:

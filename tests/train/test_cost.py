@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
 
 from jlora.train.cost import Cost, cost
 
@@ -32,3 +34,25 @@ def test_products_of_groups_of_rows():
         return jax.lax.ragged_dot(x, w, jnp.array([2, 4], jnp.int32))
 
     assert of(grouped, (6, 4), (2, 4, 8)).flops == 2 * 6 * 4 * 8
+
+
+@pytest.mark.parametrize("estimate", [None, pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=9)])
+def test_a_kernel_multiplies_what_is_on_the_chip(estimate):
+    """Two blocks of rows by one matrix: the matrix is read once."""
+
+    def kernel(x, w, y):
+        y[...] = x[...] @ w[...]
+
+    def product(x, w):
+        return pl.pallas_call(
+            kernel,
+            grid=(2,),
+            in_specs=[pl.BlockSpec((4, 8), lambda i: (i, 0)), pl.BlockSpec((8, 8), lambda i: (0, 0))],
+            out_specs=pl.BlockSpec((4, 8), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((8, 8), jnp.bfloat16),
+            cost_estimate=estimate,
+            interpret=True,
+        )(x, w)
+
+    expected = of(jnp.matmul, (8, 8), (8, 8)) if estimate is None else Cost(7.0, 9.0)
+    assert of(product, (8, 8), (8, 8)) == expected

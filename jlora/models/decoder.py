@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import sharding
-from jlora.kernels.attention import AUTO, Marks, attend
+from jlora.kernels.attention import AUTO, TOKENS_SPLIT, Marks, attend
 from jlora.kernels.order import in_turn
 from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
@@ -16,10 +16,9 @@ from jlora.models.experts import Mixture
 from jlora.models.layers import ACTIVATIONS, Linear, Norm
 from jlora.models.rope import rotate
 
-# The mesh axes of queries [B, T, H, F], and of keys and values, which a device needs for all tokens. Where tensor does
+# The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. Where tensor does
 # not divide the heads of the keys, every device has all of them.
-QUERIES = (sharding.ROWS, sharding.TOKENS, "tensor", None)
-KEYS = (sharding.ROWS, None, "tensor", None)
+CACHED = (sharding.ROWS, None, "tensor", None)
 # Values of a tile of an MLP's inner values, on one device.
 TILE = 1 << 23
 
@@ -71,7 +70,7 @@ class Attention(nn.Module):
         self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         config, (batch, tokens, _) = self.config, x.shape
-        queries, keys, values = self._project(x)
+        queries, keys, values = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
         if context.cos is not None:
             queries, keys = (rotate(heads, context.cos, context.sin) for heads in (queries, keys))
         if config.inverse_layer_scale:
@@ -83,8 +82,8 @@ class Attention(nn.Module):
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, F], keys and values [B, T, K, F], normed where the family does."""
+    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normed where the family does."""
         config, names = self.config, self.config.names.queries_keys_values
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         widths = [count * config.head_dim for count in heads]
@@ -96,7 +95,7 @@ class Attention(nn.Module):
             parts = [self._norm("q_norm", parts[0]), self._norm("k_norm", parts[1]), parts[2]]
         queries, keys, values = (
             sharding.constrain(part.reshape(*x.shape[:2], count, config.head_dim), *axes)
-            for part, count, axes in zip(parts, heads, (QUERIES, KEYS, KEYS), strict=True)
+            for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
         )
         if config.qk_norm == "head":
             queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)

@@ -1,6 +1,7 @@
 """Device meshes, and the rules that place every leaf of a param tree on them."""
 
 from jlora.sharding.constraints import (
+    HEADS,
     ROWS,
     TOKENS,
     apart,
@@ -13,6 +14,7 @@ from jlora.sharding.constraints import (
     mesh_of,
     on,
     sizes,
+    split,
     ways,
 )
 from jlora.sharding.mesh import (
@@ -29,6 +31,7 @@ from jlora.sharding.mesh import (
 from jlora.sharding.rules import features, leaf_sharding, shard, tree_shardings
 
 __all__ = [
+    "HEADS",
     "ROWS",
     "TOKENS",
     "MeshConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "row_ways",
     "shard",
     "sizes",
+    "split",
     "tree_shardings",
     "ways",
 ]

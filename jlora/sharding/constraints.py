@@ -19,9 +19,10 @@ from jlora.sharding.rules import MEANT, VOCABULARY, Sizes, leaf_specs
 
 Axis = str | tuple[str, ...] | None
 
-# The mesh axes of a batch's rows, of its tokens, and of the vocabulary of logits.
+# The mesh axes of a batch's rows, of its tokens, and of heads where tokens are whole.
 ROWS = ("data", "fsdp")
 TOKENS = "sequence"
+HEADS = ("tensor", "sequence")
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
@@ -89,6 +90,11 @@ def ways(*axes: str) -> int:
     """Into how many parts these mesh axes of the context split an array."""
     found = sizes()
     return math.prod(found.get(axis, 1) for axis in axes)
+
+
+def split(size: int, axis: Axis) -> tuple[str, ...]:
+    """Those of the mesh axes over which `constrain` splits a dimension of this size."""
+    return _dividing(size, _names(axis), found) if (found := sizes()) else ()
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:

@@ -20,7 +20,8 @@ class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1: whatever devices are left.
 
     data and fsdp split the batch; fsdp also splits every weight, tensor splits heads and hidden units, sequence splits
-    tokens.
+    tokens. In attention tokens are whole and sequence splits heads too, where tensor × sequence divides them; elsewhere
+    each device gathers the keys and values of all tokens.
     """
 
     data: int = 1

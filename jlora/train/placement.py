@@ -57,7 +57,7 @@ def place(config: RunConfig, devices: Sequence[Any]) -> Placement:
     if model is not None and sizes.tensor > 1 and all(size % sizes.tensor for size in _outputs(model).values()):
         faults.append(f"mesh.tensor={sizes.tensor} splits nothing of this model: {_listed(_outputs(model))}")
     try:
-        _require_form(config, mesh, kind_of(devices[0].platform))
+        _require_form(config, mesh, kind_of(devices[0].platform), model)
     except UserError as error:
         faults.append(f"model.attention: {error}")
     raise_all(faults)
@@ -79,17 +79,18 @@ def _batch_faults(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
         )
 
 
-def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str) -> None:
+def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str, model: ModelConfig | None) -> None:
     """Raises UserError for a form of attention that cannot compute the rows of training there."""
     form = config.model.attention
-    if mesh is None:
+    if mesh is None or model is None:
         attention.require(form, device)
         return
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.train.seq_len), np.int32)
     # Documents of sft alone stand one behind the other; what others score may share a prompt.
-    marks = attention.Marks(rows, rows, rows, rows, branches=config.algorithm != "sft")
+    windows = tuple(dict.fromkeys(layer.window for layer in model.layers))
+    marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=config.algorithm != "sft")
     with sharding.on(mesh):
-        attention.require(form, device, marks)
+        attention.require(form, device, marks, model.num_attention_heads)
 
 
 def _outputs(model: ModelConfig) -> dict[str, int]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.extend
@@ -106,20 +107,86 @@ def test_splash_kernels_join_a_branch_with_what_it_branches_off(softcap):
     same("splash_interpreted", dataclasses.replace(packed(130), branches=True), softcap, heads=2, kv_heads=1)
 
 
-@pytest.mark.parametrize("form", ["blocked", "splash_interpreted"])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])  # a device has its own heads, or all of them
-def test_forms_are_the_formulas_on_a_mesh(form, heads):
-    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+OWN, WHOLE = (dict(fsdp=2, tensor=2), (4, 2)), (dict(fsdp=2, tensor=2), (3, 1))
+FEWER_KEYS, APART = (dict(tensor=2, sequence=2), (8, 1)), (dict(fsdp=2, sequence=2), (3, 1))
+MESHES = {
+    "blocked, a device has its own heads": OWN,
+    "splash_interpreted, a device has its own heads": OWN,
+    "blocked, heads that do not divide": WHOLE,
+    "splash_interpreted, heads that do not divide": WHOLE,
+    "splash_interpreted, fewer heads of keys than ways": (dict(fsdp=2, tensor=2), (4, 1)),
+    "splash_interpreted, tokens": (dict(sequence=4), (8, 4)),
+    "plain, tokens and fewer heads of keys than ways": FEWER_KEYS,
+    "blocked, tokens and fewer heads of keys than ways": FEWER_KEYS,
+    "splash_interpreted, tokens and fewer heads of keys than ways": FEWER_KEYS,
+    "plain, tokens and heads that do not divide": APART,
+    "blocked, tokens and heads that do not divide": APART,
+}
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_forms_are_the_formulas_on_a_mesh(case, small_blocks):
+    form, (sizes, heads) = case.partition(",")[0], MESHES[case]
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:4])
     *inputs, weights = arrays(140, 140, *heads)
-    marks = packed(140)
+    marks = packed(140, windows=(None, 60), chosen=jnp.int32(1)) if "tokens" in case else packed(140)
 
     def run(compute, *x):
         return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=(0, 1, 2))(*x)
 
-    placed = jax.device_put(inputs, sharding.replicated(mesh))
+    place = jax.NamedSharding(mesh, jax.P(sharding.ROWS, sharding.TOKENS))
+    placed = jax.device_put(inputs, place)
     ours = sharding.jit(functools.partial(run, lambda *x: attend(*x, marks, SCALE, None, form)))(*placed)
     theirs = run(lambda *x: formula(*x, marks), *inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "moved"),
+    [
+        ((8, 4), {"all-to-all"}),
+        ((8, 1), {"all-to-all"}),
+        ((3, 1), {"all-gather"}),
+    ],
+)
+def test_tokens_that_a_mesh_splits_change_places_with_heads_or_keys_are_gathered(heads, moved):
+    mesh = sharding.make_mesh(sharding.MeshConfig(sequence=4), jax.devices()[:4])
+    place = jax.NamedSharding(mesh, jax.P(sharding.ROWS, sharding.TOKENS))
+    queries, keys, *_ = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays(256, 256, *heads, width=16)
+    )
+    index = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=place)
+
+    def one(queries, keys, values, index):
+        return attend(queries, keys, values, Marks(index, index, index, index), SCALE)
+
+    text = sharding.jit(one).lower(queries, keys, keys, index).compile().as_text()
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    assert {kind for _, kind in re.findall(rf"= \(?(f32\[).*? ({kinds})\(", text)} == moved
+    assert not re.search(r"= \(?f32\[2,256,8,16\].*? all-gather", text)  # whole queries nowhere
+
+
+def test_the_scores_of_one_device_decide(monkeypatch):
+    marks, mesh = packed(128), sharding.make_mesh(sharding.MeshConfig(data=2, tensor=2, sequence=2))
+    cached = dataclasses.replace(marks, positions=marks.positions[:, :64], segment_ids=marks.segment_ids[:, :64])
+    alone = attention._scores(marks, 8)
+    with sharding.on(mesh):
+        assert attention._scores(marks, 8) == alone // 8
+        assert attention._scores(marks, 2) == alone // 4 // 4  # sequence does not divide what tensor leaves
+        assert attention._scores(marks, 3) * 8 == alone * 3 // 2
+        assert attention._scores(cached, 8) == 2 * 8 * 64 * 128 // 4
+    monkeypatch.setitem(attention.PLAIN, "cpu", alone // 8)
+    assert attention._chosen("auto", marks, 8) == "blocked"
+    with sharding.on(mesh):
+        assert attention._chosen("auto", marks, 8) == "plain"
+
+
+def test_a_form_for_whole_rows_is_refused_where_keys_are_gathered():
+    mesh = sharding.make_mesh(sharding.MeshConfig(sequence=2), jax.devices()[:2])
+    with sharding.on(mesh):
+        attention.require("splash_interpreted", "cpu", packed(64), 4)
+        with pytest.raises(UserError, match="a mesh that splits tokens and not the heads"):
+            attention.require("splash_interpreted", "cpu", packed(64), 3)
 
 
 @pytest.mark.parametrize("form", ["plain", "blocked"])

@@ -197,6 +197,15 @@ def test_tensor_parallelism_moves_activations_and_gradients_of_adapters(family):
     assert len([moved for moved in layers if "transpose" not in moved.where]) == 2  # after attention and after the MLP
 
 
+def test_tokens_change_places_with_heads_and_are_gathered_nowhere():
+    layers = [moved for moved in compiled("llama", fsdp=2, sequence=2)[2] if in_layers(moved)]
+    moved = [moved for moved in layers if moved.dtype == "f32" and RANK not in moved.shape]
+    assert {each.kind for each in moved} == {"all-to-all"}
+    heads = 8 + 4 + 4 + 8  # of queries, keys, values and the output
+    own = ROWS // 2 * TOKENS // 2 * heads * WIDTH // 8
+    assert sum(each.size for each in moved) == 3 * own  # forward, recomputation, backward
+
+
 def test_tokens_go_to_experts_where_they_are():
     found = [moved for moved in compiled("mixtral", fsdp=2, tensor=2)[2] if moved.size > 1]
     assert [moved for moved in found if "sort" in moved.where or "top_k" in moved.where] == []

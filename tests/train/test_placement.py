@@ -74,8 +74,8 @@ MISTAKES = {
         ["mesh.tensor=8 splits nothing of this model: heads × head_dim 12, intermediate_size 20, vocab_size 259"],
     ),
     "a form that cannot compute the rows": (
-        ["mesh.fsdp=8", "model.attention=splash_interpreted", "mesh.sequence=1", "algorithm=dpo"],
-        ["model.attention: the attention form 'splash_interpreted' cannot be used here: segments that branch off"],
+        ["mesh.sequence=8", "model.attention=splash_interpreted"],
+        ["model.attention: the attention form 'splash_interpreted' cannot be used here: the queries are not the keys"],
     ),
     "a model that is not there, and a mesh": (
         ["model.path=not/there", "mesh.data=5"],

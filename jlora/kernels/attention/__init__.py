@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jlora import sharding
 from jlora.errors import UserError
-from jlora.kernels.attention import blocked, plain, splash
+from jlora.kernels.attention import blocked, plain, splash, spread
 from jlora.kernels.attention.marks import Marks, Scores
+from jlora.kernels.attention.spread import TOKENS_SPLIT
 from jlora.kernels.device import target
 from jlora.types import SAVED
 
-__all__ = ["AUTO", "FORMS", "Marks", "attend", "require"]
+__all__ = ["AUTO", "FORMS", "TOKENS_SPLIT", "Marks", "attend", "require"]
 
 AUTO = "auto"
 
@@ -85,6 +87,12 @@ def attend(
     Raises:
         UserError: the form cannot be used here.
     """
+    return spread.run(functools.partial(_on_rows, Scores(scale, softcap), form), queries, keys, values, marks)
+
+
+def _on_rows(
+    rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
+) -> jax.Array:
     batch, tokens, heads, width = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
     name = _chosen(form, marks, heads)
@@ -92,27 +100,27 @@ def attend(
     # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
     # mask.
     marks, grouped = jax.lax.optimization_barrier((marks, grouped))
-    y = _attend(Scores(scale, softcap), name, grouped, keys, values, marks)
+    y = _attend(rule, name, grouped, keys, values, marks)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
-def require(form: str, device: str, marks: Marks | None = None) -> None:
+def require(form: str, device: str, marks: Marks | None = None, heads: int = 1) -> None:
     """Raises UserError for a form that is unknown, that this kind of device ("cpu", "gpu", "tpu") does not run, or that
-    does not compute what `marks` let queries see.
+    does not compute what `marks` (or their shapes) let the queries of so many heads see, on the mesh in context.
     """
     if form != AUTO and form not in FORMS:
         raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")
     only = None if form == AUTO else FORMS[form].device
     if only not in (None, device):
         raise UserError(f"the attention form {form!r} runs on a {only}, and this is a {device}; {AUTO!r} runs anywhere")
-    if form != AUTO and marks is not None and (fault := FORMS[form].fits(marks)):
+    if form != AUTO and marks is not None and (fault := FORMS[form].fits(spread.own(marks, heads))):
         raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
 
 
 def _chosen(form: str, marks: Marks, heads: int) -> str:
     """The form to use."""
     if form != AUTO:
-        require(form, target(), marks)
+        require(form, target(), marks, heads)
         return form
     device = target()
     for name in BEST[device]:
@@ -123,10 +131,12 @@ def _chosen(form: str, marks: Marks, heads: int) -> str:
 
 
 def _scores(marks: Marks, heads: int) -> int:
-    """How many scores the plain form has at once."""
-    tokens, size = marks.size
+    """How many scores the plain form has at once on one device."""
+    batch, (tokens, size) = marks.positions.shape[0], marks.size
     pieces = max(1, min(4, tokens // 64)) if marks.aligned else 1
-    return marks.positions.shape[0] * heads * (tokens // pieces) * size
+    axes = sharding.HEADS if marks.aligned else "tensor"
+    ways = sharding.ways(*sharding.split(batch, sharding.ROWS), *sharding.split(heads, axes))
+    return batch * heads * (tokens // pieces) * size // ways
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -31,10 +31,8 @@ PADDING, NOTHING = -1, -2
 
 def fits(marks: Marks) -> str:
     """Why these kernels cannot be used; "" where they can."""
-    if sharding.ways(sharding.TOKENS) > 1:
-        return "tokens that a mesh splits"
     if not marks.aligned:
-        return "the queries are not the keys' tokens (a cache)"
+        return "the queries are not the keys' tokens (a cache, or a mesh that splits tokens and not the heads)"
     if marks.branches and any(window is not None for window in marks.windows):
         return "windows in segments that branch off others (the kernels count by index, not by position)"
     return ""
@@ -119,11 +117,11 @@ def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...
 def _on_each(run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
     """What `run` gives for every row, each device for its own rows and heads: the compiler cannot divide a kernel."""
     batched = jax.vmap(run)
-    if not (found := sharding.sizes()):
+    if not sharding.sizes():
         return batched(*rows)
     count, heads = rows[0].shape[0], rows[1].shape[1]  # of the keys, which may be fewer than the queries'
     split = None if count % sharding.ways(*sharding.ROWS) else sharding.ROWS
-    of_heads = None if heads % found["tensor"] else "tensor"
+    of_heads = sharding.split(heads, sharding.HEADS) or None
 
     def spec(x: Any) -> PartitionSpec:  # [B, heads, …], but segments [B, T]
         return PartitionSpec(split, *((of_heads,) if x.ndim > 2 else ()))

@@ -114,10 +114,10 @@ def _attention(form: str, case: str, dtype: str, tokens: int, dry: bool) -> Row:
     from jlora.kernels.attention import FORMS, attend
 
     marks, softcap = marks_of(case, tokens)
-    if fault := FORMS[form].fits(marks):
+    heads, kv_heads, width = (4, 2, 16) if dry else (8, 2, 128)
+    if fault := FORMS[form].fits(marks, width):
         return {"passed": True, "note": f"not for this form: {fault}"}
     rows, (queries, size) = 2, marks.size
-    heads, kv_heads, width = (4, 2, 16) if dry else (8, 2, 128)
     shapes = [(rows, queries, heads, width), *[(rows, size, kv_heads, width)] * 2, (rows, queries, heads, width)]
     draw = np.random.default_rng(0).standard_normal
     inputs = [jnp.asarray(draw(shape, np.float32)).astype(dtype) for shape in shapes]

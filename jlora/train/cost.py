@@ -41,6 +41,9 @@ def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
                 total += inner[chosen(branches, platform)]
             case "cond":
                 total += max(inner, key=lambda one: one.flops)
+            case "shard_map":  # of one device
+                mesh, axes = equation.params["mesh"], equation.params["newly_manual_axes"]
+                total += inner[0] * math.prod(mesh.shape[axis] for axis in axes)
             case "pallas_call":
                 total += _kernel(equation, inner[0].flops)
             case name if name.startswith("dot_product_attention"):  # cuDNN's: queries and keys [B, T, N, H]

@@ -60,7 +60,7 @@ def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
     ending: dict[int, int] = {}
     for place, operation in enumerate(operations):
         inside = max((live_bytes(one, platform, host) for one in operation.inner), default=0)
-        if operation.name == "dot_general":  # it reads arrays, whatever its operands are made of
+        if operation.name in ("dot_general", "pallas_call"):  # reads arrays, whatever its operands are made of
             inside += sum(sizes[value] for value in operation.reads & made_of.keys())
         for value, size in () if operation.fused else operation.writes:
             held += size
@@ -99,7 +99,7 @@ def _flat(jaxpr: Any, platform: str, host: bool) -> tuple[list[Operation], froze
                     kind,
                     frozenset(value for value in reads if value is not None),
                     tuple((value, _nbytes(variable.aval, host)) for variable, value in writes.items()),
-                    tuple(inner),
+                    () if kind == "pallas_call" else tuple(inner),  # a kernel computes on the chip
                 )
             )
         return [name(variable) for variable in jaxpr.outvars]

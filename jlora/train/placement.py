@@ -90,7 +90,7 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
     windows = tuple(dict.fromkeys(layer.window for layer in model.layers))
     marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=config.algorithm != "sft")
     with sharding.on(mesh):
-        attention.require(form, device, marks, model.num_attention_heads)
+        attention.require(form, device, marks, model.num_attention_heads, model.head_dim)
 
 
 def _outputs(model: ModelConfig) -> dict[str, int]:

@@ -14,7 +14,8 @@ import pytest
 
 from jlora import UserError, sharding
 from jlora.kernels import attention
-from jlora.kernels.attention import FORMS, Marks, attend, blocked
+from jlora.kernels.attention import FORMS, Marks, attend, blocked, triton
+from jlora.kernels.attention.visits import visits
 from jlora.types import BRANCH
 
 SCALE = 0.3
@@ -107,6 +108,109 @@ def test_splash_kernels_join_a_branch_with_what_it_branches_off(softcap):
     same("splash_interpreted", dataclasses.replace(packed(130), branches=True), softcap, heads=2, kv_heads=1)
 
 
+@functools.cache
+def triton_program():
+    """(marks, queries, keys, values, gradient) → output and gradients, by small blocks. Compiled once: it takes most of
+    the time."""
+    sides = {"forward": (32, 16), "queries": (16, 32), "keys": (32, 16)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "TILES", {name: {(4, 256): triton.Tile(*tile, 4, 2)} for name, tile in sides.items()})
+
+        def run(marks, *inputs):
+            *inputs, grad = inputs
+            y, pullback = jax.vjp(lambda *x: attend(*x, marks, SCALE, 1.5, "triton_interpreted"), *inputs)
+            return y, *pullback(grad)
+
+        marks = packed(97, branches=True, windows=WINDOWS, chosen=jnp.int32(0))
+        return jax.jit(run).lower(marks, *arrays(97, 97)).compile()
+
+
+WINDOWS = (None, 1, 3, 40)
+
+
+def documents(*lengths, tokens=97, **settings):
+    """Marks of two rows of documents of these lengths, whatever is left over being one more."""
+    segments = np.repeat(np.arange(len(lengths) + 1), [*lengths, tokens - sum(lengths)])
+    positions = np.concatenate([np.arange(count) for count in (*lengths, tokens - sum(lengths))])
+    own = (jnp.asarray(np.broadcast_to(x, (2, tokens)), jnp.int32) for x in (positions, segments))
+    positions, segments = own
+    return Marks(positions, segments, positions, segments, **settings)
+
+
+def marks_of_many_kinds():
+    """As `triton_program` takes them."""
+    for chosen in range(len(WINDOWS)):
+        settings = dict(branches=True, windows=WINDOWS, chosen=jnp.int32(chosen))
+        yield from (packed(97, **settings), documents(**settings), documents(32, 7, 1, 24, 20, **settings))
+    yield dataclasses.replace(packed(97, windows=WINDOWS, chosen=jnp.int32(0)), branches=True)
+
+
+def test_triton_kernels_are_the_formulas():
+    for marks in marks_of_many_kinds():
+        *inputs, grad = arrays(97, 97)
+        y, pullback = jax.vjp(functools.partial(formula, marks=marks, softcap=1.5), *inputs)
+        ours, theirs = triton_program()(marks, *inputs, grad), (y, *pullback(grad))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+def test_triton_kernels_do_not_look_at_blocks_of_other_documents():
+    marks = documents(32, branches=True, windows=WINDOWS, chosen=jnp.int32(0))
+    inputs = arrays(97, 97)
+    spoilt = [x.at[:, :32].set(jnp.nan) for x in inputs]
+    for ours, theirs in zip(triton_program()(marks, *spoilt), triton_program()(marks, *inputs), strict=True):
+        np.testing.assert_array_equal(ours[:, 32:], theirs[:, 32:])
+        assert np.isnan(ours[:, :32]).all()
+
+
+def test_triton_kernels_take_fewer_queries_than_keys_and_those_that_see_none():
+    cached = packed(120)
+    segments = cached.segment_ids[:, 80:110].at[1, 20:].set(7)
+    marks = Marks(cached.positions[:, 80:110], segments, cached.key_positions, cached.key_segment_ids)
+    *inputs, _ = arrays(30, 120)
+    grad = jax.random.normal(jax.random.key(1), inputs[0].shape)
+
+    @jax.jit
+    def run(*inputs):
+        y, pullback = jax.vjp(lambda *x: attend(*x, marks, SCALE, None, "triton_interpreted"), *inputs)
+        return y, *pullback(grad)
+
+    y, pullback = jax.vjp(functools.partial(formula, marks=marks), *inputs)
+    blind = np.asarray(segments == 7)[..., None, None]
+    theirs = [np.where(blind, 0, y), *pullback(jnp.where(blind, 0, grad))]
+    for one, two in zip(run(*inputs), theirs, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5)
+
+
+blocks_visited = jax.jit(visits, static_argnums=(1, 2, 3))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (16, 64)])
+def test_visits_are_of_the_blocks_that_are_seen(rows, columns):
+    for marks in marks_of_many_kinds():
+        mask = mask_of(marks)
+        mask = np.pad(mask, [(0, 0), (0, -97 % rows), (0, -97 % columns)])
+        mask = mask.reshape(2, mask.shape[1] // rows, rows, -1, columns)
+        for by_keys in (False, True):
+            seen, whole = (x.swapaxes(1, 2) if by_keys else x for x in (mask.any((2, 4)), mask.all((2, 4))))
+            order, counts = map(np.asarray, blocks_visited(marks, rows, columns, by_keys))
+            for b, i in np.ndindex(*seen.shape[:2]):
+                some, end = counts[b, i]
+                assert sorted(order[b, i]) == list(range(seen.shape[2]))
+                assert whole[b, i][order[b, i, some:end]].all()
+                assert set(np.flatnonzero(seen[b, i])) <= set(order[b, i, :end])
+
+
+def test_rows_of_documents_cost_what_the_documents_do():
+    def counts(marks):
+        return np.asarray(blocks_visited(marks, 16, 16).counts)[0]
+
+    # Of each document's four pairs of blocks, two are on the diagonal, one is seen whole, and one comes later.
+    assert counts(documents(32, 32, 32, tokens=128)).sum(axis=0).tolist() == [4 * 2, 4 * 3]
+    assert counts(documents(windows=(16,), tokens=128))[:, 1].tolist() == [1] + [2] * 7
+    shared = packed(96, branches=True)  # 32 tokens, and branches of 16 and of 48 off them
+    assert counts(shared)[:, 1].tolist() == [1, 2, 3, 3, 4, 5]
+
+
 OWN, WHOLE = (dict(fsdp=2, tensor=2), (4, 2)), (dict(fsdp=2, tensor=2), (3, 1))
 FEWER_KEYS, APART = (dict(tensor=2, sequence=2), (8, 1)), (dict(fsdp=2, sequence=2), (3, 1))
 MESHES = {
@@ -121,6 +225,8 @@ MESHES = {
     "splash_interpreted, tokens and fewer heads of keys than ways": FEWER_KEYS,
     "plain, tokens and heads that do not divide": APART,
     "blocked, tokens and heads that do not divide": APART,
+    "triton_interpreted, a device has its own heads": OWN,
+    "triton_interpreted, tokens and heads that do not divide": APART,
 }
 
 
@@ -241,6 +347,12 @@ def test_each_device_has_its_order_of_forms_and_long_rows_their_own(monkeypatch)
     assert attention._chosen("auto", branched, 4) == "blocked"
     monkeypatch.setattr(attention, "target", lambda: "cpu")
     assert attention._chosen("auto", cached, 4) == "blocked"
+    monkeypatch.setattr(attention, "target", lambda: "gpu")
+    monkeypatch.setattr(triton, "capability", lambda: (8, 0))
+    assert attention._chosen("auto", short, 4, 128) == "triton"
+    assert attention._chosen("auto", short, 4, 512) == "blocked"
+    monkeypatch.setattr(triton, "capability", lambda: (7, 5))
+    assert attention._chosen("auto", short, 4, 128) == "blocked"
     assert attention.BEST.keys() == attention.PLAIN.keys()
     assert {name for names in attention.BEST.values() for name in names} <= FORMS.keys()
 
@@ -257,5 +369,7 @@ def test_a_form_that_cannot_be_used_is_refused_with_the_reason():
         )
     with pytest.raises(UserError, match="'splash' runs on a tpu, and this is a cpu; 'auto' runs anywhere"):
         attend(*inputs, packed(40), SCALE, None, "splash")
+    with pytest.raises(UserError, match="'triton_interpreted' cannot be used here: fewer than 16 queries"):
+        attend(*(x[:, :9] for x in inputs), packed(9), SCALE, None, "triton_interpreted")
     with pytest.raises(UserError, match="found the attention form 'flash'; expected one of auto, plain"):
         attend(*inputs, packed(40), SCALE, None, "flash")

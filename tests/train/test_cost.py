@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from jlora import sharding
+from jlora.kernels.attention import Marks, attend
 from jlora.train.cost import Cost, cost
 
 
@@ -56,3 +58,32 @@ def test_a_kernel_multiplies_what_is_on_the_chip(estimate):
 
     expected = of(jnp.matmul, (8, 8), (8, 8)) if estimate is None else Cost(7.0, 9.0)
     assert of(product, (8, 8), (8, 8)) == expected
+
+
+@pytest.mark.parametrize("form", ["plain", "triton_interpreted"])
+def test_attention_costs_its_products(form):
+    """Of the causal half; plain computes up to the end of each quarter, and the kernel says what it multiplies."""
+    tokens = jnp.zeros((2, 256), jnp.int32)
+    marks = Marks(tokens, tokens, tokens, tokens, branches=False)
+
+    def forward(queries, keys, values):
+        return attend(queries, keys, values, marks, 1.0, form=form)
+
+    def backward(*x):
+        return jax.vjp(forward, *x)[1](x[0])
+
+    whole = 2 * 2 * 4 * 256 * 256 * 16  # of one product of all pairs
+    kept = {"plain": 5 / 8, "triton_interpreted": 1 / 2}[form]
+    again = {"plain": 5, "triton_interpreted": 7}[form]
+    shapes = (2, 256, 4, 16), (2, 256, 2, 16), (2, 256, 2, 16)
+    assert of(forward, *shapes).flops == 2 * whole * kept
+    assert of(backward, *shapes).flops == (2 + again) * whole * kept
+
+
+def test_what_each_device_does_counts_for_all(devices=4):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=devices), jax.devices()[:devices])
+    with sharding.on(mesh):
+        split = jax.shard_map(
+            jnp.matmul, in_specs=(jax.P(("data", "fsdp")), jax.P()), out_specs=jax.P(("data", "fsdp"))
+        )
+        assert of(split, (8, 4), (4, 4)).flops == of(jnp.matmul, (8, 4), (4, 4)).flops

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from jlora.train.live import live_bytes
 
@@ -36,6 +37,15 @@ def test_elementwise_results_are_computed_where_they_are_used():
         return ((a @ a) @ b) + scaled
 
     assert of(late) == 3 * SIZE
+
+
+def test_a_kernel_reads_arrays_as_a_product_does():
+    def kernel(x, y):
+        y[...] = x[...]
+
+    copied = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((N, N), jnp.float32), interpret=True)
+    assert of(lambda a, b: copied(a @ b)) == 2 * SIZE
+    assert of(lambda a, b: copied(jnp.tanh(a) * b)) == 2 * SIZE
 
 
 def test_calls_count_as_what_is_in_them_and_loops_as_their_fullest_turn():

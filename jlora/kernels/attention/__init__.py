@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jlora import sharding
 from jlora.errors import UserError
-from jlora.kernels.attention import blocked, plain, splash, spread
+from jlora.kernels.attention import blocked, plain, splash, spread, triton
 from jlora.kernels.attention.marks import Marks, Scores
 from jlora.kernels.attention.spread import TOKENS_SPLIT
 from jlora.kernels.device import target
@@ -28,13 +28,13 @@ class Form(NamedTuple):
     Attributes:
         forward: (rule, queries, keys, values, marks) → (output, log of each query's sum of weights).
         backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of the three.
-        fits: (marks) → why it cannot be used, or "".
+        fits: (marks, width of a head or None) → why it cannot be used, or "".
         device: where it runs; None: anywhere.
     """
 
     forward: Callable
     backward: Callable
-    fits: Callable[[Marks], str] = lambda marks: ""
+    fits: Callable[[Marks, int | None], str] = lambda marks, width: ""
     device: str | None = None
 
 
@@ -43,7 +43,7 @@ def _interpreted(module: Any) -> Form:
     return Form(*parts, module.fits)
 
 
-def _on(platform: str, module: Any) -> Form:
+def _on(device: str, platform: str, module: Any) -> Form:
     """A form that the compiler takes for one platform; a program that then runs on another is blocked."""
 
     def part(name: str) -> Callable:
@@ -53,18 +53,20 @@ def _on(platform: str, module: Any) -> Form:
 
         return run
 
-    return Form(part("forward"), part("backward"), module.fits, platform)
+    return Form(part("forward"), part("backward"), module.fits, device)
 
 
 FORMS = {
     "plain": Form(plain.forward, plain.backward),
     "blocked": Form(blocked.forward, blocked.backward),
-    "splash": _on("tpu", splash),
+    "splash": _on("tpu", "tpu", splash),
     "splash_interpreted": _interpreted(splash),
+    "triton": _on("gpu", "cuda", triton),
+    "triton_interpreted": _interpreted(triton),
 }
 # Device → the forms that are best there, the first that can be used is. "plain" is left where the scores of a block of
 # queries would be more than PLAIN numbers.
-BEST = {"cpu": ("plain", "blocked"), "gpu": ("plain", "blocked"), "tpu": ("splash", "plain", "blocked")}
+BEST = {"cpu": ("plain", "blocked"), "gpu": ("plain", "triton", "blocked"), "tpu": ("splash", "plain", "blocked")}
 PLAIN = {"cpu": 1 << 25, "gpu": 1 << 22, "tpu": 1 << 22}
 
 
@@ -95,7 +97,7 @@ def _on_rows(
 ) -> jax.Array:
     batch, tokens, heads, width = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
-    name = _chosen(form, marks, heads)
+    name = _chosen(form, marks, heads, width)
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
     # mask.
@@ -104,28 +106,29 @@ def _on_rows(
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
-def require(form: str, device: str, marks: Marks | None = None, heads: int = 1) -> None:
+def require(form: str, device: str, marks: Marks | None = None, heads: int = 1, width: int | None = None) -> None:
     """Raises UserError for a form that is unknown, that this kind of device ("cpu", "gpu", "tpu") does not run, or that
-    does not compute what `marks` (or their shapes) let the queries of so many heads see, on the mesh in context.
+    does not compute what `marks` (or their shapes) let the queries of so many heads of this width see, on the mesh in
+    context.
     """
     if form != AUTO and form not in FORMS:
         raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")
     only = None if form == AUTO else FORMS[form].device
     if only not in (None, device):
         raise UserError(f"the attention form {form!r} runs on a {only}, and this is a {device}; {AUTO!r} runs anywhere")
-    if form != AUTO and marks is not None and (fault := FORMS[form].fits(spread.own(marks, heads))):
+    if form != AUTO and marks is not None and (fault := FORMS[form].fits(spread.own(marks, heads), width)):
         raise UserError(f"the attention form {form!r} cannot be used here: {fault}")
 
 
-def _chosen(form: str, marks: Marks, heads: int) -> str:
+def _chosen(form: str, marks: Marks, heads: int, width: int | None = None) -> str:
     """The form to use."""
     if form != AUTO:
-        require(form, target(), marks, heads)
+        require(form, target(), marks, heads, width)
         return form
     device = target()
     for name in BEST[device]:
         large = name == "plain" and _scores(marks, heads) > PLAIN[device]
-        if not large and not FORMS[name].fits(marks):
+        if not large and not FORMS[name].fits(marks, width):
             return name
     return "blocked"
 

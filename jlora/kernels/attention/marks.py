@@ -79,12 +79,25 @@ def seen(
     limit: Int[Array, ""] | int,
 ) -> Bool[Array, "B T S"]:
     """Whether each query, (positions, segments), sees each key."""
-    (places, segments), (key_places, key_segments) = queries, keys
-    key_segments = key_segments[:, None, :]
-    same = (segments[:, :, None] == key_segments) | ((segments % BRANCH)[:, :, None] == key_segments)
-    distance = places[:, :, None] - key_places[:, None, :]
+    return sees(tuple(x[:, :, None] for x in queries), tuple(x[:, None, :] for x in keys), limit)
+
+
+def sees(
+    queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], limit: Int[Array, ""] | int, branches: bool = True
+) -> jax.Array:
+    """Whether a query, (position, segment), sees a key: of arrays that are broadcast together."""
+    (place, segment), (key_place, key_segment) = queries, keys
+    same = segment == key_segment
+    if branches:
+        same |= segment % BRANCH == key_segment
+    distance = place - key_place
     found = same & (distance >= 0)
-    return found if isinstance(limit, int) and limit == FAR else found & (distance < limit)
+    return found if is_far(limit) else found & (distance < limit)
+
+
+def is_far(limit: Any) -> bool:
+    """Whether it is known that no key is too far away."""
+    return isinstance(limit, int) and limit == FAR
 
 
 class Scores(NamedTuple):

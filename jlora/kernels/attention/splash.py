@@ -8,16 +8,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
-from jax.sharding import PartitionSpec
 
-from jlora import sharding
+from jlora.kernels.attention.each import on_each
 from jlora.kernels.attention.marks import Marks, Scores
 from jlora.types import BRANCH
 
@@ -29,7 +27,7 @@ WIDEST = 512
 PADDING, NOTHING = -1, -2
 
 
-def fits(marks: Marks) -> str:
+def fits(marks: Marks, width: int | None = None) -> str:
     """Why these kernels cannot be used; "" where they can."""
     if not marks.aligned:
         return "the queries are not the keys' tokens (a cache, or a mesh that splits tokens and not the heads)"
@@ -46,7 +44,7 @@ def forward(
     rows = _rows(rule, queries, keys, values)
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, jax.Array]:
-        return _on_each(functools.partial(_forward, window, rule.softcap, interpret), rows)
+        return on_each(jax.vmap(functools.partial(_forward, window, rule.softcap, interpret)), rows)
 
     y, log_totals = _by_branch(marks, lambda segments: _by_window(marks, one, (*rows, *segments)), _join)
     y = y.reshape(batch, heads, groups, *y.shape[2:])[..., :tokens, :width]
@@ -72,7 +70,7 @@ def backward(
     log_totals = _pad(log_totals, -1, LANES).reshape(rows[0].shape[:-1])
 
     def one(window: int | None, rows: tuple) -> tuple[jax.Array, ...]:
-        return _on_each(functools.partial(_backward, window, rule.softcap, interpret), rows)
+        return on_each(jax.vmap(functools.partial(_backward, window, rule.softcap, interpret)), rows)
 
     def both(segments: tuple) -> tuple[jax.Array, ...]:
         return _by_window(marks, one, (*rows, *segments, y, log_totals, grad))
@@ -112,23 +110,6 @@ def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...
     """What `run` gives for this layer's window: a kernel is made for one."""
     forms = [functools.partial(run, window) for window in marks.windows]
     return forms[0](rows) if marks.chosen is None else jax.lax.switch(marks.chosen, forms, rows)
-
-
-def _on_each(run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
-    """What `run` gives for every row, each device for its own rows and heads: the compiler cannot divide a kernel."""
-    batched = jax.vmap(run)
-    if not sharding.sizes():
-        return batched(*rows)
-    count, heads = rows[0].shape[0], rows[1].shape[1]  # of the keys, which may be fewer than the queries'
-    split = None if count % sharding.ways(*sharding.ROWS) else sharding.ROWS
-    of_heads = sharding.split(heads, sharding.HEADS) or None
-
-    def spec(x: Any) -> PartitionSpec:  # [B, heads, …], but segments [B, T]
-        return PartitionSpec(split, *((of_heads,) if x.ndim > 2 else ()))
-
-    shapes = jax.eval_shape(batched, *rows)
-    places = tuple(map(spec, rows)), jax.tree.map(spec, shapes)
-    return jax.shard_map(batched, in_specs=places[0], out_specs=places[1], check_vma=False)(*rows)
 
 
 def _rows(rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, ...]:

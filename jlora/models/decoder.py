@@ -19,6 +19,7 @@ from jlora.models.rope import rotate
 # The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. Where tensor does
 # not divide the heads of the keys, every device has all of them.
 CACHED = (sharding.ROWS, None, "tensor", None)
+TILES = (None, sharding.ROWS, sharding.TOKENS, None)  # of an MLP's inputs [count, B, T/count, D]
 # Values of a tile of an MLP's inner values, on one device.
 TILE = 1 << 23
 
@@ -39,10 +40,11 @@ class Context:
 
 def _tiles(shape: tuple[int, int, int], width: int) -> int:
     """How many tiles of tokens an MLP's inner values [B, T, width] are computed in: as few as keep one below TILE, and
-    as divide T.
+    as divide the tokens that a device has.
     """
     rows, tokens, _ = shape
-    if sharding.ways(sharding.TOKENS) > 1:  # they lie on several devices
+    tokens, rest = divmod(tokens, sharding.ways(sharding.TOKENS))  # a tile has some of every device's
+    if rest:
         return 1
     values = rows * tokens * width // sharding.ways(*sharding.ROWS, "tensor")
     needed = -(-values // TILE)
@@ -50,13 +52,23 @@ def _tiles(shape: tuple[int, int, int], width: int) -> int:
 
 
 def _cut(x: jax.Array, count: int) -> jax.Array:
-    """[count, B, T/count, D] of [B, T, D] where rows lie on several devices, else [count, 1, B·T/count, D], as it is in
-    memory.
+    """[count, B, T/count, D] of [B, T, D] on a mesh, of every part of the tokens that it splits as many; else
+    [count, 1, B·T/count, D], as it is in memory.
     """
-    if sharding.sizes():
-        tiles = jnp.moveaxis(x.reshape(x.shape[0], count, -1, x.shape[-1]), 1, 0)
-        return sharding.constrain(tiles, None, sharding.ROWS, None, None)
-    return x.reshape(count, 1, -1, x.shape[-1])
+    if not sharding.sizes():
+        return x.reshape(count, 1, -1, x.shape[-1])
+    batch, _, width = x.shape
+    tiles = jnp.moveaxis(x.reshape(batch, sharding.ways(sharding.TOKENS), count, -1, width), 2, 0)
+    return sharding.constrain(tiles.reshape(count, batch, -1, width), *TILES)
+
+
+def _joined(tiles: jax.Array) -> jax.Array:
+    """[B, T, D] of tiles as `_cut` makes them; without a mesh as they are in memory."""
+    if not sharding.sizes():
+        return tiles
+    count, batch, _, width = tiles.shape
+    tiles = sharding.constrain(tiles, *TILES)
+    return jnp.moveaxis(tiles.reshape(count, batch, sharding.ways(sharding.TOKENS), -1, width), 0, 2)
 
 
 class Attention(nn.Module):
@@ -167,9 +179,7 @@ class Feedforward(nn.Module):
         # Where the MLP does not read x, it is not to be cut and carried along.
         parts = (_cut(x, count) if self.config.parallel else None), _cut(attended, count)
         _, y = jax.lax.scan(lambda _, item: (None, one(*item)), None, (jnp.arange(count), *parts))
-        if sharding.sizes():
-            y = jnp.moveaxis(sharding.constrain(y, None, sharding.ROWS, None, None), 0, 1)
-        return y.reshape(attended.shape)
+        return _joined(y).reshape(attended.shape)
 
 
 class Block(nn.Module):

@@ -23,7 +23,7 @@ class Placement(NamedTuple):
     """Where a run computes.
 
     Attributes:
-        notes: what the mesh does not divide, and is whole on every device instead.
+        notes: what the mesh does not divide, and is whole on every device or gathered instead.
     """
 
     mesh: jax.sharding.Mesh
@@ -114,6 +114,12 @@ def _notes(model: ModelConfig, mesh: MeshConfig) -> Iterator[str]:
         yield (
             f"mesh.tensor={mesh.tensor} does not divide {_listed(whole)}: every device has all of what belongs to them "
             "and computes it, which gives the same numbers for more memory and time"
+        )
+    if mesh.sequence > 1 and model.num_attention_heads % (ways := mesh.tensor * mesh.sequence):
+        yield (
+            f"mesh.tensor × mesh.sequence = {ways} does not divide num_attention_heads {model.num_attention_heads}: in "
+            "attention every device gathers the keys and values of all tokens, rather than taking all tokens of some "
+            "heads"
         )
 
 

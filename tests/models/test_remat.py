@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import UserError, lora, models
+from jlora import UserError, lora, models, sharding
 from jlora.models import decoder
 from jlora.models.remat import POLICIES, name_of
 
@@ -61,6 +61,25 @@ def test_tiles_of_an_mlp_give_the_gradients_of_the_whole(halves, tile, monkeypat
     jax.clear_caches()
     assert decoder._tiles((2, 24, 32), 80) > 1
     tiled = gradients(halves, "full", TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
+
+
+def test_tiles_on_a_mesh_hold_some_of_every_devices_tokens(halves, monkeypatch):
+    model, frozen, trainable = halves
+    whole = gradients(halves, "full", TOKENS)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, sequence=2), jax.devices()[:4])
+    monkeypatch.setattr(decoder, "TILE", 1 << 9)
+    with sharding.on(mesh):
+        assert decoder._tiles((2, 24, 32), 80) == 2
+        assert decoder._tiles((2, 25, 32), 80) == 1
+        x = jnp.arange(2 * 24 * 3).reshape(2, 24, 3)
+        cut = jax.jit(lambda x: decoder._cut(x, 2))(jax.device_put(x, sharding.batch_sharding(mesh)))
+        np.testing.assert_array_equal(cut[1, :, :6], x[:, 6:12])
+        np.testing.assert_array_equal(jax.jit(decoder._joined)(cut).reshape(x.shape), x)
+    spread = model, sharding.shard(frozen, mesh), sharding.shard(trainable, mesh)
+    tokens = jax.device_put(TOKENS, sharding.batch_sharding(mesh))
+    with sharding.on(mesh):
+        tiled = gradients(spread, "full", tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
 
 

@@ -110,9 +110,11 @@ def test_an_unknown_topology_and_wrong_settings_are_one_message(command):
     assert "found 'h300'" in said and "model.dtype: found 'int4'" in said
 
 
-def test_what_tensor_does_not_divide_is_said(command):
+def test_what_heads_do_not_divide_over_is_said(command):
     code, printed, _ = command("plan", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--topology=h100x8")
     assert code == 0 and WHOLE in printed
+    code, printed, _ = command("plan", "--config.mesh.sequence=8", "--topology=h100x8")
+    assert code == 0 and "mesh.tensor × mesh.sequence = 8 does not divide num_attention_heads 3" in printed
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -74,7 +73,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
     """`learning_rate` of every step, on the host: asked for between steps, it would be computed behind the next one."""
-    return np.asarray(jax.vmap(learning_rate(config, steps))(jnp.arange(steps)))
+    return np.asarray(jax.jit(jax.vmap(learning_rate(config, steps)))(np.arange(steps)))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

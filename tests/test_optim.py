@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from jlora import lora, tree
-from jlora.optim import OptimConfig, learning_rate, make_optimizer
+from jlora.optim import OptimConfig, learning_rate, learning_rates, make_optimizer
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -24,6 +24,15 @@ def test_schedules_are_transformers(name, warmup):
         assert float(ours(step)) == pytest.approx(reference.param_groups[0]["lr"], abs=1e-7)
         reference.step()
         scheduler.step()
+
+
+def test_the_rates_of_all_steps_are_one_program(caplog):
+    config = OptimConfig(learning_rate=0.1, schedule="cosine", warmup_steps=3)
+    jax.clear_caches()
+    with jax.log_compiles():
+        found = learning_rates(config, 12)
+    assert sum("Compiling" in record.message for record in caplog.records) == 1
+    np.testing.assert_allclose(found, [learning_rate(config, 12)(step) for step in range(12)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

@@ -188,7 +188,8 @@ def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
 
 
 def _layer(leaf: Any, index: int | None) -> np.ndarray:
-    value = np.asarray(leaf if index is None else leaf[index])
+    # Cut on the host: on a device, five small programs would be compiled for every shape.
+    value = np.asarray(leaf) if index is None else np.asarray(np.asarray(leaf)[index])
     return value.astype(np.float32) if value.dtype != np.int32 else value
 
 

@@ -181,6 +181,14 @@ def test_the_same_adapter_has_the_same_bytes(base, tmp_path):
     assert [name for name, _ in digests[0]] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_nothing_is_compiled_to_write_one(base, tmp_path, caplog):
+    params = lora.init(base[-1], LoraConfig(r=4, target_modules="all-linear"), jax.random.key(0))
+    jax.clear_caches()
+    with jax.log_compiles():
+        hub.save_adapter(tmp_path / "adapter", params)
+    assert not [record.message for record in caplog.records if "Compiling" in record.message]
+
+
 def test_layers_without_an_adapter_have_rank_zero(base, tmp_path):
     _, reference, _, params = base
     save_peft(make_peft(reference, **SETTINGS["some layers"]), tmp_path / "adapter")

@@ -17,6 +17,10 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
+# The same from a loop's condition, of which TPU's compiler says no number: the counter, from 0, is below a constant.
+_CONSTANT = re.compile(r"%([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 
 
 class _Computation(NamedTuple):
@@ -48,17 +52,32 @@ def received(text: str) -> dict[str, int]:
 
 def _read(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
-    entry, current = "", None
+    entry, name, current = "", "", None
+    constants: dict[str, int] = {}
+    limits: dict[str, int] = {}  # of conditions, which stand before their loops
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
-            current = computations.setdefault(found[2], _Computation(collections.defaultdict(float), []))
-            entry = found[2] if found[1] else entry
+            name = found[2]
+            current = computations.setdefault(name, _Computation(collections.defaultdict(float), []))
+            entry = name if found[1] else entry
         elif current is not None:
             if found := _COLLECTIVE.search(line):
                 current.received[found[2]] += _received(line, *found.groups())
-            times = int(turns[1]) if " while(" in line and (turns := _TRIPS.search(line)) else 1
-            current.calls.extend((name, times) for name in _called(line))
+            if found := _CONSTANT.search(line):
+                constants[found[1]] = int(found[2])
+            if (found := _BELOW.search(line)) and found[1] in constants:
+                limits[name] = constants[found[1]]
+            times = _turns(line, limits) if " while(" in line else 1
+            current.calls.extend((called, times) for called in _called(line))
     return computations, entry
+
+
+def _turns(line: str, limits: Mapping[str, int]) -> int:
+    """How often a loop's body runs, as far as the program says it."""
+    if found := _TRIPS.search(line):
+        return int(found[1])
+    condition = _CONDITION.search(line)
+    return limits.get(condition[1], 1) if condition else 1
 
 
 def _called(line: str) -> Iterator[str]:

@@ -79,3 +79,23 @@ def test_turns_of_a_while_and_branches():
         ).removeprefix(HEAD)
     )
     assert received(text) == {"all-gather": 33 * 16, "all-to-all": 16}
+
+
+def test_turns_that_only_the_condition_of_a_while_says():
+    """As TPU's compiler writes loops over layers; where the limit is not a constant, once."""
+    gte = "%i = s32[]{:T(128)} get-tuple-element(%p), index=0"
+    text = (
+        HEAD
+        + "%body (p: f32[4]) -> f32[4] {\n  %g = f32[8]{0} all-gather(%p), replica_groups={{0,1}}\n}\n\n"
+        + "%layers (p: (s32[])) -> pred[] {\n  %c.1 = s32[]{:T(128)} constant(32)\n  "
+        + gte
+        + "\n  ROOT %lt = pred[]{:T(512)} compare(%i, %c.1), direction=LT\n}\n\n"
+        + "%open (p: (s32[])) -> pred[] {\n  %n = s32[] get-tuple-element(%p), index=1\n  "
+        + gte
+        + "\n  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %n), direction=LT\n}\n\n"
+        + entry(
+            "%w = f32[4] while(%p), condition=%layers, body=%body",
+            "%v = f32[4] while(%p), condition=%open, body=%body",
+        ).removeprefix(HEAD)
+    )
+    assert received(text) == {"all-gather": 33 * 16}

@@ -16,6 +16,7 @@ from jlora import UserError, sharding
 from jlora.kernels import attention
 from jlora.kernels.attention import FORMS, Marks, attend, blocked, triton
 from jlora.kernels.attention.visits import visits
+from jlora.train.topology import parse
 from jlora.types import BRANCH
 
 SCALE = 0.3
@@ -209,6 +210,47 @@ def test_rows_of_documents_cost_what_the_documents_do():
     assert counts(documents(windows=(16,), tokens=128))[:, 1].tolist() == [1] + [2] * 7
     shared = packed(96, branches=True)  # 32 tokens, and branches of 16 and of 48 off them
     assert counts(shared)[:, 1].tolist() == [1, 2, 3, 3, 4, 5]
+    # Padding is segment 0: a last block that has it and a document seems to have all that lie between.
+    padded = documents(40, 20, tokens=64)
+    ids = (padded.segment_ids + 1) % 3
+    padded = dataclasses.replace(padded, segment_ids=ids, key_segment_ids=ids, branches=False)
+    assert counts(padded)[:, 1].tolist() == [1, 2, 3, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["a100-40", "h100", "rtx4090"])
+def test_triton_kernels_compile(card):
+    """And have room in every card's shared memory."""
+    topology = parse(card)
+    if not topology.has_compiler:
+        pytest.skip(f"needs jlora[{topology.extra}]")
+    mesh = sharding.make_mesh(sharding.MeshConfig(), list(topology.devices()))
+
+    def run(softcap, positions, segments, *inputs):
+        windows = (None,) if softcap is None else (None, 512)
+        chosen = None if softcap is None else positions[0, 0]
+        marks = Marks(positions, segments, positions, segments, chosen, windows, branches=softcap is not None)
+        *inputs, grad = inputs
+        y, pullback = jax.vjp(lambda *x: attend(*x, marks, SCALE, softcap, "triton"), *inputs)
+        return y, *pullback(grad)
+
+    def kernels(run, *arrays):
+        compiled = sharding.jit(run).lower(*arrays).compile()
+        return compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
+
+    def shapes(width, dtype, lead=(), tokens=2048):
+        marks = [((2, tokens), jnp.int32)] * 2
+        arrays = [((2, tokens, heads, width), dtype) for heads in (8, 2, 2, 8)]
+        one = jax.NamedSharding(mesh, jax.P())
+        return [jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=one) for shape, dtype in (*marks, *arrays)]
+
+    for width, dtype, softcap in itertools.product((64, 128, 256), (jnp.bfloat16, jnp.float32), (None, 30.0)):
+        assert kernels(functools.partial(run, softcap), *shapes(width, dtype)) == 3
+    one = functools.partial(run, None)
+    assert kernels(one, *shapes(80, jnp.bfloat16, tokens=2001)) == 3
+    assert kernels(jax.vmap(one), *shapes(128, jnp.bfloat16, (3,))) == 3
+    with jax.default_matmul_precision("highest"):
+        assert [kernels(one, *shapes(width, jnp.float32)) for width in (64, 128, 256)] == [3, 3, 3]
 
 
 OWN, WHOLE = (dict(fsdp=2, tensor=2), (4, 2)), (dict(fsdp=2, tensor=2), (3, 1))

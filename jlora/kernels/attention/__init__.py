@@ -30,12 +30,14 @@ class Form(NamedTuple):
         backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of the three.
         fits: (marks, width of a head or None) → why it cannot be used, or "".
         device: where it runs; None: anywhere.
+        masks: whether it makes masks outside of kernels.
     """
 
     forward: Callable
     backward: Callable
     fits: Callable[[Marks, int | None], str] = lambda marks, width: ""
     device: str | None = None
+    masks: bool = True
 
 
 def _interpreted(module: Any) -> Form:
@@ -61,8 +63,8 @@ FORMS = {
     "blocked": Form(blocked.forward, blocked.backward),
     "splash": _on("tpu", "tpu", splash),
     "splash_interpreted": _interpreted(splash),
-    "triton": _on("gpu", "cuda", triton),
-    "triton_interpreted": _interpreted(triton),
+    "triton": _on("gpu", "cuda", triton)._replace(masks=False),
+    "triton_interpreted": _interpreted(triton)._replace(masks=False),
 }
 # Device → the forms that are best there, the first that can be used is. "plain" is left where the scores of a block of
 # queries would be more than PLAIN numbers.
@@ -99,9 +101,10 @@ def _on_rows(
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
     name = _chosen(form, marks, heads, width)
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
-    # mask.
-    marks, grouped = jax.lax.optimization_barrier((marks, grouped))
+    if FORMS[name].masks:
+        # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
+        # mask.
+        marks, grouped = jax.lax.optimization_barrier((marks, grouped))
     y = _attend(rule, name, grouped, keys, values, marks)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 

@@ -28,6 +28,9 @@ OLDEST = (8, 0)
 # The kernels' scores are in units of log₂(e): a GPU has an instruction for powers of two.
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # below every score, and finite: nothing that is subtracted from it gives NaN
+# The products for which `jax.default_matmul_precision("highest")` asks: three of TF32. Those of float32 itself would be
+# made without tensor cores, and take ten times as long to compile.
+EXACT = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 # Kernel → products for each pair of a query and a key, those of the scores made again included.
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
 
@@ -56,7 +59,7 @@ TILES = {
         (2, 256): Tile(64, 32, 8, 2),
         (4, 64): Tile(64, 64, 4, 2),
         (4, 128): Tile(64, 32, 4, 2),
-        (4, 256): Tile(32, 16, 4, 2),
+        (4, 256): Tile(32, 16, 4, 1),
     },
     "queries": {
         (2, 64): Tile(64, 64, 4, 2),
@@ -162,8 +165,10 @@ class _Rows(NamedTuple):
 def _call(name: str, rule: Scores, given: _Arrays, results: _Arrays, marks: Marks, interpret: bool) -> _Arrays:
     """What a kernel writes; `results` has the shapes."""
     (batch, heads, groups, tokens, width), size = given.queries.shape, given.keys.shape[2]
-    tile = _tile(name, given)
-    blocks = _Blocks(rule, tile, groups, tokens, size, width, marks.branches, not is_far(marks.limit))
+    asked = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    exact = asked and not interpret and given.queries.dtype == jnp.float32
+    tile = _tile(name, given, exact)
+    blocks = _Blocks(rule, tile, groups, tokens, size, width, marks.branches, not is_far(marks.limit), exact)
     by_keys = name == "keys"
     programs = pallas.cdiv(size, tile.columns) if by_keys else groups * pallas.cdiv(tokens, tile.rows)
     places = marks.positions, marks.segment_ids, marks.key_positions, marks.key_segment_ids
@@ -187,11 +192,11 @@ def _call(name: str, rule: Scores, given: _Arrays, results: _Arrays, marks: Mark
     )(given, of_rows)
 
 
-def _tile(name: str, given: _Arrays) -> Tile:
-    """The kernel's, or less where there is less."""
+def _tile(name: str, given: _Arrays, exact: bool = False) -> Tile:
+    """The kernel's, or less where there is less; of exact products, which take several times the memory, the least."""
     *_, tokens, width = given.queries.shape
     tiles = TILES[name] | (LARGE[name] if (capability() or OLDEST)[0] in OF_LARGE else {})
-    size = given.queries.dtype.itemsize
+    size, width = given.queries.dtype.itemsize, WIDEST if exact else width
     tile = next(tile for (nbytes, widest), tile in tiles.items() if size <= nbytes and width <= widest)
     rows, columns = min(tile.rows, _padded(tokens)), min(tile.columns, _padded(given.keys.shape[2]))
     return tile._replace(rows=rows, columns=columns)
@@ -204,6 +209,7 @@ class _Blocks:
     Attributes:
         branches: whether segments may branch off others.
         limited: whether there may be a window.
+        exact: whether products are to be as exact as float32.
     """
 
     rule: Scores
@@ -214,6 +220,7 @@ class _Blocks:
     width: int
     branches: bool
     limited: bool
+    exact: bool
 
     def specs(self, arrays: _Arrays) -> _Arrays:
         """A program has its row and its head of keys, all tokens of them up to whole blocks."""
@@ -268,6 +275,12 @@ class _Blocks:
         limit = rows.limit[0] if self.limited else FAR
         return jnp.where(sees(queries, keys, limit, self.branches), scores, value)
 
+    def product(self, left: jax.Array, right: jax.Array, of_left: int, of_right: int) -> jax.Array:
+        """The sum over these axes, in float32."""
+        axes = (((of_left,), (of_right,)), ((), ()))
+        precision = EXACT if self.exact else None
+        return jax.lax.dot_general(left, right, axes, precision, preferred_element_type=jnp.float32)
+
     def scores(self, products: jax.Array) -> jax.Array:
         """In units of log₂(e)."""
         scale, cap = self.rule
@@ -290,13 +303,13 @@ def _forward(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> Non
     def visit(whole: bool, n: jax.Array, carry: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         y, top, total = carry
         other = rows.order[block, n]
-        scores = blocks.scores(_product(queries, blocks.read_keys(given.keys, other), 1, 1))
+        scores = blocks.scores(blocks.product(queries, blocks.read_keys(given.keys, other), 1, 1))
         if not whole:
             scores = blocks.masked(scores, marks, _across(blocks.marks_of_keys(rows, other)), rows, -jnp.inf)
         before, top = top, jnp.maximum(top, jnp.max(scores, axis=1))
         weights, kept = jnp.exp2(scores - top[:, None]), jnp.exp2(before - top)
         values = blocks.read_keys(given.values, other)
-        y = y * kept[:, None] + _product(weights.astype(values.dtype), values, 1, 0)
+        y = y * kept[:, None] + blocks.product(weights.astype(values.dtype), values, 1, 0)
         return y, top, total * kept + jnp.sum(weights, axis=1)
 
     count = blocks.tile.rows
@@ -320,13 +333,13 @@ def _grad_queries(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -
     def visit(whole: bool, n: jax.Array, found: jax.Array) -> jax.Array:
         other = rows.order[block, n]
         keys = blocks.read_keys(given.keys, other)
-        scores = blocks.scores(_product(queries, keys, 1, 1))
+        scores = blocks.scores(blocks.product(queries, keys, 1, 1))
         weights = jnp.exp2(scores - log_totals)
         if not whole:
             weights = blocks.masked(weights, marks, _across(blocks.marks_of_keys(rows, other)), rows, 0.0)
-        grad_weights = _product(grad, blocks.read_keys(given.values, other), 1, 1)
+        grad_weights = blocks.product(grad, blocks.read_keys(given.values, other), 1, 1)
         grad_scores = blocks.gradient(scores, weights * (grad_weights - delta))
-        return found + _product(grad_scores.astype(keys.dtype), keys, 1, 0)
+        return found + blocks.product(grad_scores.astype(keys.dtype), keys, 1, 0)
 
     found = jnp.zeros(queries.shape, jnp.float32)
     some, all_of_them = rows.counts[block, 0], rows.counts[block, 1]
@@ -345,14 +358,14 @@ def _grad_keys(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> N
         group, other = jax.lax.div(n, count), rows.order[block, first + jax.lax.rem(n, count)]
         queries, grad = (blocks.read_queries(ref, other, group) for ref in (given.queries, given.grad))
         log_totals, delta = (blocks.read_queries(ref, other, group)[None] for ref in (given.log_totals, given.delta))
-        scores = blocks.scores(_product(keys, queries, 1, 1))
+        scores = blocks.scores(blocks.product(keys, queries, 1, 1))
         weights = jnp.exp2(scores - log_totals * LOG2E)
         if not whole:
             weights = blocks.masked(weights, _across(blocks.marks_of_queries(rows, other)), marks, rows, 0.0)
-        grad_values = found[1] + _product(weights.astype(grad.dtype), grad, 1, 0)
-        grad_weights = _product(values, grad, 1, 1)
+        grad_values = found[1] + blocks.product(weights.astype(grad.dtype), grad, 1, 0)
+        grad_weights = blocks.product(values, grad, 1, 1)
         grad_scores = blocks.gradient(scores, weights * (grad_weights - delta))
-        return found[0] + _product(grad_scores.astype(queries.dtype), queries, 1, 0), grad_values
+        return found[0] + blocks.product(grad_scores.astype(queries.dtype), queries, 1, 0), grad_values
 
     found = (jnp.zeros(keys.shape, jnp.float32),) * 2
     some, all_of_them = rows.counts[block, 0], rows.counts[block, 1]
@@ -370,11 +383,6 @@ def _place(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
     """(head of the group, block of queries) of a program."""
     number, last = pallas.program_id(0), pallas.cdiv(blocks.tokens, blocks.tile.rows) - 1
     return jax.lax.rem(number, blocks.groups), last - jax.lax.div(number, blocks.groups)
-
-
-def _product(left: jax.Array, right: jax.Array, of_left: int, of_right: int) -> jax.Array:
-    """The sum over these axes, in float32."""
-    return jax.lax.dot_general(left, right, (((of_left,), (of_right,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _down(marks: tuple) -> tuple[jax.Array, ...]:

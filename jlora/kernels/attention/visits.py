@@ -33,7 +33,8 @@ def visits(marks: Marks, rows: int, columns: int, by_keys: bool = False) -> Visi
     if by_keys:
         seen = jnp.swapaxes(seen, 1, 2)
     others = seen.shape[2]
-    order = jnp.sort(seen * others + jnp.arange(others, dtype=jnp.int32)[None, None]) % others
+    numbered = seen * others + jnp.arange(others, dtype=jnp.int32)[None, None]
+    order = jax.lax.sort(numbered, is_stable=False) % others  # no two are equal, and one array is sorted alone
     some, whole = (jnp.sum(seen == kind, axis=2, dtype=jnp.int32) for kind in (SOME, ALL))
     return Visits(order, jnp.stack([some, some + whole], axis=2))
 

@@ -278,7 +278,8 @@ class _Blocks:
     def product(self, left: jax.Array, right: jax.Array, of_left: int, of_right: int) -> jax.Array:
         """The sum over these axes, in float32."""
         axes = (((of_left,), (of_right,)), ((), ()))
-        precision = EXACT if self.exact else None
+        precision, dtype = EXACT if self.exact else None, jnp.promote_types(left.dtype, right.dtype)
+        left, right = left.astype(dtype), right.astype(dtype)
         return jax.lax.dot_general(left, right, axes, precision, preferred_element_type=jnp.float32)
 
     def scores(self, products: jax.Array) -> jax.Array:

@@ -118,7 +118,7 @@ def case(family, devices=None, **mesh):
 
 
 def in_layers(moved):
-    return "Block" in moved.where or "squeeze" in moved.where  # a layer's leaves are squeezed out of the stack
+    return "Block" in moved.where or "dynamic_index_in_dim" in moved.where  # a layer's leaves are taken from the stack
 
 
 def is_adapters(moved):

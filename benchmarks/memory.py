@@ -74,6 +74,24 @@ MODELS = {
     ),
     "tiny": _llama(32, 64, 2, 4, vocab_size=256, num_key_value_heads=2, head_dim=8),
 }
+MODELS["Qwen3-30B-A3B"] = LLAMA | dict(
+    model_type="qwen3_moe",
+    architectures=["Qwen3MoeForCausalLM"],
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_type="default", rope_theta=1e6),
+)
+DEPTHS = (8, 20, 80)  # layers of the 8B's size: one body is compiled, however many there are
+MODELS |= {f"{layers} layers": _llama(4096, 14336, layers, 32) for layers in DEPTHS}
 
 
 # Group → settings.
@@ -127,6 +145,7 @@ H100 = (
     Case("3b-2x4096", "h100", "Llama-3.2-3B", 2, 4096, Aim(4.5), "torchtune: 4.6 GB"),
     Case("70b-1x2048", "h100", "Llama-3-70B", 1, 2048, Aim(43), "QLoRA's paper: 48 GB"),
     Case("8b-1x8192", "h100", "Llama-3.1-8B", 1, 8192, Aim(9.0)),
+    Case("a3b-1x16384", "h100", "Qwen3-30B-A3B", 1, 16384),
     Case("8b-1x32768", "h100", "Llama-3.1-8B", 1, 32768, Aim(17), settings=(R32,)),
     Case("8b-1x32768-offload", "h100", "Llama-3.1-8B", 1, 32768, Aim(10), settings=(R32, OFFLOAD)),
     Case(
@@ -202,7 +221,8 @@ TECHNIQUES = (
     _technique("4-mlp-tiles"),
     _technique("5-offload", OFFLOAD),
 )
-CASES = (*H100, *TECHNIQUES, *TPU)
+COMPILING = tuple(Case(f"{layers}-layers", "h100", f"{layers} layers", 2, 2048) for layers in DEPTHS)
+CASES = (*H100, *TECHNIQUES, *COMPILING, *TPU)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def _tiles(shape: tuple[int, int, int], width: int) -> int:
     if rest:
         return 1
     values = rows * tokens * width // sharding.ways(*sharding.ROWS, "tensor")
-    needed = -(-values // TILE)
+    needed = max(1, -(-values // TILE))
     return next((tiles for tiles in range(needed, min(tokens, 4 * needed) + 1) if tokens % tiles == 0), 1)
 
 
@@ -169,7 +169,10 @@ class Feedforward(nn.Module):
         params = self.variables["params"]
         mlp = {name: sharding.gathered(f"mlp/{name}", linear) for name, linear in params["mlp"].items()}
         norms = {name: params[name] for name in self.config.names.mlp_norms if name is not None}
-        variables, alone = {"params": norms | {"mlp": mlp}}, Feedforward(self.config, gathered=True, parent=None)
+        variables, alone = (
+            {"params": norms | {"mlp": mlp}},
+            Feedforward(self.config, self.experts, gathered=True, parent=None),
+        )
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def one(number: jax.Array, *tiles: jax.Array | None) -> jax.Array:
@@ -206,11 +209,22 @@ class Block(nn.Module):
         attended = x + _scaled(config, _norm(config, names.attention_norms[1], y))
         feedforward = Feedforward(config, self.experts)
         nn.share_scope(self, feedforward)
-        tiles = _tiles(x.shape, config.intermediate_size) if self.lean and not self.experts else 1
+        tiles = _tiles(x.shape, self._inner()) if self.lean else 1
         if tiles == 1 or self.is_mutable_collection("inputs"):
             return feedforward(x, attended), cache
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         return feedforward.in_tiles(tiles, key, x, attended), cache
+
+    def _inner(self) -> int:
+        """The MLP's inner values of a token. Every tile reads the kernels of all experts: to be worth it, it holds as
+        many tokens more as there are experts that a token does not pass.
+        """
+        experts = self.config.experts
+        if not self.experts or experts is None:
+            return self.config.intermediate_size
+        if sharding.sizes():  # each device sorts its own tokens, all together
+            return 0
+        return max(1, experts.top_k**2 * experts.intermediate_size // experts.count)
 
 
 def _norm(config: ModelConfig, name: str | None, x: jax.Array) -> jax.Array:

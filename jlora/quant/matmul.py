@@ -1,5 +1,6 @@
 """The product of activations with a kernel, dense or packed (then dequantised again in the backward pass)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jlora import sharding
+from jlora.kernels import grouped
 from jlora.kernels.order import after
 from jlora.quant.formats import PackedArray, dequantize, is_packed
 
@@ -63,23 +65,60 @@ def grouped_matmul(
     x: Float[Array, "rows D"], kernel: "Float[Array, 'E D N'] | PackedArray", sizes: Int[Array, "E"]
 ) -> Float[Array, "rows N"]:
     """`matmul` with a kernel for each of E groups of consecutive rows, of `sizes` rows each."""
-    if is_packed(kernel):
-        return _packed_groups(x, kernel, sizes)
-    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+    return _packed_groups(x, kernel, sizes) if is_packed(kernel) else _dense_groups(x, kernel, sizes)
+
+
+def _turned(kernel: "jax.Array | PackedArray", dtype: jnp.dtype) -> jax.Array:
+    return jnp.swapaxes(_as_dense(kernel, dtype), -1, -2)
+
+
+def _as_dense(kernel: "jax.Array | PackedArray", dtype: jnp.dtype) -> jax.Array:
+    return dequantize(kernel, dtype) if is_packed(kernel) else kernel.astype(dtype)
+
+
+def _groups(x: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
+    return grouped.product(x, kernel, sizes, functools.partial(_as_dense, dtype=x.dtype))
+
+
+def _groups_turned(grad: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
+    return grouped.product(grad, kernel, sizes, functools.partial(_turned, dtype=grad.dtype))
+
+
+@jax.custom_vjp
+def _dense_groups(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _groups(x, kernel, sizes)
+
+
+def _dense_groups_forward(x: Any, kernel: Any, sizes: Any) -> tuple[jax.Array, tuple]:
+    kept = x.value if kernel.perturbed else None, kernel.value, sizes.value
+    return _groups(x.value, kernel.value, sizes.value), kept
+
+
+def _dense_groups_backward(residuals: tuple, grad: Any) -> tuple[jax.Array, jax.Array | None, None]:
+    x, kernel, sizes = residuals
+    if isinstance(grad, SymbolicZero):
+        grad = jnp.zeros(grad.shape, grad.dtype)
+    grad_x = _groups_turned(grad, kernel, sizes)
+    if x is None:
+        return grad_x, None, None
+    return grad_x, _summed(grouped.outer(x, grad, sizes).astype(kernel.dtype), kernel), None
+
+
+_dense_groups.defvjp(_dense_groups_forward, _dense_groups_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
 def _packed_groups(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x, dequantize(kernel, x.dtype), sizes)
+    return _groups(x, kernel, sizes)
 
 
 def _packed_groups_forward(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> tuple[jax.Array, tuple]:
-    return _packed_groups(x, kernel, sizes), (kernel, sizes)
+    return _groups(x, kernel, sizes), (kernel, sizes)
 
 
 def _packed_groups_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, None, None]:
     kernel, sizes = residuals
-    return jax.lax.ragged_dot(grad, jnp.swapaxes(dequantize(kernel, grad.dtype), -1, -2), sizes), None, None
+    return _groups_turned(grad, kernel, sizes), None, None
 
 
 _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)

@@ -83,6 +83,23 @@ def test_tiles_on_a_mesh_hold_some_of_every_devices_tokens(halves, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
 
 
+def test_tiles_of_experts_give_the_gradients_of_the_whole(monkeypatch):
+    """A tile holds the tokens of half of the experts' room: two of four are passed."""
+    config = CONFIG | dict(model_type="mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    model = models.build(config)
+    settings = lora.LoraConfig(r=3, target_modules="all-linear", target_parameters=["experts.down_proj"])
+    params = lora.init(model.random_params(jax.random.key(0)), settings, jax.random.key(1))
+    frozen, trainable = lora.split(params)
+    halves = model, frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable)
+    whole = gradients(halves, "full", TOKENS)
+    monkeypatch.setattr(decoder, "TILE", 1 << 10)
+    jax.clear_caches()
+    scans = str(jax.make_jaxpr(lambda x: model.hidden(lora.combine(frozen, x), TOKENS, remat="full")[0])(trainable))
+    assert "length=4" in scans  # 2 · 24 · 80 values: 3,840
+    tiled = gradients(halves, "full", TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
+
+
 def test_tiles_drop_other_inputs_each(halves, monkeypatch):
     monkeypatch.setattr(decoder, "TILE", 1 << 10)
     jax.clear_caches()

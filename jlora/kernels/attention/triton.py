@@ -319,7 +319,7 @@ def _forward(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> Non
     carry = jax.lax.fori_loop(0, some, functools.partial(visit, False), start)
     y, top, total = jax.lax.fori_loop(some, all_of_them, functools.partial(visit, True), carry)
     total = jnp.where(total > 0, total, 1)  # of what sees nothing, which is then zeros
-    blocks.write_queries(results.grad, block, group, y / total[:, None])
+    blocks.write_queries(results.grad, block, group, y * (1 / total)[:, None])
     blocks.write_queries(results.log_totals, block, group, (top + jnp.log2(total)) * (1 / LOG2E))
 
 

@@ -78,6 +78,7 @@ MODELS["Qwen3-30B-A3B"] = LLAMA | dict(
     model_type="qwen3_moe",
     architectures=["Qwen3MoeForCausalLM"],
     hidden_size=2048,
+    intermediate_size=6144,
     num_hidden_layers=48,
     num_attention_heads=32,
     num_key_value_heads=4,

@@ -20,13 +20,22 @@ _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
 # The same from a loop's condition, of which TPU's compiler says no number: the counter, from 0, is below a constant.
 _CONSTANT = re.compile(r"%([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 
 
 class _Computation(NamedTuple):
-    """Received bytes by kind of its own collectives, and (what it calls, how often)."""
+    """What one computation of a program does.
 
-    received: dict[str, float]
+    Attributes:
+        received: (kind, channel) → bytes. TPU's compiler lays an asynchronous collective in pieces beside the products
+            that it hides behind, each a fusion with the whole of it, and all of one channel.
+        fused: the fusions, of whose collectives each channel counts once.
+        calls: what else it calls, and how often.
+    """
+
+    received: dict[tuple[str, str], float]
+    fused: list[str]
     calls: list[tuple[str, int]]
 
 
@@ -38,11 +47,20 @@ def received(text: str) -> dict[str, int]:
         text: `compiled.as_text()`.
     """
     computations, entry = _read(text)
+    nothing = _Computation({}, [], [])
+
+    def channels(name: str) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        for fused in computations.get(name, nothing).fused:
+            found |= channels(fused)
+        return found | computations.get(name, nothing).received
 
     @functools.cache
     def total(name: str) -> Mapping[str, float]:
-        own = collections.Counter(computations[name].received) if name in computations else collections.Counter()
-        for called, times in computations[name].calls if name in computations else ():
+        own: collections.Counter[str] = collections.Counter()
+        for (kind, _), size in channels(name).items():
+            own[kind] += size
+        for called, times in computations.get(name, nothing).calls:
             for kind, count in total(called).items():
                 own[kind] += times * count
         return own
@@ -55,20 +73,27 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
     entry, name, current = "", "", None
     constants: dict[str, int] = {}
     limits: dict[str, int] = {}  # of conditions, which stand before their loops
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines()):
         if found := _COMPUTATION.match(line):
             name = found[2]
-            current = computations.setdefault(name, _Computation(collections.defaultdict(float), []))
+            current = computations.setdefault(name, _Computation({}, [], []))
             entry = name if found[1] else entry
         elif current is not None:
             if found := _COLLECTIVE.search(line):
-                current.received[found[2]] += _received(line, *found.groups())
+                kind, size = found[2], _received(line, *found.groups())
+                if name.startswith("all-reduce-scatter"):  # a TPU's fusion of both, which moves half
+                    kind, size = "reduce-scatter", size / 2
+                channel = _CHANNEL.search(line)
+                current.received[kind, channel[1] if channel else f"line {number}"] = size
             if found := _CONSTANT.search(line):
                 constants[found[1]] = int(found[2])
             if (found := _BELOW.search(line)) and found[1] in constants:
                 limits[name] = constants[found[1]]
             times = _turns(line, limits) if " while(" in line else 1
-            current.calls.extend((called, times) for called in _called(line))
+            if " fusion(" in line:
+                current.fused.extend(_called(line))
+            else:
+                current.calls.extend((called, times) for called in _called(line))
     return computations, entry
 
 

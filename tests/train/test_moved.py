@@ -99,3 +99,26 @@ def test_turns_that_only_the_condition_of_a_while_says():
         ).removeprefix(HEAD)
     )
     assert received(text) == {"all-gather": 33 * 16}
+
+
+def test_pieces_of_one_collective_count_once():
+    """As TPU's compiler writes them: a fusion that starts it, one for each product beside it, one that ends it."""
+    gather = "%{} = u8[64]{{0}} all-gather(%p), channel_id={}, replica_groups=[1,4]<=[4], dimensions={{0}}"
+    pieces = {"start": 7, "beside": 7, "done": 7, "another": 8}
+    text = HEAD
+    for name, channel in pieces.items():
+        text += f"%{name} (p: u8[16]) -> u8[64] {{\n  {gather.format('g' + name, channel)}\n}}\n\n"
+    fusions = [f"%f{name} = u8[64]{{0}} fusion(%p), kind=kCustom, calls=%{name}" for name in pieces]
+    body = "%body (p: u8[16]) -> u8[64] {\n" + "".join(f"  {line}\n" for line in fusions) + "}\n\n"
+    loop = '%w = u8[64] while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}'
+    assert received(text + body + entry(loop).removeprefix(HEAD)) == {"all-gather": 5 * 2 * 48}
+
+
+def test_a_tpus_reduce_scatter_is_a_fusion_of_an_all_reduce():
+    text = (
+        HEAD
+        + "%all-reduce-scatter.3 (p: f32[16]) -> f32[4] {\n"
+        + "  %r = f32[16]{0} all-reduce(%p), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add\n}\n\n"
+        + entry("%f = f32[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3").removeprefix(HEAD)
+    )
+    assert received(text) == {"reduce-scatter": 48}

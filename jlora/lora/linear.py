@@ -15,8 +15,8 @@ from jlora.types import SAVED, Params
 def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
     """x @ kernel + bias + update(x), with whichever leaves `module` holds (see `jlora.lora.partition`).
 
-    The update is computed in the adapter's dtype (float32) and the sum rounded once to x's dtype, as PEFT does (LoRA,
-    Hu et al. 2021). With `lora_magnitude` every output is rescaled to that length (DoRA, Liu et al. 2024).
+    The update multiplies in x's dtype, with sums in float32 (LoRA, Hu et al. 2021). With `lora_magnitude` every output
+    is rescaled to that length (DoRA, Liu et al. 2024).
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
@@ -51,11 +51,10 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     if "lora_ids" in module:
         return _update_by_row(x, module)
     lora_a, lora_b = module["lora_a"], module["lora_b"]
-    inputs = x
-    hidden = quant.matmul(_dropped(inputs, module, key), lora_a) * module["lora_scale"].astype(x.dtype)
+    hidden = quant.matmul(_dropped(x, module, key), lora_a) * module["lora_scale"].astype(x.dtype)
     y = quant.matmul(hidden, lora_b)
     if "lora_start_a" in module:
-        start = quant.matmul(inputs, module["lora_start_a"]) * module["lora_scale"]
+        start = quant.matmul(x, module["lora_start_a"]) * module["lora_scale"]
         y = y - quant.matmul(start, module["lora_start_b"])
     if "lora_bias" in module:
         y = y + _row(module["lora_bias"] * module["lora_scale"], y.ndim)
@@ -145,8 +144,8 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
     y = quant.grouped_matmul(x, module["kernel"], sizes)
     if "lora_a" in module:
         lora_a, lora_b = module["lora_a"], module["lora_b"]
-        hidden = quant.grouped_matmul(x.astype(lora_a.dtype), lora_a, sizes) * module["lora_scale"]
-        y = (y + quant.grouped_matmul(hidden, lora_b, sizes).astype(jnp.float32)).astype(y.dtype)
+        hidden = quant.grouped_matmul(x, lora_a, sizes) * module["lora_scale"].astype(x.dtype)
+        y = y + quant.grouped_matmul(hidden, lora_b, sizes)
     return checkpoint_name(y, SAVED)
 
 

@@ -76,6 +76,18 @@ def test_many_float32_rows_are_merged_and_few_are_not():
     assert products(jnp.ones((2, 9, 64), jnp.bfloat16)) == 0
 
 
+def test_inputs_are_not_copied_to_float32():
+    """Neither to meet an adapter, nor an expert's."""
+    inputs, rows = 64, 17
+    stacked = {name: jnp.stack([leaf] * 3) for name, leaf in module(inputs).items() if name != "bias"}
+    stacked["lora_scale"] = stacked["lora_scale"][0]
+    sizes = jnp.array([5, 0, 12], jnp.int32)
+    x = jnp.ones((rows, inputs), jnp.bfloat16)
+    for function in (lambda x: lora.linear(x, module(inputs)), lambda x: lora.grouped_linear(x, sizes, stacked)):
+        assert function(x).dtype == jnp.bfloat16
+        assert f"f32[{rows},{inputs}]" not in str(jax.make_jaxpr(function)(x))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pefts_linear_gives_the_same(dtype):
     m = {name: leaf.astype(dtype) if name in ("kernel", "bias") else leaf for name, leaf in module().items()}

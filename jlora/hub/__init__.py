@@ -1,4 +1,4 @@
-"""The Hub's files in and out: checkpoints, tokenizers, GGUF and PEFT adapters."""
+"""Reading and writing Hub files: checkpoints, tokenizers, GGUF and PEFT adapters."""
 
 from jlora.hub.adapters import load_adapter
 from jlora.hub.convert import convert_adapter

@@ -1,4 +1,4 @@
-"""adapter_config.json as PEFT means it: an adapter's modules, ranks and scales, and what jlora cannot apply."""
+"""PEFT's adapter_config.json: an adapter's modules, ranks and scales, and what jlora cannot apply."""
 
 import dataclasses
 import math
@@ -15,10 +15,10 @@ from jlora.lora.targets import HEADS
 from jlora.models.kinds import short
 
 CONFIG = "adapter_config.json"
-# The PEFT whose fields are written; readers decide by it how old an adapter is.
+# The PEFT version whose fields are written; readers tell an adapter's age from it.
 PEFT_VERSION = "0.21.2"
 
-# What PEFT takes for "adapt no linear", where an empty list is an error.
+# PEFT's value for "adapt no linear"; an empty list is an error there.
 NO_TARGETS = "dummy-target-modules"
 
 # Fields that change what an adapter computes in ways that jlora does not have, with the values that mean "not used".
@@ -32,10 +32,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "use_qalora": (False, None),
 }
-# Starts that change the base weights too: the saved A and B are right only on top of that changed base.
+# Initializations that change the base weights too: the saved A and B are right only on that changed base.
 CHANGES_BASE = r"pissa.*|olora|corda|loftq|lora_ga"
 
-# Fields that say how an adapter came about, or only matter to training or to the classes above.
+# Fields that say how an adapter was made, or matter only to training or to the unsupported features above.
 IGNORED = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
@@ -70,10 +70,13 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
-        """The config in a file's JSON object.
+        """The config from a file's JSON object.
+
+        Args:
+            path: the file, for messages.
 
         Raises:
-            ValueError: every field that is missing, malformed, or asks for something that jlora does not do.
+            ValueError: fields are missing, malformed, or ask for something that jlora does not do; all are listed.
         """
         problems = _problems(found)
         if problems:
@@ -110,15 +113,15 @@ class AdapterConfig:
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """alpha / r, or alpha / √r for rsLoRA."""
+        """The scale of a module by its Hub name: alpha / r, or alpha / √r for rsLoRA."""
         rank = self.rank(module)
         return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str, *, linear: bool = True) -> bool | None:
-        """Whether the adapter is meant for this module; None when the file leaves it to PEFT's defaults.
+        """Whether the adapter targets this module; None if the config leaves that to PEFT's defaults.
 
         Args:
-            linear: whether it is one, rather than an embedding.
+            linear: whether the module is a linear rather than an embedding.
         """
         if self.saves(module) or (self.exclude_modules and _matches(self.exclude_modules, module)):
             return False
@@ -132,7 +135,7 @@ class AdapterConfig:
         return _matches(self.target_modules, module)
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether the adapter is meant for this parameter: of experts, or a router's weight."""
+        """Whether the adapter targets this parameter: the experts' or a router's weight."""
         return _matches(self.target_parameters, name)
 
     def saves(self, module: str) -> bool:
@@ -140,7 +143,7 @@ class AdapterConfig:
         return any(module.endswith(name) for name in self.modules_to_save)
 
     def token_rows(self, embedding: str) -> dict[str, Sequence[int]]:
-        """Module name → the tokens whose rows the adapter replaces; those of no named module are `embedding`'s."""
+        """Module name → the tokens whose rows the adapter replaces; a config without module names means `embedding`."""
         tokens = self.trainable_token_indices
         return dict(tokens) if isinstance(tokens, Mapping) else {embedding: tokens} if tokens else {}
 
@@ -149,12 +152,12 @@ class Summary(NamedTuple):
     """An adapter as adapter_config.json describes it.
 
     Attributes:
-        ranks, alphas: of every adapted module, by its full name.
-        linears: every module of the base that could be adapted, by which target names are kept short without meaning
-            more than they should.
-        targets, parameters: the adapted modules, and parameters that are no modules.
+        ranks, alphas: full name → rank or alpha, for every adapted module.
+        linears: every module of the base that could be adapted; a target's name is shortened only if it then matches
+            no module that is not adapted.
+        targets, parameters: the adapted modules, and the adapted parameters that are not modules.
         tokens: as `trainable_token_indices`.
-        tied: the embedding's adapter acts in the head too.
+        tied: whether the embedding's adapter acts in the head too.
         task_type: PEFT's; "SEQ_CLS" for reward models, whose score head is one of `modules_to_save`.
     """
 
@@ -175,7 +178,7 @@ class Summary(NamedTuple):
 
 
 def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
-    """adapter_config.json of an adapter."""
+    """The adapter_config.json of an adapter."""
     ranks, alphas = summary.ranks, summary.alphas
     targets = _target_names(summary.targets, summary.linears)
     only_saved = summary.modules_to_save and not targets and not summary.parameters
@@ -233,7 +236,7 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
 
 
 def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
-    """Sorted ends of the names, which mean the parameter in every layer; all layers have one adapter or none has."""
+    """Sorted ends of the names, each of which means the parameter in every layer: all layers are adapted or none."""
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}) or None
 
 
@@ -242,14 +245,14 @@ def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
-    """PEFT's rule: a string is a regular expression of the whole name, a list holds whole names or their last parts."""
+    """PEFT's rule: a string is a regular expression of the whole name; a list has whole names or their last parts."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, is the module's name or ends it after a dot."""
+    """PEFT's rule: the first key that, as a regular expression, matches the module's name or its end after a dot."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
@@ -257,13 +260,13 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _commonest(values: Iterable[Any]) -> Any:
-    """The most frequent value, the largest of equally frequent ones."""
+    """The most frequent value; the largest one if several are."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
 def _target_names(modules: Sequence[str], linears: Iterable[str]) -> list[str]:
-    """Sorted names: the last part where every linear of the base that ends so is adapted, the whole name elsewhere."""
+    """Sorted names: the last part if every linear of the base with that ending is adapted, else the whole name."""
     adapted = set(modules)
     partial = {name.rpartition(".")[2] for name in linears if name not in adapted}
     return sorted({name if name.rpartition(".")[2] in partial else name.rpartition(".")[2] for name in adapted})

@@ -1,4 +1,4 @@
-"""What the values of adapter_config.json's fields can be, for every method of PEFT that is read."""
+"""Valid values of the fields of adapter_config.json, for all PEFT methods that jlora reads."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def _by_name(kind: Kind) -> Kind:
 PATTERN = Kind("a regular expression of names, or a list of names", lambda v: _is_pattern(v) or NAMES.holds(v))
 LAYERS = whole(0, LARGEST)
 
-# Field → its kind, where it is neither absent nor null, false or empty, which all mean that it is not used.
+# Field → its kind, unless the field is absent, null, false or empty, which all mean that it is not used.
 FIELDS: dict[str, Kind] = {
     "target_modules": PATTERN,
     "exclude_modules": PATTERN,
@@ -55,7 +55,7 @@ NEEDED: dict[str, Kind] = {"r": COUNT, "lora_alpha": NUMBER, "alpha": NUMBER}
 
 
 def wrong_fields(found: Mapping[str, Any], needed: tuple[str, ...]) -> list[str]:
-    """A line for each field whose value is not of its kind, and for each of those that are `needed` and not there."""
+    """A line for each `needed` field that is missing, and for each field whose value is not of its kind."""
     problems = [
         f"{name} is {short(found.get(name))}, expected {NEEDED[name].what}"
         for name in needed

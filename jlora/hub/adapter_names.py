@@ -1,4 +1,4 @@
-"""What the modules and leaves of a tree are called in an adapter's file, whichever model's tree it is."""
+"""Names of a tree's modules and leaves in an adapter's file, for jlora's own models and any other."""
 
 import re
 from collections import Counter
@@ -13,11 +13,13 @@ from jlora.lora.targets import module_names
 
 
 class AdapterNames:
-    """Names for one tree. The modules of jlora's own models have transformers' names. Those of any other Flax model
-    have their own, with dots; where two would be called the same ("a.b" and "b" in "a"), they keep the slash.
+    """Names for one tree.
+
+    Modules of jlora's own models have transformers' names. Modules of any other Flax model have their own, with dots;
+    if two would get the same name ("a.b" and "b" in "a"), they keep the slash.
 
     Attributes:
-        stack_of: the stack that a path of this tree is in, if any.
+        stack_of: (path) → the stack that it is in, if any.
     """
 
     def __init__(self, leaves: Mapping[str, Any]):
@@ -39,12 +41,14 @@ class AdapterNames:
         self._names = own | {module: [module] for module in twice if len(own[module]) == 1} | self._theirs
 
     def modules(self, path: str) -> list[str]:
-        """The names of the module at `path`, one a layer if it is stacked."""
+        """The names of the module at `path`, one per layer if it is stacked."""
         return self._names[path] if path in self._names else self._transformers(path, 1) or module_names(path, 1)
 
     def tensors(self, module: str, leaf: str, shape: tuple[int, ...]) -> list[names.HubTensor]:
-        """The tensors that hold the leaf, one a layer (or expert) if it is stacked: transformers', or of the module's
-        names. A matrix of any model lies there as torch has it; everything else as it is.
+        """The tensors that hold the leaf, one per layer (or expert) if it is stacked.
+
+        They have transformers' names, or the module's own. Matrices are stored as torch has them, everything else as it
+        is.
         """
         suffix, transposed = names.LEAVES.get(leaf, (leaf, False))
         beside = self._beside.get(module, set()) - {leaf}
@@ -63,16 +67,16 @@ class AdapterNames:
         ]
 
     def only(self, item: str) -> list[str]:
-        """The paths of the modules that a name or its last parts mean; a whole name means that module alone."""
+        """The paths of the modules whose name is `item`; if there are none, of those whose name ends in it."""
         exact = [path for path, found in self._names.items() if item in found]
         ends = [path for path, found in self._names.items() if any(name.endswith(f".{item}") for name in found)]
         return exact or ends
 
     def shortest(self, modules: Iterable[str]) -> list[str]:
-        """The shortest ends of names that mean these modules and no others, by PEFT's rule for `modules_to_save`.
+        """The shortest name endings that match these modules and no others, by PEFT's rule for `modules_to_save`.
 
         Raises:
-            UserError: a module whose whole name is the end of another's; all are listed.
+            UserError: a module's whole name is the end of another's; all are listed.
         """
         modules = set(modules)
         others = [name for path, found in self._names.items() if path not in modules for name in found]
@@ -91,7 +95,7 @@ class AdapterNames:
         return sorted(chosen)
 
     def _transformers(self, module: str, count: int) -> list[str]:
-        """transformers' names; none for a module that it does not have, or that is only called like a stack."""
+        """transformers' names; empty for a module that it does not have, or that is only named like a stack."""
         stacked = self.stack_of(module) is not None
         if stacked != (tree.stack_of(module) is not None) or (re.fullmatch(names.EXPERTS, module) and not stacked):
             return []

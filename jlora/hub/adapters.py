@@ -1,4 +1,4 @@
-"""Adapter folders of every kind that jlora opens as they are."""
+"""Adapter folders in every format that jlora loads without converting them."""
 
 import warnings
 from pathlib import Path
@@ -12,16 +12,17 @@ from jlora.types import Params
 
 
 def load_adapter(params: Params, path: str | Path, base: str | Path | None = None) -> Params:
-    """The params with the adapter of a PEFT or mlx-lm folder (or Hub id) in place of whatever adapter they had.
+    """The params with the adapter of a PEFT or mlx-lm folder (or Hub id) in place of any adapter they had.
 
     Layers that the adapter leaves out get rank 0: zero leaves, and a `lora_rank` leaf beside them.
 
     Args:
-        base: where the params are from; an adapter whose config names another model is said.
+        base: where the params come from; a warning is given if the adapter's config names another model.
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
-        ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
+        ValueError: the adapter uses features that jlora does not have, or tensors are missing, unknown or misshapen;
+            all are listed.
     """
     folder = locate_adapter(path)
     fields = read_json(folder / CONFIG)
@@ -33,15 +34,16 @@ def load_adapter(params: Params, path: str | Path, base: str | Path | None = Non
 
 
 def check_adapter(path: str | Path) -> None:
-    """Raises UserError for an adapter that cannot be opened, whatever model it is put on; its weights are not read."""
+    """Raises UserError if the adapter cannot be opened on any model; its weights are not read."""
     folder = locate_adapter(path)
     if not mlx.is_mlx(read_json(folder / CONFIG)):
         peft.open_adapter(folder)
 
 
 def _say_other_base(named: Any, folder: Path, base: str) -> None:
-    """Warn where the last part of the base's name in the adapter's config is nowhere in where the params are from: the
-    same model may lie in a folder of its name, or in a cache (models--owner--name/…).
+    """Warns if the base's path does not contain the last part of the name in the adapter's config.
+
+    The same model may be in a folder of its name, or in a cache (models--owner--name/…).
     """
     last = str(named or "").rstrip("/").rpartition("/")[2].lower()
     if last and last not in f"{base} {Path(base).expanduser().resolve()}".lower():

@@ -1,4 +1,4 @@
-"""PEFT's other adapters as LoRA: the best update of a given rank for every change of weights, and what it misses."""
+"""Converts PEFT's other adapters to LoRA: the best update of a given rank for each weight change, and its error."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,19 +32,23 @@ from jlora.types import Params
 
 
 def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tuple[Params, Fits]:
-    """(params with LoRA in place of whatever adapter they had, report) of a PEFT folder of (IA)³, LoHa, LoKr or VeRA.
+    """Converts a PEFT folder of (IA)³, LoHa, LoKr or VeRA to LoRA.
 
-    Every change of a weight becomes its best approximation of the rank, by its singular values (Eckart and Young 1936),
-    with a scale of 1. Layers that the adapter leaves out get rank 0, as with `load_adapter`. Biases that (IA)³ scales
-    become trained copies, exactly.
+    Each weight change becomes its best approximation of the given rank, from its singular values (Eckart and Young
+    1936), with a scale of 1. Layers that the adapter leaves out get rank 0, as with `load_adapter`. Biases that (IA)³
+    scales become trained copies, exactly.
 
     Args:
-        rank: of every module, or less where a change has no more; or, as a float in (0, 1], the share of each change's
-            squared singular values to keep, with the smallest rank that does (as PEFT's `convert_to_lora` means it).
+        rank: the rank of every module, or less where a change has a lower one; or, as a float in (0, 1], the share of
+            each change's squared singular values to keep, by the smallest rank that does (as in PEFT's
+            `convert_to_lora`).
+
+    Returns:
+        (params with the LoRA in place of any adapter they had, report of each module's error).
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
-        ValueError: a rank or a field that cannot be; missing, unknown and misshapen tensors. All are listed.
+        ValueError: the rank or a field is invalid, or tensors are missing, unknown or misshapen; all are listed.
     """
     check_rank(rank)
     folder = locate_adapter(path)
@@ -72,7 +76,7 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class _Converted(AdapterConfig):
-    """The settings of a LoRA whose every module has a rank of its own and a scale of 1."""
+    """The settings of a LoRA in which every module has its own rank and a scale of 1."""
 
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -88,7 +92,7 @@ class _Source(NamedTuple):
 
     Attributes:
         copies: the tensors of `modules_to_save`.
-        shared: whole name → shape of tensors that belong to no module.
+        shared: whole name → shape, for tensors that belong to no module.
     """
 
     file: Path
@@ -103,7 +107,7 @@ def _open(method: Method, file: Path, base: Params) -> _Source:
     """The file's tensors and their places.
 
     Raises:
-        ValueError: they do not fit the model.
+        ValueError: the tensors do not fit the model.
     """
     found = tensor_infos([file])
     leaves = tree.flatten(base)
@@ -120,13 +124,13 @@ def _open(method: Method, file: Path, base: Params) -> _Source:
 
 def _is_wanted(module: Module, method: Method, found: Mapping[str, TensorInfo]) -> bool:
     wanted = method.config.targets(module.name)
-    if wanted is None:  # left to PEFT's defaults: what the file holds
+    if wanted is None:  # left to PEFT's defaults, so the file decides
         return any(f"{module.tensors}.{end}" in found for end in method.shapes(module))
     return wanted
 
 
 def _changes(method: Method, source: _Source) -> Iterator[tuple[Module, Tensors, Change]]:
-    """Every adapted module with its tensors and its change, one at a time: only one is ever held."""
+    """Yields every adapted module with its tensors and its change; only one change is held at a time."""
     shared = method.shared(source.adapted, {name: _read(source.file, name) for name in source.shared})
     for module in source.adapted:
         tensors = {end: _read(source.file, f"{module.tensors}.{end}") for end in method.shapes(module)}
@@ -139,7 +143,7 @@ def _read(file: Path, name: str) -> np.ndarray:
 
 
 def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N"]:
-    """The base's weight of one layer, float32, unpacked if it is packed."""
+    """The base's weight of one layer in float32, unpacked if it is packed."""
     for embedding, head in TIED_HEADS.items():
         if module.path == head and f"{head}/kernel" not in leaves:
             return np.asarray(leaves[f"{embedding}/embedding"]).astype(np.float32).T
@@ -151,9 +155,9 @@ def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N
 
 
 def _biases(source: _Source, scales: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """Path of a bias's trained copy → [L, N] or [N], times what its module's output is scaled by.
+    """Path of a bias's trained copy → bias [L, N] or [N], times the scale of its module's output.
 
-    Where one is needed, all adapted modules that have a bias get one: PEFT trains the biases of all or of none.
+    If one is needed, all adapted modules with a bias get one: PEFT trains the biases of all or none.
     """
     pairs = [(m, s) for m, s in zip(source.adapted, scales, strict=True) if f"{m.path}/bias" in source.leaves]
     if all(scale is None for _, scale in pairs):
@@ -174,6 +178,6 @@ def _factor_slots(module: Module, rank: int) -> Sequence[tuple[str, Slot]]:
 
 
 def _file_factors(module: Module, left: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
-    """PEFT's A [R, D] and B [N, R] by the names that a LoRA of the module has there."""
+    """PEFT's A [R, D] and B [N, R] under the names of a LoRA of the module."""
     names = module.factors(left.shape[1])
     return {names["lora_a"][0]: left.T, names["lora_b"][0]: right.T}

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder that transformers opens: adapters merged, packed leaves unpacked, one by one."""
+"""Writes models as Hugging Face folders for transformers: adapters are merged and packed leaves unpacked one by one."""
 
 import dataclasses
 import functools
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
-# Whatever transformers may write of a tokenizer, or read as part of one: another model's is not mixed with the new one.
+# All files that transformers may write for a tokenizer, or read as part of one, so that an old one is not mixed with
+# the new one.
 TOKENIZER = (
     *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates"),
@@ -53,7 +54,12 @@ class Piece(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What is written together: tensors by name, made when their file is, and about how many bytes they have."""
+    """Tensors that are written together.
+
+    Attributes:
+        nbytes: about how many bytes they have.
+        tensors: makes the tensors, by name; called when their file is written.
+    """
 
     nbytes: int
     tensors: Callable[[], Mapping[str, np.ndarray]]
@@ -67,12 +73,12 @@ def save_model(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
+    """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
-    Params with a score head make a reward model (…ForSequenceClassification), which has no head for logits.
+    Params with a score head are written as a reward model (…ForSequenceClassification), which has no head for logits.
 
     Args:
-        shard_bytes: the most bytes of tensors in one file; more make several files and an index.
+        shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
 
     Raises:
         ValueError: `params` are not those of `model`, or have a score head that transformers has no class for.
@@ -85,7 +91,7 @@ def save_model(
 
 
 def require_writable(model: "Model", params: Params) -> None:
-    """Nothing, if a file of the model with its adapter merged in can be written; found out before anything is merged.
+    """Checks, before anything is merged, that the model with its adapter can be written.
 
     Raises:
         ValueError: as `save_model`.
@@ -100,7 +106,7 @@ def write_folder(
     tokenizer: "PreTrainedTokenizerBase | None",
     shard_bytes: int,
 ) -> None:
-    """Write config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
+    """Writes config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
     config, generation = configs
     shards = _shards(entries, shard_bytes)
     stale = STALE if tokenizer is None else STALE + TOKENIZER
@@ -122,10 +128,10 @@ def write_folder(
 
 
 def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
-    """(model, params) as files of the merged model have them, adapters still to be merged leaf by leaf.
+    """(model, params) as the merged model's files have them, except that adapters are still to be merged leaf by leaf.
 
-    The score head is the base's, embedding and head are two where the adapter makes them two. Of a merge-aware run,
-    whose kernels were trained to be packed with their update, the packed sum is the model.
+    A score head becomes part of the base; embedding and head become two if the adapter makes them differ. The kernels
+    of a merge-aware run are merged and packed here: they were trained to be packed with their update.
     """
     if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
         params = lora.merge(params)
@@ -134,7 +140,7 @@ def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
 
 
 def untied(model: "Model", params: Params) -> "Model":
-    """The model whose config says so if its tied embedding and head have become two."""
+    """The model, with a config that says so if its tied embedding and head have become two."""
     if not model.config.tie_word_embeddings or "kernel" not in params.get(model.config.names.head, {}):
         return model
     source = json.dumps(model.config.to_hf() | {"tie_word_embeddings": False}, sort_keys=True)
@@ -144,7 +150,11 @@ def untied(model: "Model", params: Params) -> "Model":
 
 
 def pieces_of(model: "Model", params: Params) -> list[Piece]:
-    """Every tensor of the folder, sorted by name."""
+    """Every tensor of the folder, sorted by name.
+
+    Raises:
+        ValueError: `params` are not those of `model`; all differences are listed.
+    """
     kind = model.config.model_type
     leaves = tree.flatten(model.abstract_params(np.float32))
     expected = {
@@ -185,7 +195,7 @@ def _biases_without_base(params: Params) -> list[str]:
 
 
 def _shards(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
-    """File name → what it holds, each file at most `limit` bytes unless one entry alone is more."""
+    """File name → its entries; a file has at most `limit` bytes unless a single entry is larger."""
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -200,10 +210,10 @@ def _shards(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
 
 
 def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None = None) -> dict[str, np.ndarray]:
-    """The tensor's values on the host, as the Hub has them, in `dtype` (None: the leaf's own)."""
+    """{name: the tensor's values on the host} in the Hub's layout, in `dtype` (None: the leaf's own)."""
     module_path, _, name = piece.path.rpartition("/")
     module, tensor = tree.subtree(params, module_path), piece.tensor
-    # A module's other leaves of its own have no part in this one, and need not be fetched.
+    # The module's other base leaves do not affect this one and need not be fetched.
     wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
     values = np.asarray(lora.merged_leaf(wanted, name, dtype))
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
@@ -211,7 +221,7 @@ def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None 
 
 
 def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
-    """The leaf's entry for one layer (and expert); an adapter's settings have no axis of experts."""
+    """The leaf's entry for one layer (and expert); an adapter's settings have no experts axis."""
     if name in ("lora_scale", "lora_rank"):
         index = index[:1]
     return jax.tree.map(lambda part: part[index], leaf)
@@ -220,7 +230,7 @@ def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
 def configs(
     model: "Model", pieces: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """config.json and generation_config.json."""
+    """(config.json, generation_config.json or None)."""
     config = dict(model.config.to_hf())
     generation = config.pop("generation_config", None)
     for outdated in ("torch_dtype", "quantization_config"):
@@ -238,7 +248,7 @@ def _generation_config(
     generation: Mapping[str, Any] | None,
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> Mapping[str, Any] | None:
-    """generation_config.json, which names every token that ends an answer, those that only the tokenizer knows too.
+    """generation_config.json, with every token that ends an answer, including those that only the tokenizer knows.
 
     A model that was trained on chats ends its answers as their template does, whatever its base ended texts with.
     """
@@ -246,7 +256,7 @@ def _generation_config(
     ends = known if tokenizer is None else end_ids(tokenizer, known, model.config.vocab_size)
     if set(ends) <= set(known):
         return generation
-    if generation is None:  # what transformers takes from config.json where there is no such file
+    if generation is None:  # without the file, transformers takes these from config.json
         names_of_tokens = ("bos_token_id", "pad_token_id")
         generation = {name: config[name] for name in names_of_tokens if config.get(name) is not None}
     return {**generation, "eos_token_id": list(ends)}

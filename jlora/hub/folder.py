@@ -1,4 +1,4 @@
-"""Folders and files written whole: under a temporary name first, then swapped in: no reader meets half of one."""
+"""Folders and files that are written under a temporary name and then swapped in: no reader sees a partial one."""
 
 import contextlib
 import errno
@@ -15,13 +15,14 @@ from jlora.hub.source import gguf_files
 
 @contextlib.contextmanager
 def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder to write into, which becomes `path` when the block ends without an error.
+    """Yields a temporary folder to write into, which becomes `path` when the block ends without an error.
 
     Files of an existing folder that the new one does not have are kept, except those that match a `stale` pattern.
-    Where `path` is a link, what it points to is replaced.
+    If `path` is a link, its target is replaced.
 
     Args:
-        marker: the file by which an existing folder is known to be of the kind that may be replaced.
+        marker: the file that an existing folder must have to be replaced.
+        stale: patterns of files that are not kept.
 
     Raises:
         FileExistsError: `path` exists, is not empty and has no `marker`; nothing was touched.
@@ -36,7 +37,7 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
             target.parent.mkdir(parents=True, exist_ok=True)
             fresh.mkdir()
             yield fresh
-        for entry in fresh.iterdir():  # safetensors makes its files readable by their owner alone
+        for entry in fresh.iterdir():  # safetensors makes its files readable by their owner only
             if entry.is_file():
                 entry.chmod((fresh / marker).stat().st_mode)
         _swap(fresh, target, stale)
@@ -45,13 +46,13 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
 
 
 def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """Nothing, if writing `out` replaces none of the inputs.
+    """Checks that writing `out` replaces none of the inputs.
 
     Args:
-        inputs: what the user calls it ("--model") → folder, file or Hub id; None: not given.
+        inputs: the user's name for an input ("--model") → folder, file or Hub id; None if it is not given.
 
     Raises:
-        ValueError: `out` is one of them; all are named.
+        ValueError: `out` is one of the inputs, or several; all are named.
     """
     target = Path(out).expanduser().resolve()
     found = {name: Path(path).expanduser() for name, path in inputs.items() if path}
@@ -66,11 +67,12 @@ def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> N
 
 @contextlib.contextmanager
 def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
-    """A temporary file to write, which becomes `path`, or what a link there points to, when the block ends without an
-    error.
+    """Yields the path of a temporary file to write, which becomes `path` when the block ends without an error.
+
+    If `path` is a link, its target is replaced.
 
     Args:
-        magic: what an existing file that may be replaced begins with.
+        magic: the bytes that an existing file must begin with to be replaced.
 
     Raises:
         FileExistsError: `path` is a folder, or a file of another kind; nothing was touched.
@@ -95,10 +97,10 @@ def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _naming_a_full_disk(target: Path) -> Iterator[None]:
-    """Turns what the block raises for want of room into one error that says where."""
+    """Turns the block's errors about a full disk into one NoSpaceError that says where."""
     try:
         yield
-    except Exception as error:  # safetensors' and tokenizers' are of no common class; all others go on as they are
+    except Exception as error:  # safetensors' and tokenizers' errors have no common class
         if not _is_full(error):
             raise
         free = shutil.disk_usage(_existing(target)).free / 2**20
@@ -109,7 +111,7 @@ def _naming_a_full_disk(target: Path) -> Iterator[None]:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether it says that a disk or a quota is full, or the largest file's size reached; NumPy says only how much."""
+    """Whether the error means a full disk or quota, or a file that is too large; NumPy only says how much it wrote."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     found = re.search(r"\(os error (\d+)\)", str(error))
     short = isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error))

@@ -1,4 +1,4 @@
-"""A model off the Hub as `(model, params)`, each tensor cast, packed and placed as it is read: the host holds one."""
+"""Loads Hub models as `(model, params)`; tensors are cast, packed and placed one by one, so the host holds only one."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jlora.models import Model
 
 FLOATS = ("bfloat16", "float16", "float32")
-BYTES = ("U8", "I8")  # what bitsandbytes packs into
+BYTES = ("U8", "I8")  # dtypes that bitsandbytes packs into
 MANY = 100
 
 
@@ -50,22 +50,22 @@ def load(
     *,
     vocab: Vocab = None,
 ) -> tuple["Model", Params]:
-    """The model and its params from a Hugging Face folder, a Hub id or a GGUF file.
+    """Loads the model and its params from a Hugging Face folder, a Hub id or a GGUF file.
 
-    Reward models (…ForSequenceClassification with one label) come with score/kernel, which Model.score applies; unless
-    head and embedding are tied they have no head for logits.
+    Reward models (…ForSequenceClassification with one label) come with score/kernel, which Model.score applies; they
+    have no head for logits unless head and embedding are tied.
 
     Args:
-        dtype: of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
-        quant: which leaves are packed, from the values rounded to `dtype`. A checkpoint that bitsandbytes packed takes
-            None: its packed tensors are taken over as they are.
+        dtype: the dtype of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
+        quant: which leaves to pack, from their values rounded to `dtype`. Must be None for a checkpoint that
+            bitsandbytes packed: its packed tensors are kept as they are.
         mesh: places every leaf by `jlora.sharding`; None leaves them on the default device.
-        vocab: how many rows embedding and head shall have, or "tokenizer": as many as the source's tokenizer needs. New
+        vocab: the number of rows of embedding and head, or "tokenizer" for as many as the source's tokenizer needs. New
             rows are the mean of the others. None leaves them as they are.
 
     Raises:
-        FileNotFoundError: the checkpoint or files of it are missing.
-        ValueError: files are broken, the model is of an unknown kind, or tensors do not fit it; all are listed.
+        FileNotFoundError: the checkpoint or some of its files are missing.
+        ValueError: files are broken, the kind of model is unknown, or tensors do not fit it; all are listed.
     """
     contents = _contents(source, open_source(source), float_dtype(dtype, mesh), as_config(quant), vocab)
     return contents.model, tree.unflatten({path: contents.load(path, mesh) for path in contents.leaves})
@@ -79,8 +79,9 @@ def describe(
     *,
     vocab: Vocab = None,
 ) -> tuple["Model", Params]:
-    """What `load` returns, with shapes, dtypes and shardings in the place of arrays. Of the source config.json is
-    enough; of a Hub id nothing else is fetched.
+    """What `load` returns, with shapes, dtypes and shardings instead of arrays.
+
+    The source needs only config.json; from a Hub id only it and generation_config.json are fetched.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
@@ -96,9 +97,9 @@ class Contents(NamedTuple):
     """A checkpoint that fits its model.
 
     Attributes:
-        leaves: path → what is made of it before it is packed.
-        tensors: path → the tensors that it is made of.
-        stored: the tensors that are packed already.
+        leaves: path → the leaf before it is packed.
+        tensors: path → the tensors that the leaf is made of.
+        stored: name → tensor, for those that are already packed.
         read: (a tensor's name) → its values.
     """
 
@@ -110,7 +111,7 @@ class Contents(NamedTuple):
     read: Callable[[str], Any]
 
     def abstract(self, path: str) -> Any:
-        """The leaf as it will be kept."""
+        """The leaf's shapes and dtypes as they will be kept."""
         return _abstract(self.leaves[path], form_of(self.forms, path))
 
     def load(self, path: str, mesh: Mesh | None) -> Any:
@@ -143,29 +144,31 @@ def _contents(
 
 
 def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
-    """The model that `load` makes of the source, without its params: its weights are not read, but for a head that may
-    be the embedding once more, which is compared with it by the block, once in a process.
+    """The model that `load` would return, without its params.
+
+    No weights are read, except a head that may repeat the embedding: the two are compared block by block, once per
+    process.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`, where the weights are not looked at.
+        FileNotFoundError, ValueError: as `load`, but nothing is said about the weights.
     """
     return resized(_build(open_source(source)), source, vocab)
 
 
 def describe_model(source: str | Path, vocab: Vocab = None) -> "Model":
-    """The model that `describe` makes of the source: config.json is enough.
+    """The model that `describe` would return; config.json is enough.
 
     Raises:
-        FileNotFoundError, ValueError: as `describe`, where weights are not looked at.
+        FileNotFoundError, ValueError: as `describe`, but nothing is said about the weights.
     """
     return resized(_build(open_description(source)), source, vocab)
 
 
 def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) -> np.dtype:
-    """The dtype that `dtype` names; None is what the devices at hand multiply fastest.
+    """The dtype that `dtype` names; None gives float32 on CPU and bfloat16 elsewhere, which multiply fastest there.
 
     Raises:
-        ValueError: not one of bfloat16, float16, float32.
+        ValueError: `dtype` is not one of bfloat16, float16, float32.
     """
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
@@ -180,8 +183,10 @@ def float_dtype(dtype: jax.typing.DTypeLike | None, mesh: Mesh | None = None) ->
 
 
 def checkpoint_dtype(source: str | Path) -> np.dtype:
-    """The dtype in which to write what is made of the checkpoint: what config.json names; where it names none that can
-    hold a model, what the matrices are stored in, and bfloat16 for the packed blocks of a GGUF file.
+    """The dtype in which to write a model made from the checkpoint.
+
+    It is the one that config.json names; if that cannot hold a model, the one that the largest tensor is stored in, and
+    bfloat16 for a GGUF file with packed blocks.
     """
     checkpoint = open_source(source)
     name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
@@ -189,8 +194,9 @@ def checkpoint_dtype(source: str | Path) -> np.dtype:
 
 
 def exact_dtype(source: str | Path) -> np.dtype:
-    """The dtype in which loading loses nothing of the matrices: what they are stored in; float32 where they differ, and
-    for the packed blocks of a GGUF file.
+    """The dtype in which the matrices load without loss.
+
+    It is the one that they are stored in; float32 if they differ, and for a GGUF file with packed blocks.
     """
     checkpoint = open_source(source)
     matrices = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1 and info.dtype not in BYTES}
@@ -198,7 +204,7 @@ def exact_dtype(source: str | Path) -> np.dtype:
 
 
 def _stored_in(checkpoint: Source) -> np.dtype | None:
-    """The dtype of the largest tensor; None where there is none, or a GGUF file has some in packed blocks."""
+    """The dtype of the largest tensor; None if there are no tensors, or a GGUF file has some in packed blocks."""
     tensors = [info for info in checkpoint.tensors.values() if info.dtype not in BYTES]
     if not tensors or not all(info.dtype in DTYPES for info in tensors):
         return None
@@ -207,10 +213,10 @@ def _stored_in(checkpoint: Source) -> np.dtype | None:
 
 
 def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
-    """The tensors that are packed already, by name."""
+    """Name → tensor, for those that are already packed."""
     settings = checkpoint.config.get("quantization_config") or {}
     settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)[:60]}
-    ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # what early versions wrote, and no method
+    ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # early versions wrote these without a method
     method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
     if settings and method != "bitsandbytes":
         raise UserError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
@@ -230,7 +236,7 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
 
 
 def _build(checkpoint: Source | Description) -> "Model":
-    """The model, which ends a text where generation_config.json says so: chat models often have more ends than one."""
+    """The model, with the end tokens of generation_config.json if it has some: chat models often have several."""
     generation = checkpoint.generation_config
     if not generation:
         return models.build(checkpoint.config)
@@ -247,7 +253,7 @@ def _build(checkpoint: Source | Description) -> "Model":
 def _leaves(
     model: "Model", checkpoint: Source | Description, dtype: np.dtype, stacks: tuple[range, ...] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path → what is to be read from the checkpoint."""
+    """Path → the leaf to read from the checkpoint."""
     leaves = tree.flatten(model.abstract_params(dtype, stacks))
     if not is_scored(checkpoint):
         return leaves
@@ -256,7 +262,7 @@ def _leaves(
 
 
 def _require_plausible(leaves: dict[str, jax.ShapeDtypeStruct], checkpoint: Source) -> None:
-    """Check that the model does not need many times the tensors that there are: so many names would fill the memory."""
+    """Raises UserError if the model needs many times the tensors that there are: their names would fill the memory."""
     needed = 0
     for path, leaf in leaves.items():
         stacked = tree.stack_of(path) is not None
@@ -276,7 +282,7 @@ def _hub_tensors(model: "Model", leaves: dict[str, jax.ShapeDtypeStruct]) -> dic
 def _check(
     checkpoint: Source, tensors: dict[str, list[names.HubTensor]], stored: dict[str, Stored]
 ) -> dict[str, Stored]:
-    """The packed tensors by the names that the model has for them, if all tensors are the model's."""
+    """The packed tensors by the model's names for them. Raises UserError unless the checkpoint fits the model."""
     members = {tensor.name: tensor for tensors_of_leaf in tensors.values() for tensor in tensors_of_leaf}
     renamed = names.without_prefix(members, checkpoint.tensors)
     checkpoint.rename(renamed)
@@ -285,7 +291,7 @@ def _check(
     found = {name: info for name, info in checkpoint.tensors.items() if name not in companions}
     expected = {name: tensor.shape for name, tensor in members.items()}
     for name, packed in stored.items():
-        # bitsandbytes' are [out, in] whatever the layer's class.
+        # bitsandbytes stores [out, in] whatever the layer's class.
         found[name] = TensorInfo(packed.matrix[::-1], "F32", found[name].file)
         if name in members and not members[name].transposed:
             expected[name] = expected[name][::-1]
@@ -299,7 +305,7 @@ def _grown(
     tensors: dict[str, list[names.HubTensor]],
     stored: dict[str, Stored],
 ) -> Callable[[str], Any]:
-    """`read`, whose tensors of embedding and head have the model's rows."""
+    """`read`, with embedding and head grown to the model's number of rows."""
     of_model = model.config.names
     paths = (f"{of_model.embedding}/embedding", f"{of_model.head}/kernel")
     wide = {tensor.name for path in paths for tensor in tensors.get(path, ())}
@@ -317,7 +323,7 @@ def _load_leaf(
     form: Form,
     mesh: Mesh | None,
 ) -> Any:
-    """One leaf, its layers written one after another into a buffer that is given up and returned every time."""
+    """One leaf; its layers are written one at a time into a buffer that each write donates and returns."""
     packing = Packing(tensors[0].transposed, form, None)
     whole = _abstract(leaf, form)
     leading = len(tensors[0].index)
@@ -337,16 +343,16 @@ def _load_leaf(
     parts, structure = jax.tree.flatten(whole)
     buffer = jax.tree.unflatten(structure, _zeros(tuple(parts), packing.shardings))
     for index, members in itertools.groupby(tensors, lambda tensor: tensor.index):
-        # Some leaves lie on the Hub as several tensors of columns.
+        # Some leaves are several tensors on the Hub, each with some of the columns.
         pieces = [read(tensor.name) for tensor in members]
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if packing.transposed else -1)
-        # Without the wait, reading would run ahead of the device and the host would hold many tensors.
+        # Wait, or reading would run ahead of the device and the host would hold many tensors.
         buffer = jax.block_until_ready(_write(buffer, put(values), index, packing))
     return buffer
 
 
 def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: int, transposed: bool) -> NamedSharding:
-    """Where the checkpoint's tensor goes, so that each device is sent only the part that it will keep."""
+    """The sharding of a checkpoint tensor by which each device is sent only the part that it will keep."""
     axes = list(sharding.leaf_sharding(path, leaf, mesh).spec)
     axes += [None] * (len(leaf.shape) - len(axes))
     axes = axes[leading:]
@@ -354,7 +360,7 @@ def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: in
 
 
 def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
-    """Each part of what was read, put where it belongs; a dense tensor is its one part."""
+    """`values` with each part placed; a dense tensor is a single part."""
     parts, structure = jax.tree.flatten(values)
     placed = [
         jax.make_array_from_callback(part.shape, placement, lambda index, part=part: part[index])
@@ -364,7 +370,7 @@ def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
 
 
 def _abstract(leaf: jax.ShapeDtypeStruct, form: Form) -> Any:
-    """The leaf packed, as shapes."""
+    """The shapes and dtypes of the packed leaf."""
     return jax.eval_shape(functools.partial(_pack, packing=Packing(False, form, None)), leaf)
 
 
@@ -395,7 +401,7 @@ def _convert(raw: Any, packing: Packing) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("packing",), donate_argnames=("buffer",))
 def _write(buffer: Any, raw: Any, index: tuple[jax.Array, ...], packing: Packing) -> Any:
-    """The buffer with `raw` packed at `index` of its leading axes."""
+    """The buffer with `raw`, packed, written at `index` of its leading axes."""
 
     def write(whole: jax.Array, part: jax.Array) -> jax.Array:
         start = (*index, *[0] * part.ndim)

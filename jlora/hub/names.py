@@ -1,4 +1,4 @@
-"""The Hub's names, and the only place that knows them: jlora stacks layers, the Hub names every layer by itself.
+"""The Hub's names, which only this module knows: jlora stacks layers, while the Hub has a name for each layer.
 
 layers/self_attn/q_proj/kernel [L, D, N]  ↔  model.layers.{0…L-1}.self_attn.q_proj.weight, each [N, D]
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 
-# Ordered (jlora module path, Hub module name); `{layer}` marks a stack, whose leaves have a leading axis of layers.
+# Ordered (jlora module path, Hub module name); `{layer}` marks a stack, whose leaves have a leading layers axis.
 MODULES: tuple[tuple[str, str], ...] = (
     (r"layers/(?P<rest>.+)", "model.layers.{layer}.{rest}"),
     (r"(?P<rest>embed_tokens|norm)", "model.{rest}"),
@@ -21,10 +21,10 @@ MODULES: tuple[tuple[str, str], ...] = (
     (r"gpt_neox/layers/(?P<rest>.+)", "gpt_neox.layers.{layer}.{rest}"),
     (r"gpt_neox/(?P<rest>embed_in|final_layer_norm)", "gpt_neox.{rest}"),
 )
-# What the classes with a head put before their base model's names; checkpoints of the base model alone lack it.
+# Classes with a head put these before their base model's names; checkpoints of the base model alone do not have them.
 PREFIXES = ("model.", "transformer.", "gpt_neox.")
 
-# Leaf → the last part of the Hub's name, and whether the Hub stores the matrix as [out, in] where jlora has [in, out].
+# Leaf → (last part of the Hub's name, whether the Hub stores the matrix as [out, in], while jlora has [in, out]).
 LEAVES: dict[str, tuple[str, bool]] = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
@@ -35,10 +35,10 @@ LEAVES: dict[str, tuple[str, bool]] = {
 # GPT-2's linears are `Conv1D`, which store [in, out].
 UNTRANSPOSED = r"h/.*/kernel"
 
-# Kernels of experts, which the Hub stores one by one and unfused: the parts of their columns, in order.
+# Kernels of experts, which the Hub stores one by one and unfused. EXPERT_PARTS: the parts of their columns, in order.
 EXPERTS = r"(?P<stack>.+)/mlp/experts/(?P<kernel>gate_up_proj|down_proj)"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# model_type → (name in the list above, name in its checkpoints); transformers renames as it loads.
+# model_type → (pattern in the names from above, replacement in its checkpoints); transformers renames as it loads.
 CHECKPOINT_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": (
         (r"\.mlp\.", ".block_sparse_moe."),
@@ -48,7 +48,7 @@ CHECKPOINT_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Buffers that old checkpoints carry and every loader recomputes.
+# Buffers that old checkpoints have and every loader recomputes.
 HARMLESS = (
     r".*\.rotary_emb\.inv_freq",
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
@@ -145,13 +145,13 @@ GGUF_MODULES: dict[str, Table] = {
 
 
 class HubTensor(NamedTuple):
-    """One tensor as the Hub has it, and where it lies in the leaf.
+    """One of the Hub's tensors, and its place in the leaf.
 
     Attributes:
         name, shape: the Hub's.
         transposed: whether it is the transpose of jlora's.
-        index: of the leaf's leading axes: (), (layer,) or (layer, expert).
-        columns: which of the leaf's last axis it is; None for all.
+        index: its index in the leaf's leading axes: (), (layer,) or (layer, expert).
+        columns: (start, stop) of its part of the leaf's last axis; None for all.
     """
 
     name: str
@@ -162,7 +162,7 @@ class HubTensor(NamedTuple):
 
 
 def module_names(module: str, count: int) -> list[str]:
-    """transformers' module names for a jlora module path: one a layer for a stacked module, otherwise just one.
+    """transformers' module names for a jlora module path: one per layer for a stacked module, otherwise just one.
 
     "layers/self_attn/q_proj", 2 → ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
 
@@ -183,10 +183,10 @@ def module_names(module: str, count: int) -> list[str]:
 
 
 def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list[HubTensor]:
-    """The Hub's tensors that hold the leaf at `path`, in the order of its leading axes and of its columns.
+    """The Hub's tensors that hold the leaf at `path`, in the order of its leading axes and then its columns.
 
     Args:
-        model_type: some families' checkpoints have names of their own.
+        model_type: the model's family; some families' checkpoints use other names.
 
     Raises:
         ValueError: the leaf has no counterpart on the Hub.
@@ -234,7 +234,7 @@ def _checkpoint_name(name: str, model_type: str) -> str:
 
 
 def without_prefix(expected: Iterable[str], found: Collection[str]) -> dict[str, str]:
-    """Expected name → the name it has in a checkpoint of the base model alone, where only that is `found`."""
+    """Expected name → its name in a checkpoint of the base model alone, if the tensor is `found` only under that."""
     stripped = {name: name.removeprefix(prefix) for name in expected for prefix in PREFIXES if name.startswith(prefix)}
     return {name: short for name, short in stripped.items() if name not in found and short in found}
 
@@ -245,10 +245,10 @@ def is_harmless(name: str) -> bool:
 
 
 def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:
-    """GGUF tensor name → Hub tensor name, for those that are weights of such a model; others are left out.
+    """GGUF tensor name → Hub tensor name; tensors that are not weights of such a model are left out.
 
     "blk.3.attn_q.weight" → "model.layers.3.self_attn.q_proj.weight"
-    "blk.3.ffn_up_exps.weight" → "model.layers.3.mlp.experts.{expert}.up_proj.weight", of one tensor [E, F, D]
+    "blk.3.ffn_up_exps.weight" → "model.layers.3.mlp.experts.{expert}.up_proj.weight", for one tensor [E, F, D]
     """
     found: dict[str, str] = {}
     for name in names:
@@ -261,7 +261,7 @@ def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]
 
 
 def to_gguf(name: str, model_type: str) -> str:
-    """GGUF's name for one of the Hub's tensors; of one expert's, that of all experts together.
+    """GGUF's name for one of the Hub's tensors; for one expert's, the name of the tensor of all experts.
 
     Raises:
         ValueError: GGUF has no such tensor.
@@ -275,7 +275,7 @@ def to_gguf(name: str, model_type: str) -> str:
 
 
 def _numbers_out(name: str, **patterns: str) -> tuple[str, dict[str, str]]:
-    """The name with the numbers that match replaced by "{kind}", and the numbers."""
+    """(the name with each number that matches replaced by "{kind}", the numbers by kind)."""
     numbers = {}
     for kind, pattern in patterns.items():
         if found := re.search(pattern, name):

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: the same bytes for the same adapter, read strictly: all of it fits, or nothing is loaded."""
+"""Reads PEFT adapter folders strictly: either all of an adapter fits the model, or nothing is loaded."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,13 +43,14 @@ PICKLE = "adapter_model.bin"
 
 
 def load_adapter(params: Params, path: str | Path) -> Params:
-    """The params with the adapter of a PEFT folder (or Hub id) in place of whatever adapter they had.
+    """The params with the adapter of a PEFT folder (or Hub id) in place of any adapter they had.
 
     Layers that the adapter leaves out get rank 0: zero leaves, and a `lora_rank` leaf beside them.
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
-        ValueError: features that jlora does not have; missing, unknown and misshapen tensors. All are listed.
+        ValueError: the adapter uses features that jlora does not have, or tensors are missing, unknown or misshapen;
+            all are listed.
     """
     folder = locate_adapter(path)
     config, file = open_adapter(folder)
@@ -74,7 +75,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
 
 
 def open_adapter(path: str | Path) -> tuple[AdapterConfig, Path]:
-    """The settings of a PEFT folder (or Hub id) and its file of weights, which is not read.
+    """The settings of a PEFT folder (or Hub id) and the path of its weights, which are not read.
 
     Raises:
         UserError: files are missing, or ask for what jlora does not have; all is listed.
@@ -90,7 +91,7 @@ def assemble(
     slots: Mapping[str, Slot],
     values: Mapping[str, np.ndarray],
 ) -> Params:
-    """The base tree with the adapter whose tensors are `values`; layers that it leaves out get rank 0."""
+    """The base tree with the adapter whose tensors are `values`; layers without one get rank 0."""
     leaves = tree.flatten(base)
     new = _stacked(slots, values, leaves)
     new |= _setting_leaves(adapted, config, leaves, new)
@@ -100,12 +101,12 @@ def assemble(
 
 
 def _replaced(path: str, leaf: Any, changed: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> Any:
-    """The base's leaf, or what the adapter's file has in its place."""
+    """The base's leaf, or the adapter file's values for it."""
     return _place(path, changed[path].astype(leaf.dtype), leaves) if path in changed else leaf
 
 
 def _marked(params: Params, changed: Iterable[str]) -> Params:
-    """The params with a mark beside every leaf that is not the base's, by which `save_adapter` knows to write it."""
+    """The params with a mark beside every replaced leaf of the base, which tells `save_adapter` to write it."""
     leaves = tree.flatten(params)
     marks = [f"{path.rpartition('/')[0]}/{CARRIED}" for path in changed]
     return tree.unflatten(leaves | {path: _place(path, np.array(1, np.int32), leaves) for path in marks})
@@ -117,7 +118,7 @@ def _marked(params: Params, changed: Iterable[str]) -> Params:
 def _stacked(
     slots: Mapping[str, Slot], values: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The leaves that the tensors make, padded with zeros to the widest rank; a layer without a tensor is zero."""
+    """Path → leaf stacked from the tensors, zero-padded to the largest rank; layers without a tensor are zero."""
     by_path: dict[str, dict[int | None, np.ndarray]] = {}
     for name, slot in slots.items():
         by_path.setdefault(slot.path, {})[slot.index] = values[name]
@@ -137,7 +138,7 @@ def _stacked(
 
 
 def _layers(path: str, leaves: Mapping[str, Any]) -> int:
-    """How many layers the stack has that the leaf at `path` is in."""
+    """The number of layers in the stack of the leaf at `path`."""
     module = path.rpartition("/")[0]
     return next(leaf.shape[0] for name, leaf in leaves.items() if name.rpartition("/")[0] == module)
 
@@ -145,7 +146,7 @@ def _layers(path: str, leaves: Mapping[str, Any]) -> int:
 def _setting_leaves(
     adapted: list[Module], config: AdapterConfig, leaves: Mapping[str, Any], made: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Scales, ranks, dropout and token ids."""
+    """Path → leaf, for scales, ranks, dropout rates and token ids."""
     settings: dict[str, np.ndarray] = {}
     by_path: dict[str, list[Module]] = {}
     for module in adapted:
@@ -168,7 +169,7 @@ def _setting_leaves(
 
 
 def _with_norms(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves with the frozen lengths that DoRA needs; magnitudes of layers left out are those lengths."""
+    """The leaves with the frozen norms that DoRA needs; layers without an adapter get them as magnitudes."""
     for path in [path for path in leaves if path.endswith("/lora_magnitude")]:
         module = path.rpartition("/")[0]
         norms = jax.jit(lora.base_norms)(leaves[f"{module}/kernel"])
@@ -182,7 +183,7 @@ def _place(path: str, value: np.ndarray, leaves: Mapping[str, Any]) -> jax.Array
     """The leaf on the devices that hold its module."""
     module = path.rpartition("/")[0]
     siblings = [leaf for name, leaf in leaves.items() if name.rpartition("/")[0] == module]
-    # A module that is the adapter's alone goes where the others are.
+    # A module that only the adapter has is placed like the others.
     placed = getattr(jax.tree.leaves(siblings or leaves)[0], "sharding", None)
     if isinstance(placed, NamedSharding):
         return jax.device_put(value, sharding.leaf_sharding(path, value, placed.mesh))
@@ -195,10 +196,10 @@ def _place(path: str, value: np.ndarray, leaves: Mapping[str, Any]) -> jax.Array
 def _mirrored(
     file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], config: AdapterConfig
 ) -> set[str]:
-    """Tensors of a tied head that repeat its embedding's, as they do with `ensure_weight_tying`.
+    """The tensors of a tied head that repeat its embedding's, as `ensure_weight_tying` makes PEFT write them.
 
     Raises:
-        ValueError: they are not the same, so one adapter cannot stand for both; all are listed.
+        ValueError: they differ, so one adapter cannot serve both; all are listed.
     """
     repeated, problems = set(), []
     for path, head in TIED_HEADS.items():

@@ -1,4 +1,4 @@
-"""PEFT adapter folders written: complete or not at all, and the same bytes for the same adapter."""
+"""Writes PEFT adapter folders: complete or not at all, and the same bytes for the same adapter."""
 
 import json
 from collections.abc import Mapping
@@ -35,25 +35,24 @@ def save_adapter(
     fold: bool = False,
     save_embedding_layers: bool = False,
 ) -> None:
-    """Write the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
+    """Writes the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
 
-    A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank, on the untouched
-    base. With a score head it is an adapter of transformers' …ForSequenceClassification with one label, which holds the
-    whole head.
+    An adapter that started from the base's weights (PiSSA, OLoRA) is written as a plain LoRA of twice the rank on the
+    untouched base. With a score head, the folder is an adapter of transformers' …ForSequenceClassification with one
+    label and holds the whole head.
 
     Args:
         base: the Hub id or path of the base model, for adapter_config.json.
-        fold: give all modules the largest rank (by zeros) and the scale 1 (multiplied into B), so that the adapter is
-            right for readers that know no rank_pattern and alpha_pattern, as vLLM.
-        save_embedding_layers: also write the base's embedding and head, as PEFT does where the base was given more rows
-            for tokens (`jlora.load(..., vocab=…)`): readers have to give theirs as many, and get the same ones. Those
-            that came with an adapter (`jlora.load_adapter`) are written in any case, and both where `base` is a folder
-            whose config.json has another number of rows; what a program has put in their place itself cannot be told
-            from the base's.
+        fold: pad all modules with zeros to the largest rank and multiply their scales into B, which leaves a scale of
+            1, so that readers without rank_pattern and alpha_pattern, such as vLLM, compute the same.
+        save_embedding_layers: also write the base's embedding and head, as PEFT does for a base that was given more
+            rows for tokens (`jlora.load(..., vocab=…)`): readers must resize their base to as many, and then get the
+            same rows. Without it, those that came with an adapter (`jlora.load_adapter`) are still written, and both
+            are if `base` is a folder whose config.json has fewer rows. Leaves that a program replaced by itself cannot
+            be told from the base's.
 
     Raises:
-        ValueError: there is no adapter in `params`, or one that PEFT's format cannot express, or values that are not
-            finite.
+        ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite.
         FileExistsError: `path` holds something other than an adapter.
     """
     params = _whole_score(lora.with_starts(params))
@@ -71,7 +70,7 @@ def save_adapter(
 
 
 def scales_note(path: str | Path) -> str | None:
-    """What to say of the adapter in a folder if readers of one rank and one scale would compute something else."""
+    """A note for the user if readers that know one rank and one scale would compute something else; None if not."""
     config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
     r, alpha, ranks, alphas = (config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
     scales = {name: alphas.get(name, alpha) / ranks.get(name, r) for name in sorted({*ranks, *alphas})}
@@ -86,20 +85,20 @@ def scales_note(path: str | Path) -> str | None:
 
 
 def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
-    """Whether the embedding has more rows than that of the base, where this lies in a folder."""
+    """Whether the embedding has more rows than the base's config.json says; False if `base` is no folder with one."""
     file = Path(base or "") / "config.json"
     if base is None or not file.is_file():
         return False
     try:
         rows = read_json(file).get("vocab_size")
-    except UserError:  # a name for adapter_config.json, which nothing is asked of
+    except UserError:  # `base` is only a name for adapter_config.json and need not be a model
         return False
     embeddings = [flat[f"{path}/embedding"] for path in TIED_HEADS if f"{path}/embedding" in flat]
     return isinstance(rows, int) and any(leaf.shape[0] > rows for leaf in embeddings)
 
 
 def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:
-    """(tensors by name, what adapter_config.json says of them)"""
+    """(tensors by name, what adapter_config.json says about them)."""
     flat = tree.flatten(params)
     modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
     if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
@@ -126,7 +125,7 @@ def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Sum
 
 
 def _factors(flat: Mapping[str, Any], module: Module, rank: int, *, width: int, scale: float) -> dict[str, np.ndarray]:
-    """The tensors of one layer's update: `scale` is multiplied into it, zeros are added up to the rank `width`."""
+    """The tensors of one layer's update, multiplied by `scale` and zero-padded to the rank `width`."""
     tensors = {}
     for leaf, (name, _, codec) in module.factors(width).items():
         value = module.used(leaf, _layer(flat[f"{module.path}/{leaf}"], module.index), rank)
@@ -142,12 +141,12 @@ def _factors(flat: Mapping[str, Any], module: Module, rank: int, *, width: int, 
 
 
 def _tied(flat: Mapping[str, Any]) -> dict[str, str]:
-    """{embedding: head} where one adapter acts in both."""
+    """{embedding: head} for adapters that act in both."""
     return {path: head for path, head in TIED_HEADS.items() if f"{path}/lora_tied" in flat}
 
 
 def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The head's tensors that are the embedding's, for adapters that act in both places."""
+    """The head's tensors, which repeat the embedding's, for adapters that act in both."""
     mirrored = {}
     for path, head in _tied(flat).items():
         name = f"{PREFIX}{names.module_names(path, 1)[0]}"
@@ -160,7 +159,7 @@ def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -
 
 
 def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np.ndarray]:
-    """The base's own embedding and head beside their adapters, as PEFT writes them."""
+    """The base's embedding and head if they are adapted; PEFT writes them beside their adapters."""
     wanted = {*TIED_HEADS, *TIED_HEADS.values()}
     copies = {}
     for module in modules:
@@ -173,7 +172,7 @@ def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np
 
 
 def _whole_score(params: Params) -> Params:
-    """The tree with the whole score head as part of its adapter, as PEFT has it for sequence classifiers."""
+    """The params with the whole score head as a trained copy, as PEFT has it for sequence classifiers."""
     if not has_score(params) or not any(lora.is_adapter(path) for path in tree.flatten(params)):
         return params
     return params | {SCORE: {f"{TRAINED}kernel": lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
@@ -188,13 +187,13 @@ def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
 
 
 def _layer(leaf: Any, index: int | None) -> np.ndarray:
-    # Cut on the host: on a device, five small programs would be compiled for every shape.
+    # Index on the host: on a device, five small programs would be compiled for every shape.
     value = np.asarray(leaf) if index is None else np.asarray(np.asarray(leaf)[index])
     return value.astype(np.float32) if value.dtype != np.int32 else value
 
 
 def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
-    """What adapter_config.json says of the adapter in `params`."""
+    """What adapter_config.json says about the adapter in `params`."""
     flat = tree.flatten(params)
     every = find_modules(params)
     adapted = [module for module in every if module.name in ranks]
@@ -234,7 +233,7 @@ def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
     every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")} - saved
     if trained and trained == every:
         return "all", saved
-    # Modules that hold nothing else are copied whole, but for those that are adapted.
+    # Modules that hold only a bias count as copied whole, unless they are adapted.
     more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", f"{TRAINED}bias")}
     saved, trained = saved | (trained - more), trained & more
     if not trained:
@@ -256,13 +255,13 @@ def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | No
 
 
 def _tidy(alpha: float) -> int | float:
-    """The integer that alpha was before its scale was rounded to float32, if it was one."""
+    """`alpha`, or the integer it was before its scale was rounded to float32."""
     nearest = round(alpha)
     return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
 
 
 def _card(config: Mapping[str, Any]) -> str:
-    """A short model card; its header is what the Hub reads."""
+    """A short model card, with the header that the Hub reads."""
     base = config["base_model_name_or_path"]
     header = [
         "---",

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file or a Hub id, opened as one object that reads tensors by Hub name."""
+"""Model sources: a folder, a GGUF file or a Hub id, opened as an object that reads tensors by their Hub names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from jlora.hub.gguf import GGUFFile
 from jlora.hub.tied import settle_head
 from jlora.hub.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo, read_json
 
-TEMPLATES = "additional_chat_templates"  # the folder of the named ones
+TEMPLATES = "additional_chat_templates"  # the folder of named templates
 ALLOW = (
     *("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "chat_template.jinja"),
     f"{TEMPLATES}/*.jinja",
 )
-# Some repositories carry the same weights a second time in another layout, or in folders: of these none is fetched but
-# that of the templates, which is to say every folder whose name is another one in some letter, shorter or longer.
+# Some repositories have the same weights again in another layout or in folders. No folder is fetched except that of the
+# templates: the patterns match all names that differ from it in a letter, are a prefix of it, or go on after it.
 IGNORE = (
     "consolidated*",
     *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
@@ -32,7 +32,7 @@ Source = SafetensorsFolder | GGUFFile
 
 
 def open_source(location: str | Path) -> Source:
-    """The checkpoint at `location`, opened but not read.
+    """The checkpoint at `location`; its headers are read, but no tensors (unless a tied head must be compared).
 
     Raises:
         FileNotFoundError: nothing is there, or files are missing.
@@ -43,7 +43,7 @@ def open_source(location: str | Path) -> Source:
 
 
 class Description:
-    """A folder whose config.json is looked at and whose weights, if there are any, are not."""
+    """A folder opened for its config.json only; weights, if there are any, are ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,12 +53,12 @@ class Description:
         self.tensors: dict[str, TensorInfo] = {}
 
     def read(self, name: str) -> NoReturn:
-        """There is nothing to read."""
+        """Raises MissingFileError: no weights were opened."""
         raise MissingFileError(f"{self.folder} was opened without its weights; {name} is asked for")
 
 
 def open_description(location: str | Path) -> "Source | Description":
-    """The checkpoint at `location`; without weights where there are none, and where they would have to be fetched."""
+    """The checkpoint at `location`, or only its description if it has no weights or they would have to be fetched."""
     path = Path(location).expanduser()
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return Description(path)
@@ -68,7 +68,7 @@ def open_description(location: str | Path) -> "Source | Description":
 
 
 def locate(location: str | Path) -> Path:
-    """The local folder or .gguf file that `location` stands for; a Hub id is downloaded (never its pickles)."""
+    """The local folder or .gguf file at `location`; a Hub id is downloaded, without any pickles."""
     path = Path(location).expanduser()
     if path.is_file():
         if path.suffix == ".gguf":
@@ -82,11 +82,11 @@ def locate(location: str | Path) -> Path:
 
 
 def locate_adapter(location: str | Path) -> Path:
-    """The local folder that `location` stands for, whatever GGUF files lie in it; a Hub id is downloaded.
+    """The local adapter folder at `location`, even if it has GGUF files; a Hub id is downloaded.
 
     Raises:
         FileNotFoundError: nothing is there.
-        UserError: it is a file.
+        UserError: `location` is a file.
     """
     path = Path(location).expanduser()
     if path.is_file():
@@ -95,7 +95,7 @@ def locate_adapter(location: str | Path) -> Path:
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The .gguf files of a folder, where they are its model: one with safetensors is that of those."""
+    """The folder's .gguf files, or none if it has safetensors, which then are its model."""
     has_others = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     return [] if has_others else sorted(file for file in folder.glob("*.gguf") if file.is_file())
 
@@ -103,10 +103,13 @@ def gguf_files(folder: Path) -> list[Path]:
 def check_tensors(
     found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], *, harmless: set[str]
 ) -> None:
-    """Nothing, if the checkpoint holds just the expected tensors in the expected shapes.
+    """Checks that the checkpoint holds exactly the expected tensors in the expected shapes.
+
+    Args:
+        harmless: names of tensors that may be there without being expected.
 
     Raises:
-        ValueError: every tensor that is missing, unknown, misshapen or not of a floating type.
+        ValueError: tensors are missing, unknown, misshapen or not of a floating type; all are listed.
     """
     problems = [f"missing {name} {shape}" for name, shape in sorted(expected.items()) if name not in found]
     for name, info in sorted(found.items()):
@@ -123,10 +126,10 @@ def check_tensors(
 
 
 def _gguf_in(folder: Path) -> Path | None:
-    """The one .gguf file of a folder without safetensors, or None.
+    """The only .gguf file of a folder without safetensors, or None.
 
     Raises:
-        ValueError: there are several, so one has to be named.
+        ValueError: there are several, so the user must name one.
     """
     files = gguf_files(folder)
     if len(files) > 1:
@@ -136,7 +139,7 @@ def _gguf_in(folder: Path) -> Path | None:
 
 
 def _download(hub_id: str, files: Sequence[str] = ALLOW) -> Path:
-    # Slow to import, and of no use to those who load from a folder.
+    # Slow to import, and not needed to load from a folder.
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

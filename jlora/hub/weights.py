@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: one file, or shards with an index, read one tensor at a time out of memory-mapped files."""
+"""Safetensors checkpoints: one file, or shards with an index, memory-mapped and read one tensor at a time."""
 
 import json
 import math
@@ -27,12 +27,12 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
-FIRST = 3  # faults of one kind that are shown
-CHUNK = 1 << 15  # values that are looked at together: they stay in a processor's cache
+FIRST = 3  # how many faults of one kind are shown
+CHUNK = 1 << 15  # values that are checked together: few enough to stay in the processor's cache
 
 
 class TensorInfo(NamedTuple):
-    """What a file says about a tensor before it is read; `dtype` is the file format's word for it."""
+    """What a file's header says about a tensor; `dtype` is the file format's name for it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -40,10 +40,10 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFolder:
-    """A folder with config.json and safetensors files; everything but the tensors' data is read and checked at once.
+    """A folder with config.json and safetensors files; all but the tensors' data is read and checked on creation.
 
     Raises:
-        FileNotFoundError: config.json, every weight file, or shards named by the index are missing.
+        FileNotFoundError: config.json, all weights, or shards that the index names are missing.
         ValueError: a file is truncated or is not safetensors; all such files are named.
     """
 
@@ -56,21 +56,21 @@ class SafetensorsFolder:
         self._stored: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's values in the file's own dtype, bfloat16 included."""
+        """The tensor's values in the file's dtype, bfloat16 included."""
         return read_tensor(self.tensors[name].file, self._stored.get(name, name))
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """From now on the tensors that are the values of `names` go by its keys."""
+        """Renames tensors: `names` gives new name → present name."""
         for name, stored in names.items():
             self.tensors[name] = self.tensors.pop(stored)
             self._stored[name] = stored
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:
-    """One tensor of a safetensors file, in its own dtype.
+    """One tensor of a safetensors file, in the file's dtype.
 
     Raises:
-        UserError: it holds values that are not finite.
+        UserError: the tensor cannot be read, or holds values that are not finite.
     """
     values = read_unchecked(file, name)
     require_finite({f"{file}: {name}": values})
@@ -78,7 +78,11 @@ def read_tensor(file: Path, name: str) -> np.ndarray:
 
 
 def read_unchecked(file: Path, name: str) -> np.ndarray:
-    """One tensor of a safetensors file, whatever its values are."""
+    """One tensor of a safetensors file; its values are not checked.
+
+    Raises:
+        UserError: the tensor cannot be read.
+    """
     try:
         with safe_open(file, framework="numpy") as handle:
             return handle.get_tensor(name)
@@ -87,10 +91,10 @@ def read_unchecked(file: Path, name: str) -> np.ndarray:
 
 
 def read_blocks(file: Path, name: str, values: int) -> Iterator[np.ndarray]:
-    """Rows of one tensor, so many that a block has about `values` values, one block after another, whatever they are.
+    """Yields one tensor in blocks of rows, each of about `values` values, which are not checked.
 
     Raises:
-        UserError: as `read_unchecked` does.
+        UserError: as `read_unchecked`.
     """
     try:
         with safe_open(file, framework="numpy") as handle:
@@ -104,10 +108,10 @@ def read_blocks(file: Path, name: str, values: int) -> Iterator[np.ndarray]:
 
 
 def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    """Check that no value is NaN or infinite: nothing that is computed with such weights is right.
+    """Checks that no value is NaN or infinite: nothing computed with such weights would be right.
 
     Raises:
-        UserError: some are; the first tensors are named, with how many there are.
+        UserError: some are; the first such tensors are named, with their counts.
     """
     wrong = [name for name, values in tensors.items() if not _is_finite(values)]
     if not wrong:
@@ -123,12 +127,12 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite: by the exponents, part by part, at the speed of memory."""
+    """Whether no value is NaN or infinite; compares exponents in chunks, at the speed of memory."""
     if values.dtype not in DTYPES.values() or not values.size:
         return True
     bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
     limit = np.left_shift(np.asarray(np.inf, values.dtype).reshape(1).view(bits.dtype), 1)[0]
-    shifted = np.empty(CHUNK, bits.dtype)  # without the sign
+    shifted = np.empty(CHUNK, bits.dtype)  # the bits without the sign
     for start in range(0, bits.size, CHUNK):
         part = bits[start : start + CHUNK]
         if np.left_shift(part, 1, out=shifted[: part.size]).max() >= limit:
@@ -141,13 +145,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not hold one JSON object.
+        ValueError: the file does not hold one JSON object.
     """
     if not path.is_file():
         raise MissingFileError(f"no {path.name} in {path.parent}; files there: {listing(path.parent)}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
         raise UserError(f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -157,12 +161,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `folder`; like transformers, the single file where there is
-    one.
+    """The safetensors files of the checkpoint in `folder`; as in transformers, a single file goes before an index.
 
     Raises:
-        FileNotFoundError: there is none, or shards that the index names are missing.
-        UserError: the index is not one.
+        FileNotFoundError: there are no weights, or shards that the index names are missing.
+        UserError: the index is malformed.
     """
     if (folder / SINGLE).is_file():
         say_left_over(folder, SINGLE)
@@ -188,10 +191,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Tensor name → what the headers of all `files` say about it.
+    """Tensor name → its info from the headers of all `files`.
 
     Raises:
-        ValueError: broken files, each with what is wrong, or tensors that two files hold.
+        ValueError: files are broken, or two of them hold the same tensor; all is listed.
     """
     infos: dict[str, TensorInfo] = {}
     problems: list[str] = []
@@ -217,7 +220,7 @@ def listing(folder: Path, limit: int = 20) -> str:
 
 
 def say_left_over(folder: Path, single: str) -> None:
-    """Warn of an index beside the single file, which is what transformers and PEFT read then."""
+    """Warns of an index beside the single file; the file is read then, as transformers and PEFT do."""
     if (folder / f"{single}{INDEX_SUFFIX}").is_file():
         warnings.warn(
             f"{folder}: {single} is read; {single}{INDEX_SUFFIX} and the files that it names are ignored. Delete "
@@ -237,7 +240,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
-    """The file's tensors by its header, checked against the file's size before the library maps it."""
+    """The file's tensors from its header, which is checked against the file's size before the library maps it."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

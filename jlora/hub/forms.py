@@ -1,4 +1,4 @@
-"""In which form every leaf of every layer is kept, and which layers can be stacked because they agree in that."""
+"""The form that each leaf of each layer is kept in, and the layers that can be stacked because their forms agree."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,8 +14,12 @@ from jlora.quant import QuantConfig, leaf_format
 
 
 class Form(NamedTuple):
-    """How a leaf is kept: packed, or with format None as it is; `dtype` is the array's, or the dequantised values'.
-    `merge_aware`: packed when it is used.
+    """How a leaf is kept.
+
+    Attributes:
+        format: the format it is packed in; None if it is not packed.
+        dtype: the array's dtype, or the dequantised values'.
+        merge_aware: whether the leaf is packed only when it is used.
     """
 
     format: str | None
@@ -24,7 +28,7 @@ class Form(NamedTuple):
     merge_aware: bool = False
 
 
-# Leaf's path without the numbers of its stack's layers, and layer (None outside of stacks) → form.
+# (leaf's path without the numbers of its stack's layers, layer (None outside of stacks)) → form.
 Forms = dict[tuple[str, int | None], Form]
 
 
@@ -47,7 +51,7 @@ def stored_forms(
     """The forms that a checkpoint's packed tensors already have.
 
     Raises:
-        ValueError: packed tensors that are not whole kernels, or experts of one layer in several forms; all are listed.
+        ValueError: packed tensors are not whole kernels, or experts of one layer differ in form; all are listed.
     """
     forms: Forms = {}
     problems: list[str] = []
@@ -70,7 +74,7 @@ def stored_forms(
 
 
 def form_of(forms: Forms, path: str) -> Form:
-    """The form of the leaf at `path`, whose layers all have the same."""
+    """The form of the leaf at `path`, which is the same in all its layers."""
     stack = tree.stack_of(path)
     if stack is None:
         return forms[path, None]
@@ -78,7 +82,7 @@ def form_of(forms: Forms, path: str) -> Form:
 
 
 def stack_layers(forms: Forms, total: int) -> tuple[range, ...]:
-    """The layers of each stack: those that agree in structure and in the form of every leaf."""
+    """The layers of each stack, which agree in structure and in the form of every leaf."""
     signatures: list[dict[str, Form]] = [{} for _ in range(total)]
     for (path, layer), form in forms.items():
         if layer is not None:

@@ -1,6 +1,6 @@
-"""PEFT's adapters that are not LoRA but also change a linear's weight by a fixed matrix: (IA)³, LoHa, LoKr and VeRA.
+"""PEFT's adapters other than LoRA that change a linear's weight by a fixed matrix: (IA)³, LoHa, LoKr and VeRA.
 
-They are read, not trained: `jlora.hub.convert` makes LoRA of the changes.
+They are read, not trained: `jlora.hub.convert` turns the changes into LoRA.
 """
 
 import dataclasses
@@ -25,32 +25,33 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One adapter method with the settings of one file.
+    """An adapter method with the settings of one file.
 
     Attributes:
-        config: which modules it adapts, with ranks and alphas where the method has them.
+        config: the modules it adapts, with ranks and alphas if the method has them.
     """
 
     config: AdapterConfig
 
     def shapes(self, module: Module) -> Shapes:
-        """End of the tensor's name → shape, for every tensor of one module."""
+        """End of the name → shape, for every tensor of one module."""
         raise NotImplementedError
 
     def shared_shapes(self, adapted: Sequence[Module], found: Mapping[str, Any]) -> Shapes:
-        """Whole name → shape of the tensors that all modules share."""
+        """Whole name → shape, for the tensors that all modules share."""
         return {}
 
     def shared(self, adapted: Sequence[Module], read: Tensors) -> Tensors:
-        """What all modules share, by the names that `change` looks for."""
+        """The values that all modules share, by the names that `change` uses."""
         return {}
 
     def change(self, module: Module, tensors: Tensors, shared: Tensors, weight: np.ndarray | None) -> Change:
         """What one module adds to its kernel.
 
         Args:
-            tensors: by the ends of their names.
-            weight: float32 [D, N] of the base, if `needs_weight`.
+            tensors: the module's tensors by the ends of their names.
+            shared: what `shared` returned.
+            weight: the base's weight in float32 [D, N], if `needs_weight`.
         """
         raise NotImplementedError
 
@@ -59,7 +60,7 @@ class Method:
         return False
 
     def output_scale(self, module: Module, tensors: Tensors) -> np.ndarray | None:
-        """[N] by which the method multiplies the linear's output, its bias included; None if it leaves biases alone."""
+        """The factors [N] by which the method multiplies the linear's output, bias included; None if there are none."""
         return None
 
 
@@ -72,7 +73,7 @@ class LoHa(Method):
         return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
 
     def change(self, module: Module, tensors: Tensors, shared: Tensors, weight: np.ndarray | None) -> Change:
-        """The Hadamard product of two matrices of rank r has rank r²: its factors are products of pairs of columns."""
+        """The change; the product of two matrices of rank r has rank r², and factors that multiply pairs of columns."""
         scale = np.float32(self.config.scale(module.name))
         if self.config.rank(module.name) ** 2 >= min(module.inputs, module.outputs):
             first, second = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in (1, 2))
@@ -139,14 +140,14 @@ class VeRA(Method):
         return Change(left, (shared["vera_B"][: module.outputs] * tensors["vera_lambda_b"][:, None]).T)
 
     def _projections(self, adapted: Sequence[Module]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The shapes of A and B, which are as large as the largest module needs."""
+        """The shapes of A and B, as large as the largest module needs."""
         inputs, outputs = (max((getattr(m, side) for m in adapted), default=0) for side in ("inputs", "outputs"))
         return (self.config.r, inputs), (outputs, self.config.r)
 
 
 @dataclasses.dataclass(frozen=True)
 class IA3(Method):
-    """A linear's output times l, or, of feedforward modules, its input (Liu et al. 2022): ΔW = W · (l - 1)."""
+    """Scales a linear's output, or a feedforward module's input, by l (Liu et al. 2022): ΔW = W · (l - 1)."""
 
     feedforward_modules: str | tuple[str, ...]
 
@@ -166,20 +167,20 @@ class IA3(Method):
         return None if self._scales_input(module) else tensors["ia3_l"].reshape(-1)
 
     def _scales_input(self, module: Module) -> bool:
-        """PEFT's rule: the whole name, or how it ends, not minding dots."""
+        """PEFT's rule: a regular expression of the whole name, or a list of its endings, which may begin mid-word."""
         if isinstance(self.feedforward_modules, str):
             return re.fullmatch(self.feedforward_modules, module.name) is not None
         return module.name.endswith(self.feedforward_modules)
 
 
 METHODS = ("IA3", "LOHA", "LOKR", "VERA")
-# What all methods' files may say: what decides where the adapter acts, and what only matters elsewhere.
+# Fields that all methods have: those that decide where the adapter acts, and those that do not matter here.
 _COMMON = (
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "peft_type", "auto_mapping"),
     *("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "layers_pattern", "peft_version", "revision"),
     *("task_type", "runtime_config"),
 )
-# `use_effective_conv2d` is about convolutions, whose tensors would be found to be unknown.
+# `use_effective_conv2d` is about convolutions, whose tensors would be reported as unknown.
 _LYCORIS = (
     *("r", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout", "init_weights"),
     "use_effective_conv2d",
@@ -196,7 +197,7 @@ def open_method(fields: Mapping[str, Any], path: Path) -> Method:
     """The method that an adapter_config.json describes.
 
     Raises:
-        ValueError: every field that is missing, malformed, or asks for something that is not converted.
+        ValueError: fields are missing, malformed, or ask for something that is not converted; all are listed.
     """
     problems = _problems(fields)
     if problems:
@@ -218,8 +219,10 @@ def open_method(fields: Mapping[str, Any], path: Path) -> Method:
 
 
 def factor_pair(size: int, factor: int) -> tuple[int, int]:
-    """The two factors of `size` that LoKr takes: `factor` and the rest if it divides `size`, else the pair nearest to
-    the square root whose smaller number is at most `factor` (-1: any).
+    """The two factors of `size` that LoKr uses.
+
+    They are `factor` and `size // factor` if that divides `size`, else the pair nearest to the square root whose
+    smaller number is at most `factor` (-1: any).
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -265,10 +268,10 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _torch_kaiming(shapes: tuple[tuple[int, int], ...], seed: int) -> list[np.ndarray]:
-    """Uniform in ±√(6 / columns), drawn as torch draws on a CPU, so that matrices that a file leaves out come back.
+    """Uniform in ±√(6 / columns), drawn as torch draws on a CPU, which recovers matrices that a file leaves out.
 
     torch's generator is the Mersenne twister, seeded with the seed's low 32 bits; a float32 takes 24 bits of each
-    draw, and is scaled in one rounding.
+    draw, and is scaled with a single rounding.
     """
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     drawn = []

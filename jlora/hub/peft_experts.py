@@ -1,7 +1,7 @@
-"""Adapters of experts in the forms that earlier versions left: one by one, and with A and B exchanged.
+"""Adapters of experts as earlier versions wrote them: one expert at a time, or with A and B exchanged.
 
-Up to transformers 4 the experts of a mixture are linears of their own, and so are their adapters. Up to PEFT 0.19.0 the
-adapter of the experts' stacked parameters takes their axes in the wrong order, so that its A holds what later is B.
+Up to transformers 4 each expert of a mixture has its own linears, and these have their own adapters. Up to PEFT 0.19.0
+the adapter of the experts' stacked parameters takes their axes in the wrong order, so that its A is what B is later.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jlora.hub.peft_slots import PREFIX, Module, is_wanted
 from jlora.hub.weights import TensorInfo, read_tensor
 
 FIXED = (0, 19, 1)  # the PEFT that takes the axes in the right order
-# How the modules of a mixture are called elsewhere: transformers 4 has Mixtral's by the names of its checkpoints.
+# Other names of a mixture's modules: transformers 4 names Mixtral's as its checkpoints do.
 SPELLINGS: tuple[Mapping[str, str], ...] = (
     {"mlp": "mlp", "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
     {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
@@ -39,10 +39,10 @@ class Single(NamedTuple):
 
 
 class OneByOne(NamedTuple):
-    """An adapter whose experts are adapted one by one.
+    """An adapter of single experts.
 
     Attributes:
-        config: with the stacked parameters as targets, of the ranks and scales that they get.
+        config: the config with the stacked parameters as targets, and their ranks and scales.
         singles: name of a stacked parameter → the adapters of its experts, by part and expert.
         routers: module → its name in the file's spelling.
     """
@@ -58,24 +58,24 @@ class OneByOne(NamedTuple):
 def exchanged(
     modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig, path: Path
 ) -> list[Module]:
-    """The modules, those of experts marked where the file has their A and B the other way round.
+    """The modules, with experts marked as exchanged if the file has their A and B the other way round.
 
-    The shapes tell; where none does (a model twice as wide as its experts), the version of PEFT.
+    The shapes decide; if they fit both ways (a model twice as wide as its experts), the PEFT version does.
 
     Raises:
-        UserError: the version is not one.
+        UserError: the version is malformed.
     """
     wanted = [module for module in modules if module.experts and is_wanted(module, found, config)]
     fits = {_fits(module, found, config) for module in wanted}
     certain = fits - {(True, True)}
-    if not wanted or len(certain) > 1 or (False, False) in fits:  # what fits neither is named by name later
+    if not wanted or len(certain) > 1 or (False, False) in fits:  # `check_fits` names tensors that fit neither
         return modules
     swapped = certain.pop() == (False, True) if certain else _is_old(config, path)
     return [module._replace(exchanged=swapped) if module in wanted else module for module in modules]
 
 
 def _fits(module: Module, found: Mapping[str, TensorInfo], config: AdapterConfig) -> tuple[bool, bool]:
-    """Whether the module's tensors have the shapes of the right order, and of the wrong one."""
+    """(whether the module's tensors have the shapes of the right order, and those of the wrong one)."""
     rank = config.rank(module.name)
     right, wrong = (
         all(name in found and found[name].shape == shape for name, shape, _ in form.factors(rank).values())
@@ -85,7 +85,7 @@ def _fits(module: Module, found: Mapping[str, TensorInfo], config: AdapterConfig
 
 
 def _is_old(config: AdapterConfig, path: Path) -> bool:
-    if config.peft_version is None:  # PEFT writes it since 0.18, and has adapters of parameters since 0.17
+    if config.peft_version is None:  # PEFT has written it since 0.18 and adapted parameters since 0.17
         warnings.warn(
             f"{path}: peft_version is missing, as in PEFT 0.17, so the experts' A and B are taken for exchanged, which "
             'they are before 0.19.1; if a later version wrote the file, enter it ("peft_version": "0.21.2")',
@@ -104,7 +104,7 @@ def _is_old(config: AdapterConfig, path: Path) -> bool:
 def find_one_by_one(
     file: Path, modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig
 ) -> OneByOne | None:
-    """What the file holds of experts one by one; None if nothing.
+    """The file's adapters of single experts; None if it has none.
 
     Raises:
         UserError: tensors are missing or misshapen; all are listed.
@@ -143,13 +143,13 @@ def find_one_by_one(
 def stack_experts(
     file: Path, modules: list[Module], found: Mapping[str, TensorInfo], plan: OneByOne
 ) -> tuple[dict[str, TensorInfo], dict[str, np.ndarray]]:
-    """(what the file would hold, had it the adapters of the stacked parameters; the values of those).
+    """(the file's tensors if it had adapters of the stacked parameters, the values of those that differ).
 
     gate_proj A [R, D], B [F, R] and up_proj's of every expert → gate_up_proj A [E, 2R, D], B [E, 2F, 2R], where B is
     zero between the parts: each has its own half of the rank.
 
     Args:
-        modules: with the names that their tensors have in PEFT's present form.
+        modules: the modules, with their tensors named as PEFT does now.
     """
     infos, values = dict(found), {}
     for module in modules:
@@ -190,7 +190,7 @@ def _stacked(file: Path, module: Module, parts: list[Single]) -> tuple[np.ndarra
 def _singles(
     module: Module, spelling: Mapping[str, str], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> list[Single]:
-    """The linears of the module's experts that the config means; those in the file where it leaves that to PEFT."""
+    """The linears of the module's experts that the config targets; if it leaves that to PEFT, those in the file."""
     found = []
     for part, expert, name in _names(module, spelling):
         wanted = config.targets(name)
@@ -219,7 +219,7 @@ def _rank(parts: list[Single]) -> int:
 
 
 def _names(module: Module, spelling: Mapping[str, str]) -> list[tuple[str, int, str]]:
-    """(part, expert, module's name in the file) of all linears that the stacked parameter holds."""
+    """(part, expert, module's name in the file) for all linears that the stacked parameter holds."""
     owner, _, last = module.name.rpartition(".")
     return [
         (part, expert, f"{_spelled(owner, spelling)}.{expert}.{spelling[part]}")

@@ -1,4 +1,4 @@
-"""How adapters lie in PEFT's files: the modules that can be adapted, and a slot of the tree for each tensor."""
+"""The layout of PEFT's files: the modules that can be adapted, and a slot of the tree for each tensor."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from jlora.models.model import SCORE
 from jlora.types import Params
 
 PREFIX = "base_model.model."
-# Parts of names that only a model in memory has → where they come from.
+# Parts of names that occur only in a model in memory → where they come from.
 MARKS = {
     r"(^|\.)_orig_mod\.": "torch.compile puts there (_orig_mod)",
     r"(^|\.)_fsdp_wrapped_module\.": "FSDP puts there (_fsdp_wrapped_module)",
@@ -34,7 +34,7 @@ MARKS = {
 
 
 class Codec(NamedTuple):
-    """How a value of one layer lies in the tree and in the file."""
+    """Converts one layer's values between their layouts in the tree and in the file."""
 
     to_file: Callable[[np.ndarray], np.ndarray]
     from_file: Callable[[np.ndarray], np.ndarray]
@@ -78,15 +78,15 @@ class Module(NamedTuple):
     """One adaptable module of one layer, as PEFT sees it.
 
     Attributes:
-        name: PEFT's: of a module, or of a parameter ("….experts.down_proj", "….gate.weight").
-        path, index: where it lies in the tree: the module, and the layer's place in its stack (None if not stacked).
+        name: PEFT's name of the module, or of the parameter ("….experts.down_proj", "….gate.weight").
+        path, index: its place in the tree: the module, and the layer's index in its stack (None if not stacked).
         leaf: "kernel", "embedding" or "router".
-        inputs, outputs: of one expert if there are several; of kernels with more axes, their products.
-        experts: how many, 0 for a plain module.
-        tensors: what its tensors' names begin with.
-        kernel: (input axes, output axes) of a kernel that is no matrix, which other models than language models have;
+        inputs, outputs: the sizes, of one expert if there are several; products for kernels with more axes.
+        experts: the number of experts, 0 for a plain module.
+        tensors: the beginning of its tensors' names.
+        kernel: (input axes, output axes) of a kernel that is not a matrix, as models other than language models have;
             in the file it is one.
-        exchanged: the file has what A and B should hold the other way round (see `peft_experts`).
+        exchanged: whether the file has A and B the other way round (see `peft_experts`).
     """
 
     name: str
@@ -105,7 +105,7 @@ class Module(NamedTuple):
         return self.experts > 0 or self.leaf == "router"
 
     def factors(self, rank: int) -> dict[str, tuple[str, tuple[int, ...], Codec]]:
-        """Leaf → (tensor name, its shape, codec) of A and B."""
+        """Leaf → (tensor name, its shape, codec), for A and B."""
         if self.leaf == "embedding":
             ends = (".lora_embedding_A", ".lora_embedding_B")
         else:
@@ -126,13 +126,13 @@ class Module(NamedTuple):
         }
 
     def used(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
-        """The first `rank` columns of one layer's A, or rows of its B: all that is not padding."""
+        """The first `rank` columns of one layer's A, or rows of its B; the others are padding."""
         if leaf == "lora_a":
             return value[..., :rank]
         return value[:rank] if self.kernel else value[..., :rank, :]
 
     def padded(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
-        """What `used` gives, with zeros up to `rank`."""
+        """A value that `used` returned, zero-padded to `rank`."""
         axis = -1 if leaf == "lora_a" else 0 if self.kernel else -2
         widths = [(0, 0)] * value.ndim
         widths[axis] = (0, rank - value.shape[axis])
@@ -140,7 +140,7 @@ class Module(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One tensor of the file, and its place in the tree."""
+    """The place of one of the file's tensors in the tree, with its shape and codec."""
 
     path: str
     index: int | None
@@ -155,7 +155,7 @@ def find_modules(params: Params, found: Mapping[str, TensorInfo] | None = None) 
     """Every module that PEFT could adapt, layer by layer, in the order of the tree.
 
     Args:
-        found: a file's tensors, whose shapes say which of a kernel's several axes are inputs.
+        found: a file's tensors, whose shapes tell which axes of a kernel with more than two are inputs.
     """
     every = tree.flatten(params)
     called = AdapterNames(every)
@@ -196,7 +196,7 @@ def _module_layers(
 def _kernel_axes(
     path: str, shape: tuple[int, ...], flat: Mapping[str, Any], lora_a: TensorInfo | None, stacked: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input axes, output axes): as its adapter has them, or as the bias says, or as the file's A fits."""
+    """(input axes, output axes) of a kernel, by the file's A, the tree's own adapter, or else the bias."""
     bias = flat.get(f"{path}/bias")
     _, outputs = split_axes(path, (1,) * stacked + shape, None if bias is None else bias.ndim, stacked=stacked)
     if lora_a is not None and lora_a.shape[1] != math.prod(shape[:-outputs]):
@@ -208,7 +208,7 @@ def _kernel_axes(
 
 
 def outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig) -> list[Module]:
-    """The modules with experts' tensors named by whether both or one of the two parameters are in the file."""
+    """The modules, with experts' tensors named as PEFT does if the file adapts both parameters or only one."""
     wanted = {module.name for module in modules if module.experts and is_wanted(module, found, config)}
 
     def rename(module: Module) -> Module:
@@ -225,7 +225,7 @@ def is_wanted(module: Module, found: Mapping[str, TensorInfo], config: AdapterCo
     if module.is_parameter:
         return config.targets_parameter(module.name)
     wanted = config.targets(module.name, linear=module.leaf == "kernel")
-    if wanted is None:  # left to PEFT's defaults: what the file holds
+    if wanted is None:  # left to PEFT's defaults, so the file decides
         return any(name in found for name, _, _ in module.factors(1).values())
     if wanted and module.path in TIED_HEADS.values() and config.ensure_weight_tying:
         return False  # the same adapter as the embedding's
@@ -236,7 +236,7 @@ def is_wanted(module: Module, found: Mapping[str, TensorInfo], config: AdapterCo
 
 
 def factor_slots(adapted: list[Module], config: AdapterConfig) -> dict[str, Slot]:
-    """The tensors of the updates themselves."""
+    """Tensor name → slot, for the factors and what DoRA and biases add to them."""
     slots = {}
     for module in adapted:
         for leaf, (name, shape, codec) in module.factors(config.rank(module.name)).items():
@@ -251,10 +251,10 @@ def factor_slots(adapted: list[Module], config: AdapterConfig) -> dict[str, Slot
 
 
 def extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
-    """The tensors of trained copies and of token rows that the tree holds.
+    """Tensor name → slot, for the trained copies and token rows that the tree holds.
 
     Args:
-        wrapped: names of adapted modules, whose own leaves PEFT calls "base_layer".
+        wrapped: names of adapted modules, whose own leaves PEFT puts under "base_layer".
     """
     slots: dict[str, Slot] = {}
     called = AdapterNames(flat)
@@ -282,7 +282,7 @@ def _copy_slots(
 
 
 def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list[Module]) -> dict[str, Slot]:
-    """The tensors of trained copies and token rows that a config asks for."""
+    """Tensor name → slot, for the trained copies and token rows that a config asks for."""
     slots: dict[str, Slot] = {}
     wrapped = {module.name for module in adapted}
     called = AdapterNames(leaves)
@@ -313,10 +313,10 @@ def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list
 def token_modules(
     leaves: Mapping[str, Any], config: AdapterConfig, called: AdapterNames
 ) -> dict[str, tuple[Sequence[int], int]]:
-    """Module → (the tokens whose rows the adapter replaces there, how long a row is).
+    """Module → (the tokens whose rows the adapter replaces there, the length of a row).
 
     Raises:
-        UserError: a module that has no rows of tokens.
+        UserError: the config names a module without rows of tokens.
     """
     found: dict[str, tuple[Sequence[int], int]] = {}
     for item, tokens in config.token_rows(input_embedding(leaves)).items():
@@ -333,25 +333,25 @@ def token_modules(
 
 
 def input_embedding(leaves: Mapping[str, Any]) -> str:
-    """The last part of the input embedding's name; "" for trees without one of the names that it has here."""
+    """The last part of the input embedding's name; "" for trees without one under a known name."""
     return next((path.split("/")[-1] for path in TIED_HEADS if f"{path}/embedding" in leaves), "")
 
 
 def _width(leaves: Mapping[str, Any]) -> int:
-    """The hidden states' size, by the input embedding; 0 for trees without one."""
+    """The hidden states' size, from the input embedding; 0 for trees without one."""
     return next((leaves[f"{path}/embedding"].shape[1] for path in TIED_HEADS if f"{path}/embedding" in leaves), 0)
 
 
 def read_slots(
     file: Path, slots: Mapping[str, Slot], made: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Tensor name → its float32 values as they lie in the tree.
+    """Tensor name → its float32 values in the tree's layout.
 
     Args:
-        made: values of tensors that the file does not hold like this.
+        made: values, in the file's layout, of tensors that are made rather than read from the file.
 
     Raises:
-        UserError: some are not finite; the first are named, with how many there are.
+        UserError: some values are not finite; the first such tensors are named, with their counts.
     """
     raw = {name: made[name] if made and name in made else read_unchecked(file, name) for name in slots}
     require_finite({f"{file}: {name}": value for name, value in raw.items()})
@@ -366,13 +366,13 @@ def check_fits(
     modules: list[Module],
     prefix: str = PREFIX,
 ) -> None:
-    """Nothing, if the file holds just the tensors of `slots`, and perhaps some of those that may be left out.
+    """Checks that the file holds all tensors of `slots`, and no others but those that are `optional`.
 
     Args:
-        prefix: what every tensor's name begins with.
+        prefix: the beginning of every tensor's name.
 
     Raises:
-        ValueError: tensors that are missing, unknown or misshapen; all are listed.
+        ValueError: tensors are missing, unknown or misshapen; all are listed.
     """
     _require_plain_names(file, found)
     problems = [f"missing {name} {slot.shape}" for name, slot in slots.items() if name not in found]
@@ -399,10 +399,10 @@ def check_fits(
 
 
 def _require_plain_names(file: Path, found: Mapping[str, TensorInfo]) -> None:
-    """Check that no wrapper's name is in the tensors' names.
+    """Checks that no tensor's name contains a wrapper's.
 
     Raises:
-        UserError: some have one; they are counted, and the first is named.
+        UserError: some do; their number is given, and the first is named.
     """
     for mark, why in MARKS.items():
         if marked := [name for name in found if re.search(mark, name)]:
@@ -427,7 +427,7 @@ def _why(tensor: str, there: set[str], prefix: str) -> str:
 def optional_tensors(
     file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], modules: list[Module]
 ) -> set[str]:
-    """Tensors that repeat the base's own embedding or head, as PEFT writes them beside adapters of these."""
+    """Tensors that repeat the base's embedding or head; PEFT writes them beside the adapters of these."""
     copies = set()
     for module in modules:
         name = f"{module.tensors}.base_layer.weight"
@@ -443,7 +443,7 @@ def optional_tensors(
 
 
 def base_weight(leaves: Mapping[str, Any], module: Module) -> Any:
-    """The base's weight of an embedding or head, as the Hub has it [V, D]."""
+    """The base's weight of an embedding or head, in the Hub's layout [V, D]."""
     for embedding, head in tied_heads(leaves).items():
         if module.path == head:
             return leaves[f"{embedding}/embedding"]

@@ -1,4 +1,4 @@
-"""Embeddings and heads that lie whole in an adapter's file: its base was given more rows for tokens, or other ones."""
+"""Whole embeddings and heads in an adapter's file, for a base that was given more rows for tokens, or other ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +14,18 @@ from jlora.lora.merge import TIED_HEADS
 from jlora.lora.partition import CARRIED
 
 PREFIX = "base_model.model."
-# What PEFT calls a whole embedding or head of the base: alone, under an adapter, under token rows, beside a copy.
+# PEFT's names of a whole embedding or head of the base: alone, under an adapter, under token rows, beside a copy.
 COPIES = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight", ".original_module.weight")
 
 
 def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any], *, every: bool) -> dict[str, np.ndarray]:
-    """The embedding and the head that the adapter's file has to hold whole, under the names that PEFT gives them.
+    """The embedding and head that the adapter's file must hold whole, by PEFT's names.
 
     Args:
         flat: the tree's leaves.
         written: the adapter's tensors, which may hold some of these already.
-        every: both of them (a tied head is the embedding), as PEFT does once the vocabulary has grown; otherwise those
-            that came with the adapter.
+        every: write both (a tied head is the embedding), as PEFT does once the vocabulary has grown; otherwise only
+            those that came with the adapter.
     """
     copies = {}
     for path in (path for pair in TIED_HEADS.items() for path in pair):
@@ -47,20 +47,20 @@ def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any], *, ev
 def carried_rows(
     file: Path, found: Mapping[str, TensorInfo], leaves: Mapping[str, Any], slots: Mapping[str, Any]
 ) -> tuple[set[str], dict[str, np.ndarray]]:
-    """The tensors that are the base's embedding and head, and path → the values of those that differ from the base's.
+    """(names of the file's copies of the base's embedding and head, path → values of those that differ from the base).
 
-    PEFT puts them in the base's place, and so is done here: the base that an adapter with new tokens was trained on has
-    rows for these that no checkpoint holds.
+    As in PEFT, these replace the base's: the base that an adapter with new tokens was trained on has rows for them that
+    no checkpoint holds.
 
     Args:
-        slots: tensors that are parts of the adapter.
+        slots: the tensors that are parts of the adapter.
 
     Raises:
-        UserError: the file's have another number of rows than the model's; what to do is said.
+        UserError: the copies do not have as many rows as the model, or copies of one tied matrix differ.
     """
     taken: set[str] = set()
     changed: dict[str, np.ndarray] = {}
-    settled: dict[str, np.ndarray] = {}  # what the file's first copy of each says
+    settled: dict[str, np.ndarray] = {}  # the file's first copy of each
     for embedding, head in TIED_HEADS.items():
         if f"{embedding}/embedding" not in leaves:
             continue
@@ -69,7 +69,7 @@ def carried_rows(
         for module, path in ((embedding, f"{embedding}/embedding"), (head, f"{head}/kernel")):
             path = path if path in leaves else f"{embedding}/embedding"  # a tied head is the embedding
             for tensor in _copies(found, module):
-                of_trained = tensor in taken and f"{_name(embedding)}.weight" in slots  # a tied head's, once more
+                of_trained = tensor in taken and f"{_name(embedding)}.weight" in slots  # a tied head's repetition
                 if tensor in slots or of_trained or quant.is_packed(leaves[path]):
                     continue
                 values = read_tensor(file, tensor).astype(np.float32)
@@ -87,7 +87,7 @@ def carried_rows(
 
 
 def _repeated(file: Path, found: Mapping[str, TensorInfo], embedding: str, head: str, *, tied: bool) -> set[str]:
-    """Tensors that are in the file a second time: trained copies, and what a tied head shares with the embedding."""
+    """Tensors that the file repeats: trained copies, and those that a tied head shares with the embedding."""
     rows = ".token_adapter.trainable_tokens_delta"
     pairs = [(f"{_name(head)}{rows}", f"{_name(embedding)}{rows}")] if tied else []
     pairs += [(f"{_name(head)}.weight", f"{_name(embedding)}.weight")] if tied else []
@@ -126,5 +126,5 @@ def _name(module: str) -> str:
 
 
 def _close(values: np.ndarray, base: Any) -> bool:
-    """Whether these are the base's rows, perhaps rounded."""
+    """Whether the values are the base's, perhaps rounded."""
     return values.shape == base.shape and np.allclose(np.asarray(base, np.float32), values, rtol=0.01, atol=1e-6)

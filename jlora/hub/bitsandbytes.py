@@ -1,7 +1,7 @@
-"""bitsandbytes' packed tensors in safetensors folders: checked before any is read, then taken over to the bit.
+"""bitsandbytes' packed tensors in safetensors folders: checked before any is read, and kept bit by bit.
 
-A packed `P.weight` is known by what lies beside it, never by config.json: `P.weight.quant_state.bitsandbytes__nf4` (or
-`__fp4`) with its block scales, or `P.SCB`, the scales of LLM.int8's rows.
+A packed `P.weight` is recognised by the tensors beside it, never by config.json: either
+`P.weight.quant_state.bitsandbytes__nf4` (or `__fp4`) with its block scales, or `P.SCB`, the scales of LLM.int8's rows.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ COMPANION = re.compile(
     r"|(?P<module>.+)\.(?P<row>SCB|weight_format)"
 )
 STATE = "quant_state.bitsandbytes__"
-VALUES = ("absmax", "nested_absmax", "SCB")  # the parts that are numbers
+VALUES = ("absmax", "nested_absmax", "SCB")  # the parts that hold scales
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# Maps are computed by torch, whose last bit is another on other processors.
+# torch computes the maps, and its last bit differs between processors.
 MAP_TOLERANCE = 1e-6
 
 
@@ -39,10 +39,10 @@ class Stored(NamedTuple):
 
     Attributes:
         format: "nf4", "fp4" or "int8".
-        matrix: (D, N) of the kernel.
-        dtype: that dequantised values are rounded to; None where the files do not say (int8).
-        parts: part ("weight", "absmax", …) → name of its tensor and what its file says about it.
-        offset: of nested block scales; None if they are not nested.
+        matrix: the kernel's (D, N).
+        dtype: the dtype that dequantised values are rounded to; None if the files do not say (int8).
+        parts: part ("weight", "absmax", …) → (name of its tensor, that tensor's info).
+        offset: the offset of nested block scales; None if they are not nested.
     """
 
     format: str
@@ -57,7 +57,11 @@ class Stored(NamedTuple):
 
 
 def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
-    """How a checkpoint is packed by what its config.json says; None for one that is not."""
+    """How a checkpoint is packed according to its config.json; None if it is not.
+
+    Raises:
+        UserError: it is quantised in a way that jlora does not read.
+    """
     settings = config.get("quantization_config")
     if not isinstance(settings, dict):
         return None
@@ -74,11 +78,11 @@ def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
 
 
 def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:
-    """Name → packed tensor, for every packed one; what is small beside it (types, code books) is read and checked.
+    """Name → tensor, for every packed one; the small tensors beside them (states, code books) are read and checked.
 
     Raises:
-        ValueError: tensors that bitsandbytes does not write like this, or writes with settings that jlora does not
-        have; all are listed.
+        ValueError: tensors are not as bitsandbytes writes them, or have settings that jlora does not have; all are
+            listed.
     """
     found: dict[str, Stored] = {}
     problems: list[str] = []
@@ -94,27 +98,27 @@ def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:
 
 
 def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
-    """The packed kernel [D, N] as arrays of the host, its codes in jlora's order.
+    """The packed kernel [D, N] as host arrays, its codes in jlora's order.
 
     Args:
-        dtype: that dequantised values are to be rounded to.
+        dtype: the dtype that dequantised values are rounded to.
     """
     parts = {part: _read(entry) for part, entry in stored.parts.items() if part in VALUES}
     name, info = stored.parts["weight"]
-    parts["weight"] = read_unchecked(info.file, name)  # bytes, of whatever type
+    parts["weight"] = read_unchecked(info.file, name)  # bytes, in whatever dtype
     if stored.format == "int8":
         return PackedInt8(np.ascontiguousarray(parts["weight"].T), parts["SCB"].reshape(1, -1), np.dtype(dtype))
     nested, offset = None, None
     if stored.offset is not None:
         nested, offset = parts["nested_absmax"].ravel(), np.asarray(stored.offset, np.float32)
-    codes = parts["weight"].ravel().view(np.uint8)  # FSDP keeps the bytes in a wider type
+    codes = parts["weight"].ravel().view(np.uint8)  # with FSDP, the bytes are stored in a wider dtype
     return four_bit.from_flat(
         codes, parts["absmax"].ravel(), nested, offset, format=stored.format, matrix=stored.matrix, dtype=dtype
     )
 
 
 def packed_tensors(name: str, leaf: PackedArray) -> dict[str, np.ndarray]:
-    """The tensors that hold a packed kernel [D, N] of the host under the weight's `name`: `read_packed` backwards."""
+    """Name → tensor, for a packed kernel [D, N] on the host under the weight's `name`: the inverse of `read_packed`."""
     if isinstance(leaf, PackedInt8):
         module = name.removesuffix(".weight")
         return {
@@ -145,7 +149,7 @@ def state_bytes(state: Mapping[str, Any]) -> np.ndarray:
 
 
 def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, tuple[str, TensorInfo]]]:
-    """Name of a packed weight → its parts; integers with nothing beside them are such groups too."""
+    """Name of a packed weight → its parts; integer weights with nothing beside them are included."""
     groups: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     for name, info in sorted(tensors.items()):
         if match := COMPANION.fullmatch(name):
@@ -199,7 +203,7 @@ def _four_bit(parts: Mapping[str, tuple[str, TensorInfo]], faults: list[str]) ->
 
 
 def _wrong_settings(state: Mapping[str, Any], format: str, nested: bool) -> list[str]:
-    """What a quant_state says and jlora does not have."""
+    """A line for each setting of a quant_state that jlora does not have."""
     expected = {"quant_type": format if format in ("nf4", "fp4") else "nf4 or fp4", "blocksize": four_bit.BLOCK}
     expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"} if nested else {}
     wrong = [
@@ -257,7 +261,7 @@ def _expect(
     dtypes: tuple[str, ...],
     faults: list[str],
 ) -> bool:
-    """Whether the part is there as expected; if not, `faults` says what is wrong."""
+    """Whether the part is there as expected; if not, what is wrong is added to `faults`."""
     if part not in parts:
         faults.append(f"{part} {shape} is missing")
         return False

@@ -1,6 +1,6 @@
-"""GGUF files, dequantised one tensor at a time into the Hub's names and layout.
+"""Reads GGUF files, dequantised one tensor at a time, under the Hub's names and in its layout.
 
-Which architectures are read, and how their metadata becomes a config.json, is in `gguf_config`.
+`gguf_config` has the architectures that are read, and turns their metadata into a config.json.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from jlora.types import require
 
 
 class GGUFFile:
-    """One .gguf file, its metadata turned into the config.json and the tensor names of the same model on the Hub.
+    """A .gguf file with the config.json and the tensor names that the same model has on the Hub.
 
     Raises:
         ImportError: the package gguf is not installed.
@@ -43,10 +43,14 @@ class GGUFFile:
         }
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Nothing: every tensor has the Hub's name already."""
+        """Does nothing: every tensor already has the Hub's name."""
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in float32, in the Hub's layout."""
+        """The tensor in float32 and the Hub's layout.
+
+        Raises:
+            UserError: it cannot be unpacked, or holds values that are not finite.
+        """
         tensor, shape, expert, layout = self._parts[name]
         values = _dequantize(tensor, tensor.data if expert is None else tensor.data[expert])
         require_finite({f"{self.path}: {tensor.name}": values})
@@ -58,7 +62,7 @@ class GGUFFile:
 
 
 def tokenizer_fields(path: Path) -> dict[str, Any]:
-    """What the file says of its tokenizer: its metadata by the names that follow "tokenizer."."""
+    """The file's metadata about its tokenizer, by their keys without "tokenizer."."""
     prefix, fields = "tokenizer.", _open(path).fields
     return {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
 
@@ -67,14 +71,14 @@ def _open(path: Path) -> Any:
     gguf = require("gguf", "gguf")
     try:
         return gguf.GGUFReader(path)
-    except Exception as error:  # of any class: the package trusts every count and offset in the file
+    except Exception as error:  # errors of any class: the package trusts every count and offset in the file
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {type(error).__name__}: {error}"
         ) from error
 
 
 def _is_small(name: str) -> bool:
-    # The vocabulary takes seconds to unpack, and is the tokenizer's business.
+    # The vocabulary takes seconds to unpack, and only the tokenizer needs it.
     return name not in (
         "tokenizer.ggml.tokens",
         "tokenizer.ggml.merges",
@@ -89,7 +93,7 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 
 def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
-    """All of the tensor's data, or the rows of it that `data` is."""
+    """`data`, which is all or some rows of the tensor's data, in float32."""
     quants = require("gguf.quants", "gguf")
     try:
         return quants.dequantize(data, tensor.tensor_type)
@@ -98,12 +102,13 @@ def _dequantize(tensor: Any, data: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """Where one of the Hub's tensors lies in the file.
+    """The place of one of the Hub's tensors in the file.
 
     Attributes:
+        tensor: the file's tensor.
         shape: the Hub's.
-        expert: which entry of the tensor's first axis it is; None: all of it.
-        layout: how its values lie; None: as on the Hub.
+        expert: its index in the tensor's first axis; None if it is the whole tensor.
+        layout: the layout of its values; None if it is the Hub's.
     """
 
     tensor: Any
@@ -113,7 +118,7 @@ class Part(NamedTuple):
 
 
 def _parts(tensors: Mapping[str, Any], model_type: str) -> dict[str, Part]:
-    """The Hub's name → where that tensor lies."""
+    """The Hub's name → the tensor's place in the file."""
     parts: dict[str, Part] = {}
     for name, hub_name in names.from_gguf(tensors, model_type).items():
         tensor, shape = tensors[name], _shape(tensors[name])

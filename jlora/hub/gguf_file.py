@@ -1,4 +1,4 @@
-"""A GGUF file, written whole or not at all, one tensor in memory at a time."""
+"""Writes GGUF files, complete or not at all, with one tensor in memory at a time."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from jlora.types import require
 
 MAGIC = b"GGUF"
 
-# Called with how many tensors are written, and of how many.
+# Called with (number of tensors written, total).
 Progress = Callable[[int, int], None]
 
 
@@ -24,7 +24,7 @@ class Tensor(NamedTuple):
 
     Attributes:
         shape: slowest axis first.
-        type: llama.cpp's name of how its values are kept.
+        type: llama.cpp's name of the type it is written in.
         values: makes its float32 values.
     """
 
@@ -37,13 +37,13 @@ class Tensor(NamedTuple):
 def write_file(
     path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], progress: Progress | None = None
 ) -> None:
-    """Write NAME.gguf.
+    """Writes NAME.gguf, complete or not at all.
 
     Args:
-        metadata: by whole keys, "general.architecture" among them; whole numbers are written unsigned.
+        metadata: values by full key, "general.architecture" included; integers are written unsigned.
 
     Raises:
-        ValueError: the name does not end in .gguf; weights are not finite, or too large for float16.
+        ValueError: the name does not end in .gguf, or weights are not finite or too large for float16.
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
@@ -72,8 +72,10 @@ def write_file(
 
 
 class _Checked(np.ndarray):
-    """An array whose `tofile` raises what the disk says. NumPy's writes through a buffer of its own, and what is wrong
-    when that is emptied is lost: on a full disk small tensors would be missing without a word.
+    """An array whose `tofile` raises the disk's errors.
+
+    NumPy's writes through its own buffer and loses the errors of flushing it: on a full disk small tensors would
+    silently be missing.
     """
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
@@ -81,14 +83,14 @@ class _Checked(np.ndarray):
 
 
 def require_name(path: str | Path) -> Any:
-    """The package gguf, if a file of this name can be written; raises as `write_file`."""
+    """The package gguf; raises as `write_file` if a file of this name cannot be written."""
     if Path(path).suffix != ".gguf":
         raise UserError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
     return require("gguf", "gguf")
 
 
 def _kind(gguf: Any, value: Any) -> Any:
-    """The type of a value in the file; llama.cpp wants its numbers unsigned."""
+    """The type of a value in the file; llama.cpp expects unsigned integers."""
     return gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
 
 

@@ -1,4 +1,4 @@
-"""Where llama.cpp lays a tensor's values out otherwise than the Hub: both ways."""
+"""Conversions, in both directions, of tensors that llama.cpp lays out differently from the Hub."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Heads(NamedTuple):
-    """How many there are; the key's are those of the values too."""
+    """The numbers of heads; there are as many of values as of keys."""
 
     queries: int
     keys: int
@@ -18,12 +18,12 @@ Reorder = Callable[[np.ndarray, Heads], np.ndarray]
 
 
 class Layout(NamedTuple):
-    """One way to lie otherwise.
+    """One way in which GGUF's layout differs.
 
     Attributes:
-        from_gguf, to_gguf: take and return a tensor's values.
-        outputs_only: it reorders the outputs of a linear and nothing else, so it says how those of its LoRA lie too.
-        transposed: the shape is the other way round.
+        from_gguf, to_gguf: convert a tensor's values.
+        outputs_only: whether it only reorders the outputs of a linear, and so applies to those of its LoRA too.
+        transposed: whether the shape is reversed.
     """
 
     from_gguf: Reorder
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(name: str, model_type: str) -> Layout | None:
-    """How the tensor of this GGUF name lies in such a model; None: as on the Hub."""
+    """The layout of the tensor with this GGUF name in such a model; None if it is the Hub's."""
     return next((layout for pattern, layout in LAYOUTS.get(model_type, ()) if re.fullmatch(pattern, name)), None)
 
 
@@ -47,7 +47,7 @@ def _halves(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _by_kind(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (h, 3, f) reordered to (3, h, f): from head after head to all queries, all keys, all values."""
+    """Rows (h, 3, f) reordered to (3, h, f): from head by head to all queries, all keys, all values."""
     return values.reshape(heads, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
 
 
@@ -58,7 +58,7 @@ def _by_head(values: np.ndarray, heads: int) -> np.ndarray:
 QUERIES = Layout(lambda x, heads: _halves(x, heads.queries), lambda x, heads: _interleaved(x, heads.queries), True)
 KEYS = Layout(lambda x, heads: _halves(x, heads.keys), lambda x, heads: _interleaved(x, heads.keys), True)
 FUSED = Layout(lambda x, heads: _by_head(x, heads.queries), lambda x, heads: _by_kind(x, heads.queries), True)
-# Gemma's norms multiply by 1 + weight, of which the file has the sum.
+# Gemma's norms multiply by 1 + weight, and the file holds that sum.
 SUM = Layout(lambda x, heads: x - 1, lambda x, heads: x + 1)
 TURNED = Layout(lambda x, heads: x.T, lambda x, heads: x.T, transposed=True)
 

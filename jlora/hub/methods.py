@@ -60,7 +60,7 @@ class Method:
         return False
 
     def output_scale(self, module: Module, tensors: Tensors) -> np.ndarray | None:
-        """The factors [N] by which the method multiplies the linear's output, bias included; None if there are none."""
+        """The factors [N] by which the method multiplies the linear's output, bias included; None if it does not."""
         return None
 
 

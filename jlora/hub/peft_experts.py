@@ -143,7 +143,7 @@ def find_one_by_one(
 def stack_experts(
     file: Path, modules: list[Module], found: Mapping[str, TensorInfo], plan: OneByOne
 ) -> tuple[dict[str, TensorInfo], dict[str, np.ndarray]]:
-    """(the file's tensors if it had adapters of the stacked parameters, the values of those that differ).
+    """(the file's tensors as if it held adapters of the stacked parameters, the values of those adapters).
 
     gate_proj A [R, D], B [F, R] and up_proj's of every expert → gate_up_proj A [E, 2R, D], B [E, 2F, 2R], where B is
     zero between the parts: each has its own half of the rank.

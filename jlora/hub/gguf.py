@@ -62,7 +62,7 @@ class GGUFFile:
 
 
 def tokenizer_fields(path: Path) -> dict[str, Any]:
-    """The file's metadata about its tokenizer, by their keys without "tokenizer."."""
+    """The file's tokenizer metadata, with "tokenizer." removed from the keys."""
     prefix, fields = "tokenizer.", _open(path).fields
     return {name.removeprefix(prefix): field.contents() for name, field in fields.items() if name.startswith(prefix)}
 

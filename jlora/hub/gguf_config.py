@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata says of a model, as the config.json that the same model has on the Hub."""
+"""Turns a GGUF file's metadata into the config.json that the same model has on the Hub."""
 
 import functools
 import math
@@ -15,19 +15,19 @@ FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "ro
 ROTARY = frozenset((FREQUENCIES, SHORT, LONG))
 # Llama 3's rope scaling as Meta published it; GGUF keeps only the divisors it leads to.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
-# What config.json and GGUF call YaRN's settings.
+# YaRN's settings: config.json's name → GGUF's.
 YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
 
 # Keys below the architecture's name that do not change what a causal language model computes.
 HARMLESS = frozenset(("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned"))
-# Keys with the only values that jlora computes: softmax routing without a factor, attention to the past.
+# Key → the only values that jlora computes: causal attention, and softmax routing without a factor.
 ONLY = {"attention.causal": (True,), "expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0)}
 
 
 class Metadata:
-    """A file's metadata being read: what was asked for, and every problem found on the way.
+    """A file's metadata, with a record of the keys that were read and the problems that were found.
 
-    Keys are given without the architecture's name: "block_count" stands for "llama.block_count".
+    Keys are given without the architecture's name: "block_count" means "llama.block_count".
     """
 
     def __init__(self, path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
@@ -37,24 +37,24 @@ class Metadata:
         self.problems: list[str] = []
 
     def name(self, key: str) -> str:
-        """The whole key."""
+        """The full key."""
         return f"{self.architecture}.{key}"
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value; `default` where there is none."""
+        """The value; `default` if there is none."""
         self.seen.add(key)
         value = self.fields.get(self.name(key), default)
         return _shortest(value) if isinstance(value, float) else value
 
     def number(self, key: str, default: Any = None) -> Any:
-        """The value; a list with one value a layer stands for that value, if all are equal."""
+        """The value, or that of a list with one value per layer; notes a problem if these differ."""
         value = self.get(key, default)
         if isinstance(value, list) and len(set(value)) != 1:
             self.problems.append(f"{self.name(key)} differs from layer to layer: {value}")
         return value[0] if isinstance(value, list) and value else value
 
     def require(self, key: str) -> Any:
-        """The value; one that is missing or 0 is noted, and 1 stands for it until `finish`."""
+        """The value; if it is missing or 0, notes a problem and returns 1, so that reading can go on to `finish`."""
         value = self.number(key)
         if value is None:
             self.problems.append(f"no metadata {self.name(key)}")
@@ -63,14 +63,14 @@ class Metadata:
         return value if value or isinstance(value, bool) else 1
 
     def only(self, key: str, *supported: Any) -> None:
-        """Notes a value that is none of those supported."""
+        """Notes a problem if there is a value that is not supported."""
         value = self.number(key)
         if value is not None and value not in supported:
             expected = " or ".join(map(str, supported))
             self.problems.append(f"{self.name(key)} is {value}; jlora computes only {expected}")
 
     def finish(self) -> None:
-        """Raises ValueError with everything that is wrong: what was noted, and keys that nothing has asked for."""
+        """Raises ValueError with all problems: those noted, and keys that were never read."""
         prefix = self.name("")
         known = self.seen | HARMLESS
         for name, value in self.fields.items():
@@ -91,10 +91,11 @@ class Architecture(NamedTuple):
 
     Attributes:
         required, optional: config.json's name → GGUF's; an optional one that is absent or 0 is left out.
-        more: what else follows from the metadata.
-        constants: what GGUF does not say, because llama.cpp computes it so.
-        biases: config.json's name → a tensor that is there if it is true.
-        theta, share: config.json's names of the rotary base, and of how much of a head is turned (None: all of it).
+        more: computes the other fields that follow from the metadata.
+        constants: fields that GGUF does not have, because llama.cpp always computes them so.
+        biases: config.json's name → a tensor that exists if the field is true.
+        theta, share: config.json's names of the rotary base (None: no rotary positions) and of the share of a head that
+            is rotated (None: always all of it).
     """
 
     model_type: str
@@ -111,16 +112,17 @@ class Architecture(NamedTuple):
 def read_config(
     path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], values: Callable[[str], np.ndarray]
 ) -> Config:
-    """config.json as the Hub would have it.
+    """The config.json that the model would have on the Hub.
 
     Args:
+        path: the file, for messages.
         fields: all metadata but the vocabulary.
         tensors: GGUF's name → shape, slowest axis first.
-        values: a tensor's values by its GGUF name.
+        values: (a tensor's GGUF name) → its values.
 
     Raises:
-        ValueError: the architecture is not one of `ARCHITECTURES`; or keys are missing, or ask for what jlora does not
-            compute: all of them, by name.
+        ValueError: the architecture is not one of `ARCHITECTURES`, or keys are missing or ask for what jlora does not
+            compute; all keys are listed.
     """
     metadata = Metadata(path, fields, tensors)
     if metadata.architecture not in ARCHITECTURES:
@@ -157,7 +159,7 @@ def special_tokens(fields: Mapping[str, Any]) -> Config:
 
 
 def generation_config(fields: Mapping[str, Any]) -> Config | None:
-    """generation_config.json: chat models may end a turn with another token than a text."""
+    """generation_config.json, or None; chat models may end a turn and a text with different tokens."""
     tokens = special_tokens(fields)
     eos, end_of_turn = tokens.get("eos_token_id"), fields.get("tokenizer.ggml.eot_token_id")
     if eos is not None and end_of_turn is not None and end_of_turn != eos:
@@ -184,7 +186,7 @@ def _shortest(value: float) -> float:
 
 
 def _heads(metadata: Metadata, config: Config) -> Config:
-    """Heads of their own size, in groups."""
+    """The size of a head, and the number of heads of keys and values."""
     heads = config["num_attention_heads"]
     usual = metadata.number("rope.dimension_count", config["hidden_size"] // heads)
     head_dim = metadata.number("attention.key_length", usual)
@@ -194,13 +196,13 @@ def _heads(metadata: Metadata, config: Config) -> Config:
 
 
 def _even_heads(metadata: Metadata, width: int, heads: int) -> None:
-    """Nothing; notes heads that do not share the width evenly among them."""
+    """Notes a problem if the heads do not divide the width evenly."""
     for key in ("attention.key_length", "attention.value_length"):
         metadata.only(key, width // heads)
 
 
 def _phi3(metadata: Metadata, config: Config) -> Config:
-    # Only part of a head may be turned, so its size does not follow from rope.dimension_count.
+    # Only part of a head may be rotated, so its size does not follow from rope.dimension_count.
     heads = config["num_attention_heads"]
     _even_heads(metadata, config["hidden_size"], heads)
     return {"num_key_value_heads": metadata.number("attention.head_count_kv", heads)}
@@ -213,13 +215,13 @@ def _gpt(metadata: Metadata, config: Config, *, width: str, heads: str) -> Confi
 
 
 def _granite(metadata: Metadata, config: Config) -> Config:
-    # Of Granite alone this key says whether positions are rotated at all.
+    # Only for Granite does this key say whether positions are rotated at all.
     metadata.only("rope.scaling.finetuned", True)
     return _heads(metadata, config)
 
 
 def _gemma(metadata: Metadata, config: Config, *, window: int | None, period: int, largest: int) -> Config:
-    """Gemma 2 and 3: layers with a window, and the scale of the scores, which llama.cpp infers from the depth."""
+    """Gemma 2 and 3: layers with a window, and the scores' scale, which llama.cpp infers from the number of layers."""
     heads = _heads(metadata, config)
     count = config["num_hidden_layers"]
     window = metadata.number("attention.sliding_window", window)
@@ -257,7 +259,7 @@ def _rotary(
 
 
 def _share(part: int, whole: int) -> float:
-    """The fraction that gives `part` again when `whole` times it is cut off at the point, as readers do."""
+    """The fraction f for which int(whole · f), which readers compute, is `part`."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, 1.0)
 
@@ -289,7 +291,7 @@ def _yarn(metadata: Metadata) -> Config:
     """YaRN (Peng et al. 2023)."""
     metadata.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # llama.cpp's -1 means on
     found = {name: metadata.get(f"rope.scaling.{key}") for name, key in YARN.items()}
-    # What llama.cpp multiplies the usual factor by; it does not use what its converter writes of a model's own factor.
+    # llama.cpp multiplies the usual factor by this; it does not use what its converter writes for a model's own factor.
     ratio = metadata.get("rope.scaling.attn_factor", 1.0)
     if ratio != 1:
         found["attention_factor"] = ratio * yarn_attention(metadata.require("rope.scaling.factor"))
@@ -303,14 +305,14 @@ def _yarn(metadata: Metadata) -> Config:
 
 
 def yarn_attention(factor: float) -> float:
-    """What YaRN multiplies cos and sin by where a model does not say otherwise."""
+    """YaRN's default factor of cos and sin."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _longrope(
     metadata: Metadata, config: Config, values: Callable[[str], np.ndarray], *, original: int | None
 ) -> Config:
-    """LongRoPE (Ding et al. 2024): one list of divisors for short texts and one for long."""
+    """LongRoPE (Ding et al. 2024): one list of divisors for short texts and one for long ones."""
     longest = config["max_position_embeddings"]
     original = original or longest
     scaling: Config = {"rope_type": "longrope"}
@@ -327,7 +329,7 @@ def _longrope(
 
 
 def _llama3(metadata: Metadata, divisors: np.ndarray, *, theta: float, turned: int) -> Config:
-    """The parameters that give these divisors of the rotary frequencies, checked by computing them again."""
+    """Llama 3's parameters that give these divisors of the rotary frequencies; they are computed again as a check."""
     factor = round(float(divisors.max()), 3)
     wavelengths = 2 * math.pi * theta ** (np.arange(0, turned, 2) / turned)
     kept = np.clip((LLAMA3_CONTEXT / wavelengths - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0, 1)
@@ -380,7 +382,7 @@ GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 
 _decoder = functools.partial(Architecture, required=DECODER, more=_heads)
 _gemma2 = functools.partial(_gemma, window=4096, period=2, largest=46)
-# The same architecture in GGUF, told apart by a key: (architecture, key that is there and not 0, what it is then).
+# Models that share a GGUF architecture and differ by a key: (architecture, key that is there and not 0, the variant).
 VARIANTS: tuple[tuple[str, str, Architecture], ...] = (
     (
         "llama",
@@ -449,7 +451,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         theta=None,
         more=functools.partial(_gpt, width="n_embd", heads="n_head"),
     ),
-    # The activation as Pythia has it; GGUF does not say which of GELU's forms it was.
+    # The activation is Pythia's; GGUF does not say which form of GELU a model uses.
     "gptneox": Architecture(
         "gpt_neox",
         "GPTNeoXForCausalLM",

@@ -1,4 +1,4 @@
-"""Models and adapters as GGUF files for llama.cpp, written tensor by tensor."""
+"""Writes models and adapters as GGUF files for llama.cpp, tensor by tensor."""
 
 import functools
 import re
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from jlora.models import Model
 
-# Our name of a type → (llama.cpp's name of its tensors, its number of such a file).
+# jlora's name of a type → (llama.cpp's name of the tensors' type, its number for such a file).
 TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
-BLOCK = 32  # Q8_0 packs so many values of a row together
-# Matrices that llama.cpp wants in float32.
+BLOCK = 32  # Q8_0 packs this many values of a row together
+# Matrices that llama.cpp needs in float32.
 WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
 EMBEDDING = "token_embd.weight"
 
@@ -47,21 +47,21 @@ def save_gguf(
     dtype: str = "f16",
     progress: Progress | None = None,
 ) -> None:
-    """Write the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
+    """Writes the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
 
-    Sums are formed in float32 and rounded once. Vectors, routers and learned positions stay in float32; rows that
-    Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window (Mistral's, Phi-3's)
-    that llama.cpp leaves out, with other results for longer texts.
+    Merged weights are computed in float32 and rounded once. Vectors, routers and learned positions stay in float32;
+    matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window
+    (Mistral's, Phi-3's) that llama.cpp ignores, which changes its results for longer texts.
 
     Args:
-        tokenizer: one of transformers', or where a model has it (a folder, a Hub id, or a GGUF file, whose tokenizer
-            is taken over as it is); without one, llama.cpp can only be given token ids.
+        tokenizer: one of transformers', or the folder, Hub id or GGUF file of a model that has one (a GGUF file's is
+            copied as it is); without one, llama.cpp accepts only token ids.
         dtype: "f32", "f16", "bf16" or "q8_0".
-        progress: called with the tensors written and their number.
+        progress: called with (number of tensors written, total).
 
     Raises:
-        ValueError: `params` are not those of `model`; or the format cannot hold the model or its tokenizer; or weights
-            are too large for float16. All is listed.
+        ValueError: `params` are not those of `model`, the format cannot hold the model or its tokenizer, or weights are
+            not finite or too large for float16.
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
@@ -90,17 +90,18 @@ def save_gguf(
 def save_gguf_adapter(
     path: str | Path, model: "Model", params: Params, *, dtype: str = "f32", progress: Progress | None = None
 ) -> None:
-    """Write the adapter in `params` as a file NAME.gguf that llama.cpp lays over one of the base (`--lora`).
+    """Writes the adapter in `params` as a file NAME.gguf that llama.cpp applies to the base's file (`--lora`).
 
-    A start taken from the base (PiSSA, OLoRA) is written as part of a plain LoRA of twice the rank.
+    An adapter that started from the base's weights (PiSSA, OLoRA) is written as a plain LoRA of twice the rank.
 
     Args:
         dtype: "f32", "f16" or "bf16".
+        progress: called with (number of tensors written, total).
 
     Raises:
-        ValueError: there is no adapter in `params`, or it is more than llama.cpp computes: DoRA, biases, trained
+        ValueError: `params` hold no adapter, or one with parts that llama.cpp does not compute: DoRA, biases, trained
             copies, token rows, an embedding or head that came with it, an adapter of an embedding that is the head too.
-            All is listed: merge it instead.
+            All are listed; such an adapter must be merged instead.
         FileExistsError: `path` is a folder, or a file that is not GGUF.
         ImportError: the package gguf is not installed.
     """
@@ -109,8 +110,8 @@ def save_gguf_adapter(
     factors = _factors(model, params)
     ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
     scales = {name: scale for name, (_, _, scale) in factors.items()}
-    # llama.cpp multiplies by alpha / rank, and has one alpha, of which 0 means none: where it does not fit all, B takes
-    # the scale.
+    # llama.cpp multiplies by alpha / rank and has a single alpha, where 0 means none: if no alpha fits all, the scale
+    # goes into B.
     alphas = {scales[name] * ranks[name] for name in factors}
     alpha = (alphas.pop() if len(alphas) == 1 else 0) or max(ranks.values())
     tensors = []
@@ -133,10 +134,10 @@ def _made(name: str, values: np.ndarray, type: str) -> Tensor:
 
 
 def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None:
-    """Nothing, if a GGUF file of a model, or of an adapter, can have this name and type.
+    """Checks that a GGUF file of a model, or of an adapter, can have this name and type.
 
     Raises:
-        ValueError: it can not.
+        ValueError: it cannot.
         ImportError: the package gguf is not installed.
     """
     known = [name for name in TYPES if not (adapter and name == "q8_0")]
@@ -151,7 +152,7 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
 
 
 def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
-    """GGUF's name → what is written under it."""
+    """GGUF's name → the tensor to write."""
     kind, heads = model.config.model_type, _heads(model)
     members: dict[str, list[Piece]] = {}
     for piece in pieces_of(model, params):
@@ -171,7 +172,7 @@ def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
 def _values(
     params: Params, pieces: Sequence[Piece], shape: tuple[int, ...], reorder: Callable[[np.ndarray], np.ndarray] | None
 ) -> np.ndarray:
-    """The tensor that these of the Hub's are: one, or one of each expert."""
+    """The GGUF tensor made from these of the Hub's: a single one, or one per expert."""
     parts = [tensors_of(params, piece, np.float32)[piece.name] for piece in pieces]
     return np.stack([reorder(part) if reorder else part for part in parts]).reshape(shape)
 
@@ -181,7 +182,7 @@ def _is_expert(name: str) -> bool:
 
 
 def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """The type that a tensor of this shape is written in."""
+    """llama.cpp's name of the type that the tensor is written in."""
     if len(shape) < 2 or re.fullmatch(WHOLE, name):
         return "F32"
     return "F16" if wanted == "Q8_0" and shape[-1] % BLOCK else wanted
@@ -192,7 +193,7 @@ def _heads(model: "Model") -> Heads:
 
 
 def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model", name: str) -> dict[str, Any]:
-    """What the file says of the tokenizer, and the model's name, by which llama.cpp knows Phi-3's."""
+    """The tokenizer's metadata, and the model's name, by which llama.cpp recognises Phi-3's tokenizer."""
     if tokenizer is None:
         return {"general.name": name, "tokenizer.ggml.model": "none"}
     if isinstance(tokenizer, str | Path):
@@ -209,7 +210,7 @@ def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: 
 
 
 def _more_tokens(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The lists of tokens with as many entries as the embedding has rows, for a base that was given more."""
+    """The token lists extended to the embedding's rows, for a base that was given more."""
     tokens = fields.get("tokenizer.ggml.tokens", [])
     fillers = {
         "tokenizer.ggml.tokens": [f"[PAD{number}]" for number in range(len(tokens), rows)],
@@ -220,7 +221,7 @@ def _more_tokens(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _end_of_turn(source: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The token that the chat template of a GGUF file writes behind an answer, where the file names none."""
+    """The token that the chat template of a GGUF file writes after an answer, if the file names none."""
     name = "tokenizer.ggml.eot_token_id"
     if name in fields or "tokenizer.chat_template" not in fields or not is_byte_level(tokenizer_fields(source)):
         return {}
@@ -229,7 +230,7 @@ def _end_of_turn(source: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: Path) -> str:
-    """What a GGUF file says that its model is called."""
+    """The model's name in a GGUF file."""
     field = require("gguf", "gguf").GGUFReader(path).fields.get("general.name")
     return field.contents() if field else ""
 
@@ -238,7 +239,7 @@ def _name(path: Path) -> str:
 
 
 def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-    """The base tensor's GGUF name → A [R, inputs] and B [outputs, R] as llama.cpp has them, and the scale."""
+    """The base tensor's GGUF name → (A [R, inputs], B [outputs, R], scale), in llama.cpp's layout."""
     flat, kind = tree.flatten(params), model.config.model_type
     if problems := _not_plain(flat):
         raise UserError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
@@ -268,7 +269,7 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
 
 
 def _not_plain(flat: Mapping[str, Any]) -> list[str]:
-    """What the adapter has besides A and B of the model's matrices, by module."""
+    """A line for each part of the adapter that is not A or B of one of the model's matrices."""
     reasons = {
         "lora_magnitude": "DoRA's magnitudes",
         "lora_bias": "the adapter's bias",

@@ -1,6 +1,6 @@
-"""What a GGUF file has to say of a model for llama.cpp to compute it: `gguf_config` the other way round.
+"""The GGUF metadata that llama.cpp needs to compute a model: the inverse of `gguf_config`.
 
-Whatever is written is read again and compared, so a model that the format cannot tell of is refused, never changed.
+The metadata is read back and compared, so a model that the format cannot describe is refused, never changed.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ ARCHITECTURES = {
     "gpt_neox": "gptneox",
 }
 HEAD = "output.weight"
-# Of these llama.cpp wants a head even where it is the embedding, and of those it knows no other head.
+# For OWN_HEAD llama.cpp needs a head even if it is the embedding; for TIED_HEAD it knows no other head.
 OWN_HEAD, TIED_HEAD = ("gptneox", "olmo2"), ("gemma", "gemma2")
-# Those whose attention's output and MLP may have biases in llama.cpp.
+# Architectures for which llama.cpp allows biases of the attention's output and the MLP.
 BIASED = ("llama", "granite", "gpt2", "gptneox")
-# One layer in so many sees everything, where the file does not say which; of others llama.cpp reads no window.
+# One layer in this many has no window, unless the file says which; for other architectures llama.cpp reads no window.
 PERIODS = {"gemma2": 2, "gemma3": 6}
-# Fields of a model's config that are not about what it computes.
+# Fields of a model's config that do not affect what it computes.
 APART = ("model_type", "source", "eos_token_ids", "tie_word_embeddings")
 
 
@@ -57,7 +57,7 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(metadata by its whole key, tensors of rotary divisors by name)."""
+    """(metadata by full key, tensors of rotary divisors by name)."""
     architecture = architecture_of(config)
     keys = {
         "block_count": config.num_hidden_layers,
@@ -104,12 +104,12 @@ def check(
     shapes: Mapping[str, tuple[int, ...]],
     values: Callable[[str], np.ndarray],
 ) -> None:
-    """Nothing, if a file with this metadata and these tensors is read as the same model.
+    """Checks that a file with this metadata and these tensors is read as the same model.
 
-    Warns where llama.cpp computes the same up to the length of a window only.
+    Warns if llama.cpp computes the same only for texts up to the length of a window.
 
     Raises:
-        ValueError: what would come back otherwise, all of it.
+        ValueError: something would be read differently, or llama.cpp does not compute it; all is listed.
     """
     fields = {name: np.float32(value).item() if type(value) is float else value for name, value in metadata.items()}
     try:
@@ -164,11 +164,11 @@ def _rotary(rope: Rope) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return keys | scaling | original | settings | {"rope.scaling.type": "yarn"}, {}
     if rope.rope_type == "linear":
         return keys | scaling | {"rope.scaling.type": "linear"}, {}
-    return keys, {}  # what cannot be said is found by reading it again
+    return keys, {}  # `check` finds what cannot be written, by reading it back
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> Iterator[str]:
-    """What differs by more than float32's rounding, field by field."""
+    """Yields a line for each field that differs by more than float32's rounding."""
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         for field in dataclasses.fields(ours):
             if field.name not in APART:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its tokenizer, from transformers': the same ids from llama.cpp's own implementation."""
+"""Turns a transformers tokenizer into GGUF metadata with which llama.cpp's implementation gives the same ids."""
 
 import json
 import re
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # GGUF's token types
-GPT2_SPLIT = "ByteLevel"  # the one that byte-level vocabularies of old split by
+GPT2_SPLIT = "ByteLevel"  # the split of early byte-level vocabularies
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# How a text is split before merging, and whether whole tokens come before merges → llama.cpp's name for it.
+# (how a text is split before merging, whether whole tokens go before merges) → llama.cpp's name for it.
 SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2_SPLIT,), False): "gpt-2",
     (("Digits", GPT2_SPLIT), False): "smollm",
@@ -33,14 +33,14 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
         True,
     ): "tekken",
 }
-# What may be done to a text before it is split: what llama.cpp does too, and NFC, which it leaves out, for almost every
-# text is in that form.
+# What may be done to a text before it is split: what llama.cpp does too, and NFC, which it does not do, but almost all
+# text is in that form already.
 NORMALIZERS = ({"type": "NFC"},)
 PIECE_NORMALIZERS = (
     {"type": "Prepend", "prepend": "▁"},
     {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
 )
-# A model whose name has this takes the spaces after its special tokens away in llama.cpp, but not after these.
+# llama.cpp removes the spaces after special tokens if the model's name matches PHI3, except after those UNSTRIPPED.
 PHI3, UNSTRIPPED = r"(?i)(phi)-?(3)", frozenset(("<unk>", "<s>", "<|endoftext|>"))
 INSTEAD = (
     "leave the tokenizer out (jlora.hub.save_gguf without one), or take it over from a GGUF file of the base model"
@@ -48,13 +48,13 @@ INSTEAD = (
 
 
 def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether special tokens take the spaces after them away, as Phi-3's do.
+    """Whether special tokens remove the spaces after them, as Phi-3's do.
 
     Raises:
-        ValueError: some do, but not those that llama.cpp would take for Phi-3's.
+        ValueError: tokens remove spaces, or match only whole words, in a way that llama.cpp does not.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    if tokenizer.pad_token != tokenizer.eos_token:  # what stands in no text
+    if tokenizer.pad_token != tokenizer.eos_token:  # such padding occurs in no text
         added.pop(tokenizer.pad_token, None)
     stripping = {name for name, token in added.items() if token.rstrip}
     as_phi3 = stripping == set(added) - UNSTRIPPED and {"</s>", *UNSTRIPPED} <= set(tokenizer.get_vocab())
@@ -68,7 +68,7 @@ def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def named(name: str, *, strips: bool) -> str:
-    """The name, changed where llama.cpp would otherwise not treat spaces after special tokens as it should."""
+    """The model's name, changed if llama.cpp would otherwise treat spaces after special tokens wrongly."""
     if not strips:
         return re.sub(PHI3, r"\1 \2", name)
     return name if re.search(PHI3, name) else f"{name} phi-3"
@@ -78,11 +78,11 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     """GGUF's metadata of a tokenizer.
 
     Args:
-        rows: of the embedding; those beyond the vocabulary are given names of their own.
+        rows: the number of the embedding's rows; those beyond the vocabulary get filler tokens.
         ends: the tokens that end a text or a turn.
 
     Raises:
-        ValueError: llama.cpp has nothing that gives the same ids, or the vocabulary has more tokens than rows.
+        ValueError: llama.cpp cannot give the same ids, or the vocabulary has ids beyond the rows.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -98,7 +98,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in _merges(parts)]
     _check_normalizers(parts, PIECE_NORMALIZERS if pieces else NORMALIZERS)
     found: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": kinds}
-    if pieces:  # as SentencePiece has them: the pair whose sum has the best score is joined first
+    if pieces:  # as in SentencePiece: the pair that joins to the token with the best score is merged first
         found |= {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": _scores(tokens, merges)}
         found["ggml.add_space_prefix"] = _prepends(parts)
     else:
@@ -116,7 +116,7 @@ def _merges(parts: Mapping[str, Any]) -> list:
 
 
 def _without_spaces(token: str) -> str:
-    # The two halves of a merge are told apart by a space, which byte-level vocabularies write as Ġ.
+    # A space separates the two halves of a merge; byte-level vocabularies write spaces as Ġ.
     if " " in token:
         raise UserError(f"a merge of {token!r}: GGUF cannot hold tokens with spaces")
     return token
@@ -141,7 +141,7 @@ def _tokens(
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    """The higher the earlier a token is made; a token that no merge makes is never made."""
+    """One score per token, higher for earlier merges, and so low that it is never made for a token without a merge."""
     order: dict[str, int] = {}
     for merge in merges:
         order.setdefault("".join(merge), len(order))
@@ -149,7 +149,7 @@ def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[fl
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one after another."""
+    """The steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if part is None:
         return []
     return [step for item in part[inner] for step in _steps(item, inner)] if part["type"] == "Sequence" else [part]
@@ -175,7 +175,7 @@ def _split(parts: Mapping[str, Any]) -> str:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """What a step splits by; nothing for one that only writes bytes as letters."""
+    """What a step splits by; "" for one that only writes bytes as letters."""
     if step["type"] == "ByteLevel":
         return GPT2_SPLIT if step.get("use_regex", True) else ""
     if step["type"] == "Digits" and step.get("individual_digits"):
@@ -187,21 +187,21 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _prepends(parts: Mapping[str, Any]) -> bool:
-    """Whether a text begins with a space that it does not have."""
+    """Whether a space is put before a text."""
     normalizers = [step["type"] for step in _steps(parts.get("normalizer"), "normalizers")]
     schemes = [step.get("prepend_scheme") for step in _steps(parts.get("pre_tokenizer"), "pretokenizers")]
     return "Prepend" in normalizers or any(scheme in ("always", "first") for scheme in schemes)
 
 
 def _special(tokenizer: "PreTrainedTokenizerBase", ends: Sequence[int], rows: int) -> dict[str, Any]:
-    """The tokens that begin, end and pad a text, and which of them are added to one."""
+    """The ids of tokens that begin, end and pad a text, and whether begin and end are added to one."""
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    # What the chat template writes behind an answer ends a turn; llama.cpp has a place for one such token.
+    # The token that the chat template writes after an answer ends a turn; llama.cpp has room for one such token.
     found_ends = end_ids(tokenizer, ends, rows)
     turn = [end for end in (template_end(tokenizer), *found_ends) if end in found_ends and end != ids["eos"]]
     if ids["eos"] is not None and turn:

@@ -150,7 +150,7 @@ def read_model(source: str | Path, vocab: Vocab = None) -> "Model":
     process.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`, but nothing is said about the weights.
+        FileNotFoundError, ValueError: as `load`, except for faults of the weights.
     """
     return resized(_build(open_source(source)), source, vocab)
 
@@ -159,7 +159,7 @@ def describe_model(source: str | Path, vocab: Vocab = None) -> "Model":
     """The model that `describe` would return; config.json is enough.
 
     Raises:
-        FileNotFoundError, ValueError: as `describe`, but nothing is said about the weights.
+        FileNotFoundError, ValueError: as `describe`, except for faults of the weights.
     """
     return resized(_build(open_description(source)), source, vocab)
 

@@ -14,15 +14,16 @@ Value = int | float
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a method reads, and what it makes of tensors.
+    """A method's settings, and how it combines tensors.
 
     Attributes:
-        of_models: settings that every model has, with their defaults (None: required).
-        of_all: settings of the whole.
-        combine: (tensors by model, the base's or None, settings by model, settings of the whole, random numbers).
+        of_models: settings that each model has, with their defaults (None: required).
+        of_all: settings that all models share, with their defaults (None: required).
+        combine: (each model's tensor, the base's or None, each model's settings, the shared ones, random generator) →
+            the combined tensor.
         base: whether it needs base_model.
-        faults: what is wrong with the settings of a tensor: (by model, of the whole).
-        rescales: whether what is left of pruned changes is made larger (mergekit's `rescale`).
+        faults: (each model's settings, the shared ones) of a tensor → what is wrong with them.
+        rescales: whether changes that remain after pruning are scaled up (mergekit's `rescale`).
     """
 
     of_models: Mapping[str, Value | None]
@@ -49,7 +50,7 @@ def _sums_to_zero(of_models: Sequence[dict], of_all: dict) -> list[str]:
 def _slerp(
     arrays: Sequence[np.ndarray], base: np.ndarray, of_models: Sequence[dict], of_all: dict, draws: Any
 ) -> Float[np.ndarray, "..."]:
-    """Shoemake 1985; almost parallel tensors are interpolated along the line, as mergekit does."""
+    """Shoemake 1985; almost parallel tensors are interpolated linearly, as mergekit does."""
     (other,), t = arrays, of_all["t"]
     lengths = [max(float(np.linalg.norm(array)), 1e-8) for array in (base, other)]
     cosine = float(np.sum((base / np.float32(lengths[0])) * (other / np.float32(lengths[1]))))
@@ -67,7 +68,7 @@ def _passthrough(
 
 
 def _changes(rule: Rule, *, rows: bool = False) -> Callable[..., np.ndarray]:
-    """What `rule` makes of changes of the base; `rows`: of those that DELLA leaves of them."""
+    """A `combine` that applies `rule` to changes of the base; `rows`: after DELLA's pruning of the changes."""
 
     def combine(
         arrays: Sequence[np.ndarray], base: np.ndarray, of_models: Sequence[dict], of_all: dict, draws: Any
@@ -94,8 +95,9 @@ def _changes(rule: Rule, *, rows: bool = False) -> Callable[..., np.ndarray]:
 
 
 def _by_rank(change: np.ndarray, density: Value, epsilon: Value, draws: np.random.Generator) -> np.ndarray:
-    """DELLA's pruning: in every row the value of rank k of n is kept in density - ε + 2 ε k / (n - 1) of all draws, and
-    divided by that.
+    """DELLA's pruning, row by row.
+
+    The value of rank k of n is kept with probability density - ε + 2 ε k / (n - 1), and divided by that.
     """
     if density in (0, 1):
         return change
@@ -118,7 +120,7 @@ def _outside(of_models: Sequence[dict], of_all: dict) -> list[str]:
 def _model_stock(
     arrays: Sequence[np.ndarray], base: np.ndarray, of_models: Sequence[dict], of_all: dict, draws: Any
 ) -> Float[np.ndarray, "..."]:
-    """Jang et al. 2024; of more than two models the mean of the cosines between pairs, as mergekit takes it."""
+    """Jang et al. 2024; with more than two models, cos θ is the mean of the pairs' cosines, as in mergekit."""
     rows = bool(of_all["filter_wise"]) and base.ndim > 1
     flat = [(array - base).reshape(len(base) if rows else 1, -1) for array in arrays]
     lengths = [np.linalg.norm(change, axis=1) for change in flat]

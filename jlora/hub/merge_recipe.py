@@ -1,4 +1,4 @@
-"""Recipes for merges of whole models, as mergekit writes them: read and checked before any model is opened."""
+"""Recipes for merging whole models, in mergekit's format: read and checked before any model is opened."""
 
 import dataclasses
 import math
@@ -43,10 +43,10 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Consecutive layers of the result, made of as many of each input.
+    """Consecutive layers of the result, made from the same number of layers of each input.
 
     Attributes:
-        base: the layers that changes are counted from, one of the inputs or not; None where the method needs none.
+        base: the layers that changes are relative to, which may be one of the inputs; None if the method needs none.
     """
 
     inputs: tuple[Input, ...]
@@ -55,13 +55,13 @@ class Slice:
 
     @property
     def everyone(self) -> tuple[Input, ...]:
-        """The inputs, and the base if it is none of them."""
+        """The inputs, and the base if it is not one of them."""
         return self.inputs if self.base is None or self.base in self.inputs else (*self.inputs, self.base)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A merge that was read and checked."""
+    """A merge whose settings were read and checked."""
 
     method: str
     base: str | None
@@ -74,11 +74,11 @@ class Recipe:
 
 
 def read_recipe(recipe: str | Path | Settings) -> Settings:
-    """The settings in a YAML file, or those given, if their form holds; no model is looked for.
+    """The settings in a YAML file, or those given, checked without opening any model.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: settings that are unknown, missing or of another form than expected; all are listed.
+        ValueError: settings are unknown, missing or malformed; all are listed.
     """
     settings = recipe if isinstance(recipe, Mapping) else _read(Path(recipe))
     settings, faults = in_own_form(settings)
@@ -87,10 +87,10 @@ def read_recipe(recipe: str | Path | Settings) -> Settings:
 
 
 def resolve(settings: Settings, sources: dict[str, Source]) -> Recipe:
-    """The recipe of settings that `read_recipe` let through, with every model opened into `sources`.
+    """The recipe of settings from `read_recipe`; opens every model and puts it into `sources`.
 
     Raises:
-        ValueError: models that cannot be opened, or what the method cannot do with them; all are listed.
+        ValueError: models cannot be opened, or the method cannot combine them; all problems are listed.
     """
     faults = []
     method, base = settings["merge_method"], settings.get("base_model")
@@ -140,7 +140,7 @@ def models_of(settings: Settings) -> list[str]:
 
 
 def count_layers(source: Source) -> int:
-    """The number of the model's layers, by its tensors."""
+    """The number of the model's layers, from its tensors' names."""
     return 1 + max((int(match["number"]) for match in map(LAYER.fullmatch, source.tensors) if match), default=-1)
 
 
@@ -167,7 +167,7 @@ def _raise(faults: Sequence[str]) -> None:
 
 
 def _form_faults(settings: Settings) -> list[str]:
-    """What is wrong with the settings, whatever the models are."""
+    """What is wrong with the settings, independently of the models."""
     faults = _unknown("", settings, TOP)
     method, base, seed = settings.get("merge_method"), settings.get("base_model"), settings.get("seed", 0)
     known = isinstance(method, str) and method in METHODS
@@ -203,7 +203,7 @@ def _tokenizer_faults(chosen: Any, base: Any) -> list[str]:
 
 
 def _listed(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """(where, entries) of every list of models."""
+    """Yields (where, entries) for every list of models."""
     if "models" in settings:
         yield "models", settings["models"]
     slices = settings.get("slices")
@@ -212,7 +212,7 @@ def _listed(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 
 def _list_faults(settings: Settings) -> list[str]:
-    """What is wrong with how models are listed."""
+    """What is wrong with the lists of models."""
     faults = []
     slices = settings.get("slices")
     if "slices" in settings and not (isinstance(slices, list) and slices):
@@ -247,7 +247,7 @@ def _unknown(where: str, found: Settings, known: Sequence[str]) -> list[str]:
 
 
 def _parameters(settings: Settings) -> Iterator[tuple[str, Any, bool]]:
-    """(where, parameters, whether they are one model's) of every place that has some."""
+    """Yields (where, parameters, whether they are a single model's) for every place that can have some."""
     yield "parameters", settings.get("parameters"), False
     slices = settings.get("slices")
     for i, part in enumerate(slices if isinstance(slices, list) else ()):
@@ -281,7 +281,7 @@ def _parameter_faults(where: str, found: Any, method: str, *, of_model: bool) ->
 
 
 def _value_faults(place: str, name: str, found: Any) -> list[str]:
-    """What is wrong with a number, a list of them along the layers, or a list of filters with one of these each."""
+    """What is wrong with a number, a list of numbers along the layers, or a list of filters with one of these each."""
     found = [found] if isinstance(found, Mapping) else found
     if not isinstance(found, list) or not any(isinstance(item, Mapping) for item in found):
         return _number_faults(place, name, found)
@@ -326,7 +326,7 @@ def _slice(
 
 
 def _base(where: str, base: str, inputs: Sequence[Input], count: int, faults: list[str], *, whole: bool) -> Input:
-    """The base's layers as listed; otherwise those that all inputs take of theirs."""
+    """The base's layers as listed; if it is not listed, those with the same numbers as the inputs'."""
     if listed := next((input for input in inputs if input.model == base), None):
         return listed
     layers = range(count) if whole else inputs[0].layers
@@ -343,7 +343,7 @@ def _base(where: str, base: str, inputs: Sequence[Input], count: int, faults: li
 
 
 def _misfits(method: str, base: str | None, slices: Sequence[Slice]) -> list[str]:
-    """What a method cannot do with these models."""
+    """Why the method cannot combine these models."""
     faults = []
     for part in slices:
         others = [input.model for input in part.inputs if input.model != base]

@@ -1,4 +1,4 @@
-"""mergekit's recipes in jlora's form: its other spellings, and settings that change nothing, taken with a note."""
+"""Turns mergekit's recipes into jlora's form: other spellings are replaced, idle settings dropped with a warning."""
 
 import warnings
 from collections import Counter
@@ -12,7 +12,7 @@ from jlora.hub.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How masks are kept in memory; and what mergekit's other methods read, and ignores in these.
+# Settings for how masks are kept in memory, and those of mergekit's other methods, which it ignores in these.
 IDLE = (
     *("int8_mask", "rescale_norm", "epsilon", "gamma", "embed_slerp", "nuslerp_flatten", "nuslerp_row_wise"),
     *("noise_scale", "noise_variance", "noise_seed", "select_topk", "filter_wise", "max_iter", "tol", "cur_rank"),
@@ -21,7 +21,7 @@ TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 
 
 def in_own_form(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the settings under jlora's names, what is wrong with mergekit's own); says what was left out as idle."""
+    """(the settings under jlora's names, faults of mergekit's own); warns of settings that change nothing."""
     found, faults, idle = dict(settings), [], []
     method = METHODS.get(found.get("merge_method")) if isinstance(found.get("merge_method"), str) else None
 
@@ -50,7 +50,7 @@ def in_own_form(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 
 
 def sum_of_adapter(model: str) -> str | None:
-    """What to do about "base+adapter", which is no folder's name."""
+    """What to do about a model "base+adapter"; None for any other name, and for a path that exists."""
     base, plus, adapter = model.partition("+")
     if not plus or Path(model).exists():
         return None
@@ -58,7 +58,7 @@ def sum_of_adapter(model: str) -> str | None:
 
 
 def common_tokenizer(models: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(a model whose tokenizer is that of all, what is wrong if there is none), for mergekit's "union"."""
+    """(a model whose vocabulary all have, or None; faults if they differ), for mergekit's "union"."""
     vocabularies = {model: load_tokenizer(model).get_vocab() for model in models}
     first = vocabularies[models[0]]
     others = [model for model, vocabulary in vocabularies.items() if vocabulary != first]
@@ -72,7 +72,7 @@ def common_tokenizer(models: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def set_template(tokenizer: "PreTrainedTokenizerBase", template: str | None, models: Sequence[str]) -> None:
-    """Gives the tokenizer the recipe's chat template; "auto": the one that most of the models have."""
+    """Gives the tokenizer the recipe's chat template; "auto" is the most common one of the models."""
     if template == "auto":
         found = [made for model in models if (made := load_tokenizer(model).chat_template)]
         texts = Counter(made for made in found if isinstance(made, str))
@@ -91,7 +91,7 @@ def _is_idle(name: str, value: Any, method: Any) -> bool:
 
 
 def _numbers(value: Any) -> Any:
-    """Numbers that were written as text are numbers."""
+    """The value with numbers that were written as text turned into numbers."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -103,7 +103,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _tokenizer(found: dict[str, Any]) -> list[str]:
-    """Replaces `tokenizer` by `tokenizer_source`."""
+    """Replaces `tokenizer` by `tokenizer_source` in the settings, and returns the faults."""
     asked = found.pop("tokenizer")
     if not isinstance(asked, Mapping):
         return [f"tokenizer: found {asked!r}, expected a mapping with source"]

@@ -1,4 +1,4 @@
-"""mlx-lm's adapter folders (LoRA and DoRA), read as strictly as PEFT's: all of it fits, or nothing is loaded."""
+"""Reads mlx-lm's adapter folders (LoRA and DoRA) as strictly as PEFT's: either all of it fits, or nothing is loaded."""
 
 import re
 import warnings
@@ -18,7 +18,7 @@ from jlora.models.kinds import NUMBER, short
 from jlora.types import Params
 
 WEIGHTS = "adapters.safetensors"
-# Where mlx-lm's models call a module otherwise than transformers does.
+# (pattern of transformers' names, mlx-lm's replacement), where the two differ.
 NAMES = (
     (r"transformer\.", "model."),
     (r"gpt_neox\.layers\.", "model.h."),
@@ -26,17 +26,17 @@ NAMES = (
     (r"embed_out$", "model.embed_out"),
 )
 LAYER = re.compile(r"model\.(?:layers|h)\.(?P<layer>\d+)\.(?P<key>.+)")
-# Each expert's linear by itself (SwitchLinear), where jlora keeps gate and up as one.
+# Part of the names of experts' linears (SwitchLinear): gate and up are separate there, while jlora fuses them.
 EXPERTS = ".switch_mlp."
 
 
 class Settings(NamedTuple):
-    """What mlx-lm's adapter_config.json decides.
+    """The settings of mlx-lm's adapter_config.json.
 
     Attributes:
-        layers: how many, counted from the last; None: all.
-        keys: adapted modules, by their names in a layer or in the model; None: what the file holds.
-        scale: what A @ B is multiplied by.
+        scale: the factor of A @ B.
+        layers: the number of adapted layers, counted from the last; None for all.
+        keys: the adapted modules, by their names in a layer or in the model; None for those that the file holds.
     """
 
     rank: int
@@ -53,14 +53,14 @@ def is_mlx(fields: Mapping[str, Any]) -> bool:
 
 
 def load_adapter(params: Params, folder: Path) -> Params:
-    """The params with the adapter of mlx-lm's folder in place of whatever adapter they had.
+    """The params with the adapter of mlx-lm's folder in place of any adapter they had.
 
     model.layers.3.self_attn.q_proj.lora_a (D, R), lora_b (R, N)  →  layers/self_attn/q_proj/lora_a[3], lora_b[3]
                                     .m (N,) of DoRA               →  layers/self_attn/q_proj/lora_magnitude[3]
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
-        ValueError: fields that cannot be; missing, unknown and misshapen tensors. All are listed.
+        ValueError: fields are invalid, or tensors are missing, unknown or misshapen; all are listed.
     """
     settings = parse(read_json(folder / CONFIG), folder / CONFIG)
     file = folder / WEIGHTS
@@ -86,13 +86,13 @@ def load_adapter(params: Params, folder: Path) -> Params:
 
 
 def parse(fields: Mapping[str, Any], path: Path) -> Settings:
-    """The settings in a config's fields, of any version of mlx-lm.
+    """The settings in a config's fields, from any version of mlx-lm.
 
-    Up to September 2024 the number of layers was `lora_layers`, and DoRA a flag of its own. Up to June 2024 there was
-    an `alpha` too, and the scale was scale · alpha / rank; later versions ignore an alpha that was left in place.
+    Up to September 2024 the number of layers was `lora_layers`, and DoRA was a separate flag. Up to June 2024 there was
+    also an `alpha`, and the scale was scale · alpha / rank; later versions ignore an alpha that is still there.
 
     Raises:
-        ValueError: every field that is missing, malformed, or of a full fine-tune.
+        ValueError: fields are missing, malformed, or those of a full fine-tune; all are listed.
     """
     old = "num_layers" not in fields
     lora_fields = fields.get("lora_parameters") or {}
@@ -141,7 +141,7 @@ def _problems(fields: Mapping[str, Any], lora_fields: Any, layers: Any) -> list[
 
 
 def _modules(base: Params) -> list[Module]:
-    """The modules that mlx-lm can adapt, with its names in `tensors`; a head that is its embedding is none."""
+    """The modules that mlx-lm can adapt, with its names in `tensors`; a head tied to its embedding is left out."""
     leaves = tree.flatten(base)
     heads = {head for head in TIED_HEADS.values() if f"{head}/kernel" not in leaves}
     return [
@@ -159,10 +159,10 @@ def _mlx_name(name: str) -> str:
 
 
 def _wanted(modules: list[Module], settings: Settings, found: Mapping[str, TensorInfo]) -> set[str]:
-    """mlx-lm's names of the modules that the config means.
+    """mlx-lm's names of the modules that the config targets.
 
-    Without `keys` it means all linears of a layer, in old versions only some (by the kind of model): those that the
-    file holds in any layer, which then have to be in every layer that is adapted.
+    Without `keys` it targets all linears of a layer, or in old versions only some (depending on the kind of model).
+    Here it then means those that the file holds in any layer, and they must be in every adapted layer.
     """
     places = {module.tensors: LAYER.fullmatch(module.tensors) for module in modules}
     keys = settings.keys
@@ -179,10 +179,10 @@ def _wanted(modules: list[Module], settings: Settings, found: Mapping[str, Tenso
 
 
 def _slots(adapted: list[Module], settings: Settings) -> dict[str, Slot]:
-    """Tensor name → its place; nothing is transposed, mlx-lm's A and B lie as jlora's do.
+    """Tensor name → slot; nothing is transposed, since mlx-lm's A and B have jlora's layout.
 
     Raises:
-        ValueError: DoRA of what is no linear.
+        ValueError: the config asks for DoRA of a module that is not a linear.
     """
     slots = {}
     for module in adapted:

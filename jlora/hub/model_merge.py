@@ -1,4 +1,4 @@
-"""Whole models combined tensor by tensor, from a recipe written as mergekit's are."""
+"""Combines whole models tensor by tensor, from a recipe in mergekit's format."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ from jlora.hub.weights import DTYPES
 from jlora.models import ModelConfig, build
 from jlora.models.families import HARMLESS
 
-# What comes before the layers; other tensors outside of them come after.
+# Tensors that come before the layers; others outside of them come after.
 EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|wpe)\..+")
-# Settings that change no logits, or that the result gets anew.
+# Settings that change no logits, or that are set again for the result.
 IDLE = {
     *HARMLESS,
     "eos_token_id",
@@ -40,8 +40,12 @@ IDLE = {
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the result: where each input's lies, and how far along its slice it is: 0 first layer and embeddings,
-    1 last layer and what comes after it.
+    """A tensor of the result.
+
+    Attributes:
+        members: (input, name of its tensor), for all inputs but the base.
+        base: the name of the base's tensor; None if there is no base.
+        along: the position along the slice: 0 for its first layer and embeddings, 1 for its last layer and later ones.
     """
 
     name: str
@@ -62,7 +66,7 @@ def merge_models(
 
     A recipe is a YAML file (or the mapping in one) as mergekit reads it: merge_method, base_model, models or slices
     with layer_range, parameters (numbers, gradients over layers, filters by tensor name), dtype or out_dtype,
-    tokenizer_source. The methods and their formulas are mergekit's, computed in float32 and rounded once; but for
+    tokenizer_source. The methods and their formulas are mergekit's, computed in float32 and rounded once, except for
     DARE's and DELLA's factor, which is the papers' 1 / density (mergekit's keeps the sum of absolute values):
 
         linear           Σ weight · W / Σ weight, or without the division (normalize: false) (model soups)
@@ -76,25 +80,29 @@ def merge_models(
                          changes of N models                              (Jang et al. 2024)
         passthrough      layers of several models on top of each other
 
-    The result has the settings of base_model, or of the first model. Each layer of each model has to compute there what
-    it computed: all that `jlora.models.ModelConfig` reads from config.json is compared (positions, epsilons, heads,
-    windows of single layers, …). What else it says may differ (dtype, special tokens, max_position_embeddings unless
-    positions depend on it), and so may the vocabulary of a model that gives only layers in the middle. Where jlora does
-    not compute a model, config.json itself is compared, but for fields that change no logits in any family; of those
-    that one model says and another does not a warning tells. Models have the same tensors, but for buffers that every
-    loader recomputes and copies of tied embeddings.
+    The result has the settings of base_model, or of the first model. Each layer of each model must compute in the
+    result what it computed before: everything that `jlora.models.ModelConfig` reads from config.json is compared
+    (positions, epsilons, heads, windows of single layers, …). Other settings may differ (dtype, special tokens,
+    max_position_embeddings unless positions depend on it), and so may the vocabulary of a model that gives only layers
+    in the middle. If jlora does not compute a model, config.json itself is compared, except for fields that change no
+    logits in any family; a warning names fields that only one of the models has. All models must have the same tensors,
+    except for buffers that every loader recomputes and copies of tied embeddings.
 
-    Where a slice does not list base_model, changes are counted from the layers of it that the slice's models take of
-    themselves.
+    If a slice does not list base_model, changes are relative to the base's layers with the same numbers as the slice's.
 
-    A tensor of each model is held at a time, and the file that is being written: `shard_bytes` bounds that.
+    Memory holds one tensor of each model and the file that is being written, which `shard_bytes` bounds.
 
     Args:
-        progress: is told how many tensors are done, and of how many.
+        recipe: the path of a YAML file, or a mapping.
+        out: the folder to write.
+        shard_bytes: the most bytes of tensors in one file.
+        progress: called with (number of tensors done, total).
 
     Raises:
-        ValueError: settings that do not hold, models that do not fit each other, or `out` is one of them; all are
-            listed, nothing is written.
+        ValueError: settings are invalid, models do not fit each other, or `out` is one of them; all problems are
+            listed, and nothing is written.
+        FileNotFoundError: there is no such recipe.
+        FileExistsError: `out` holds something other than a model.
     """
     settings = read_recipe(recipe)
     refuse_inputs(out, {f"the recipe's {model}": model for model in models_of(settings)})
@@ -129,10 +137,10 @@ def merge_models(
 
 
 def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: Mapping[str, Source]) -> None:
-    """Nothing, if each layer of each model computes in the result, whose config.json is `merged`, what it computed.
+    """Checks that each layer of each model computes in the result, whose config.json is `merged`, what it did before.
 
     Raises:
-        ValueError: models with other settings; all are listed.
+        ValueError: models have other settings; all are listed.
     """
     result, whole = f"the result (settings of {_reference(plan)})", _model_config(merged)
     at_the_ends = {input.model for part in (plan.slices[0], plan.slices[-1]) for input in part.everyone}
@@ -150,7 +158,7 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
         for place, number in places:
             layers[place] = own.layers[number]
         own = dataclasses.replace(own, num_hidden_layers=len(layers), layers=tuple(layers))
-        if model not in at_the_ends:  # where the vocabulary is
+        if model not in at_the_ends:  # only models at the ends give the vocabulary
             own = dataclasses.replace(own, vocab_size=whole.vocab_size, tie_word_embeddings=whole.tie_word_embeddings)
         if whole.inverse_layer_scale and any(place != number for place, number in places):
             faults.append(
@@ -165,7 +173,7 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
 
 
 def _model_config(config: Mapping[str, Any]) -> ModelConfig | None:
-    """What a config.json says of computing; None where jlora does not compute such a model."""
+    """The ModelConfig of a config.json; None if jlora does not compute such a model."""
     try:
         return build(dict(config)).config
     except ValueError:
@@ -184,7 +192,7 @@ def _places(plan: Recipe) -> dict[str, list[tuple[int, int]]]:
 
 
 def _written_differences(one: Source, other: Source) -> list[str]:
-    """What the two config.json say otherwise, but for lists along the layers and what changes no logits."""
+    """How two config.json differ, except in lists along the layers and in fields that change no logits."""
     ours, theirs = (
         {key: value for key, value in source.config.items() if key not in IDLE and not _has_layers(value, count)}
         for source, count in ((one, count_layers(one)), (other, count_layers(other)))
@@ -202,7 +210,7 @@ def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
     """Every tensor of the result, in order.
 
     Raises:
-        ValueError: tensors that one of the models has and another has not; all are listed.
+        ValueError: some models do not have all tensors; all missing ones are listed.
     """
     found: list[_Tensor] = []
     by_layer = {model: _by_layer(source) for model, source in sources.items()}
@@ -234,8 +242,9 @@ def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
 
 
 def _by_layer(source: Source) -> dict[int | None, list[tuple[str, str]]]:
-    """{number: what is before and after it in the names of its tensors, None: the names outside of layers}, but for
-    tensors that a checkpoint may hold or not.
+    """Layer number → (what is before, what is after it) in its tensors' names; None → names outside of layers.
+
+    Tensors that a checkpoint need not have are left out.
     """
     found: dict[int | None, list[tuple[str, str]]] = {}
     for name in source.tensors:
@@ -247,7 +256,7 @@ def _by_layer(source: Source) -> dict[int | None, list[tuple[str, str]]]:
 
 
 def _tensor(name: str, names: Mapping[str, str], along: float, part: Slice) -> _Tensor:
-    """`names`: {model: the tensor's name there}"""
+    """The tensor of the result called `name`; `names` gives model → the tensor's name there."""
     members = tuple((input, names[input.model]) for input in part.inputs if input is not part.base)
     return _Tensor(name, members, names[part.base.model] if part.base else None, along, part)
 
@@ -271,8 +280,10 @@ def _shape(tensor: _Tensor, sources: Mapping[str, Source]) -> tuple[int, ...]:
 
 
 def _dtype(tensor: _Tensor, plan: Recipe, sources: Mapping[str, Source]) -> np.dtype:
-    """What the tensor is rounded to: where the recipe does not say, what the base's, or the first model's, is stored
-    in; float32 for the packed blocks of a GGUF file.
+    """The dtype that the tensor is rounded to.
+
+    If the recipe does not say, it is the one that the base's or the first model's is stored in; float32 for the packed
+    blocks of a GGUF file.
     """
     if plan.dtype:
         return FLOATS[plan.dtype]
@@ -282,11 +293,11 @@ def _dtype(tensor: _Tensor, plan: Recipe, sources: Mapping[str, Source]) -> np.d
 
 
 def _settings(tensors: Sequence[_Tensor], plan: Recipe, method: Method) -> list[tuple[_Tensor, list[dict], dict]]:
-    """(tensor, each model's settings, those of the whole) for every tensor.
+    """(tensor, each model's settings, those that all models share) for every tensor.
 
     Raises:
-        ValueError: settings that are required and not given, or that do not go together; each with the first tensor
-            that they are wrong for.
+        ValueError: required settings are missing, or settings do not go together; each is listed with the first tensor
+            that it is wrong for.
     """
     found = []
     faults: dict[str, str] = {}
@@ -308,7 +319,7 @@ def _settings(tensors: Sequence[_Tensor], plan: Recipe, method: Method) -> list[
 def _setting(
     name: str, default: Any, tensor: _Tensor, plan: Recipe, input: Input | None = None, member: str | None = None
 ) -> Any:
-    """The parameter's value for a tensor: the model's own before the slice's before the recipe's."""
+    """The parameter's value for a tensor: the model's own, else the slice's, else the recipe's."""
     for place in (input.parameters if input else {}, tensor.slice.parameters, plan.parameters):
         if name in place and (value := _value(member or tensor.name, place[name], tensor.along)) is not None:
             return value
@@ -323,7 +334,10 @@ def _missing(tensor: _Tensor, plan: Recipe, of_models: Sequence[dict], of_all: d
 
 
 def _value(name: str, setting: Any, along: float) -> Any:
-    """A number itself; of a list of numbers the one so far along it; of filters the value of the first that fits."""
+    """The setting's value: a number itself, a list of numbers interpolated at `along`, or the first filter that fits.
+
+    None if no filter fits.
+    """
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
@@ -343,7 +357,7 @@ def _reference(plan: Recipe) -> str:
 
 
 def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """config.json with as many layers as there are now, but for the dtype."""
+    """The result's config.json, except for its dtype."""
     model = _reference(plan)
     config = dict(sources[model].config)
     config.pop("torch_dtype", None)

@@ -1,4 +1,4 @@
-"""What older readers (transformers 4, vLLM, mlx-lm) need of a model's folder beside what transformers 5 reads."""
+"""What older readers (transformers 4, vLLM, mlx-lm) need in a model's folder besides what transformers 5 reads."""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# {the name in transformers 5: the name in 4}
+# transformers 5's name → transformers 4's.
 RENAMED = {"dtype": "torch_dtype"}
-EXPERTS = {"num_local_experts": "num_experts"}  # of Qwen's mixtures
-# What the fields of rotary positions were called outside of `rope_parameters`.
+EXPERTS = {"num_local_experts": "num_experts"}  # in Qwen's mixtures
+# Fields of `rope_parameters` → their earlier names outside of it.
 BEFORE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 BEFORE_OF_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-# Classes of transformers 4 that put the begin and the end of a text where these two settings say, whatever
+# Classes of transformers 4 that add the begin and end tokens by add_bos_token and add_eos_token, whatever
 # tokenizer.json says.
 ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer")
 
@@ -28,18 +28,18 @@ def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say in transformers 4 what `rope_parameters` says in 5."""
+    """transformers 4's fields for what `rope_parameters` says in 5."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
     scaled = bool(config.get("rope_scaling"))
-    if isinstance(full := rope.get("full_attention"), Mapping):  # Gemma 3, whose windows have positions of their own
+    if isinstance(full := rope.get("full_attention"), Mapping):  # Gemma 3: layers with windows have other positions
         found = _flat(full, config)
         local = rope.get("sliding_attention")
         if isinstance(local, Mapping) and "rope_theta" in local:
             found["rope_local_base_freq"] = local["rope_theta"]
         return {key: value for key, value in found.items() if not (scaled and key == "rope_scaling")}
-    # transformers 5 takes nothing of `rope_parameters` beside `rope_scaling`.
+    # transformers 5 ignores `rope_parameters` if there is a `rope_scaling`.
     return {} if scaled else _flat(rope, config)
 
 
@@ -56,14 +56,15 @@ def _flat(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_phi3(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` as transformers 4 takes it for Phi-3: LongRoPE's type and its two lists, and no more.
+    """`rope_scaling` as transformers 4 accepts it for Phi-3: LongRoPE's type and its two lists only.
 
-    Nothing, where more is said: transformers 5 would miss it, as it takes `rope_scaling` before `rope_parameters`.
+    Empty if there are other settings: transformers 5, which prefers `rope_scaling` to `rope_parameters`, would miss
+    them.
     """
     lengths = (config.get(name) or 4096 for name in ("max_position_embeddings", "original_max_position_embeddings"))
-    longest, original = lengths  # of which both versions make the factor, where none is given
+    longest, original = lengths  # both versions compute the factor from these if none is given
     given = {key: value for key, value in scaling.items() if value is not None}
-    given.pop("original_max_position_embeddings", None)  # of the class itself, which goes before this one
+    given.pop("original_max_position_embeddings", None)  # config.json's own takes precedence
     if given.get("factor") == longest / original:
         del given["factor"]
     kind = given.pop("rope_type")
@@ -72,13 +73,13 @@ def _of_phi3(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the tokenizer so that transformers 4 and 5 open it with the same ids and the same chat template."""
+    """Writes the tokenizer so that transformers 4 and 5 load it with the same ids and the same chat template."""
     tokenizer.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before, which transformers 5 knows too
-    if isinstance(extra := config.get("extra_special_tokens"), list):  # transformers 4 takes a mapping of names only
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its earlier name, which transformers 5 knows too
+    if isinstance(extra := config.get("extra_special_tokens"), list):  # transformers 4 accepts only a mapping
         del config["extra_special_tokens"]
         config |= {"additional_special_tokens": extra} if extra else {}
     if config.get("tokenizer_class", "").removesuffix("Fast") in ADDS_BY_SETTING:
@@ -89,7 +90,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 
 def _ends(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bool]:
-    """Whether a text begins and ends with tokens of its own."""
+    """transformers 4's settings for whether begin and end tokens are added to a text."""
     ids = tokenizer("a").input_ids
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return {

@@ -85,7 +85,7 @@ def scales_note(path: str | Path) -> str | None:
 
 
 def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
-    """Whether the embedding has more rows than the base's config.json says; False if `base` is no folder with one."""
+    """Whether the embedding has more rows than the base's config.json says; False if there is no such file."""
     file = Path(base or "") / "config.json"
     if base is None or not file.is_file():
         return False

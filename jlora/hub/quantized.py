@@ -1,4 +1,4 @@
-"""A packed model as the folder that transformers with bitsandbytes writes and opens, its packed parts to the bit."""
+"""Writes packed models as transformers with bitsandbytes does; packed parts are the same bit by bit."""
 
 import functools
 import re
@@ -34,15 +34,15 @@ def save_quantized(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model as transformers and bitsandbytes write a packed one, complete or not at all.
+    """Writes the model as transformers and bitsandbytes write a packed one, complete or not at all.
 
     Packed kernels are written as they are, all others in 16 or 32 bits and named in llm_int8_skip_modules.
 
     Args:
-        shard_bytes: the most bytes of tensors in one file; more make several files and an index.
+        shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
 
     Raises:
-        ValueError: `params` are not those of `model`, or hold what bitsandbytes' format cannot; all is listed.
+        ValueError: `params` are not those of `model`, or bitsandbytes' format cannot hold them; all is listed.
         FileExistsError: `path` holds something other than a model.
     """
     params = only_scored(model, params) if SCORE in params else params
@@ -63,7 +63,7 @@ def save_quantized(
 
 
 def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
-    """QuantConfig's rules for what this folder can hold in `format`: the linears of every layer, but not experts.
+    """QuantConfig's rules for what such a folder can hold in `format`: the linears of every layer, but not experts.
 
     Raises:
         ValueError: bitsandbytes has no such format.
@@ -74,7 +74,11 @@ def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
-    """The format of all packed leaves."""
+    """The format of all packed leaves.
+
+    Raises:
+        ValueError: bitsandbytes' format cannot hold the leaves; all problems are listed.
+    """
     problems = [f"{path}: an adapter; merge it and quantise again" for path in leaves if lora.is_adapter(path)]
     formats: dict[str, str] = {}
     for path in dict.fromkeys(piece.path for piece in pieces):
@@ -100,7 +104,7 @@ def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
 
 
 def _skipped(model: "Model", pieces: Sequence[Piece], packed: Mapping[str, Any]) -> list[str]:
-    """Names of the linears that stay as they are, the head among them even if it is the embedding."""
+    """Names of the linears that are not packed, including the head even if it is tied."""
     unpacked = [
         piece.name.removesuffix(".weight")
         for piece in pieces

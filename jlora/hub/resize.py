@@ -1,4 +1,4 @@
-"""A base with more rows for tokens than its checkpoint has: new rows are the mean of those there are."""
+"""Gives a base more rows for tokens than its checkpoint has; new rows are the mean of the existing ones."""
 
 import dataclasses
 import json
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from jlora.models import Model
 
 TOKENIZER = "tokenizer"
-# What `vocab` may be: so many rows, as many as the tokenizer needs, or as many as there are.
+# A number of rows, "tokenizer" (as many as it needs), or None (as many as there are).
 Vocab = int | str | None
 
 
 def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
-    """The model with as many rows for tokens as `vocab` says, in its config.json too.
+    """The model with as many rows for tokens as `vocab` says, also in its config.json.
 
     Args:
-        source: where its tokenizer is. With vocab="tokenizer" there are as many rows as that has ids, and never fewer
-            than before: many models have some to spare.
+        source: where the tokenizer is. With vocab="tokenizer" there are as many rows as it has ids, but never fewer
+            than before: many models have spare rows.
 
     Raises:
-        UserError: `vocab` is something else, or fewer rows than the model has.
+        UserError: `vocab` is invalid, or fewer rows than the model has.
     """
     rows = model.config.vocab_size
     check_vocab(vocab, "vocab")
@@ -46,16 +46,16 @@ def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
 
 
 def check_vocab(vocab: Vocab, name: str) -> None:
-    """Raise UserError unless `vocab` is a number of rows, "tokenizer" or None; `name` is what the user calls it."""
+    """Raises UserError unless `vocab` is a number of rows, "tokenizer" or None; `name` is the user's name for it."""
     if vocab not in (None, TOKENIZER) and (isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1):
         raise UserError(f"{name}: found {vocab!r}, expected a number of rows, {TOKENIZER!r}, or None")
 
 
 def grown(read: Callable[[str], Any], names: Collection[str], rows: int) -> Callable[[str], Any]:
-    """`read`, whose tensors of these names (embedding and head, [V, D]) come with so many rows.
+    """`read`, with the tensors of these names (embedding and head, [V, D]) grown to this many rows.
 
-    transformers' `resize_token_embeddings` draws its new rows closely around that mean; here nothing is drawn, so that
-    a run that goes on has the base that it began with.
+    New rows are the mean of the others. transformers' `resize_token_embeddings` draws them closely around it; here they
+    are not random, so that a resumed run has the base that it started with.
     """
 
     def read_grown(name: str) -> Any:

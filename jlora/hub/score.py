@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KERNEL = f"{SCORE}/kernel"
 TENSOR = f"{SCORE}.weight"
 SUFFIX = "ForSequenceClassification"
-# model_type → what transformers calls its class; other families have none there.
+# model_type → the beginning of transformers' class name; other families have no such class.
 PREFIXES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -42,7 +42,7 @@ PREFIXES = {
 
 
 def has_score(params: Params) -> bool:
-    """Whether the tree, of whatever model, has a score head: a module of that name with a kernel [D, 1] and no bias."""
+    """Whether the tree of any model has a score head: a module of that name with a kernel [D, 1] and no bias."""
     module = params.get(SCORE)
     if not isinstance(module, dict):
         return False
@@ -63,15 +63,15 @@ def is_scored(checkpoint: Source | Description) -> bool:
             "label (num_labels=1), as reward models have"
         )
     named = checkpoint.config.get("architectures")
-    names = named if isinstance(named, list) else [named]  # transformers opens files whose names are no list
+    names = named if isinstance(named, list) else [named]  # transformers accepts files where this is not a list
     return tensor is not None or any(isinstance(name, str) and name.endswith(SUFFIX) for name in names)
 
 
 def scored_leaves(model: "Model", leaves: Mapping[str, Any], heads: Collection[str]) -> dict[str, Any]:
-    """Path → abstract leaf of the model with a score head, and with its other head if that is one of `heads`.
+    """Path → abstract leaf, for the model with a score head; its other head is kept if its path is in `heads`.
 
     Args:
-        leaves: those of the model without a score head.
+        leaves: the leaves of the model without a score head.
     """
     head = f"{model.config.names.head}/kernel"
     kept = {path: leaf for path, leaf in leaves.items() if path != head or path in heads}
@@ -84,7 +84,7 @@ def only_scored(model: "Model", params: Params) -> Params:
     flat = tree.flatten(params)
     heads = (f"{model.config.names.head}/", f"{SCORE}/")
     kept = {path: leaf for path, leaf in flat.items() if not path.startswith(heads)}
-    # Resolved first: a trained copy keeps its own dtype.
+    # Resolve first, so that a trained copy keeps its own dtype.
     return tree.unflatten(kept | {KERNEL: lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")})
 
 
@@ -93,9 +93,9 @@ def scored_config(
 ) -> dict[str, Any]:
     """config.json of the model with its score head.
 
-    transformers scores a text at the last token that is not `pad_token_id`: the tokenizer's or the config's, unless
-    that is a token which ends texts, for then it would not score at their ends, or one that the model has no row for.
-    Without one it takes single texts only.
+    transformers scores a text at its last token that is not `pad_token_id`. That is the tokenizer's or the config's,
+    unless the token also ends texts, which then would not be scored at their ends, or the model has no row for it.
+    Without one, transformers scores only single texts.
 
     Raises:
         ValueError: transformers has no such class for the model's family.

@@ -1,4 +1,4 @@
-"""Whether head and embedding are one: what a safetensors checkpoint holds decides, as in transformers 5."""
+"""Decides whether head and embedding are tied by what a safetensors checkpoint holds, as transformers 5 does."""
 
 import functools
 import warnings
@@ -13,16 +13,16 @@ from jlora.errors import UserError
 from jlora.hub import names
 from jlora.hub.weights import DTYPES, SafetensorsFolder, TensorInfo, read_blocks
 
-OF_OTHERS = ("lm_head", "embed_tokens")  # of models that jlora does not compute
-BLOCK = 1 << 20  # values of each of the two that are held at once
+OF_OTHERS = ("lm_head", "embed_tokens")  # head and embedding of models that jlora does not compute
+BLOCK = 1 << 20  # how many values of each of the two are held at once
 
 
 class Pair(NamedTuple):
     """The tensors of a model's head and embedding.
 
     Attributes:
-        head, embedding: the names in the file; None where it has no such tensor.
-        expected: the model's name of the embedding.
+        head, embedding: their names in the file; None if it has no such tensor.
+        expected: the model's name for the embedding.
     """
 
     head: str | None
@@ -31,10 +31,10 @@ class Pair(NamedTuple):
 
 
 def settle_head(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
-    """The checkpoint of a model whose config ties head and embedding, with the one tensor or the two that it has.
+    """The checkpoint, changed to what it holds if its config ties head and embedding.
 
-    Both, and equal: the head is left out. Both, and not equal: they are not tied, which config.json is corrected to
-    say. The head alone: it is the embedding.
+    If it has both and they are equal, the head is dropped; if they differ, the config is changed to say that they are
+    not tied. If it has only the head, that becomes the embedding.
     """
     pair = _tied_pair(checkpoint)
     if pair is None or pair.head is None:
@@ -49,12 +49,12 @@ def settle_head(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
 
 
 def _tied_pair(checkpoint: SafetensorsFolder) -> Pair | None:
-    """Head and embedding, if config.json or the family's default ties them; None if not."""
+    """Head and embedding if config.json or the family's default ties them, else None."""
     modules = OF_OTHERS
     tied = checkpoint.config.get("tie_word_embeddings") is True
     try:
         config = models.build(checkpoint.config).config
-    except UserError:  # said where the model is built; `jlora merge --recipe` takes others
+    except UserError:  # reported when the model is built; `jlora merge --recipe` accepts models that jlora cannot build
         pass
     else:
         modules, tied = (config.names.head, config.names.embedding), config.tie_word_embeddings
@@ -67,14 +67,14 @@ def _tied_pair(checkpoint: SafetensorsFolder) -> Pair | None:
 
 
 def _is_copy(checkpoint: SafetensorsFolder, pair: Pair) -> bool:
-    """Whether the head is the embedding once more; if not, that is said."""
+    """Whether the head repeats the embedding; warns if not."""
     infos = [checkpoint.tensors[name] for name in (pair.head, pair.embedding)]
     tensors = [_Stored(name, info, _identity(info.file)) for name, info in zip(pair, infos, strict=False)]
     return _compare(checkpoint.folder, *tensors)
 
 
 class _Stored(NamedTuple):
-    """A tensor in a file, and what tells the file from one that is written in its place."""
+    """A tensor in a file, with what tells the file from one written later in its place."""
 
     name: str
     info: TensorInfo
@@ -88,7 +88,7 @@ def _identity(file: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(
     maxsize=64
-)  # a command opens its model several times: the two are read, and the warning said, once
+)  # a command opens its model several times; the two are read, and the warning given, only once
 def _compare(folder: Path, head: _Stored, embedding: _Stored) -> bool:
     if _equal(head, embedding):
         return True
@@ -102,8 +102,9 @@ def _compare(folder: Path, head: _Stored, embedding: _Stored) -> bool:
 
 
 def _equal(head: _Stored, embedding: _Stored) -> bool:
-    """Whether both hold the same values, rounded to the narrower of their two dtypes: read up to the first difference,
-    a block of rows at a time.
+    """Whether both hold the same values, rounded to the narrower of their two dtypes.
+
+    They are read in blocks of rows, up to the first difference.
     """
     infos = [head.info, embedding.info]
     if infos[0].shape != infos[1].shape or not infos[0].shape or any(info.dtype not in DTYPES for info in infos):
@@ -119,4 +120,4 @@ def _same(one: np.ndarray, other: np.ndarray, narrow: np.dtype) -> bool:
         return True
     with np.errstate(over="ignore", invalid="ignore"):
         one, other = one.astype(narrow), other.astype(narrow)
-    return bool(np.all((one == other) | (np.isnan(one) & np.isnan(other))))  # NaN is refused where it is read
+    return bool(np.all((one == other) | (np.isnan(one) & np.isnan(other))))  # NaN is refused when it is read

@@ -1,4 +1,4 @@
-"""The transformers tokenizer of a checkpoint, chat template included."""
+"""Loads the transformers tokenizer of a checkpoint, including its chat template."""
 
 import importlib.util
 import warnings
@@ -13,27 +13,27 @@ from jlora.hub.source import locate, locate_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How byte-level vocabularies split a text before merging, by GGUF's names; True: every digit stands alone.
+# GGUF's names for how byte-level vocabularies split a text before merging → whether every digit is split off.
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False, "default": False}
-# Without one of these transformers makes an empty tokenizer of what else is there.
+# Without one of these, transformers makes an empty tokenizer from the other files.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
 TRIAL = "Some faults show only once a text is read."
 
 
 def load_tokenizer(source: str | Path, adapter: str | Path | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer that belongs to the model at `source`: a folder, a Hub id or a GGUF file.
+    """The tokenizer of the model at `source`: a folder, a Hub id or a GGUF file.
 
-    No code out of the folder is run, and no pickle is opened.
+    No code from the folder is run, and no pickle is opened.
 
     Args:
-        adapter: one whose folder may hold a tokenizer of its own, as many trainers leave it there: what the adapter was
-            trained with, so it is taken, and said where it is another one.
+        adapter: an adapter folder. If it holds a tokenizer, as many trainers write one, that is used, since the adapter
+            was trained with it; a warning is given if it differs from the model's.
 
     Raises:
         FileNotFoundError: there is no such source, or it has no tokenizer.
-        UserError: its files are not those of a tokenizer that transformers opens and that reads a text.
-        ImportError: a GGUF file with a tokenizer that only transformers can build, which needs PyTorch for it.
+        UserError: transformers cannot open the tokenizer, or it cannot tokenize a text.
+        ImportError: a GGUF file has a tokenizer that only transformers can build, and PyTorch is not installed.
     """
     path = locate(source)
     if adapter and (own := _own_tokenizer(adapter)) is not None:
@@ -52,14 +52,14 @@ def load_tokenizer(source: str | Path, adapter: str | Path | None = None) -> "Pr
 
 
 def _of_folder(path: Path) -> "PreTrainedTokenizerBase":
-    # Slow to import, and of no use to those who bring token ids.
+    # Slow to import, and not needed if the user has token ids.
     import transformers
 
     return _opened(path, lambda: transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
 
 def say_unused_tokenizer(tokenizer: "PreTrainedTokenizerBase", adapter: str | Path) -> None:
-    """Warn where the adapter's folder holds a tokenizer that differs from the one that is used."""
+    """Warns if the adapter's folder holds a tokenizer that differs from the one in use."""
     own = _own_tokenizer(adapter)
     if own is not None and (parts := tokenizer_differences(tokenizer, own)):
         warnings.warn(
@@ -70,12 +70,12 @@ def say_unused_tokenizer(tokenizer: "PreTrainedTokenizerBase", adapter: str | Pa
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer of its own."""
+    """Whether the folder holds a tokenizer."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
 
 
 def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
-    """What the adapter's folder holds: None without a vocabulary, and, said, where it does not open."""
+    """The tokenizer in the adapter's folder; None if it has no vocabulary, or, with a warning, cannot be opened."""
     folder = locate_adapter(adapter)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return None
@@ -87,7 +87,7 @@ def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
 
 
 def tokenizer_differences(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> list[str]:
-    """In what the two tokenizers read or write texts otherwise; empty where they do not."""
+    """The parts in which the two tokenizers differ: "vocabulary", "chat template", "end of text"; empty if in none."""
     pairs = {
         "vocabulary": (one.get_vocab(), other.get_vocab()),
         "chat template": (one.chat_template, other.chat_template),
@@ -97,10 +97,9 @@ def tokenizer_differences(one: "PreTrainedTokenizerBase", other: "PreTrainedToke
 
 
 def _opened(path: Path, open_it: Callable[[], "PreTrainedTokenizerBase"]) -> "PreTrainedTokenizerBase":
-    """The tokenizer, once it has read a text.
+    """The tokenizer, after it has tokenized a text as a trial.
 
-    transformers and tokenizers raise errors of any class, a bare Exception among them, and Rust's panics are not even
-    that.
+    transformers and tokenizers raise errors of any class, even a bare Exception, and Rust's panics are not even that.
     """
     try:
         tokenizer = open_it()
@@ -137,12 +136,12 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def is_byte_level(fields: Mapping[str, Any]) -> bool:
-    """Whether a GGUF file's tokenizer is one that jlora builds itself."""
+    """Whether jlora builds a GGUF file's tokenizer itself, from its metadata `fields`."""
     return fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre", "default") in SPLITS_DIGITS
 
 
 def _byte_level(fields: dict[str, Any]) -> "PreTrainedTokenizerBase":
-    """Byte-level BPE (GPT-2, Radford et al. 2019) from what a GGUF file says of it."""
+    """Byte-level BPE (GPT-2, Radford et al. 2019) from a GGUF file's metadata."""
     import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 

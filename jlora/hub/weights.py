@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint in `folder`; as in transformers, a single file goes before an index.
+    """The safetensors files of the checkpoint in `folder`; as in transformers, a single file takes precedence.
 
     Raises:
         FileNotFoundError: there are no weights, or shards that the index names are missing.

@@ -106,7 +106,7 @@ class AdapterNames:
 
 
 def copied_modules(leaves: Iterable[str]) -> dict[str, set[str]]:
-    """Module → the names of its leaves that have trained copies."""
+    """Module → the names of its leaves with trained copies."""
     found: dict[str, set[str]] = {}
     for path in leaves:
         module, _, name = path.rpartition("/")

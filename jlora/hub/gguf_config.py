@@ -289,7 +289,7 @@ def _rope_scaling(
 
 def _yarn(metadata: Metadata) -> Config:
     """YaRN (Peng et al. 2023)."""
-    metadata.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # llama.cpp's -1 means on
+    metadata.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)  # -1 means on in llama.cpp
     found = {name: metadata.get(f"rope.scaling.{key}") for name, key in YARN.items()}
     # llama.cpp multiplies the usual factor by this; it does not use what its converter writes for a model's own factor.
     ratio = metadata.get("rope.scaling.attn_factor", 1.0)

@@ -115,7 +115,7 @@ class Contents(NamedTuple):
         return _abstract(self.leaves[path], form_of(self.forms, path))
 
     def load(self, path: str, mesh: Mesh | None) -> Any:
-        """The leaf."""
+        """The leaf, read, packed and placed."""
         return _load_leaf(self.read, path, self.leaves[path], self.tensors[path], form_of(self.forms, path), mesh)
 
 

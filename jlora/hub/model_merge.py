@@ -367,7 +367,7 @@ def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
     for key, value in config.items():
         if key in ("num_hidden_layers", "n_layer"):
             config[key] = sum(len(input.layers) for input in inputs)
-        elif isinstance(value, list) and len(value) == count:  # one entry a layer
+        elif isinstance(value, list) and len(value) == count:  # one entry per layer
             own = {input.model: sources[input.model].config.get(key) for input in inputs}
             if lacking := [name for name in own if not _has_layers(own[name], count_layers(sources[name]))]:
                 faults.append(f"{key}: {model} has one entry a layer, {', '.join(lacking)} has not")

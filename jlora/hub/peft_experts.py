@@ -20,7 +20,7 @@ from jlora.hub.names import EXPERT_PARTS
 from jlora.hub.peft_slots import PREFIX, Module, is_wanted
 from jlora.hub.weights import TensorInfo, read_tensor
 
-FIXED = (0, 19, 1)  # the PEFT that takes the axes in the right order
+FIXED = (0, 19, 1)  # the first PEFT version that takes the axes in the right order
 # Other names of a mixture's modules: transformers 4 names Mixtral's as its checkpoints do.
 SPELLINGS: tuple[Mapping[str, str], ...] = (
     {"mlp": "mlp", "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},

@@ -1,5 +1,6 @@
-"""The scalar head of reward and value models as transformers has it: `score.weight` of a …ForSequenceClassification
-with one label, which has no other head.
+"""The scalar head of reward and value models, in transformers' form.
+
+It is `score.weight` of a …ForSequenceClassification with one label, which has no other head.
 """
 
 from collections.abc import Collection, Mapping

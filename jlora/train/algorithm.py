@@ -1,4 +1,4 @@
-"""What the loop asks of an algorithm, whatever it learns from."""
+"""The interface between the loop and an algorithm, whatever it learns from."""
 
 import dataclasses
 import zlib
@@ -20,23 +20,23 @@ Note = Callable[[str], None]
 
 @runtime_checkable
 class Source(Protocol):
-    """Where batches come from: files, or the policy itself."""
+    """Where batches come from: files or the policy itself."""
 
     @property
     def boundary(self) -> bool:
-        """Whether a run may be saved and stopped here: what `get_state` says is then enough to go on."""
+        """Whether a run may be saved and stopped here, with all that it needs to resume in `get_state`."""
 
     @property
     def ahead(self) -> bool:
-        """Whether the next batch may be asked for while the last step is still computed: it follows neither from its
-        state nor from its metrics.
+        """Whether the next batch may be requested while the last step is still being computed, because it depends on
+        neither that step's state nor its metrics.
         """
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
-        """The next step's batch on the mesh, how many tokens it holds, and what to report of how it came about."""
+        """The next step's batch on the mesh, how many tokens it holds, and what to report about how it was made."""
 
     def observe(self, metrics: Metrics) -> None:
-        """Is told what a step returned: that on the last batch, or, of a source that is `ahead`, the one before.
+        """Called with a step's metrics: those of the last batch or, if the source is `ahead`, of the one before it.
 
         Raises:
             RuntimeError: the step does not fit the batch.
@@ -55,7 +55,9 @@ class FileSource:
     boundary = ahead = True
 
     def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int | None = None) -> None:
-        """Of items, `sides` says how many documents of each count as tokens of the data; None: there are no items."""
+        """For batches of items, `sides` says how many documents of each item count as tokens of the data; None if the
+        batches hold no items.
+        """
         self._batches, self._mesh, self._sides = batches, mesh, sides
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
@@ -73,23 +75,23 @@ class FileSource:
         """Nothing to check."""
 
     def get_state(self) -> dict[str, Any]:
-        """grain's position."""
+        """The grain iterator's position."""
         return self._batches.get_state()
 
     def set_state(self, position: dict[str, Any]) -> None:
-        """Goes to a position of grain's."""
+        """Goes to a position of the grain iterator."""
         self._batches.set_state(position)
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A model with its adapter at the start, ready for an algorithm.
+    """A model with its starting adapter, ready for an algorithm.
 
     Attributes:
-        frozen, trainable: the two halves of its params, `frozen` placed on the mesh.
-        reference: the starting adapter when the run goes on from one, {} when it starts at the base.
-        workdir: where an algorithm may leave files of its own.
-        place: puts a tree on the mesh; where the arrays are shapes only, it gives them their shardings.
+        frozen, trainable: the two halves of its params; `frozen` is on the mesh.
+        reference: the starting adapter if the run continues from one, {} if it starts from the base.
+        workdir: where an algorithm may write files of its own.
+        place: puts a tree on the mesh; for a tree of shapes, gives them their shardings.
     """
 
     model: Model
@@ -103,12 +105,12 @@ class Base:
 
     @property
     def constants(self) -> Params:
-        """What a step does not change: the frozen half, and the reference policy's adapter."""
+        """What a step does not change: the frozen half and the reference policy's adapter."""
         return {"policy": self.frozen, "reference": self.reference}
 
 
 def reference_params(constants: Params) -> Params:
-    """The reference policy: the same base with the starting adapter, or with none."""
+    """The reference policy's params: the same base with the starting adapter, or with none."""
     return lora.overlay(constants["policy"], constants["reference"])
 
 
@@ -128,7 +130,7 @@ class Learning:
 
 
 def placement(state: TrainState) -> TrainState:
-    """The shardings of a state's arrays, in their places."""
+    """The state with each array replaced by its sharding."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
@@ -137,16 +139,16 @@ class Job:
     """An algorithm at work on a base.
 
     Attributes:
-        trainable: where training starts; `Base.trainable` alone, or several adapters by name.
+        trainable: the weights that training starts from: `Base.trainable` alone, or several adapters by name.
         frozen: the second argument of the step.
         objective, source: what is minimised, and on which batches.
-        report: (a step's metrics on the host) → numbers for the log beside loss, rate and gradient norm.
-        adapters: (trained weights) → params to be saved in PEFT's format, by the name of their folder.
-        evaluate: (state) → numbers, or None where there is nothing to evaluate on.
-        panels: (title, names of the numbers) of what curves.png shows beside loss, rate and gradient norm.
-        fixed: the frozen half of each adapter by name, where they are not in `Base.frozen`.
-        finish: (state) is called once at the end.
-        learn: (settings, base, this job, total steps) → what the loop advances, where it is more than one state.
+        report: (a step's metrics on the host) → numbers for the log besides loss, rate and gradient norm.
+        adapters: (trained weights) → params to save in PEFT's format, by folder name.
+        evaluate: (state) → numbers; None if the algorithm does not evaluate.
+        panels: (title, names of the numbers) of each panel of curves.png besides loss, rate and gradient norm.
+        fixed: the frozen half of each adapter by name, if not in `Base.frozen`.
+        finish: (state) → None, called once at the end.
+        learn: (settings, base, this job, total steps) → what the loop advances; None: `jlora.train.learning.learn`.
     """
 
     trainable: Params
@@ -164,13 +166,13 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a run before its model is loaded, so that the user's mistakes are found early.
+    """What is known about a run before its model is loaded, so that user mistakes are found early.
 
     Attributes:
         total_steps: optimizer steps.
-        start: puts the algorithm to work on a base.
+        start: (base) → the algorithm's job on it.
         longest: tokens of the longest text that the model reads or writes.
-        tokens: checksum of all that was encoded to be trained on.
+        tokens: checksum of everything that was encoded for training.
     """
 
     total_steps: int
@@ -180,7 +182,7 @@ class Plan:
 
 
 def checksum(examples: Iterable[data.Example]) -> str:
-    """Eight hex digits that follow from the examples' tokens, which of them are trained, and their order."""
+    """A checksum of the examples' tokens, which of them are trained, and their order, as eight hex digits."""
     found = 0
     for example in examples:
         found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)

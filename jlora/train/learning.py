@@ -1,4 +1,4 @@
-"""What advances a run: its state, its jitted step, and how a step's metrics read."""
+"""What advances a run: its state, its jitted step, and how a step's metrics become numbers for the log."""
 
 from jlora import tree
 from jlora.optim import learning_rates, make_optimizer
@@ -9,7 +9,7 @@ from jlora.train.step import Metrics, make_step
 
 
 def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
-    """One adapter, or several that one loss trains."""
+    """What advances one adapter, or several that are trained by one loss."""
     optimizer = make_optimizer(config.optim, total_steps)
     state = create_state(job.trainable, optimizer, config.train.seed, base.mesh)
     rates = learning_rates(config.optim, total_steps)

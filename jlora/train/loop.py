@@ -1,4 +1,4 @@
-"""The training loop: mesh, data, model, state, restore, steps, adapter. All the mathematics is in the step."""
+"""The training loop: mesh, data, model, state, restore, steps, adapter. All the maths is in the step."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved everything; running it again goes on from there."""
+    """The run was asked to stop and has saved everything; running it again continues from there."""
 
 
 @dataclasses.dataclass
@@ -59,23 +59,23 @@ class _Run:
     note: Note
     guard: Guard
     manifest: dict[str, Any]
-    # Of the steps that are done: what they read, and when the last one was.
+    # Tokens read by the finished steps, and when the last of them finished.
     tokens: int = 0
     finished: float = 0.0
-    # Tokens, seconds and row length of each step since the start, and the memory that the process had before it.
+    # Tokens, seconds and row length of each step since the start, and the process's peak memory before it.
     timed: list[tuple[int, float, int]] = dataclasses.field(default_factory=list)
     grown_from: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sent:
-    """A step that was sent off.
+    """A dispatched step.
 
     Attributes:
         metrics: on the device, and perhaps not computed yet.
-        tokens, found: of its batch, as `Source.next` returns them.
-        length: of its batch's rows.
-        began: when its batch was asked for.
+        tokens, found: what `Source.next` returned for its batch.
+        length: row length of its batch.
+        began: when its batch was requested.
     """
 
     number: int
@@ -88,7 +88,7 @@ class _Sent:
 
 @dataclasses.dataclass
 class _Log:
-    """What is told of the steps that are done.
+    """Reports finished steps to metrics.jsonl and the progress display.
 
     Attributes:
         last: the newest step's metrics.
@@ -98,11 +98,11 @@ class _Log:
     progress: Progress | None
     every: int
     last: Numbers = dataclasses.field(default_factory=dict)
-    # Some numbers come with a rollout, not with every step.
+    # Some numbers come with a rollout rather than with every step: keep them for the next line written.
     _unlogged: Numbers = dataclasses.field(default_factory=dict)
 
     def tell(self, number: int, metrics: Numbers, *, at_once: bool = False) -> None:
-        """Adds a step; `at_once`: to metrics.jsonl too, whatever `train.log_every` says."""
+        """Adds a step; `at_once` writes it to metrics.jsonl whatever `train.log_every` says."""
         if at_once or number % self.every == 0:
             self.write(number, metrics)
         else:
@@ -125,20 +125,21 @@ def run(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """The last step's metrics. Trains and leaves config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/ in
-    `workdir`.
+    """Trains, writes config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/ to `workdir`, and returns the
+    last step's metrics.
 
-    A workdir with checkpoints is taken up where it was left, and then computes what it would have computed without the
-    pause.
+    If the workdir has checkpoints, the run resumes from the newest one and computes what it would have computed without
+    the pause.
 
     Args:
-        progress: is told of every step.
-        stop: asked once for every step; once true, that step is finished (of several hosts, the next one), everything
-            is saved and `Interrupted` raised.
+        progress: is told about every step.
+        stop: called once per step; once it returns True, that step is finished (with several hosts, the next one),
+            everything is saved and `Interrupted` is raised.
 
     Raises:
-        ValueError: the workdir belongs to a run with other settings, on other data or of another version of jlora, or
-        the data, model or targets are not as they must be. Interrupted: see `stop`.
+        ValueError: the workdir belongs to a run with different settings, different data or another version of jlora, or
+            the data, model or targets are invalid.
+        Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)
     grown_from = usage.process_peak()
@@ -167,7 +168,7 @@ def run(
             start = int(this.state.step)
         if first:
             truncate(folder / COMPLETIONS, start)
-        # What was evaluated before the first step is written anew by a run that begins anew.
+        # A run that starts over (start == 0) rewrites the evaluation before the first step, so drop that too (-1).
         board = config.train.tensorboard
         writing = MetricsWriter(folder, start_step=start or -1, tensorboard=board) if first else nullcontext()
         with writing as writer:
@@ -184,7 +185,7 @@ def run(
 
 
 def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note: Note) -> _Run:
-    """Everything up to the first step; what the user may have got wrong is found before anything is written.
+    """Everything up to the first step; user mistakes are found before anything is written.
 
     Args:
         begun: the run that the workdir holds.
@@ -209,7 +210,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     resume.refuse_fewer_steps(begun, plan.total_steps, note)
     settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
     model, params = hub.load(config.model.path, mesh=mesh, **settings)
-    if not config.adapters:  # several are put beside the base by their plan
+    if not config.adapters:  # for several adapters, the plan adds them to the base
         params = adapt(model, params, config, begun.fixed)
     base = based(config, model, params, mesh, tokenizer=tokenizer, workdir=folder)
     note(_describe_params(config, base.frozen, base.trainable))
@@ -240,15 +241,16 @@ def _steps(
 ) -> None:
     """Runs the steps from `start`.
 
-    A step is sent off before the metrics of the one before it are read: JAX returns before anything is computed, and
-    while the host reads, logs and lays out a batch, the device has the next step to go on with. But the arrays of a
-    state are donated to the step that follows, so that nothing may follow a step whose state is wanted. Such a step is
-    settled: it is waited for, found finite and told of, and then saved or evaluated, while the data still stands behind
-    its batch, which is the last that was asked for. Settled are the steps to be saved or evaluated, the last one, that
-    at which the run is asked to stop, and every one of a source whose next batch follows from the state or the metrics
-    (`Source.ahead`). Waiting there costs the device one batch's laying out; checkpoints are written meanwhile.
+    Each step is dispatched before the metrics of the previous one are read: JAX returns before anything is computed, so
+    the device already has the next step to work on while the host reads metrics, logs and lays out a batch. But a
+    state's arrays are donated to the next step, so a step whose state is still needed must be settled first: wait for
+    it, check that it is finite, log it, and then save or evaluate it, while the data's position is still right after
+    its batch, the last one requested. Settled steps are those to be saved or evaluated, the last one, the one at which
+    the run is asked to stop, and every step of a source whose next batch depends on the state or the metrics
+    (`Source.ahead`). While a step is settled, the device idles for as long as it takes to lay out one batch;
+    checkpoints are written in the background.
 
-    If a step that is not settled turns out not to be finite, what was sent off behind it is dropped.
+    If an unsettled step turns out not to be finite, whatever was dispatched after it is dropped.
     """
     train, source = this.config.train, this.job.source
     if train.eval_on_start and start == 0:
@@ -258,7 +260,7 @@ def _steps(
 
     def asked(any_host: Callable[[bool], bool]) -> bool:
         nonlocal stopping
-        # Asked of all hosts, which a signal reaches at different times: those that go on would wait for the others.
+        # Ask all hosts: a signal reaches them at different times, and a host that continued would wait for the others.
         stopping = stopping or any_host(stop())
         return stopping
 
@@ -304,11 +306,11 @@ def _evaluation(this: _Run) -> dict[str, float]:
 def _kept(
     this: _Run, done: int, saved: checkpoint.Checkpoints, settle: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Saves what was trained in so many steps if a user's reward or metric fails meanwhile, where a run can go on from
-    there. With several hosts it does not: one that fails alone would wait for the others.
+    """If a user's reward or metric fails inside the block, saves the state after `done` steps, provided that a run can
+    resume from there. With several hosts nothing is saved: a host that failed alone would wait for the others.
 
     Args:
-        settle: reads the last of the steps if that was not done yet, and raises Diverged if it is not to be saved.
+        settle: reads the last of those steps if it was not read yet, and raises Diverged if it must not be saved.
     """
     source, whole = this.job.source.get_state(), this.job.source.boundary and jax.process_count() == 1
     try:
@@ -321,7 +323,7 @@ def _kept(
 
 
 def _send(this: _Run, number: int) -> _Sent:
-    """Sends a step off; nothing is waited for but its batch."""
+    """Dispatches a step; waits for nothing but its batch."""
     began = time.monotonic()
     batch, tokens, found = this.job.source.next(this.state)
     this.state, metrics = this.step(this.state, this.job.frozen, batch)
@@ -329,13 +331,14 @@ def _send(this: _Run, number: int) -> _Sent:
 
 
 def _read(this: _Run, sent: _Sent, log: _Log, saved: checkpoint.Checkpoints) -> Numbers:
-    """A step's numbers, once it is done.
+    """Waits for a step and returns its numbers.
 
     Raises:
-        Diverged: nothing is left to train. Failed: a checkpoint could not be written meanwhile.
+        Diverged: nothing is left to train.
+        Failed: a checkpoint could not be written in the meantime.
     """
     metrics = jax.device_get(sent.metrics)
-    # It had the device to itself since the step before was done, or since it was begun, whichever was later.
+    # It had the device to itself since the previous step finished or since it began, whichever was later.
     now = time.monotonic()
     seconds, this.finished = now - max(sent.began, this.finished), now
     this.timed.append((sent.tokens, seconds, sent.length))
@@ -356,8 +359,9 @@ def _position(this: _Run) -> dict[str, Any]:
 
 
 def _tell_usage(this: _Run) -> None:
-    """Says what the steps since the start used, and writes it to usage.json; the first two compile, and do not count if
-    there are more. MFU is sft's: elsewhere a token that is counted is one that other policies read or wrote, too.
+    """Reports the usage of the steps since the start and writes it to usage.json. The first two steps compile, so they
+    count only if there are no others. MFU is reported for sft only: elsewhere other policies also read or write the
+    counted tokens.
     """
     timed = sorted(this.timed[2:] or this.timed, key=lambda one: one[0] / one[1])
     if not timed:
@@ -396,7 +400,9 @@ def _finish(this: _Run) -> None:
 
 
 def _gathered(params: Params) -> Params:
-    """The params with what an adapter's file holds on this host: its leaves, embedding and head if it adapts them."""
+    """The params with everything that an adapter's file holds on this host: the adapter's leaves, and the embedding and
+    head if it adapts them.
+    """
     if jax.process_count() == 1:
         return params
     adapted = {path.rpartition("/")[0] for path in tree.flatten(params) if lora.is_adapter(path)}

@@ -1,4 +1,4 @@
-"""What a step changes: adapters, moments, the step counter and the random key. Frozen weights are not part of it."""
+"""The state of training: adapters, moments, step counter and random key. Frozen weights are not part of it."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ from jlora.types import Params
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The carry of training; JAX may put shapes or shardings in the arrays' places.
+    """The carry of training. Its leaves may also be shapes or shardings instead of arrays.
 
     Attributes:
         step: int32, optimizer steps done.
         trainable: the adapters' trained half.
         moments: the optimizer's state.
-        key: random key data (uint32) from which each step's dropout key follows.
+        key: random key data (uint32) that each step's dropout key is derived from.
     """
 
     step: Any
@@ -36,7 +36,10 @@ class TrainState:
 
 
 def create_state(trainable: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step, created under the shardings that the step returns it with."""
+    """The state before the first step, with the shardings that every step returns it with.
+
+    Shapes in place of arrays in `trainable` give the state's shapes.
+    """
 
     def create(trainable: Params) -> TrainState:
         return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), _key_data(seed))
@@ -47,7 +50,7 @@ def create_state(trainable: Params, optimizer: optax.GradientTransformation, see
 def create_states(
     trainable: Params, optimizer: optax.GradientTransformation, seeds: Sequence[int], mesh: Mesh
 ) -> TrainState:
-    """The state of several adapters that are trained side by side: every leaf but the step is [K, …]."""
+    """The state of K adapters trained side by side: every leaf but the step is [K, …]."""
 
     def create(trainable: Params) -> TrainState:
         keys = jnp.stack([_key_data(seed) for seed in seeds])
@@ -61,7 +64,7 @@ def _key_data(seed: int) -> jax.Array:
 
 
 def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Mesh) -> TrainState:
-    """Of shapes in the place of arrays, the state's shapes."""
+    """The created state; its shapes if `trainable` holds shapes instead of arrays."""
     shapes = jax.eval_shape(create, trainable)
     shardings = state_shardings(shapes, mesh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
@@ -70,13 +73,14 @@ def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Me
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Adapters and their moments are split as their kernel is; counters and keys are on every device."""
+    """The state's shardings: adapters and moments are split like their kernels; counters and keys are replicated."""
     adapters = sharding.tree_shardings(state.trainable, mesh)
     places = tree.flatten(adapters)
     everywhere = sharding.replicated(mesh)
 
     def moment(path: tuple, _: Any) -> NamedSharding:
-        # optax keeps moments in trees shaped like the params: the dict keys that end a moment's path are a leaf's path
+        # optax keeps moments in trees shaped like the params: the trailing dict keys of a moment's path are its
+        # parameter's path.
         keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
         return places.get("/".join(reversed([key.key for key in keys])), everywhere)
 

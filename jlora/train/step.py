@@ -18,16 +18,16 @@ from jlora.types import Params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array | np.ndarray]
-FINITE = "finite"  # of a step's metrics: whether everything that it computed is
+FINITE = "finite"  # key of a step's metrics: whether everything it computed is finite
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
 class Report(NamedTuple):
-    """What a micro-batch tells besides its loss.
+    """What a micro-batch reports besides its loss.
 
     Attributes:
-        sums: scalars that add up over the micro-batches of a step.
-        items: arrays [N] of one number an item, which a step returns as [A, N].
+        sums: scalars that are added up over the micro-batches of a step.
+        items: arrays [N] with one number per item, which a step returns as [A, N].
     """
 
     sums: Metrics
@@ -40,8 +40,8 @@ class Objective:
 
     Attributes:
         loss: (trainable, frozen, micro-batch, totals, dropout key or None) → (its part of the step's loss, report). The
-            parts add up over the micro-batches to the loss of the step.
-        totals: (the step's batch, leaves [A, …]) → sums over all of it, by which the parts are divided.
+            parts of all micro-batches add up to the step's loss.
+        totals: (the step's batch, leaves [A, …]) → sums over the whole batch, which the parts are divided by.
     """
 
     loss: Callable[[Params, Any, Batch, Metrics, jax.Array | None], tuple[jax.Array, Report]]
@@ -56,17 +56,18 @@ def make_step(
     dropout: bool = False,
     skip: bool = False,
 ) -> Step:
-    """step(state, frozen, batch) → (state, metrics), jitted; it donates the state and never the frozen weights.
+    """Returns a jitted step(state, frozen, batch) → (state, metrics) that donates the state but not the frozen weights.
 
-    The batch's leaves are [A, …]: A micro-batches, one after another. What the loss is divided by is counted over all
-    of them, so accumulation equals the large batch whatever the micro-batches hold.
+    The batch's leaves are [A, …], for A micro-batches that are computed one at a time. The loss's denominators are
+    counted over all of them, so accumulation equals one large batch whatever each micro-batch holds.
+
+    The metrics are the report's sums and items, the loss ("loss"), the gradient's norm before clipping ("grad_norm"),
+    and `FINITE`.
 
     Args:
-        shardings: those the state was created under; it is returned under the same.
-        dropout: hand the loss a random key of its own for each micro-batch.
-        skip: a step whose numbers are not finite leaves the adapters and their moments as they were.
-
-    The metrics are the report's sums and items, the loss and the gradient's norm, and `FINITE`.
+        shardings: the state's shardings, before and after the step.
+        dropout: give the loss a separate random key for each micro-batch.
+        skip: if a step's numbers are not finite, leave the adapters and their moments unchanged.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -84,13 +85,14 @@ def make_steps(
     dropout: bool = False,
     skip: bool = False,
 ) -> Step:
-    """The step of K adapters side by side, each as `make_step` would advance it alone.
+    """The step of K adapters side by side, each advanced as `make_step` would advance it alone.
 
-    state and metrics are those of `create_states`, [K, …]; frozen is {"base": what all share, "settings": [K, …] of the
-    adapters, "rate": [K] factors of the learning rate}; the batch's leaves are [A, K, …].
+    The state is that of `create_states`; the metrics' leaves are [K, …] too; frozen is {"base": what all adapters
+    share, "settings": the adapters' own, [K, …], "rate": [K] factors of the learning rate}; the batch's leaves are
+    [A, K, …].
 
-    An adapter whose numbers are not finite does not hold up the others. Without `skip` it stays what it was before that
-    step, at every later step too.
+    An adapter whose numbers are not finite does not hold up the others. Without `skip` it keeps the weights it had
+    before that step from then on.
     """
     spare = _skipping if skip else _freezing
 
@@ -104,7 +106,7 @@ def make_steps(
 
         parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
         own = (dataclasses.replace(state, step=None), frozen["settings"], frozen["rate"], parts)
-        # JAX has no grouped product for several batches at once: on experts the adapters go one after another.
+        # JAX has no batched grouped product, so with experts the adapters are computed one at a time.
         experts = any(map(is_expert, tree.flatten(frozen["base"])))
         after, metrics = jax.lax.map(one, own) if experts else jax.vmap(one)(own)
         return dataclasses.replace(after, step=state.step + 1), metrics
@@ -146,7 +148,9 @@ def _all_finite(values: Any) -> jax.Array:
 
 
 def _skipping(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
-    """The state after a step, or before it where that is not finite; the step and the schedule advance either way."""
+    """The state after a step, or the one before it if the step is not finite; the step counter and the schedule advance
+    either way.
+    """
 
     def scheduled(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -160,8 +164,8 @@ def _skipping(before: TrainState, after: TrainState, finite: jax.Array) -> Train
 
 
 def _freezing(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
-    """The state after a step, with the adapter before it where that is not finite. Its moments become NaN and stay so:
-    no later update is finite either, after a resume too, and the adapter remains what it is.
+    """The state after a step, but with the adapter from before it if the step is not finite. Its moments then become
+    NaN and stay NaN, so no later update is finite either, even after a resume, and the adapter never changes again.
     """
 
     def mark(leaf: jax.Array) -> jax.Array:
@@ -172,7 +176,7 @@ def _freezing(before: TrainState, after: TrainState, finite: jax.Array) -> Train
 
 
 def _accumulate(micro: Callable, batch: Batch) -> tuple[Any, Metrics]:
-    """Σ of the first of micro(i, micro-batch i), and the second stacked; a single one needs no loop."""
+    """The sum of the first results of micro(i, micro-batch i), and the second ones stacked."""
     count = len(jax.tree.leaves(batch)[0])
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     if count == 1:

@@ -1,6 +1,6 @@
-"""The settings of a run: every group's dataclass under one roof, and the way there from a ConfigDict.
+"""The settings of a run: one dataclass that holds every group's, and how to get there from a ConfigDict.
 
-Defaults live in the dataclasses alone; recipes start from `default_config()` and say what differs.
+Defaults live in the dataclasses alone; recipes start from `default_config()` and change what differs.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jlora.train.settings import (
     RolloutConfig,
 )
 
-# The groups that an algorithm has beside those of every run.
+# The groups that an algorithm has in addition to those of every run.
 GROUPS = {
     "sft": (),
     "dpo": ("dpo",),
@@ -44,8 +44,8 @@ GROUPS = {
     "grpo": ("rollout", "grpo"),
     "ppo": ("rollout", "ppo"),
 }
-TASK = "reasoning_gym:"  # how data.path names a task that is generated
-EACH = "each adapter's own"  # what data.path is where no data is shared
+TASK = "reasoning_gym:"  # prefix of a data.path that names a generated task
+EACH = "each adapter's own"  # the run's data.path if its adapters share no data
 
 # What may differ between the adapters of one run: groups, or settings of a group.
 OWN = ("data", "lora", "model.adapter", "optim.learning_rate", "train.seed")
@@ -59,13 +59,13 @@ class ModelSource:
 
     Args:
       path: a Hugging Face folder, a Hub id, or a GGUF file.
-      dtype: of computation and of unquantised weights; None: bfloat16 on TPU and GPU, float32 on CPU, and what it
-        began in for a run that goes on.
-      quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None: the weights as the checkpoint has them.
-      adapter: a PEFT folder to go on from; its settings take the place of the group `lora`.
-      resize_vocab: rows of embedding and head, or "tokenizer": as many as the tokenizer needs; None: as they are. New
-        rows are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
-      attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" is what is best on the device.
+      dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
+        keeps the one it began with.
+      quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
+      adapter: a PEFT folder to continue from; its settings replace the group `lora`.
+      resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
+        are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
+      attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
     """
 
     path: str
@@ -77,7 +77,7 @@ class ModelSource:
 
     @property
     def merges_packed(self) -> bool:
-        """Whether the adapter is trained to be packed together with the base."""
+        """Whether the adapter is trained to be merged into the base and packed with it."""
         return isinstance(self.quant, QuantConfig) and self.quant.merge_aware
 
     def __post_init__(self) -> None:
@@ -101,28 +101,28 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, and how often to look.
+    """How long to train, how much to compute at once, and how often to log, save and evaluate.
 
     Args:
-      steps, epochs: the end of the run, whichever comes first; at least one of them is given. Part of an epoch is that
-        part of its rows, rounded up to steps.
+      steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is that
+        fraction of its rows, rounded up to whole steps.
       batch_size: rows of a micro-batch, over all devices.
       seq_len: tokens of a row.
       grad_accum: micro-batches of a step.
-      seed: of the adapter's start, the order of the data and dropout.
-      log_every, save_every, eval_every: in steps; evaluation at 0 means never.
-      eval_on_start: also evaluate before the first step, so that the log says what training changed.
-      keep_checkpoints: older ones are removed.
-      remat: what the backward pass finds of a layer's activations: "full" keeps a layer's input and computes the rest
-        again, "offload" does so with the inputs in the host's memory, "none" keeps what is dear. True is "full", False
-        "none".
+      seed: of the adapter's initialisation, the order of the data, and dropout.
+      log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
+      eval_on_start: also evaluate before the first step, so that the log shows what training changed.
+      keep_checkpoints: how many to keep; older ones are removed.
+      remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and computes
+        the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is expensive to
+        compute. True means "full", False "none".
       on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
-        last checkpoint kept, or "skip" the step (ten in a row stop the run). Of several adapters the others go on.
-      on_changed_files: what a run that goes on does when its data, rewards or tokenizer are not what they were:
-        "refuse", or "note" what changed and go on.
+        last checkpoint kept, or "skip" the step (ten in a row stop the run). With several adapters, the others go on.
+      on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
+        what changed and continue.
       tensorboard: also write TensorBoard files (needs the extra of that name).
-      profile: steps to trace, after the first two; see `jlora.train.tracing`.
-      fold: the adapter that the run leaves has one rank and one scale for all modules, as `jlora export --fold`.
+      profile: number of steps to trace, after the first two; see `jlora.train.tracing`.
+      fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
     """
 
     steps: int | None = None
@@ -163,8 +163,8 @@ class RunConfig:
     """Everything that decides what a run does.
 
     Args:
-      adapters: several adapters trained side by side on one base: for each, by name, the settings that are its own
-        (`OWN`), as {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
+      adapters: several adapters to train side by side on one base, by name, each with its own settings (`OWN`):
+        {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
     """
 
     algorithm: Literal["sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo"] = "sft"
@@ -185,11 +185,11 @@ class RunConfig:
     adapters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def members(self) -> dict[str, "RunConfig"]:
-        """The settings under which each of `adapters` would be trained alone, by name in sorted order: the places of
-        adapters in a checkpoint follow it, whatever order a recipe names them in.
+        """The settings under which each of `adapters` would be trained alone, by name. Names are sorted, because the
+        order of adapters in a checkpoint follows them, whatever order a recipe uses.
 
         Raises:
-            ValueError: settings that cannot be an adapter's own, or do not hold; all are listed.
+            ValueError: settings that cannot be an adapter's own, or are invalid; all are listed.
         """
         members, faults = {}, []
         shared = dataclasses.asdict(self) | {"adapters": {}}
@@ -246,7 +246,7 @@ class RunConfig:
         return faults
 
     def _idle_groups(self) -> list[str]:
-        """Settings of algorithms that do not run would have no effect."""
+        """A fault for each group with changed settings that the run's algorithm does not use."""
         used = GROUPS[self.algorithm]
         faults = []
         for name in sorted({name for names in GROUPS.values() for name in names} - set(used)):
@@ -292,7 +292,7 @@ class RunConfig:
 
 
 def _foreign(own: Mapping[str, Any]) -> list[str]:
-    """A fault for each setting that all adapters of a run share, and for what is no group of settings."""
+    """A fault for each setting that all adapters of a run share, and for each value that is not a group of settings."""
     groups, faults = [name.partition(".")[0] for name in OWN], []
     for group, values in own.items():
         if not isinstance(values, Mapping):
@@ -308,9 +308,9 @@ def _foreign(own: Mapping[str, Any]) -> list[str]:
 
 
 def default_config() -> ConfigDict:
-    """Every setting at its default, as a ConfigDict for recipes to change; what has none is None until it is given.
+    """Every setting at its default, as a ConfigDict for recipes to change; required settings are None until given.
 
-    Assignments are not checked here: `resolve` says everything that is wrong at once.
+    Assignments are not checked: `resolve` reports everything that is wrong at once.
     """
     return _defaults(RunConfig)
 
@@ -319,7 +319,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     """The settings as frozen dataclasses.
 
     Raises:
-        ValueError: unknown keys, wrong types, missing settings, settings that do not go together; all in one message.
+        ValueError: unknown keys, wrong types, missing settings, or incompatible settings; all in one message.
     """
     values = _plain(config)
     shared = values.get("data") or {}
@@ -333,7 +333,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
 
 
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an older version of jlora wrote, with the defaults of those that it did not have."""
+    """Settings written by an older version of jlora, with defaults for those it did not have."""
     return _completed(RunConfig, settings)
 
 
@@ -349,12 +349,14 @@ def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The settings as plain values for config.json; `resolve` of them is the same RunConfig."""
+    """The settings as plain values for config.json; `resolve` turns them back into the same RunConfig."""
     return dataclasses.asdict(config)
 
 
 def _defaults(cls: type) -> ConfigDict:
-    """A ConfigDict that knows the type of each field, for the command line; mixed types are Python literals there."""
+    """A ConfigDict that knows the type of each field, for the command line, where fields of mixed types are given as
+    Python literals.
+    """
     config = ConfigDict(type_safe=False)
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]
@@ -372,13 +374,15 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _scalar(hint: Any) -> type:
-    """str for `str` and for `str | None`; object for whatever is not one scalar."""
+    """str for `str` and `str | None`; object for anything that is not a single scalar type."""
     members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
     return members[0] if len(members) == 1 and members[0] in (bool, int, float, str) else object
 
 
 def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain dicts. A placeholder that must be given reads as None, which `typed.build` reports as missing."""
+    """The settings as nested plain dicts. A required placeholder that was not given becomes None, which `typed.build`
+    reports as missing.
+    """
     references = config.items(preserve_field_references=True) if isinstance(config, ConfigDict) else config.items()
     plain = {}
     for key, value in references:

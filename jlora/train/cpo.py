@@ -48,7 +48,7 @@ def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Obje
     settings = config.orpo
 
     def likelihood_weights(batch: Batch) -> jax.Array:
-        """Of the tokens whose likelihood counts, in any batch of shape [..., B, T]."""
+        """The weights of the tokens whose likelihood counts, in a batch of shape [..., B, T]."""
         slots = batch["items"].shape[-1]
         if not settings.nll_on_prompt:
             return batch["weights"] * (batch["documents"] < slots)
@@ -82,7 +82,7 @@ def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Obje
 
 
 def report(metrics: Metrics) -> Numbers:
-    """TRL's numbers of a step."""
+    """The numbers that TRL logs for a step."""
     nll = float(metrics["nll"]) / max(float(metrics["nll_tokens"]), 1.0)
     numbers = dpo.report(metrics) | {"nll_loss": nll}
     if "log_odds_ratio" in metrics:
@@ -96,6 +96,6 @@ def _pairs(log_probs: jax.Array, batch: Batch) -> Pairs:
 
 
 def _items(pairs: Pairs, *values: jax.Array) -> Metrics:
-    """What TRL logs: the log-probabilities of chosen and rejected that the loss is made of, and their rewards."""
+    """What TRL logs of each pair: the chosen and rejected log-probabilities that the loss uses, and their rewards."""
     names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
     return {"items": pairs.items} | dict(zip(names, values, strict=True))

@@ -1,4 +1,4 @@
-"""DPO and its relatives: chosen against rejected answers, seen from a reference policy."""
+"""DPO and its relatives: chosen against rejected answers, relative to a reference policy."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 
 
 def objective(model: Model, config: RunConfig) -> Objective:
-    """What a run with algorithm="dpo" minimises."""
+    """What a run with algorithm="dpo" minimises; see `dpo_loss`."""
     return dpo_loss(model, config.dpo, remat=config.train.remat)
 
 
 def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool | str = True, chunk: int = 512) -> Objective:
-    """The weighted sum of the terms of `settings`, each the mean over the pairs of a step.
+    """The weighted sum of the terms of `settings`: each a mean over a step's pairs, "sft" over their chosen tokens.
 
-    The frozen half is `Base.constants`. Where the batch brings the reference's log-probabilities, no reference is run.
+    The frozen half is `Base.constants`. If the batch brings the reference's log-probabilities, no reference is run.
     """
 
     def loss(
@@ -48,14 +48,14 @@ def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool | str = True, chu
 
 
 def pair_totals(batch: Batch) -> Metrics:
-    """How many pairs a step has, and how many tokens their chosen answers."""
+    """The number of pairs in a step and of tokens in their chosen answers, at least 1 each."""
     slots = batch["items"].shape[-1]
     chosen = jnp.sum(batch["weights"] * (batch["documents"] < slots))
     return {"items": jnp.maximum(jnp.sum(batch["items"]), 1), "chosen_tokens": jnp.maximum(chosen, 1)}
 
 
 def document_sums(log_probs: jax.Array, batch: Batch, ld_alpha: float | None = None) -> jax.Array:
-    """Summed log-probabilities of the completions of every document, [2N]: chosen, then rejected."""
+    """The log-probability of each document's completion, [2N]: chosen, then rejected."""
     count = 2 * batch["items"].shape[0]
     if ld_alpha is not None:
         return losses.length_desensitised(log_probs, batch["weights"], batch["documents"], count, ld_alpha)
@@ -65,13 +65,13 @@ def document_sums(log_probs: jax.Array, batch: Batch, ld_alpha: float | None = N
 def reference_sums(
     model: Model, frozen: Params, batch: Batch, ld_alpha: float | None = None, chunk: int = 512
 ) -> jax.Array:
-    """The same of the reference policy, without gradients or dropout."""
+    """`document_sums` under the reference policy, without gradients or dropout."""
     scores = completion_scores(model, reference_params(frozen), batch, chunk=chunk)
     return jax.lax.stop_gradient(document_sums(scores.log_probs, batch, ld_alpha))
 
 
 def as_pairs(policy: jax.Array, reference: jax.Array, batch: Batch) -> Pairs:
-    """Sums [2N] as pairs [N]."""
+    """The sums [2N] of both policies as pairs [N]."""
     slots = batch["items"].shape[0]
     tokens = by_document(batch["weights"], batch["documents"], 2 * slots)
     sides = [half for values in (policy, reference, tokens) for half in (values[:slots], values[slots:])]
@@ -106,7 +106,7 @@ def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Rep
 
 
 def report(metrics: Metrics) -> Numbers:
-    """TRL's numbers of a step on pairs."""
+    """The numbers that TRL logs for a step on pairs."""
     names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
     margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     compared = {"items": metrics["items"], "rewards/accuracies": margins > 0, "rewards/margins": margins}

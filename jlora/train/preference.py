@@ -1,4 +1,4 @@
-"""Algorithms on judged answers: DPO, CPO, ORPO, KTO and reward models differ in their data and their objective."""
+"""Training on judged answers: DPO, CPO, ORPO, KTO and reward models, which differ in data and objective."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ from jlora.train.step import Batch, Metrics, Objective
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What tells one algorithm from another.
+    """What distinguishes one algorithm from another.
 
     Attributes:
-        kind: of the data, "pairs" or "unpaired".
+        kind: of data, "pairs" or "unpaired".
         objective: (model, settings of the run) → what is minimised.
         report: (a step's metrics) → numbers for the log.
-        reference: whether a reference policy takes part.
-        panels: of curves.png.
-        finish: (base, metrics of the evaluation) is called at the end, where there is something to evaluate on.
+        reference: whether it uses a reference policy.
+        panels: panels of curves.png.
+        finish: (base, metrics of the evaluation) → None, called at the end if there is evaluation data.
     """
 
     kind: str
@@ -80,7 +80,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
 
 
 def fullest(config: RunConfig) -> Plan:
-    """One step on items whose documents are as long as they may be and share nothing: no data needs more memory."""
+    """A plan of one step on items whose documents have the maximum length and share nothing; no data needs more memory."""
     train, known = config.train, {}
     if METHODS[config.algorithm].kind == "unpaired":
         documents, known = 1, {"label": 1.0}
@@ -146,7 +146,11 @@ def _start(
 
 
 def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tuple[list[data.Item], data.EncodeReport]:
-    """The items of a file, as the algorithm wants them."""
+    """The items of a file in the form that the algorithm needs, and a report on their encoding.
+
+    Raises:
+        UserError: the file brings the reference's log-probabilities, but dpo.ld_alpha is set.
+    """
     kind = METHODS[config.algorithm].kind
     on_error = config.data.on_error
     records = data.read_preferences(path, kind, on_error=on_error, note=note)
@@ -164,14 +168,14 @@ def read_items(config: RunConfig, path: str, tokenizer: Any, note: Note) -> tupl
 
 
 def _with_others(config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:
-    """The items with the documents that an algorithm makes of several of them."""
+    """The items; for KTO's estimate of the KL, each with a second document: its prompt with another item's answer."""
     if config.algorithm == "kto" and config.kto.loss_type == "kto":
         return data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
     return list(items)
 
 
 def _check_references(config: RunConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:
-    """Refuses rewards of training and of evaluation that would be against two references."""
+    """Raises UserError if the rewards of training and evaluation would be relative to two different references."""
     brings = [dpo.CHOSEN in some[0].values for some in (items, held_out) if some]
     if METHODS[config.algorithm].reference and len(set(brings)) > 1:
         paths = (config.data.path, config.data.eval_path)
@@ -183,16 +187,16 @@ def _check_references(config: RunConfig, items: Sequence[data.Item], held_out: S
 
 
 def shares(config: RunConfig) -> bool:
-    """Whether the answers to a prompt stand behind one copy of it, which a loss on the prompt itself does not allow."""
+    """Whether the answers to a prompt share one copy of it, which a loss on the prompt itself does not allow."""
     return config.data.share_prompts and not (config.algorithm == "orpo" and config.orpo.nll_on_prompt)
 
 
 def evaluate_items(
     score: Callable, config: RunConfig, base: Base, items: Sequence[data.Item], state: TrainState
 ) -> Metrics:
-    """The metrics of all items as if they were one step's: sums added, arrays of items one after another.
+    """The metrics of all items as if they were one step: sums are added, arrays of items concatenated.
 
-    The loss is the mean of the batches' losses, each with the weight of its items.
+    The loss is the mean of the batches' losses, weighted by their numbers of items.
 
     Args:
         score: see `_scorer`.
@@ -209,7 +213,7 @@ def evaluate_items(
 
 
 def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) -> list[data.Item]:
-    """The same pairs with the reference's log-probabilities among their values."""
+    """The pairs with the reference's log-probabilities added to their values."""
     score = sharding.jit(functools.partial(dpo.reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
     found: list[data.Item] = []
     for batch in _batches(items, config, base.mesh):
@@ -226,7 +230,7 @@ def with_reference(base: Base, config: RunConfig, items: Sequence[data.Item]) ->
 
 
 def _batches(items: Sequence[data.Item], config: RunConfig, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
-    """Every item once, in order, a micro-batch at a time."""
+    """Every item once, in order, in batches of one micro-batch."""
     if not items:
         return
     steps = data.plan_items(
@@ -259,7 +263,7 @@ def _numbers(method: Method, metrics: Metrics) -> Numbers:
 
 
 def _nothing(state: TrainState) -> None:
-    """There is nothing to do at the end."""
+    """Does nothing at the end of a run."""
 
 
 def _reference_name(config: RunConfig, items: Sequence[data.Item]) -> str:

@@ -1,4 +1,4 @@
-"""Reward models: a scalar head beside an adapter that learns which of two answers is better."""
+"""Reward models: an adapter and a scalar head that learn which of two answers is better."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ BINS = 10
 
 
 def objective(model: Model, config: RunConfig) -> Objective:
-    """What a run with algorithm="reward" minimises."""
+    """What a run with algorithm="reward" minimises; see `reward_loss`."""
     return reward_loss(model, config.reward, remat=config.train.remat)
 
 
 def reward_loss(model: Model, settings: RewardConfig, *, remat: bool | str = True, chunk: int = 512) -> Objective:
-    """The Bradley-Terry loss, the mean over the pairs of a step; a "margin" in the data is taken into account."""
+    """The Bradley-Terry loss, averaged over the pairs of a step; it uses the data's "margin" if there is one."""
 
     def loss(
         trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
@@ -62,7 +62,7 @@ def reward_loss(model: Model, settings: RewardConfig, *, remat: bool | str = Tru
 
 
 def document_rewards(model: Model, params: Params, batch: Batch, count: int) -> jax.Array:
-    """What the score head says at the last token of every document, float32 [count]."""
+    """The score head's output at the last token of each document, float32 [count]."""
     return _at_the_end(model, params, _hidden(model, params, batch), batch, count)
 
 
@@ -79,7 +79,7 @@ def _at_the_end(model: Model, params: Params, hidden: jax.Array, batch: Batch, c
 
 
 def report(metrics: Metrics) -> Numbers:
-    """TRL's numbers of a step, and "nll_loss" where the chosen answers' likelihood is a part of the loss."""
+    """The numbers that TRL logs for a step, and "nll_loss" if the chosen answers' likelihood is part of the loss."""
     marked = np.asarray(metrics["items"]) > 0
     chosen, rejected = (np.asarray(metrics[side])[marked] for side in ("chosen", "rejected"))
     both = np.concatenate([chosen, rejected])
@@ -97,7 +97,7 @@ def report(metrics: Metrics) -> Numbers:
 
 
 class RewardModel:
-    """The reward model `rollout.reward_model` on the base that the policy has: the same arrays, another adapter.
+    """The reward model `rollout.reward_model` on the policy's base: the same arrays with another adapter.
 
     Raises:
         ValueError: the adapter does not fit, or has no score head.
@@ -116,9 +116,9 @@ class RewardModel:
         """The scores of prompts with their completions, float32 [N].
 
         Args:
-            ended: whether an answer is a finished message: what the template writes behind one is then put behind it,
-                as in training.
-            prompts: a number for each item; neighbours with the same one have the same prompt.
+            ended: whether each answer is a finished message: if so, what the template writes after a message is
+                appended to it, as in training.
+            prompts: a number for each item; neighbours with the same number have the same prompt.
         """
         whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
         config = self._config
@@ -156,7 +156,7 @@ def _rewards(model: Model, params: Params, batch: Batch, sides: int = 1) -> jax.
 def compare(
     model: Model, params: Params, items: Sequence[data.Item], *, batch_size: int = 8, seq_len: int = 512
 ) -> Metrics:
-    """The rewards of pairs, "chosen" and "rejected", with "items" marking what is no filler; all [A, N]."""
+    """The rewards of pairs, "chosen" and "rejected", with "items" > 0 where a pair is not padding; all [A, N]."""
     settings = dict(packing=False, epochs=1, shuffle=False, share=True)
     steps = data.plan_items(items, seq_len=seq_len, batch_size=batch_size, **settings)
     found = []
@@ -168,9 +168,9 @@ def compare(
 
 
 def calibration(margins: np.ndarray, bins: int = BINS) -> list[tuple[float, float, int]]:
-    """(mean predicted probability that the first answer is better, share where it is, pairs) of each bin.
+    """(mean predicted probability that the first answer is better, share of pairs where it is, pairs) for each bin.
 
-    Every pair is counted in both orders, so that the predictions cover 0 to 1; bins without a pair are left out.
+    Every pair is counted in both orders, so that the predictions cover 0 to 1; empty bins are left out.
     """
     both = np.concatenate([margins, -margins])
     better = np.concatenate([np.ones_like(margins), np.zeros_like(margins)])
@@ -185,14 +185,14 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> list[tuple[float, floa
 
 
 def plot_calibration(base: Base, metrics: Metrics) -> None:
-    """Writes calibration.png: how often the answer with the higher reward is the better one, by what the model says."""
+    """Writes calibration.png: how often an answer is the better one, against the predicted probability of that."""
     if jax.process_index() or not can_plot():
         return
     draw_calibration(base.workdir / CALIBRATION, metrics)
 
 
 def draw_calibration(path: pathlib.Path, metrics: Metrics) -> None:
-    """Writes the plot of these rewards as a PNG."""
+    """Draws the calibration and the margins of these rewards, and writes them as a PNG."""
     marked = np.asarray(metrics["items"]) > 0
     margins = (np.asarray(metrics["chosen"]) - np.asarray(metrics["rejected"]))[marked]
     found = calibration(margins)

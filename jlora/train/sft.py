@@ -51,7 +51,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
 
 
 def fullest(config: RunConfig) -> Plan:
-    """One step on rows without padding: no data needs more memory."""
+    """A plan of one step on rows without padding; no data needs more memory."""
     train = config.train
     rows = train.batch_size * train.grad_accum
     examples = [data.filled(train.seq_len)] * rows
@@ -81,7 +81,9 @@ def _start(
 
 
 def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Objective:
-    """The mean negative log-likelihood of the trained tokens of a step, and the sums that metrics are made of."""
+    """The objective of the mean negative log-likelihood of a step's trained tokens; it reports the sums that its
+    metrics are computed from.
+    """
 
     def loss(
         trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
@@ -101,7 +103,7 @@ def _report(metrics: Metrics) -> Numbers:
 
 
 def _held_out(config: RunConfig, tokenizer: Any, note: Note) -> list[data.Record]:
-    """The records of `data.eval_path`; what is wrong with them is found before the run begins."""
+    """The records of `data.eval_path`, checked before the run begins; none without that setting."""
     if not config.data.eval_path:
         return []
     settings = {"on_error": config.data.on_error, "note": note}

@@ -1,4 +1,4 @@
-"""GRPO and its relatives: a completion is as good as it is better than others of its prompt."""
+"""GRPO and its relatives: a completion is judged by how much better it is than others for the same prompt."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ PANELS = (
 
 
 def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
-    """The run on prompts of `data.path`, or on a task that it names."""
+    """The run on the prompts of `data.path`, or on the task that it names."""
     prompts, held_out, rewards = rollout.read_prompts(config, tokenizer, note)
 
     def start(base: Base) -> Job:
@@ -48,7 +48,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
 
 
 def fullest(config: RunConfig) -> Plan:
-    """One step on completions as long as they may be."""
+    """A plan of one step on completions of the maximum length."""
     settings = config.grpo
 
     def start(base: Base) -> Job:
@@ -79,8 +79,8 @@ def _job(config: RunConfig, base: Base, source: Source) -> Job:
 def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
     """The policy-gradient loss of a step, with the clipping, averaging and KL of `config.grpo`.
 
-    The batch brings "advantages" [A, B, T] and the sampler's log-probabilities; "old_log_probs" where the policy has
-    moved since the rollout, and "group_tokens" where prompts are averaged one by one.
+    The batch must hold "advantages" and "sampler_log_probs" [A, B, T], "old_log_probs" if the policy may have moved
+    since the rollout, and "group_tokens" and "prompts" if tokens are averaged within each prompt.
     """
     settings, temperature = config.grpo, config.rollout.temperature
     kl_in_loss = settings.beta and not settings.kl_in_reward
@@ -126,7 +126,7 @@ def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective
 
 
 def sampling_items(log_probs: jax.Array, batch: Batch) -> Metrics:
-    """How far the training forward's log-probabilities lie from the sampler's: the largest distance, and the sum."""
+    """How far the training pass's log-probabilities are from the sampler's: the largest distance, and the sum."""
     distance = jnp.abs(log_probs - batch["sampler_log_probs"]) * (batch["weights"] > 0)
     return {"distance/max": jnp.max(distance)[None], "distance/sum": jnp.sum(distance)[None]}
 
@@ -164,7 +164,7 @@ def _items(trainable: Params, log_probs: jax.Array, low: jax.Array, high: jax.Ar
 
 
 def _totals(batch: Batch) -> Metrics:
-    """What the averages divide by, counted over the whole step."""
+    """The denominators of the averages, counted over the whole step."""
     return {
         "items": jnp.maximum(jnp.sum(batch["items"]), 1),
         "tokens": jnp.maximum(jnp.sum(batch["weights"]), 1),
@@ -190,7 +190,7 @@ def _report(config: RunConfig, metrics: Metrics) -> Numbers:
 
 
 def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainState) -> tuple[list, Numbers, Rollouts]:
-    """The batches of one rollout, what to report of it, and the rollout."""
+    """The batches of one rollout, the numbers to report, and the rollout."""
     config, settings = source.config, source.config.grpo
     group = config.rollout.num_generations
     rollouts, rounds = _sample_groups(sampler, source, state, note)
@@ -223,12 +223,14 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
 
 
 def _has_moved(settings: GRPOConfig) -> bool:
-    """Whether steps need the log-probabilities under the policy that sampled, which may not be theirs any more."""
+    """Whether steps need the log-probabilities under the policy that sampled, which may have moved since."""
     return settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
 
 
 def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, note: Note) -> tuple[Rollouts, int]:
-    """Groups enough for a rollout; with dynamic sampling, those whose rewards differ before those that are equal."""
+    """Enough groups for a rollout, and how many rounds of sampling they took. Groups whose rewards differ come before
+    those of equal rewards.
+    """
     config, group = source.config, source.config.rollout.num_generations
     completions = config.train.batch_size * config.train.grad_accum * config.grpo.steps_per_generation
     wanted, found, rounds = completions // group, [], 0
@@ -250,7 +252,7 @@ def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, n
 def _advantages(
     rollouts: Rollouts, batch: data.Batch, settings: GRPOConfig, group: int, weights: np.ndarray
 ) -> tuple[np.ndarray, Numbers]:
-    """[A, B, T], and what there is to report of how they came about."""
+    """The advantages [A, B, T], and numbers to report about them."""
     rewards, numbers, kl = rollouts.rewards, {}, np.zeros_like(batch["weights"])
     if settings.kl_in_reward:
         kl = (batch["old_log_probs"] - batch["reference_log_probs"]) * batch["weights"]
@@ -273,7 +275,9 @@ def _advantages(
 
 
 def _group_values(batch: data.Batch, group: int) -> data.Batch:
-    """For averages inside every prompt: how many tokens its group has, and 1/size that counts the prompts."""
+    """For averages within each prompt: the tokens of each completion's group, and 1/size each, which adds up to the
+    number of prompts.
+    """
     lengths = layout.by_item(batch, batch["weights"])
     tokens = np.repeat(lengths.reshape(-1, group).sum(axis=1), group)
     index = batch["index"].astype(int)

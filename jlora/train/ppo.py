@@ -1,4 +1,4 @@
-"""PPO: a policy and a value, two adapters on one frozen base, learn from rewards that a KL to the reference limits."""
+"""PPO: a policy and a value model, two adapters on one frozen base, trained on rewards with a KL penalty."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ PANELS = (
 
 
 def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
-    """The run on prompts of `data.path`, or on a task that it names."""
+    """The run on the prompts of `data.path`, or on the task that it names."""
     prompts, held_out, rewards = rollout.read_prompts(config, tokenizer, note)
 
     def start(base: Base) -> Job:
@@ -48,7 +48,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
 
 
 def fullest(config: RunConfig) -> Plan:
-    """One step on completions as long as they may be."""
+    """A plan of one step on completions of the maximum length."""
     names = ("old_log_probs", "reference_log_probs", "old_values", "advantages", "returns")
 
     def start(base: Base) -> Job:
@@ -61,7 +61,7 @@ def fullest(config: RunConfig) -> Plan:
 
 
 def _job(config: RunConfig, base: Base, source: Source) -> Job:
-    # The value starts as the policy does, with a head that says 0.
+    # The value model starts from the policy's adapter, with a head that outputs 0.
     _, value = lora.split(base.model.add_score(lora.combine(base.frozen, base.trainable)))
     return Job(
         trainable={"policy": base.trainable, "value": value},
@@ -80,7 +80,7 @@ def _job(config: RunConfig, base: Base, source: Source) -> Job:
 def ppo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
     """Clipped policy loss + vf_coef · clipped value loss, each a mean over the completion tokens of a step.
 
-    The batch brings "old_log_probs", "old_values", "advantages" and "returns", all [A, B, T].
+    The batch must hold "old_log_probs", "old_values", "advantages", "returns" and "sampler_log_probs", all [A, B, T].
     """
     settings, temperature = config.ppo, config.rollout.temperature
 
@@ -121,7 +121,9 @@ def ppo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
 
 
 def next_coefficient(kl_coef: float, kl: float, settings: PPOConfig, count: int) -> float:
-    """The coefficient after a rollout of so many completions; a KL that is not finite would stay in it for good."""
+    """The coefficient after a rollout of `count` completions. A KL that is not finite leaves it unchanged: it would
+    otherwise stay in it for good.
+    """
     if settings.target_kl is None or not math.isfinite(kl):
         return kl_coef
     return advantages.next_kl_coef(kl_coef, kl, settings.target_kl, settings.kl_horizon, count)
@@ -130,7 +132,7 @@ def next_coefficient(kl_coef: float, kl: float, settings: PPOConfig, count: int)
 def token_values(
     model: Model, params: Params, batch: Batch, key: jax.Array | None = None, remat: bool | str = False
 ) -> jax.Array:
-    """The value [B, T] of having come to every token, by the score head; 0 where no completion token follows."""
+    """The score head's value [B, T] of the text up to each token; 0 where no completion token follows."""
     rows = batch["tokens"], batch["positions"], batch["segment_ids"]
     hidden, _ = model.hidden(params, *rows, key=key, remat=remat)
     return model.score(params, hidden) * (batch["weights"] > 0)
@@ -142,7 +144,7 @@ def _values(model: Model, params: Params, batch: Batch) -> jax.Array:
 
 
 def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tuple[list, Numbers, Rollouts]:
-    """The batches of one rollout, what to report of it, and the rollout."""
+    """The batches of one rollout, the numbers to report, and the rollout."""
     config, settings, base = source.config, source.config.ppo, source.base
     group = config.rollout.num_generations
     completions = config.train.batch_size * config.train.grad_accum * settings.num_mini_batches
@@ -152,7 +154,7 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     rollouts = rollout.join([found], config.rollout.on_error, group, source.prompts)
     batch = layout.lay_out(rollouts, config, base.mesh, settings.num_mini_batches, seed)
     batch["sampler_log_probs"] = layout.to_layout(batch, [c.log_probs for c in rollouts.completions])
-    known = ~np.isnan(rollouts.rewards)  # what failed to be judged is not learned from
+    known = ~np.isnan(rollouts.rewards)  # completions that could not be judged are not trained on
     batch["weights"] = batch["weights"] * layout.spread(batch, known)
     batch |= score_batch(base, config, state.trainable["policy"], batch, old=True, reference=True)
     value_params = lora.combine(base.frozen, state.trainable["value"])
@@ -183,10 +185,10 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
 
 
 def _estimate(batch: data.Batch, scores: np.ndarray, kl_coef: float, settings: PPOConfig) -> Numbers:
-    """Puts "advantages" and "returns" into the batch; what TRL reports as objective/*.
+    """Adds "advantages" and "returns" to the batch, and returns the numbers that TRL reports as objective/*.
 
     Args:
-        scores: of the completions, NaN where one is not known: its tokens weigh nothing in the batch.
+        scores: one per completion, NaN if unknown; the tokens of such a completion must weigh nothing in the batch.
     """
     weights, known = batch["weights"], ~np.isnan(scores)
     log_probs = jnp.asarray(batch["old_log_probs"])

@@ -1,4 +1,4 @@
-"""Batches that the policy makes itself: prompts, completions, rewards, and what the step needs to know of them."""
+"""Batches sampled from the policy itself: prompts, completions, rewards, and what the step needs to know about them."""
 
 import dataclasses
 import functools
@@ -32,20 +32,22 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What the policy is asked, as the records that rewards see and as tokens."""
+    """A set of prompts, as the records that rewards see and as tokens."""
 
     records: tuple[Record, ...]
     tokens: tuple[list[int], ...]
-    columns: frozenset[str] = frozenset()  # those that any of the set's records has
+    columns: frozenset[str] = frozenset()  # all columns that any record of the set has
 
     @property
     def checksum(self) -> str:
-        """Eight hex digits that follow from the tokens."""
+        """A checksum of the tokens, as eight hex digits."""
         rows = [f"{np.asarray(tokens).tolist()}" for tokens in self.tokens]
         return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
 
     def order(self, seed: int, first: int, count: int) -> list[int]:
-        """Prompts number `first` to `first + count` of an endless shuffled order, each once an epoch."""
+        """The prompts at positions `first` to `first + count - 1` of an endless shuffled order that has each prompt
+        once per epoch.
+        """
         size = len(self.records)
         chosen = []
         for number in range(first, first + count):
@@ -59,11 +61,11 @@ class Rollouts:
     """Groups of completions, group after group, and what they earned.
 
     Attributes:
-        numbers: of the prompts, one for each completion.
-        items: prompt and completion as one document each, the completion trained; `index` is the item's place here.
-        table: what every reward function gave.
-        rewards: their weighted sums [N], NaN where none applies.
-        digest: checksum of the policy's weights that the sampler read.
+        numbers: each completion's prompt, as an index into `Prompts`.
+        items: each prompt and completion as one document whose completion is trained; `index` is its place here.
+        table: what each reward function gave.
+        rewards: their weighted sums [N], NaN where no function gave one.
+        digest: checksum of the policy's weights that the sampler used.
     """
 
     numbers: list[int]
@@ -77,14 +79,19 @@ class Rollouts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judges:
-    """What judges completions: the names of all rewards, which a task may bring itself, and the functions of them."""
+    """What judges completions: all rewards by name, including a task's own, and those that are functions."""
 
     names: tuple[Any, ...]
     functions: Rewards
 
 
 def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, Judges]:
-    """Training prompts, held-out ones where there are any, and the rewards, whose functions fit the prompts."""
+    """The training prompts, the held-out ones if any, and the rewards.
+
+    Raises:
+        UserError: there are several processes, settings do not apply, or prompts or rewards are invalid or do not fit
+            each other.
+    """
     if jax.process_count() > 1:
         raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
     settings = config.rollout
@@ -123,7 +130,7 @@ def _judges(config: RunConfig, names: Sequence[Any], sets: Sequence[Sequence[Rec
         [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
         on_error=config.rollout.on_error,
     )
-    for records in filter(None, sets):  # those trained on, those held out
+    for records in filter(None, sets):
         functions.require_columns(_columns(records))
     return Judges(tuple(names), functions)
 
@@ -145,7 +152,7 @@ def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data
 
 
 class Sampler:
-    """Completions and their rewards, from whatever policy it is given."""
+    """Samples completions from any policy on its base, and judges them."""
 
     def __init__(self, config: RunConfig, base: Base, judges: Judges) -> None:
         settings = config.rollout
@@ -171,13 +178,13 @@ class Sampler:
         step: int,
         greedy: bool = False,
     ) -> Rollouts:
-        """A completion for every entry of `numbers`, which name prompts.
+        """Samples and judges a completion for each of `numbers`, which are indices into the prompts.
 
         Args:
             trainable: the policy's adapter.
-            seed: numbers that the draws follow from.
-            step: how many optimizer steps were taken; rewards are told.
-            greedy: as evaluation asks for it.
+            seed: numbers that determine the draws.
+            step: optimizer steps done so far, which rewards are told.
+            greedy: sample at `rollout.eval_temperature`, as for evaluation.
 
         Raises:
             ValueError: a reward failed, unless failures are skipped.
@@ -221,7 +228,11 @@ class Sampler:
         return Rollouts(list(numbers), completions, texts, items, table, total(table.values, self.weights), int(digest))
 
     def _judged(self, items: Sequence[Item], ended: Sequence[bool], numbers: Sequence[int]) -> np.ndarray:
-        """The reward model's scores; NaN for those that are not finite, where failures are skipped."""
+        """The reward model's scores. Those that are not finite become NaN if failures are skipped.
+
+        Raises:
+            UserError: a score is not finite, and failures are not skipped.
+        """
         scores = self._reward_model(items, ended, numbers)
         failed = np.flatnonzero(~np.isfinite(scores))
         if len(failed) and self._config.rollout.on_error == "raise":
@@ -234,7 +245,7 @@ class Sampler:
 
 
 class RolloutSource:
-    """Batches from the policy as it is: a rollout is sampled when the batches of the last one are used up."""
+    """Batches from the current policy: a rollout is sampled when the batches of the last one are used up."""
 
     ahead = False
 
@@ -254,7 +265,7 @@ class RolloutSource:
 
     @property
     def boundary(self) -> bool:
-        """Whether every batch of the last rollout is used."""
+        """Whether every batch of the last rollout has been used."""
         return not self._queue
 
     def draw(self, count: int) -> list[int]:
@@ -264,7 +275,7 @@ class RolloutSource:
         return numbers
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
-        """The next batch; the numbers of a rollout are reported with the first of its batches."""
+        """The next batch; a rollout's numbers are reported with its first batch."""
         self._digest = None
         numbers: Numbers = {}
         if not self._queue:
@@ -274,8 +285,11 @@ class RolloutSource:
         return sharding.put_batch(batch, self.base.mesh), data.count_tokens(batch, 1), numbers
 
     def observe(self, metrics: Metrics) -> None:
-        """Compares the checksum of the weights that this step's gradient was taken at with the sampler's; leaves what
-        is left of a rollout out when a step on it was not finite: the next would most likely not be, either.
+        """Checks that the step's gradient was taken at the weights that the sampler used, by their checksums. If the
+        step was not finite, drops the rest of its rollout, as the next step on it would most likely not be either.
+
+        Raises:
+            RuntimeError: the checksums differ.
         """
         if not np.all(metrics[FINITE]):
             self._queue.clear()
@@ -289,16 +303,16 @@ class RolloutSource:
             )
 
     def get_state(self) -> dict[str, Any]:
-        """How many prompts were drawn, and what the algorithm remembers from rollout to rollout."""
+        """How many prompts were drawn, and what the algorithm keeps from one rollout to the next."""
         return {"drawn": self.drawn, "memory": self.memory}
 
     def set_state(self, position: dict[str, Any]) -> None:
-        """Goes on behind a rollout."""
+        """Goes to the position after a rollout."""
         self.drawn, self.memory = position["drawn"], dict(position["memory"])
 
 
 def describe(rollouts: Rollouts, group_size: int) -> Numbers:
-    """TRL's numbers of a rollout: rewards and lengths."""
+    """The numbers that TRL logs for a rollout: rewards and lengths."""
     lengths = np.array([len(completion.tokens) for completion in rollouts.completions])
     finished = np.array([completion.finished for completion in rollouts.completions])
     terminated = lengths[finished] if finished.any() else np.zeros(1)
@@ -319,7 +333,9 @@ def describe(rollouts: Rollouts, group_size: int) -> Numbers:
 def log_completions(
     path: pathlib.Path, step: int, rollouts: Rollouts, prompts: Prompts, count: int, **values: np.ndarray
 ) -> None:
-    """Adds some of the rollout to completions.jsonl: one of every group first."""
+    """Appends up to `count` completions, evenly spread over the rollout, to the file at `path`, with their rewards and
+    `values`.
+    """
     size = len(rollouts.numbers)
     group = max(1, size // max(1, count))
     with path.open("a", encoding="utf-8") as file:
@@ -336,7 +352,7 @@ def log_completions(
 
 
 def evaluate(sampler: Sampler, prompts: Prompts, trainable: Params, step: int) -> Numbers:
-    """TRL's numbers of one completion for each held-out prompt."""
+    """The numbers of `describe` for one completion of each held-out prompt."""
     rollouts = sampler(trainable, prompts, range(len(prompts.records)), seed=(0,), step=step, greedy=True)
     return describe(rollouts, 1)
 
@@ -361,11 +377,12 @@ def _number(value: Any) -> float | None:
 
 
 def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts) -> Rollouts:
-    """Several rollouts of one policy as one.
+    """Several rollouts of one policy as one. With on_error="skip", the rewards of a group whose completions are all
+    empty are NaN; with groups of one, only a rollout that is empty as a whole counts as such.
 
     Raises:
-        ValueError: groups (of one: a whole rollout) in which nothing was generated, unless they are to be skipped: then
-            their rewards are NaN.
+        ValueError: nothing was generated for a whole group (with groups of one: for a whole rollout), and on_error is
+            "raise".
     """
     together = found[0] if len(found) == 1 else _joined(found)
     silent = np.array([not text.strip() for text in together.texts]).reshape(-1, group).all(axis=1)
@@ -383,7 +400,7 @@ def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts)
 
 
 def choose(rollouts: Rollouts, groups: np.ndarray, group: int) -> Rollouts:
-    """Some of the groups, in this order."""
+    """The given groups of the rollouts, in the given order."""
     rows = [int(number) * group + member for number in groups for member in range(group)]
     return dataclasses.replace(
         rollouts,
@@ -397,7 +414,7 @@ def choose(rollouts: Rollouts, groups: np.ndarray, group: int) -> Rollouts:
 
 
 def with_column(table: RewardTable, name: str, values: np.ndarray, errors: int = 0) -> RewardTable:
-    """The table with one more reward, which failed on so many completions."""
+    """The table with one more reward, which failed on `errors` completions."""
     return dataclasses.replace(
         table,
         names=(*table.names, name),

@@ -19,15 +19,15 @@ from jlora.types import Params
 
 
 def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None = None) -> Params:
-    """The params with a new adapter, or with the one of `model.adapter`; for a reward model with its score head too.
+    """The params with a new adapter or the one of `model.adapter`, and for a reward model with its score head.
 
     Args:
-        fixed: what the adapter's frozen half was when the run began, if it did: it takes the place of the new one's.
+        fixed: for a resumed run, the adapter's frozen half as the run began; it replaces the new adapter's.
 
     Raises:
-        ValueError: the model or `model.adapter` is a reward model and the algorithm trains a policy; a reward model's
-        own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`; rows
-        are longer than the model has positions; `fixed` does not fit the adapter.
+        ValueError: the model or `model.adapter` is a reward model but the algorithm trains a policy; a reward model's
+            own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`; rows
+            are longer than the model's positions; `fixed` does not fit the adapter.
     """
     model.require_positions(config.train.seq_len, "train.seq_len")
     _warn_of_experts(params)
@@ -44,10 +44,10 @@ def based(
     workdir: Any = None,
     place: Callable[[Params, Mesh], Params] = sharding.shard,
 ) -> Base:
-    """What an algorithm starts from. Its model computes attention as the settings say.
+    """What an algorithm starts from; its model computes attention in the form that the settings name.
 
     Args:
-        params: with the adapter, unless several are put beside the base by their plan.
+        params: with the adapter; for several adapters without, as their plan adds them to the base.
         place: see `Base`.
     """
     frozen, trainable = lora.split(params)
@@ -91,7 +91,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
 
 
 def _warn_of_experts(params: Params) -> None:
-    """Says before the run, not after it, that a folder cannot hold what it trains."""
+    """Warns before the run, rather than after it, that no PEFT folder can hold what it trains."""
     if any("/experts/" in path and isinstance(leaf, Rounded) for path, leaf in tree.flatten(params).items()):
         warnings.warn(
             "experts are trained to be packed (merge_aware), which no folder for transformers can hold: export this "

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's surroundings, found before its model is loaded: devices, folders, packages."""
+"""Checks of a run's surroundings before its model is loaded: devices, folders, packages."""
 
 import os
 import pathlib
@@ -14,11 +14,11 @@ from jlora.types import require
 
 
 def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> Placement:
-    """Where the run computes. Nothing is loaded or written.
+    """Checks the run's surroundings and returns where it computes. Nothing is loaded or written.
 
     Raises:
-        UserError: the settings or the model do not go together with the devices (`placement.place`), adapters cannot be
-        opened, packages are missing, or the workdir cannot be written; all in one message.
+        UserError: the settings or the model do not fit the devices (`placement.place`), adapters cannot be opened,
+            packages are missing, or the workdir cannot be written; all in one message.
     """
     placed: list[Placement] = []
     runs = config.members().values() if config.adapters else [config]
@@ -37,7 +37,7 @@ def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> Placement:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Raises UserError when a folder cannot be made or written in."""
+    """Raises UserError if a folder cannot be created or written to."""
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise ExistingFileError(f"{there} is a file; expected a folder to work in, or a place to make {folder}")

@@ -1,4 +1,4 @@
-"""Evaluation: the loss on completions, and how often the texts that a model generates are right."""
+"""Evaluation: the loss on completions, and how often a model's generated texts are right."""
 
 import functools
 import math
@@ -23,15 +23,15 @@ from jlora.types import Params
 
 Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 
-# The numbers of a set of records, what an answer holds beside its scores, and what no metric may call its own.
+# The numbers of a set of records, what an answer holds besides its scores, and names that no metric may use.
 NUMBERS = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
 ANSWER = ("id", "prompt", "target", "text")
 RESERVED = (*NUMBERS, *ANSWER, "exact_match", "scale")
-BUCKET = 64  # lengths of rows are multiples of it
+BUCKET = 64  # row lengths are multiples of this
 
 
 class MetricFailed(UserError):
-    """A metric failed on some of the answers; what was computed besides is kept.
+    """A metric failed on some of the answers; everything else that was computed is kept.
 
     Attributes:
       numbers, answers: as `evaluate` returns them, without the metric's values where it failed.
@@ -57,22 +57,23 @@ def evaluate(
     generate_texts: bool = True,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Numbers about the records as a whole, and one answer for each record (none without `generate_texts`).
+    """Numbers about the records as a whole, and one answer for each record (none if `generate_texts` is False).
 
-    The numbers are `loss` (mean over the completion tokens), `perplexity`, `token_accuracy`, `tokens`, `n` (records)
-    and `dropped` (those of them that the loss leaves out); with texts also `exact_match` and the mean of everything
-    that `metric` returns. An answer is a dict with `prompt`, `target`, `text`, `exact_match`, the metric's values, and
-    the record's `id` where it has one.
+    The numbers are `loss` (the mean over the completion tokens, in nats), `perplexity`, `token_accuracy`, `tokens`, `n`
+    (records) and `dropped` (records that the loss leaves out); with texts also `exact_match` and the mean of each
+    number that `metric` returns. An answer is a dict with `prompt`, `target`, `text`, `exact_match`, the metric's
+    numbers, and the record's `id` if it has one.
 
     Args:
       metric: (record, generated text) → numbers by name.
-      seq_len: longer records lose their end in the loss (not in the generation), and count in no loss where their
-        completion lies behind it.
+      seq_len: longer records are cut there for the loss (not for generation), which leaves out those whose completion
+        begins after it.
       mesh: splits the batches of the loss, as in training.
 
     Raises:
-      ValueError: no completion has a token within `seq_len`, or the model has no positions for the texts.
-      MetricFailed: the metric gave no numbers by name or raised a UserError (see `load_metric`); it has the rest.
+      ValueError: no completion has a token within `seq_len`, or the model does not have enough positions for the texts.
+      MetricFailed: the metric did not return numbers by name or raised a UserError (see `load_metric`); the exception
+        holds everything else.
     """
     sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
     numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
@@ -113,7 +114,7 @@ def completion_loss(
     seq_len: int = 512,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
-    """`loss`, `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
+    """`loss` (in nats), `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
     return _means(record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh))
 
 
@@ -125,7 +126,7 @@ def _means(sums: "RecordSums") -> dict[str, float]:
 
 
 class RecordSums(NamedTuple):
-    """Sums over each record's completion tokens: of -log p, of 1 where the target is the likeliest, and of 1."""
+    """Sums over each record's completion tokens: of -log p, of correct predictions (argmax), and of tokens."""
 
     loss: Float[np.ndarray, "N"]
     correct: Float[np.ndarray, "N"]
@@ -143,15 +144,15 @@ def record_sums(
     end: bool = True,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
-    """What the model makes of each record, in the records' order: longer ones than `seq_len` lose their end, and those
-    without a completion token before it have sums of 0.
+    """The sums of each record, in the records' order. Records are cut at `seq_len`; those with no completion token left
+    have sums of 0.
 
     Args:
       end: see `encode_each`.
 
     Raises:
-      ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model has no positions
-        for the texts.
+      ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model does not have
+        enough positions for the texts.
     """
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     examples = encode_each(records, tokenizer, seq_len=seq_len, end=end)
@@ -166,13 +167,13 @@ def record_sums(
 def encode_each(
     records: Sequence[dict[str, Any]], tokenizer: Any, *, seq_len: int, end: bool = True
 ) -> list[data.Example | None]:
-    """The tokens of each record, cut at `seq_len`; None where no completion token is left.
+    """The tokens of each record, cut at `seq_len`; None for records with no completion token left.
 
     Args:
-      end: whether an end-of-text token is added, as in training.
+      end: whether to add an end-of-text token, as in training.
 
     Raises:
-      ValueError: a record cannot be encoded, or nothing is left of any.
+      ValueError: a record cannot be encoded, or no record has a completion token left.
     """
     require_records(records)
     examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
@@ -181,7 +182,7 @@ def encode_each(
 
 
 def require_records(records: Any) -> None:
-    """Raise UserError if these are not records, as where one comes without a list around it."""
+    """Raises UserError if this is not a list of records, for example a single record without a list around it."""
     if isinstance(records, str | Mapping) or not all(isinstance(record, Mapping) for record in records):
         raise UserError(f"records: found {type(records).__name__}, expected a list of records, each an object")
 
@@ -195,22 +196,22 @@ def example_sums(
     seq_len: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
-    """What the model makes of each example, in their order.
+    """The sums of each example, in the examples' order.
 
     Args:
-      seq_len: the most tokens that the model reads of one: all but its last, which is only predicted.
+      seq_len: the most tokens that the model reads of an example: all but its last, which is only predicted.
 
     Raises:
-      ValueError: the model has no positions for the longest, or params are those of `Bank.choose`.
+      ValueError: the model does not have enough positions for the longest, or params come from `Bank.choose`.
     """
     refuse_chosen(params, "those of Bank.alone")
     lengths = [len(example.tokens) - 1 for example in examples]
     model.require_positions(max(lengths, default=0), "seq_len")
     model.config.warn_beyond(max(lengths, default=0), "records")
     model.require_rows([example.tokens for example in examples])
-    order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of like length: little padding
+    order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of similar length need little padding
     examples = [examples[index] for index in order]
-    bucket = BUCKET if mesh is None else math.lcm(BUCKET, mesh.shape["sequence"])  # which splits every row's tokens
+    bucket = BUCKET if mesh is None else math.lcm(BUCKET, mesh.shape["sequence"])  # the axis splits each row's tokens
     settings = dict(seq_len=seq_len, batch_size=batch_size, bucket=bucket)
     steps = data.plan(sorted(lengths), packing=False, epochs=1, shuffle=False, **settings)
     found = np.zeros((3, len(order)), np.float64)
@@ -224,8 +225,8 @@ def example_sums(
 
 
 def _batch(examples: Sequence[data.Example], step: data.Step) -> data.Batch:
-    """`data.collate`'s arrays of rows of one example, or none, without its last token: nothing is predicted from it,
-    and the model may have no position left for it.
+    """The arrays of `data.collate` for rows of at most one example each, without its last token: nothing is predicted
+    from it, and the model may not have a position for it.
     """
     shape = (1, len(step.rows), step.length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
@@ -241,11 +242,10 @@ def _batch(examples: Sequence[data.Example], step: data.Step) -> data.Batch:
 
 
 def load_metric(path: str | pathlib.Path) -> Metric:
-    """The function `metric` of a Python file.
+    """The function `metric` of a Python file; any error it raises when called becomes a UserError with file and line.
 
     Raises:
       UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other arguments.
-        What the function raises later becomes a UserError with file and line.
     """
     metric = load_function(str(path), "metric")
     require_arguments(str(path), metric, "record", "text")

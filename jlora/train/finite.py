@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a step's flag, what becomes of such a step, and when a run ends because of them."""
+"""Numbers that are not finite: how such steps are counted, and when a run ends because of them."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,34 +9,34 @@ from jlora.errors import Failed
 from jlora.train.algorithm import Note, Numbers
 from jlora.train.step import FINITE, Metrics
 
-# Steps in a row that may be skipped: after so many it is no spike.
+# A run ends once this many steps in a row were skipped: by then it is not a spike.
 MOST_SKIPPED = 10
 
 
 class Diverged(Failed):
-    """The loss, the gradient or the adapter is not finite any more; the message says where, and what is left."""
+    """The loss, the gradient or the adapter is no longer finite; the message says where, and what is left."""
 
 
 class Guard:
-    """Counts the steps whose numbers are not finite, and ends a run of which nothing is left to train.
+    """Counts the steps whose numbers are not finite, and decides when a run with nothing left to train ends.
 
     Args:
         policy: `train.on_nonfinite`.
-        names: of the adapters that are trained side by side; () for one alone.
+        names: the adapters that are trained side by side; () for a single one.
         workdir: named in messages.
-        note: is told of every adapter that is left behind by the others.
+        note: is told about every adapter that the others leave behind.
     """
 
     def __init__(self, policy: str, names: Sequence[str], workdir: pathlib.Path, note: Note) -> None:
         self._policy, self._names, self._workdir, self._note = policy, names, workdir, note
         self._limit = MOST_SKIPPED if policy == "skip" else 1
-        # What stopped the run, and at which step.
+        # What stopped the run, and the step.
         self.ended: tuple[str, int] | None = None
         count = max(1, len(names))
         self._skipped, self._in_a_row = np.zeros(count, int), np.zeros(count, int)
 
     def see(self, metrics: Metrics, step: int) -> Numbers:
-        """Looks at a step's metrics; what is to be logged of it."""
+        """Looks at a step's metrics and returns the numbers to log."""
         finite = np.atleast_1d(np.asarray(metrics[FINITE], bool))
         self._skipped += ~finite
         self._in_a_row = np.where(finite, 0, self._in_a_row + 1)
@@ -52,7 +52,7 @@ class Guard:
         return {"skipped_steps": float(self._skipped.sum())} if self._policy == "skip" else {}
 
     def error(self, kept: Sequence[int]) -> Diverged:
-        """What a run that `ended` ends with.
+        """The exception that ends a run once `ended` is set.
 
         Args:
             kept: the steps of the checkpoints, the newest last.
@@ -63,7 +63,7 @@ class Guard:
         lines = [f"stopped: {what} at step {step}{rows}{each}"]
         lines += _left(what, step - self._limit, bool(self._names), self._workdir, kept)
         single = "; for single bad batches, train.on_nonfinite=skip goes on without them, in this workdir too"
-        # What several adapters froze when they stopped stays frozen.
+        # Several adapters that were frozen when they stopped stay frozen, so skipping would not help them.
         return Diverged("\n  ".join([*lines, HELP + ("" if self._names or self._policy == "skip" else single)]))
 
     def get_state(self) -> dict[str, list[int]]:
@@ -71,7 +71,7 @@ class Guard:
         return {"skipped": self._skipped.tolist(), "in_a_row": self._in_a_row.tolist()}
 
     def set_state(self, position: dict[str, list[int]]) -> None:
-        """Goes on with the counts of a checkpoint; {} of one that has none."""
+        """Restores the counts of a checkpoint; {} if it has none."""
         if position:
             self._skipped, self._in_a_row = np.array(position["skipped"]), np.array(position["in_a_row"])
 
@@ -85,7 +85,7 @@ HELP = (
 
 
 def _what(metrics: Metrics, place: int) -> str:
-    """The first of the step's numbers that is not finite."""
+    """Says which of the step's numbers is not finite: the first of loss, gradient norm and adapter."""
     for name, words in (("loss", LOSS), ("grad_norm", "the gradient's norm")):
         value = float(np.atleast_1d(np.asarray(metrics[name]))[place])
         if not np.isfinite(value):
@@ -94,11 +94,11 @@ def _what(metrics: Metrics, place: int) -> str:
 
 
 def _left(what: str, before: int, several: bool, workdir: pathlib.Path, kept: Sequence[int]) -> list[str]:
-    """What is left of the run, a line each.
+    """Says what is left of the run, as lines of a message.
 
     Args:
-        before: the last step that changed the weights. Where it is the loss that is not finite, it is so at these
-            weights, and a checkpoint of them may be spoiled.
+        before: the last step that changed the weights. If the loss is not finite, it is not finite at these weights,
+            and a checkpoint of them may be spoiled.
     """
     if not kept:
         return [f"nothing was saved before it; {workdir} can be used for another run"]

@@ -1,4 +1,4 @@
-"""What a traced program costs: the FLOPs of its products and the bytes that they read and write."""
+"""The cost of a traced program: the FLOPs of its products and the bytes that they read and write."""
 
 import dataclasses
 import math
@@ -8,11 +8,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of products alone, over all devices; what lies between them is fused with them and costs little beside them.
+    """The cost of products alone, over all devices; the operations between them are fused with them and cost little in
+    comparison.
 
     Attributes:
-        flops: two for each multiplication.
-        traffic: bytes of their operands and results.
+        flops: two per multiplication.
+        traffic: bytes of the operands and results.
     """
 
     flops: float = 0.0
@@ -26,8 +27,8 @@ class Cost:
 
 
 def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
-    """The cost of a jaxpr: loops count as often as they run (one whose end depends on values, once), and of branches
-    the dearest, or the platform's where they are for platforms.
+    """The cost of a jaxpr. A loop counts as often as it runs, or once if that depends on values. Of branches, the
+    costliest counts, or the platform's if they are branches for platforms.
     """
     total = Cost()
     for equation in jaxpr.eqns:
@@ -41,7 +42,7 @@ def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
                 total += inner[chosen(branches, platform)]
             case "cond":
                 total += max(inner, key=lambda one: one.flops)
-            case "shard_map":  # of one device
+            case "shard_map":  # its body is one device's part
                 mesh, axes = equation.params["mesh"], equation.params["newly_manual_axes"]
                 total += inner[0] * math.prod(mesh.shape[axis] for axis in axes)
             case "pallas_call":
@@ -66,13 +67,13 @@ def programs(equation: Any) -> list[Any]:
 
 
 def chosen(branches: Sequence[tuple[str, ...] | None], platform: str) -> int:
-    """Which of the branches for platforms is this one's; None is of all others."""
+    """The index of the platform's branch; a branch of None is for all platforms that are not named."""
     of = next((place for place, names in enumerate(branches) if names and platform in names), None)
     return branches.index(None) if of is None else of
 
 
 def nbytes(aval: Any) -> int:
-    """Bytes of an abstract array, 0 of what is none."""
+    """The bytes of an abstract array; 0 if `aval` is not an array."""
     return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
 
 
@@ -82,14 +83,14 @@ def _product(equation: Any) -> Cost:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         depth = math.prod(left.shape[axis] for axis in contracted)
-    else:  # rows in groups: each row meets one group's matrix
+    else:  # rows in groups: each row is multiplied by its group's matrix
         depth = left.shape[-1]
     return Cost(2.0 * math.prod(result.shape) * depth, float(sum(map(nbytes, (left, right, result)))))
 
 
 def _kernel(equation: Any, flops: float) -> Cost:
-    """A kernel's own estimate, or its products in every block of its grid; what it reads and writes is counted once,
-    for its products are of what is on the chip.
+    """A kernel's own estimate or, without one, its products in every block of its grid. What it reads and writes is
+    counted once, since its products work on data on the chip.
     """
     own = equation.params.get("cost_estimate")
     ends = sum(nbytes(variable.aval) for variable in (*equation.invars, *equation.outvars))

@@ -1,4 +1,4 @@
-"""Searches over forecasts: the cheapest change that makes a run fit, and the longest rows that do."""
+"""Searches over forecasts: the cheapest change that makes a run fit, and the longest rows that fit."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from jlora.train.config import RunConfig, resolve, to_dict
 from jlora.train.forecast import Forecast
 from jlora.train.topology import Topology
 
-# (settings) → what they need.
+# (settings) → the forecast of a run with them.
 Ask = Callable[[RunConfig], Forecast]
 
-GRAIN = 128  # tokens: what kernels' blocks are multiples of
-MOST = 9  # forecasts of a search for the longest rows
-CLOSE = 0.02  # where the search ends: this share of what fits is not looked for
+GRAIN = 128  # tokens: kernels' blocks are multiples of this
+MOST = 9  # the most forecasts in a search for the longest rows
+CLOSE = 0.02  # the search ends once it is within this share of the longest row length that fits
 
 
 class Change(NamedTuple):
@@ -36,11 +36,11 @@ class Found(NamedTuple):
 
 
 def cheapest(config: RunConfig, topology: Topology, needed: Forecast, ask: Ask) -> Found | None:
-    """The first change that fits: each alone, from the one that costs least time to the dearest, then one upon another
-    in the same order; None where even all together do not.
+    """The first change that fits: each alone, from the one that costs the least time to the costliest, then added to
+    one another in the same order; None if not even all of them together fit.
 
     Args:
-        needed: what `config` needs, which does not fit.
+        needed: the forecast of `config`, which does not fit.
     """
     for change in CHANGES:
         for found in _tried(change(config, topology), needed, ask):
@@ -62,8 +62,8 @@ def cheapest(config: RunConfig, topology: Topology, needed: Forecast, ask: Ask) 
 
 
 def _tried(changes: Iterator[Change], needed: Forecast, ask: Ask) -> Iterator[Found]:
-    """The changes of one kind that may fit, from the least to the furthest. Of a long row the furthest is asked about
-    first, and those that a line through it rules out are not asked about.
+    """The changes of one kind that may fit, from the smallest to the furthest. The furthest is measured first; if it
+    fits, smaller ones are measured unless a line from `needed` through it rules them out.
     """
     row = list(changes)
     if not row:
@@ -87,7 +87,7 @@ def _remat(config: RunConfig, topology: Topology) -> Iterator[Change]:
 
 
 def _smaller_batches(config: RunConfig, topology: Topology) -> Iterator[Change]:
-    """Halves, as far as every device has a row; the batch of a step stays what it is."""
+    """Halves the micro-batch as long as every device has a row; the batch of a step stays the same."""
     rows = max(1, config.mesh.data) * max(1, config.mesh.fsdp)
     batch, accumulated = config.train.batch_size, config.train.grad_accum
     while batch % 2 == 0 and (batch // 2) % rows == 0:
@@ -101,7 +101,7 @@ def _quantised(config: RunConfig, topology: Topology) -> Iterator[Change]:
 
 
 def _more_devices(config: RunConfig, topology: Topology) -> Iterator[Change]:
-    """Weights over all devices; every device gets a row at least."""
+    """Splits the weights over all devices; every device gets at least one row."""
     count, mesh = topology.count, config.mesh
     if math.prod(max(1, size) for size in vars(mesh).values()) >= count or -1 in vars(mesh).values():
         return
@@ -121,7 +121,7 @@ CHANGES = (_remat, _smaller_batches, _quantised, _more_devices, _offloaded)
 
 
 def _with(config: RunConfig, **groups: dict[str, Any]) -> Iterator[Change]:
-    """The change, where the settings allow it and it is one."""
+    """The settings with these changes, if they are valid and differ from `config`."""
     try:
         values = to_dict(config)
         found = resolve(values | {group: values[group] | own for group, own in groups.items()})
@@ -138,9 +138,13 @@ def _with(config: RunConfig, **groups: dict[str, Any]) -> Iterator[Change]:
 
 
 def longest(config: RunConfig, topology: Topology, ask: Ask) -> Found | None:
-    """The longest `train.seq_len` that fits, to a fiftieth; None where not even the shortest rows do.
+    """The longest `train.seq_len` that fits, to within a fiftieth; None if not even the shortest rows fit.
 
-    A line through two lengths says where to look next, until a length that fits and one that does not are close.
+    A curve through the measured lengths says where to look next, until a length that fits and one that does not are
+    close.
+
+    Raises:
+        UserError: the memory of the devices is not known.
     """
     grain = GRAIN * max(1, config.mesh.sequence)
     points: dict[int, Forecast] = {}
@@ -160,8 +164,8 @@ def longest(config: RunConfig, topology: Topology, ask: Ask) -> Found | None:
 
 
 def _next(peaks: dict[int, int], last: Forecast, grain: int) -> int | None:
-    """The next length to ask about: where the curve through the lengths nearest to the memory meets it, kept between
-    those that are known to fit and not to; None where no more is to be found.
+    """The next length to measure: where the curve through the peaks nearest to the memory meets it, kept between the
+    lengths known to fit and known not to; None if the search is over.
     """
     memory = last.memory_bytes
     fitting = max((one for one, peak in peaks.items() if peak <= memory), default=0)
@@ -179,8 +183,8 @@ def _next(peaks: dict[int, int], last: Forecast, grain: int) -> int | None:
 
 
 def _meets(peaks: dict[int, int], memory: int, fitting: int, over: int | None) -> float:
-    """Where a line through two, or a parabola through three, of the lengths nearest to the memory reaches it; half-way
-    between the bounds where it does not inside of them.
+    """Where a line through two (or a parabola through three) of the peaks nearest to the memory reaches it; half-way
+    between the bounds if it does not do so between them.
     """
     nearest = sorted(peaks, key=lambda one: abs(peaks[one] - memory))[:3]
     scale = max(nearest)

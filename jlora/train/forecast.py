@@ -1,4 +1,4 @@
-"""What a run needs, before any weight is read: the very step that it would take, compiled by shapes alone."""
+"""What a run needs, before any weight is read: its actual training step, compiled from shapes alone."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from jlora.train.moved import received
 from jlora.train.placement import place
 from jlora.train.topology import Topology
 
-# (settings) → the plan of a run of one step on the most data that they allow.
+# (settings) → the plan of a one-step run on the most data that they allow.
 FULLEST: dict[str, Callable[[RunConfig], Plan]] = {
     "sft": sft.fullest,
     "dpo": preference.fullest,
@@ -36,14 +36,14 @@ FULLEST: dict[str, Callable[[RunConfig], Plan]] = {
 
 
 class Program(NamedTuple):
-    """A step by shapes, traced and not yet compiled.
+    """A training step that was traced from shapes, but not compiled yet.
 
     Attributes:
         arguments: (state, frozen weights, batch) as shapes.
-        sizes: bytes that a device holds of them, by kind.
-        trainable: parameters.
-        tokens: of one step.
-        seconds: that it took to trace it.
+        sizes: bytes of the arguments that one device holds, by kind.
+        trainable: number of trainable parameters.
+        tokens: tokens of one step.
+        seconds: how long tracing took.
     """
 
     mesh: jax.sharding.Mesh
@@ -61,17 +61,21 @@ class Forecast:
     """What a run needs of each device.
 
     Attributes:
-        estimated: no compiler was asked: the memory is what a walk over the traced step adds up to.
-        devices: of the mesh.
-        peak_bytes_per_device: the most memory at one time; `argument_bytes` of it lasts, the rest is the step's.
-        host_bytes: of the host's memory, for what is offloaded to it.
-        memory_bytes: what a device has for programs; None: not known.
-        trainable_parameters, frozen_parameters: of the whole model.
-        bytes_by_kind: of the arguments.
+        topology: its name.
+        estimated: whether the memory was added up from the traced step because there is no compiler to ask.
+        devices: number of devices in the mesh.
+        peak_bytes_per_device: the most memory in use at one time; `argument_bytes` of it is held between steps, the
+            rest only during a step.
+        host_bytes: host memory for what is offloaded to it.
+        memory_bytes: memory that a device has for programs; None if not known.
+        trainable_parameters, frozen_parameters: parameters of the whole model.
+        bytes_by_kind: `argument_bytes` by kind of argument.
         received_bytes: what a device receives in a step, by kind of collective.
-        flops, traffic_bytes: of a step's products, over all devices.
-        tokens: of a step.
-        cache_bytes_per_device: of a rollout's keys and values, computed from their shapes; 0: nothing is sampled.
+        flops, traffic_bytes: FLOPs and bytes of a step's products, over all devices.
+        tokens: tokens of a step.
+        cache_bytes_per_device: a rollout's keys and values, computed from their shapes; 0 if nothing is sampled.
+        trace_seconds, compile_seconds: how long the forecast took to trace and to compile the step.
+        seconds_per_step: a lower bound by the roofline model; None if the device's peaks are not known.
     """
 
     topology: str
@@ -95,11 +99,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has the memory; None where its size is not known."""
+        """Whether a device has enough memory; None if its memory is not known."""
         return None if self.memory_bytes is None else self.peak_bytes_per_device <= self.memory_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, and what follows from them."""
+        """Every field, and the values derived from them."""
         seconds = self.seconds_per_step
         return dataclasses.asdict(self) | {
             "fits": self.fits,
@@ -111,7 +115,7 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
     """What the run needs on the topology's devices.
 
     Raises:
-        UserError: as `jlora train` before it reads weights.
+        UserError: whatever `jlora train` would refuse before it reads weights.
     """
     program = trace(config, topology)
     began = time.monotonic()
@@ -146,7 +150,7 @@ def forecast(config: RunConfig, topology: Topology) -> Forecast:
 
 
 def trace(config: RunConfig, topology: Topology) -> Program:
-    """The step that a run with these settings takes, by shapes."""
+    """The step of a run with these settings, traced from shapes."""
     began = time.monotonic()
     if config.model.dtype is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=topology.dtype))
@@ -196,23 +200,23 @@ def _placed(params: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _batch_shape(leaf: np.ndarray, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    """As `sharding.put_batch` places it."""
+    """The leaf's shape with the sharding that `sharding.put_batch` gives it."""
     place = sharding.batch_sharding(mesh, leading=leaf.ndim - 2) if leaf.ndim >= 3 else sharding.replicated(mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _held(values: Any) -> int:
-    """Bytes of one device's parts."""
+    """The bytes that one device holds of the values."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(values)
     )
 
 
 def _compiled(program: Program, topology: Topology) -> tuple[int, int, dict[str, int]]:
-    """(peak bytes of a device, bytes of the host, received bytes by kind)."""
+    """(peak bytes per device, host bytes, received bytes by kind), from the compiled step."""
     try:
         compiled = program.traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what does not fit, and says what it needs
+    except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit, and says what it needs
         needed = _said_to_need(str(error), sum(program.sizes.values()))
         if needed is None:
             raise
@@ -227,12 +231,14 @@ def _compiled(program: Program, topology: Topology) -> tuple[int, int, dict[str,
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    peak = memory.peak_memory_in_bytes  # counts the host's part too
+    peak = memory.peak_memory_in_bytes  # includes the host's part
     return min(device, peak) if peak else device, max(host, 0), received(compiled.as_text())
 
 
 def _said_to_need(message: str, arguments: int) -> int | None:
-    """Bytes that a compiler says that a program needs of a device which has fewer."""
+    """The bytes that a program needs on a device that has fewer, from the compiler's error message; None if it does not
+    say.
+    """
     forms = (
         (arguments, r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
         (0, r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
@@ -244,13 +250,15 @@ def _said_to_need(message: str, arguments: int) -> int | None:
 
 
 def _temporaries(program: Program, topology: Topology, host: bool = False) -> int:
-    """An estimate: activations are split over the rows and the sequence of the mesh."""
+    """An estimate of a device's (or the host's) memory for activations, assuming that the mesh splits them by rows and
+    along the sequence.
+    """
     ways = sharding.row_ways(program.mesh) * program.mesh.shape["sequence"]
     return live_bytes(program.traced.jaxpr.jaxpr, topology.device.platform, host) // ways
 
 
 def _cache_bytes(config: RunConfig, program: Program) -> int:
-    """Keys and values of a rollout's rows, each as long as a row of training."""
+    """Bytes of the keys and values of a rollout's rows, each as long as a training row."""
     if config.algorithm not in ("grpo", "ppo"):
         return 0
     rows = min(config.rollout.rows, config.train.batch_size * config.train.grad_accum)
@@ -261,7 +269,9 @@ def _cache_bytes(config: RunConfig, program: Program) -> int:
 
 
 def _seconds(products: Cost, moved: Mapping[str, int], host: int, count: int, topology: Topology) -> float | None:
-    """The roofline: the longest of arithmetic, memory, links between chips and link to the host, each at its peak."""
+    """The roofline: the longest time among arithmetic, memory, chip links and host link, each at its peak speed; None
+    if the device's are not known.
+    """
     device = topology.device
     if not device.flops or not device.bandwidth:
         return None

@@ -1,4 +1,4 @@
-"""KTO: answers that are good or bad, each alone, seen from a reference policy."""
+"""KTO: single answers labelled good or bad, relative to a reference policy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from jlora.types import Params
 
 
 def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
-    """KTO's loss, the mean over the answers of a step.
+    """KTO's loss, averaged over the answers of a step.
 
-    A batch of loss_type "kto" holds a second document for each item: its prompt with another's answer, for the KL.
+    With loss_type "kto", the batch holds a second document for each item, its prompt with another item's answer, from
+    which the KL is estimated.
     """
     settings = config.kto
     sides = 2 if settings.loss_type == "kto" else 1
@@ -65,7 +66,7 @@ def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective
 
 
 def report(metrics: Metrics) -> Numbers:
-    """TRL's numbers of a step on answers with labels; those of a side that the step lacks are left out."""
+    """The numbers that TRL logs for a step on labelled answers, without those of a label that the step lacks."""
     entropy = float(metrics["entropy"]) / max(float(metrics["weight"]), 1.0)
     numbers = {"entropy": entropy} | item_means(metrics, ("kl",))
     for side in ("chosen", "rejected"):

@@ -1,4 +1,4 @@
-"""Rollouts as arrays: items laid out in rows, and numbers of items or tokens put to their places and taken back."""
+"""Rollouts as arrays: items laid out in rows, and numbers per item or token moved to that layout and back."""
 
 import functools
 import itertools
@@ -18,10 +18,11 @@ def lay_out(
 ) -> data.Batch:
     """The items as arrays [A, B, T]: A a multiple of `parts`, B at most `train.batch_size`, rows spread evenly.
 
+    Completions too short to fill one row per part are laid out one per row.
+
     Args:
-        seed: numbers that the order of the rows follows from. They come by length, and a part that is a step of its own
-            must not hold the longest alone. Short completions may fill fewer rows than there are parts; they are then
-            laid out one in a row.
+        seed: numbers that determine the order of the rows. Rows are planned by length, and shuffled so that no part,
+            which may be a step of its own, holds only the longest ones.
     """
     train, share = config.train, config.data.share_prompts
     plan = functools.partial(
@@ -47,8 +48,8 @@ def lay_out(
 
 
 def fullest(config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
-    """A rollout of `lay_out` whose prompts and completions are as long as they may be, with the sampler's
-    log-probabilities: no rollout needs more memory.
+    """A rollout laid out by `lay_out` whose prompts and completions have the maximum length, with the sampler's
+    log-probabilities; no rollout needs more memory.
     """
     train, settings = config.train, config.rollout
     count = train.batch_size * train.grad_accum * parts
@@ -67,8 +68,8 @@ def fullest(config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batc
 
 
 def _height(rows: int, ways: int) -> int:
-    """Rows of a micro-batch on a mesh that splits them so many ways: up to a quarter more than needed, so that rollouts
-    of unlike sizes have few shapes.
+    """The rows of a micro-batch on a mesh that splits them `ways` ways: up to a quarter more than needed, so that
+    rollouts of different sizes have few shapes.
     """
     rows = -(-rows // ways)
     grain = 1 << max(0, rows.bit_length() - 3)
@@ -76,7 +77,7 @@ def _height(rows: int, ways: int) -> int:
 
 
 def to_layout(batch: data.Batch, values: Sequence[np.ndarray]) -> np.ndarray:
-    """[A, B, T] with each item's per-token values at its trained places, 0 elsewhere."""
+    """[A, B, T] with each item's per-token values at its trained tokens, 0 elsewhere."""
     laid = np.zeros(batch["weights"].shape, np.float32)
     for micro, slots in enumerate(batch["items"]):
         for slot in np.flatnonzero(slots):
@@ -87,7 +88,7 @@ def to_layout(batch: data.Batch, values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def by_item(batch: data.Batch, values: np.ndarray) -> np.ndarray:
-    """Sums [N] over the tokens [A, B, T] of every item, in the items' order."""
+    """The sums [N] of the values [A, B, T] over each item's tokens, in the items' order."""
     sums = np.zeros(int(batch["items"].sum()), np.float32)
     for micro, slots in enumerate(batch["items"]):
         for slot in np.flatnonzero(slots):
@@ -96,12 +97,12 @@ def by_item(batch: data.Batch, values: np.ndarray) -> np.ndarray:
 
 
 def spread(batch: data.Batch, values: np.ndarray) -> np.ndarray:
-    """[A, B, T] with each item's one value at its trained places."""
+    """[A, B, T] with each item's value at its trained tokens, 0 elsewhere."""
     lengths = by_item(batch, batch["weights"]).astype(int)
     return to_layout(batch, [np.full(length, value, np.float32) for length, value in zip(lengths, values, strict=True)])
 
 
 def parts(batch: data.Batch, count: int) -> list[data.Batch]:
-    """The batch of a rollout as the batches of `count` steps."""
+    """The batch of a rollout, split into the batches of `count` steps."""
     size = len(batch["weights"]) // count
     return [{name: leaf[i * size : (i + 1) * size] for name, leaf in batch.items()} for i in range(count)]

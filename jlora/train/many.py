@@ -1,4 +1,4 @@
-"""Several adapters of one base, trained side by side in one jitted step, each as if it were alone."""
+"""Several adapters of one base, trained side by side in one jitted step, each as if it were trained alone."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -28,10 +28,11 @@ def plan(
     plan_one: Callable[[RunConfig, Any, Note], Plan],
     begun: Mapping[str, Params],
 ) -> Plan:
-    """The run of all adapters that `config.adapters` names, as many steps as the longest of them has alone.
+    """The run of all adapters in `config.adapters`, for as many steps as the longest of them would have alone.
 
     Args:
-        begun: the frozen half of each adapter (`Job.fixed`) as the run began with it; {} for a run that begins.
+        plan_one: (settings, tokenizer, note) → the plan of one adapter trained alone.
+        begun: for a resumed run, the frozen half of each adapter (`Job.fixed`) as the run began; {} for a new run.
     """
 
     def about(name: str) -> Note:
@@ -54,7 +55,7 @@ def plan(
 
 
 class Sources:
-    """Batches [A, K, …] of K sources, each padded with zeros (no tokens) to the largest of the step."""
+    """Joins the batches of K sources to [A, K, …], each padded with zeros (no tokens) to the step's largest."""
 
     boundary = ahead = True
 
@@ -118,7 +119,7 @@ def _start(
     def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
         optimizer = make_optimizer(config.optim, total_steps)
         seeds = [member.train.seed for member in members.values()]
-        # The same chain as in the step, where the scale is each adapter's own.
+        # The same chain as in the step, where each adapter has its own scale.
         state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
         dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(settings))
         skip = config.train.on_nonfinite == "skip"
@@ -163,7 +164,7 @@ def _with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """[A, …] of each source as [A, K, …]."""
+    """The K sources' arrays [A, …] as one array [A, K, …], zero-padded."""
     shape = np.max([array.shape for array in arrays], axis=0)
     padded = [
         np.pad(array, [(0, full - own) for own, full in zip(array.shape, shape, strict=True)]) for array in arrays
@@ -172,7 +173,7 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _named(found: Mapping[str, Numbers]) -> Numbers:
-    """Each number's mean over the adapters that have a finite one, and the adapters' own under name/adapter."""
+    """Each number's mean over the adapters where it is finite, and each adapter's own number as NAME/ADAPTER."""
     first = next(iter(found.values()))
     means = {key: _mean([numbers[key] for numbers in found.values()]) for key in first}
     return means | {f"{key}/{name}": numbers[key] for key in first for name, numbers in found.items()}

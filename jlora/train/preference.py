@@ -80,7 +80,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
 
 
 def fullest(config: RunConfig) -> Plan:
-    """A plan of one step on items whose documents have the maximum length and share nothing; no data needs more memory."""
+    """A plan of one step on items of documents of the maximum length that share nothing; no data needs more memory."""
     train, known = config.train, {}
     if METHODS[config.algorithm].kind == "unpaired":
         documents, known = 1, {"label": 1.0}

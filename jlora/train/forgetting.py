@@ -1,4 +1,4 @@
-"""What fine-tuning cost: a tuned model against the one before it, on the task, on general text and on questions."""
+"""What fine-tuning cost: a model before and after it, compared on the task, on general text and on questions."""
 
 import math
 import pathlib
@@ -20,17 +20,17 @@ from jlora.types import Params
 SETS = pathlib.Path(data.__file__).parent / "sets"
 GENERAL, QUESTIONS = SETS / "general.jsonl", SETS / "questions.jsonl"
 RESAMPLES = 2000
-# No text is cut at this length.
+# Long enough to cut no text.
 UNCUT = sys.maxsize
 
 
 class Change(NamedTuple):
-    """A measure of both models, and the 95 % interval of its change (over which records there are): NaN to NaN where
-    none is known, of a single record or of values that are not finite.
+    """A measure of both models, and the 95 % interval of its change, as records vary: NaN to NaN for a single record or
+    for values that are not finite.
 
     Attributes:
-        n: records that it is over.
-        dropped: records that it leaves out: without a completion token within `seq_len`, or without this score.
+        n: records that it covers.
+        dropped: records that it leaves out, as they have no completion token within `seq_len` or lack this score.
     """
 
     measure: str
@@ -43,7 +43,7 @@ class Change(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether there is an interval, and it leaves 0 out."""
+        """Whether there is an interval and it excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -59,19 +59,20 @@ def compare(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[Change]:
-    """The loss on the task and on general text (nats a token), and the share of questions answered right.
+    """The changes of the loss on the task and on general text (nats per token) and of the share of questions answered
+    right.
 
-    Of the task, the completions are scored with the end-of-text token behind them, as they are trained. Of general
-    text and of choices only their own tokens are, as in lm-evaluation-harness: that the tuned model ends its texts
-    elsewhere is not forgotten knowledge.
+    Completions of the task are scored with the end-of-text token after them, as in training. General text and choices
+    are scored on their own tokens only, as in lm-evaluation-harness: a tuned model that ends its texts elsewhere has
+    not forgotten anything.
 
     Args:
-        task, general: records as for training; those whose completion lies behind `seq_len` count in neither model.
-        questions: objects with question, choices and answer (the right one's number); the choice whose text is
-            likeliest counts as the answer, and none where that is not a number.
+        task, general: records as for training; those whose completion begins after `seq_len` count for neither model.
+        questions: objects with question, choices and answer (the index of the right choice). The likeliest choice
+            counts as the model's answer; if its likelihood is not finite, the question counts as wrong.
 
     Raises:
-        ValueError: questions that are longer than `seq_len` (all are listed), or no completion has a token within it.
+        ValueError: questions are longer than `seq_len` (all are listed), or no completion has a token within it.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
     choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
@@ -91,7 +92,7 @@ def compare(
 def compare_scores(
     before: Sequence[Mapping[str, int | float]], after: Sequence[Mapping[str, int | float]]
 ) -> list[Change]:
-    """The mean of each score, over the records that have it from both models.
+    """The change of each score's mean, over the records that have the score from both models.
 
     Args:
         before, after: for each record, numbers by name.
@@ -114,11 +115,11 @@ def answers(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> Bool[np.ndarray, "N"]:
-    """Whether each question's right choice is the one of the greatest log-probability: the sum over the choice's own
-    tokens, without an end of text.
+    """Whether the right choice of each question has the greatest log-probability, summed over the choice's own tokens
+    without an end of text.
 
     Raises:
-        ValueError: questions that are longer than `seq_len`; all are listed.
+        ValueError: questions are longer than `seq_len`; all are listed.
     """
     choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
     return _right(model, params, questions, choices, batch_size=batch_size, seq_len=seq_len)
@@ -128,7 +129,7 @@ def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, se
     """The tokens of every question with each of its choices, in order, without an end of text.
 
     Raises:
-        ValueError: questions that are longer than `seq_len` with a choice, or that hold a choice without a token of its
+        ValueError: questions are longer than `seq_len` together with a choice, or have a choice without a token of its
             own; all are listed.
     """
     records = [
@@ -177,7 +178,7 @@ def read_questions(
     """The questions of a file (see `data.records.read_rows`).
 
     Raises:
-        UserError: no such file, or rows that are no questions; all are listed.
+        UserError: there is no such file, or rows are not questions; all are listed.
     """
     return read_rows(
         path, _accept_question, "an object with question, choices and answer", on_error=on_error, note=note
@@ -205,14 +206,14 @@ def sweep(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[dict[str, float]]:
-    """The measures at each scale of the adapter: 0 the base, 1 as it was trained. `dropped` says how many records count
-    in no loss, since their completions lie behind `seq_len`.
+    """The measures at each scale of the adapter: 0 is the base, 1 the adapter as trained. `dropped` says how many
+    records the losses leave out because their completions begin after `seq_len`.
 
     Args:
-        measure: further numbers about params, as scores of the texts that they give.
+        measure: (params) → further numbers about them, such as scores of generated texts.
 
     Raises:
-        ValueError: as `compare`; or the adapter is not one whose updates have a scale.
+        ValueError: as in `compare`, or the adapter's updates have no scale.
     """
     settings = {"batch_size": batch_size, "seq_len": seq_len}
     choices = encode_choices(data.fitted(tokenizer, model.config.vocab_size), questions, seq_len=seq_len)
@@ -230,7 +231,7 @@ def sweep(
 
 
 def draw_sweep(path: pathlib.Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Writes the plot of a sweep as a PNG: the task beside what the scale costs elsewhere; what a row lacks, a gap."""
+    """Writes the plot of a sweep as a PNG, one panel per measure; numbers that a row does not have are gaps."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("scale", "dropped")]
     figure, axes = new_figure(1, len(names), (3.6 * len(names), 3.4))
     for axis, name, color in zip(axes, names, (BLUE, ORANGE, GREEN) * len(names), strict=False):
@@ -249,10 +250,11 @@ def _change(
     kept: Int[np.ndarray, "M"],
     count: int,
 ) -> Change:
-    """Both values and the percentile bootstrap of their difference (Efron 1979), on the same records each time.
+    """Both values and the percentile bootstrap interval of their difference (Efron 1979), resampling the same records
+    for both.
 
     Args:
-        kept: the places of the records that count, among `count`.
+        kept: the indices of the records that count, among `count`.
     """
     values = before(kept), after(kept)
     low = high = math.nan

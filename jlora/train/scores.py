@@ -1,4 +1,4 @@
-"""What a model says of a batch's completions, for every objective on whole documents."""
+"""A model's scores of a batch's completions, for every objective on whole documents."""
 
 import functools
 
@@ -29,7 +29,7 @@ def completion_scores(
     """The scores [B, T] of every completion token of a micro-batch.
 
     Args:
-        weights: of the tokens to be scored, when they are others than the completions'.
+        weights: weights of the tokens to score, [B, T]; None: those of the completions.
     """
     hidden, _ = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat)
     return token_scores(
@@ -44,7 +44,7 @@ def completion_scores(
 
 
 def token_sums(scores: TokenScores, batch: Batch) -> Metrics:
-    """Sums over the completion tokens of pairs, and over those of the chosen (0) and the rejected (1) alone."""
+    """Sums over the completion tokens of pairs, and over those of chosen (0) and rejected (1) answers separately."""
     slots, weights = batch["items"].shape[0], batch["weights"]
     sums = {"entropy": jnp.sum(scores.entropy * weights), "weight": jnp.sum(weights)}
     for name, values in {"logits": scores.mean_logits, "correct": scores.correct, "tokens": 1.0}.items():
@@ -54,7 +54,7 @@ def token_sums(scores: TokenScores, batch: Batch) -> Metrics:
 
 
 def token_means(metrics: Metrics) -> Numbers:
-    """TRL's numbers made of `token_sums`; the accuracy is that on the chosen answers."""
+    """The numbers that TRL logs, from `token_sums`; the accuracy is that of the chosen answers."""
 
     def mean(name: str, count: str) -> float:
         return float(metrics[name]) / max(float(metrics[count]), 1.0)
@@ -68,7 +68,7 @@ def token_means(metrics: Metrics) -> Numbers:
 
 
 def item_means(metrics: Metrics, names: tuple[str, ...], mask: str = "items") -> Numbers:
-    """The means of arrays [A, N] over the items that the mask marks; NaN where it marks none."""
+    """The means of arrays [A, N] over the items that the mask marks; NaN if it marks none."""
     marked = np.asarray(metrics[mask]) > 0
     return {name: float(np.mean(np.asarray(metrics[name])[marked])) if marked.any() else np.nan for name in names}
 
@@ -76,7 +76,12 @@ def item_means(metrics: Metrics, names: tuple[str, ...], mask: str = "items") ->
 def score_batch(
     base: Base, config: RunConfig, trainable: Params, batch: Metrics, *, old: bool, reference: bool
 ) -> Metrics:
-    """`old_log_probs` and `reference_log_probs` [A, B, T] of a rollout, by the forward pass that training uses."""
+    """`old_log_probs` and `reference_log_probs` [A, B, T] of a rollout, computed by the forward pass of training.
+
+    Args:
+        trainable: the policy's adapter.
+        old, reference: whether to compute each of them.
+    """
     found = {}
     arrays = sharding.put_batch(batch, base.mesh)
     temperature = config.rollout.temperature

@@ -1,4 +1,4 @@
-"""How much a change of weights changes what a model says: the divergence of its predictions."""
+"""How much a change of weights changes a model's predictions, as their KL divergence."""
 
 import functools
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ def measure(
     count: int = 4,
     seq_len: int = 128,
 ) -> dict[str, float]:
-    """Candidate's name → KL(unpacked ‖ this kernel alone packed), the mean over tokens of the first records.
+    """KL(unpacked ‖ this kernel alone packed) by candidate's name, in nats: the mean over tokens of the first records.
 
-    One forward pass for each kernel of each layer, over the last `seq_len` tokens of `count` records (their first are
-    often the same).
+    It takes one forward pass for each kernel of each layer, over the last `seq_len` tokens of the first `count` records
+    (their first tokens are often the same).
 
     Args:
         params: of an unpacked model.
@@ -58,8 +58,8 @@ def divergence(
 ) -> float:
     """KL(params ‖ changed) in nats, the mean over the last `seq_len` tokens of the first `count` records.
 
-    Of next-token distributions; of a reward model, of its preference σ(score) over an answer of reward 0 (Bradley and
-    Terry 1952), at every token.
+    It compares next-token distributions or, for a reward model, its preference σ(score) over an answer of reward 0 at
+    every token (Bradley and Terry 1952).
     """
     rows = _rows(model, tokenizer, records[:count], seq_len)
     expected, found = (_log_probabilities(model, which, rows) for which in (params, changed))
@@ -67,7 +67,9 @@ def divergence(
 
 
 def _rows(model: Model, tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
-    """Tokens [B, seq_len, or as many as the model has positions] with what says which of them are none."""
+    """The last tokens of each record, [B, T] with T the smaller of `seq_len` and the model's positions, and segment ids
+    that are 0 for padding.
+    """
     seq_len = min(seq_len, model.config.max_position_embeddings)
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     examples, _ = data.encode(records, tokenizer, seq_len=LONGEST, overlong="cut")

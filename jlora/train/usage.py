@@ -1,4 +1,4 @@
-"""What a run used of its devices: memory at its peak, and how much of their arithmetic."""
+"""How much of its devices a run used: peak memory and the share of their arithmetic."""
 
 import dataclasses
 import resource
@@ -12,20 +12,19 @@ from jlora import devices, tree
 from jlora.models import ModelConfig
 from jlora.types import Params
 
-# Leaves of an adapter that nothing is multiplied by as by a matrix.
+# Leaves that take part in no matrix product.
 _SETTINGS = ("lora_scale", "lora_rank", "lora_dropout", "lora_base_norm", "scale", "bias", "lora_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Of one run.
+    """The usage of one run.
 
     Attributes:
         tokens_per_second: over all devices.
-        peak_bytes: the most that a device held; of a CPU, by how much the process has grown at most.
+        peak_bytes: the most memory that a device held; on CPU, the most that the process has grown by.
         of_process: whether `peak_bytes` is the process's.
-        mfu: the share of the devices' peak arithmetic that the model's FLOPs took; None where a peak or the FLOPs are
-            not known.
+        mfu: the model's FLOPs as a share of the devices' peak; None if either is not known.
     """
 
     tokens_per_second: float
@@ -34,7 +33,7 @@ class Usage:
     mfu: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """For a log: what is known of `tokens_per_second`, `peak_bytes` and `mfu`."""
+        """Those of `tokens_per_second`, `peak_bytes` and `mfu` that are known, for a log."""
         return {
             name: value
             for name in ("tokens_per_second", "peak_bytes", "mfu")
@@ -59,12 +58,12 @@ def summary(
     used: Sequence[Any] | None = None,
     grown_from: int = 0,
 ) -> Usage:
-    """What the run used that took so long for so many tokens.
+    """The usage of a run that took `seconds` for `tokens`.
 
     Args:
-        seconds: without the compilation, if tokens a second are to say how fast the steps are.
+        seconds: should exclude compilation, so that tokens per second measure the steps.
         flops_per_token: see the function of that name.
-        used: the `jax.Device`s of its mesh; default: the first one.
+        used: the `jax.Device`s of the run's mesh; default: the first device.
         grown_from: `process_peak()` before the run.
     """
     used = list(used) if used is not None else jax.devices()[:1]
@@ -81,11 +80,11 @@ def summary(
 
 
 def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_len: int) -> float:
-    """FLOPs of a step for each token of a row of `seq_len`, as MFU counts them (Chowdhery et al. 2022, PaLM): the
-    products with weights and attention's, without what remat computes again, reference policies and rollouts.
+    """A step's FLOPs per token of a row of `seq_len` tokens, as MFU counts them (Chowdhery et al. 2022, PaLM): products
+    with weights and in attention, but not recomputation by remat, reference policies or rollouts.
 
-    A frozen weight takes part in two products, forward and for the gradient of its input; a trained one in three.
-    Attention's scores are counted whole, though half of them are masked.
+    A frozen weight takes part in two products, in the forward pass and for the gradient of its input; a trained one in
+    three. All of attention's scores are counted, although half of them are masked.
     """
     tied = config.tie_word_embeddings
 
@@ -105,7 +104,7 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
 
 
 def process_peak() -> int:
-    """The most bytes of memory that this process has had so far."""
+    """The peak memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

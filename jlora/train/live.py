@@ -1,4 +1,4 @@
-"""How much memory a traced program holds at its fullest moment, by a walk over its equations."""
+"""The peak memory of a traced program, from a walk over its equations."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ import jax
 
 from jlora.train.cost import chosen, nbytes, programs
 
-# What XLA computes where it is used, as a part of what uses it.
+# Operations that XLA fuses into their users.
 FUSED = re.compile(
     r"abs|add|and|bitcast_convert_type|broadcast_in_dim|clamp|concatenate|convert_element_type|copy|copy_p|cos|"
     r"div|eq|erf|exp|expand_dims|floor|gather|ge|gt|integer_pow|iota|is_finite|le|log|log1p|logistic|lt|max|"
@@ -17,12 +17,12 @@ FUSED = re.compile(
 )
 
 
-# What runs as if its equations stood where it stands.
+# Calls that run as if their equations were inlined.
 CALLS = re.compile(r"jit|pjit|closed_call|custom_(jvp|vjp)_call(_jaxpr)?|remat2?|checkpoint")
 
 
 class Operation(NamedTuple):
-    """An equation outside of calls; values are numbers, those that are given to the program or written in it left out.
+    """An equation that is not a call. Values are numbered; the program's arguments and constants are left out.
 
     Attributes:
         writes: (value, its bytes).
@@ -40,11 +40,11 @@ class Operation(NamedTuple):
 
 
 def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
-    """Bytes at the fullest moment beside the arguments. Elementwise equations are taken to be fused into their users;
-    of the others each result lives from where it is made to where it is used last.
+    """The peak memory in bytes, not counting the arguments. Elementwise equations are assumed to be fused into their
+    users; any other result lives from where it is computed to its last use.
 
     Args:
-        host: of the host's memory, where offloaded values lie, and not of the device's.
+        host: count the host's memory, where offloaded values are, instead of the device's.
     """
     operations, results = _flat(jaxpr, platform, host)
     made_of: dict[int, frozenset[int]] = {}  # a fused value → the arrays that it is computed from
@@ -60,7 +60,7 @@ def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
     ending: dict[int, int] = {}
     for place, operation in enumerate(operations):
         inside = max((live_bytes(one, platform, host) for one in operation.inner), default=0)
-        if operation.name in ("dot_general", "pallas_call"):  # reads arrays, whatever its operands are made of
+        if operation.name in ("dot_general", "pallas_call"):  # fused operands have to be written out for these
             inside += sum(sizes[value] for value in operation.reads & made_of.keys())
         for value, size in () if operation.fused else operation.writes:
             held += size
@@ -72,8 +72,8 @@ def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
 
 
 def _flat(jaxpr: Any, platform: str, host: bool) -> tuple[list[Operation], frozenset[int]]:
-    """The operations of a program with those of its calls in their place, and the values that it returns. Values in
-    the other memory have no bytes.
+    """The operations of a program, with its calls inlined, and the values that it returns. Values in the other memory
+    (device or host) have no bytes.
     """
     operations: list[Operation] = []
     count = itertools.count()

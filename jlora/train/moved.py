@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read off its text."""
+"""What a compiled program moves between devices, read from its text."""
 
 import collections
 import functools
@@ -17,7 +17,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
-# The same from a loop's condition, of which TPU's compiler says no number: the counter, from 0, is below a constant.
+# The TPU compiler states no trip count, so it is read from the loop's condition: the counter, from 0, is below a
+# constant.
 _CONSTANT = re.compile(r"%([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%[\w.-]+, %([\w.-]+)\), direction=LT")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -28,9 +29,9 @@ class _Computation(NamedTuple):
     """What one computation of a program does.
 
     Attributes:
-        received: (kind, channel) → bytes. TPU's compiler lays an asynchronous collective in pieces beside the products
-            that it hides behind, each a fusion with the whole of it, and all of one channel.
-        fused: the fusions, of whose collectives each channel counts once.
+        received: (kind, channel) → bytes. The TPU compiler spreads an asynchronous collective over the products that
+            hide it, as several fusions that each contain all of it and share one channel.
+        fused: the fusions that it calls; of their collectives, each channel counts once.
         calls: what else it calls, and how often.
     """
 
@@ -40,8 +41,8 @@ class _Computation(NamedTuple):
 
 
 def received(text: str) -> dict[str, int]:
-    """Kind of collective → bytes that a device receives in one run, by ring algorithms. Loops whose number of turns
-    the program does not say count once.
+    """The bytes that a device receives in one run by ring algorithms, by kind of collective. Loops count once if the
+    program does not state their trip count.
 
     Args:
         text: `compiled.as_text()`.
@@ -72,7 +73,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, name, current = "", "", None
     constants: dict[str, int] = {}
-    limits: dict[str, int] = {}  # of conditions, which stand before their loops
+    limits: dict[str, int] = {}  # of conditions, which come before their loops
     for number, line in enumerate(text.splitlines()):
         if found := _COMPUTATION.match(line):
             name = found[2]
@@ -98,7 +99,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _turns(line: str, limits: Mapping[str, int]) -> int:
-    """How often a loop's body runs, as far as the program says it."""
+    """How often a loop's body runs; 1 if the program does not say."""
     if found := _TRIPS.search(line):
         return int(found[1])
     condition = _CONDITION.search(line)
@@ -116,7 +117,7 @@ def _received(line: str, result: str, kind: str, start: str | None) -> float:
         BITS.get(dtype, 32) / 8 * math.prod(int(size) for size in dims.split(",") if size)
         for dtype, dims in _SHAPE.findall(result)
     ]
-    # What starts an asynchronous one returns its operands beside its results.
+    # The start of an asynchronous collective returns its operands along with its results.
     size = sum(shapes[len(shapes) // 2 :] if start and kind != "all-reduce" else shapes)
     ways = _ways(line)
     share = (ways - 1) / ways if ways else 1.0
@@ -132,14 +133,14 @@ def _received(line: str, result: str, kind: str, start: str | None) -> float:
 
 
 def _ways(line: str) -> int:
-    """How many devices take part in each of the collective's groups; 0 where the text does not say."""
+    """How many devices are in each of the collective's groups; 0 if the text does not say."""
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        # An axis, or a part of one: 'a' or 'a':(size before it)its size.
+        # An axis or a part of one: 'a' or 'a':(size before it)its size.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
     return 0

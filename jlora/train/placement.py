@@ -1,4 +1,4 @@
-"""Whether a run's settings, its model and the devices there are go together: one check, before anything is loaded."""
+"""One check, before anything is loaded, that a run's settings, its model and the available devices fit together."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ from jlora.models import ModelConfig
 from jlora.sharding import MeshConfig
 from jlora.train.config import RunConfig
 
-SHOWN = 3  # meshes that a message proposes
+SHOWN = 3  # the most meshes that a message proposes
 
 
 class Placement(NamedTuple):
     """Where a run computes.
 
     Attributes:
-        notes: what the mesh does not divide, and is whole on every device or gathered instead.
+        notes: what the mesh does not divide, and so is whole on every device or gathered.
     """
 
     mesh: jax.sharding.Mesh
@@ -31,17 +31,17 @@ class Placement(NamedTuple):
 
     @property
     def sizes(self) -> MeshConfig:
-        """The mesh, with a number in the place of -1."""
+        """The sizes of the mesh's axes, with a number in place of -1."""
         return MeshConfig(**self.mesh.shape)
 
 
 def place(config: RunConfig, devices: Sequence[Any]) -> Placement:
-    """The mesh of a run on these devices. Of the model nothing but its config.json is read.
+    """The mesh of a run on these devices. Only the model's config.json is read.
 
     Raises:
-        UserError: the devices cannot form the mesh; rows or tokens do not divide over it; it has an axis that splits
-        nothing of the model; the form of attention cannot be used there; the model cannot be opened. All in one
-        message.
+        UserError: the devices cannot form the mesh; rows or tokens do not divide over it; one of its axes splits
+            nothing of the model; the form of attention cannot be used there; the model cannot be opened. All in one
+            message.
     """
     faults, mesh, model = [], None, None
     try:
@@ -65,7 +65,7 @@ def place(config: RunConfig, devices: Sequence[Any]) -> Placement:
 
 
 def _batch_faults(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
-    """Rows and tokens that do not divide; the size of an axis that is not known yet (-1) is left alone."""
+    """A fault for rows or tokens that do not divide over the mesh; axes of unknown size (-1) are not checked."""
     train, rows, tokens = config.train, mesh.data * mesh.fsdp, mesh.sequence
     if rows > 0 and train.batch_size % rows:
         yield f"train.batch_size is {train.batch_size}: not a multiple of mesh.data × mesh.fsdp = {rows}"
@@ -80,13 +80,13 @@ def _batch_faults(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
 
 
 def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str, model: ModelConfig | None) -> None:
-    """Raises UserError for a form of attention that cannot compute the rows of training there."""
+    """Raises UserError if the form of attention cannot compute the training rows on the device."""
     form = config.model.attention
     if mesh is None or model is None:
         attention.require(form, device)
         return
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.train.seq_len), np.int32)
-    # Documents of sft alone stand one behind the other; what others score may share a prompt.
+    # Only sft's documents simply follow each other in a row; those of other algorithms may share a prompt.
     windows = tuple(dict.fromkeys(layer.window for layer in model.layers))
     marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=config.algorithm != "sft")
     with sharding.on(mesh):
@@ -94,7 +94,7 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
 
 
 def _outputs(model: ModelConfig) -> dict[str, int]:
-    """What `mesh.tensor` splits of a model."""
+    """The sizes of a model that `mesh.tensor` splits."""
     experts = model.experts.intermediate_size if model.experts else model.intermediate_size
     return {
         "heads × head_dim": model.num_attention_heads * model.head_dim,
@@ -104,7 +104,7 @@ def _outputs(model: ModelConfig) -> dict[str, int]:
 
 
 def _undivided(model: ModelConfig, ways: int) -> dict[str, int]:
-    """The counts that `mesh.tensor` does not divide: what belongs to them is whole on every device."""
+    """The sizes that `mesh.tensor` does not divide: the weights that have them are whole on every device."""
     heads = {name: getattr(model, name) for name in ("num_attention_heads", "num_key_value_heads")}
     return {name: count for name, count in (heads | _outputs(model)).items() if count % ways}
 
@@ -128,7 +128,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def _proposed(config: RunConfig, model: ModelConfig | None, count: int) -> str:
-    """Meshes to try: those that divide everything, or else what the devices can form."""
+    """Advice on meshes to try: those that divide everything or, if there are none, those that the devices can form."""
 
     def works(mesh: MeshConfig) -> bool:
         return not [*_batch_faults(config, mesh)] and not (model and _undivided(model, mesh.tensor))
@@ -139,8 +139,8 @@ def _proposed(config: RunConfig, model: ModelConfig | None, count: int) -> str:
 
 
 def nearest(asked: MeshConfig, count: int, works: Callable[[MeshConfig], bool] = lambda mesh: True) -> list[MeshConfig]:
-    """The first few meshes of so many devices that work: those that are least far from the one that was asked for, most
-    of all in axes other than fsdp, which takes what is left.
+    """The few meshes of `count` devices that work and are closest to the requested one, first in the axes other than
+    fsdp, which takes what is left.
     """
     divisors = [size for size in range(1, count + 1) if count % size == 0]
     meshes = (
@@ -159,6 +159,6 @@ def nearest(asked: MeshConfig, count: int, works: Callable[[MeshConfig], bool] =
 
 
 def flags(config: MeshConfig) -> str:
-    """The mesh as options of the command line, axes of 1 left out."""
+    """The mesh as command-line options, without axes of size 1."""
     given = [f"--config.mesh.{axis}={size}" for axis, size in vars(config).items() if size != 1]
     return " ".join(given) or "--config.mesh.fsdp=1"

@@ -1,4 +1,4 @@
-"""Devices that are not here, by name: those of a topology that XLA compiles for, or stand-ins where it cannot."""
+"""Devices that are not attached, by name: those of a topology that XLA can compile for, or CPU stand-ins."""
 
 import dataclasses
 import importlib.util
@@ -13,13 +13,13 @@ from jax.experimental import topologies
 from jlora.devices import DEVICES, Device, sizes, target_config
 from jlora.errors import UserError
 
-# Platform → the packages of which one compiles for it, and the extra that brings it.
+# Platform → packages that can each compile for it, and the extra that installs one.
 COMPILERS = {
     "cpu": (("jaxlib",), ""),
     "tpu": (("libtpu",), "tpu"),
     "cuda": (("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "cuda13"),
 }
-SHAPES = {"v4": "2x2x1", "v5p": "2x2x1"}  # the smallest that libtpu has; of the others 2x2
+SHAPES = {"v4": "2x2x1", "v5p": "2x2x1"}  # the smallest shape that libtpu has; 2x2 for the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Topology:
     """Devices to plan for.
 
     Attributes:
-        name: as it was asked for.
-        shape: how many there are along each axis.
+        name: as it was given.
+        shape: number of devices along each axis.
     """
 
     name: str
@@ -41,19 +41,19 @@ class Topology:
 
     @property
     def dtype(self) -> str:
-        """Of computation, where none is asked for."""
+        """The default dtype of computation."""
         return "float32" if self.device.platform == "cpu" else "bfloat16"
 
     @property
     def memory(self) -> int | None:
-        """Bytes that a program can have of each device; those of a CPU share what the machine has."""
+        """Bytes of each device's memory that a program can use; None if not known. CPU devices share the machine's."""
         if self.device.platform != "cpu":
             return self.device.usable
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
 
     @property
     def extra(self) -> str:
-        """The extra of jlora that brings the compiler."""
+        """The extra of jlora that installs the compiler."""
         return COMPILERS[self.device.platform][1]
 
     @property
@@ -62,10 +62,10 @@ class Topology:
         return any(map(_installed, COMPILERS[self.device.platform][0]))
 
     def devices(self) -> list[Any]:
-        """The devices, for a mesh; of this process's CPU where there is no compiler for them.
+        """The devices, for a mesh; this process's CPU devices if there is no compiler for them.
 
         Raises:
-            UserError: the compiler does not know the shape, or the process has fewer devices.
+            UserError: the compiler does not know the shape, or the process has too few CPU devices.
         """
         if self.device.platform == "cpu" or not self.has_compiler:
             here = jax.devices("cpu")
@@ -93,10 +93,10 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """The topology of a name: "v5e:2x4", "h100", "h100x8", "cpu", "cpu:4".
+    """The topology named "v5e:2x4", "h100", "h100x8", "cpu" or "cpu:4", for example.
 
     Raises:
-        UserError: a device that is not in the table, or a shape that it cannot have.
+        UserError: the device is unknown, or cannot have this shape.
     """
     kind, colon, shape = name.partition(":")
     if not colon and (several := re.fullmatch(r"(.+)x(\d+)", kind)) and several[1] in DEVICES:
@@ -121,5 +121,5 @@ def parse(name: str) -> Topology:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it would lie in
+    except ModuleNotFoundError:  # its parent package is missing
         return False

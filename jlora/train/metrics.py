@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl (one object a step), TensorBoard files when asked for, and curves.png."""
+"""The record of a run: metrics.jsonl (one object per step), optional TensorBoard files, and curves.png."""
 
 import importlib.util
 import json
@@ -23,12 +23,12 @@ Panels = Sequence[tuple[str, tuple[str, ...]]]
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; a run that resumes first drops what a lost stretch of it had written.
+    """Appends to metrics.jsonl, after removing what it holds about steps that a resumed run will repeat.
 
     Args:
-      workdir: made if it is not there.
+      workdir: created if it does not exist.
       start_step: the step that the run resumes after; objects of later steps are removed.
-      tensorboard: also write the numbers as TensorBoard scalars below `workdir`/tensorboard.
+      tensorboard: also write the numbers as TensorBoard scalars to `workdir`/tensorboard.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start_step: int = 0, tensorboard: bool = False) -> None:
@@ -42,7 +42,7 @@ class MetricsWriter:
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds one object: the step and the values as plain numbers. NaN and infinities, which JSON lacks, are null."""
+        """Adds one object: the step and the values as plain numbers; NaN and infinities, which JSON lacks, as null."""
         numbers = {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
         self._file.flush()
@@ -65,7 +65,12 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl in order; a last line that a crash cut short is left out."""
+    """The objects of metrics.jsonl in order, without a last line that a crash cut short.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: lines are not JSON; all are listed.
+    """
     path = pathlib.Path(workdir) / FILE
     if not path.exists():
         raise MissingFileError(
@@ -75,7 +80,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """The mean of the `window` values around each one, of those that there are near the ends."""
+    """The mean of the `window` values around each value, or of as many as there are near the ends."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     centre = np.arange(len(values))
     first, last = np.maximum(centre - window // 2, 0), np.minimum(centre + window // 2 + 1, len(values))
@@ -88,10 +93,11 @@ def can_plot() -> bool:
 
 
 def plot_curves(workdir: str | os.PathLike, panels: Panels = ()) -> pathlib.Path:
-    """The path of curves.png, drawn from metrics.jsonl: loss, learning rate, gradient norm and `panels` by step.
+    """Draws loss, learning rate, gradient norm and `panels` by step from metrics.jsonl; returns the path of curves.png.
 
     Args:
-        panels: (title, names of numbers), each a panel; what evaluation says of the same names is drawn with it.
+        panels: (title, names of numbers) of each further panel; the evaluation's numbers of the same names are drawn
+            with them.
     """
     records = read_metrics(workdir)
     basic = (("Learning rate", ("learning_rate",)), ("Gradient norm (before clipping)", ("grad_norm",)))
@@ -117,14 +123,14 @@ def new_figure(rows: int, columns: int, size: tuple[int | float, int | float]) -
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
-    """Writes a PNG; the same numbers give the same bytes, so the version that matplotlib adds is left out."""
+    """Writes a PNG, without matplotlib's version in it, so that the same numbers give the same bytes."""
     part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png", dpi=130, metadata={"Software": None})
     os.replace(part, path)
 
 
 def style(axis: Any, title: str) -> None:
-    """The look of every plot."""
+    """Gives an axis its title and the look of every plot."""
     axis.set_title(title, loc="left", fontsize=11, color=INK)
     axis.grid(True, color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -135,7 +141,7 @@ def style(axis: Any, title: str) -> None:
 
 
 def _draw(axis: Any, records: list[dict], title: str, names: tuple[str, ...]) -> None:
-    """The curves of some numbers: faint as measured under the smoothed line where there are many."""
+    """Draws the curves of some numbers; those with many values are smoothed, over a faint line of the raw values."""
     style(axis, title)
     axis.xaxis.get_major_locator().set_params(integer=True)
     drawn = 0
@@ -181,7 +187,7 @@ def truncate(path: pathlib.Path, last_step: int) -> None:
 
 def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")
-    # Every object ends in a newline, so the piece behind the last one is empty or was cut short by a crash.
+    # Every object ends in a newline, so what follows the last newline is empty or was cut short by a crash.
     records, faults = [], []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -194,7 +200,9 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> int | float | str | None:
-    """A Python number (strings stay): arrays of one element and NumPy scalars are what a step returns."""
+    """The value as a Python number, or None if it is not finite; strings stay. A step returns arrays of one element and
+    NumPy scalars.
+    """
     if isinstance(value, str) or value is None:
         return value
     number = value.item() if hasattr(value, "item") else value

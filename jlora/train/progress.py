@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a live bar on a terminal, a line now and then anywhere else."""
+"""What a person watching a run sees: a live bar on a terminal, an occasional line anywhere else."""
 
 import io
 import math
@@ -15,13 +15,13 @@ LINE_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Shows step, loss, tokens a second and the time left.
+    """Shows the step, the loss, tokens per second and the time left.
 
-    Nothing is shown before `start`: the number of steps is known only once the data was read.
+    The bar appears with `start`: the number of steps is known only once the data has been read.
 
     Args:
-      stream: where to show it.
-      clock: seconds, for tests.
+      stream: where to write.
+      clock: returns seconds; for tests.
     """
 
     def __init__(self, stream: io.TextIOBase | TextIO, *, clock: Callable[[], int | float] = time.monotonic) -> None:
@@ -30,12 +30,12 @@ class Progress:
         self._bar: Bar | None = None
         self._task: Any = None
         self._total = 0
-        # Step and time that speed is measured from: the first update, because the first step holds the compilation.
+        # Step and time that speed is measured from: the first update, since the first step includes compilation.
         self._first: tuple[int, float] | None = None
         self._shown = -math.inf
 
     def start(self, total_steps: int, start_step: int = 0) -> None:
-        """Begins a run of `total_steps` steps, of which `start_step` are done already."""
+        """Begins a run of `total_steps` steps, `start_step` of which are already done."""
         self._total, self._first = total_steps, None
         if start_step:
             self.note(f"resuming after step {start_step} of {total_steps}")
@@ -46,7 +46,9 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows that `step` is done. Off a terminal: the first and the last step and one line every few seconds."""
+        """Shows that `step` is done. Without a terminal: a line for the first and the last step, and one every few
+        seconds.
+        """
         now = self._clock()
         self._first = self._first or (step, now)
         text = "  ".join(part for part in (*_numbers(metrics), self._left(step, now)) if part)
@@ -57,7 +59,7 @@ class Progress:
             self.note(f"step {step}/{self._total}  {text}")
 
     def note(self, message: str) -> None:
-        """Shows one line: above the bar on a terminal."""
+        """Shows one line, above the bar on a terminal."""
         self._console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the devices and the host do in a few steps of a run, as a trace that xprof and TensorBoard open."""
+"""A trace of what the devices and the host do in a few steps of a run, for xprof and TensorBoard."""
 
 import pathlib
 import types
@@ -8,16 +8,16 @@ import jax
 from jlora.train.algorithm import Note
 
 FOLDER = "profile"
-# Steps that a trace leaves out at a run's start: they compile, and the first to follow finds cold caches.
+# Steps at a run's start that a trace leaves out: they compile, and the first one after that finds cold caches.
 WARM_UP = 2
 
 
 class Trace:
-    """Traces `count` steps of a run into `workdir`/profile: those after its first two, or its last where it has fewer.
+    """Traces `count` steps of a run into `workdir`/profile: those after its first two, or its last if it has fewer.
 
     Args:
         count: 0 traces nothing.
-        start, total_steps: the step that the run is taken up after, and its last one.
+        start, total_steps: the step that the run resumes after, and its last step.
         note: is told where the trace is.
     """
 
@@ -28,14 +28,14 @@ class Trace:
         self._open = False
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Marks, while it is entered, what the host does to send a step off."""
+        """A context that marks what the host does to dispatch a step."""
         if number == self._first <= self._last:
             jax.profiler.start_trace(self._folder)
             self._open = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def done(self, number: int) -> None:
-        """Is told that a step is done; ends the trace with its last."""
+        """Called when a step is done; ends the trace after its last step."""
         if self._open and number >= self._last:
             self.close()
             steps = f"step {self._first}" if self._first == number else f"steps {self._first} to {number}"
@@ -45,7 +45,7 @@ class Trace:
             )
 
     def close(self) -> None:
-        """Writes what was traced so far; closing twice is fine."""
+        """Writes what has been traced so far; closing twice is fine."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

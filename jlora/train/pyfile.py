@@ -1,4 +1,4 @@
-"""Python files that users write: recipes, metrics, rewards; loaded by path, their errors told with file and line."""
+"""Python files written by users (recipes, metrics, rewards): loaded by path, with errors that name file and line."""
 
 import importlib.util
 import inspect
@@ -10,7 +10,8 @@ from typing import Any
 
 from jlora.errors import MissingFileError, UserError
 
-# What a user's file can raise while it is run: anything, sys.exit() too. Memory may run out for other reasons.
+# What a user's file may raise when run: anything, SystemExit included. `call` lets MemoryError through, since memory
+# may run out for other reasons.
 ERRORS = (Exception, SystemExit)
 
 
@@ -24,7 +25,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise MissingFileError(f"{path} is not a file; expected a Python file that defines {name}()")
-    # Named after its path, so that two files of one name do not meet; registered, as dataclasses in the file need it.
+    # Named after its path, so that files of the same name do not collide; registered, as dataclasses in it need that.
     module_name = f"jlora_user_{abs(hash(file.resolve())):x}"
     spec = importlib.util.spec_from_loader(module_name, importlib.machinery.SourceFileLoader(module_name, str(file)))
     module = importlib.util.module_from_spec(spec)
@@ -38,7 +39,11 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 
 
 def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the file's function returns; a UserError that names the line where it failed, whatever it raises."""
+    """What the file's function returns.
+
+    Raises:
+        UserError: it raised anything but MemoryError; the message names the line where it failed.
+    """
     try:
         return function(*arguments)
     except MemoryError:
@@ -48,10 +53,10 @@ def call(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def require_arguments(path: str, function: Callable[..., Any], *names: str) -> None:
-    """Raises UserError when the file's function cannot be called with as many arguments as there are names."""
+    """Raises UserError if the file's function cannot be called with as many positional arguments as there are names."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions of C have none to show
+    except (TypeError, ValueError):  # some C functions have no signature to show
         return
     try:
         signature.bind(*names)
@@ -61,7 +66,7 @@ def require_arguments(path: str, function: Callable[..., Any], *names: str) -> N
 
 
 def describe(path: str, error: BaseException) -> str:
-    """'FILE, line 3: KeyError: ...' with the last line of the file that the error went through, if there is one."""
+    """'FILE, line 3: KeyError: ...', with the last line of the file that the error passed through, if any."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(pathlib.Path(path))
     ]

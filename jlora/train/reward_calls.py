@@ -1,4 +1,4 @@
-"""Calling reward functions: what their signatures accept, async ones together, and what is wrong with their answers."""
+"""Calling reward functions: what their signatures accept, running async ones together, and reading what they return."""
 
 import asyncio
 import collections
@@ -19,29 +19,29 @@ from jlora.train import pyfile
 
 Fault = tuple[str, BaseException | None]
 
-# What is written anyway, of a completion and of a step; what functions say is written beside it.
+# Names that are always logged for a completion and for a step, which functions therefore may not use.
 COLUMNS = ("step", "prompt", "completion", "rewards", "reward", "advantage", "score")
 NUMBERS = ("step", "loss", "reward", "reward_std", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens")
 
 
 def parameters(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
-    """Names of the parameters and whether each must be given, and whether any other is welcome."""
+    """The parameters by name with whether each is required, and whether the function accepts any others."""
     try:
         found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions of C have none to show
+    except (TypeError, ValueError):  # some C functions have no signature to show
         return {}, True
     named = {p.name: p.default is p.empty for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in found)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The function's name; of an object that can be called its class's."""
+    """The function's name, or the class name of any other callable object."""
     function = _unwrap(function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 class Loop:
-    """One event loop in a thread of its own, so that callers may be in another, and functions may keep connections."""
+    """One event loop in its own thread, so that callers may run in another loop and functions may keep connections."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -50,7 +50,7 @@ class Loop:
         weakref.finalize(self, _stop, self._loop, thread)
 
     def gather(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-        """What they return, or the exceptions that they raise."""
+        """What the awaitables return, or the exceptions that they raise, in their order."""
         future = asyncio.run_coroutine_threadsafe(_gather(awaitables), self._loop)
         try:
             return future.result()
@@ -60,7 +60,7 @@ class Loop:
 
 
 def call_all(calls: Sequence[Callable[[], Any]], loop: Callable[[], Loop]) -> list[Any]:
-    """What the calls return or raise, in their order. What they return to be awaited is awaited together at the end."""
+    """What the calls return or raise, in their order; awaitables that they return are awaited together at the end."""
     results = [_attempt(call) for call in calls]
     waiting = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
     if waiting:
@@ -70,11 +70,11 @@ def call_all(calls: Sequence[Callable[[], Any]], loop: Callable[[], Loop]) -> li
 
 
 def read(function: Callable[..., Any], result: Any, size: int) -> tuple[Float32[np.ndarray, " N"], int, list[Fault]]:
-    """The function's rewards, NaN where there is none; how many completions it failed on; and why."""
+    """The function's rewards, NaN where it gave none; how many completions it failed on; and why."""
     values = np.full(size, np.nan, np.float32)
     if isinstance(result, BaseException):
         return values, size, [(f"all {size} completions: {_describe(function, result)}", result)]
-    alone = not hasattr(result, "__len__") or getattr(result, "ndim", 1) == 0  # arrays of no dimension have it too
+    alone = not hasattr(result, "__len__") or getattr(result, "ndim", 1) == 0  # 0-d arrays have __len__ too
     if isinstance(result, str | Mapping) or alone:
         return values, size, [(f"returned {reprlib.repr(result)}, expected a list of {size} numbers", None)]
     if len(result) != size:
@@ -91,26 +91,26 @@ def read(function: Callable[..., Any], result: Any, size: int) -> tuple[Float32[
 
 
 class Log:
-    """What functions have to say besides their rewards."""
+    """What functions log besides their rewards."""
 
     def __init__(self, size: int) -> None:
         self._size, self.columns = size, {}
         self._values: dict[str, list[float]] = collections.defaultdict(list)
 
     def metric(self, name: str, value: Any) -> None:
-        """Notes a number, of which the mean is reported."""
+        """Records a number; the mean of all that are recorded under a name is reported."""
         _refuse_taken("log_metric", name, NUMBERS)
         self._values[name].append(float(value))
 
     def extra(self, column: str, values: Any) -> None:
-        """Notes a value for each completion: a list or an array of them."""
+        """Records a list or array with one value per completion."""
         _refuse_taken("log_extra", column, COLUMNS)
         if len(values) != self._size:
             raise UserError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
         self.columns[column] = [_plain(value) for value in values]
 
     def means(self) -> dict[str, float]:
-        """Of every metric."""
+        """The mean of each metric, by name."""
         return {name: float(np.mean(values)) for name, values in self._values.items()}
 
 
@@ -120,8 +120,8 @@ def _refuse_taken(function: str, name: str, taken: tuple[str, ...]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: arrays as lists, what it has no form for as text."""
-    if hasattr(value, "tolist"):  # of NumPy, JAX and torch, scalars too
+    """The value in a form that JSON can hold: arrays as lists, anything that JSON does not support as text."""
+    if hasattr(value, "tolist"):  # arrays and scalars of NumPy, JAX and torch
         value = value.tolist()
     try:
         json.dumps(value)
@@ -131,7 +131,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> np.float32:
-    """The value, or NaN when it is not a finite number of float32."""
+    """The value as a float32, or NaN if it is not a finite number in float32."""
     if isinstance(value, str | bytes):
         return np.float32(np.nan)
     try:
@@ -145,7 +145,7 @@ def _number(value: Any) -> np.float32:
 def _attempt(call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except pyfile.ERRORS as error:  # a user's function raises anything, sys.exit() too; `read` reports it by name
+    except pyfile.ERRORS as error:  # a user's function may raise anything, SystemExit included; `read` reports it
         return error
 
 
@@ -154,7 +154,7 @@ async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 
 async def _answer(awaitable: Awaitable[Any]) -> Any:
-    """What it returns or raises; sys.exit() in a task would end the event loop, and its thread with it."""
+    """What the awaitable returns or raises: a SystemExit that left the task would end the event loop and its thread."""
     try:
         return await awaitable
     except pyfile.ERRORS as error:

@@ -1,4 +1,4 @@
-"""Reward functions, called as TRL calls them: from Python files, from metrics, or handed over."""
+"""Reward functions from Python files, from metrics, or given directly, called as TRL calls them."""
 
 import collections
 import dataclasses
@@ -24,13 +24,13 @@ Reward = Callable[..., Any]
 METRIC = "metric:"
 FORMS = "FILE.py, FILE.py:FUNCTION, metric:FILE.py or metric:FILE.py:KEY"
 SHOWN_FAULTS = 20
-# What a function is given besides the columns of the records.
+# What a function may be given besides the columns of the records.
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainerState:
-    """What rewards may know of the run, under transformers' names: optimizer steps taken, and of how many."""
+    """What rewards may know about the run, under transformers' names: optimizer steps done, and how many there are."""
 
     global_step: int
     max_steps: int
@@ -41,11 +41,11 @@ class RewardTable:
     """What each completion earned from each function.
 
     Attributes:
-        names: of the functions, [F].
-        values: NaN where a function gave none.
-        errors: completions that each function failed on, [F]; all 0 unless failures are skipped.
-        metrics: means of what the functions told `log_metric`, by name.
-        extra: what they told `log_extra`, one value a completion, by name.
+        names: the functions' names, [F].
+        values: the rewards, NaN where a function gave none.
+        errors: the number of completions that each function failed on, [F]; all 0 unless failures are skipped.
+        metrics: means of the numbers logged with `log_metric`, by name.
+        extra: columns logged with `log_extra`, one value per completion, by name.
     """
 
     names: tuple[str, ...]
@@ -56,11 +56,11 @@ class RewardTable:
 
     @property
     def scored(self) -> Bool[np.ndarray, " N"]:
-        """False for completions to which no function gave a reward: they have nothing to teach."""
+        """Whether any function gave the completion a reward; without one there is nothing to learn from it."""
         return ~np.isnan(self.values).all(axis=1)
 
     def numbers(self) -> dict[str, float]:
-        """`rewards/NAME/mean`, `/std` (n - 1) and `/errors` for the log, and `metrics`; nothing for what is unknown."""
+        """`rewards/NAME/mean`, `/std` (n - 1) and `/errors` for the log, and `metrics`, without unknown numbers."""
         numbers = dict(self.metrics)
         for name, column, errors in zip(self.names, self.values.T.astype(np.float64), self.errors, strict=True):
             known = column[~np.isnan(column)]
@@ -72,7 +72,7 @@ class RewardTable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rewards:
-    """Reward functions with their names and weights; calling it scores completions."""
+    """Reward functions with their names and weights; calling the object scores completions."""
 
     functions: tuple[Reward, ...]
     names: tuple[str, ...]
@@ -88,15 +88,16 @@ class Rewards:
         *,
         trainer_state: TrainerState | None = None,
     ) -> RewardTable:
-        """The rewards of completions. A text that answers messages is handed on as one message of the assistant.
+        """The rewards of completions. If a prompt is a list of messages, its completion's text is passed to the
+        functions as one assistant message.
 
-        Functions are called with those of `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_metric`,
-        `log_extra` and the columns that their signatures accept. They return one number or None for each completion;
-        an exception in a number's place stands for that one completion's failure. Async functions run together.
+        Each function is called with those of `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_metric`,
+        `log_extra` and the columns that its signature accepts. It returns one number or None for each completion; an
+        exception in place of a number means that it failed on that completion. Async functions run concurrently.
 
         Raises:
-            ValueError: the columns do not fit the functions or the completions; with on_error="raise", also everything
-                that failed: exceptions, a wrong number of values, and values that are not finite numbers.
+            ValueError: the columns do not fit the functions or the completions; with on_error="raise", also all
+                failures: exceptions, a wrong number of values, and values that are not finite numbers.
         """
         completions = [_as_messages(*pair) for pair in zip(prompts, completions, strict=True)]
         _check_columns(columns, len(completions))
@@ -122,10 +123,10 @@ class Rewards:
         trainer_state: TrainerState | None = None,
         columns: Collection[str] = (),
     ) -> RewardTable:
-        """The rewards of one completion for each record, whose `prompt` is the prompt and all else columns.
+        """The rewards of one completion for each record: `prompt` is the prompt, all other keys are columns.
 
         Args:
-            columns: those that other records of the same set have; like any that a record lacks, None for it.
+            columns: further columns that other records of the set have. A column that a record lacks is None for it.
         """
         names = dict.fromkeys(name for record in records for name in record if name != "prompt")
         names |= dict.fromkeys(sorted(columns))
@@ -134,7 +135,7 @@ class Rewards:
         return self(prompts, completions, completion_ids, values, trainer_state=trainer_state)
 
     def require_columns(self, columns: Collection[str]) -> None:
-        """Raises UserError when functions want what the records do not have; their signatures say what they want."""
+        """Raises UserError if functions have required parameters that are not among the columns."""
         faults = []
         for name, function in zip(self.names, self.functions, strict=True):
             wanted = reward_calls.parameters(function)[0]
@@ -178,16 +179,16 @@ def load_rewards(
     *,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rewards:
-    """Reward functions by name, ready to be called; two of one name are told apart as NAME and NAME_2.
+    """Reward functions by name, ready to be called; functions of the same name become NAME, NAME_2 and so on.
 
     Args:
         names: functions, "FILE.py:FUNCTION", "FILE.py" for its function `reward`, "metric:FILE.py:KEY" for what the
-            file's metric(record, text) returns under KEY, or "metric:FILE.py" when it returns one number only.
-        weights: of the rewards in their sum, default 1.
-        on_error: "raise", or "skip": a completion that a function fails on has no reward from it.
+            file's metric(record, text) returns under KEY, or "metric:FILE.py" if it returns only one number.
+        weights: the rewards' weights in their sum, default 1.
+        on_error: "raise", or "skip": a completion that a function fails on gets no reward from it.
 
     Raises:
-        UserError: every name that cannot be loaded, or another number of weights.
+        UserError: names cannot be loaded (all are listed), or the number of weights is not that of the names.
     """
     functions, found, faults = [], [], []
     for name in names:
@@ -211,7 +212,7 @@ def load_rewards(
 
 
 def text_of(completion: str | Messages) -> str:
-    """The text, of messages that of the last one."""
+    """The text of a completion; for messages, that of the last one."""
     return completion if isinstance(completion, str) else completion[-1].get("content") or ""
 
 
@@ -245,7 +246,7 @@ class _MetricReward:
 
 
 def _load(name: str) -> tuple[Reward, str]:
-    """The function and what its numbers are called."""
+    """The function and its name in the log."""
     match = re.fullmatch(r"(.+\.py)(?::([^:]+))?", name.removeprefix(METRIC))
     if not match:
         raise UserError(f"reward {name!r}: expected {FORMS}")

@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks by name: questions made by chance, to train on and to hold out, and the reward for answers."""
+"""reasoning-gym's tasks by name: random questions to train on and to hold out, and the reward for answers."""
 
 import difflib
 import itertools
@@ -15,7 +15,7 @@ SYSTEM_PROMPT = (
     "Work out the answer step by step, then give it between <answer> and </answer>. "
     "Put nothing but the answer inside the tags, in the form that the question asks for."
 )
-# What a task's score raises at an answer of a form that it did not foresee.
+# What a task's scorer raises for an answer of a form that it did not expect.
 UNREADABLE = (
     SyntaxError,
     NameError,
@@ -27,12 +27,12 @@ UNREADABLE = (
     AssertionError,
     RecursionError,
 )
-# Questions held out are drawn this many times over at most, before the task is found to have too few.
+# How many times the number of held-out questions is drawn, before the task is found to have too few different ones.
 DRAWS = 20
 
 
 class TaskSet(NamedTuple):
-    """Questions to train on, others held out, and the reward for both."""
+    """Questions to train on, others to hold out, and the reward for both."""
 
     train: list[Record]
     held_out: list[Record]
@@ -51,18 +51,18 @@ def reasoning_tasks(
 ) -> TaskSet:
     """Questions of reasoning-gym's task `name`, always the same ones for the same arguments.
 
-    A record is {"prompt": [system, …, user], "answer", "task", "index"}: the answer is reasoning-gym's own, None where
-    a task only checks answers; the index is the reward's number of the question. Training questions may repeat where a
-    task has few; held-out ones are all different and none of them is trained on.
+    A record is {"prompt": [system, …, user], "answer", "task", "index"}: the answer is reasoning-gym's own, or None if
+    the task only checks answers; the index identifies the question for the reward. Training questions may repeat if the
+    task has few; held-out ones are all different, and none of them is trained on.
 
     Args:
-        system_prompt: None takes `SYSTEM_PROMPT`; "" leaves the system message out.
-        num_fewshot: so many further questions stand solved, as turns of user and assistant, before the one asked.
-        settings: the task's own, as reasoning-gym documents them.
+        system_prompt: None uses `SYSTEM_PROMPT`; "" leaves the system message out.
+        num_fewshot: how many other questions, solved, precede each question as user and assistant turns.
+        settings: the task's own, as documented by reasoning-gym.
 
     Raises:
-        ValueError: no such task, settings that it refuses, too few different questions to hold out, or questions to be
-        shown solved for which the task has no answer.
+        ValueError: there is no such task, it refuses the settings, it has too few different questions to hold out, or
+            it has no answers to show with the few-shot questions.
     """
     _check_name(name)
     entries = list(_draw(name, f"{seed}/train", size, settings))
@@ -96,14 +96,14 @@ def reasoning_tasks(
 
 
 class TaskReward:
-    """The task's own score, 0 to 1, of the answers to its questions; None for records of other tasks.
+    """The task's own score, 0 to 1, for answers to its questions; None for records of other tasks.
 
-    The answer is what stands in the last <answer>…</answer> of a completion, without spaces around it
-    (`reasoning_gym.utils.extract_answer`); without such tags it is the whole text, without spaces around it. An answer
-    that the task cannot read earns 0.
+    The answer is the content of the last <answer>…</answer> in a completion (`reasoning_gym.utils.extract_answer`) or,
+    without such tags, the whole text, in both cases without surrounding spaces. An answer that the task cannot read
+    scores 0.
 
     Some of reasoning-gym's tasks read answers with Python's eval (0.1.25: string_insertion, spiral_matrix,
-    binary_matrix, and through SymPy those of algebra), so that what a model writes is run: keep them in a sandbox.
+    binary_matrix, and through SymPy those of algebra), which runs what the model writes: use them in a sandbox.
     """
 
     def __init__(self, name: str, scorer: Any, entries: list[dict[str, Any]]) -> None:
@@ -138,7 +138,7 @@ def _draw(name: str, seed: str, size: int, settings: dict[str, Any]) -> Iterator
 
 
 def _dataset(name: str, seed: str, size: int, settings: dict[str, Any]) -> Any:
-    # A question follows from seed + index: neighbouring seeds would share all their questions but one.
+    # A question is determined by seed + index, so neighbouring seeds would share all their questions but one.
     number = zlib.crc32(f"{name}/{seed}".encode())
     create = require("reasoning_gym", "tasks").create_dataset
     try:
@@ -158,7 +158,7 @@ def _check_name(name: str) -> None:
 
 
 def _solution(answer: str, system_prompt: str) -> str:
-    """The answer as the instruction asks for it."""
+    """The answer in the form that the system prompt asks for."""
     return f"<answer>{answer}</answer>" if "<answer>" in system_prompt else answer
 
 

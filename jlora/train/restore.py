@@ -1,4 +1,4 @@
-"""The model as a run left it, from its workdir: for export, not for going on (the loop does that)."""
+"""The model as a run left it, read from its workdir: for export, not for resuming, which the loop does."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from jlora.types import Params
 def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunConfig, Model, Params]:
     """The run's settings, its model, and the params with the adapter as it was after `step` (None: the newest saved).
 
-    The base is loaded as the run held it: quantised where the run quantised it.
+    The base is loaded as the run held it, quantised if the run quantised it.
 
     Raises:
-        FileNotFoundError: not the workdir of a run, or nothing was saved at that step.
+        FileNotFoundError: this is not the workdir of a run, or nothing was saved at that step.
         ValueError: the base model is not the one that the run was trained on, the run trained several adapters, or
             another version of jlora saved it.
     """
@@ -39,14 +39,14 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
         settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
         model, params = hub.load(config.model.path, **settings)
         same = manifest["base"] == checkpoint.fingerprint(params)
-        if not same and config.model.adapter:  # it may have brought an embedding of its own
+        if not same and config.model.adapter:  # it may have brought its own embedding
             opened = lora.strip(hub.load_adapter(params, config.model.adapter))
             same = manifest["base"] == checkpoint.fingerprint(opened)
         if not same:
             raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         fixed = checkpoint.read_fixed(saved, found)
         frozen, trainable = lora.split(adapt(model, params, config, fixed))
-        path = ("policy",) if config.algorithm == "ppo" else ()  # beside it lies the value's adapter
+        path = ("policy",) if config.algorithm == "ppo" else ()  # ppo also trains the value model's adapter
         return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 
 
@@ -54,8 +54,8 @@ def read_config(workdir: str | os.PathLike) -> RunConfig:
     """The settings of the run.
 
     Raises:
-        FileNotFoundError: not the workdir of a run.
-        ValueError: settings that do not hold.
+        FileNotFoundError: this is not the workdir of a run.
+        ValueError: the settings are invalid.
     """
     folder = pathlib.Path(workdir)
     path = folder / "config.json"
@@ -82,10 +82,10 @@ def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None) -> int:
 
 
 def _restore(saved: ocp.CheckpointManager, step: int, trainable: Params, path: tuple[str, ...] = ()) -> Params:
-    """The adapters alone, as host arrays put where `trainable` is: what devices the run had does not matter.
+    """The adapters alone, read as host arrays and put on the devices of `trainable`, whatever devices the run had.
 
     Args:
-        path: where among the trained weights they are.
+        path: where they are among the trained weights.
     """
     wanted = trainable
     for name in reversed(("trainable", *path)):

@@ -1,4 +1,4 @@
-"""Whether a workdir's run may go on: the same settings, files, tokens and date as those it began with."""
+"""Whether a workdir's run may be resumed: with the same settings, files, tokens and date as it began with."""
 
 import dataclasses
 import datetime
@@ -19,8 +19,8 @@ from jlora.train.algorithm import Note, Plan
 from jlora.train.config import TASK, RunConfig, completed, to_dict
 from jlora.types import Params
 
-# What may differ when a run is taken up again: how long it goes on, how it is watched, where it runs and what it
-# forgives, not what it computes.
+# What may differ when a run is resumed: how long it goes on, how it is watched, where it runs and what it tolerates,
+# but not what it computes. None stands for the whole group.
 FREE = {
     "mesh": None,
     "model": ("attention",),
@@ -35,19 +35,19 @@ FREE = {
 CONTENTS = "contents of "
 EVALUATION = f"{CONTENTS}data.eval_path"
 DATE = "date that templates see"
-# Checkpoints of older versions do not say what it held.
+# The checkpoints of older versions do not record its contents.
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """What a workdir holds of a run: nothing is held before the first checkpoint.
+    """What a workdir holds of a run: nothing before the first checkpoint.
 
     Attributes:
-        step: of the newest checkpoint, None where there is none.
-        settings: config.json's, with today's defaults for what it does not have; {} where that file is missing.
+        step: the newest checkpoint's; None if there is none.
+        settings: those of config.json, with today's defaults for settings it does not have; {} if it is missing.
         manifest: the checkpoint's.
-        fixed: what the adapters' frozen half was when the run began.
+        fixed: the adapters' frozen half as the run began.
     """
 
     folder: pathlib.Path
@@ -58,7 +58,7 @@ class Begun:
 
     @property
     def date(self) -> datetime.datetime:
-        """The date that chat templates see: that of the run's beginning, which a resume on another day keeps."""
+        """The date that chat templates see: the date when the run began, which a resume on another day keeps."""
         text = self.manifest.get(DATE)
         return datetime.datetime.fromisoformat(text) if text else _now()
 
@@ -67,7 +67,7 @@ def read_begun(folder: pathlib.Path) -> Begun:
     """The run of the workdir.
 
     Raises:
-        UserError: it is of another version of jlora.
+        UserError: another version of jlora saved it.
     """
     step, manifest, fixed = checkpoint.newest(folder / "checkpoints")
     path = folder / "config.json"
@@ -78,8 +78,8 @@ def read_begun(folder: pathlib.Path) -> Begun:
 
 
 def with_dtype(begun: Begun, config: RunConfig) -> RunConfig:
-    """The settings with the dtype that None stands for: that of the run in the workdir, or what these devices multiply
-    fastest. What a run computes in does not change with where it goes on.
+    """The settings with a dtype in place of None: that of the run in the workdir or, for a new run, the one that these
+    devices multiply fastest. So a run's dtype does not change when it is resumed on other devices.
     """
     if config.model.dtype is not None:
         return config
@@ -88,13 +88,13 @@ def with_dtype(begun: Begun, config: RunConfig) -> RunConfig:
 
 
 def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
-    """Raises UserError when the workdir holds a run whose settings differ in more than `FREE`."""
+    """Raises UserError if the workdir holds a run whose settings differ in anything other than `FREE`."""
     if begun.step is None:
         return
     expected = json.loads(json.dumps(to_dict(config)))
     if begun.settings:
         found, expected = _fixed(begun.settings), _fixed(expected)
-    else:  # without its config.json, what the checkpoint itself says of the adapter
+    else:  # without config.json, compare what the checkpoint itself says about the adapter
         found = {"lora": begun.manifest.get("lora", {})}
         expected = {"lora": {name: expected["lora"].get(name) for name in found["lora"]}}
     if differences := checkpoint.compare(found, expected):
@@ -105,13 +105,13 @@ def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
 
 
 def refuse_other_files(begun: Begun, manifest: Mapping[str, Any], tell: Note | None = None) -> None:
-    """Raises UserError when files, tokens or the tokenizer are not those that the run began with; all are named.
+    """Raises UserError if files, tokens or the tokenizer are not those that the run began with; all changes are named.
+
+    What the checkpoint does not record (older versions recorded less) is not checked. Evaluation may switch to another
+    file.
 
     Args:
-        tell: is told instead of it.
-
-    Of what the checkpoint does not say, as those that older versions wrote, nothing is known. Evaluation may go over to
-    another file.
+        tell: if given, it is told about the changes and nothing is raised.
     """
     wanted = json.loads(json.dumps(manifest))
     shared = {name: value for name, value in wanted.items() if name in begun.manifest and name != DATE}
@@ -131,10 +131,11 @@ def refuse_other_files(begun: Begun, manifest: Mapping[str, Any], tell: Note | N
 
 
 def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
-    """Raises UserError when the run is further than it is to go; says what another number of steps means.
+    """Raises UserError if the run has already done more steps than are now asked for. If their number changed, notes
+    what that means.
 
     Args:
-        total_steps: of the run as it is now asked for.
+        total_steps: the steps that are now asked for.
     """
     if begun.step is None:
         return
@@ -152,7 +153,7 @@ def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
 
 
 def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datetime) -> dict[str, Any]:
-    """What the run's checkpoints belong to, beside their base: settings, files, tokenizer and tokens."""
+    """What identifies the run that a checkpoint belongs to, besides its base: settings, files, tokenizer and tokens."""
     runs = list(config.members().values()) if config.adapters else [config]
     named = {
         "data.path": {one.data.path for one in runs if not one.data.path.startswith(TASK)},
@@ -176,7 +177,7 @@ def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datet
 
 
 def _now() -> datetime.datetime:
-    """The time, to the second, of the first process: all must see one date, and clocks and time zones differ."""
+    """The first process's time, to the second: all processes must see one date, but clocks and time zones differ."""
     now = datetime.datetime.now().replace(microsecond=0)
     if jax.process_count() == 1:
         return now
@@ -195,7 +196,7 @@ def _checksum(value: Any) -> str:
 
 
 def _changes(found: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
-    for name in sorted(given.keys() - {"steps", "lora"}):  # settings are compared as such
+    for name in sorted(given.keys() - {"steps", "lora"}):  # settings are compared by `refuse_other_settings`
         if name.startswith(CONTENTS):
             for path in sorted(found[name].keys() | given[name].keys()):
                 unknown = path not in found[name] and pathlib.Path(path).name == ADAPTER_CONFIG

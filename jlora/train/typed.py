@@ -1,6 +1,6 @@
-"""Plain nested values checked against frozen dataclasses: every fault is collected, nothing is guessed.
+"""Checks plain nested values against frozen dataclasses: every fault is collected, nothing is guessed.
 
-Knows annotations and spelling only; what the settings mean is said by the dataclasses themselves.
+This module knows only annotations and spelling; the dataclasses themselves check what the settings mean.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ _SCALARS = (bool, int, float, str)
 
 
 def convert(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
-    """The value as its annotation says, and what is wrong with it (then the value means nothing).
+    """The value converted to its annotation, and what is wrong with it (if anything, ignore the value).
 
-    A whole number is taken for a float; True and False are never numbers; lists and tuples stand for each other.
+    An int is accepted as a float; True and False are never numbers; a list is accepted as a tuple and vice versa.
     """
     if hint is Any or hint is object:
         return value, []
@@ -41,9 +41,9 @@ def convert(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
 
 
 def build(cls: type, values: Any, path: str = "") -> tuple[Any, list[str]]:
-    """The dataclass made from a mapping, and every fault in it, each with its dotted path below `path`.
+    """The dataclass built from a mapping, and every fault in it, each with its dotted path below `path`.
 
-    Keys that no field has are the business of `unknown_keys`.
+    Keys without a field are left to `unknown_keys`.
     """
     if not isinstance(values, Mapping):
         return None, [f"{path}: found {values!r}, expected a group with the keys {', '.join(fields_of(cls))}"]
@@ -78,7 +78,7 @@ def fields_of(cls: type) -> list[str]:
 
 
 def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
-    """A fault for each key, at any depth, that no field has: with the setting it was probably meant for."""
+    """A fault for each key, at any depth, that has no field, with the setting that was probably meant."""
     known = list(_settings(cls))
     faults = []
     for path in _paths(cls, values):
@@ -97,7 +97,7 @@ def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
 
 
 def _convert_union(members: Sequence[Any], value: Any, path: str) -> tuple[Any, list[str]]:
-    """The first member that takes the value; one of the value's own type goes before one that has to convert it."""
+    """The value as the first member type that accepts it; its own type is tried before those that convert it."""
     for member in sorted(members, key=lambda member: member is not type(value)):
         result, faults = convert(member, value, path)
         if not faults:
@@ -122,7 +122,7 @@ def _settings(cls: type, path: str = "") -> Iterator[str]:
 
 
 def _paths(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The dotted path of every key that has no field. What is inside an unknown group is listed, not the group."""
+    """The dotted path of every key that has no field; for an unknown group, the paths of its keys instead."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         group = _group_type(hints.get(key))
@@ -135,7 +135,7 @@ def _paths(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str
 
 
 def _group_type(hint: Any) -> type | None:
-    """The dataclass that an annotation is, or allows."""
+    """The dataclass that an annotation is or allows, if any."""
     for member in (hint, *typing.get_args(hint)):
         if dataclasses.is_dataclass(member):
             return member
@@ -151,9 +151,9 @@ def _convert_scalar(hint: type, value: Any, path: str) -> tuple[Any, list[str]]:
 
 
 def _convert_sequence(kind: Any, arguments: tuple, value: Any, path: str) -> tuple[Any, list[str]]:
-    """A list or tuple; `tuple[X, ...]` and `list[X]` repeat one type, `tuple[X, Y]` names each.
+    """The value as a list or tuple: `tuple[X, ...]` and `list[X]` repeat one type, `tuple[X, Y]` names each.
 
-    A mapping stands for its pairs where pairs are wanted.
+    Where a tuple of pairs is expected, a mapping stands for its items.
     """
     if isinstance(value, Mapping) and kind is tuple and arguments and len(typing.get_args(arguments[0])) == 2:
         value = tuple(value.items())
@@ -198,5 +198,5 @@ def describe(hint: Any) -> str:
 
 
 def _inset(error: UserError) -> str:
-    """The message of a dataclass's own check, indented so that it stays one entry of the list it becomes part of."""
+    """The message of a dataclass's own check, indented so that it remains one entry in a list of faults."""
     return str(error).replace("\n", "\n  ")

@@ -58,14 +58,14 @@ class ModelSource:
     """Where the base model comes from and how it is held.
 
     Args:
-      path: a Hugging Face folder, a Hub id, or a GGUF file.
-      dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
-        keeps the one it began with.
-      quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
-      adapter: a PEFT folder to continue from; its settings replace the group `lora`.
-      resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
-        are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
-      attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
+        path: a Hugging Face folder, a Hub id, or a GGUF file.
+        dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
+            keeps the one it began with.
+        quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
+        adapter: a PEFT folder to continue from; its settings replace the group `lora`.
+        resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
+            are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
+        attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
     """
 
     path: str
@@ -104,25 +104,25 @@ class TrainConfig:
     """How long to train, how much to compute at once, and how often to log, save and evaluate.
 
     Args:
-      steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is that
-        fraction of its rows, rounded up to whole steps.
-      batch_size: rows of a micro-batch, over all devices.
-      seq_len: tokens of a row.
-      grad_accum: micro-batches of a step.
-      seed: of the adapter's initialisation, the order of the data, and dropout.
-      log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
-      eval_on_start: also evaluate before the first step, so that the log shows what training changed.
-      keep_checkpoints: how many to keep; older ones are removed.
-      remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and computes
-        the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is expensive to
-        compute. True means "full", False "none".
-      on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
-        last checkpoint kept, or "skip" the step (ten in a row stop the run). With several adapters, the others go on.
-      on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
-        what changed and continue.
-      tensorboard: also write TensorBoard files (needs the extra of that name).
-      profile: number of steps to trace, after the first two; see `jlora.train.tracing`.
-      fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
+        steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is
+            that fraction of its rows, rounded up to whole steps.
+        batch_size: rows of a micro-batch, over all devices.
+        seq_len: tokens of a row.
+        grad_accum: micro-batches of a step.
+        seed: of the adapter's initialisation, the order of the data, and dropout.
+        log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
+        eval_on_start: also evaluate before the first step, so that the log shows what training changed.
+        keep_checkpoints: how many to keep; older ones are removed.
+        remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and
+            computes the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is
+            expensive to compute. True means "full", False "none".
+        on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
+            last checkpoint kept, or "skip" the step (ten in a row stop the run). Other adapters of the run continue.
+        on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
+            what changed and continue.
+        tensorboard: also write TensorBoard files (needs the extra of that name).
+        profile: number of steps to trace, after the first two; see `jlora.train.tracing`.
+        fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
     """
 
     steps: int | None = None
@@ -163,8 +163,8 @@ class RunConfig:
     """Everything that decides what a run does.
 
     Args:
-      adapters: several adapters to train side by side on one base, by name, each with its own settings (`OWN`):
-        {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
+        adapters: several adapters to train side by side on one base, by name, each with its own settings (`OWN`):
+            {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
     """
 
     algorithm: Literal["sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo"] = "sft"

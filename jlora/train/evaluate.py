@@ -34,7 +34,7 @@ class MetricFailed(UserError):
     """A metric failed on some of the answers; everything else that was computed is kept.
 
     Attributes:
-      numbers, answers: as `evaluate` returns them, without the metric's values where it failed.
+        numbers, answers: as `evaluate` returns them, without the metric's values where it failed.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ def evaluate(
     numbers, and the record's `id` if it has one.
 
     Args:
-      metric: (record, generated text) → numbers by name.
-      seq_len: longer records are cut there for the loss (not for generation), which leaves out those whose completion
-        begins after it.
-      mesh: splits the batches of the loss, as in training.
+        metric: (record, generated text) → numbers by name.
+        seq_len: longer records are cut there for the loss (not for generation), which leaves out those whose completion
+            begins after it.
+        mesh: splits the batches of the loss, as in training.
 
     Raises:
-      ValueError: no completion has a token within `seq_len`, or the model does not have enough positions for the texts.
-      MetricFailed: the metric did not return numbers by name or raised a UserError (see `load_metric`); the exception
-        holds everything else.
+        ValueError: no completion has a token within `seq_len`, or the model has too few positions for the texts.
+        MetricFailed: the metric did not return numbers by name or raised a UserError (see `load_metric`); the exception
+            holds everything else.
     """
     sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
     numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
@@ -148,11 +148,11 @@ def record_sums(
     have sums of 0.
 
     Args:
-      end: see `encode_each`.
+        end: see `encode_each`.
 
     Raises:
-      ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model does not have
-        enough positions for the texts.
+        ValueError: a record cannot be encoded, no completion has a token within `seq_len`, or the model has too few
+            positions for the texts.
     """
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
     examples = encode_each(records, tokenizer, seq_len=seq_len, end=end)
@@ -170,10 +170,10 @@ def encode_each(
     """The tokens of each record, cut at `seq_len`; None for records with no completion token left.
 
     Args:
-      end: whether to add an end-of-text token, as in training.
+        end: whether to add an end-of-text token, as in training.
 
     Raises:
-      ValueError: a record cannot be encoded, or no record has a completion token left.
+        ValueError: a record cannot be encoded, or no record has a completion token left.
     """
     require_records(records)
     examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
@@ -199,10 +199,10 @@ def example_sums(
     """The sums of each example, in the examples' order.
 
     Args:
-      seq_len: the most tokens that the model reads of an example: all but its last, which is only predicted.
+        seq_len: the most tokens that the model reads of an example: all but its last, which is only predicted.
 
     Raises:
-      ValueError: the model does not have enough positions for the longest, or params come from `Bank.choose`.
+        ValueError: the model has too few positions for the longest example, or params come from `Bank.choose`.
     """
     refuse_chosen(params, "those of Bank.alone")
     lengths = [len(example.tokens) - 1 for example in examples]
@@ -245,7 +245,8 @@ def load_metric(path: str | pathlib.Path) -> Metric:
     """The function `metric` of a Python file; any error it raises when called becomes a UserError with file and line.
 
     Raises:
-      UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other arguments.
+        UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other
+            arguments.
     """
     metric = load_function(str(path), "metric")
     require_arguments(str(path), metric, "record", "text")

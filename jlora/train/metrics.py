@@ -26,9 +26,9 @@ class MetricsWriter:
     """Appends to metrics.jsonl, after removing what it holds about steps that a resumed run will repeat.
 
     Args:
-      workdir: created if it does not exist.
-      start_step: the step that the run resumes after; objects of later steps are removed.
-      tensorboard: also write the numbers as TensorBoard scalars to `workdir`/tensorboard.
+        workdir: created if it does not exist.
+        start_step: the step that the run resumes after; objects of later steps are removed.
+        tensorboard: also write the numbers as TensorBoard scalars to `workdir`/tensorboard.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start_step: int = 0, tensorboard: bool = False) -> None:
@@ -68,8 +68,8 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl in order, without a last line that a crash cut short.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: lines are not JSON; all are listed.
+        FileNotFoundError: there is no such file.
+        ValueError: lines are not JSON; all are listed.
     """
     path = pathlib.Path(workdir) / FILE
     if not path.exists():

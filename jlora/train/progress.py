@@ -20,8 +20,8 @@ class Progress:
     The bar appears with `start`: the number of steps is known only once the data has been read.
 
     Args:
-      stream: where to write.
-      clock: returns seconds; for tests.
+        stream: where to write.
+        clock: returns seconds; for tests.
     """
 
     def __init__(self, stream: io.TextIOBase | TextIO, *, clock: Callable[[], int | float] = time.monotonic) -> None:

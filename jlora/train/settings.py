@@ -16,11 +16,11 @@ class DPOConfig:
     """Direct preference optimisation and its relatives (Rafailov et al. 2023); `jlora.losses.dpo` has the formulas.
 
     Args:
-      loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several, summed with `loss_weights`.
-      beta: strength of the pull towards the reference policy.
-      label_smoothing: for losses whose paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
-      ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO); None: 1.
-      precompute_ref_log_probs: the reference scores the data once before the first step instead of at every step.
+        loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several, summed with `loss_weights`.
+        beta: strength of the pull towards the reference policy.
+        label_smoothing: for losses whose paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
+        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO); None: 1.
+        precompute_ref_log_probs: the reference scores the data once before the first step instead of at every step.
     """
 
     loss_type: str | tuple[str, ...] = "sigmoid"
@@ -62,10 +62,10 @@ class CPOConfig:
     """Contrastive preference optimisation (Xu et al. 2024) and SimPO (Meng et al. 2024), without a reference.
 
     Args:
-      cpo_alpha: weight of the chosen answers' negative log-likelihood; 0 in SimPO proper.
-      label_smoothing: for "sigmoid" and "simpo": the share of pairs whose order is assumed to be wrong.
-      simpo_gamma: SimPO's target margin (with loss_type="simpo").
-      alpha: shape of the reward (AlphaPO, Gupta et al. 2025); 0 is the log-probability.
+        cpo_alpha: weight of the chosen answers' negative log-likelihood; 0 in SimPO proper.
+        label_smoothing: for "sigmoid" and "simpo": the share of pairs whose order is assumed to be wrong.
+        simpo_gamma: SimPO's target margin (with loss_type="simpo").
+        alpha: shape of the reward (AlphaPO, Gupta et al. 2025); 0 is the log-probability.
     """
 
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
@@ -91,8 +91,8 @@ class ORPOConfig:
     """Odds-ratio preference optimisation (Hong et al. 2024).
 
     Args:
-      beta: weight of the odds-ratio term (lambda in the paper).
-      nll_on_prompt: the likelihood term also counts the prompt's tokens, as in TRL, rather than the answer's alone.
+        beta: weight of the odds-ratio term (lambda in the paper).
+        nll_on_prompt: the likelihood term also counts the prompt's tokens, as in TRL, rather than the answer's alone.
     """
 
     beta: float = 0.1
@@ -120,9 +120,9 @@ class RewardConfig:
     """A reward model on pairs (Bradley and Terry 1952), with a margin where the data has one.
 
     Args:
-      center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
-      sft_coefficient: weight of the chosen answers' mean negative log-likelihood under the model's own head: a model
-        that can still write the answers judges unseen ones better (Yang et al. 2024, "Regularizing Hidden States …").
+        center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
+        sft_coefficient: weight of the chosen answers' mean negative log-likelihood under the model's own head: a model
+            that still writes the answers judges unseen ones better (Yang et al. 2024, "Regularizing Hidden States …").
     """
 
     center_rewards_coefficient: float | None = None
@@ -140,22 +140,22 @@ class RolloutConfig:
     """What is sampled from the policy and how it is judged, for "grpo" and "ppo".
 
     Args:
-      num_generations: completions per prompt.
-      max_completion_length: in tokens; prompts may have up to `train.seq_len` minus this.
-      rows: completions that are sampled at once; finished ones make room for the next.
-      rewards: "FILE.py:FUNCTION", "metric:FILE.py:KEY", "reasoning_gym", or "model" (the reward model
-        `reward_model`); see `jlora.train.rewards`.
-      reward_weights: one per reward, default 1.
-      reward_model: a PEFT folder with a score head, as saved by `algorithm="reward"`.
-      on_error: "raise" ends the run when a reward fails or a whole group is empty; "skip" leaves it out. May be changed
-        when a run is resumed.
-      task_size: how many questions to draw of the reasoning-gym task that data.path="reasoning_gym:NAME" names.
-      task_settings: the task's own settings (needs the extra `tasks`).
-      eval_size: how many held-out prompts to evaluate on.
-      system_prompt: put before the task's questions.
-      num_fewshot: how many solved questions of the task precede each question, always the same ones.
-      eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
-      log_completions: how many examples of every rollout go to completions.jsonl.
+        num_generations: completions per prompt.
+        max_completion_length: in tokens; prompts may have up to `train.seq_len` minus this.
+        rows: completions that are sampled at once; finished ones make room for the next.
+        rewards: "FILE.py:FUNCTION", "metric:FILE.py:KEY", "reasoning_gym", or "model" for `reward_model`; see
+            `jlora.train.rewards`.
+        reward_weights: one per reward, default 1.
+        reward_model: a PEFT folder with a score head, as saved by `algorithm="reward"`.
+        on_error: "raise" ends the run when a reward fails or a whole group is empty; "skip" leaves it out. May be
+            changed when a run is resumed.
+        task_size: how many questions to draw of the reasoning-gym task that data.path="reasoning_gym:NAME" names.
+        task_settings: the task's own settings (needs the extra `tasks`).
+        eval_size: how many held-out prompts to evaluate on.
+        system_prompt: put before the task's questions.
+        num_fewshot: how many solved questions of the task precede each question, always the same ones.
+        eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
+        log_completions: how many examples of every rollout go to completions.jsonl.
     """
 
     num_generations: int = 8
@@ -198,23 +198,23 @@ class GRPOConfig:
     """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
 
     Args:
-      loss_type: how tokens are clipped and averaged; see `jlora.losses.policy`.
-      beta: weight of the KL to the reference policy; 0 uses no reference.
-      num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
-      steps_per_generation: a rollout holds the completions of this many steps.
-      epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta above;
-        "cispo" bounds it by epsilon_high itself.
-      importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
-      advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
-      scale_rewards: whose standard deviation advantages are divided by: the "group", the "batch", or "none" (Dr. GRPO).
-      normalize_advantages: normalise "leave_one_out" advantages over the batch.
-      multi_objective: whether several rewards are summed and then normalised, or the reverse (GDPO).
-      kl_in_reward: beta · KL (k1) is subtracted from the reward instead of added to the loss (RLOO, REINFORCE++).
-      use_bias_correction_kl: the loss's KL is multiplied by the ratio (DeepSeek-V3.2; TRL's default).
-      mask_truncated_completions: completions without a stop token are not trained on.
-      dynamic_sampling: replace groups whose rewards are all equal with groups of other prompts, sampled in up to this
-        many further rounds (DAPO); 0: never. The numbers reported are those of the groups that are trained on.
-      overlong_cache: length of the soft penalty zone before `max_completion_length` (DAPO); 0: no penalty.
+        loss_type: how tokens are clipped and averaged; see `jlora.losses.policy`.
+        beta: weight of the KL to the reference policy; 0 uses no reference.
+        num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
+        steps_per_generation: a rollout holds the completions of this many steps.
+        epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta
+            above; "cispo" bounds it by epsilon_high itself.
+        importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
+        advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
+        scale_rewards: divide advantages by the deviation of the "group" or the "batch", or not ("none": Dr. GRPO).
+        normalize_advantages: normalise "leave_one_out" advantages over the batch.
+        multi_objective: whether several rewards are summed and then normalised, or the reverse (GDPO).
+        kl_in_reward: beta · KL (k1) is subtracted from the reward instead of added to the loss (RLOO, REINFORCE++).
+        use_bias_correction_kl: the loss's KL is multiplied by the ratio (DeepSeek-V3.2; TRL's default).
+        mask_truncated_completions: completions without a stop token are not trained on.
+        dynamic_sampling: replace groups whose rewards are all equal with groups of other prompts, sampled in up to this
+            many further rounds (DAPO); 0: never. The numbers reported are those of the groups that are trained on.
+        overlong_cache: length of the soft penalty zone before `max_completion_length` (DAPO); 0: no penalty.
     """
 
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "dapo_prompt", "luspo", "cispo", "sapo"] = "dapo"
@@ -258,15 +258,15 @@ class PPOConfig:
     """Proximal policy optimisation from human feedback (Schulman et al. 2017; Ziegler et al. 2019).
 
     Args:
-      num_ppo_epochs: passes over every batch of rollouts.
-      num_mini_batches: optimizer steps per pass.
-      kl_coef: how much each nat of KL to the reference lowers the reward.
-      kl_estimator: "k1" or "k3" (Schulman 2020).
-      target_kl: the KL of a completion that the adaptive coefficient aims for; None keeps `kl_coef` constant.
-      kl_horizon: completions over which the adaptive coefficient moves.
-      vf_coef: weight of the value loss.
-      cliprange, cliprange_value: clipping ranges of the ratio and of the values.
-      missing_eos_penalty: subtracted from the score of a completion without a stop token.
+        num_ppo_epochs: passes over every batch of rollouts.
+        num_mini_batches: optimizer steps per pass.
+        kl_coef: how much each nat of KL to the reference lowers the reward.
+        kl_estimator: "k1" or "k3" (Schulman 2020).
+        target_kl: the KL of a completion that the adaptive coefficient aims for; None keeps `kl_coef` constant.
+        kl_horizon: completions over which the adaptive coefficient moves.
+        vf_coef: weight of the value loss.
+        cliprange, cliprange_value: clipping ranges of the ratio and of the values.
+        missing_eos_penalty: subtracted from the score of a completion without a stop token.
     """
 
     num_ppo_epochs: int = 4

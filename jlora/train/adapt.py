@@ -91,7 +91,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
 
 
 def _warn_of_experts(params: Params) -> None:
-    """Warns before the run, rather than after it, that no PEFT folder can hold what it trains."""
+    """Warns before the run, rather than after it, that no transformers folder can hold what it trains."""
     if any("/experts/" in path and isinstance(leaf, Rounded) for path, leaf in tree.flatten(params).items()):
         warnings.warn(
             "experts are trained to be packed (merge_aware), which no folder for transformers can hold: export this "

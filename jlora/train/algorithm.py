@@ -72,7 +72,7 @@ class FileSource:
         return batch, count
 
     def observe(self, metrics: Metrics) -> None:
-        """Nothing to check."""
+        """Does nothing: there is nothing to check."""
 
     def get_state(self) -> dict[str, Any]:
         """The grain iterator's position."""

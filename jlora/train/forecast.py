@@ -64,8 +64,8 @@ class Forecast:
         topology: its name.
         estimated: whether the memory was added up from the traced step because there is no compiler to ask.
         devices: number of devices in the mesh.
-        peak_bytes_per_device: the most memory in use at one time; `argument_bytes` of it is held between steps, the
-            rest only during a step.
+        peak_bytes_per_device: the most memory in use at one time: `argument_bytes` for the step's arguments, the rest
+            temporary.
         host_bytes: host memory for what is offloaded to it.
         memory_bytes: memory that a device has for programs; None if not known.
         trainable_parameters, frozen_parameters: parameters of the whole model.

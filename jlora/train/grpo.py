@@ -223,7 +223,9 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
 
 
 def _has_moved(settings: GRPOConfig) -> bool:
-    """Whether steps need the log-probabilities under the policy that sampled, which may have moved since."""
+    """Whether the log-probabilities under the sampling policy are needed: it may move before a step, or the reward has
+    a KL.
+    """
     return settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
 
 

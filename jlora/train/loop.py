@@ -139,6 +139,7 @@ def run(
     Raises:
         ValueError: the workdir belongs to a run with different settings, different data or another version of jlora, or
             the data, model or targets are invalid.
+        Diverged: numbers are no longer finite, and nothing is left to train.
         Interrupted: see `stop`.
     """
     folder = pathlib.Path(workdir)

@@ -73,7 +73,7 @@ class Sources:
         return {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, sum(counts)
 
     def observe(self, metrics: Metrics) -> None:
-        """Nothing to check."""
+        """Does nothing: there is nothing to check."""
 
     def get_state(self) -> dict[str, Any]:
         """The position of each source."""

@@ -86,7 +86,7 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
         attention.require(form, device)
         return
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.train.seq_len), np.int32)
-    # Only sft's documents simply follow each other in a row; those of other algorithms may share a prompt.
+    # Only in sft are documents always independent; those of other algorithms may share a prompt.
     windows = tuple(dict.fromkeys(layer.window for layer in model.layers))
     marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=config.algorithm != "sft")
     with sharding.on(mesh):

@@ -22,7 +22,7 @@ class Usage:
 
     Attributes:
         tokens_per_second: over all devices.
-        peak_bytes: the most memory that a device held; on CPU, the most that the process has grown by.
+        peak_bytes: the most memory that a device held; on CPU, how much the process's peak has grown.
         of_process: whether `peak_bytes` is the process's.
         mfu: the model's FLOPs as a share of the devices' peak; None if either is not known.
     """

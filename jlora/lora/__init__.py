@@ -1,4 +1,4 @@
-"""LoRA as a transformation of a param tree: adapters beside base leaves, a frozen half and a trainable half."""
+"""LoRA as a transformation of a param tree: adapters sit beside base leaves; one half is frozen, the other trained."""
 
 from jlora.lora.bank import Bank, choose
 from jlora.lora.bind import bind, from_nnx

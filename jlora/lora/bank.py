@@ -1,4 +1,4 @@
-"""Many adapters beside one base: each row of a batch has its own, or several with weights, or none."""
+"""Many adapters beside one base: each row of a batch uses one of them, a weighted sum of several, or none."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +20,12 @@ from jlora.lora.targets import candidates, is_expert
 from jlora.lora.vocabulary import marks, require_same_rows, without_marks
 from jlora.types import Params
 
-# What a row asks for: an adapter by name, several with weights, or None for the base alone.
+# What a row uses: an adapter by name, several with weights, or None for the base alone.
 Choice = str | Mapping[str, int | float] | None
 
 NEEDED = ("lora_a", "lora_b", "lora_scale")
 HELD = (*NEEDED, "lora_bias")
-# Settings that do not change what an adapter computes, once its factors are padded.
+# Settings that do not change what an adapter computes once its factors are padded.
 IGNORED = ("lora_rank", "lora_dropout")
 
 
@@ -38,19 +38,19 @@ class Places(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Adapters in numbered places. Adding, removing and choosing compile nothing anew: places and ranks are fixed, and
-    so is how many adapters a row uses, up to `width`.
+    """Adapters in numbered places. Adding, removing and choosing adapters never recompiles: the number of places, the
+    ranks and, up to `width`, the number of adapters a row uses are fixed.
 
-    It holds updates of linears and embeddings: lora_a, lora_b, lora_bias. Refused, for use alone or to be merged, are
-    DoRA, modules_to_save, bias=, trainable_token_indices, adapters of an embedding that act in its tied head too, and
-    those of experts and routers.
+    A bank holds updates of linears and embeddings: lora_a, lora_b, lora_bias. It refuses DoRA, modules_to_save, bias=,
+    trainable_token_indices, adapters of an embedding that also act in its tied head, and adapters of experts and
+    routers: use those alone, or merge them.
 
     Attributes:
-        params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty. A
-            model takes what `choose` or `alone` make of them, not these.
-        names: of the adapters, None where a place is free.
-        width: how many adapters every row is read with. A batch in which a row mixes more is as wide as that row, which
-            compiles once for each such width.
+        params: the base with, at every module, lora_a [*stack, places + 1, D, R] and so on. The last place is empty.
+            Give a model the params that `choose` or `alone` returns, not these.
+        names: the adapters' names, None where a place is free.
+        width: how many adapters are read for every row. A batch in which a row mixes more is as wide as that row, and
+            each such width compiles once.
     """
 
     params: Params
@@ -67,17 +67,17 @@ class Bank:
         config: LoraConfig | None = None,
         width: int = 1,
     ) -> "Bank":
-        """A bank of these adapters of the base of `params`.
+        """A bank of these adapters for the base of `params`.
 
         Args:
-            adapters: trees that hold them (params, or their `adapter_leaves`), by name.
-            places: how many adapters there is room for, default as many as are given.
-            config: the modules and the rank that there is room for, default those of the adapters.
-            width: how many adapters rows may mix before anything is compiled anew. Every row is read with as many,
-                whether it mixes or not: with 2 a decoding step reads twice the adapters.
+            adapters: trees that hold adapters (params, or their `adapter_leaves`), by name.
+            places: how many adapters to make room for; default: as many as are given.
+            config: the modules and the rank to make room for; default: those of the adapters.
+            width: how many adapters a row may mix without recompiling. This many are read for every row, whether it
+                mixes or not: with 2 a decoding step reads twice as many adapters.
 
         Raises:
-            ValueError: adapters that a bank cannot hold; all are listed.
+            ValueError: there are adapters that a bank cannot hold; all are listed.
         """
         _require_names(adapters)
         base = strip(params)
@@ -112,10 +112,10 @@ class Bank:
         )
 
     def add(self, name: str, adapter: Params) -> "Bank":
-        """The bank with one more adapter, or with another one under a name that it has.
+        """The bank with one more adapter, which replaces any that it has under this name.
 
         Raises:
-            ValueError: there is no room for it; everything that does not fit is listed.
+            ValueError: there is no room for the adapter; everything that does not fit is listed.
         """
         _require_names([name])
         require_same_rows(self.params, {name: adapter})
@@ -132,20 +132,20 @@ class Bank:
         return self._with(place, name, flat)
 
     def remove(self, name: str) -> "Bank":
-        """The bank without an adapter.
+        """The bank without this adapter.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: the bank has no adapter of this name.
         """
         if name is None:
             raise UnknownNameError("None is the base alone, which no bank is without")
         return self._with(self.number(name), None, {})
 
     def number(self, name: str | None) -> int:
-        """The place of an adapter; for None the one that is always empty.
+        """The place of an adapter; for None, the place that is always empty.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: the bank has no adapter of this name.
         """
         if name is None:
             return len(self.names)
@@ -155,11 +155,11 @@ class Bank:
         return self.names.index(name)
 
     def places(self, choices: Sequence[Choice]) -> Places:
-        """What the rows ask for, as numbers: at least `width` for each.
+        """The rows' choices as place numbers and weights, at least `width` for each row.
 
         Raises:
-            UserError: one choice that is not in a list.
-            KeyError: an adapter that the bank does not hold.
+            UserError: `choices` is a single choice, not a list of them.
+            KeyError: the bank does not hold one of the adapters.
         """
         if isinstance(choices, str | Mapping):
             raise UserError(f"found {choices!r} alone, expected one choice for each row: give a list of them")
@@ -176,15 +176,19 @@ class Bank:
         return Places(jnp.asarray(numbers), jnp.asarray(weights))
 
     def choose(self, choices: Sequence[Choice]) -> Params:
-        """Params for a batch of as many rows, each with the adapter, or the weighted sum of adapters, that it asks for.
+        """Params for a batch with one row for each choice: an adapter, a weighted sum of adapters, or the base alone.
 
         Raises:
-            KeyError: an adapter that the bank does not hold.
+            KeyError: the bank does not hold one of the adapters.
         """
         return choose(self.params, *self.places(choices))
 
     def alone(self, name: str | None) -> Params:
-        """Params with one adapter, the same for every row."""
+        """Params with one adapter for every row; with None, the base alone.
+
+        Raises:
+            KeyError: the bank has no adapter of this name.
+        """
         place = self.number(name)
 
         def pick(path: str, leaf: Any) -> Any:
@@ -195,7 +199,7 @@ class Bank:
         return tree.map_with_path(pick, self.params)
 
     def _with(self, place: int, name: str | None, flat: Mapping[str, Any]) -> "Bank":
-        """The bank with these leaves in a place, zero where there are none."""
+        """The bank with these leaves at `place`, and zeros for the leaves not given."""
 
         mesh = _mesh(self.params)
 
@@ -212,7 +216,13 @@ class Bank:
 
 
 def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B K"]) -> Params:
-    """The params of a bank with `lora_ids` and `lora_weights` [*stack, B, K] at every module: what each row uses."""
+    """The params of a bank with, at every module, the adapters that each row uses: `lora_ids` and `lora_weights`
+    [*stack, B, K].
+
+    Args:
+        params: of a `Bank`.
+        numbers, weights: what `Bank.places` returns.
+    """
 
     def mark(path: str, module: Params) -> Params:
         if "lora_scale" not in module:
@@ -227,10 +237,10 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
 
 
 def refuse_chosen(params: Params, instead: str) -> None:
-    """Raises ValueError for params of `Bank.choose`, for what sorts rows or makes several batches of them.
+    """Raises ValueError for params from `Bank.choose`, which functions that reorder rows or split them cannot use.
 
     Args:
-        instead: what to give in their place.
+        instead: what the error message says to give instead.
     """
     if any(path.endswith("/lora_ids") for path in tree.flatten(params)):
         raise UserError(f"found params of Bank.choose, whose adapters belong to the rows of one batch: give {instead}")
@@ -243,12 +253,12 @@ def _require_names(names: Iterable[Any]) -> None:
 
 def _leaves(adapter: Params) -> dict[str, Any]:
     flat = without_marks(tree.flatten(adapter_leaves(adapter)))
-    whole = all(path.replace("/lora_start_", "/lora_") in flat for path in flat)  # else `_faults` says what lacks
+    whole = all(path.replace("/lora_start_", "/lora_") in flat for path in flat)  # else `_faults` says what is missing
     return tree.flatten(with_starts(tree.unflatten(flat))) if whole else flat
 
 
 def _shapes(base: Params, config: LoraConfig) -> Params:
-    """An adapter of this config in shapes, as wide as its start may make it; what the start looks at is not needed."""
+    """The shapes of an adapter of this config, at the widest rank that its initialisation can give."""
     start = config.init_lora_weights
     wider = 2 if shifts_base(start) else config.eva_rho if start == "eva" else 1
     ranks = tuple((name, round(rank * wider)) for name, rank in config.rank_pattern)
@@ -257,7 +267,7 @@ def _shapes(base: Params, config: LoraConfig) -> Params:
 
 
 def _room(base: Params, adapters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Path → the shape in which each of these adapters fits, of the leaves that they have beside matrices."""
+    """Path → shape that every one of these adapters fits in, for the leaves that they have beside matrices."""
     ranks: dict[str, int] = {}
     for flat in adapters:
         for path, leaf in flat.items():
@@ -277,7 +287,7 @@ def _room(base: Params, adapters: Sequence[Mapping[str, Any]]) -> dict[str, tupl
 def _faults(
     name: str, flat: Mapping[str, Any], params: Params, room: Mapping[str, tuple[int, ...]], missing: str
 ) -> list[str]:
-    """Why these leaves do not go beside the base of `params`, where there is this room."""
+    """The reasons why these leaves do not fit beside the base of `params`, with `room` for each path."""
     modules: dict[str, list[str]] = {}
     for path in flat:
         module, _, last = path.rpartition("/")
@@ -309,7 +319,7 @@ def _faults(
 
 
 def _fits(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
-    """Whether the shapes are equal but for a rank that may be less."""
+    """Whether the shapes are equal, except that the rank may be smaller."""
     if len(shape) != len(room):
         return False
     rank = {"lora_a": -1, "lora_b": -2}.get(name, 0) + len(room)
@@ -319,24 +329,24 @@ def _fits(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
 
 
 def _index(path: str, leaf: Any, place: int, shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """Where an adapter's leaf of this shape goes: its place, and the first ranks of those that there is room for."""
+    """The index of an adapter's leaf of this shape in the bank's leaf: its place, and the first of the ranks."""
     axis = _place_axis(path, leaf)
     return (*map(slice, shape[:axis]), place, *map(slice, shape[axis:]))
 
 
 def _mesh(params: Params) -> Mesh | None:
-    """The mesh that params are on."""
+    """The mesh that the params are on, or None."""
     placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) else None
 
 
 def _placed(path: str, leaf: Any, mesh: Mesh | None) -> jax.Array:
-    """The leaf of a bank on the devices, split as an adapter's is beside its kernel."""
+    """A bank's leaf on the devices, sharded as an adapter's leaf beside its kernel."""
     return jnp.asarray(leaf) if mesh is None else jax.device_put(leaf, sharding.leaf_sharding(path, leaf, mesh))
 
 
 def _own_axes(path: str) -> int:
-    """How many axes a leaf has behind those that it is stacked by."""
+    """How many axes a leaf has after its stacking axes."""
     return {"lora_scale": 0, "lora_bias": 1}.get(path.rpartition("/")[2], 2)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from jlora.errors import UserError
 
-# Starts that draw numbers, and those that come from the base weights ("pissa_niter_4" is a quicker "pissa").
+# Initialisations that draw random numbers, and those computed from base weights ("pissa_niter_4" is a quicker "pissa").
 DRAWN = (True, False, "default", "gaussian", "zero_a", "orthogonal")
 FROM_WEIGHTS = r"pissa(_niter_\d+)?|olora|loftq|lora_ga"
 FROM_DATA = ("eva", "lora_ga")
@@ -20,33 +20,34 @@ class LoraConfig:
 
     Attributes:
         r: rank of the update.
-        lora_alpha: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with `use_rslora`).
+        lora_alpha: the update is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with `use_rslora`.
         target_modules: "all-linear" (every linear but the head), a sequence of names (a module matches when its dotted
             name is one of them or ends in "." + one of them), or one regular expression for the full dotted name.
             Embeddings and the head can be named too. An embedding that is also the head has one adapter, which acts in
             both places.
-        exclude_modules: same forms; these are left out.
-        lora_dropout: probability of dropping an input of the update in training; the head's and embeddings' updates are
-            never dropped.
-        use_rslora: see lora_alpha.
+        exclude_modules: modules to leave out, in the same forms.
+        lora_dropout: probability of dropping an input of the update in training; never applied to the head or to
+            embeddings.
+        use_rslora: see `lora_alpha`.
         rank_pattern, alpha_pattern: (name or regular expression) → rank or alpha of the modules whose name ends in a
             match.
         init_lora_weights: True or "default": A uniform in ±1/sqrt(in), B zero (embeddings: A zero, B normal).
             "gaussian": A normal with deviation 1/r, B zero. "zero_a": A zero, B uniform in ±1/sqrt(r). False: both
-            random, so that the start is not the base model. "orthogonal": both random, their product zero.
-            "pissa", "pissa_niter_N", "olora": the base's leading singular vectors, or its QR factors, which the base is
-            then read without. "loftq": what packing the base lost; `init` needs the unpacked base for it. "eva": the
-            directions in which the inputs vary, ranks shared out by how much. "lora_ga": the leading singular vectors
-            of the kernels' gradients. For these two `init` needs what was seen of the data.
+            random, so training does not start from the base model. "orthogonal": both random, their product zero.
+            "pissa", "pissa_niter_N", "olora": the base's leading singular vectors ("olora": its QR factors), whose
+            product is subtracted from the base. "loftq": what packing the base lost; `init` needs the unpacked base.
+            "eva": the directions in which the inputs vary, with ranks shared out by variance; `init` needs `moments`.
+            "lora_ga": the leading singular vectors of the kernels' gradients; `init` needs `gradients`.
         use_dora: also train the length of every output's weights (DoRA).
-        lora_bias: the update has a bias as well.
-        bias: "none", or train copies of the biases: "all", or "lora_only" those of adapted modules.
-        modules_to_save: names; modules whose dotted name ends in one are trained whole, as copies.
-        layers_to_transform: adapt these layers only; with a sequence of target_modules.
+        lora_bias: give the update a bias as well.
+        bias: "none", or train copies of the biases: "all" of them, or with "lora_only" those of adapted modules.
+        modules_to_save: names; modules whose dotted name ends in one of them are trained whole, as copies.
+        layers_to_transform: adapt these layers only; needs `target_modules` to be a sequence.
         trainable_token_indices: tokens whose embeddings are trained as new rows: a sequence for the input embedding
             (and its tied head), or (module name → tokens).
-        target_parameters: dotted names' ends of experts' kernels and routers ("mlp.experts.down_proj", "gate.weight").
-        eva_rho: no module's rank becomes more than this many times what was asked for (PEFT's `eva_config.rho`).
+        target_parameters: experts' kernels and routers to adapt, by the ends of their dotted names
+            ("mlp.experts.down_proj", "gate.weight").
+        eva_rho: no module's rank grows beyond this many times the rank asked for (PEFT's `eva_config.rho`).
         lora_ga_direction, lora_ga_scale, lora_ga_gamma: PEFT's `lora_ga_config`: "ArBr", "A2rBr" or "ArB2r"; "stable",
             "gd_scale" or "weight_svd"; its `stable_gamma`.
     """
@@ -75,7 +76,7 @@ class LoraConfig:
     lora_ga_gamma: float = 16.0
 
     def __post_init__(self) -> None:
-        # Everything hashable, whatever it was given as.
+        # Make every field hashable, whatever it was given as.
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

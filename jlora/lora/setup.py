@@ -1,4 +1,4 @@
-"""New adapters for a param tree, initialised as PEFT does."""
+"""New adapters for a param tree, initialised as in PEFT."""
 
 import dataclasses
 import math
@@ -29,8 +29,8 @@ def init(
     moments: Params | None = None,
     input_axes: InputAxes = (),
 ) -> Params:
-    """The same tree with adapters beside the targeted leaves; with the default initialisation the model computes the
-    same.
+    """The params with new adapters beside the targeted leaves. With the default initialisation the model's outputs do
+    not change.
 
     q_proj/kernel [L, D, N]  →  q_proj/kernel [L, D, N]          untouched, packed or not
                                 q_proj/lora_a [L, D, R] float32  trainable
@@ -39,19 +39,18 @@ def init(
                                 q_proj/lora_rank [L]    int32    only where layers differ: the rest is zero
                                 q_proj/lora_dropout [L] float32  only with dropout: the probability
 
-    `jlora.lora.partition` lists every other leaf that the config may add. Each leaf's random key follows from its path
-    alone, so adding a target never changes another target's start.
+    `jlora.lora.partition` lists the other leaves that the config may add. A module's random key depends only on `key`
+    and its path, so adding a target never changes how another one starts.
 
     Args:
         dense: the same base before it was packed, for init_lora_weights="loftq".
-        gradients: of the kernels (`kernel_gradients`), for init_lora_weights="lora_ga".
-        moments: of the linears' inputs (`Model.input_moments`), for init_lora_weights="eva".
-        input_axes: (regular expression for a module's path, how many of its kernel's axes are inputs), for kernels of
-            more than two axes without a bias that shows it (Flax's DenseGeneral).
+        gradients: the kernels' gradients (`kernel_gradients`), for init_lora_weights="lora_ga".
+        moments: the moments of the linears' inputs (`Model.input_moments`), for init_lora_weights="eva".
+        input_axes: pairs (regular expression for a module's path, how many of its kernel's axes are inputs), for
+            kernels with more than two axes and no bias to tell them apart (Flax's DenseGeneral).
 
     Raises:
-        ValueError: the tree has adapters already, a pattern of the config matches nothing, or settings do not go
-        together.
+        ValueError: the tree already has adapters, a pattern of the config matches nothing, or settings conflict.
     """
     flat = tree.flatten(params)
     if present := [path for path in flat if is_adapter(path)]:
@@ -119,7 +118,7 @@ def _adapter(
 def _eva(
     targets: list[Target], config: LoraConfig, moments: Params | None
 ) -> tuple[list[Target], dict[str, jax.Array]]:
-    """The targets with the common rank budget shared out, and the directions that their A start from (EVA)."""
+    """The targets with the common rank budget shared out among them, and the directions that each A starts from."""
     if moments is None:
         raise UserError(
             "init_lora_weights='eva' starts from a linear's inputs: give init(…, moments=…) what "
@@ -137,7 +136,7 @@ def _eva(
             shares.append(share[: round(rank * config.eva_rho)])
             budget += rank
     ranks = iter(starts.share_out(shares, budget))
-    # As in PEFT, a module's scale stays what it was for the rank that was asked for.
+    # As in PEFT, a module keeps the scale that belongs to the rank asked for.
     shared = [dataclasses.replace(target, ranks=tuple(next(ranks) for _ in target.ranks)) for target in targets]
     return [target for target in shared if any(target.ranks)], directions
 
@@ -175,11 +174,12 @@ def _biases(flat: dict[str, Any], config: LoraConfig, targets: dict[str, Target]
 
 
 def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
-    """The leaves of all modules that `modules_to_save` means, unpacked and in float32, by the paths of their copies:
-    norm/scale → norm/trained_scale. What is no floating-point number has no gradient, and no copy.
+    """The leaves of all modules selected by `modules_to_save`, unpacked and in float32, by the paths of their copies:
+    norm/scale → norm/trained_scale. Leaves that are not floating-point have no gradient and are not copied.
 
     Raises:
-        ValueError: an item that no module's name ends in (all are listed), or that means only some layers of a stack.
+        ValueError: no module's name ends in an item (all such are listed), or an item selects only some layers of a
+            stack.
     """
     copies: dict[str, jax.Array] = {}
     used: set[str] = set()
@@ -196,7 +196,7 @@ def saved_modules(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Arr
             dense = quant.unpacked(leaf)
             copies[f"{module}/{TRAINED}{name}"] = dense.astype(jnp.float32)
             used |= {item for item in config.modules_to_save if names[0].endswith(item)}
-    for embedding, head in tied_heads(flat).items():  # a tied head trained apart starts as a copy of the embedding
+    for embedding, head in tied_heads(flat).items():  # a tied head trained separately starts as a copy of the embedding
         if saves(head, config):
             copies[f"{head}/{TRAINED}kernel"] = flat[f"{embedding}/embedding"].T.astype(jnp.float32)
             used |= {item for item in config.modules_to_save if head.endswith(item)}
@@ -244,7 +244,7 @@ def _tokens(flat: dict[str, Any], config: LoraConfig) -> dict[str, jax.Array]:
 
 
 def ties(flat: dict[str, Any]) -> dict[str, jax.Array]:
-    """The mark of embeddings that are their head as well and changed in both places."""
+    """`lora_tied` leaves for the adapted embeddings that are also their model's head and act in both places."""
     marks = {}
     for embedding, head in tied_heads(flat).items():
         adapted = any(f"{embedding}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))

@@ -1,4 +1,4 @@
-"""Adapters for models that know nothing of them: any Flax model's function over a tree whose leaves are the sums."""
+"""Adapters for models that know nothing about them: any Flax model's function, run on a tree of merged leaves."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,11 @@ from jlora.types import Params
 
 
 def bind(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """apply(params, …) for params that hold adapters and packed leaves: it is given the base tree with every adapter
-    added and every packed leaf unpacked, inside whatever jit it is called in.
+    """The function apply(params, …) for params with adapters and packed leaves: `apply` gets the base tree with every
+    adapter added and every packed leaf unpacked, inside whatever jit the function is called in.
 
-    The sums are formed again in the backward pass and never kept, so memory is that of the base and of what `apply`
-    keeps itself. For jlora's own models there is no need of this: they take the update beside the base product, which
-    costs less.
+    The sums are recomputed in the backward pass and never stored, so memory holds the base and what `apply` itself
+    saves. jlora's own models do not need this: they compute the update beside the base product, which is cheaper.
     """
 
     def adapted(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -31,10 +30,10 @@ def bind(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def from_nnx(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
-    """(apply, params) of an NNX model: its parameters as a nested dict, and the model as a function of such a dict.
+    """(apply, params) of an NNX model: the model as a function of a nested dict of parameters, and that dict.
 
-    apply(params, *args) calls the model with these parameters; its other state (batch statistics, random keys) is as
-    it was when the model was taken apart, and changes are dropped. Lists of modules become dicts with "0", "1", ….
+    apply(params, *args) calls the model with these parameters. Its other state (batch statistics, random keys) stays
+    as it was when `from_nnx` was called; changes to it are dropped. Lists of modules become dicts of "0", "1", ….
     """
     graph, state, rest = nnx.split(model, nnx.Param, ...)
     pure = nnx.to_pure_dict(state)
@@ -58,7 +57,7 @@ def _unpacked(params: Params) -> Params:
 
 
 def _formed_sizes(params: Params) -> set[int]:
-    """How many elements the leaves have that `merge` and unpacking form."""
+    """The sizes, in elements, of the leaves that `merge` and unpacking form."""
     flat = tree.flatten(params)
     adapted = {path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")}
     return {
@@ -69,10 +68,10 @@ def _formed_sizes(params: Params) -> set[int]:
 
 
 def _keep_all_but(sizes: set[int]) -> Callable[..., bool]:
-    """A checkpoint policy that keeps every value but those of so many elements.
+    """A checkpoint policy that saves every value except those with one of these numbers of elements.
 
-    A name on the sums would not do: their unnamed summands would be kept in their place. An activation that happens to
-    be as large is computed again too, which costs time and no correctness.
+    Naming the sums would not do: their unnamed summands would be saved instead. An activation that happens to have the
+    same size is recomputed too, which costs time but stays correct.
     """
 
     def keep(primitive: Any, *inputs: Any, **parameters: Any) -> bool:

@@ -1,4 +1,4 @@
-"""An adapter from two models of one architecture: the best product of narrow matrices for what training changed."""
+"""An adapter from two models of one architecture: the best low-rank approximation of what training changed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,20 +24,21 @@ def extract(
     target_modules: str | Sequence[str] = "all-linear",
     modules_to_save: Sequence[str] | None = None,
 ) -> tuple[Params, Fits]:
-    """(the base with an adapter that makes it the tuned model as nearly as the rank allows, report).
+    """(the base with an adapter that brings it as close to the tuned model as the rank allows, report).
 
-    Each weight's change is replaced by its best product of `rank` (Eckart and Young 1936). Leaves that no target covers
-    (norms, biases, embeddings unless targeted) stay as the base has them, and count in the report as rank 0.
+    Each weight's change is replaced by its best approximation of `rank` (Eckart and Young 1936). Leaves that no target
+    covers (norms, biases, embeddings unless targeted) stay as they are in the base and count in the report as rank 0.
 
     Args:
         base, tuned: two trees of one architecture, packed or not. One leaf's difference is held at a time, in float32.
-        rank: or a float in (0, 1]: the share of each weight's squared singular values to keep.
-        target_modules: as in a LoraConfig.
-        modules_to_save: modules that the adapter holds whole copies of, as in a LoraConfig.
+        rank: the rank of every update, or a float in (0, 1]: the share of each weight's squared singular values to
+            keep.
+        target_modules: as in `LoraConfig`.
+        modules_to_save: modules that the adapter holds whole copies of, as in `LoraConfig`.
 
     Raises:
-        ValueError: the two differ in more than values (all differences are listed), or a pattern matches nothing or, of
-            `modules_to_save`, only some layers of a stack.
+        ValueError: the trees differ in more than values (all differences are listed), a pattern matches nothing, or an
+            item of `modules_to_save` matches only some layers of a stack.
     """
     check_rank(rank)
     names = target_modules if isinstance(target_modules, str) else tuple(target_modules)
@@ -63,12 +64,12 @@ def extract(
             energy = float(np.sum((as_float(changed[path]) - as_float(leaf)).astype(np.float64) ** 2))
             if energy:
                 fits.append(Fit(path, 0, energy, energy))
-    found |= ties(flat | found)  # what was learnt at both ends of a tied embedding acts at both
+    found |= ties(flat | found)  # a tied embedding's change acts in the head too
     return overlay(strip(base), tree.unflatten(found)), Fits(f"difference at rank {rank}", tuple(fits))
 
 
 def _factors(path: str, target: Any, difference: np.ndarray, rank: int | float, fits: list[Fit]) -> Params:
-    """The leaves of one module, all of its layers."""
+    """The adapter leaves of one module, for all of its layers; what each fit keeps is appended to `fits`."""
     candidate = target.candidate
     before, after = candidate.factor_shapes
     stack = before[: len(before) - candidate.axes[0]]

@@ -1,4 +1,4 @@
-"""What a merge keeps of an adapter's update once the sum is rounded, or packed."""
+"""How much of an adapter's update a merge keeps once the sum is rounded or packed."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ Key = tuple[str, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class KeptModule:
-    """The update of one of a module's leaves and what became of it, over all of its layers.
+    """The update of one leaf of a module and what the merge made of it, over all of its layers.
 
     Attributes:
-        path: of the leaf.
+        path: the leaf's path.
         energy: ‖ΔW‖² of the update.
         along: ⟨what changed, ΔW⟩.
         missed: ‖what changed - ΔW‖².
@@ -38,7 +38,7 @@ class KeptModule:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a merge kept of the update of every leaf; as text, a table with a row a leaf."""
+    """How much of every leaf's update a merge kept; as text, a table with a row for each leaf."""
 
     modules: tuple[KeptModule, ...]
 
@@ -50,7 +50,7 @@ class Kept:
 
     @property
     def error(self) -> float:
-        """‖what changed - ΔW‖ / ‖ΔW‖: what the merge loses of the update, and what rounding adds."""
+        """‖what changed - ΔW‖ / ‖ΔW‖: the part of the update that the merge loses, and the noise that rounding adds."""
         energy = sum(module.energy for module in self.modules)
         return (sum(module.missed for module in self.modules) / energy) ** 0.5 if energy else 0.0
 
@@ -67,15 +67,16 @@ class Kept:
 
 
 def kept(params: Params, merged: Params) -> Kept:
-    """What `merged`, a base tree, kept of the adapter in `params`: of every leaf of the base that it changes.
+    """How much of the adapter in `params` the base tree `merged` kept, for every base leaf that the adapter changes.
 
-    Of kernels that are packed when they are used (`quant.Rounded`) the packed sum is what was trained.
+    For kernels that are packed when used (`quant.Rounded`), the reference is the packed sum, which is what was trained.
 
     Args:
-        merged: `lora.merge(params)`, in whatever dtype or packing, its layers stacked in whatever way.
+        params: a tree with an adapter.
+        merged: `lora.merge(params)`, in any dtype or packing, with its layers stacked in any way.
 
     Raises:
-        ValueError: weights that `merged` does not have, or has in another shape; all are listed.
+        ValueError: `merged` lacks some weights, or has them in another shape; all are listed.
     """
     params, merged = untie(params), untie(merged)
     places = _places(tree.flatten(merged))
@@ -100,7 +101,7 @@ def kept(params: Params, merged: Params) -> Kept:
 
 
 def _parts(path: str, module: Params, stack: tree.Stack | None) -> Iterator[tuple[Params, Key]]:
-    """(its leaves, its key) of every layer of the module whose leaf is at `path`; of one not stacked there is one."""
+    """Yields (leaves, key) for every layer of the module with the leaf at `path`; once if the module is not stacked."""
     if stack is None:
         yield module, (path, None)
         return

@@ -1,4 +1,4 @@
-"""Where a base product, its packing and its adapter meet: linears, experts' linears, embeddings."""
+"""Linears, experts' linears and embeddings: a base product, packed or not, together with its adapter."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ from jlora.types import SAVED, Params
 def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
     """x @ kernel + bias + update(x), with whichever leaves `module` holds (see `jlora.lora.partition`).
 
-    The update multiplies in x's dtype, with sums in float32 (LoRA, Hu et al. 2021). With `lora_magnitude` every output
-    is rescaled to that length (DoRA, Liu et al. 2024).
+    The update multiplies in x's dtype, with sums in float32 (LoRA, Hu et al. 2021). With `lora_magnitude` every
+    output's weights are rescaled to that length (DoRA, Liu et al. 2024).
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
 
     Raises:
-        ValueError: a bank of adapters of which none are chosen, or for another number of rows.
+        ValueError: `module` belongs to a bank, and no adapters are chosen, or they are chosen for another number of
+            rows.
     """
     module = resolve(module)
     _check_bank(module, x)
@@ -40,13 +41,21 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
             y = y + update(x, module, key=key).astype(y.dtype)
     if "bias" in module:
         y = y + _row(module["bias"], y.ndim).astype(y.dtype)
-    if "lora_tokens" in module:  # of a head: rows of its weight are columns of the logits
+    if "lora_tokens" in module:  # in a head, new rows of the embedding are columns of the logits
         y = y.at[..., module["lora_token_ids"]].set(x @ module["lora_tokens"].astype(x.dtype).T)
     return checkpoint_name(y, SAVED)
 
 
 def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
-    """What the adapter adds: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), less the update it started from."""
+    """What the adapter adds to the output: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), minus the update that
+    training started from if the module has `lora_start_a`.
+
+    Args:
+        key: turns on `lora_dropout`; without it nothing is dropped.
+
+    Raises:
+        ValueError: as in `linear`.
+    """
     _check_bank(module, x)
     if "lora_ids" in module:
         return _update_by_row(x, module)
@@ -62,7 +71,7 @@ def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
 
 
 def _check_bank(module: Params, x: jax.Array) -> None:
-    """Refuses a bank of adapters of which none are chosen, or for another number of rows."""
+    """Raises UserError if a bank's adapters are not chosen, or are chosen for another number of rows."""
     if "lora_ids" in module:
         if (chosen := module["lora_ids"].shape[0]) != x.shape[0]:
             raise UserError(
@@ -77,7 +86,7 @@ def _check_bank(module: Params, x: jax.Array) -> None:
 
 
 def _update_by_row(x: jax.Array, module: Params) -> jax.Array:
-    """What each row's own adapters add, of a bank: Σ weight · scale · (x @ lora_a @ lora_b + lora_bias) over K."""
+    """What a bank's adapters add to each row: Σ weight · scale · (x @ lora_a @ lora_b + lora_bias) over its K."""
     ids, rows = module["lora_ids"], x.reshape(x.shape[0], -1, x.shape[-1])
     lora_a, lora_b = module["lora_a"][ids], module["lora_b"][ids]  # [B, K, D, R], [B, K, R, N]
     scale = module["lora_scale"][ids] * module["lora_weights"]
@@ -89,7 +98,7 @@ def _update_by_row(x: jax.Array, module: Params) -> jax.Array:
 
 
 def _packed_sum(module: Params, key: jax.Array | None) -> jax.Array:
-    """What the packed sum of kernel and update stands for: the merged weight that a `Rounded` kernel is trained for."""
+    """The values of the packed sum of kernel and update: the merged weight that a `Rounded` kernel is trained for."""
     if "lora_ids" in module or (key is not None and "lora_dropout" in module):
         what = "adapters of a bank" if "lora_ids" in module else "lora_dropout"
         raise UserError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
@@ -99,7 +108,11 @@ def _packed_sum(module: Params, key: jax.Array | None) -> jax.Array:
 
 
 def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch D"]:
-    """Rows of `embedding` [V, D], with their update scale · lora_a[token] @ lora_b, or their new rows."""
+    """Rows of `embedding` [V, D] plus the update scale · lora_a[token] @ lora_b; tokens with trained rows take those.
+
+    Raises:
+        ValueError: as in `linear`.
+    """
     module = resolve(module)
     rows = jnp.take(module["embedding"], tokens, axis=0)
     _check_bank(module, tokens)
@@ -120,7 +133,7 @@ def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch 
 
 
 def unembed(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch V"]:
-    """float32 x @ embedding.T of a tied head, with the embedding's adapter where `lora_tied` says that it acts here."""
+    """The float32 logits x @ embedding.T of a tied head, with the embedding's adapter if it has `lora_tied`."""
     tied = resolve(module) if "lora_tied" in module else module
     embedding = tied["embedding"].astype(x.dtype)
     y = jnp.einsum("...d,vd->...v", x, embedding, preferred_element_type=jnp.float32)
@@ -136,7 +149,10 @@ def unembed(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch
 def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Params) -> Float[Array, "rows N"]:
     """`linear` with a kernel for each of E groups of rows: the first sizes[0] rows take kernel[0], and so on.
 
-    Every leaf has a leading axis of groups, but for lora_scale, which is one.
+    Every leaf except `lora_scale`, a scalar, has a leading axis of groups.
+
+    Args:
+        sizes: how many rows each group has.
     """
     module = resolve(module)
     if isinstance(module["kernel"], quant.Rounded) and "lora_a" in module:
@@ -150,7 +166,7 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
 
 
 def _dora(x: jax.Array, module: Params, key: jax.Array | None) -> jax.Array:
-    """gain · (x @ kernel + update(x)); with dropout the gain acts on what was not dropped, as in PEFT."""
+    """gain · (x @ kernel + update(x)); with dropout the base product is rescaled only for what is kept, as in PEFT."""
     y = quant.matmul(x, module["kernel"]).astype(jnp.float32)
     gain = _row(gains(module), y.ndim)
     kept = y
@@ -172,22 +188,23 @@ def _row(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 def merged(x: Float[Array, "*batch D"], module: Params) -> Float[Array, "*batch N"]:
-    """x @ (kernel + scale · lora_a @ lora_b): one wide product, whose sum the backward pass forms again."""
+    """x @ (kernel + scale · lora_a @ lora_b) as one wide product; the backward pass recomputes the sum."""
     rows = x.reshape(-1, x.shape[-1])
     y = _merged(rows, module["kernel"], module["lora_a"], module["lora_b"], module["lora_scale"])
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _merging_pays(x: jax.Array, module: Params, key: jax.Array | None) -> bool:
-    """Whether adding the update to the kernel costs less than adding it to the outputs (and backwards, the inputs).
+    """Whether it is cheaper to add the update to the kernel than to the outputs (and, in the backward pass, to the
+    inputs' gradients).
 
-    On CPUs only: elsewhere a float32 product may round its operands to fewer bits, and a small update would be lost in
+    Only on CPUs: elsewhere a float32 product may round its operands to fewer bits, which would lose a small update in
     the sum.
     """
     more = ("lora_magnitude", "lora_bias", "lora_start_a", "lora_ids")
     if "lora_a" not in module or any(name in module for name in more) or (key is not None and "lora_dropout" in module):
         return False
-    if sharding.ways(sharding.TOKENS) > 1:  # it takes flat rows, in which tokens that a mesh splits do not lie together
+    if sharding.ways(sharding.TOKENS) > 1:  # in flat rows the tokens of one shard are not contiguous
         return False
     inputs, outputs = module["kernel"].shape
     exact = jax.default_backend() == "cpu" and x.dtype == module["lora_a"].dtype == jnp.float32
@@ -206,7 +223,7 @@ def _merged_forward(*inputs: Kernel) -> tuple[jax.Array, tuple]:
 def _merged_backward(inputs: tuple, grad: jax.Array) -> tuple:
     x, kernel, lora_a, lora_b, scale = inputs
     hidden, grad_hidden = x @ lora_a, grad @ lora_b.T
-    # XLA's CPU backend is slow where the wide operand would be transposed: it is the right one here, and the barriers
+    # XLA's CPU backend is slow when the wide operand is transposed. So the wide operand comes second, and the barriers
     # keep XLA from folding the narrow transposes into the products.
     hold = jax.lax.optimization_barrier
     grad_a = hold(hold(grad_hidden * scale).T @ x).T

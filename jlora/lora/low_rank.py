@@ -1,4 +1,4 @@
-"""A change of a weight as a product of two narrow matrices: the best one of a given rank, and what it misses."""
+"""A weight's change as a product of two narrow matrices: the best one of a given rank, and what it misses."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from jlora.types import Params
 
 
 class Change(NamedTuple):
-    """What is added to a kernel [D, N]: `left`, or the product left [D, K] @ right [K, N] where K is small."""
+    """What is added to a kernel [D, N]: `left` itself, or the product left [D, K] @ right [K, N] with a small K."""
 
     left: np.ndarray
     right: np.ndarray | None = None
@@ -26,12 +26,13 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How well a product stands for one module's change.
+    """How well a product approximates one module's change.
 
     Attributes:
-        name: of the module.
-        energy: the change's squared Frobenius norm.
-        lost: that of the difference.
+        name: the module's name.
+        rank: the product's rank.
+        energy: squared Frobenius norm of the change.
+        lost: squared Frobenius norm of the difference between change and product.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Fit:
 
     @property
     def error(self) -> float:
-        """‖ΔW - AB‖ / ‖ΔW‖, Frobenius; 0 if nothing was changed."""
+        """‖ΔW - AB‖ / ‖ΔW‖, Frobenius; 0 if nothing changed."""
         return (self.lost / self.energy) ** 0.5 if self.energy else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Fits:
-    """All modules of an adapter; as text, a table with a row a module."""
+    """The fits of an adapter's modules; as text, a table with a row for each module."""
 
     title: str
     modules: tuple[Fit, ...]
@@ -66,8 +67,8 @@ class Fits:
 
 
 class Axes(NamedTuple):
-    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]; of the stacked ones
-    `layers` have scales of their own, experts have not.
+    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]. `layers` are the
+    stacked axes that have scales of their own; an axis of experts does not.
     """
 
     layers: tuple[int, ...]
@@ -77,8 +78,8 @@ class Axes(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Params, ndim: int) -> "Axes":
-        """Those of a module's adapter whose weight has `ndim` axes: factors of as many are stacks of matrices (as of
-        experts), others belong to a kernel of several input or output axes.
+        """The axes of a module's adapter whose weight has `ndim` axes. Factors with as many axes are stacks of matrices
+        (as for experts); others belong to a kernel with several input or output axes.
         """
         a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
         stacked = ndim - 2 if len(a) == len(b) == ndim else len(layers)
@@ -86,16 +87,16 @@ class Axes(NamedTuple):
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """How many weights there are, and the D and N of each as a matrix."""
+        """(how many weights there are, D, N) where each weight is a matrix [D, N]."""
         return math.prod(self.stack), math.prod(self.inputs), math.prod(self.outputs)
 
     def spread(self, of_layers: np.ndarray) -> np.ndarray:
-        """A layer's number for each of its weights, [count]."""
+        """One value for each layer → that value for each of the layer's weights, [count]."""
         whole = of_layers.reshape((*self.layers, *(1,) * (len(self.stack) - len(self.layers))))
         return np.broadcast_to(whole, self.stack).ravel()
 
     def factors(self, products: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
-        """The leaves of a module whose weights are changed by A [D, r] @ B [r, N], each of a rank of its own."""
+        """The adapter leaves of a module whose weights change by A [D, r] @ B [r, N], each with a rank of its own."""
         ranks = np.array([left.shape[1] for left, _ in products], np.int32)
         lora_a = np.stack([np.pad(left, ((0, 0), (0, max(ranks) - left.shape[1]))) for left, _ in products])
         lora_b = np.stack([np.pad(right, ((0, max(ranks) - right.shape[0]), (0, 0))) for _, right in products])
@@ -104,17 +105,17 @@ class Axes(NamedTuple):
             "lora_b": lora_b.reshape(*self.stack, max(ranks), *self.outputs),
             "lora_scale": np.ones(self.layers, np.float32),
         }
-        if len(set(ranks)) > 1:  # a layer of experts has the rank of the one that needs most
+        if len(set(ranks)) > 1:  # a layer of experts has the largest of their ranks
             found["lora_rank"] = ranks.reshape(*self.layers, -1).max(axis=-1)
         return found
 
 
 def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
-    """(A with orthonormal columns, B, the change's energy, the energy that is lost) (Eckart and Young 1936).
+    """(A with orthonormal columns, B, the change's energy, the energy lost): the best product (Eckart and Young 1936).
 
     Args:
-        rank: of the product, or less where the change has no more; or, as a float in (0, 1], the share of the squared
-            singular values to keep, with the smallest rank that does (as PEFT's `convert_to_lora` means it).
+        rank: the product's rank, at most min(D, N); or a float in (0, 1], the share of the squared singular values that
+            the smallest sufficient rank must keep (as in PEFT's `convert_to_lora`).
     """
     left, values, right = _singular(change)
     squares = values.astype(np.float64) ** 2
@@ -124,13 +125,13 @@ def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], F
 
 
 def check_rank(rank: int | float) -> None:
-    """Raises ValueError for what `best` cannot take."""
+    """Raises ValueError for a rank that `best` does not accept."""
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise UserError(f"rank is {rank!r}; expected a positive integer, or a float in (0, 1]: the energy to keep")
 
 
 def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The singular value decomposition; of a product of narrow factors it is that of the product of their QR's R."""
+    """The singular value decomposition; for a product of narrow factors, by way of their QR decompositions."""
     left, right = change
     if right is None or left.shape[1] >= min(left.shape[0], right.shape[1]):
         return np.linalg.svd(change.dense(), full_matrices=False)
@@ -141,9 +142,9 @@ def _singular(change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _enough(values: np.ndarray, share: float) -> int:
-    """The smallest rank that keeps the share of the energy.
+    """The smallest rank that keeps this share of the energy.
 
-    The sums are float32 as PEFT's are: with a share of 1 that leaves out what only rounding put there.
+    The sums are float32, as in PEFT: with a share of 1 this leaves out what is only rounding.
     """
     energy = np.cumsum(values**2)
     return int(np.searchsorted(energy, np.float32(share) * energy[-1])) + 1

@@ -1,4 +1,4 @@
-"""Baking adapters into their base leaves."""
+"""Merging adapters into their base leaves."""
 
 import dataclasses
 import functools
@@ -17,28 +17,30 @@ from jlora.types import Params
 Kernel = jax.Array | quant.PackedArray
 # The leaf that an update is added to.
 MAIN = ("kernel", "embedding", "router")
-# Embedding → the head that is one with it where the tree holds no head of its own.
+# Embedding → the head that shares its weight if the tree has no head of its own.
 TIED_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "gpt_neox/embed_in": "embed_out"}
 
 
 def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
-    """The base tree with every adapter baked in: kernel + scale · lora_a @ lora_b, in float32, rounded once.
+    """The base tree with every adapter merged in: kernel + scale · lora_a @ lora_b, in float32, rounded once.
 
     A packed kernel comes back dense, in the dtype it dequantises to: packing the sum again would erase small updates.
-    One that was trained to be packed with its update (`jlora.quant.Rounded`) comes back packed.
-    Trees that hold no adapter come back as they are. Where the adapter changes embedding and tied head differently,
-    the merged tree has a head of its own. What only the adapter has becomes the base's: score/trained_kernel →
-    score/kernel. Of a stack one layer's sum at a time is held in float32.
+    A kernel that was trained to be packed with its update (`jlora.quant.Rounded`) comes back packed. If the adapter
+    changes an embedding and its tied head differently, the merged tree has a head of its own. Leaves that only the
+    adapter has become the base's: score/trained_kernel → score/kernel. A tree without adapters comes back unchanged.
+    One layer's sum at a time is held in float32.
 
     Args:
-        dtype: what leaves that do not stay packed are rounded to; None: each to its own.
+        dtype: what to round leaves to that do not stay packed; None: each to its own dtype.
     """
     merged = tree.map_modules(functools.partial(_merge_module, dtype=dtype), untie(params))
     return tree.map_with_path(lambda _, leaf: _finished(leaf, dtype), merged)
 
 
 def untie(params: Params) -> Params:
-    """The tree with a head of its own if its adapter needs one; otherwise the tree itself."""
+    """The tree with a head of its own if its adapter changes an embedding and the tied head differently; otherwise the
+    tree itself.
+    """
     flat = tree.flatten(params)
     for path, head in tied_heads(flat).items():
         changed = any(f"{path}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
@@ -47,7 +49,7 @@ def untie(params: Params) -> Params:
             weight = flat[f"{path}/embedding"].T
             extra = {f"{head}/kernel": weight}
             if f"{path}/lora_tokens" in flat and f"{head}/{TRAINED}kernel" not in flat:
-                # Not as token rows of the head's: those would take the place of its own update, which is added to them.
+                # Not as the head's token rows: those would replace its own update, which must be added to them.
                 extra[f"{head}/{TRAINED}kernel"] = _with_tokens(
                     weight.astype(jnp.float32), tree.subtree(params, path), rows=False
                 )
@@ -56,8 +58,8 @@ def untie(params: Params) -> Params:
 
 
 def tied_heads(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Embedding → head for the embeddings that are their model's head as well: of jlora's own models. What another
-    model's head is, its own function knows.
+    """Embedding → head for the embeddings that are also their model's head. Only for jlora's own models: only the
+    functions of other models know what their heads are.
     """
     tied = {
         embedding: head
@@ -68,10 +70,11 @@ def tied_heads(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """One leaf of a module, stacked or not, with the module's adapter baked in.
+    """One leaf of a module, stacked or not, with the module's adapter merged in.
 
     Args:
-        dtype: what the sum, formed in float32, is rounded to; None: the leaf's own.
+        name: the leaf's name in the module.
+        dtype: what to round the float32 sum to; None: the leaf's own dtype.
 
     Raises:
         ValueError: the leaf is a bias that only the adapter has.
@@ -90,7 +93,7 @@ def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = 
 
 
 def changed_leaves(module: Params) -> set[str]:
-    """The leaves that a module's adapter changes; those that only the adapter has are among them."""
+    """The names of the leaves that a module's adapter changes, including leaves that only the adapter has."""
     changed = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)}
     if "lora_a" in module or "lora_tokens" in module:
         changed |= {name for name in MAIN if name in module}
@@ -98,7 +101,7 @@ def changed_leaves(module: Params) -> set[str]:
 
 
 def with_bias(module: Params) -> Params:
-    """The module with a bias of zeros where only its adapter has one."""
+    """The module, with a bias of zeros if only its adapter has one."""
     if "lora_bias" not in module or "bias" in module:
         return module
     return module | {"bias": jnp.zeros(module["lora_bias"].shape, module["kernel"].dtype)}
@@ -107,7 +110,7 @@ def with_bias(module: Params) -> Params:
 def column_norms(module: Params) -> Float[Array, "*stack N"]:
     """‖kernel + scale · lora_a @ lora_b‖ of every output, float32, without forming the sum.
 
-    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², where the first is frozen: O(D·N·R).
+    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², whose first term is frozen: O(D·N·R).
     """
     lora_a, lora_b = module["lora_a"], module["lora_b"]
     scale = module["lora_scale"]
@@ -128,7 +131,7 @@ def base_norms(kernel: Kernel) -> Float[Array, "*stack N"]:
 
 
 def gains(module: Params) -> Float[Array, "*stack N"]:
-    """DoRA's factor of every output, its magnitude over its present length (no gradient flows through the length)."""
+    """DoRA's factor for every output: its magnitude over its current length, which no gradient flows through."""
     factor = module["lora_magnitude"] / jax.lax.stop_gradient(column_norms(module))
     if "lora_rank" in module:  # layers of a stack that are not adapted
         factor = jnp.where(module["lora_rank"][..., None] > 0, factor, 1)
@@ -153,7 +156,7 @@ def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None)
     base: dict[str, Any] = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
     changed = changed_leaves(module)
     alone = {name: module[f"{TRAINED}{name}"] for name in changed - base.keys()}
-    # A trained copy takes the kernel's place as it is, and was not packed in training either.
+    # A trained copy replaces the kernel as it is; it was not packed in training either.
     rounded = isinstance(base.get("kernel"), quant.Rounded) and f"{TRAINED}kernel" not in module
     merged = alone | {
         name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed & base.keys()
@@ -164,8 +167,8 @@ def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None)
 
 
 def _merged_by_layer(module: Params, name: str, dtype: jax.typing.DTypeLike | None) -> jax.Array:
-    """`merged_leaf`, without float32 copies of a whole stack: they are several times as large as the stack itself."""
-    # Inside jit XLA has no copies to make, and a loop would be unrolled.
+    """`merged_leaf` without float32 copies of a whole stack, which are several times as large as the stack itself."""
+    # Inside jit XLA makes no such copies, and a loop would be unrolled.
     whole = "lora_a" not in module or not module["lora_scale"].ndim or isinstance(module["lora_a"], jax.core.Tracer)
     if whole:
         return merged_leaf(module, name, dtype)
@@ -185,7 +188,7 @@ def _with_update(weight: jax.Array, module: Params) -> jax.Array:
 
 
 def _product(lora_a: jax.Array, lora_b: jax.Array, shape: tuple[int, ...], stacked: int) -> jax.Array:
-    """A @ B in the weight's shape; kernels of several input or output axes are matrices of their products."""
+    """A @ B in the weight's shape; factors with several input or output axes are flattened to matrices first."""
     if lora_a.ndim == lora_b.ndim == len(shape):
         return jnp.matmul(lora_a, lora_b, precision="highest")
     stack, rank = lora_a.shape[:stacked], lora_a.shape[-1]

@@ -1,4 +1,4 @@
-"""Several adapters of one base made into one."""
+"""Mixing several adapters of one base into one."""
 
 import dataclasses
 import math
@@ -28,10 +28,10 @@ class Method:
     """How the changes of one weight become one product.
 
     Attributes:
-        of: "factors" side by side; "sum": the best product for the sum; "values": that for what `add_changes`
-            makes of the changes; "each factor": what it makes of all A and of all B.
-        rule: and as_peft: what `add_changes` is told.
-        whole_rank: the rank is that of the sum unless another is asked for; else the largest of the adapters' ranks.
+        of: "factors": all factors side by side; "sum": the best product for the sum of the changes; "values": the best
+            product for the `add_changes` of the changes; "each factor": the `add_changes` of all A and of all B.
+        rule, as_peft: arguments of `add_changes`.
+        whole_rank: whether the default rank is what the sum needs; otherwise it is the largest of the adapters' ranks.
     """
 
     of: str
@@ -63,37 +63,38 @@ def mix(
     majority_sign_method: Sign = "total",
     seed: int = 0,
 ) -> tuple[Params, Fits]:
-    """(params with one adapter in place of whatever adapter they had, report) made of several adapters of this base.
+    """(the params with one adapter mixed from several adapters of this base, report). The result replaces any adapter
+    that `params` hold.
 
-    What is combined are the changes that adapters make, scale · A @ B, not their factors:
+    What is combined are the changes that adapters make to weights, scale · A @ B, not their factors:
 
-    "cat"               the weighted sum, exactly: factors side by side, of as many ranks as all have together
-    "svd"               the weighted sum at a given rank
-    "linear"            the weighted sum at the rank that it has (of DoRA's changes a whole copy, for they have any)
+    "cat"               the exact weighted sum: factors side by side, so ranks add up
+    "svd"               the weighted sum, at a given rank
+    "linear"            the weighted sum, at the rank it needs (with DoRA, whose changes have full rank, a whole copy)
     "magnitude_prune"   the sum of the largest `density` of each change's values
-    "ties"              those, where their sign is the majority's, averaged (TIES, Yadav et al. 2023)
+    "ties"              the same, averaged over the values whose sign is the majority's (TIES, Yadav et al. 2023)
     "dare_linear"       the sum of a random `density` of each change's values, divided by it (DARE, Yu et al. 2024)
-    "dare_ties"         those, where their sign is the majority's
+    "dare_ties"         the same, of only the values whose sign is the majority's
 
-    All but "cat" end in the best product of `rank` (by singular values), and the report says what that kept. Other
-    leaves that adapters train (whole copies, biases) are changes of the base's, and combined in the same way; one
-    adapter with weight 1 gives itself. A module that one adapter copies and another adds a product to ends as a copy.
-    Where not all adapters change a tied embedding and its head alike, the head's part becomes its own. "peft:" before
-    PEFT's name for a method ("peft:ties_svd", "peft:linear", …) does what `add_weighted_adapter` does: without _svd it
-    combines A and B apart, which is no sum of changes.
+    All but "cat" end with the best product of `rank` (by singular values); the report says how much that keeps. The
+    other leaves that adapters train (whole copies, biases) are treated as changes to the base's and combined in the
+    same way; a single adapter with weight 1 gives itself. A module that one adapter copies and another adds a product
+    to ends up as a copy. If the adapters do not all change a tied embedding and its head alike, the head gets leaves of
+    its own. "peft:" before PEFT's name for a method ("peft:ties_svd", "peft:linear", …) does what PEFT's
+    `add_weighted_adapter` does: without _svd it combines A and B separately, which is not a sum of changes.
 
     Args:
         params: the base, with or without an adapter.
         adapters: trees that hold adapters (params, or their `adapter_leaves`), by name or in order.
-        weights: one for each, default 1.
-        rank: of the result, or a share of the energy to keep (see `low_rank.best`); default: the largest rank of the
-            adapters, for "linear" what the sum needs.
-        density: in (0, 1], for the methods that prune.
-        majority_sign_method: of "ties" and "dare_ties": signs are weighed ("total") or counted ("frequency").
-        seed: of "dare_linear" and "dare_ties".
+        weights: one for each adapter, default 1.
+        rank: the result's rank, or a share of the energy to keep (see `low_rank.best`); default: the largest of the
+            adapters' ranks, or for "linear" what the sum needs.
+        density: the share of values to keep, in (0, 1], for the methods that prune.
+        majority_sign_method: whether "ties" and "dare_ties" weigh signs ("total") or count them ("frequency").
+        seed: the seed of "dare_linear" and "dare_ties".
 
     Raises:
-        ValueError: settings that do not go together, or adapters that do not; all are listed.
+        ValueError: settings conflict, or adapters cannot be mixed; all faults are listed.
     """
     named = adapters if isinstance(adapters, Mapping) else {str(i): one for i, one in enumerate(adapters, start=1)}
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
@@ -129,7 +130,7 @@ class _How:
     seed: int
 
     def add(self, place: str, changes: Sequence[np.ndarray], weights: Sequence[int | float]) -> np.ndarray:
-        """One change of several; what is left to chance follows from the seed and the place."""
+        """`add_changes` with these settings; random choices depend only on the seed and `place`."""
         entropy = [self.seed, zlib.crc32(place.encode())]
         return add_changes(
             changes,
@@ -142,7 +143,7 @@ class _How:
         )
 
     def add_present(self, place: str, changes: Sequence[np.ndarray | None]) -> np.ndarray:
-        """The same of those that there are: None stands for an adapter that leaves this place alone."""
+        """`add` of the changes that are not None, which stands for an adapter that leaves this place alone."""
         present = [(change, weight) for change, weight in zip(changes, self.weights, strict=True) if change is not None]
         return self.add(place, *zip(*present, strict=True))
 
@@ -151,8 +152,8 @@ class _How:
 
 
 def _apart_where_unlike(leaves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The adapters; where one acts in an embedding and its tied head, and another in one of them alone, with what they
-    do to the head as leaves of the head.
+    """The adapters' leaves. If one adapter acts in both an embedding and its tied head and another in only one of them,
+    the parts that act in the head become leaves of the head.
     """
     for embedding, head in TIED_HEADS.items():
         changing = [flat for flat in leaves if any(path.startswith(f"{embedding}/") for path in flat)]
@@ -174,7 +175,7 @@ def _apart(flat: dict[str, Any], embedding: str, head: str) -> dict[str, Any]:
 
 
 def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The kernels of heads that are their embedding and that an adapter changes: what those changes are changes of."""
+    """The kernels of tied heads that an adapter changes, as the bases of those changes."""
     return {
         f"{head}/kernel": flat[f"{embedding}/embedding"].T
         for embedding, head in TIED_HEADS.items()
@@ -188,8 +189,8 @@ def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) ->
 
 
 def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
-    """The leaves of a module that the adapters' updates are to be part of, as trained copies: those that one of them
-    copies, and the weight where the sum has no rank (DoRA's) and none is asked for.
+    """The leaves of a module that every adapter's update must be turned into trained copies of: those that one adapter
+    copies, and the weight if the sum has full rank (DoRA) and no rank is asked for.
     """
     every = {name for adapter in adapters for name in adapter}
     main = {name for name in MAIN if name in base}
@@ -199,7 +200,7 @@ def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
 
 
 def _as_copies(base: Params, adapter: Params, names: set[str]) -> Params:
-    """The adapter with its updates of these leaves, the product and the bias that it adds, as trained copies."""
+    """The adapter with its updates of these leaves (the product, the added bias) turned into trained copies."""
     names = {name for name in names if ("lora_bias" if name == "bias" else "lora_a") in adapter}
     if not names:
         return adapter
@@ -212,10 +213,10 @@ def _as_copies(base: Params, adapter: Params, names: set[str]) -> Params:
 
 
 def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) -> Params:
-    """Everything but factors: changes of whole leaves, and of biases."""
+    """A module's mixed leaves other than factors: trained copies and biases."""
     found: Params = {}
     for name in sorted({name for adapter in adapters for name in adapter if name.startswith(TRAINED)}):
-        # What only adapters have (a score head) is a change of nothing.
+        # A leaf that only adapters have (a score head) is a change from zero.
         own = as_float(base[name.removeprefix(TRAINED)]) if name.removeprefix(TRAINED) in base else np.float32(0)
         changes = [as_float(adapter[name]) - own if name in adapter else None for adapter in adapters]
         found[name] = own + how.add_present(f"{path}/{name}", changes)
@@ -235,7 +236,7 @@ def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) ->
 
 
 class _Update(NamedTuple):
-    """What one adapter does to one weight [D, N]: scale · lora_a @ lora_b; or `lora_a` alone, no such product."""
+    """One adapter's change to one weight [D, N]: scale · lora_a @ lora_b, or scale · lora_a alone if lora_b is None."""
 
     lora_a: np.ndarray
     lora_b: np.ndarray | None
@@ -247,7 +248,7 @@ class _Update(NamedTuple):
 
 
 def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, fits: list[Fit]) -> Params:
-    """The factors of one module, all of its layers; what they keep of the changes goes to `fits`."""
+    """The mixed factors of one module, for all of its layers; what they keep of the changes is appended to `fits`."""
     adapting = [(adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if "lora_a" in adapter]
     if not adapting:
         return {}
@@ -274,7 +275,7 @@ def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, f
 def _product(
     name: str, updates: Sequence[_Update], weights: Sequence[int | float], how: _How
 ) -> tuple[Float[np.ndarray, "D R"], Float[np.ndarray, "R N"], float, float]:
-    """(A, B, energy of the change that they stand for, energy of what they miss) of one weight."""
+    """(A, B, energy of the change that they approximate, energy of what they miss) for one weight."""
     if how.method.of == "factors":
         whole = _side_by_side(updates, weights)
         energy = np.sum((whole.left.T @ whole.left) * (whole.right @ whole.right.T), dtype=np.float64)
@@ -308,7 +309,7 @@ def _dense_sum(updates: Sequence[_Update], weights: Sequence[int | float]) -> np
 def _each_factor(
     name: str, updates: Sequence[_Update], weights: Sequence[int | float], how: _How
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(A, B), each combined by itself: the root of weight · scale goes to either, its sign to A, as in PEFT."""
+    """(A, B), combined separately: each is weighted by sqrt(|weight · scale|), and A also by the sign, as in PEFT."""
     factors = [weight * update.scale for update, weight in zip(updates, weights, strict=True)]
     roots = [math.sqrt(abs(factor)) for factor in factors]
     signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
@@ -321,12 +322,12 @@ def _energy(matrix: np.ndarray) -> float:
 
 
 def _updates(base: Params, adapter: Params, axes: Axes) -> list[_Update | None]:
-    """What the adapter does to every weight of a module; None for layers that it leaves out."""
+    """The adapter's change to every weight of a module; None for layers that it leaves out."""
     count, inputs, outputs = axes.matrices
     width = adapter["lora_a"].shape[-1]
     ranks = axes.spread(np.asarray(adapter.get("lora_rank", np.full(axes.layers, width))))
     scales = axes.spread(as_float(adapter["lora_scale"]))
-    if "lora_magnitude" in adapter:  # DoRA: every output is rescaled, which makes a change of any rank
+    if "lora_magnitude" in adapter:  # DoRA rescales every output, so its change has full rank
         main = next(name for name in MAIN if name in base)
         weight = jnp.asarray(as_float(base[main]))
         change = as_float(merged_leaf({main: weight} | adapter, main)) - as_float(weight)
@@ -408,7 +409,7 @@ def _setting_faults(
 
 
 def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str, Any]], of: str) -> list[str]:
-    """Adapters that are not of one base, and those that the kind of method cannot take: ranks that differ, DoRA."""
+    """Faults of adapters that are not of one base, or that this kind of method cannot take: unequal ranks, DoRA."""
     faults = []
     alike = of == "each factor"
     for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
@@ -428,8 +429,8 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
 
 
 def _bias_faults(base: dict[str, Any], leaves: list[dict[str, Any]], *, whole: bool) -> list[str]:
-    """Modules of which copies are combined, since one adapter is one, or (`whole`) DoRA, and another adds a bias that
-    the base has not.
+    """Faults of modules that are combined as whole copies, since one adapter is a copy or (`whole`) DoRA, while another
+    adds a bias that the base does not have.
     """
     every = {path for flat in leaves for path in flat}
     biased = sorted(path.rpartition("/")[0] for path in every if path.endswith("/lora_bias"))

@@ -1,4 +1,4 @@
-"""Two halves of a param tree: what is trained and what is frozen. All of it follows from the leaf's name.
+"""The trained and the frozen half of a param tree. Which half a leaf belongs to follows from its name.
 
 Beside a module's own leaves an adapter may hold:
   lora_a, lora_b        the update's factors                         trained
@@ -8,11 +8,11 @@ Beside a module's own leaves an adapter may hold:
   trained_X             a copy of leaf X that takes its place        (`modules_to_save`, `bias`), or, where the base
                         has no such leaf, the leaf itself (`score/trained_kernel`)
   lora_scale, lora_rank, lora_dropout, lora_token_ids                settings, frozen
-  lora_start_a, _b      the update that the base is read without (PiSSA and its like)
+  lora_start_a, _b      the product that is subtracted from the base (PiSSA and its like)
   lora_base_norm        lengths of the frozen weights, for DoRA
   lora_tied             this embedding's adapter acts in the head too
   lora_carried          this embedding or head is not the base's: the adapter's file holds it whole (`jlora.hub.peft`)
-  lora_ids, lora_weights   which adapters of a bank every row of the batch uses (`jlora.lora.bank`)
+  lora_ids, lora_weights   the adapters of a bank that every row of the batch uses (`jlora.lora.bank`)
 """
 
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ SETTINGS = (
     *("lora_start_a", "lora_start_b", "lora_base_norm", "lora_ids", "lora_weights"),
 )
 TRAINED = "trained_"
-# LoRA+ gives B's rate to whatever has one axis besides (PEFT's `create_loraplus_optimizer`).
+# LoRA+ gives B's learning rate also to everything that has one axis (PEFT's `create_loraplus_optimizer`).
 LIKE_B = ("lora_b", "lora_bias", "lora_magnitude", "trained_bias", "trained_scale")
 
 
@@ -39,13 +39,13 @@ def is_trainable(path: str) -> bool:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the leaf at `path` belongs to an adapter: trained weights and their settings."""
+    """Whether the leaf at `path` belongs to an adapter, as a trained weight or a setting."""
     return is_trainable(path) or path.rpartition("/")[2] in SETTINGS
 
 
 def labels(params: Params) -> Params:
-    """The tree with "lora_a" or "lora_b" (whose learning rates may differ) at every trainable leaf and "frozen" at
-    every other, for `optax.partition`.
+    """The tree with a label for each leaf, for `optax.partition`: "frozen", or, for trainable leaves, "lora_a" or
+    "lora_b", whose learning rates may differ.
     """
 
     def label(path: str, _: object) -> str:
@@ -57,7 +57,7 @@ def labels(params: Params) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """(frozen, trainable): two trees that share no leaf. The law: combine(*split(params)) == params.
+    """(frozen, trainable): two trees that share no leaf, such that combine(*split(params)) == params.
 
     {"q_proj": {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": s}}
       →  {"q_proj": {"kernel": w, "lora_scale": s}},  {"q_proj": {"lora_a": a, "lora_b": b}}
@@ -69,10 +69,10 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def combine(frozen: Params, trainable: Params) -> Params:
-    """The tree that `split` took apart.
+    """The tree with the leaves of both halves: the inverse of `split`.
 
     Raises:
-        ValueError: a leaf that both halves hold; all are listed.
+        ValueError: both halves hold the same leaves; all are listed.
     """
     left, right = tree.flatten(frozen), tree.flatten(trainable)
     if both := sorted(left.keys() & right.keys()):
@@ -81,12 +81,12 @@ def combine(frozen: Params, trainable: Params) -> Params:
 
 
 def strip(params: Params) -> Params:
-    """The base tree: `params` without adapters."""
+    """The base tree: `params` without any adapter."""
     return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if not is_adapter(path)})
 
 
 def adapter_leaves(params: Params) -> Params:
-    """The adapter alone, trained weights and settings: what `strip` removes.
+    """The adapter alone, both trained weights and settings: what `strip` removes.
 
     {"q_proj": {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": s}, "score": {"trained_kernel": k}}
       →  {"q_proj": {"lora_a": a, "lora_b": b, "lora_scale": s}, "score": {"trained_kernel": k}}
@@ -95,7 +95,8 @@ def adapter_leaves(params: Params) -> Params:
 
 
 def overlay(params: Params, adapter: Params) -> Params:
-    """The base of `params` with this adapter in place of whatever adapter they had; {} gives the base alone. The laws:
+    """The base of `params` with this adapter, which replaces any that they had; {} gives the base alone.
+
     overlay(params, adapter_leaves(params)) == params, and adapter_leaves(overlay(params, adapter)) == adapter.
 
     Raises:
@@ -105,10 +106,11 @@ def overlay(params: Params, adapter: Params) -> Params:
 
 
 def scaled(params: Params, factor: int | float) -> Params:
-    """The params with every update times a factor: 0 is the base, 1 the adapter as it is.
+    """The params with every update multiplied by a factor: 0 gives the base's outputs, 1 the adapter as it is.
 
     Raises:
-        ValueError: leaves that are not added to the base (DoRA's magnitudes, trained copies); all are listed.
+        ValueError: the adapter has leaves that are not added to the base (DoRA's magnitudes, trained copies, token
+            rows); all are listed.
     """
     flat = tree.flatten(params)
     others = (*("lora_magnitude", "lora_tokens"), TRAINED)
@@ -118,13 +120,13 @@ def scaled(params: Params, factor: int | float) -> Params:
 
 
 def resolve(module: Params) -> Params:
-    """A module's leaves as they are to be used: trained copies in the place of what they were copied from."""
+    """A module's leaves as they are used: trained copies replace the leaves that they were copied from."""
     copies = {name.removeprefix(TRAINED): leaf for name, leaf in module.items() if name.startswith(TRAINED)}
     return {name: leaf for name, leaf in module.items() if not name.startswith(TRAINED)} | copies
 
 
 def with_starts(params: Params) -> Params:
-    """The tree in which starts that the base is read without are part of A and B."""
+    """The tree with every `lora_start_a`, `lora_start_b` made part of A and B, whose rank doubles."""
 
     def widen(path: str, module: Params) -> Params:
         if "lora_start_a" not in module:
@@ -132,7 +134,7 @@ def with_starts(params: Params) -> Params:
         kept = {name: leaf for name, leaf in module.items() if not name.startswith("lora_start_")}
         lora_a = jnp.concatenate([module["lora_a"], module["lora_start_a"]], axis=-1)
         lora_b = jnp.concatenate([module["lora_b"], -module["lora_start_b"]], axis=-2)
-        if "lora_rank" in module:  # what a layer uses goes to the front, as where ranks differ it is to be
+        if "lora_rank" in module:  # the ranks that a layer uses must come first
             rank, width = module["lora_rank"][..., None], module["lora_a"].shape[-1]
             used = jnp.arange(2 * width).reshape((1,) * (rank.ndim - 1) + (-1,)) % width < rank
             order = jnp.argsort(~used, axis=-1, stable=True)

@@ -1,4 +1,4 @@
-"""Adapters of one base as one tree of adapters, side by side along a leading axis: what trains them in one step."""
+"""Several adapters of one base stacked along a leading axis, so that one step trains them all."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,25 +12,26 @@ from jlora.lora.partition import adapter_leaves
 from jlora.lora.vocabulary import refuse_own_rows
 from jlora.types import Params
 
-# The axis of the rank, along which factors are padded. Zeros in A and B stay zeros: each one's gradient is a product
-# with the other.
+# The rank axis, along which factors are padded. Zeros in both A and B stay zero, since the gradient of each is a
+# product with the other.
 RANKED = {"lora_a": -1, "lora_b": -2, "lora_start_a": -1, "lora_start_b": -2}
-# Leaves that zeros stand for where an adapter does without them.
+# Leaves that are filled with zeros for adapters that lack them.
 OPTIONAL = ("lora_start_a", "lora_start_b", "lora_dropout")
-# Leaves of a module that an adapter leaves alone: with a scale of zero none of them acts or gets a gradient.
+# Leaves filled in for a module that an adapter leaves alone: with a scale of zero they have no effect and no gradient.
 WHOLE = ("lora_a", "lora_b", "lora_scale", "lora_bias", "lora_rank", *OPTIONAL)
 
 
 def stack(adapters: Mapping[str, Params]) -> Params:
-    """The adapters' leaves [K, …] in the order given, of the widest rank and at every module that one of them adapts.
+    """The leaves [K, …] of K adapters in the given order, at the widest rank, for every module that one of them adapts.
 
     q_proj/lora_a [L, D, 4], [L, D, 2]  →  [2, L, D, 4]
 
     Args:
-        adapters: trees that hold them (params, or their `adapter_leaves`), by name.
+        adapters: trees that hold adapters (params, or their `adapter_leaves`), by name.
 
     Raises:
-        ValueError: adapters that differ in more than ranks, values and plain modules; all differences are listed.
+        ValueError: the adapters differ in more than ranks, values and which modules they adapt plainly; all differences
+            are listed.
     """
     leaves = {name: tree.flatten(adapter_leaves(adapter)) for name, adapter in adapters.items()}
     refuse_own_rows(leaves)
@@ -44,7 +45,7 @@ def stack(adapters: Mapping[str, Params]) -> Params:
 
 
 def unstack(stacked: Params, number: int, like: Params) -> Params:
-    """One adapter's leaves of a stack: those that `like` has, in its shapes."""
+    """The leaves of adapter `number` in a stack: those that `like` has, cut to its shapes."""
     flat = tree.flatten(stacked)
 
     def take(path: str, leaf: Any) -> Any:
@@ -91,7 +92,7 @@ def _padded(leaf: Any, shape: np.ndarray) -> Any:
 
 
 def _absent(path: str, flat: Mapping[str, Any], shape: np.ndarray) -> Any:
-    """Zeros; where only the ranks of layers are not listed, they are all the same."""
+    """The leaf for an adapter that lacks it: zeros, or for `lora_rank` the adapter's one rank for every layer."""
     module, _, last = path.rpartition("/")
     if last == "lora_rank":
         lora_a = flat.get(f"{module}/lora_a")

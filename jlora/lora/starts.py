@@ -1,7 +1,7 @@
-"""Starts of A and B that are more than drawn numbers, by PEFT's formulas (`peft/tuners/lora/layer.py`).
+"""Initialisations of A and B that are more than random numbers, by PEFT's formulas (`peft/tuners/lora/layer.py`).
 
-PiSSA and OLoRA take a part out of the base and put it into the adapter. Here the base stays as it is: the part is kept
-as `lora_start_a`, `lora_start_b` and subtracted from the update, which is the same sum and lets one base serve many
+PiSSA and OLoRA move a part of the base into the adapter. Here the base stays as it is: that part is kept as
+`lora_start_a`, `lora_start_b` and subtracted from the update. The sum is the same, and one base can serve many
 adapters.
 """
 
@@ -21,12 +21,12 @@ from jlora.types import Params
 
 
 def is_drawn(start: bool | str) -> bool:
-    """Whether the start does not look at the base."""
+    """Whether this initialisation ignores the base weights."""
     return not (isinstance(start, str) and re.fullmatch(FROM_WEIGHTS, start))
 
 
 def shifts_base(start: bool | str) -> bool:
-    """Whether the base is read without the start's product."""
+    """Whether this initialisation's product is subtracted from the base."""
     return isinstance(start, str) and start.startswith(("pissa", "olora", "lora_ga"))
 
 
@@ -43,11 +43,11 @@ def orthogonal(a_shape: tuple[int, ...], b_shape: tuple[int, ...], key: jax.Arra
 def from_weights(
     config: LoraConfig, kernel: Any, original: Any, gradient: Any, rank: int, scale: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A [*stack, D, R] and B [*stack, R, N] from a kernel [*stack, D, N], one layer after another.
+    """A [*stack, D, R] and B [*stack, R, N] computed from a kernel [*stack, D, N], layer by layer.
 
     Args:
         original: the kernel before it was packed; only "loftq" needs it.
-        gradient: of a loss by the kernel; only "lora_ga" needs it.
+        gradient: the gradient of a loss with respect to the kernel; only "lora_ga" needs it.
     """
     start = str(config.init_lora_weights)
     if start == "loftq" and (original is None or not quant.is_packed(kernel)):
@@ -61,7 +61,7 @@ def from_weights(
             "jlora.lora.kernel_gradients returns"
         )
     layers = kernel.shape[:-2]
-    scale = jnp.where(scale == 0, 1, scale)  # of layers that are left alone, whose factors are dropped
+    scale = jnp.where(scale == 0, 1, scale)  # layers that are left alone, whose factors are zeroed later
     if not layers:
         return _one(config, kernel, original, gradient, rank, scale, key)
     pairs = [
@@ -103,7 +103,7 @@ def _one(
 def _from_gradient(
     config: LoraConfig, gradient: jax.Array, kernel: jax.Array, rank: int, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """LoRA-GA (Wang et al. 2024): A and B are singular vectors of the gradient, which ones is the direction."""
+    """LoRA-GA (Wang et al. 2024): A and B are singular vectors of the gradient; the direction says which ones."""
     left, values, right = jnp.linalg.svd(gradient, full_matrices=False)
     first, second = slice(0, rank), slice(rank, 2 * rank)
     of_a, of_b = {
@@ -123,7 +123,7 @@ def _from_gradient(
 
 
 def principal_inputs(moments: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-    """(directions [*stack, D, D], share of the variance along each [*stack, D]) of a linear's inputs, widest first.
+    """(directions [*stack, D, D], share of the variance along each [*stack, D]) of a linear's inputs, largest first.
 
     Args:
         moments: "count" [*stack], "sum" [*stack, D] and "gram" [*stack, D, D] of the inputs (`Model.input_moments`).
@@ -137,11 +137,12 @@ def principal_inputs(moments: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndar
 
 
 def share_out(shares: list[np.ndarray], budget: int) -> list[int]:
-    """How many directions each linear gets of a common budget: the widest of all, whosever they are (EVA, Paischer et
-    al. 2024).
+    """How many directions each linear gets from a common budget, which goes to the largest shares of all (EVA, Paischer
+    et al. 2024).
 
     Args:
-        shares: of every linear, as many as it may get, descending.
+        shares: for every linear, its directions' shares of the variance, descending, as many as it may get.
+        budget: how many directions to give out.
     """
     owners = np.concatenate([np.full(len(share), i) for i, share in enumerate(shares)])
     widest = np.argsort(-np.concatenate(shares), kind="stable")[:budget]
@@ -149,10 +150,10 @@ def share_out(shares: list[np.ndarray], budget: int) -> list[int]:
 
 
 def kernel_gradients(loss: Callable[[Params], jax.Array], params: Params, config: LoraConfig) -> Params:
-    """The gradients of `loss` by every kernel that `config` adapts, at the values that packed ones stand for.
+    """The gradients of `loss` with respect to every kernel that `config` adapts: a tree of those kernels, float32, on
+    the host. A packed kernel is differentiated at its unpacked values.
 
-    One kernel (stack) at a time, so that no more than one dense gradient is formed beside those that are kept, on the
-    host.
+    One kernel (or stack of kernels) at a time, so that at most one dense gradient is on the device.
 
     Args:
         loss: params → scalar, for instance the mean over some batches.
@@ -173,7 +174,7 @@ def kernel_gradients(loss: Callable[[Params], jax.Array], params: Params, config
 
 
 def _leading(matrix: jax.Array, rank: int, scale: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """The leading singular triples, their values (over the scale) shared equally."""
+    """(A, B) from the leading singular triples; each takes the square root of singular value / scale."""
     left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
     return left[:, :rank] * root[None, :], root[:, None] * right[:rank]
@@ -182,7 +183,7 @@ def _leading(matrix: jax.Array, rank: int, scale: jax.Array | float) -> tuple[ja
 def _leading_by_iteration(
     matrix: jax.Array, rank: int, scale: jax.Array, iterations: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`_leading`, nearly, by subspace iteration (Halko et al. 2011): quick for large kernels."""
+    """Approximates `_leading` by subspace iteration (Halko et al. 2011), which is faster for large kernels."""
     basis, _ = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[1], rank)))
     for _ in range(iterations):
         basis, _ = jnp.linalg.qr(matrix @ jnp.linalg.qr(matrix.T @ basis)[0])

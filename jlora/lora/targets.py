@@ -1,6 +1,4 @@
-"""Which modules a LoraConfig adapts, and with what rank and scale: PEFT's matching rules over the Hub's dotted
-names.
-"""
+"""Which modules a LoraConfig adapts, with what rank and scale, by PEFT's matching rules for the Hub's dotted names."""
 
 import dataclasses
 import math
@@ -13,9 +11,9 @@ from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
 from jlora.lora.merge import MAIN, tied_heads
 
-# "all-linear" leaves these alone: what makes logits, and what makes a reward model's score.
+# The modules that "all-linear" leaves alone: those that compute logits or a reward model's score.
 HEADS = ("lm_head", "embed_out", "score")
-# What Hugging Face's causal-LM classes put before a module's own name; a pattern may be written with it or without.
+# Prefixes that Hugging Face's causal-LM classes put before a module's own name; patterns match with or without them.
 HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
 
@@ -26,11 +24,11 @@ class Candidate(NamedTuple):
     """A module that can be adapted.
 
     Attributes:
-        path: the module's.
-        leaf: what its update is added to: "kernel", "embedding" or "router".
-        shape: of that leaf, [*stack, *inputs, *outputs] (experts: [*stack, E, inputs, outputs]).
+        path: the module's path.
+        leaf: the leaf that its update is added to: "kernel", "embedding" or "router".
+        shape: the shape of that leaf, [*stack, *inputs, *outputs] (experts: [*stack, E, inputs, outputs]).
         axes: how many of the shape's last axes are inputs, and how many outputs: (1, 1) for a matrix.
-        names: the dotted name that patterns are matched with, one a layer.
+        names: the dotted names that patterns are matched with, one for each layer.
         stacked: whether the shape begins with an axis of layers.
     """
 
@@ -43,24 +41,24 @@ class Candidate(NamedTuple):
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B but for their rank: A ends in it, in B it comes before the outputs."""
+        """The shapes of A and B without the rank, which is A's last axis and comes before the outputs in B."""
         outputs = self.axes[1]
         return self.shape[:-outputs], self.shape[-outputs:]
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is no module of its own to PEFT, which then takes its name in `target_parameters` only."""
+        """Whether PEFT sees this as a parameter, not a module, and takes its name only in `target_parameters`."""
         return self.leaf == "router" or (self.stacked and is_expert(self.path))
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """() or (layers,): the shape of its settings."""
+        """The shape of its settings: () or (layers,)."""
         return self.shape[:1] if self.stacked else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adapted module: a rank (0: left alone) and scale for each layer of its stack, or one of each."""
+    """One adapted module, with a rank (0: left alone) and a scale for each layer of its stack, or one of each."""
 
     candidate: Candidate
     ranks: tuple[int, ...]
@@ -72,13 +70,14 @@ class Target:
 
 
 def find_targets(params: dict, config: LoraConfig, input_axes: InputAxes = ()) -> list[Target]:
-    """What `config` adapts of `params`.
+    """The modules of `params` that `config` adapts.
 
     Args:
         input_axes: see `split_axes`.
 
     Raises:
-        ValueError: a target, an exclusion or a pattern that matches nothing (all are listed, with what there is).
+        ValueError: a target, an exclusion or a pattern matches nothing (all such are listed, with the names there are),
+            or several weights of one module are selected.
     """
     found = candidates(params, input_axes)
     _require_matches(config, found)
@@ -101,7 +100,7 @@ def find_targets(params: dict, config: LoraConfig, input_axes: InputAxes = ()) -
 
 
 def candidates(params: dict, input_axes: InputAxes = ()) -> list[Candidate]:
-    """Every module that can be adapted, in the tree's order; a head that is its embedding is one too."""
+    """Every module that can be adapted, in the tree's order, including a head that is tied to its embedding."""
     found = []
     flat = tree.flatten(params)
     stack_of = tree.stacks_of(flat)
@@ -124,12 +123,16 @@ def split_axes(
 ) -> tuple[int, int]:
     """How many of a kernel's axes are inputs, and how many outputs.
 
-    Flax's DenseGeneral and Conv have more than one of a kind. The first rule (regular expression for the module's path,
-    number of input axes) that matches decides; then the bias, whose axes are the outputs; else the last axis is the
-    output.
+    Flax's DenseGeneral and Conv can have several of each. The first matching pair of `input_axes` decides; without one
+    the bias does, whose axes are the outputs; without a bias the last axis is the output.
 
     Args:
-        stacked: whether the shape begins with an axis of layers, as a bias's then does.
+        bias_axes: how many axes the module's bias has, or None if it has no bias.
+        input_axes: pairs (regular expression for the module's path, number of input axes).
+        stacked: whether the shape, and the bias's with it, begins with an axis of layers.
+
+    Raises:
+        ValueError: the matching pair leaves the kernel no input or no output axis.
     """
     own = 2 if stacked and is_expert(module) else len(shape) - stacked
     for pattern, count in input_axes:
@@ -142,7 +145,7 @@ def split_axes(
 
 
 def is_expert(path: str) -> bool:
-    """Whether the leaf or module at `path` of a stack is a kernel of experts, which is no linear to PEFT."""
+    """Whether the leaf or module at `path` of a stack is a kernel of experts, which PEFT does not count as a linear."""
     return "/experts/" in path
 
 
@@ -150,8 +153,8 @@ def module_names(path: str, count: int, stack_of: Callable[[str], tree.Stack | N
     """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…
 
     Args:
-        count: the length of the leading axis of its leaves if it is stacked.
-        stack_of: what says so: `tree.stacks_of` the tree.
+        count: the length of its leaves' leading axis, if the module is stacked.
+        stack_of: path → stack or None, as from `tree.stacks_of`.
     """
     stack = stack_of(path)
     if stack is None:
@@ -161,8 +164,8 @@ def module_names(path: str, count: int, stack_of: Callable[[str], tree.Stack | N
 
 
 def matches(name: str, pattern: str | tuple[str, ...]) -> bool:
-    """PEFT's rule for target_modules and exclude_modules: a tuple matches by suffix, a string by full regular
-    expression.
+    """PEFT's rule for target_modules and exclude_modules: the items of a tuple match dotted suffixes; a string is a
+    regular expression for the full name.
     """
     if isinstance(pattern, str):
         return any(re.fullmatch(pattern, prefix + name) for prefix in HUB_PREFIXES)
@@ -174,17 +177,17 @@ def _with_prefixes(name: str) -> list[str]:
 
 
 def _matches_suffix(name: str, key: str) -> bool:
-    """PEFT's rule for rank_pattern and alpha_pattern keys."""
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
     return any(re.match(rf"(.*\.)?({key})$", full) for full in _with_prefixes(name))
 
 
 def saves(name: str, config: LoraConfig) -> bool:
-    """Whether `modules_to_save` means the module: PEFT looks only at how its name ends."""
+    """Whether `modules_to_save` selects the module: as in PEFT, only the end of its name counts."""
     return any(name.endswith(item) for item in config.modules_to_save or ())
 
 
 def _settings(name: str, candidate: Candidate, config: LoraConfig) -> tuple[int, float]:
-    """Rank and scale of one module; rank 0 when it is not adapted."""
+    """(rank, scale) of one module; rank 0 if it is not adapted."""
     if not _is_wanted(name, candidate, config):
         return 0, 0.0
     rank = next((value for key, value in config.rank_pattern if _matches_suffix(name, key)), config.r)

@@ -1,4 +1,4 @@
-"""Sums of changes that several trainings made to the same weights: pruned, by majority of signs, or plain."""
+"""Sums of the changes that several training runs made to the same weights: plain, pruned, or by majority of signs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ Sign = Literal["total", "frequency"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How changes become one.
+    """How several changes are combined into one.
 
     Attributes:
-        prune: which values each change keeps: the largest ("magnitude"), or any, divided by their share ("random",
-            DARE, Yu et al. 2024); None: all.
-        elect: a value counts only where its sign is that of the majority (TIES, Yadav et al. 2023).
-        average: the sum is divided by the weights that took part in it.
+        prune: which values each change keeps: the largest ("magnitude"), random ones, divided by their share ("random",
+            DARE, Yu et al. 2024), or all (None).
+        elect: whether only values whose sign is the majority's count (TIES, Yadav et al. 2023).
+        average: whether the sum is divided by the sum of the weights that took part in it.
     """
 
     prune: Literal["magnitude", "random"] | None = None
@@ -45,15 +45,16 @@ def add_changes(
     generator: np.random.Generator | None = None,
     as_peft: bool = False,
 ) -> Float[np.ndarray, "..."]:
-    """One change of several, by the formulas of the papers; but for DARE's factor (1 / density here, there what keeps
-    the sum of absolute values) they are those of mergekit's `generalized_task_arithmetic`.
+    """Combines several changes into one, by the formulas of the papers. These agree with mergekit's
+    `generalized_task_arithmetic` except for DARE's factor: 1 / density here, what keeps the sum of absolute values
+    there.
 
-    The majority is that of the weighted changes, by their sum ("total") or by number ("frequency").
+    The majority is taken over the weighted changes, by their sum ("total") or by number ("frequency").
 
     Args:
-        density: the share of values that pruning keeps, of all changes or of each.
-        as_peft: as PEFT defines them (`peft.utils.merge_utils`): the majority is that of the changes without their
-            weights, and where there is one, the sum is divided by how many took part.
+        density: the share of values that pruning keeps: one for all changes, or one for each.
+        as_peft: use PEFT's definitions (`peft.utils.merge_utils`): the majority is taken over the unweighted changes,
+            and with `rule.elect` the sum is divided by how many changes took part.
     """
     densities = density if isinstance(density, Sequence) else [density] * len(changes)
     pruned = np.stack(

@@ -1,4 +1,4 @@
-"""Adapters that came with rows for tokens which the base does not have."""
+"""Adapters whose files brought rows for tokens that the base does not have."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,12 +16,11 @@ LEAVES = ("embedding", "kernel")  # of an embedding and of a head
 
 
 def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
-    """Raise UserError for adapters on an embedding or head of their own: on this base their tokens would be others.
+    """Raises UserError if an adapter has an embedding or head of its own, whose rows this base does not have.
 
     Args:
-        base: may hold the mark that its rows came with an adapter; of adapters that come without their base the mark
-            alone says so.
-        adapters: trees that may hold the base that each was opened on, by name.
+        base: the params, which may be marked (`CARRIED`) as having rows that came with an adapter.
+        adapters: trees by name, which may hold the base that each was opened on; without it only the mark tells.
     """
     beside = tree.flatten(base)
     paths = dict.fromkeys(
@@ -38,24 +37,24 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
                 continue
             ours, theirs = beside[path], flat[path]
             if ours is theirs or is_packed(ours) or is_packed(theirs) or ours.shape != theirs.shape:
-                continue  # what does not fit in shape is said with all that does not
+                continue  # callers report different shapes with their other faults
             if not jnp.array_equal(ours, theirs):
                 faults.append(_fault(name, path))
     _refuse(faults)
 
 
 def refuse_own_rows(adapters: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError for adapters, given by their leaves alone, of which a mark says the same."""
+    """Raises UserError if a mark among an adapter's leaves says that it has an embedding or head of its own."""
     _refuse([_fault(name, path) for name, flat in adapters.items() for path in flat if is_mark(path)])
 
 
 def is_mark(path: str) -> bool:
-    """Whether the leaf at `path` says of the embedding or head beside it that it came with the adapter."""
+    """Whether the leaf at `path` marks the embedding or head beside it as one that came with the adapter."""
     return path.rpartition("/")[2] == CARRIED
 
 
 def without_marks(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's leaves but for the marks: they do not change what it computes on the base that it was opened on."""
+    """An adapter's leaves without the marks, which do not affect what it computes on the base that it was opened on."""
     return {path: leaf for path, leaf in leaves.items() if not is_mark(path)}
 
 

@@ -1,4 +1,4 @@
-"""Language models from their Hugging Face config: every family is data, one decoder computes them."""
+"""Language models from their Hugging Face config: families are data, and one decoder computes them all."""
 
 from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig

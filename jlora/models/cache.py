@@ -20,9 +20,9 @@ class Cache:
 
     Attributes:
         keys, values: [L, B, K, S, F], the order in which attention reads them.
-        positions, segment_ids: int32 [B, S]; segment 0 marks what is padding or not written yet.
-        length: int32, how many of the S are written: a scalar where that is the same for every row (shorter prompts are
-            padded on the left), [B] where rows differ. A row is not to be read once its length has passed S.
+        positions, segment_ids: int32 [B, S]; segment 0 marks places that are padding or not yet written.
+        length: int32, how many of the S places are written: a scalar if all rows have the same length (shorter prompts
+            are padded on the left), [B] if they differ. A row must not be read once its length exceeds S.
     """
 
     keys: Any
@@ -33,13 +33,19 @@ class Cache:
 
     @classmethod
     def empty(cls, layers: int, batch: int, size: int, heads: int, width: int, dtype: jax.typing.DTypeLike) -> "Cache":
-        """A cache with nothing written."""
+        """A cache with nothing written, for all rows of the same length.
+
+        Args:
+            size: S, the room for tokens.
+            heads: K, key heads.
+            width: F, values of a head.
+        """
         shape = (layers, batch, heads, size, width)
         marks = jnp.zeros((batch, size), jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
 
     def mark(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> "Cache":
-        """The cache that knows of T new tokens, whose keys and values the layers then write at `length`."""
+        """The cache with the marks of T new tokens, whose keys and values the layers then `write` at `length`."""
 
         def write(marks: jax.Array, new: jax.Array) -> jax.Array:
             if self.length.ndim:
@@ -53,7 +59,7 @@ class Cache:
     def write(
         self, layer: Int[Array, ""], keys: Float[Array, "B T K F"], values: Float[Array, "B T K F"]
     ) -> tuple["Cache", Float[Array, "B S K F"], Float[Array, "B S K F"]]:
-        """The cache with a layer's new keys and values at `length`, and all of that layer's keys and values."""
+        """(the cache with a layer's new keys and values at `length`, all of that layer's keys, all of its values)."""
 
         def write(stack: jax.Array, new: jax.Array) -> jax.Array:
             new = new.astype(stack.dtype)
@@ -70,9 +76,9 @@ class Cache:
         return cache, read(cache.keys), read(cache.values)
 
     def put(self, rows: Int[Array, "R"], other: "Cache") -> "Cache":
-        """The cache with `rows` begun anew as the rows of `other`, which may be smaller; rows out of range are dropped.
+        """The cache with `rows` replaced by those of `other`, which may have less room; rows out of range are dropped.
 
-        A cache of one length takes that of `other`: all of its rows are to be put at once.
+        A cache with one length for all rows takes that of `other`, so all of its rows must be replaced at once.
         """
         size = other.keys.shape[3]
         room = [(0, 0), (0, self.keys.shape[3] - size)]
@@ -88,7 +94,7 @@ class Cache:
         )
 
     def take(self, rows: Int[Array, "R"]) -> "Cache":
-        """The cache whose rows are these of this one, which has one length; a row may be taken several times."""
+        """The cache with these rows of this one, which must have one length; a row may be taken several times."""
         return dataclasses.replace(
             self,
             keys=self.keys.at[:, rows].get(mode="clip"),
@@ -98,6 +104,6 @@ class Cache:
         )
 
     def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
-        """(rows [B, 1], columns [B, T]) of the next tokens of every row, where rows differ in length."""
+        """(rows [B, 1], columns [B, T]) of every row's next tokens, if rows differ in length."""
         rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
         return rows, self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]

@@ -1,4 +1,4 @@
-"""What a decoder's computation depends on, as one frozen dataclass that every family's config.json is read into."""
+"""Everything that a decoder's computation depends on, in one frozen dataclass for every family's config.json."""
 
 import dataclasses
 import json
@@ -13,12 +13,12 @@ from jlora.models import kinds
 
 
 class Layer(NamedTuple):
-    """What a decoder layer does otherwise than its neighbours.
+    """The settings in which a decoder layer may differ from its neighbours.
 
     Attributes:
-        window: keys this many positions back are not seen any more; None: all are.
-        rope: which of `ModelConfig.ropes` turns its queries and keys; None: nothing does.
-        experts: its MLP is a mixture of experts.
+        window: keys this many or more positions back are not seen; None: all are seen.
+        rope: the index in `ModelConfig.ropes` of the rotation of its queries and keys; None: they are not rotated.
+        experts: whether its MLP is a mixture of experts.
     """
 
     window: int | None = None
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Where the parts of a model lie in its tree, as Hugging Face calls them."""
+    """The paths of a model's parts in its tree, as Hugging Face names them."""
 
     stack: str = "layers"
     embedding: str = "embed_tokens"
@@ -49,9 +49,9 @@ class Rope:
     """Rotary positions: the fields of `rope_parameters`, and what transformers derives from other fields.
 
     Attributes:
-        dim: how many values of a head are turned.
-        attention_factor: of cos and sin.
-        max_position_embeddings: where "dynamic" begins to stretch.
+        dim: how many values of a head are rotated.
+        attention_factor: factor of cos and sin.
+        max_position_embeddings: the length beyond which "dynamic" stretches.
     """
 
     dim: int
@@ -70,7 +70,7 @@ class Rope:
     long_factor: tuple[float, ...] = ()
 
     def without_idle_lengths(self) -> "Rope":
-        """The same rotation, without the lengths that its type does not look at."""
+        """The same rotation, without the lengths that its type does not use."""
         idle = () if self.rope_type in ("llama3", "yarn", "longrope") else ("original_max_position_embeddings",)
         idle += () if self.rope_type == "dynamic" else ("max_position_embeddings",)
         return dataclasses.replace(self, **dict.fromkeys(idle, 0))
@@ -78,7 +78,13 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: every token goes to the `top_k` that its router likes best."""
+    """A mixture of experts: every token goes to the `top_k` experts that the router finds likeliest.
+
+    Attributes:
+        count: number of experts.
+        intermediate_size: inner width of one expert.
+        normalize: whether the chosen experts' probabilities are scaled to a sum of 1.
+    """
 
     count: int
     top_k: int
@@ -88,19 +94,21 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder; `source` keeps the whole config.json for writing it back.
+    """A decoder's settings.
 
     Attributes:
+        layers: one entry for each layer.
         hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS`.
-        gated: down(act(gate) · up) rather than down(act(up)).
-        norm: "rms", "rms_wide" (scaled before it is rounded), "rms_plus_one" (scaled by 1 + weight) or "layer".
-        qk_norm: of queries and keys: None, "head" (each head by itself) or "all" (all heads together).
-        qkv_by_head: a fused projection gives head after head, each its query, key and value.
-        parallel: attention and MLP read the same input.
-        attention_scale: of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
+        gated: whether the MLP is down(act(gate) · up), not down(act(up)).
+        norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight) or "layer".
+        qk_norm: the norm of queries and keys: None, "head" (each head by itself) or "all" (all heads together).
+        qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
+        parallel: whether attention and MLP read the same input.
+        attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
         attention_softcap, final_softcap: s → cap · tanh(s / cap) of scores and logits.
-        embedding_scale, residual_scale, logits_divisor: factors of the embeddings, of what a block adds, and of logits.
-        layers: one entry a layer.
+        embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
+        logits_divisor: what logits are divided by.
+        source: the whole config.json, to write it back.
     """
 
     model_type: str
@@ -138,25 +146,25 @@ class ModelConfig:
     source: str = dataclasses.field(default="{}", repr=False)
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json this was made from, every key of it."""
+        """The config.json that this was made from, with every key."""
         return json.loads(self.source)
 
     def positions_before(self, new_tokens: int) -> int | None:
-        """How long a text may be that so many new tokens follow, of which the last is not read; None: any length."""
+        """The longest text that this many new tokens can follow (the last is never read); None: any length."""
         return None if self.names.positions is None else self.max_position_embeddings - new_tokens + 1
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text that the model's positions are made for, those that scaling adds included."""
+        """The longest text, in tokens, that the model's positions are made for, with rotary scaling."""
         scaled = [int(rope.factor * rope.original_max_position_embeddings) for rope in self.ropes]
         return max([self.max_position_embeddings, *scaled])
 
     def warn_beyond(self, tokens: int, what: str) -> None:
-        """Warn of texts that are longer than the model's positions are made for.
+        """Warns if texts are longer than the model's positions are made for.
 
         Args:
-            tokens: of the longest.
-            what: is so long.
+            tokens: length of the longest text.
+            what: what the warning calls the texts.
         """
         if self.ropes and tokens > self.longest_text:
             warnings.warn(
@@ -167,14 +175,14 @@ class ModelConfig:
 
     @property
     def stacks(self) -> tuple[range, ...]:
-        """Which layers can lie in one stack: those of the same structure."""
+        """The layers of each stack: those with the same structure share one."""
         return tuple(tree.stack_ranges([layer.experts for layer in self.layers]))
 
     def require_same(self, other: "ModelConfig", ours: str, theirs: str) -> None:
-        """Nothing, if both compute the same from the same weights.
+        """Raises UserError unless both compute the same from the same weights.
 
-        Where texts end, how long texts were in training, and what else config.json and generation_config.json say, may
-        differ.
+        End-of-text tokens, the length of texts in training, and whatever else config.json and generation_config.json
+        say may differ.
 
         Args:
             ours, theirs: what the message calls the two.
@@ -187,7 +195,7 @@ class ModelConfig:
             raise UserError(f"{ours} and {theirs} are not models of one architecture:\n  " + "\n  ".join(lines))
 
     def _computation(self) -> dict[str, Any]:
-        """The fields that decide what is computed from the weights."""
+        """The fields that determine what is computed from the weights."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["ropes"] = tuple(rope.without_idle_lengths() for rope in self.ropes)
         values["max_position_embeddings"] *= self.names.positions is not None
@@ -195,7 +203,7 @@ class ModelConfig:
 
 
 def _differences(name: str, one: Any, other: Any) -> list[str]:
-    """A line for each difference, layer by layer where the field is a list of them."""
+    """A line for each difference, entry by entry if the field is a tuple."""
     if type(one) is type(other) is tuple and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [line for index, pair in pairs for line in _differences(f"{name}[{index}]", *pair)]
@@ -203,9 +211,9 @@ def _differences(name: str, one: Any, other: Any) -> list[str]:
 
 
 class Fields:
-    """A config.json being read: what was asked for, what is missing, and every problem found on the way.
+    """A config.json being read: the fields asked for, those missing, and every problem found on the way.
 
-    A field is looked at where it is read: one that a family does not read may hold anything.
+    A field is checked only when it is read: one that a family does not read may hold anything.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -216,39 +224,39 @@ class Fields:
         self.problems: list[str] = []
 
     def replaced(self, **values: Any) -> "Fields":
-        """The same fields with other values, noting what is found in the same place."""
+        """The same fields with other values; what is found is recorded in this object too."""
         other = Fields(self.config | values)
         other.seen, other.missing, other.wrong, other.problems = self.seen, self.missing, self.wrong, self.problems
         return other
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value; `default` when it is absent or null, or of another kind, which is noted."""
+        """The field's value; `default` if it is absent, null, or of the wrong kind, which is recorded."""
         self.seen.add(name)
         return self.of_kind(kinds.FIELDS, name, self.config.get(name), default)
 
     def of_kind(
         self, kind: Mapping[str, kinds.Kind], name: str, value: Any, default: Any = None, *, what: str = ""
     ) -> Any:
-        """As `get`, of a value that was found elsewhere: `what` says where."""
+        """As `get`, for a value that was found elsewhere; `what` says where."""
         wrong = kinds.wrong(kind, name, value, what)
         self.wrong |= dict.fromkeys(wrong)
         return default if value is None or wrong else value
 
     def require(self, name: str) -> int:
-        """The field's value; one that is absent is noted, and 1 stands for it until `finish`."""
+        """The field's value; if it is absent, that is recorded, and 1 stands in until `finish`."""
         if self.config.get(name) is None:
             self.missing[name] = None
         return self.get(name, 1)
 
     def rope(self) -> dict[str, Any]:
-        """The rotary parameters: `rope_scaling`, as version 4 of transformers wrote it, wherever it says something;
-        version 5 takes it before its own `rope_parameters` too.
+        """The rotary parameters: `rope_scaling` (transformers 4) unless it is empty, else `rope_parameters`
+        (transformers 5, which has the same preference).
         """
         own = self.get("rope_parameters", {})
         return self.get("rope_scaling") or own
 
     def only(self, name: str, *supported: Any) -> None:
-        """Notes a value that is none of those supported; an absent field is none."""
+        """Records a problem if the field has a value that is not supported; an absent field is fine."""
         value = self.get(name)
         if value is not None and value not in supported:
             self.problems.append(
@@ -256,10 +264,10 @@ class Fields:
             )
 
     def finish(self) -> None:
-        """Raises ValueError with everything that is wrong, if anything is."""
+        """Raises ValueError if anything is wrong, with a list of everything."""
         if self.missing and not self.wrong:
             raise UserError(f"config.json lacks {', '.join(self.missing)}")
-        # What else is found beside values that are missing or wrong may come of what stood for them.
+        # Other problems are reported only if no value is missing or wrong: stand-ins may have caused them.
         if problems := [f"{name} is missing" for name in self.missing] + [*self.wrong] or self.problems:
             raise UserError(describe_faults("config.json", problems))
 
@@ -281,7 +289,9 @@ def read_rope(
     """The rotary positions that `rope_parameters` (transformers 5) or `rope_scaling` (4) describe.
 
     Args:
-        partial: the part of a head that is turned, where `parameters` do not say; None: the family turns whole heads.
+        parameters: the value of that field.
+        theta: the base, unless `parameters` give it.
+        partial: the share of a head that is rotated, unless `parameters` give it; None: the family rotates whole heads.
     """
 
     def read(name: str, default: Any = None) -> Any:
@@ -293,7 +303,7 @@ def read_rope(
     theta = float(read("rope_theta", theta))
     if partial is not None:
         dim = int(head_dim * read("partial_rotary_factor", partial))
-    elif rope_type == "default":  # where transformers turns whole heads, whatever is said
+    elif rope_type == "default":  # transformers then rotates whole heads, whatever the file says
         dim = head_dim
     else:
         dim = int(head_dim * read("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))

@@ -1,4 +1,4 @@
-"""The decoder layer of every family: what differs between them is data in the ModelConfig."""
+"""The decoder layer of every family; how families differ is data in the ModelConfig."""
 
 import dataclasses
 import functools
@@ -16,20 +16,20 @@ from jlora.models.experts import Mixture
 from jlora.models.layers import ACTIVATIONS, Linear, Norm
 from jlora.models.rope import rotate
 
-# The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. Where tensor does
-# not divide the heads of the keys, every device has all of them.
+# The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. If `tensor` does
+# not divide the key heads, every device has all of them.
 CACHED = (sharding.ROWS, None, "tensor", None)
 TILES = (None, sharding.ROWS, sharding.TOKENS, None)  # of an MLP's inputs [count, B, T/count, D]
-# Values of a tile of an MLP's inner values, on one device.
+# The most inner values of an MLP that a tile has on one device.
 TILE = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a layer shares with the others of one forward pass.
+    """The positions and masks of one layer in a forward pass.
 
     Attributes:
-        cos, sin: RoPE tables [B, T, F]; None where nothing is rotated.
+        cos, sin: RoPE tables [B, T, F]; None if nothing is rotated.
         marks: which keys a query may see.
     """
 
@@ -39,11 +39,11 @@ class Context:
 
 
 def _tiles(shape: tuple[int, int, int], width: int) -> int:
-    """How many tiles of tokens an MLP's inner values [B, T, width] are computed in: as few as keep one below TILE, and
-    as divide the tokens that a device has.
+    """How many tiles of tokens an MLP's inner values [B, T, width] are computed in: the fewest that keep a tile within
+    TILE and divide a device's tokens.
     """
     rows, tokens, _ = shape
-    tokens, rest = divmod(tokens, sharding.ways(sharding.TOKENS))  # a tile has some of every device's
+    tokens, rest = divmod(tokens, sharding.ways(sharding.TOKENS))  # a tile has tokens of every device
     if rest:
         return 1
     values = rows * tokens * width // sharding.ways(*sharding.ROWS, "tensor")
@@ -52,8 +52,8 @@ def _tiles(shape: tuple[int, int, int], width: int) -> int:
 
 
 def _cut(x: jax.Array, count: int) -> jax.Array:
-    """[count, B, T/count, D] of [B, T, D] on a mesh, of every part of the tokens that it splits as many; else
-    [count, 1, B·T/count, D], as it is in memory.
+    """[B, T, D] in tiles: on a mesh [count, B, T/count, D], each with as many tokens from every shard; else
+    [count, 1, B·T/count, D] in memory order.
     """
     if not sharding.sizes():
         return x.reshape(count, 1, -1, x.shape[-1])
@@ -63,7 +63,7 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
 
 
 def _joined(tiles: jax.Array) -> jax.Array:
-    """[B, T, D] of tiles as `_cut` makes them; without a mesh as they are in memory."""
+    """[B, T, D] from the tiles of `_cut`; without a mesh the tiles themselves, which have the same memory order."""
     if not sharding.sizes():
         return tiles
     count, batch, _, width = tiles.shape
@@ -72,7 +72,7 @@ def _joined(tiles: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Self-attention; with a cache it writes the T new keys and values of `layer` and attends to all S."""
+    """Self-attention; with a cache, it writes the layer's T new keys and values and attends to all S."""
 
     config: ModelConfig
     form: str = AUTO
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
 
     def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normed where the family does."""
+        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that."""
         config, names = self.config, self.config.names.queries_keys_values
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         widths = [count * config.head_dim for count in heads]
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)), gate and up apart or in one product, or down(act(up(x)))."""
+    """down(act(gate(x)) · up(x)), with gate and up separate or in one product, or down(act(up(x)))."""
 
     config: ModelConfig
     gathered: bool = False
@@ -135,7 +135,7 @@ class MLP(nn.Module):
         width = config.intermediate_size * (2 if config.gated else 1) // len(names.mlp_up)
         parts = []
         for name in names.mlp_up:
-            # One after the other, and backwards: not both of their kernels are dequantised at a time.
+            # In sequence, in both passes, so that only one of the two kernels is dequantised at a time.
             y, x = in_turn(Linear(width, config.mlp_bias, self.gathered, name=name)(x), x)
             parts.append(y)
         if config.gated and len(parts) == 1:
@@ -146,7 +146,7 @@ class MLP(nn.Module):
 
 
 class Feedforward(nn.Module):
-    """The half of a layer that looks at one token at a time: norm, MLP, norm, and the sum with what was attended."""
+    """The half of a layer that works on each token alone: norm, MLP, norm, added to the attention half's output."""
 
     config: ModelConfig
     experts: bool = False
@@ -160,11 +160,12 @@ class Feedforward(nn.Module):
         return attended + _scaled(config, _norm(config, norms[1], y))
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """The same of one tile of tokens after another, each computed again in the backward pass: an MLP's inner values
-        are as long as several layer inputs.
+        """The same, tile by tile of tokens, each recomputed in the backward pass: an MLP's inner values take as much
+        memory as several layer inputs.
 
         Args:
-            key: of dropout, a random key of its own for each tile.
+            count: the number of tiles.
+            key: the key of dropout, from which each tile gets its own.
         """
         params = self.variables["params"]
         mlp = {name: sharding.gathered(f"mlp/{name}", linear) for name, linear in params["mlp"].items()}
@@ -179,18 +180,18 @@ class Feedforward(nn.Module):
             rngs = None if key is None else {"dropout": jax.random.fold_in(key, number)}
             return alone.apply(variables, *tiles, rngs=rngs)
 
-        # Where the MLP does not read x, it is not to be cut and carried along.
+        # If the MLP does not read x, there is no need to cut it and carry it along.
         parts = (_cut(x, count) if self.config.parallel else None), _cut(attended, count)
         _, y = jax.lax.scan(lambda _, item: (None, one(*item)), None, (jnp.arange(count), *parts))
         return _joined(y).reshape(attended.shape)
 
 
 class Block(nn.Module):
-    """One decoder layer: norm, attention, norm, MLP, with norms before or after or both.
+    """One decoder layer: attention and MLP, with norms before, after, or both.
 
     Attributes:
-        attention: the form that computes it (`jlora.kernels.attention`).
-        lean: values that can be computed again are not kept, nor whole where a tile will do.
+        attention: the form that computes attention (`jlora.kernels.attention`).
+        lean: whether the MLP is computed in tiles, to save memory.
     """
 
     config: ModelConfig
@@ -216,8 +217,8 @@ class Block(nn.Module):
         return feedforward.in_tiles(tiles, key, x, attended), cache
 
     def _inner(self) -> int:
-        """The MLP's inner values of a token. Every tile reads the kernels of all experts: to be worth it, it holds as
-        many tokens more as there are experts that a token does not pass.
+        """The MLP's inner values for a token. With experts they are divided by count / top_k: every tile reads the
+        kernels of all experts, so it must hold that many times more tokens to be worth it.
         """
         experts = self.config.experts
         if not self.experts or experts is None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router, and gated MLPs of which every token passes a few (Shazeer et al. 2017)."""
+"""Mixtures of experts: a router, and gated MLPs, of which every token uses a few (Shazeer et al. 2017)."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,9 @@ from jlora.models.layers import ACTIVATIONS, leaves, used
 
 
 class Router(nn.Module):
-    """float32 probabilities of the experts; the leaf is no `kernel`, for it is neither adapted nor packed."""
+    """float32 probabilities of the experts. The leaf is not called `kernel`, so that by default it is neither adapted
+    nor packed.
+    """
 
     count: int
 
@@ -26,7 +28,7 @@ class Router(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Rows sorted by expert through their experts' kernels [E, D, N]."""
+    """Rows, sorted by expert, times their experts' kernels [E, D, N]."""
 
     count: int
     features: int
@@ -40,7 +42,7 @@ class Grouped(nn.Module):
 
 
 class GatedExperts(nn.Module):
-    """down(act(gate) · up) in every expert, gate and up in one product."""
+    """down(act(gate) · up) in every expert, with gate and up in one product."""
 
     config: ModelConfig
 
@@ -54,14 +56,14 @@ class GatedExperts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Every token through its `top_k` likeliest experts, weighted by the router; no token is dropped."""
+    """The `top_k` likeliest experts of every token, weighted by the router; no token is dropped."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if sharding.is_spread(x) and not self.is_initializing():
-            # Or every device would compute all tokens: they are sorted by expert all together.
+            # Otherwise every device would compute all tokens, since sorting by expert mixes those of all devices.
             flat = sharding.gathered("/".join(self.path), tree.flatten(leaves(self)))
             alone = Mixture(self.config)
             return sharding.apart(lambda params, x: alone.apply({"params": params}, x), tree.unflatten(flat), x)

@@ -1,16 +1,16 @@
-"""What the values of config.json's fields can be: types and bounds, looked at before anything is computed with them."""
+"""The types and bounds of config.json's fields, checked before anything is computed from their values."""
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-LARGEST = 2**31 - 1  # of an array's axis
-MOST = sys.float_info.max  # integers of any size are read out of JSON
+LARGEST = 2**31 - 1  # the longest axis of an array
+MOST = sys.float_info.max  # JSON may hold integers of any size
 LAYERS, EXPERTS = 10_000, 100_000  # far more than any model has, far fewer than memory holds
 
 
 class Kind(NamedTuple):
-    """What a field holds: `what` says it in messages."""
+    """The values that a field may have: `holds` checks one, `what` describes them in messages."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -31,7 +31,7 @@ def list_of(kind: Kind, what: str) -> Kind:
     return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
-NUMBER = Kind(  # an integer among floats is one of 32 bits to JAX
+NUMBER = Kind(  # JAX takes an integer among floats as one of 32 bits
     "a finite number", lambda value: _is_number(value) and (isinstance(value, float) or abs(value) <= LARGEST)
 )
 POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
@@ -47,7 +47,7 @@ WHOLES_OR_FLAGS = Kind(
 )
 TOKENS = Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value))))
 
-# Field → its kind, in whatever family reads it. A field that nothing reads may hold anything.
+# Field → its kind, whichever family reads it. A field that nothing reads may hold anything.
 FIELDS: dict[str, Kind] = {
     name: kind
     for kind, names in (
@@ -73,7 +73,7 @@ FIELDS: dict[str, Kind] = {
     )
     for name in names.split()
 }
-# The same of rotary parameters.
+# The same for rotary parameters.
 ROTARY: dict[str, Kind] = {
     **dict.fromkeys(("rope_type", "type"), TEXT),
     **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"), POSITIVE),
@@ -85,10 +85,11 @@ ROTARY: dict[str, Kind] = {
 
 
 def wrong(kinds: Mapping[str, Kind], name: str, value: Any, what: str = "") -> list[str]:
-    """A line for a value that is not of the kind of its name; names of no kind may have any, null is absence.
+    """A line for the message if the value is not of its field's kind, else []. A field without a kind may hold
+    anything, and null means absent.
 
     Args:
-        what: comes before the name.
+        what: put before the name.
     """
     kind = kinds.get(name)
     if value is None or kind is None or kind.holds(value):

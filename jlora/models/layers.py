@@ -1,4 +1,4 @@
-"""The Flax modules every family is built from. A module computes with whatever leaves lie at its path."""
+"""The Flax modules that every family is built from. A module computes with whatever leaves are at its path."""
 
 import functools
 
@@ -21,11 +21,11 @@ ACTIVATIONS = {
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) by `jlora.lora.linear`, whose business packed kernels and adapters at this path are."""
+    """x @ kernel (+ bias) by `jlora.lora.linear`, which handles packed kernels and adapters at this path."""
 
     features: int
     use_bias: bool = False
-    gathered: bool = False  # by the caller: what several calls use is to be gathered once
+    gathered: bool = False  # by the caller, who gathers once for several calls
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -36,7 +36,8 @@ class Linear(nn.Module):
         self.sow("inputs", "x", x)  # kept only where a caller asks for this collection
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         inputs, outputs = sharding.features("/".join(self.path))
-        # What every device has whole several linears may share: its gradient is added up first and then held, once.
+        # An input that every device has whole is not held here: several linears may share it, and their gradients are
+        # to be summed before that sum is held, once.
         x = x if inputs is None else sharding.held(x, inputs)
         return sharding.held(lora.linear(x, leaves(self) if self.gathered else used(self), key=key), outputs)
 
@@ -55,10 +56,11 @@ class Embed(nn.Module):
 
 
 class Norm(nn.Module):
-    """A norm over the last axis, its statistics in float32, rounded where transformers rounds.
+    """A norm over the last axis, with float32 statistics, rounded where transformers rounds.
 
-    "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019), scaled after or before rounding to
-    x's dtype, the last by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et al. 2016).
+    "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019). "rms" scales after rounding to x's
+    dtype, the others before; "rms_plus_one" scales by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et
+    al. 2016).
     """
 
     kind: str
@@ -91,5 +93,5 @@ def leaves(module: nn.Module) -> Params:
 
 
 def used(module: nn.Module) -> Params:
-    """`leaves` of a linear, whole on every device that computes with them (see `jlora.sharding.gathered`)."""
+    """`leaves` of a linear, gathered on every device that computes with them (see `jlora.sharding.gathered`)."""
     return sharding.gathered("/".join(module.path), leaves(module))

@@ -23,17 +23,17 @@ from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import BRANCH, Params
 
-# The module of the scalar head that reward and value models have; in an adapter its one leaf is `trained_kernel`.
+# The module of a reward or value model's scalar head; in an adapter its only leaf is `trained_kernel`.
 SCORE = "score"
-# How many token ids a message names.
+# The most token ids that a message names.
 NAMED = 3
 
 
 class Tables(NamedTuple):
-    """Every rotation that some layer uses, of which each layer takes one, and what tells which keys a query may see.
+    """All rotations, of which each layer takes one, and the marks that tell which keys a query may see.
 
     Attributes:
-        cos, sin: [rotations, B, T, F], None where no layer rotates.
+        cos, sin: [rotations, B, T, F]; None if no layer rotates.
     """
 
     cos: jax.Array | None
@@ -46,7 +46,7 @@ class Model:
     """An architecture without weights: every method takes the params. Hashable, so it can be static in jit.
 
     Attributes:
-        attention: the form that computes it, one of `jlora.kernels.attention.FORMS`, or "auto".
+        attention: the form that computes attention, one of `jlora.kernels.attention.FORMS`, or "auto".
     """
 
     config: ModelConfig
@@ -62,15 +62,15 @@ class Model:
         """float32 logits of every next token.
 
         Args:
-            positions: default 0, 1, 2, …; within a segment they must rise with the index, or keys are missed
-            segment_ids: tokens see only their own segment, and the one it branches off (`jlora.types.BRANCH`); default
+            positions: default 0, 1, 2, …; within a segment they must rise with the index, or keys are missed.
+            segment_ids: tokens see only their own segment and the one it branches off (`jlora.types.BRANCH`); default
                 one segment. 0 is padding by convention.
 
         Raises:
-            UserError: tokens on the host that the embedding has no row for. Of those on a device the logits are not
-                numbers.
+            UserError: the embedding has no row for a token. Only tokens in a NumPy array are checked; on a device such
+                tokens give NaN logits.
         """
-        if isinstance(tokens, np.ndarray):  # others may lie on a device, which is not waited for
+        if isinstance(tokens, np.ndarray):  # checking tokens on a device would wait for it
             self.require_rows([tokens])
         return self._call(params, tokens, positions, segment_ids)
 
@@ -93,14 +93,16 @@ class Model:
         remat: bool | str = False,
         branches: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The final norm's output, and the cache with these tokens in it when one is given.
+        """(the final norm's output, the cache with these tokens added, or None if none is given).
 
         Args:
+            positions, segment_ids: as in `__call__`.
+            cache: keys and values of earlier tokens, which these tokens see too.
             key: turns on dropout.
-            remat: what the backward pass computes again, one of `jlora.models.remat.POLICIES`; True is "full": each
-                layer, of which only the input is kept.
-            branches: whether some segment may branch off another (`jlora.types.BRANCH`), or a position not follow the
-                one before it in its segment; without, there are faster forms of attention.
+            remat: what the backward pass recomputes, one of `jlora.models.remat.POLICIES`; True is "full", which saves
+                only each layer's input and recomputes the rest.
+            branches: whether a segment may branch off another (`jlora.types.BRANCH`), or a position may not follow the
+                one before it in its segment; if not, faster forms of attention can be used.
         """
         branches = branches and not (segment_ids is None and positions is None)
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
@@ -121,8 +123,9 @@ class Model:
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Params:
-        """Sums over these tokens of what every linear of the stack reads: "count" [L], "sum" [L, D] and "gram"
-        [L, D, D] at each linear's path, float32. They add up over batches; padding (segment 0) does not count.
+        """Moments of the inputs of every linear in the stack: "count" [L], "sum" [L, D] and "gram" [L, D, D] at each
+        linear's path, float32. They are sums over tokens, so those of several batches can be added; padding (segment 0)
+        does not count.
         """
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         weights = (segment_ids != 0).astype(jnp.float32)
@@ -136,8 +139,11 @@ class Model:
         return seen
 
     def head(self, params: Params) -> Params:
-        """The leaves that `project` needs: the head's, or the embedding's when the two are tied, with `own` adapters
-        of the head beside them.
+        """The leaves that `project` needs: the head's, or, if the two are tied, the embedding's, with an adapter of the
+        head's own at "own".
+
+        Raises:
+            ValueError: the params have no head.
         """
         names = self.config.names
         own = params.get(names.head, {})
@@ -152,7 +158,7 @@ class Model:
         return embedding | {"own": own} if own else embedding
 
     def project(self, head: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits from hidden states."""
+        """float32 logits from hidden states and the leaves of `head`."""
         if "embedding" in head:
             logits = lora.unembed(hidden, head)
             if "own" in head:
@@ -166,7 +172,7 @@ class Model:
         return logits
 
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits from hidden states [B, D] or [B, T, D]."""
+        """float32 logits from hidden states [B, D] or [B, T, D], placed on the mesh in context."""
         rows, vocabulary = sharding.logits_axes(self.config.vocab_size)
         between = (sharding.TOKENS,) * (hidden.ndim - 2)
         hidden = sharding.constrain(hidden, rows, *between, None)
@@ -179,7 +185,7 @@ class Model:
             key: draws its values from N(0, 0.02²), as transformers does; without it they are zero.
 
         Raises:
-            ValueError: there is a score head already.
+            ValueError: the params already have a score head.
         """
         if SCORE in params:
             raise UserError(f"these params have a score head already: {', '.join(params[SCORE])}")
@@ -201,14 +207,14 @@ class Model:
         return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
 
     def require_positions(self, tokens: int, setting: str = "") -> None:
-        """Nothing, if the model has a position for each of so many tokens of a text: what is looked up beyond the
-        learned ones is not a number.
+        """Raises UserError if the model has learned positions, but not for a text of this many tokens: those beyond
+        would give NaN.
 
         Args:
-            setting: what asks for so many, for the message.
+            setting: the setting that asks for this many, for the message.
 
         Raises:
-            ValueError: the model has learned positions, and fewer.
+            ValueError: the model has learned fewer positions.
         """
         longest = self.config.max_position_embeddings
         if self.config.names.positions and tokens > longest:
@@ -218,7 +224,7 @@ class Model:
             )
 
     def without_row(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> str:
-        """What is wrong with these lists of tokens: those that the embedding has no row for; "" if it has all."""
+        """A message that names the token ids for which the embedding has no row; "" if it has one for each."""
         rows, found = self.config.vocab_size, set()
         for ids in tokens:
             ids = np.asarray(ids)
@@ -229,7 +235,7 @@ class Model:
         return f"found the token ids {shown}, but the embedding has {rows} rows (ids 0 to {rows - 1})"
 
     def require_rows(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> None:
-        """Raise UserError if the embedding has no row for some token of these lists."""
+        """Raises UserError if the embedding has no row for some token of these lists."""
         if fault := self.without_row(tokens):
             raise UserError(fault)
 
@@ -237,7 +243,7 @@ class Model:
         """A cache for `batch` rows of up to `size` tokens, in the dtype of the activations.
 
         Raises:
-            ValueError: the model has learned positions, and fewer than `size`.
+            ValueError: the model has learned positions, but fewer than `size`.
         """
         config = self.config
         self.require_positions(size)
@@ -250,14 +256,14 @@ class Model:
         """The base tree as ShapeDtypeStructs: what a checkpoint of this architecture must hold.
 
         Args:
-            stacks: the layers of each stack, default as few stacks as the architecture allows.
+            stacks: the layers of each stack; default: as few stacks as the architecture allows.
         """
         return jax.eval_shape(lambda: self.random_params(jax.random.key(0), dtype, stacks))
 
     def random_params(
         self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
     ) -> Params:
-        """Random params of this architecture, for tests and dry runs."""
+        """Random params of this architecture, for tests and dry runs; arguments are as in `abstract_params`."""
         config, names = self.config, self.config.names
         tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.hidden_size))
         keys = jax.random.split(key, config.num_hidden_layers + 4)
@@ -316,11 +322,11 @@ class Model:
             return Tables(None, None, seen), cache
         lengths = None
         if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
-            # What branches share is rotated for the longest of them.
+            # Tokens that branches share are rotated for the longest branch.
             same = segment_ids[:, :, None] % BRANCH == key_segments[:, None, :] % BRANCH
             lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
         rotations = [rope_tables(rope, positions, lengths) for rope in config.ropes]
-        if any(layer.rope is None for layer in config.layers):  # a rotation by nothing, for layers without one
+        if any(layer.rope is None for layer in config.layers):  # an identity rotation, for layers without one
             cos, sin = rotations[0]
             rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)))
         cos, sin = (jnp.stack(parts) for parts in zip(*rotations, strict=True))
@@ -336,13 +342,14 @@ class Model:
         remat: bool | str,
         observe: Callable[[jax.Array], Params] | None = None,
     ) -> tuple[jax.Array, Cache | None, Params]:
-        """Every block in turn: one compiled body for each stack, scanned over it.
+        """Applies all blocks in order, with one compiled body for each stack, scanned over it.
 
-        Layers that differ in window or rotation only share a body, which picks its window and tables by number; stacks
+        Layers that differ only in window or rotation share a body, which picks its window and tables by number. Stacks
         that alternate are scanned together.
 
         Args:
-            observe: of every linear's inputs; what it returns comes back at the linear's path, layer by layer.
+            observe: called with every linear's inputs; what it returns is returned at the linear's path, stacked over
+                layers.
         """
         config = self.config
 
@@ -380,14 +387,14 @@ class Model:
         return x, cache, tree.unflatten(seen)
 
     def _numbers(self, layers: range, tables: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of every layer: its index, its rotation's and its window's."""
+        """(index, index of the rotation, index of the window) of every layer."""
         chosen = [self.config.layers[i] for i in layers]
         rotations = [len(self.config.ropes) if layer.rope is None else layer.rope for layer in chosen]
         windows = [tables.marks.windows.index(layer.window) for layer in chosen]
         return tuple(jnp.asarray(np.array(values, np.int32)) for values in (layers, rotations, windows))
 
     def _groups(self, params: Params) -> list[list[tuple[str, Params, range]]]:
-        """(path, leaves, layers) of the stacks in the order of their layers; those that alternate are in one group."""
+        """(path, leaves, layers) of the stacks in the order of their layers; alternating stacks form one group."""
         total = self.config.num_hidden_layers
         found = [
             (path, leaves, tree.stack_of(f"{path}/leaf").indices(total))
@@ -405,7 +412,7 @@ class Model:
 
 
 def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Params:
-    """What `observe` says of every linear's inputs, at the linear's path."""
+    """What `observe` returns for every linear's inputs, at the linear's path."""
     if observe is None:
         return {}
     flat = {}
@@ -416,7 +423,7 @@ def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Pa
 
 
 def _context(tables: Tables, rotation: jax.Array, window: jax.Array) -> Context:
-    """One layer's rotation and window."""
+    """The Context of one layer, with its rotation and window."""
 
     def pick(stack: jax.Array | None, index: jax.Array) -> jax.Array | None:
         if stack is None or len(stack) == 1:

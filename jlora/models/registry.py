@@ -11,11 +11,11 @@ from jlora.models.model import Model
 
 
 def build(hf_config: dict[str, Any]) -> Model:
-    """The model of a parsed config.json.
+    """The model that a parsed config.json describes.
 
     Raises:
-        ValueError: an unknown model_type, fields that are missing or contradict each other, or values that change the
-        computation and are not supported; all are listed.
+        ValueError: the model_type is unknown, fields are missing or contradict each other, or values that change the
+            computation are not supported; all faults are listed.
     """
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

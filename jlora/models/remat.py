@@ -1,4 +1,4 @@
-"""What the backward pass finds again of a layer's forward pass, and what it computes again."""
+"""Which values of a layer's forward pass are saved for the backward pass, and which are recomputed."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax
 from jlora.errors import UserError
 from jlora.types import SAVED
 
-# The checkpoint_name of what a layer begins with.
+# The checkpoint_name of a layer's input.
 LAYER_INPUT = "layer_input"
 
 
@@ -20,9 +20,9 @@ def _offload() -> Callable:
     )
 
 
-# Name → (the policy, or None, whether values that are computed again are so in tiles). "full" keeps a layer's input and
-# nothing else, "offload" the same in the host's memory, "none" the outputs of products and of attention too: norms,
-# rotations and activations cost less again than in memory.
+# Name → (the policy or None, whether to recompute in tiles). "full" saves only a layer's input, "offload" the same in
+# the host's memory, "none" also the outputs of products and of attention: norms, rotations and activations are cheaper
+# to recompute than to keep.
 POLICIES: dict[str, tuple[Callable[[], Callable | None], bool]] = {
     "full": (lambda: None, True),
     "offload": (_offload, True),
@@ -31,7 +31,7 @@ POLICIES: dict[str, tuple[Callable[[], Callable | None], bool]] = {
 
 
 def name_of(remat: bool | str) -> str:
-    """The policy's name: True is "full", False is "none".
+    """The policy's name; True is "full", False is "none".
 
     Raises:
         UserError: there is no such policy.
@@ -43,11 +43,11 @@ def name_of(remat: bool | str) -> str:
 
 
 def rematerialised(apply: Callable, remat: bool | str) -> Callable:
-    """The layer, whose values are computed again in the backward pass as the policy says."""
+    """The layer's function, which recomputes values in the backward pass as the policy says."""
     policy, _ = POLICIES[name_of(remat)]
     return jax.checkpoint(apply, prevent_cse=False, policy=policy())
 
 
 def is_lean(remat: bool | str) -> bool:
-    """Whether what is computed again is so in tiles."""
+    """Whether the policy recomputes in tiles."""
     return POLICIES[name_of(remat)][1]

@@ -9,17 +9,17 @@ from jaxtyping import Array, Float, Int
 
 from jlora.models.config import Rope
 
-# Their frequencies depend on how long the document is.
+# The rope_types whose frequencies depend on the document's length.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def rope_tables(
     rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """(cos, sin) of every position's angles, float32, each half of F a repeat of the other.
+    """(cos, sin) of every position's angles, float32; the two halves of F are equal.
 
     Args:
-        lengths: of the document that each token is in; needed by the types in LENGTH_DEPENDENT.
+        lengths: the length of each token's document; needed by the types in LENGTH_DEPENDENT.
     """
     if rope.rope_type == "dynamic":
         frequencies = _dynamic(rope, lengths)
@@ -35,8 +35,8 @@ def rope_tables(
 
 
 def inverse_frequencies(rope: Rope) -> np.ndarray:
-    """The float32 [dim/2] angular frequencies, scaled as transformers' `modeling_rope_utils` does for each rope_type
-    that does not depend on the length.
+    """The float32 [dim/2] angular frequencies, scaled as in transformers' `modeling_rope_utils`, for rope_types that do
+    not depend on the length.
     """
     frequencies = _frequencies(rope)
     if rope.rope_type == "linear":
@@ -54,7 +54,7 @@ def _frequencies(rope: Rope, factors: tuple[float, ...] = (1.0,)) -> np.ndarray:
 
 
 def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
-    """Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, those in between interpolated."""
+    """Llama 3.1: divides frequencies of long wavelengths by `factor`, keeps short ones, and interpolates between."""
     length = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     low, high = length / rope.low_freq_factor, length / rope.high_freq_factor
@@ -65,8 +65,8 @@ def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def _yarn(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
-    """YaRN: frequencies that turn less than beta_slow times in the original length are slowed by `factor`, those that
-    turn more than beta_fast times kept, with a linear ramp in between.
+    """YaRN: frequencies with fewer than beta_slow turns in the original length are divided by `factor`, those with more
+    than beta_fast are kept, with a linear ramp in between.
     """
 
     def dimension(turns: float) -> float:
@@ -83,7 +83,7 @@ def _yarn(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def _dynamic(rope: Rope, lengths: jax.Array) -> jax.Array:
-    """NTK-aware scaling: past max_position_embeddings the base grows with the length. [B, T, dim/2]."""
+    """NTK-aware scaling [B, T, dim/2]: past max_position_embeddings the base grows with the length."""
     longest = jnp.float32(rope.max_position_embeddings)
     stretch = rope.factor * jnp.maximum(lengths.astype(jnp.float32), longest) / longest - (rope.factor - 1)
     base = rope.rope_theta * stretch ** (rope.dim / (rope.dim - 2))
@@ -94,7 +94,7 @@ def _dynamic(rope: Rope, lengths: jax.Array) -> jax.Array:
 def rotate(
     x: Float[Array, "B T heads F"], cos: Float[Array, "B T dim"], sin: Float[Array, "B T dim"]
 ) -> Float[Array, "B T heads F"]:
-    """x with the first `dim` values of every head turned by its position's angles, in x's dtype (transformers'
+    """x with the first `dim` values of every head rotated by its position's angles, in x's dtype (transformers'
     `apply_rotary_pos_emb`).
     """
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]

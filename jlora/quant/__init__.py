@@ -1,4 +1,4 @@
-"""Packed 4- and 8-bit arrays, their matmul, and the rules for which leaves are packed."""
+"""Packed 4- and 8-bit arrays, matrix products with them, and the rules for which leaves are packed."""
 
 from jlora.quant.config import QuantConfig, as_config, leaf_format
 from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize, unpacked

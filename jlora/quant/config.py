@@ -7,20 +7,20 @@ from jlora import tree
 from jlora.errors import UserError
 from jlora.quant.formats import FORMATS
 
-# Every linear inside the stack; embeddings, the head and norms keep their precision (as bitsandbytes' users do).
+# Every linear inside the stack; embeddings, the head and norms keep their precision (as is usual with bitsandbytes).
 DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"((gpt_neox/)?layers|h)/.*/kernel", "nf4"), (r".*", None))
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """Ordered (regular expression, format or None) rules over full leaf paths, the first match wins; plus the block
-    scales' form.
+    """Which leaves to pack, and how.
 
     Attributes:
-        rules: formats by path; paths that no rule matches stay as they are. A rule may name a layer or not:
-            "layers/0/mlp/down_proj/kernel" is that of the first layer, "layers/mlp/down_proj/kernel" all of them.
-        double_quant: block scales of 4-bit formats in 8 bits (4.13 bits a weight) instead of float32 (4.5 bits).
-        merge_aware: kernels stay in 16 or 32 bits and are packed, update and all, whenever they are used (`Rounded`),
+        rules: ordered pairs (regular expression for a full leaf path, format or None); the first match wins, and leaves
+            that no rule matches stay as they are. A rule may name a layer or not: "layers/0/mlp/down_proj/kernel" is
+            the first layer's, "layers/mlp/down_proj/kernel" every layer's.
+        double_quant: keep the block scales of 4-bit formats in 8 bits (4.13 bits a weight), not float32 (4.5 bits).
+        merge_aware: keep kernels in 16 or 32 bits and pack them, update included, whenever they are used (`Rounded`),
             so that the packed sum of base and adapter is the model that was trained.
     """
 
@@ -37,10 +37,11 @@ class QuantConfig:
 
 
 def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
-    """The QuantConfig that `quant` stands for: itself, the default rules of a format's name, or None.
+    """The QuantConfig that `quant` stands for: a QuantConfig or None itself; a format's name stands for the default
+    rules with that format.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if quant is None or isinstance(quant, QuantConfig):
         return quant
@@ -50,10 +51,10 @@ def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
 
 
 def leaf_format(path: str, config: QuantConfig | None, layer: int | None = None) -> str | None:
-    """The format in which the leaf at `path` is kept; None keeps it as it is.
+    """The format to pack the leaf at `path` in, or None to keep it as it is.
 
     Args:
-        layer: which layer of a stacked leaf; None: the one that its path names first.
+        layer: which layer of a stacked leaf; None: the first one that its path names.
     """
     if config is None:
         return None

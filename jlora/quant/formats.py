@@ -1,4 +1,4 @@
-"""Every packed format behind one pair of functions: `quantize` makes a packed value, `dequantize` the array again."""
+"""One pair of functions for every packed format: `quantize` packs an array, `dequantize` unpacks it."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ def quantize(array: Float[Array, "..."], format: str = "nf4", *, double_quant: b
 
     Args:
         format: "nf4" or "fp4" (bitsandbytes' 4 bits), "int4" (4 bits, a uniform grid) or "int8" (LLM.int8's rows).
-        double_quant: block scales in 8 bits (4.13 bits a weight) instead of float32 (4.5); int8 has no blocks.
+        double_quant: keep block scales in 8 bits (4.13 bits a weight), not float32 (4.5 bits); int8 has no blocks.
 
     Raises:
-        ValueError: an unknown format, or an array of fewer than two dimensions.
+        ValueError: the format is unknown, or the array has fewer than two dimensions.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is unknown; expected one of {', '.join(FORMATS)}")
@@ -44,7 +44,7 @@ def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> 
     """The array [..., D, N] that a packed value stands for, computed in float32 and rounded to the leaf's dtype.
 
     Args:
-        dtype: of the result, when it is to differ from the leaf's.
+        dtype: the dtype that holds the rounded values, if not the leaf's.
     """
     if isinstance(leaf, Rounded):
         leaf = leaf.packed()
@@ -52,7 +52,7 @@ def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> 
 
 
 def unpacked(leaf: Any) -> Any:
-    """The array that updates are added to: of a packed value the dequantised one, an array itself."""
+    """The array that updates are added to: a packed value dequantised, a `Rounded`'s own array, or an array itself."""
     if isinstance(leaf, Rounded):
         return leaf.array
     return dequantize(leaf) if is_packed(leaf) else leaf

@@ -1,15 +1,14 @@
-"""Packed 4-bit arrays as a pytree: 16-value code books and a scale for every block of 64, nested or not.
+"""Packed 4-bit arrays as a pytree: 16-value codebooks and a scale for every block of 64, nested or not.
 
-NF4 (QLoRA, Dettmers et al. 2023) and FP4 are bitsandbytes' to the bit; int4 is a uniform grid in the same blocks.
+NF4 (QLoRA, Dettmers et al. 2023) and FP4 equal bitsandbytes' to the bit; int4 is a uniform grid in the same blocks.
 
 Invariants of a `Packed4bit` of logical shape [..., D, N] (a kernel maps D inputs to N outputs; leading axes are stacked
 layers):
   - blocks are 64 consecutive inputs of one output, which is bitsandbytes' order (it flattens the [N, D] transpose);
   - codes, absmax and the logical array have the same rank and axis order, so sharding D or N of a kernel shards its
-  parts;
+    parts;
   - two neighbours on D share a byte, the first in the high nibble.
-When D is not a multiple of 64, bitsandbytes' blocks straddle outputs; then the flattened transpose is kept as one
-column.
+If D is not a multiple of 64, bitsandbytes' blocks straddle outputs; the flattened transpose is then kept as one column.
 """
 
 import dataclasses
@@ -40,11 +39,11 @@ CODEBOOKS: dict[str, np.ndarray] = {
         ],
         np.float32,
     ),
-    # One sign bit, two of exponent, one of mantissa; the second zero of the sign bit is +0 in bitsandbytes too.
+    # One sign bit, two of exponent, one of mantissa; the zero with the sign bit is +0 in bitsandbytes too.
     "fp4": np.concatenate([_FP4_POSITIVE, np.float32(0) - _FP4_POSITIVE]),
     # code/8 for the integers -8 … 7. Cutting a positive maximum to 7/8 costs less than the wider steps of code/7 for
     # -7 … 7 (8 % more error on normal weights). Sixteen levels without a zero, (2·code - 15)/15, have nearly as little
-    # error but harm a model more (SmolLM2-135M's divergence, as benchmarks/quantization.py has it: 0.80, not 0.39).
+    # error but harm a model more (SmolLM2-135M's divergence by benchmarks/quantization.py: 0.80 instead of 0.39).
     "int4": np.arange(-8, 8, dtype=np.float32) / np.float32(8),
 }
 
@@ -61,14 +60,15 @@ _SHIFTS = np.array([4, 0], np.uint8)
 class Packed4bit:
     """A packed array; see the module's invariants.
 
-    The parts may also be ShapeDtypeStructs or shardings, whatever JAX puts in an array's place.
+    The parts may also be ShapeDtypeStructs, shardings, or whatever else JAX puts in place of an array.
 
     Attributes:
         codes: uint8 [..., D/2, N], two 4-bit codes a byte.
-        absmax: block scales [..., D/64, N]: float32, or uint8 codes of the 8-bit dynamic map when nested.
+        absmax: block scales [..., D/64, N]: float32, or uint8 codes of the 8-bit dynamic map if nested.
         nested_absmax: float32 [..., ceil(D·N/64/256)], one scale for 256 block scales in bitsandbytes' order; None if
-        not nested. offset: float32 [...], the mean subtracted from the block scales before they were quantised; None
-        if not nested. format: a name of CODEBOOKS.
+            not nested.
+        offset: float32 [...], the mean subtracted from the block scales before they were quantised; None if not nested.
+        format: a name of CODEBOOKS.
         matrix: (D, N), the logical last two dimensions.
         dtype: the dtype that dequantised values are rounded to.
     """
@@ -99,8 +99,7 @@ def pack(array: Float[Array, "*stack D N"], format: str, *, double_quant: bool) 
     """The packed form of kernels, each leading index a tensor of its own.
 
     Equal to `bitsandbytes.functional.quantize_4bit(kernel.T, quant_type=format, compress_statistics=double_quant)` on a
-    CPU. The one thing that may differ is the last bit of `offset`, a float32 mean that torch sums in an order of its
-    own.
+    CPU. Only the last bit of `offset` may differ, a float32 mean that torch sums in another order.
     """
     matrix, dtype = (array.shape[-2], array.shape[-1]), np.dtype(array.dtype)
     columns = _to_blocks(array.astype(jnp.float32))
@@ -141,10 +140,11 @@ def from_flat(
     matrix: tuple[int, int],
     dtype: np.dtype,
 ) -> Packed4bit:
-    """The packed kernel [D, N] whose parts lie in bitsandbytes' flat order, as arrays of the host.
+    """The packed kernel [D, N] from parts in bitsandbytes' flat order; all are arrays on the host.
 
     Args:
-        codes: uint8 [ceil(D·N/2)], absmax: [ceil(D·N/64)], both along the flattened [N, D] transpose.
+        codes: uint8 [ceil(D·N/2)], along the flattened [N, D] transpose.
+        absmax: [ceil(D·N/64)], in the same order.
     """
     inputs, outputs = matrix
     columns = outputs if inputs % BLOCK == 0 else 1
@@ -161,9 +161,9 @@ def to_flat(leaf: Packed4bit) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(scaled: jax.Array, codebook: np.ndarray) -> jax.Array:
-    """The uint8 codes of the nearest values: as many midpoints as lie strictly below, so a tie goes to the lower value.
+    """The uint8 codes of the nearest values, by counting the midpoints strictly below: a tie goes to the lower value.
 
-    Of codes with equal values (FP4's zeros) negative numbers get the first, positive ones the second.
+    Where two codes have equal values (FP4's zeros), negative numbers get the first and positive ones the second.
     """
     order = np.argsort(codebook, kind="stable").astype(np.uint8)
     ascending = codebook[order]
@@ -178,7 +178,7 @@ def _nearest_host(value: np.float32, codebook: np.ndarray) -> np.uint8:
 
 
 def _scale(blocks: jax.Array, absmax: jax.Array, *, partial: bool) -> jax.Array:
-    """Blocks [..., n, 64, N] over their absmax, in [-1, 1]: by the reciprocal, but a partial last block by division."""
+    """Blocks [..., n, 64, N] over their absmax, in [-1, 1]: times the reciprocal, but a partial last block divided."""
     safe = jnp.where(absmax == 0, 1.0, absmax)
     scaled = blocks * (1.0 / safe)
     if partial:
@@ -187,9 +187,7 @@ def _scale(blocks: jax.Array, absmax: jax.Array, *, partial: bool) -> jax.Array:
 
 
 def _to_blocks(array: jax.Array) -> jax.Array:
-    """[..., D', N'] whose columns hold whole blocks: the array itself, or its flattened transpose as one padded
-    column.
-    """
+    """[..., D', N'] with whole blocks in columns: the array itself, or its flattened transpose as a padded column."""
     *stack, inputs, outputs = array.shape
     if inputs % BLOCK == 0:
         return array
@@ -208,10 +206,10 @@ def _from_blocks(columns: jax.Array, matrix: tuple[int, int]) -> jax.Array:
 def _nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
     """uint8 codes [..., D, N] from bytes [..., D/2, N].
 
-    Each byte is repeated and then shifted by 4 or 0: XLA vectorises that, where it would branch on stacked halves.
+    Each byte is repeated and then shifted by 4 or 0, which XLA vectorises; for stacked halves it would branch.
 
     Args:
-        shifts: 4 and 0, out of a barrier with a part of the packed value: JAX would compute the shift of every code
+        shifts: 4 and 0, from a barrier with a part of the packed value. Otherwise JAX would compute every code's shift
             once, before a loop over layers, and keep it.
     """
     *stack, half, outputs = codes.shape
@@ -221,13 +219,13 @@ def _nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
 
 
 def _lookup(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """The table's values at 4-bit indices, by the form that is best on the device that the program is compiled for."""
+    """The table's values at 4-bit indices, in the form that is fastest on the device that is compiled for."""
     by_platform = {platform: functools.partial(LOOKUPS[name], table=table) for platform, name in LOOKUP.items()}
     return jax.lax.platform_dependent(index, **by_platform)
 
 
 def _select(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """By a tree of four selects."""
+    """A lookup by a tree of selects, four deep."""
 
     def choose(bit: int, values: np.ndarray) -> jax.Array:
         if len(values) == 1:
@@ -239,8 +237,8 @@ def _select(index: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 def _bits(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """By a tree of selects whose leaves are computed: the bits of one of two values, as the last bit says. There are no
-    constants that a compiler would write out.
+    """A lookup by a tree of selects whose leaves compute one of two values' bits from the last index bit, so that there
+    are no constants for the compiler to materialise.
     """
     index = index.astype(jnp.int32)
     last = -(index & 1)
@@ -260,6 +258,6 @@ def _gather(index: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 LOOKUPS = {"select": _select, "gather": _gather, "bits": _bits}
-# A CPU vectorises selects and not a gather. Elsewhere XLA moves the constants of the selects out of the loop over the
-# layers, where they stand as 16 arrays of a kernel's size in float32 until the end: 5 GiB of Llama-3.1-8B's step.
+# XLA vectorises selects on a CPU, but not a gather. Elsewhere it moves the selects' constants out of the loop over
+# layers and keeps them as 16 float32 arrays of a kernel's size until the end: 5 GiB of Llama-3.1-8B's step.
 LOOKUP = {"cpu": "select", "tpu": "bits", "default": "gather"}

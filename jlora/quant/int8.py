@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jlora.quant.scales import rounded_to
 
-# bitsandbytes multiplies by this and does not divide by 127.
+# bitsandbytes multiplies by this instead of dividing by 127.
 STEP = np.float32(7.874015718698502e-3)
 
 
@@ -56,7 +56,7 @@ def pack(array: Float[Array, "*stack D N"]) -> PackedInt8:
     """
     half = rounded_to(array, jnp.float16, jnp.float32)
     scale = jnp.max(jnp.abs(half), axis=-2, keepdims=True)
-    # 127/scale is rounded as torch does it: the reciprocal first.
+    # 127/scale is rounded as in torch, which takes the reciprocal first.
     factor = (1.0 / jnp.where(scale == 0, 1.0, scale)) * 127.0
     codes = jnp.round(half * factor).astype(jnp.int8)
     return PackedInt8(codes, scale, np.dtype(array.dtype))

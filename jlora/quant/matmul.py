@@ -15,11 +15,11 @@ from jlora.quant.formats import PackedArray, dequantize, is_packed
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
-    """x @ kernel in x's dtype, with sums, and a dense kernel's gradient, in float32 at least. With a packed kernel only
-    x's gradient exists; nothing dequantised is kept.
+    """x @ kernel in x's dtype; sums and a dense kernel's gradient are at least float32. A packed kernel gets no
+    gradient, and nothing dequantised is kept.
     """
-    # One flat row axis: XLA's CPU backend is slow on products contracted over, or batched by, several axes. But tokens
-    # that a mesh splits do not lie together in it.
+    # One flat row axis, since XLA's CPU backend is slow on products that contract over or batch several axes; but not
+    # if a mesh splits tokens, whose shards would not be contiguous in it.
     rows = x if sharding.ways(sharding.TOKENS) > 1 else x.reshape(-1, x.shape[-1])
     y = _packed(rows, kernel) if is_packed(kernel) else _dense(rows, kernel)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -31,7 +31,7 @@ def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _dense_forward(x: Any, kernel: Any) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
-    """A kernel that is not trained needs no x in the backward pass."""
+    """Saves x only if the kernel is trained."""
     return _dense(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
 
 
@@ -50,13 +50,13 @@ _dense.defvjp(_dense_forward, _dense_backward, symbolic_zeros=True)
 
 
 def _summed(grad: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The gradient, added up over devices that (inside `jax.shard_map`) have rows of their own but the same kernel."""
+    """The gradient summed over the devices that (inside `jax.shard_map`) have rows of their own but the same kernel."""
     axes = _varying(grad) - _varying(kernel)
     return jax.lax.psum(grad, tuple(axes)) if axes else grad
 
 
 def _varying(x: jax.Array) -> frozenset[str]:
-    """The manual mesh axes along which x differs; JAX has renamed the attribute that says so."""
+    """The manual mesh axes along which x differs; the attribute's name depends on JAX's version."""
     kind = jax.typeof(x)
     return kind.mat.varying if hasattr(kind, "mat") else kind.vma
 
@@ -64,7 +64,7 @@ def _varying(x: jax.Array) -> frozenset[str]:
 def grouped_matmul(
     x: Float[Array, "rows D"], kernel: "Float[Array, 'E D N'] | PackedArray", sizes: Int[Array, "E"]
 ) -> Float[Array, "rows N"]:
-    """`matmul` with a kernel for each of E groups of consecutive rows, of `sizes` rows each."""
+    """`matmul` with a kernel for each of E groups of consecutive rows; group e has sizes[e] rows."""
     return _packed_groups(x, kernel, sizes) if is_packed(kernel) else _dense_groups(x, kernel, sizes)
 
 
@@ -126,7 +126,7 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 
 @jax.custom_vjp
 def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
-    # Dequantised once x is there: not all kernels of a layer before its first product.
+    # Dequantised only when x is ready, lest XLA dequantise all of a layer's kernels before its first product.
     kernel, x = after(kernel, x)
     return x @ dequantize(kernel, x.dtype)
 

@@ -1,4 +1,4 @@
-"""Mixed precision: which layers' kernels to keep in more bits, by how much packing each of them hurts."""
+"""Mixed precision: choosing the layers' kernels to keep in more bits, by how much packing each of them hurts."""
 
 import dataclasses
 import functools
@@ -21,11 +21,11 @@ class Candidate(NamedTuple):
     """One layer's kernel that a QuantConfig packs.
 
     Attributes:
-        name: "layers/3/mlp/down_proj/kernel", a path that rules may name.
-        path, index: the leaf that holds it, and where on its first axis.
-        format: that the config gives it.
-        matrix: (D, N); with experts there are several.
-        size: its weights.
+        name: the path that rules may name, such as "layers/3/mlp/down_proj/kernel".
+        path, index: the leaf that holds it, and its index on the leaf's first axis.
+        format: the format that the config gives it.
+        matrix: (D, N); a kernel of experts has several such matrices.
+        size: its number of weights.
     """
 
     name: str
@@ -51,7 +51,7 @@ def candidates(params: Params, config: QuantConfig) -> list[Candidate]:
 
 
 def weight_damage(params: Params, config: QuantConfig) -> dict[str, float]:
-    """Candidate's name → squared error of its packed weights: what can be known without data."""
+    """Candidate's name → squared error of its packed weights: an estimate of the damage that needs no data."""
     flat = tree.flatten(params)
     return {
         found.name: float(_squared_error(flat[found.path][found.index], found.format, config.double_quant))
@@ -67,16 +67,19 @@ def choose(
     *,
     spare: str | None = None,
 ) -> QuantConfig:
-    """`config` with rules before its own that keep the kernels of most damage a weight in the format `spare`.
+    """`config` with new first rules that keep the kernels with the most damage per weight in the format `spare`.
 
-    Kernels are taken in that order while the mean over all candidates stays within `bits` a weight; one that is too
-    large for what is left is passed over.
+    Kernels are taken in descending order of damage while the mean over all candidates stays within `bits` a weight; a
+    kernel too large for what is left is skipped.
 
     Args:
+        found: what `candidates` returns.
+        damage: candidate's name → damage, as from `weight_damage`.
+        bits: mean bits a weight over all candidates.
         spare: "int8", or None for 16 bits.
 
     Raises:
-        ValueError: `bits` is less than what `config` takes, or as many as `spare` takes.
+        ValueError: `bits` is fewer than `config` takes, or no fewer than `spare` takes for every kernel.
     """
     total = sum(candidate.size for candidate in found)
     used = sum(bits_of(candidate, candidate.format, config) for candidate in found)
@@ -95,7 +98,7 @@ def choose(
 
 
 def bits_of(candidate: Candidate, format: str | None, config: QuantConfig) -> int:
-    """Bits of the kernel in `format`, scales included; None: 16 a weight."""
+    """Bits that the kernel takes in `format`, scales included; with None 16 a weight."""
     if format is None:
         return 16 * candidate.size
     one = jax.eval_shape(

@@ -1,4 +1,4 @@
-"""Kernels that are packed when they are used: what training must see for the packed sum to be what was trained."""
+"""Kernels that are packed whenever they are used, so that training sees the packed sum of base and update."""
 
 import dataclasses
 import functools
@@ -15,10 +15,14 @@ from jlora.quant import four_bit, int8
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["format", "double_quant"])
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """A kernel [..., D, N] in 16 or 32 bits that computes as its packed form does.
+    """A kernel [..., D, N] in 16 or 32 bits that computes what its packed form does.
 
-    An adapter's update is added to the array before packing (`jlora.lora.linear`), and `jlora.lora.merge` leaves the
+    An adapter's update is added to the array before packing (`jlora.lora.linear`), and `jlora.lora.merge` returns the
     packed sum.
+
+    Attributes:
+        array: the kernel's values.
+        format, double_quant: as in `quantize`.
     """
 
     array: Any
@@ -42,7 +46,7 @@ class Rounded:
         return np.dtype(self.array.dtype)
 
     def packed(self, array: Float[Array, "*stack D N"] | None = None) -> four_bit.Packed4bit | int8.PackedInt8:
-        """The packed form of the array, or of another in its place."""
+        """The packed form of `array`, by default of the kernel's own."""
         array = self.array if array is None else array
         if self.format == "int8":
             return int8.pack(array)
@@ -51,7 +55,7 @@ class Rounded:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def straight_through(array: jax.Array, format: str, double_quant: bool) -> jax.Array:
-    """What the packed array stands for; its gradient is taken for the array's (Bengio et al. 2013)."""
+    """The array packed and unpacked again; its gradient is passed through to the array (Bengio et al. 2013)."""
     packed = Rounded(array, format, double_quant).packed()
     return int8.unpack(packed, None) if isinstance(packed, int8.PackedInt8) else four_bit.unpack(packed, None)
 

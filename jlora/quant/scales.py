@@ -1,4 +1,4 @@
-"""Block scales in 8 bits ("double quantisation", QLoRA, Dettmers et al. 2023) with bitsandbytes' values to the bit."""
+"""Block scales in 8 bits ("double quantisation", QLoRA, Dettmers et al. 2023), equal to bitsandbytes' to the bit."""
 
 import functools
 
@@ -13,7 +13,7 @@ NESTED_BLOCK = 256
 def quantize_scales(
     absmax: Float[Array, "*stack blocks N"],
 ) -> tuple[UInt8[Array, "*stack blocks N"], Float[Array, "*stack nested"], Float[Array, "*stack"]]:
-    """8-bit codes, nested scales and offset of block scales; nested blocks run in bitsandbytes' flat order."""
+    """(8-bit codes, nested scales, offset) of block scales; nested blocks are in bitsandbytes' flat order."""
     flat = jnp.swapaxes(absmax, -1, -2).reshape(*absmax.shape[:-2], -1)
     offset = _mean(flat)
     count = flat.shape[-1]
@@ -36,24 +36,24 @@ def dequantize_scales(
     order = jnp.arange(outputs)[None, :] * blocks + jnp.arange(blocks)[:, None]
     nested = jnp.take(nested_absmax, order // NESTED_BLOCK, axis=-1)
     product = jnp.asarray(dynamic_map())[codes] * nested
-    # bitsandbytes rounds the product before it adds. XLA would fuse both into one rounding; a maximum in between, which
-    # changes no value, is what its CPU backend keeps (it drops barriers and reduce_precision).
+    # bitsandbytes rounds the product before it adds. XLA would fuse both and round once; its CPU backend drops barriers
+    # and reduce_precision in between, but keeps a maximum, which changes no value.
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset[..., None, None]
 
 
 def rounded_to(
     values: Float[Array, "..."], stored: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike | None = None
 ) -> Float[Array, "..."]:
-    """The values rounded to `stored`, held in `dtype` (None: in `stored`).
+    """The values rounded to `stored` and held in `dtype` (None: in `stored`).
 
-    Two casts would not do: XLA may leave out a narrowing whose result is widened again, and on GPUs it does.
+    Two casts would not do: XLA may drop a narrowing whose result is widened again, and does so on GPUs.
     """
     stored = jnp.dtype(stored)
     if dtype is None or jnp.dtype(dtype) == stored:
         return values.astype(stored)
     if stored == jnp.bfloat16:
         return jax.lax.reduce_precision(values.astype(jnp.float32), exponent_bits=8, mantissa_bits=7).astype(dtype)
-    if stored == jnp.float16:  # a precision of 5 and 10 bits would have no subnormal numbers; the maximum changes none
+    if stored == jnp.float16:  # reduce_precision(5, 10) would flush subnormals; the maximum changes no value
         return jnp.maximum(values.astype(jnp.float16), jnp.finfo(jnp.float16).min).astype(dtype)
     return values.astype(stored).astype(dtype)
 
@@ -72,7 +72,7 @@ def dynamic_map() -> np.ndarray:
 
 @functools.cache
 def _dynamic_thresholds() -> np.ndarray:
-    """For each code but the first, the least float32 in [-1, 1] that bitsandbytes' CPU quantiser gives that code or a
+    """For each code but the first, the least float32 in [-1, 1] that bitsandbytes' CPU quantiser maps to that code or a
     higher one.
 
     It rounds a value to one of 65,536 levels and takes the code nearest to the level, so small codes have coarse
@@ -101,7 +101,7 @@ def _dynamic_thresholds() -> np.ndarray:
 
 
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:
-    """float32 linspace as torch computes it: counted from both ends, each product and sum rounded once."""
+    """float32 linspace as torch computes it: from both ends, each product and sum rounded once."""
     start, stop = np.float32(start), np.float32(stop)
     step = np.float64((stop - start) / np.float32(count - 1))
     index = np.arange(count)
@@ -109,9 +109,7 @@ def _linspace(start: float, stop: float, count: int) -> np.ndarray:
 
 
 def _mean(flat: jax.Array) -> jax.Array:
-    """The float32 mean over the last axis, summed in pairs so that its error does not grow with the number of
-    blocks.
-    """
+    """The float32 mean over the last axis, by pairwise summation so that its error does not grow with the length."""
     count = flat.shape[-1]
     total = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, (1 << (count - 1).bit_length()) - count)])
     while total.shape[-1] > 1:

@@ -1,4 +1,4 @@
-"""model_type → how its config.json is read. A family is data: one decoder computes all of them."""
+"""model_type → the function that reads its config.json. A family is data: one decoder computes them all."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ FAMILIES: dict[str, Callable[[Fields], llama.Values]] = {
 }
 
 # Fields of transformers' configs that do not change the logits of a causal language model: documentation, training and
-# generation settings, and dropout, which jlora has in adapters only.
+# generation settings, and dropout, which jlora has only in adapters.
 HARMLESS = frozenset(
     (
         *("architectures", "dtype", "id2label", "label2id", "num_labels", "problem_type", "return_dict", "torch_dtype"),

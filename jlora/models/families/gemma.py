@@ -14,12 +14,12 @@ SANDWICH = Names(
 def gemma(fields: Fields) -> Values:
     """Gemma 1."""
     values = _gemma(fields, "hidden_act")
-    # The first releases say "gelu" and mean the approximation; transformers reads it so too.
+    # The first releases say "gelu" and mean the tanh approximation, as transformers takes it too.
     return values | ({"hidden_act": "gelu_pytorch_tanh"} if values["hidden_act"] == "gelu" else {})
 
 
 def gemma2(fields: Fields) -> Values:
-    """Gemma 2: norms around attention and MLP, soft caps, every other layer with a window."""
+    """Gemma 2: norms before and after attention and MLP, soft caps, a window in every other layer."""
     values = _gemma(fields, "hidden_activation")
     count = values["num_hidden_layers"]
     window = fields.get("sliding_window", 4096)
@@ -36,7 +36,7 @@ def gemma2(fields: Fields) -> Values:
 
 
 def gemma3(fields: Fields) -> Values:
-    """Gemma 3's text model: five layers with a window and their own rotation to one without; norms of query and key."""
+    """Gemma 3's text model: five layers with a window and a rotation of their own for each without; query-key norms."""
     nested = fields.get("rope_parameters", {})
     nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
     if wrong := sorted(name for name, value in nested.items() if not isinstance(value, dict | None)):
@@ -90,5 +90,5 @@ def _second(fields: Fields) -> Values:
 
 
 def _nullable(fields: Fields, name: str, default: float) -> float | None:
-    """The field's value where null means none and only absence means the default."""
+    """The field's value, for fields where null means none and only absence means the default."""
     return fields.get(name, None if name in fields.config else default)

@@ -43,7 +43,7 @@ def gpt2(fields: Fields) -> Values:
 
 
 def gpt_neox(fields: Fields) -> Values:
-    """GPT-NeoX: part of each head rotated; attention and MLP side by side."""
+    """GPT-NeoX: part of each head rotated; attention and MLP in parallel."""
     width, heads = fields.require("hidden_size"), fields.require("num_attention_heads")
     head_dim, count = _head_dim(fields, width, heads), fields.require("num_hidden_layers")
     names = Names(

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and those that differ from it in a field or two: Mistral, SmolLM3, OLMo 2, Granite,
+"""Llama (Touvron et al. 2023) and families that differ from it in a field or two: Mistral, SmolLM3, OLMo 2, Granite,
 Phi-3.
 """
 
@@ -38,7 +38,7 @@ def iquestcoder(fields: Fields) -> Values:
 
 
 def mistral(fields: Fields) -> Values:
-    """Mistral: a window in every layer, unless `sliding_window` is null (as it is since v0.2)."""
+    """Mistral: a window in every layer, unless `sliding_window` is null (as since v0.2)."""
     fields.only("layer_types")
     values = common(fields, num_key_value_heads=8)
     return values | {"layers": (Layer(window=fields.get("sliding_window")),) * values["num_hidden_layers"]}
@@ -52,7 +52,7 @@ def smollm3(fields: Fields) -> Values:
     if rotated is None:
         interval = fields.get("no_rope_layer_interval", 4)
         rotated = [(i + 1) % interval != 0 for i in range(count)]
-    rotated = rotated[:count]  # transformers leaves the rest of a longer list aside
+    rotated = rotated[:count]  # transformers ignores the rest of a longer list
     _require_length(fields, "no_rope_layers", rotated, count)
     window = fields.get("sliding_window") if fields.get("use_sliding_window", False) else None
     windows = read_windows(fields, window, count, lambda: [window is not None and not turn for turn in rotated])
@@ -61,7 +61,7 @@ def smollm3(fields: Fields) -> Values:
 
 
 def olmo2(fields: Fields) -> Values:
-    """OLMo 2: norms after attention and MLP, and of queries and keys."""
+    """OLMo 2: norms after attention and MLP, and query-key norms."""
     names = Names(attention_norms=(None, "post_attention_layernorm"), mlp_norms=(None, "post_feedforward_layernorm"))
     bias = fields.get("attention_bias", False)
     values = common(fields, norm_eps=1e-5)
@@ -81,9 +81,9 @@ def granite(fields: Fields) -> Values:
 def phi3(fields: Fields) -> Values:
     """Phi-3, Phi-3.5 and Phi-4: fused projections, part of each head rotated, LongRoPE."""
     rope = fields.rope()
-    if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # its names of old
+    if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # older names of longrope
         fields = fields.replaced(rope_scaling=rope | {"rope_type": "longrope"})
-    # transformers' class has a length of its own, which it takes before that of the rotary parameters.
+    # transformers' class has an original length of its own, which it prefers to that of the rotary parameters.
     fields = fields.replaced(
         original_max_position_embeddings=fields.get("original_max_position_embeddings", 4096),
     )
@@ -119,7 +119,7 @@ def common(
     tied: bool = False,
     activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> Values:
-    """What nearly all families have in common; the arguments are what their transformers configs default to."""
+    """The values that nearly all families read alike; the arguments are the defaults of their transformers configs."""
     width, heads = fields.require("hidden_size"), fields.require("num_attention_heads")
     if fields.get("head_dim", head_dim) is None and width % heads:
         fields.problems.append(
@@ -144,7 +144,7 @@ def common(
 
 
 def sizes(fields: Fields, *, heads: int, head_dim: int, num_key_value_heads: int | None) -> Values:
-    """Vocabulary and heads, checked."""
+    """The sizes of vocabulary and heads, checked."""
     groups = fields.get("num_key_value_heads", num_key_value_heads or heads)
     if heads % groups:
         fields.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
@@ -157,10 +157,10 @@ def sizes(fields: Fields, *, heads: int, head_dim: int, num_key_value_heads: int
 
 
 def read_windows(fields: Fields, window: int | None, count: int, default: Callable[[], list[bool]]) -> list[int | None]:
-    """The window of every layer by `layer_types`.
+    """The window of every layer, by `layer_types`.
 
     Args:
-        default: which layers have it, where there are no such types.
+        default: which layers have a window if `layer_types` is absent.
     """
     kinds = fields.get("layer_types")
     if kinds is None:

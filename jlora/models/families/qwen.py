@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5 and 3, and the mixtures of Qwen 3."""
+"""Qwen 2, 2.5 and 3, and Qwen 3's mixtures of experts."""
 
 from jlora.models.config import Experts, Fields, Layer
 from jlora.models.families.llama import Values, common, read_windows
@@ -17,7 +17,7 @@ def qwen3(fields: Fields) -> Values:
 
 
 def qwen3_moe(fields: Fields) -> Values:
-    """Qwen 3 with experts in the layers that `decoder_sparse_step` and `mlp_only_layers` leave them."""
+    """Qwen 3 with experts in the layers that `decoder_sparse_step` and `mlp_only_layers` select."""
     values = common(fields, num_key_value_heads=4)
     count = values["num_hidden_layers"]
     dense, step = fields.get("mlp_only_layers", []), fields.get("decoder_sparse_step", 1)

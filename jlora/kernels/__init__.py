@@ -1,1 +1,1 @@
-"""Kernels behind one signature each: the plain form of each defines its numbers, a table says which runs where."""
+"""Kernels with one signature each: a plain form defines the numbers, and a table says which form runs where."""

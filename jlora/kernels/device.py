@@ -8,8 +8,8 @@ from jlora import devices
 
 
 def target() -> str:
-    """ "cpu", "gpu" or "tpu": that of the mesh in context (`jax.set_mesh`), which may be of devices that are not here,
-    else JAX's default.
+    """The kind of device, "cpu", "gpu" or "tpu": that of the mesh in context (`jax.set_mesh`), whose devices need not
+    be present, else JAX's default.
     """
     if (device := _of_mesh()) is not None:
         platform = device.platform
@@ -21,7 +21,7 @@ def target() -> str:
 
 
 def capability() -> tuple[int, int] | None:
-    """CUDA's of that device: (8, 0) of an A100; None of what is unknown or has none."""
+    """The device's CUDA compute capability, such as (8, 0) for an A100; None if it is unknown or has none."""
     if (device := _of_mesh()) is not None and (known := devices.known(device.device_kind)) and known.cuda:
         return known.cuda.capability
     if target() != "gpu" or jax.default_backend() != "gpu":
@@ -35,5 +35,5 @@ def _of_mesh() -> Any:
 
 
 def kind_of(platform: str) -> str:
-    """ "gpu" for every platform of JAX's that is one."""
+    """The kind of one of JAX's platforms: "gpu" for every GPU platform, else its own name."""
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

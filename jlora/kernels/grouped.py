@@ -1,7 +1,7 @@
-"""Products of rows in groups with a matrix for each group: one signature, and one table of the forms that compute it.
+"""Products of groups of rows with a matrix for each group: one signature, and a table of the forms that compute it.
 
-XLA has a kernel for `jax.lax.ragged_dot` on a TPU. Elsewhere, and there for the gradient of the matrices, it computes
-every row with every group, of which a mask leaves one: E times the arithmetic, and an array [E, rows, D].
+XLA has a kernel for `jax.lax.ragged_dot` on TPUs. Elsewhere, and on TPUs for the gradient of the matrices, it computes
+every row with every group and masks all but one: E times the arithmetic, and an array [E, rows, D].
 """
 
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from jaxtyping import Array, Float, Int
 
 from jlora.kernels.device import target
 
-# Device → forms of `product` and of `outer`. A GPU computes a tile that holds nothing: to leave it out, it would have
-# to ask the host.
+# Device → forms of `product` and of `outer`. A GPU computes even empty tiles: to skip one, it would have to ask the
+# host.
 BEST = {"cpu": ("tiles_skipped",) * 2, "gpu": ("tiles",) * 2, "tpu": ("ragged", "tiles")}
-# Rows of a tile: the most, so that a product is large while its values are few; the fewest that are worth a product.
+# Bounds of a tile's rows: MOST makes its product large while its values are few, FEWEST are worth a product.
 MOST, FEWEST = 1024, 16
 
 
 def product(
     x: Float[Array, "rows D"], kernels: Any, sizes: Int[Array, "E"], dense: Callable[[Any], jax.Array], form: str = ""
 ) -> Float[Array, "rows N"]:
-    """x @ dense(kernels)[e] with the e of each row, in x's dtype.
+    """x @ dense(kernels)[e] for each row, where e is the row's group, in x's dtype.
 
     Args:
         kernels: a tree of arrays [E, …].
-        sizes: rows of each group; they lie one after another. Rows that are of no group come out as zeros.
-        dense: makes [E, D, N] of the tree, and [D, N] of the tree of one group.
-        form: of FORMS; "" is the best on the device.
+        sizes: rows of each group; groups are consecutive. Rows after the last group come out as zeros.
+        dense: turns the tree into [E, D, N], and the tree of one group into [D, N].
+        form: a name of FORMS; "" is the best on the device.
     """
     return FORMS[form or BEST[target()][0]].product(x, kernels, sizes, dense)
 
@@ -37,12 +37,12 @@ def product(
 def outer(
     x: Float[Array, "rows D"], grad: Float[Array, "rows N"], sizes: Int[Array, "E"], form: str = ""
 ) -> Float[Array, "E D N"]:
-    """x[rows].T @ grad[rows] of every group's rows, in float32: the gradient of a `product`'s kernels."""
+    """x[rows].T @ grad[rows] for every group's rows, in float32: the gradient of a `product`'s kernels."""
     return FORMS[form or BEST[target()][1]].outer(x, grad, sizes)
 
 
 class Form(NamedTuple):
-    """One way to compute both."""
+    """One way to compute both products."""
 
     product: Callable
     outer: Callable
@@ -60,7 +60,7 @@ def _ragged_outer(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 class _Tile(NamedTuple):
-    """Rows from `start` on, of which those that `holds` marks are of the group."""
+    """The rows from `start` on, of which `holds` marks those that belong to the group."""
 
     group: jax.Array
     start: jax.Array
@@ -74,11 +74,11 @@ class _Tile(NamedTuple):
 
 
 class _Tiles:
-    """Groups of rows in tiles of equally many: each tile has rows of one group."""
+    """Groups of rows cut into tiles of equal height, each with rows of one group."""
 
     def __init__(self, rows: int, sizes: jax.Array) -> None:
         groups = sizes.shape[0]
-        fit = max(1, rows // (2 * groups))  # half of an average group, so that few tiles are mostly empty
+        fit = max(1, rows // (2 * groups))  # half an average group, so that few tiles are mostly empty
         self.rows, self.height = rows, min(rows, max(FEWEST, min(MOST, 1 << (fit.bit_length() - 1))))
         self.most = rows // self.height + min(groups, rows)
         self._ends = jnp.cumsum(sizes)
@@ -88,7 +88,7 @@ class _Tiles:
         self._first = self._last - counts
 
     def loop(self, step: Callable[[_Tile, jax.Array], jax.Array], found: jax.Array, skip: bool) -> jax.Array:
-        """`found` after step(tile, found) of every tile, `skip`: that holds something."""
+        """`found` after found = step(tile, found) for every tile, or with `skip` for every tile that is not empty."""
 
         def one(found: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
             if not skip:
@@ -99,10 +99,10 @@ class _Tiles:
         return jax.lax.scan(one, found, jnp.arange(self.most))[0]
 
     def _tile(self, number: jax.Array) -> _Tile:
-        # Tiles beyond the last are of the last group, and begin where it ends.
+        # Tiles beyond the last belong to the last group and begin where it ends.
         group = jnp.minimum(jnp.sum(self._last <= number), self._last.shape[0] - 1)
         begin = self._begins[group] + (number - self._first[group]) * self.height
-        start = jnp.clip(begin, 0, self.rows - self.height)  # a slice that would go beyond the array begins earlier
+        start = jnp.clip(begin, 0, self.rows - self.height)  # a slice that would pass the array's end begins earlier
         places = start + jnp.arange(self.height)
         return _Tile(group, start, (places >= begin) & (places < jnp.minimum(begin + self.height, self._ends[group])))
 
@@ -136,6 +136,6 @@ FORMS = {"ragged": Form(_ragged, _ragged_outer), "tiles": _tiled(skip=False), "t
 
 
 def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, x: jax.Array) -> jax.Array:
-    """Zeros that (inside `jax.shard_map`) differ from device to device where x does, as what a loop makes of them."""
+    """Zeros that, inside `jax.shard_map`, vary over the devices as x does, as a loop's carry must."""
     zero = jnp.where(x[0, 0] > 0, 0, 0).astype(dtype)
     return jnp.broadcast_to(zero, shape)

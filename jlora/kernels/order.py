@@ -1,4 +1,4 @@
-"""When things are computed: XLA may compute early, and then keep, whatever does not depend on what comes before."""
+"""When values are computed: left alone, XLA may compute early, and then keep, what does not depend on earlier steps."""
 
 import math
 from typing import Any
@@ -10,10 +10,10 @@ from jlora.kernels.device import target
 
 
 def after(values: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-    """The same values, of which nothing is computed before x is there, and x.
+    """(values, x), such that nothing is computed from the values before x is ready.
 
-    Only their smallest array waits: what the others come from, as a layer's slice of a stack, can still be fused with
-    what is computed of them. Nor does JAX compute what depends on x once for all layers.
+    Only the smallest array waits, so that what produces the others, such as a layer's slice of a stack, can still be
+    fused with what uses them. Since the result depends on x, JAX does not compute it once for all layers either.
     """
     leaves, structure = jax.tree.flatten(values)
     smallest = min(range(len(leaves)), key=lambda i: math.prod(leaves[i].shape))
@@ -23,14 +23,14 @@ def after(values: Any, x: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def constant(value: float, x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The scalar, not before x is there: what it is broadcast to is not made before a loop, and kept."""
+    """The scalar, but not before x is ready, so that no array it is broadcast to is made before a loop and kept."""
     return jax.lax.optimization_barrier((jnp.asarray(value, dtype), x))[0]
 
 
 @jax.custom_vjp
 def in_turn(first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both: what is computed of this x comes after `first`. In the backward pass the gradient of `first` is after that
-    of x, and after `first` itself, which it may need nothing of.
+    """(first, x), such that whatever uses this x is computed after `first`. In the backward pass the gradient of
+    `first` comes after that of x and after `first` itself, even if it needs neither.
     """
     return jax.lax.optimization_barrier((first, x))
 
@@ -48,14 +48,14 @@ in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _zero(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A zero that the compiler takes for something that x determines: XLA for GPUs drops barriers before it orders.
-    With several devices it would be sent around.
+    """A zero that the compiler takes to depend on x, since XLA for GPUs drops barriers before it schedules. Elsewhere a
+    plain zero, also with several devices, which would have to send the value around.
     """
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     if target() != "gpu" or not alone or not jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros((), dtype)
-    # The least normal number where x is infinite, which no sum notices; never NaN: rows and adapters share the kernels.
+    # If x is infinite, the least normal number, which changes no sum; never NaN, as rows and adapters share kernels.
     return jnp.where(_first(x) > jnp.finfo(x.dtype).max, jnp.finfo(jnp.float32).tiny, 0).astype(dtype)
 
 
@@ -67,5 +67,5 @@ def _first(x: jax.Array) -> jax.Array:
 
 @_first.def_vmap
 def _first_of_all(axis_size: int, in_batched: list, x: jax.Array) -> tuple[jax.Array, bool]:
-    """One for the whole batch: adapters side by side wait together, and a kernel is dequantised once for them."""
+    """One element for the whole batch: stacked adapters wait together, and a kernel is dequantised once for all."""
     return _first(x), False

@@ -1,8 +1,8 @@
-"""Advantages: from rewards of completions (NumPy, between steps), and from rewards of tokens (JAX).
+"""Advantages from rewards of completions (NumPy, between steps) and from rewards of tokens (JAX).
 
-Completions come group after group: `group_size` completions of the first prompt, then those of the second. A reward of
-NaN is none at all: it takes no part in any mean or deviation, and its advantage is 0. Everything else that is computed
-from completions is computed in float64 and comes back as float32, so that equal rewards have advantages of exactly 0.
+Completions come group by group: `group_size` completions of the first prompt, then those of the second, and so on. A
+reward of NaN is missing: it enters no mean or deviation, and its advantage is 0. What is computed from completions is
+computed in float64 and returned as float32, so that equal rewards have advantages of exactly 0.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ MultiObjective = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
 def total(values: Float[np.ndarray, "N F"], weights: Float[np.ndarray, " F"]) -> Advantages:
-    """Σ_f w_f r_f over the rewards that a completion has; NaN where it has none."""
+    """Σ_f w_f r_f over the rewards that a completion has; NaN if it has none."""
     summed = np.nansum(np.asarray(values, np.float64) * weights, axis=1)
     return np.where(np.isnan(values).all(axis=1), np.nan, summed).astype(np.float32)
 
@@ -39,7 +39,10 @@ def reward_advantages(
 
     "sum_then_normalize": `group_advantages` of r = Σ_f w_f r_f.
     "normalize_then_sum" (GDPO, arXiv 2601.05242): z_f = (r_f - mean of group) / (std of group + eps) for every reward,
-    s = Σ_f w_f z_f, and A = (s - mean of batch) / (std of batch + eps); `scale` plays no part.
+    s = Σ_f w_f z_f, and A = (s - mean of batch) / (std of batch + eps); `scale` is not used.
+
+    Raises:
+        ValueError: an unknown `multi_objective` or `scale`, or rewards that do not form such groups.
     """
     if multi_objective == "sum_then_normalize":
         return group_advantages(total(values, weights), group_size, scale=scale, eps=eps)
@@ -55,8 +58,8 @@ def group_advantages(rewards: Rewards, group_size: int, *, scale: Scale = "group
     """A = (r - mean of group) / (std + eps), std with n - 1 (GRPO, Shao et al. 2024).
 
     Args:
-        scale: the std is that of the "group", of the "batch" (arXiv 2508.08221), or there is none: A = r - mean of
-            group (Dr. GRPO, Liu et al. 2025).
+        scale: whose std to use: "group", "batch" (arXiv 2508.08221), or "none", for A = r - mean of group (Dr. GRPO,
+            Liu et al. 2025).
     """
     if scale not in ("group", "batch", "none"):
         raise UserError(f"scale {scale!r}: expected 'group', 'batch' or 'none'")
@@ -71,7 +74,7 @@ def leave_one_out(rewards: Rewards, group_size: int, *, normalize: bool = False,
     """A_i = r_i - mean of the group's other rewards (RLOO, Ahmadian et al. 2024).
 
     Args:
-        normalize: A becomes (A - mean of batch) / (std of batch + eps).
+        normalize: whether A becomes (A - mean of batch) / (std of batch + eps).
     """
     grouped = _groups(rewards, group_size, least=2)
     others = _count(grouped, 1) - 1
@@ -86,8 +89,8 @@ def reinforce_plus_plus_baseline(
     """A = (a - mean of batch) / √(var of batch + eps) with a = r - mean of group (REINFORCE++ with baseline, Hu 2025).
 
     Args:
-        lengths: trained tokens of the completions. Mean and variance (n - 1) are then those over all tokens, each with
-            its completion's a, as OpenRLHF and verl take them; without, those over completions.
+        lengths: the completions' numbers of trained tokens. With them, mean and variance (n - 1) are taken over all
+            tokens, each with its completion's a, as in OpenRLHF and verl; without, over completions.
     """
     grouped = _groups(rewards, group_size, least=2)
     centered = (grouped - _mean(grouped, 1)).ravel()
@@ -107,14 +110,14 @@ def reinforce_plus_plus(
 ) -> Float32[np.ndarray, "*B T"]:
     """Advantages of tokens (REINFORCE++, Hu 2025), 0 outside the mask.
 
-    A_t = (G_t - mean) / √(var + eps), mean and var (n - 1) over all tokens of the batch, of the returns
-    G_t = Σ_{i≥t} γ^(i-t) ρ_i with ρ_i = -β KL_i, at a completion's last token + its score. With γ = 1 that is
+    A_t = (G_t - mean) / √(var + eps), with mean and var (n - 1) over all tokens of the batch, of the returns
+    G_t = Σ_{i≥t} γ^(i-t) ρ_i with ρ_i = -β KL_i, plus the score at a completion's last token. With γ = 1 that is
     G_t = score - β Σ_{i≥t} KL_i.
 
     Args:
-        scores: of each completion at its tokens; only that at the last one is read. Where it is NaN the completion does
-            not count.
-        mask: completions as runs of what is not 0, with at least one 0 between two.
+        scores: each completion's score at its tokens; only the one at the last token is read. If it is NaN, the
+            completion does not count.
+        mask: nonzero at completions' tokens, with at least one 0 between two completions.
     """
     counted = np.asarray(mask) != 0
     rewards = token_rewards(scores, kl, mask, beta)
@@ -132,7 +135,7 @@ def token_rewards(
     mask: Shaped[np.ndarray, "*B T"],
     beta: float,
 ) -> Float32[np.ndarray, "*B T"]:
-    """-β KL_t at every token of the mask, at the last one of every run + the score there (Ziegler et al. 2019)."""
+    """-β KL_t at every token of the mask, plus the score at the last token of every run (Ziegler et al. 2019)."""
     counted = np.asarray(mask) != 0
     last = counted & ~np.concatenate([counted[..., 1:], np.zeros_like(counted[..., :1])], axis=-1)
     return (np.where(last, scores, 0.0) - beta * np.where(counted, kl, 0.0)).astype(np.float32)
@@ -141,8 +144,8 @@ def token_rewards(
 def zero_std_groups(rewards: Rewards, group_size: int) -> Bool[np.ndarray, " G"]:
     """True for each group that teaches nothing: all of its rewards are equal, or fewer than two are known.
 
-    These are the groups that DAPO samples again (Yu et al. 2025). Their share is TRL's frac_reward_zero_std, but that
-    TRL does not count groups with fewer than two known rewards.
+    DAPO samples these groups again (Yu et al. 2025). Their share is TRL's frac_reward_zero_std, except that TRL does
+    not count groups with fewer than two known rewards.
     """
     grouped = _groups(rewards, group_size)
     low = np.min(grouped, axis=1, initial=np.inf, where=~np.isnan(grouped))
@@ -151,7 +154,8 @@ def zero_std_groups(rewards: Rewards, group_size: int) -> Bool[np.ndarray, " G"]
 
 
 def overlong_penalty(lengths: Num[np.ndarray, " N"], max_completion_length: int, cache: int) -> Advantages:
-    """What completions of these lengths lose, from 0 to -1 (soft overlong punishment, eq. 13 of DAPO, Yu et al. 2025).
+    """The penalty for completions of these lengths, from 0 to -1 (soft overlong punishment, eq. 13 of DAPO, Yu et al.
+    2025).
 
     0 up to L - cache, ((L - cache) - length) / cache up to L = max_completion_length, -1 beyond.
     """
@@ -168,12 +172,12 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Float32[Array, "*B T"], Float32[Array, "*B T"]]:
-    """Generalised advantages and returns (Schulman et al. 2016), 0 outside the mask.
+    """(generalised advantages, returns) (Schulman et al. 2016), 0 outside the mask.
 
-    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, and returns A + V. Behind the end of a run V and A are 0.
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, and returns A + V. After the end of a run, V and A are 0.
 
     Args:
-        mask: completions as runs of what is not 0, with at least one 0 between two.
+        mask: nonzero at completions' tokens, with at least one 0 between two completions.
     """
 
     def step(after: tuple[jax.Array, jax.Array], now: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
@@ -196,7 +200,7 @@ def whiten(
     """(x - mean) / √(var + eps) over the mask, var with n - 1; 0 outside the mask.
 
     Args:
-        shift_mean: without it the mean is put back: PPO whitens rewards so, and advantages with it.
+        shift_mean: if False, the mean is added back. PPO whitens advantages with it and rewards without.
     """
     counted = mask != 0
     count = jnp.sum(counted)
@@ -209,7 +213,7 @@ def whiten(
 def kl_estimate(
     log_probs: Float[Array, "*B"], reference: Float[Array, "*B"], kind: Literal["k1", "k2", "k3"]
 ) -> Float[Array, "*B"]:
-    """What every sampled token says of KL(policy ‖ reference) (Schulman 2020); with d = log policy - log reference:
+    """Every sampled token's estimate of KL(policy ‖ reference) (Schulman 2020). With d = log policy - log reference:
 
     k1 = d, unbiased but of any sign; k2 = d²/2, whose gradient is unbiased; k3 = exp(-d) - 1 + d, unbiased and ≥ 0.
     """
@@ -224,7 +228,7 @@ def kl_estimate(
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n: int) -> float:
-    """β (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon), after n completions (Ziegler et al. 2019)."""
+    """The coefficient after n completions, β (1 + clip(KL/target - 1, -0.2, 0.2) n/horizon) (Ziegler et al. 2019)."""
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
@@ -241,13 +245,13 @@ def _count(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """NaN where nothing is known."""
+    """The mean of the known values; NaN if there are none."""
     count = _count(values, axis)
     return np.nansum(values, axis=axis, keepdims=True) / np.where(count > 0, count, np.nan)
 
 
 def _std(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """With n - 1; NaN where fewer than two values are known."""
+    """The standard deviation (n - 1) of the known values; NaN if there are fewer than two."""
     count = _count(values, axis)
     squares = np.nansum(np.square(values - _mean(values, axis)), axis=axis, keepdims=True)
     return np.sqrt(squares / np.where(count > 1, count - 1, np.nan))

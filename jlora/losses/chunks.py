@@ -1,4 +1,4 @@
-"""A batch's tokens in chunks whose logits exist at once, of which only those with a counted token are computed."""
+"""A batch's tokens in chunks, so that only one chunk's logits exist at a time, and none for chunks without weight."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,19 +17,19 @@ Project = Callable[[Params, jax.Array], jax.Array]
 class Chunks:
     """A batch's tokens for a loop over chunks of `columns` tokens of every row.
 
-    Where that saves a chunk, the counted tokens of every row stand in front; else all are where they were. On a mesh
-    that splits a row's tokens each part is a row by itself, so no token leaves its device: [S, N] below is that, with
-    N padded to whole chunks.
+    If that saves a chunk, every row's counted tokens (those of nonzero weight) are moved to its front; else all stay in
+    place. On a mesh that splits a row's tokens, each part is a row of its own, so that no token leaves its device. In
+    shapes, S counts these rows, and N is their length, padded to whole chunks.
 
     Attributes:
         weights: [S, N], in this order.
-        count: how many chunks hold a counted token.
-        order: int32 [S, T/parts], which token each place in front takes.
-        places: int32 [S, T/parts], where in front each counted token goes.
-        counted: bool [S, T/parts].
-        moved: whether that is done.
-        parts: into how many a row is split.
-        columns: of a chunk.
+        count: how many chunks to compute, so that they hold every counted token.
+        order: int32 [S, T/parts], the token that goes to each place in front.
+        places: int32 [S, T/parts], the place in front that each counted token goes to.
+        counted: bool [S, T/parts], whether a token counts.
+        moved: whether counted tokens are moved to the front.
+        parts: how many parts a row is split into.
+        columns: tokens of every row in a chunk.
         rows, vocabulary: the mesh axes of logits.
     """
 
@@ -48,8 +48,8 @@ class Chunks:
     def of(
         cls, project: Project, head: Params, hidden: jax.Array, weights: Float[Array, "B T"], chunk: int
     ) -> "Chunks":
-        """Chunks of which a device computes the logits of about `chunk` tokens, or as many numbers where it has a part
-        of the vocabulary only.
+        """Chunks for which a device computes the logits of about `chunk` tokens, or of more tokens but as many numbers
+        if it has only a part of the vocabulary.
         """
         logits = jax.eval_shape(project, head, hidden[:, :1])
         rows, vocabulary = sharding.logits_axes(logits.shape[-1])
@@ -64,7 +64,7 @@ class Chunks:
         in_front = -(-jnp.max(found[:, -1]) // columns)
         in_place = -(-jnp.max(jnp.where(counted, place + 1, 0)) // columns)
         moved = in_front < in_place if columns < width else False
-        # Searched for and not sorted: XLA takes long to compile a sort for a TPU.
+        # Searched, not sorted: XLA takes long to compile a sort for a TPU.
         order = jax.vmap(jnp.searchsorted)(found, place + 1).astype(jnp.int32) if columns < width else place
         chunks = cls(weights, in_place, order, found - 1, counted, moved, parts, columns, rows, vocabulary)
         if columns == width:
@@ -74,11 +74,11 @@ class Chunks:
         return dataclasses.replace(chunks, weights=weights, count=jnp.minimum(in_front, in_place))
 
     def front(self, values: jax.Array) -> jax.Array:
-        """[B, T, …] in this order, [S, N, …]; what stands at places of weight 0 means nothing."""
+        """[B, T, …] in this order, [S, N, …]; values at places of weight 0 are meaningless."""
         return self._padded(self._if_moved(lambda values: _taken(values, self.order), _by_part(values, self.parts)))
 
     def back(self, values: jax.Array) -> jax.Array:
-        """[B, T, …] as they were, from [S, N, …] that are 0 at places of weight 0."""
+        """[B, T, …] in the original order, from [S, N, …] with 0 at places of weight 0."""
 
         def taken(values: jax.Array) -> jax.Array:
             counted = self.counted.reshape(self.counted.shape + (1,) * (values.ndim - 2))
@@ -91,18 +91,18 @@ class Chunks:
         return jnp.swapaxes(apart, 0, 1).reshape(apart.shape[1], -1, *values.shape[2:])
 
     def chunk(self, i: jax.Array, *values: jax.Array) -> list[jax.Array]:
-        """Chunk i of each of [S, N, …], of all rows whose logits a device has a part of."""
+        """Chunk i of each array [S, N, …], on every device with the rows for which it computes a part of the logits."""
         found = [jax.lax.dynamic_slice_in_dim(each, i * self.columns, self.columns, axis=1) for each in values]
-        # Held twice, or the compiler gathers all chunks to slice one.
+        # Constrained twice, or the compiler gathers all chunks to slice one.
         return [self._split(self._split(each, sharding.ROWS), self.rows) for each in found]
 
     def put(self, values: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
-        """[S, N, …] with chunk i, which may be a sum over the devices that have parts of the vocabulary."""
+        """[S, N, …] with chunk i set to `new`, which may be a sum over devices with parts of the vocabulary."""
         new = self._split(new, sharding.ROWS)
         return jax.lax.dynamic_update_slice_in_dim(values, new, i * self.columns, axis=1)
 
     def logits(self, project: Project, head: Params, hidden: jax.Array) -> jax.Array:
-        """A chunk's."""
+        """The logits of a chunk of hidden states."""
         return self._split(project(head, hidden), self.rows, self.vocabulary)
 
     def _split(self, values: jax.Array, rows: tuple[str, ...], last: tuple[str, ...] | None = None) -> jax.Array:
@@ -118,7 +118,7 @@ class Chunks:
 
 
 def target_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The logit of every target. A compare picks it: it stays local on a sharded V."""
+    """The logit of every target. It is picked by a comparison, which stays local if V is sharded."""
     chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     return jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
 

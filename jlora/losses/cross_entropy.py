@@ -1,4 +1,4 @@
-"""Next-token cross-entropy without ever holding [B, T, V] logits, and without computing those of untrained tokens."""
+"""Next-token cross-entropy that never holds [B, T, V] logits and skips those of untrained tokens."""
 
 import functools
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class TokenSums(NamedTuple):
 
     Attributes:
         loss: weighted negative log-likelihood, in nats.
-        correct: weight of the tokens whose likeliest prediction is the target.
-        weight: total weight, the number of trained tokens.
+        correct: total weight of the tokens whose target is the likeliest prediction.
+        weight: total weight; with weights of 0 and 1 the number of trained tokens.
     """
 
     loss: jax.Array
@@ -35,17 +35,17 @@ def cross_entropy(
     *,
     chunk: int = 512,
 ) -> TokenSums:
-    """Σ weight · -log softmax(project(head, hidden))[target], in float32.
+    """Σ weight · -log softmax(project(head, hidden))[target], in float32, with sums of accuracy and weight.
 
-    Chunks of about `chunk` tokens are projected one after another, and only as many as hold a trained token; where that
-    makes them fewer, the trained tokens of every row are moved to its front first. A chunk's gradient is computed
-    together with its loss, while its logits exist (the loss is the last thing in the network and linear in these
-    terms), so nothing is projected twice.
+    Chunks of about `chunk` tokens are projected one at a time, and only as many as hold trained tokens; if that saves
+    chunks, every row's trained tokens are moved to its front first. A chunk's gradient is computed together with its
+    loss, while its logits exist (the loss is the network's last operation and linear in these terms), so nothing is
+    projected twice.
 
     Args:
         project: (head, hidden [..., D]) → float32 logits [..., V].
-        head: its leaves; adapters among them get gradients, the rest is constant.
-        weights: 0 where no loss is taken.
+        head: the leaves that `project` takes; adapters among them get gradients, the rest is constant.
+        weights: the tokens' weights in the sums, 0 where no loss is taken.
         chunk: tokens whose logits exist at once on a device.
     """
     frozen, trainable = split(head)
@@ -85,7 +85,7 @@ def _sums_forward(
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Params, jax.Array]]:
-    """The sums, and as residuals the gradients of the loss."""
+    """(the sums, residuals: the gradients of the loss)."""
     chunks = Chunks.of(project, combine(frozen, trainable), hidden, weights, chunk)
     hidden, targets = chunks.front(hidden), chunks.front(targets)
 

@@ -1,4 +1,4 @@
-"""Sums over documents, of tokens that lie packed in rows, and the way back.
+"""Sums over documents whose tokens are packed in rows, and the way back from documents to tokens.
 
 A token's document is a number below `count`; padding has the number `count`.
 """
@@ -14,7 +14,7 @@ def by_document(values: Float[Array, "B T"], documents: Int[Array, "B T"], count
 
 
 def to_tokens(values: Float[Array, " N"], documents: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Every token's document's value; 0 for padding."""
+    """For every token the value of its document; 0 for padding."""
     return values.at[documents].get(mode="fill", fill_value=0)
 
 
@@ -25,7 +25,7 @@ def last_token(documents: Int[Array, "B T"], count: int) -> Bool[Array, "B T"]:
 
 
 def rank(weights: Float[Array, "B T"], documents: Int[Array, "B T"], count: int) -> Int[Array, "B T"]:
-    """1, 2, 3 … at a document's counted tokens in order, 0 at all others."""
+    """1, 2, 3 … at a document's counted tokens (of nonzero weight) in order, 0 at all others."""
     counted = (weights != 0).astype(jnp.int32)
     upto = jnp.cumsum(counted, axis=1)
     before = jax.ops.segment_min((upto - counted).ravel(), documents.ravel(), count)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives: losses of pairs and their reference log-probabilities."""
+"""Direct preference optimisation and its relatives: losses on pairs with reference log-probabilities."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ ALPHA, TAU = 0.5, 0.05
 
 
 class _Terms(NamedTuple):
-    """What the formulas of DPO are written in: log-ratios to the reference and f'(ratio) of them."""
+    """The terms of DPO's formulas: log-ratios to the reference, and f' of them (the scores)."""
 
     chosen: jax.Array
     rejected: jax.Array
@@ -30,7 +30,7 @@ class _Terms(NamedTuple):
 
     @property
     def mean_difference(self) -> jax.Array:
-        """Of the scores a token, without β."""
+        """The difference of the scores per token, without β."""
         return mean(self.chosen_score, self.pairs.chosen_tokens) - mean(self.rejected_score, self.pairs.rejected_tokens)
 
 
@@ -44,16 +44,17 @@ def dpo(
     f_alpha_divergence_coef: float = ALPHA,
     discopop_tau: float = TAU,
 ) -> Float[Array, " N"]:
-    """Direct preference optimisation. c, r: log(policy / reference) of chosen and rejected, ε: label_smoothing.
+    """The loss of direct preference optimisation for every pair. c, r: log(policy / reference) of the chosen and the
+    rejected completion, ε: label_smoothing.
 
     m = β(f'(c) - f'(r)), where the f-divergence's f' of a log-ratio x (Wang et al., 2023) is x for reverse_kl,
     1 - exp(-x) for forward_kl, log 2 + log σ(x) for js_divergence and (exp((α-1)x) - 1)/(α-1) for alpha_divergence.
 
-    * sigmoid: -log σ(m) (Rafailov et al., 2023). Like TRL's it knows no ε.
+    * sigmoid: -log σ(m) (Rafailov et al., 2023). As in TRL, it ignores ε.
     * sigmoid_smooth: -(1-ε) log σ(m) - ε log σ(-m), conservative DPO (Mitchell, 2023).
-    * sigmoid_norm: sigmoid of the scores a token, as in LN-DPO (Lambert et al., 2024, Tülu 3).
+    * sigmoid_norm: sigmoid of the scores per token, as in LN-DPO (Lambert et al., 2024, Tülu 3).
     * hinge: max(0, 1 - m) (SLiC: Zhao et al., 2023; Liu et al., 2023).
-    * ipo: (f'(c)/|chosen| - f'(r)/|rejected| - 1/2β)² (Azar et al., 2023), a token as its authors told TRL.
+    * ipo: (f'(c)/|chosen| - f'(r)/|rejected| - 1/2β)² (Azar et al., 2023), per token as its authors told TRL.
     * robust: (-(1-ε) log σ(m) + ε log σ(-m)) / (1-2ε) (Chowdhury et al., 2024).
     * exo_pair: KL of (σ(m), σ(-m)) to (1-ε, ε) (Ji et al., 2024).
     * discopop: (1-s)(-log σ(m)) + s exp(-m), s = σ(m/τ) (Lu et al., 2024).
@@ -62,7 +63,7 @@ def dpo(
     * sppo_hard: (c - 1/2β)² + (r + 1/2β)² (Wu et al., 2024).
     * apo_zero: 1 - σ(βc) + σ(βr); apo_down: σ(βc) + 1 - σ(β(c - r)) (D'Oosterlinck et al., 2024).
     * aot, aot_unpaired: sigmoid_smooth of β times the difference of two sorted lists (Melnyk et al., 2024): the
-      policy's and the reference's chosen - rejected, or c and r. An item's loss is that of its place in the first.
+      policy's and the reference's chosen - rejected, or c and r. An item's loss is the one at its place in the first.
     """
     chosen, rejected = _ratios(pairs)
     score = _DIVERGENCES[f_divergence_type]
@@ -72,7 +73,7 @@ def dpo(
 
 
 def dpo_rewards(pairs: Pairs, *, beta: float) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """β log(policy / reference) of chosen and rejected, without gradients: DPO's implicit rewards."""
+    """DPO's implicit rewards, β log(policy / reference), of chosen and of rejected; no gradient flows."""
     chosen, rejected = jax.lax.stop_gradient(_ratios(pairs))
     return beta * chosen, beta * rejected
 
@@ -86,7 +87,7 @@ def check_dpo(
     f_alpha_divergence_coef: float = ALPHA,
     discopop_tau: float = TAU,
 ) -> list[str]:
-    """Faults of settings for a sum of `dpo` losses and "sft" (`mean_nll`); among them those that none would read."""
+    """Faults of settings for a sum of `dpo` losses and "sft" (`mean_nll`), including settings that none would read."""
     names, given = set(loss_types), " + ".join(loss_types)
     rules = (
         (
@@ -127,7 +128,7 @@ def _ratios(pairs: Pairs) -> tuple[jax.Array, jax.Array]:
 
 
 def _matched(values: jax.Array, others: jax.Array, items: jax.Array) -> jax.Array:
-    """For each of the values the one of the others that has its place in sorted order, empty slots left out."""
+    """For each value, the one of `others` with the same place in sorted order; empty slots are left out."""
     order, other_order = (jnp.argsort(jnp.where(items != 0, array, jnp.inf)) for array in (values, others))
     return others[other_order][jnp.argsort(order)]
 
@@ -135,7 +136,7 @@ def _matched(values: jax.Array, others: jax.Array, items: jax.Array) -> jax.Arra
 def _alpha_score(ratio: jax.Array, coefficient: float) -> jax.Array:
     if abs(coefficient - 1) < 1e-6:
         return ratio
-    # The exponent ends at 80, as TRL's does, where float32 would soon overflow.
+    # The exponent is capped at 80, as in TRL: float32 would soon overflow.
     return (jnp.exp(jnp.minimum((coefficient - 1) * ratio, 80)) - 1) / (coefficient - 1)
 
 

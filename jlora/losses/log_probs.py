@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, with gradients, without ever holding [B, T, V] logits."""
+"""Log-probabilities of given tokens, with gradients, that never hold [B, T, V] logits."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from jlora.types import Params
 
 
 class TokenScores(NamedTuple):
-    """What a model says of every target, float32 [B, T], 0 where the weight is 0; only the first has gradients.
+    """A model's scores of every target, float32 [B, T], 0 where the weight is 0; only `log_probs` has gradients.
 
     Attributes:
-        log_probs: of the target, in nats.
-        entropy: of the prediction, in nats.
+        log_probs: log-probability of the target, in nats.
+        entropy: entropy of the prediction, in nats.
         correct: 1 where the target is the likeliest token.
-        mean_logits: over the vocabulary.
+        mean_logits: mean of the logits over the vocabulary.
     """
 
     log_probs: jax.Array
@@ -38,14 +38,14 @@ def token_scores(
     chunk: int = 512,
     temperature: int | float | Float[Array, ""] = 1.0,
 ) -> TokenScores:
-    """log softmax(project(head, hidden) / temperature)[target] and what goes with it, where weights are not 0.
+    """log softmax(project(head, hidden) / temperature)[target] and the other scores, where weights are not 0.
 
-    Only chunks of about `chunk` tokens have logits at a time, and tokens of weight 0 cost nothing (see `Chunks`). The
-    backward pass projects each chunk again, for a token's log-probability may enter a loss in any way.
+    Logits exist for only about `chunk` tokens at a time, and tokens of weight 0 cost nothing (see `Chunks`). The
+    backward pass projects each chunk again, since a token's log-probability may enter a loss in any way.
 
     Args:
         project: (head, hidden [..., D]) → float32 logits [..., V].
-        head: its leaves; adapters among them get gradients, the rest is constant.
+        head: the leaves that `project` takes; adapters among them get gradients, the rest is constant.
     """
     frozen, trainable = split(head)
     log_probs, *rest = _scores(project, chunk, trainable, hidden, frozen, targets, weights, jnp.float32(temperature))

@@ -1,4 +1,4 @@
-"""Losses of policy-gradient methods, of sampled tokens' log-probabilities: one number a token, and their sums."""
+"""Losses of policy-gradient methods on sampled tokens' log-probabilities: one number for each token, and their sums."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jlora.errors import UserError
 from jlora.losses.documents import by_document, to_tokens
 
 LEVELS = ("token", "sequence", "sequence_sum")
-# What TRL calls a loss type: (the rule of `policy_loss`, the way of `aggregate`).
+# TRL's loss types → (the rule of `policy_loss`, the `how` of `aggregate`).
 POLICY_LOSS_TYPES = {
     "grpo": ("clip", "sequence_mean"),
     "bnpo": ("clip", "micro_batch_tokens"),
@@ -29,7 +29,7 @@ def ratios(
     count: int,
     level: str,
 ) -> Float[Array, "B T"]:
-    """How much likelier the policy makes a token than the policy that sampled it did; 1 where the weight is 0.
+    """How much likelier a token is under the policy than under the one that sampled it; 1 where the weight is 0.
 
     * token: exp(log p - log p_old) (PPO: Schulman et al., 2017; GRPO: Shao et al., 2024).
     * sequence: exp of the document's mean of that, at each of its tokens (GSPO: Zheng et al., 2025).
@@ -63,15 +63,19 @@ def policy_loss(
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """(a token's loss, whether the lower bound stops its gradient, whether the upper does). ρ: `ratios`, A: advantage.
+    """(each token's loss, whether the lower bound stops its gradient, whether the upper bound does), with ρ: `ratios`,
+    A: advantage.
 
     * grpo, bnpo, dr_grpo, dapo, luspo: -min(min(ρ, delta) A, clip(ρ, 1 - epsilon, 1 + epsilon_high) A) (PPO: Schulman
       et al., 2017; two bounds: DAPO, Yu et al., 2025; delta: INTELLECT-2, 2025). They differ in `aggregate`.
-    * cispo: -stop_gradient(min(ρ, epsilon_high)) A log p (MiniMax-M1, 2025). TRL too means no 1 + epsilon_high.
-    * sapo: -4/τ σ(τ(ρ - 1)) A, τ of the advantage's sign (Gao et al., 2025).
+    * cispo: -stop_gradient(min(ρ, epsilon_high)) A log p (MiniMax-M1, 2025). As in TRL, the bound is not
+      1 + epsilon_high.
+    * sapo: -4/τ σ(τ(ρ - 1)) A, with τ by the advantage's sign (Gao et al., 2025).
 
     Args:
-        epsilon_high: None for epsilon.
+        loss_type: a name of POLICY_LOSS_TYPES.
+        level: the level of `ratios`.
+        epsilon_high: None for `epsilon`.
         delta: None for no bound.
     """
     ratio = ratios(log_probs, old_log_probs, weights, documents, count, level)
@@ -96,8 +100,8 @@ def kl3(
     """exp(d) - d - 1, d = log p_reference - log p: the k3 estimate of KL(policy ‖ reference) (Schulman, 2020).
 
     Args:
-        ratio: multiplies it, so that its gradient too is unbiased for tokens of an older policy (DeepSeek-V3.2, 2025;
-            TRL's use_bias_correction_kl). None for GRPO's own.
+        ratio: a factor that makes the gradient unbiased too for tokens of an older policy (DeepSeek-V3.2, 2025; TRL's
+            use_bias_correction_kl); None for GRPO's estimate.
     """
     difference = reference - log_probs
     estimate = jnp.exp(difference) - difference - 1
@@ -115,21 +119,22 @@ def aggregate(
     max_completion_length: int | None = None,
     group_tokens: Float[Array, " N"] | None = None,
 ) -> Float[Array, ""]:
-    """A micro-batch's part of a step's loss, which is the sum of the parts. w: weights, ℓ: per_token.
+    """A micro-batch's part of a step's loss, which is the sum of all parts. w: weights, ℓ: per_token.
 
     * sequence_mean: 1/items Σ_document (Σ wℓ / Σ w) (GRPO: Shao et al., 2024).
     * sequence_sum: 1/items Σ_document Σ wℓ (LUSPO: Liu et al., 2026).
-    * micro_batch_tokens: 1/micro_batches Σ_micro-batch (Σ wℓ / Σ w), TRL's bnpo; it depends on how a step is cut.
+    * micro_batch_tokens: 1/micro_batches Σ_micro-batch (Σ wℓ / Σ w), TRL's bnpo; depends on how a step is divided.
     * constant: Σ wℓ / (items · max_completion_length) (Dr. GRPO: Liu et al., 2025).
-    * tokens: Σ wℓ / tokens, all tokens of the step alike. What TRL and verl call DAPO (Yu et al., 2025).
-    * prompt_tokens: 1/prompts Σ_prompt (Σ wℓ / Σ w over the prompt's completions). What DAPO's formula says, an
-      expectation over prompts of a token mean within the group; TRL's issue 5375 is about the two.
+    * tokens: Σ wℓ / tokens, all tokens of the step alike; this is what TRL and verl call DAPO (Yu et al., 2025).
+    * prompt_tokens: 1/prompts Σ_prompt (Σ wℓ / Σ w over the prompt's completions); this is DAPO's formula, an
+      expectation over prompts of a token mean within the group. TRL's issue 5375 discusses the two.
 
-    Documents without a counted token add 0, and count as items.
+    Documents without a counted token add 0, but count as items.
 
     Args:
         items: 1 for a document, 0 for an empty slot.
-        totals: sums over the whole step of what the ways above divide by: items, tokens (Σ w), micro_batches, prompts.
+        how: one of the above.
+        totals: sums over the whole step of what these divide by: items, tokens (Σ w), micro_batches, prompts.
         max_completion_length: for "constant".
         group_tokens: for "prompt_tokens", the counted tokens of all completions of the document's prompt.
     """
@@ -166,7 +171,7 @@ def ppo_value(
     *,
     clip: float = 0.2,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(½ max((v - R)², (v_c - R)²), where the second is larger), v_c = v held within old_values ± clip."""
+    """(½ max((v - R)², (v_c - R)²), where the second is larger), with v_c = v clipped to old_values ± clip."""
     plain = jnp.square(values - returns)
     clipped = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
     return 0.5 * jnp.maximum(plain, clipped), clipped > plain

@@ -1,4 +1,4 @@
-"""Device meshes, and the rules that place every leaf of a param tree on them."""
+"""Device meshes, and the rules that place every leaf of a param tree on a mesh."""
 
 from jlora.sharding.constraints import (
     HEADS,

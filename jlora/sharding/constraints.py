@@ -1,7 +1,7 @@
-"""What code that knows no mesh says of its arrays' placement; it holds where a mesh is in context.
+"""Placement constraints for code that does not know its mesh; they take effect when a mesh is in context.
 
-Left alone, the compiler weighs a product's operands by its own lights: a weight that is split over its inputs made it
-gather every row of the batch on every device and add up partial products, fourteen times the bytes of the weights.
+Left alone, the compiler chooses which operand of a product to move: for a weight split over its inputs, it gathered
+every row of the batch on every device and added up partial products, fourteen times the bytes of the weights.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from jlora.sharding.rules import MEANT, VOCABULARY, Sizes, leaf_specs
 
 Axis = str | tuple[str, ...] | None
 
-# The mesh axes of a batch's rows, of its tokens, and of heads where tokens are whole.
+# The mesh axes of a batch's rows, of its tokens, and of heads when tokens are whole.
 ROWS = ("data", "fsdp")
 TOKENS = "sequence"
 HEADS = ("tensor", "sequence")
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
-    """`jax.jit`, traced and run with the mesh in context that the arguments are on.
+    """`jax.jit`, traced and run with the arguments' mesh in context.
 
     {"kernel": on a mesh of data=2, fsdp=4} → `constrain` inside holds arrays to that mesh; on one device it does
-    nothing. The context belongs to what jax.jit caches its traces by, so the two do not mix.
+    nothing. The context is part of jax.jit's cache key, so the two do not mix.
     """
     compiled = jax.jit(function, **settings)
 
@@ -48,19 +48,19 @@ def jit(function: Callable, **settings: Any) -> Callable:
 
 @contextlib.contextmanager
 def on(mesh: Mesh | None) -> Iterator[None]:
-    """Code traced inside holds its arrays to `mesh`; None leaves the context as it is."""
+    """Code traced inside holds its arrays to `mesh`; None leaves the context unchanged."""
     if mesh is None:
         yield
         return
-    # The abstract mesh alone: with a concrete one, jax refuses arrays on one device beside those on the mesh.
+    # Only the abstract mesh: with a concrete one, jax refuses arrays on one device beside those on the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
 
 def mesh_of(values: Any) -> Mesh | None:
-    """The mesh that the first of a tree's arrays (or shapes) with one is on; of several devices, if some are.
+    """The first mesh of several devices that one of a tree's arrays (or shapes) is on, else the first mesh, else None.
 
-    A mesh of one device holds nothing, but says what kind of device it is.
+    A mesh of one device splits nothing, but tells the kind of device.
     """
     alone = None
     for leaf in jax.tree.leaves(values):
@@ -73,10 +73,10 @@ def mesh_of(values: Any) -> Mesh | None:
 
 
 def sizes() -> Sizes:
-    """The sizes of the mesh axes in context that the compiler divides arrays over; {} without a mesh of several
+    """The sizes of the axes over which the compiler divides arrays on the mesh in context; {} without a mesh of several
     devices.
 
-    Axes that are manual (inside `jax.shard_map`) have been divided over already.
+    Manual axes (inside `jax.shard_map`) count as 1: arrays are already divided over them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):
@@ -87,20 +87,23 @@ def sizes() -> Sizes:
 
 
 def ways(*axes: str) -> int:
-    """Into how many parts these mesh axes of the context split an array."""
+    """How many parts these axes of the mesh in context split an array into."""
     found = sizes()
     return math.prod(found.get(axis, 1) for axis in axes)
 
 
 def split(size: int, axis: Axis) -> tuple[str, ...]:
-    """Those of the mesh axes over which `constrain` splits a dimension of this size."""
+    """The mesh axes among these over which `constrain` splits a dimension of this size."""
     return _dividing(size, _names(axis), found) if (found := sizes()) else ()
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
-    """x, its dimensions split over these mesh axes (those of them that divide it) and whole on all others.
+    """x with each dimension split over its mesh axes (those of them that divide it) and replicated over all others.
 
-    Without a mesh in context it is x itself. The gradient is held the same way.
+    Without a mesh in context, x itself. The gradient is constrained in the same way.
+
+    Args:
+        axes: for each dimension of x, one mesh axis, several, or None.
     """
     if not (found := sizes()):
         return x
@@ -108,9 +111,9 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
 
 
 def held(x: jax.Array, width: Axis = None) -> jax.Array:
-    """Activations [B, T, …, N]: rows and tokens where the batch's are, and N over the axes of `width`.
+    """Activations [B, T, …, N] with rows and tokens placed as the batch's are, and N split over the axes of `width`.
 
-    Arrays of fewer axes have no rows of a batch, and are left alone.
+    Arrays with fewer than three axes have no batch rows and are returned as they are.
     """
     return x if x.ndim < 3 else constrain(x, ROWS, TOKENS, *(None,) * (x.ndim - 3), width)
 
@@ -122,8 +125,9 @@ def is_spread(x: jax.Array) -> bool:
 
 
 def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array) -> jax.Array:
-    """function(params, x) [B, T, …] of x [B, T, …] that `is_spread`, by each device for its own rows and tokens: for
-    functions that look at all tokens together (sort them, count them) and treat each by itself.
+    """function(params, x) [B, T, …] for an x [B, T, …] that `is_spread`, computed by each device for its own rows and
+    tokens: for functions that handle all tokens together (sort them, count them) but whose result for each token
+    depends on that token alone.
     """
     place = PartitionSpec(ROWS, TOKENS)
     axes = {*ROWS, TOKENS}
@@ -131,8 +135,8 @@ def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.A
 
 
 def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(axes of the rows, axes of the vocabulary) of logits: a head that is split over its vocabulary stays where it
-    is, and sees the rows of all devices that it is split over.
+    """(mesh axes of the rows, mesh axes of the vocabulary) of logits. A head that is split over its vocabulary is not
+    moved, so rows are gathered over the axes that split it.
     """
     if not (found := sizes()):
         return (), ()
@@ -141,11 +145,11 @@ def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def gathered(module: str, leaves: dict) -> dict:
-    """The leaves at a module's path with what `fsdp` splits of them gathered, a packed leaf as it is packed; what
-    `tensor` splits stays split. Gradients go back to where the leaves are.
+    """The leaves at a module's path, gathered over `fsdp` (a packed leaf in its packed form) but still split over
+    `tensor`. Gradients go back to where the leaves are.
 
-    Call it where the leaves are used, inside what is recomputed: a layer's weights then exist for that layer only, and
-    are gathered once forward and once for recomputation and backward together.
+    Call it where the leaves are used, inside what is recomputed: a layer's gathered weights then exist only for that
+    layer, and are gathered once forward and once for recomputation and backward together.
     """
     if not (found := sizes()) or found["fsdp"] == 1:
         return leaves
@@ -175,7 +179,7 @@ def _gather_forward(before: PartitionSpec, after: PartitionSpec, x: jax.Array) -
 
 
 def _gather_backward(before: PartitionSpec, after: PartitionSpec, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    """Partial sums go straight to the device that keeps them, not to all."""
+    """Sends partial sums straight to the device that keeps them, not to all."""
     return (jax.lax.with_sharding_constraint(grad, before),)
 
 
@@ -196,7 +200,7 @@ def _spec(shape: tuple[int, ...], axes: tuple[Axis, ...], found: Sizes) -> Parti
 
 
 def _dividing(size: int, names: tuple[str, ...], found: Sizes) -> tuple[str, ...]:
-    """Those of the axes that, one after another, divide a dimension."""
+    """The axes, taken in order, that together divide a dimension of this size."""
     kept: tuple[str, ...] = ()
     for name in names:
         if found[name] > 1 and size % math.prod(found[each] for each in (*kept, name)) == 0:

@@ -17,11 +17,11 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: whatever devices are left.
+    """Sizes of the mesh axes; one of them may be -1, for all devices that are left.
 
-    data and fsdp split the batch; fsdp also splits every weight, tensor splits heads and hidden units, sequence splits
-    tokens. In attention tokens are whole and sequence splits heads too, where tensor × sequence divides them; elsewhere
-    each device gathers the keys and values of all tokens.
+    `data` and `fsdp` split the batch's rows; `fsdp` also splits every weight, `tensor` splits heads and hidden units,
+    and `sequence` splits tokens. In attention, tokens are whole and `sequence` splits heads too if tensor × sequence
+    divides them; otherwise each device gathers the keys and values of all tokens.
     """
 
     data: int = 1
@@ -40,11 +40,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over `devices` (default: all). Axes left at 1 cost nothing.
+    """The mesh over `devices` (default: all). Axes of size 1 cost nothing; a mesh of size 1 takes the first device.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, except that a mesh of one takes the first
-        device.
+        ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = list(config.sizes)
@@ -69,21 +68,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """The sharding of a [..., B, T] batch whose first `leading` axes are not split."""
+    """The sharding of a batch [..., B, T], whose first `leading` axes are not split."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence"))
 
 
 def row_ways(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits the rows of a batch."""
+    """How many parts the mesh splits the rows of a batch into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The host's arrays (the same on every host): of [A, B, T] and [A, K, B, T] each device holds its rows only, of
-    [A, N] everything.
+    """The host's arrays (the same on every host) on the mesh: a device holds only its rows and tokens of [A, B, T] and
+    [A, K, B, T], but all of [A, N].
 
     Raises:
-        ValueError: B or T does not divide over the mesh.
+        ValueError: the mesh does not divide B or T.
     """
     rows = row_ways(mesh)
     for name, value in batch.items():
@@ -103,7 +102,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def on_host(values: Any) -> Any:
-    """A tree's arrays as numpy, whole, whatever devices of whatever hosts they are on; every host has to ask."""
+    """A tree's arrays as whole NumPy arrays, whichever devices and hosts they are on. Every host must call it."""
     if jax.process_count() == 1:
         return jax.device_get(values)
 
@@ -115,20 +114,22 @@ def on_host(values: Any) -> Any:
 
 
 def on_any_host(flag: bool) -> bool:
-    """Whether one host at least says so; every host has to ask."""
+    """Whether `flag` is true on at least one host. Every host must call it."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 class Vote:
-    """Whether one host at least has said so, as `on_any_host`, for asking again and again while the devices are busy:
-    with several hosts the answer is that to the time before, since the devices would give today's behind their work.
+    """`on_any_host` for repeated calls while the devices are busy. With several hosts, each call returns the previous
+    call's answer, since the devices would compute this one's only after the work they have queued.
     """
 
     def __init__(self) -> None:
         self._before: jax.Array | None = None
 
     def __call__(self, flag: bool) -> bool:
-        """Asks; every host has to."""
+        """Whether a flag was true on some host: this one with a single host, else the previous call's. Every host must
+        call it.
+        """
         if jax.process_count() == 1:
             return flag
         before, self._before = self._before, _any(flag)
@@ -136,7 +137,7 @@ class Vote:
 
 
 def _any(flag: bool) -> jax.Array:
-    """On every device, once it is computed, whether one host says so."""
+    """Whether `flag` is true on at least one host, as an array on every device, computed asynchronously."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("host", "device"))
     placed = NamedSharding(mesh, PartitionSpec("host"))

@@ -1,5 +1,5 @@
-"""Which mesh axes split which dimension of a leaf: one table of path rules for the base, its packed forms and its
-adapters, whatever the family calls them.
+"""Which mesh axes split which dimensions of a leaf: one table of path rules for the base, its packed forms and its
+adapters, in every family.
 """
 
 import math
@@ -14,13 +14,13 @@ from jlora import tree
 Sizes = Mapping[str, int]
 
 # Axes of the last two dimensions (input, output) of a kernel. Column-parallel linears split their outputs over
-# `tensor`, row-parallel ones their inputs, so one all-reduce a block is all that tensor parallelism costs
-# (Megatron-LM, 2019). What `fsdp` splits is gathered where it is used (`jlora.sharding.gathered`).
+# `tensor`, row-parallel ones their inputs, so tensor parallelism costs only one all-reduce a block (Megatron-LM, 2019).
+# What `fsdp` splits is gathered where it is used (`jlora.sharding.gathered`).
 COLUMN = ("fsdp", "tensor")
 ROW = ("tensor", "fsdp")
-# The narrow factor beside a dimension that `tensor` splits: fsdp splits the same one further.
+# The narrow factor's dimension that `tensor` splits: fsdp splits it further.
 BOTH = ("tensor", "fsdp")
-# A vocabulary is never gathered: hidden states go to the part of the head that a device has, being far fewer.
+# A vocabulary is never gathered: hidden states, which are far smaller, go to the part of the head that a device has.
 VOCABULARY = "vocabulary"
 MEANT = {VOCABULARY: ("tensor", "fsdp")}
 
@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (rf"{_HEAD}/(trained_)?kernel", (None, VOCABULARY)),
     (rf"{_HEAD}/lora_(start_)?b", (None, VOCABULARY)),
     (rf"{_HEAD}/lora_(start_)?a", ()),
-    (r"(.*/)?wpe/.*", ()),  # of positions there are few
+    (r"(.*/)?wpe/.*", ()),  # there are few positions
     (r"(.*/)?(trained_)?embedding", (VOCABULARY, None)),
     (rf"{_EMBEDDING}/lora_(start_)?a", (VOCABULARY, None)),
     (rf"{_EMBEDDING}/lora_(start_)?b", ()),
@@ -49,18 +49,18 @@ RULES: tuple[tuple[str, Axes], ...] = (
 
 
 def leaf_sharding(path: str, leaf: Any, mesh: Mesh) -> Any:
-    """NamedShardings in the shape of `leaf`: an array, a ShapeDtypeStruct, or a packed value made of several."""
+    """NamedShardings in the structure of `leaf`: an array, a ShapeDtypeStruct, or a packed value with several parts."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), leaf_specs(path, leaf, mesh.shape))
 
 
 def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
-    """PartitionSpecs in the shape of `leaf`, on a mesh whose axes have these sizes.
+    """PartitionSpecs in the structure of `leaf`, on a mesh whose axes have these sizes.
 
-    The rule names axes for the trailing dimensions. A packed value's parts that have its rank (codes, block scales)
-    are all split the same way, so blocks stay whole, but for a dimension of which a part has one entry only (a scale
-    for all inputs): every device keeps that. Parts of another rank (nested scales) are tiny and kept on every device
-    too. An axis that does not divide a dimension of every part that is split is left out; but fsdp, which means nothing
-    to the product, then splits the rule's other dimension if it divides that.
+    The rule names axes for the trailing dimensions. The parts of a packed value that have its rank (codes, block
+    scales) are all split in the same way, so that blocks stay whole. A part's dimension with a single entry (a scale
+    for all inputs) is not split, and parts of another rank (nested scales), which are tiny, are replicated. An axis
+    that does not divide a dimension of every part that is split is left out; but fsdp, which does not matter to the
+    product, then splits the rule's other dimension if it divides that one.
     """
     axes = tree.match_rules(RULES, [path], allow_unused=True)[path]
     parts = [part for part in jax.tree.leaves(leaf) if part.ndim == leaf.ndim]
@@ -69,7 +69,7 @@ def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
     lengths = {i: [part.shape[i] for part in parts if part.shape[i] > 1] for i in wanted}
     flattened = bool(wanted) and parts[0].shape[-1] != leaf.shape[-1]  # a kernel packed as one column
     spec: list[tuple[str, ...]] = [()] * leaf.ndim
-    # fsdp comes last: what is left when it is gathered has to lie together.
+    # fsdp comes last: what remains when it is gathered must be contiguous.
     for i, name in sorted(((i, name) for i, names in wanted.items() for name in names), key=lambda at: at[1] == "fsdp"):
         elsewhere = [other for other in wanted if other != i] if name == "fsdp" else []
         for at in [] if flattened and name == "tensor" else [i, *elsewhere]:
@@ -88,7 +88,7 @@ def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
 
 
 def features(module: str) -> tuple[str | None, str | None]:
-    """Which axis splits the inputs, and which the outputs, of the linear at this path while it computes."""
+    """The mesh axes that split the inputs and the outputs of the linear at this path while it computes."""
     axes = tree.match_rules(RULES, [f"{module}/kernel"], allow_unused=True)[f"{module}/kernel"]
     return tuple("tensor" if axis == "tensor" else None for axis in axes)
 
@@ -99,7 +99,7 @@ def tree_shardings(params: dict, mesh: Mesh) -> dict:
 
 
 def shard(params: dict, mesh: Mesh) -> dict:
-    """The same params, placed on the mesh by `tree_shardings`."""
+    """The params, placed on the mesh by `tree_shardings`."""
     return jax.device_put(params, tree_shardings(params, mesh))
 
 

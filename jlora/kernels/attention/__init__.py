@@ -1,4 +1,4 @@
-"""Attention: one signature, and one table of the forms that compute it."""
+"""Attention: one signature, and a table of the forms that compute it."""
 
 import functools
 from collections.abc import Callable
@@ -27,10 +27,10 @@ class Form(NamedTuple):
 
     Attributes:
         forward: (rule, queries, keys, values, marks) → (output, log of each query's sum of weights).
-        backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of the three.
-        fits: (marks, width of a head or None) → why it cannot be used, or "".
-        device: where it runs; None: anywhere.
-        masks: whether it makes masks outside of kernels.
+        backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of queries, keys and values.
+        fits: (marks, width of a head or None) → why the form cannot be used, or "".
+        device: the kind of device that it runs on; None: any.
+        masks: whether it forms masks outside of kernels.
     """
 
     forward: Callable
@@ -46,7 +46,7 @@ def _interpreted(module: Any) -> Form:
 
 
 def _on(device: str, platform: str, module: Any) -> Form:
-    """A form that the compiler takes for one platform; a program that then runs on another is blocked."""
+    """A form for programs compiled for one platform; compiled for another, the same program uses `blocked`."""
 
     def part(name: str) -> Callable:
         def run(rule: Scores, *arrays: Any) -> Any:
@@ -66,8 +66,8 @@ FORMS = {
     "triton": _on("gpu", "cuda", triton)._replace(masks=False),
     "triton_interpreted": _interpreted(triton)._replace(masks=False),
 }
-# Device → the forms that are best there, the first that can be used is. "plain" is left where the scores of a block of
-# queries would be more than PLAIN numbers.
+# Device → its forms, best first: the first that can be used is used. "plain" is passed over if the scores of a block
+# of queries would be more than PLAIN numbers.
 BEST = {"cpu": ("plain", "blocked"), "gpu": ("plain", "triton", "blocked"), "tpu": ("splash", "plain", "blocked")}
 PLAIN = {"cpu": 1 << 25, "gpu": 1 << 22, "tpu": 1 << 22}
 
@@ -82,11 +82,11 @@ def attend(
     form: str = AUTO,
 ) -> Float[Array, "B T H F"]:
     """softmax(scale · q·k) @ v over the keys that `marks` let a query see, with H/K query heads for each key head;
-    scores and softmax in float32.
+    scores and softmax are float32.
 
     Args:
         softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
-        form: of FORMS, or "auto": what is best on the device.
+        form: a name of FORMS, or "auto" for the best form on the device.
 
     Raises:
         UserError: the form cannot be used here.
@@ -102,17 +102,16 @@ def _on_rows(
     name = _chosen(form, marks, heads, width)
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     if FORMS[name].masks:
-        # What marks alone determine is not to be computed once for all layers: the masks of blocks would be all of the
-        # mask.
+        # Keeps what depends on marks alone from being computed once for all layers: the blocks' masks together would be
+        # the whole mask.
         marks, grouped = jax.lax.optimization_barrier((marks, grouped))
     y = _attend(rule, name, grouped, keys, values, marks)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
 def require(form: str, device: str, marks: Marks | None = None, heads: int = 1, width: int | None = None) -> None:
-    """Raises UserError for a form that is unknown, that this kind of device ("cpu", "gpu", "tpu") does not run, or that
-    does not compute what `marks` (or their shapes) let the queries of so many heads of this width see, on the mesh in
-    context.
+    """Raises UserError if a form is unknown, does not run on this kind of device ("cpu", "gpu", "tpu"), or, on the mesh
+    in context, cannot compute attention by `marks` (or their shapes) with this many heads of this width.
     """
     if form != AUTO and form not in FORMS:
         raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")
@@ -137,7 +136,7 @@ def _chosen(form: str, marks: Marks, heads: int, width: int | None = None) -> st
 
 
 def _scores(marks: Marks, heads: int) -> int:
-    """How many scores the plain form has at once on one device."""
+    """How many scores the plain form holds at once on one device."""
     batch, (tokens, size) = marks.positions.shape[0], marks.size
     pieces = max(1, min(4, tokens // 64)) if marks.aligned else 1
     axes = sharding.HEADS if marks.aligned else "tensor"
@@ -154,7 +153,7 @@ def _attend(rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values
 def _attend_forward(
     rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
 ) -> tuple[jax.Array, tuple]:
-    """The output, and what the backward pass needs: not the scores, which would be the largest residual."""
+    """(the output, what the backward pass needs): not the scores, which would be the largest residual."""
     y, log_totals = FORMS[form].forward(rule, queries, keys, values, marks)
     y, log_totals = checkpoint_name(y, SAVED), checkpoint_name(log_totals, SAVED)
     return y, (queries, keys, values, marks, y, log_totals)

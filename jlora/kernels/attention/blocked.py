@@ -1,7 +1,7 @@
 """Attention block by block with a running maximum, forward and backward: memory linear in the length, on any device.
 
-The scores of one block of queries with one block of keys exist at a time (online softmax, Milakov and Gimelshein 2018;
-Rabe and Staats 2021; the backward pass of FlashAttention, Dao et al. 2022).
+Only the scores of one block of queries with one block of keys exist at a time (online softmax, Milakov and Gimelshein
+2018; Rabe and Staats 2021; the backward pass of FlashAttention, Dao et al. 2022).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jlora.kernels.attention.marks import Marks, Scores, seen
 from jlora.kernels.attention.plain import LOWEST, as_rows, product
 from jlora.kernels.order import constant
 
-# Scores of a block that exist at once, and the fewest queries of a block.
+# The most scores of a block (unless it is at its narrowest), and the fewest queries or keys of one.
 SCORES = 1 << 24
 NARROWEST = 128
 
@@ -24,7 +24,7 @@ NARROWEST = 128
 def forward(
     rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
+    """(the output [B, K, G, T, F], the logarithm of each query's sum of weights, float32 [B, K, G, T])."""
     grid, (queries, keys, values, marks) = _prepare(queries, keys, values, marks)
 
     def block(carry: tuple, pair: tuple) -> tuple[tuple, None]:
@@ -40,7 +40,7 @@ def forward(
         kept = jnp.where(first, constant(0.0, q), jnp.exp(before - top))
         new = product("bkms,bksf->bkmf", as_rows(weights.astype(v.dtype)), v).reshape(q.shape)
         y, total = y * kept[..., None] + new, total * kept + jnp.sum(weights, axis=-1)
-        # Written after every block of keys; what the last one writes stays.
+        # Written after every block of keys; the last write is the result.
         outputs = grid.put(outputs, (y / total[..., None]).astype(outputs.dtype), i)
         log_totals = grid.put(log_totals, top + jnp.log(total), i)
         return (y, top, total, outputs, log_totals), None
@@ -108,7 +108,7 @@ def backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """The blocks: `height` queries by `width` keys; those of `tokens` queries and `size` keys that may be needed.
+    """Blocks of `height` queries by `width` keys that cover `tokens` queries and `size` keys.
 
     Queries are [B, K, G, T, …], keys [B, K, S, …], both padded to whole blocks.
     """
@@ -120,7 +120,7 @@ class _Grid:
     aligned: bool
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every pair: its block of queries, of keys, and whether it is the first of these queries."""
+        """(block of queries, block of keys, whether it is the queries' first) of every pair that may be needed."""
         down, across = -(-self.tokens // self.height), -(-self.size // self.width)
         found = [
             (i, j, j == 0)
@@ -154,14 +154,14 @@ class _Grid:
         return seen(queries, keys, marks.limit)
 
     def padded(self, x: jax.Array, axis: int) -> jax.Array:
-        """Whole blocks of queries (axis 3, or 1 of marks)."""
+        """x padded to whole blocks of queries along `axis` (3, or 1 for marks)."""
         return _pad(x, axis, -self.tokens % self.height, 0)
 
 
 def _prepare(
     queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
 ) -> tuple[_Grid, tuple[jax.Array, jax.Array, jax.Array, Marks]]:
-    """The grid, and everything padded to whole blocks; what is padded is in no segment."""
+    """(the grid, everything padded to whole blocks); padded keys are in no segment."""
     tokens, size = marks.size
     many = math.prod(queries.shape[:3])
     side = 1 << max(0, int(math.log2(max(1, SCORES // many)))) // 2
@@ -181,7 +181,7 @@ def _prepare(
 
 
 def _zeros(x: jax.Array) -> Callable[[tuple[int, ...], jnp.dtype], jax.Array]:
-    """Makes zeros, but not before x is there."""
+    """A function that makes zeros, but not before x is ready."""
     zero = constant(0.0, x)
     return lambda shape, dtype: jnp.broadcast_to(zero.astype(dtype), shape)
 

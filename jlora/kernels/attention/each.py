@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the compiler cannot divide one, so that each device calls it for its own rows and heads."""
+"""Kernels on a mesh: the compiler cannot divide them, so each device calls them for its own rows and heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,12 @@ from jlora import sharding
 
 
 def on_each(run: Callable, arrays: tuple) -> Any:
-    """run(*arrays), by each device for its own rows and heads.
+    """run(*arrays), computed by each device for its own rows and heads.
 
     Args:
-        arrays: trees of [B, heads, …], of marks [B, T] and of numbers, as what `run` returns. The second, the keys,
-            has the fewest heads.
+        run: returns trees like `arrays`.
+        arrays: trees of arrays [B, heads, …], of marks [B, T] and of scalars. The second, the keys, has the fewest
+            heads.
     """
     if not sharding.sizes():
         return run(*arrays)

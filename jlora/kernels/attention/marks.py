@@ -1,4 +1,4 @@
-"""Which keys a query may see, as a few integers a token: no form needs a mask of queries × keys."""
+"""Which keys a query may see, as a few integers for each token, so that no form needs a mask of queries × keys."""
 
 import dataclasses
 import functools
@@ -21,19 +21,19 @@ FAR = int(np.iinfo(np.int32).max)
 )
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """A query sees the keys of its own segment, and of the one that it branches off (see `BRANCH`), at its own position
-    or fewer than the window earlier.
+    """A query sees the keys of its own segment, and of the one it branches off (see `BRANCH`), that are at its own
+    position or less than the window earlier.
 
-    Where queries and keys are the same tokens, positions rise with the index within a segment: a key that comes later
-    in the array is not seen.
+    If queries and keys are the same tokens, positions rise with the index within a segment, so that keys later in the
+    array are never seen.
 
     Attributes:
-        positions, segment_ids: int32 [B, T], of the queries.
-        key_positions, key_segment_ids: int32 [B, S].
-        windows: every window that some layer has; None: none.
-        chosen: int32, the number of this layer's window among them; None where there is one only.
-        branches: whether some segment may branch off another, or positions rise otherwise than by one within a segment.
-            What cannot be known is taken for a yes.
+        positions, segment_ids: int32 [B, T], the queries'.
+        key_positions, key_segment_ids: int32 [B, S], the keys'.
+        windows: the windows that layers have; None stands for no window.
+        chosen: int32, the index of this layer's window in `windows`; None if there is only one.
+        branches: whether some segment may branch off another, or positions within a segment may rise by anything but
+            one. True if unknown.
     """
 
     positions: Any
@@ -56,12 +56,12 @@ class Marks:
 
     @property
     def limit(self) -> Int[Array, ""] | int:
-        """The distance from which on keys are not seen any more."""
+        """The distance at and beyond which keys are not seen."""
         limits = [FAR if window is None else window for window in self.windows]
         return limits[0] if self.chosen is None else jnp.asarray(np.array(limits, np.int32))[self.chosen]
 
     def of_layer(self, window: Int[Array, ""]) -> "Marks":
-        """Those of a layer that has this one of the windows."""
+        """The marks of a layer with window number `window`."""
         return self if len(self.windows) == 1 else dataclasses.replace(self, chosen=window)
 
     def mask(self, rows: slice = slice(None), columns: slice = slice(None)) -> Bool[Array, "B T S"]:
@@ -78,14 +78,14 @@ def seen(
     keys: tuple[Int[Array, "B S"], Int[Array, "B S"]],
     limit: Int[Array, ""] | int,
 ) -> Bool[Array, "B T S"]:
-    """Whether each query, (positions, segments), sees each key."""
+    """Whether each query sees each key; both are (positions, segments)."""
     return sees(tuple(x[:, :, None] for x in queries), tuple(x[:, None, :] for x in keys), limit)
 
 
 def sees(
     queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...], limit: Int[Array, ""] | int, branches: bool = True
 ) -> jax.Array:
-    """Whether a query, (position, segment), sees a key: of arrays that are broadcast together."""
+    """Whether queries see keys; both are (positions, segments), as arrays that broadcast together."""
     (place, segment), (key_place, key_segment) = queries, keys
     same = segment == key_segment
     if branches:
@@ -96,7 +96,7 @@ def sees(
 
 
 def is_far(limit: Any) -> bool:
-    """Whether it is known that no key is too far away."""
+    """Whether the limit is known to exclude no key."""
     return isinstance(limit, int) and limit == FAR
 
 
@@ -104,7 +104,8 @@ class Scores(NamedTuple):
     """How products of queries and keys become scores.
 
     Attributes:
-        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2); None: they stay.
+        scale: factor of the products.
+        softcap: scores become softcap · tanh(scores / softcap) (Gemma 2); None leaves them as they are.
     """
 
     scale: float
@@ -115,7 +116,7 @@ class Scores(NamedTuple):
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def gradient(self, scores: jax.Array, grad: jax.Array) -> jax.Array:
-        """The gradient of the products from that of the scores."""
+        """The gradient with respect to the products, from that with respect to the scores."""
         if self.softcap is not None:
             grad = grad * (1 - (scores / self.softcap) ** 2)
         return grad * self.scale

@@ -1,4 +1,4 @@
-"""Attention that forms the scores of a block of queries with all of their keys: what defines the numbers."""
+"""Attention that forms the scores of a block of queries with all of their keys; this form defines the numbers."""
 
 import itertools
 
@@ -15,7 +15,7 @@ LOWEST = float(np.finfo(np.float32).min)
 def forward(
     rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
+    """(the output [B, K, G, T, F], the logarithm of each query's sum of weights, float32 [B, K, G, T])."""
     outputs, log_totals = [], []
     for rows, columns in _blocks(marks):
         q = queries[..., rows, :]
@@ -40,7 +40,9 @@ def backward(
     log_totals: jax.Array,
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With the scores as [S, T], in which the products for keys and values need no transpose."""
+    """The gradients of queries, keys and values. Scores are [S, T], so the products for keys and values need no
+    transpose.
+    """
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     grad_queries, grad_keys, grad_values = [], 0, 0
     for rows, columns in _blocks(marks):
@@ -61,9 +63,9 @@ def backward(
 
 
 def _blocks(marks: Marks) -> list[tuple[slice, slice]]:
-    """Pieces of the queries, each with the keys that it may see, which saves most of the masked half of the scores.
+    """Pieces of the queries, each with the keys that it may see, to save most of the masked half of the scores.
 
-    Up to four pieces of at least 64 queries: the products stay large, and four skip 3/8 of the scores.
+    Up to four pieces of at least 64 queries: products stay large, and four pieces skip 3/8 of the scores.
     """
     tokens, size = marks.size
     count = max(1, min(4, tokens // 64)) if marks.aligned else 1
@@ -72,7 +74,7 @@ def _blocks(marks: Marks) -> list[tuple[slice, slice]]:
 
 
 def as_rows(x: jax.Array) -> jax.Array:
-    """[B, K, G, T, X] as [B, K, G·T, X]: products with a single row axis are those that XLA leaves as they are."""
+    """[B, K, G, T, X] as [B, K, G·T, X]: XLA leaves products with a single row axis as they are."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """Attention by JAX's splash kernels, on a TPU or interpreted: forward and backward, linear in memory.
 
-The kernels compare a query's segment with a key's, so a branch, which sees two segments, takes two calls: of its own
-tokens and of what it branches off. Their outputs are joined by the logarithms of their sums of weights.
+The kernels compare a query's segment with a key's, so a branch, which sees two segments, takes two calls: one for its
+own tokens, one for what it branches off. The outputs are joined by the logarithms of their sums of weights.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from jlora.kernels.attention.each import on_each
 from jlora.kernels.attention.marks import Marks, Scores
 from jlora.types import BRANCH
 
-# Tokens and widths of heads are padded to multiples of a TPU's lanes.
+# Numbers of tokens and widths of heads are padded to multiples of a TPU's lanes.
 LANES = 128
-# The widest blocks of queries and keys, the largest power of two up to it that divides the tokens is taken.
+# The widest blocks of queries and keys; a block is the largest power of two up to it that divides the tokens.
 WIDEST = 512
-# Segments that no token has: of padding, and of queries that branch off nothing.
+# Segments that no token has: for padding, and for queries that branch off nothing.
 PADDING, NOTHING = -1, -2
 
 
 def fits(marks: Marks, width: int | None = None) -> str:
-    """Why these kernels cannot be used; "" where they can."""
+    """Why these kernels cannot be used; "" if they can."""
     if not marks.aligned:
         return "the queries are not the keys' tokens (a cache, or a mesh that splits tokens and not the heads)"
     if marks.branches and any(window is not None for window in marks.windows):
@@ -39,7 +39,7 @@ def fits(marks: Marks, width: int | None = None) -> str:
 def forward(
     rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
+    """(the output [B, K, G, T, F], the logarithm of each query's sum of weights, float32 [B, K, G, T])."""
     batch, heads, groups, tokens, width = queries.shape
     rows = _rows(rule, queries, keys, values)
 
@@ -84,8 +84,8 @@ def backward(
 
 
 def _by_branch(marks: Marks, run: Callable, join: Callable) -> tuple[jax.Array, ...]:
-    """What `run` gives for (segments of queries, segments of keys) [B, T'], joined with what it gives for the segments
-    that branches branch off; the second is not computed where there is no branch.
+    """run((queries' segments, keys' segments)) [B, T'], joined with its result for the segments that branches branch
+    off, which is computed only if there are branches.
     """
     room = [(0, 0), (0, -marks.size[0] % LANES)]
     segments = jnp.pad(marks.segment_ids, room, constant_values=PADDING)
@@ -98,8 +98,8 @@ def _by_branch(marks: Marks, run: Callable, join: Callable) -> tuple[jax.Array, 
 
 
 def _join(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
-    """The output and logarithms over the keys of both calls. One that saw no key has a logarithm near float32's lowest
-    number, and so no weight.
+    """The output and logarithms over the keys of both calls. A call that saw no key has a logarithm near float32's
+    lowest number, and so no weight.
     """
     log_totals = jnp.logaddexp(one[1], two[1])
     parts = (y.astype(jnp.float32) * jnp.exp(logs - log_totals)[..., None] for y, logs in (one, two))
@@ -107,7 +107,7 @@ def _join(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_window(marks: Marks, run: Callable, rows: tuple) -> tuple[jax.Array, ...]:
-    """What `run` gives for this layer's window: a kernel is made for one."""
+    """The result of `run` for this layer's window; a kernel is made for each window."""
     forms = [functools.partial(run, window) for window in marks.windows]
     return forms[0](rows) if marks.chosen is None else jax.lax.switch(marks.chosen, forms, rows)
 
@@ -157,7 +157,7 @@ def _backward(
     log_totals: jax.Array,
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The kernel's own backward pass, from a forward pass that is not computed again: JAX has no public name for it.
+    # The kernel's own backward pass, which has no public name in JAX, without computing the forward pass again.
     kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
     segment_ids = splash.SegmentIds(segments, key_segments)
     infos = kernel.dq_mask_info, kernel.dkv_mask_info
@@ -169,8 +169,8 @@ def _backward(
 def _kernel(
     window: int | None, softcap: float | None, interpret: bool, heads: int, tokens: int
 ) -> splash.SplashAttentionKernel:
-    """Kept, for what it finds out about the mask of a long row takes seconds. It holds arrays of the host: JAX's own
-    functions would make them on the device that a program is compiled for, which may not be here.
+    """The kernel, cached, since analysing the mask of a long row takes seconds. It holds arrays on the host: JAX's own
+    functions would make them on the device that a program is compiled for, which may not be present.
     """
     shape, side = (tokens, tokens), math.gcd(tokens, WIDEST)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)

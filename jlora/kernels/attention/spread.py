@@ -1,4 +1,4 @@
-"""Attention to tokens that a mesh splits: heads change places with tokens, or, where they cannot, keys are gathered."""
+"""Attention over tokens that a mesh splits: tokens are exchanged for heads, or, failing that, keys are gathered."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jlora import sharding
 from jlora.kernels.attention.marks import Marks
 
-# The mesh axes of queries, keys and values [B, T, heads, F] where linears compute them, and where attention does.
+# The mesh axes of queries, keys and values [B, T, heads, F] when linears compute them, and during attention.
 TOKENS_SPLIT = (sharding.ROWS, sharding.TOKENS, "tensor", None)
 HEADS_SPLIT = (sharding.ROWS, None, sharding.HEADS, None)
 
@@ -21,11 +21,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Marks], jax.Array]
 
 
 def run(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
-    """What `attend` gives, each device for its own part.
+    """The result of `attend`, computed by each device for its own part.
 
-    Where a mesh divides the heads over tensor × sequence, every device gets all tokens of some of them and returns them
-    in the same way (DeepSpeed-Ulysses, Jacobs et al. 2023): one all-to-all for each of the four arrays, and rows that
-    are whole, for any form. Elsewhere it has its own queries, and gathers the keys and values of all tokens.
+    If tensor × sequence divides the heads, every device gets all tokens of some heads and returns the result in the
+    same way (DeepSpeed-Ulysses, Jacobs et al. 2023): one all-to-all for each of the four arrays, and whole rows, which
+    any form can handle. Otherwise a device keeps its own queries and gathers the keys and values of all tokens.
     """
     heads = queries.shape[2]
     if exchanges(marks, heads):
@@ -43,7 +43,7 @@ OF_TOKENS = ("positions", "segment_ids", "key_positions", "key_segment_ids")
 
 
 def exchanges(marks: Marks, heads: int) -> bool:
-    """Whether the mesh in context splits whole rows by their heads."""
+    """Whether, on the mesh in context, attention sees whole rows that are split by heads."""
     ways = sharding.ways(*sharding.HEADS)
     return ways > 1 and marks.aligned and heads % ways == 0
 
@@ -55,7 +55,7 @@ def gathers(marks: Marks, heads: int) -> bool:
 
 
 def own(marks: Marks, heads: int) -> Marks:
-    """The marks that `attend` sees: shapes, with fewer queries than keys where keys are gathered."""
+    """The marks that `attend` sees: if keys are gathered, shapes with fewer queries than keys."""
     if not gathers(marks, heads):
         return marks
     batch, tokens = marks.positions.shape
@@ -64,12 +64,12 @@ def own(marks: Marks, heads: int) -> Marks:
 
 
 def _moved(x: jax.Array, before: tuple, after: tuple) -> jax.Array:
-    """x on other axes, and at this place: what it is computed from, and what from it, would move instead."""
+    """x moved from one placement to another. Both are constrained, or the compiler might move x's inputs or uses."""
     return sharding.constrain(sharding.constrain(x, *before), *after)
 
 
 def _enough(x: jax.Array, heads: int) -> jax.Array:
-    """Keys or values whose heads the mesh divides, each repeated for neighbouring queries' heads as often as needed."""
+    """Keys or values with each head repeated, for neighbouring query heads, until the mesh divides them."""
     ways = sharding.ways(*sharding.HEADS)
     times = ways // math.gcd(x.shape[2], ways)
     return x if times == 1 else jnp.repeat(sharding.constrain(x, *TOKENS_SPLIT), times, axis=2)
@@ -91,10 +91,10 @@ def _gathered(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.A
         in_specs=(tokens, tokens, tokens, places),
         out_specs=tokens,
         axis_names={sharding.TOKENS},
-        check_vma=False,  # which kernels do not go through
+        check_vma=False,  # kernels do not pass that check
     )
     def on_each(queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
-        # Their gradients are added up where the tokens are, and go to no other device.
+        # In the backward pass, gradients are summed on the device that has the tokens and go to no other.
         keys, values = (jax.lax.all_gather(x, sharding.TOKENS, axis=1, tiled=True) for x in (keys, values))
         return attend(queries, keys, values, marks)
 

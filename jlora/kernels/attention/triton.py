@@ -1,7 +1,8 @@
-"""Attention by kernels for NVIDIA's GPUs: forward and backward, linear in memory, and in time what queries see.
+"""Attention by kernels for NVIDIA's GPUs, forward and backward: memory linear in the length, time in what is seen.
 
-A program of a kernel has one block of queries (for the gradients of keys and values, of keys) and goes through the
-blocks that it shares pairs with, as in FlashAttention-2 (Dao 2023): rows of many documents cost what the documents do.
+A kernel's program has one block of queries (for the gradients of keys and values, one of keys) and goes through the
+blocks that it must be computed with, as in FlashAttention-2 (Dao 2023): a row of many documents costs no more than the
+documents do.
 """
 
 import dataclasses
@@ -21,17 +22,17 @@ from jlora.kernels.attention.visits import NO_KEY, NO_QUERY, visits
 from jlora.kernels.device import capability
 
 TRITON = "jax.experimental.pallas.triton"
-# A product's least size, and the widest heads that shared memory has room for.
+# The least size of a product, and the widest heads that shared memory has room for.
 LEAST, WIDEST = 16, 256
-# The oldest cards that Triton is for: Ampere.
+# The oldest cards that Triton supports: Ampere.
 OLDEST = (8, 0)
 # The kernels' scores are in units of log₂(e): a GPU has an instruction for powers of two.
 LOG2E = math.log2(math.e)
-LOWEST = -1e30  # below every score, and finite: nothing that is subtracted from it gives NaN
-# The products for which `jax.default_matmul_precision("highest")` asks: three of TF32. Those of float32 itself would be
-# made without tensor cores, and take ten times as long to compile.
+LOWEST = -1e30  # below every score, but finite, so that no difference with it is NaN
+# The products for `jax.default_matmul_precision("highest")`: three of TF32. Products of float32 itself would not use
+# tensor cores and would take ten times as long to compile.
 EXACT = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-# Kernel → products for each pair of a query and a key, those of the scores made again included.
+# Kernel → products for each pair of a query and a key, including those that recompute the scores.
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4}
 
 
@@ -40,8 +41,8 @@ class Tile(NamedTuple):
 
     Attributes:
         rows, columns: queries and keys of a block.
-        warps: of 32 threads, for one block.
-        stages: blocks that are on their way from memory while one is computed with, and that one.
+        warps: groups of 32 threads for one block.
+        stages: depth of the pipeline: the block computed with, and those being loaded meanwhile.
     """
 
     rows: int
@@ -50,7 +51,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Kernel → {(bytes of a number, greatest width of a head): tile}: within the 99 KB of shared memory that a block of
+# Kernel → {(bytes of a number, greatest width of a head): tile}, within the 99 KB of shared memory that a block of
 # threads has on the smallest cards (RTX 4090, L40S).
 TILES = {
     "forward": {
@@ -78,7 +79,7 @@ TILES = {
         (4, 256): Tile(16, 16, 4, 1),
     },
 }
-# Those of cards with 227 KB (Hopper and Blackwell of data centres, by the major of their capability) instead.
+# Replacements for cards with 227 KB (data-centre Hopper and Blackwell, by the major version of their capability).
 LARGE = {
     "forward": {(2, 64): Tile(128, 128, 8, 3), (2, 128): Tile(128, 128, 8, 3), (2, 256): Tile(128, 64, 8, 2)},
     "queries": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 32, 8, 2)},
@@ -88,7 +89,7 @@ OF_LARGE = (9, 10)
 
 
 def fits(marks: Marks, width: int | None = None) -> str:
-    """Why these kernels cannot be used; "" where they can."""
+    """Why these kernels cannot be used; "" if they can."""
     if marks.size[0] < LEAST:
         return f"fewer than {LEAST} queries"
     if width is not None and width > WIDEST:
@@ -101,7 +102,7 @@ def fits(marks: Marks, width: int | None = None) -> str:
 def forward(
     rule: Scores, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, K, G, T, F] and the logarithm of each query's sum of weights, float32 [B, K, G, T]."""
+    """(the output [B, K, G, T, F], the logarithm of each query's sum of weights, float32 [B, K, G, T])."""
 
     def run(queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> tuple[jax.Array, jax.Array]:
         given = _Arrays(queries, keys, values)
@@ -138,8 +139,8 @@ def backward(
 
 
 class _Arrays(NamedTuple):
-    """What a kernel reads or writes; None: not this. Queries and the output or its gradient are [B, K, G, T, F], keys
-    and values [B, K, S, F], the others float32 [B, K, G, T].
+    """The arrays that a kernel reads or writes, None for those it does not. Queries and the output or its gradient
+    (`grad`) are [B, K, G, T, F], keys and values [B, K, S, F], the others float32 [B, K, G, T].
     """
 
     queries: Any = None
@@ -151,7 +152,7 @@ class _Arrays(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What a kernel reads of the rows: marks [B, T] and [B, S], the blocks to visit, and the window's limit [1]."""
+    """What a kernel reads about the rows: marks [B, T] and [B, S], the blocks to visit, and the window's limit [1]."""
 
     positions: Any
     segments: Any
@@ -163,7 +164,7 @@ class _Rows(NamedTuple):
 
 
 def _call(name: str, rule: Scores, given: _Arrays, results: _Arrays, marks: Marks, interpret: bool) -> _Arrays:
-    """What a kernel writes; `results` has the shapes."""
+    """The arrays that a kernel writes, with the shapes of `results`."""
     (batch, heads, groups, tokens, width), size = given.queries.shape, given.keys.shape[2]
     asked = jax.config.jax_default_matmul_precision in ("highest", "float32")
     exact = asked and not interpret and given.queries.dtype == jnp.float32
@@ -193,7 +194,7 @@ def _call(name: str, rule: Scores, given: _Arrays, results: _Arrays, marks: Mark
 
 
 def _tile(name: str, given: _Arrays, exact: bool = False) -> Tile:
-    """The kernel's, or less where there is less; of exact products, which take several times the memory, the least."""
+    """The kernel's tile, cut to the size of the arrays. Exact products take several times the memory: the least."""
     *_, tokens, width = given.queries.shape
     tiles = TILES[name] | (LARGE[name] if (capability() or OLDEST)[0] in OF_LARGE else {})
     size, width = given.queries.dtype.itemsize, WIDEST if exact else width
@@ -204,12 +205,12 @@ def _tile(name: str, given: _Arrays, exact: bool = False) -> Tile:
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """What a kernel knows of its blocks when it is compiled.
+    """What a kernel knows about its blocks when it is compiled.
 
     Attributes:
         branches: whether segments may branch off others.
         limited: whether there may be a window.
-        exact: whether products are to be as exact as float32.
+        exact: whether products must be as exact as float32.
     """
 
     rule: Scores
@@ -223,20 +224,20 @@ class _Blocks:
     exact: bool
 
     def specs(self, arrays: _Arrays) -> _Arrays:
-        """A program has its row and its head of keys, all tokens of them up to whole blocks."""
+        """The block specs of arrays: a program sees all tokens, up to whole blocks, of its row and key head."""
         of_row, keys = (self.groups, _whole(self.tokens, self.tile.rows)), _whole(self.size, self.tile.columns)
         of_queries, of_keys = (*of_row, _padded(self.width)), (keys, _padded(self.width))
         shapes = of_queries, of_keys, of_keys, of_queries, of_row, of_row
         return _Arrays(*(None if x is None else _spec(2, shape) for x, shape in zip(arrays, shapes, strict=True)))
 
     def row_specs(self, of_rows: _Rows) -> _Rows:
-        """A program has its row's marks."""
+        """The block specs of the marks: a program sees those of its row."""
         queries, keys = (_whole(self.tokens, self.tile.rows),), (_whole(self.size, self.tile.columns),)
         shapes = queries, queries, keys, keys, of_rows.order.shape[1:], of_rows.counts.shape[1:]
         return _Rows(*(_spec(1, shape) for shape in shapes), _spec(0, (1,)))
 
     def read_queries(self, ref: Any, block: Any, *group: Any, other: int = 0) -> jax.Array:
-        """A block of queries: [rows, F], or of marks or numbers [rows]."""
+        """A block of queries [rows, F], or of their marks or numbers [rows]."""
         return _read(*self._part(ref, group, block, self.tile.rows, self.tokens), other)
 
     def read_keys(self, ref: Any, block: Any, other: int = 0) -> jax.Array:
@@ -249,7 +250,7 @@ class _Blocks:
         _write(*self._part(ref, (), block, self.tile.columns, self.size), x)
 
     def _part(self, ref: Any, lead: tuple, block: Any, count: int, total: int) -> tuple[Any, jax.Array | None]:
-        """A block of what `ref` has, and which of it is within the array; None: all."""
+        """(a block of `ref`, the mask of its elements within the array, or None if all are)."""
         wide = len(ref.shape) > len(lead) + 1
         start, masks = block * count, []
         if total % count:
@@ -269,35 +270,35 @@ class _Blocks:
         return self.read_keys(rows.key_positions, block), self.read_keys(rows.key_segments, block, other=NO_KEY)
 
     def masked(self, scores: jax.Array, queries: tuple, keys: tuple, rows: _Rows, value: float) -> jax.Array:
-        """`value` for pairs that are not seen. Scores are [rows, columns], marks [rows, 1] and [1, columns], or the
-        other way round.
+        """The scores, with `value` for pairs that are not seen. Scores are [rows, columns], marks [rows, 1] and
+        [1, columns], or the other way round.
         """
         limit = rows.limit[0] if self.limited else FAR
         return jnp.where(sees(queries, keys, limit, self.branches), scores, value)
 
     def product(self, left: jax.Array, right: jax.Array, of_left: int, of_right: int) -> jax.Array:
-        """The sum over these axes, in float32."""
+        """The product summed over these axes, in float32."""
         axes = (((of_left,), (of_right,)), ((), ()))
         precision, dtype = EXACT if self.exact else None, jnp.promote_types(left.dtype, right.dtype)
         left, right = left.astype(dtype), right.astype(dtype)
         return jax.lax.dot_general(left, right, axes, precision, preferred_element_type=jnp.float32)
 
     def scores(self, products: jax.Array) -> jax.Array:
-        """In units of log₂(e)."""
+        """The scores from products, in units of log₂(e)."""
         scale, cap = self.rule
         if cap is None:
             return products * (scale * LOG2E)
-        # The hyperbolic tangent from one power of two: the library's has branches.
+        # The hyperbolic tangent from one power of two, since the library's has branches.
         return (1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * scale / cap)))) * (cap * LOG2E)
 
     def gradient(self, scores: jax.Array, grad: jax.Array) -> jax.Array:
-        """Of the products, but for the scale, which sums are multiplied with."""
+        """The gradient of the products without the scale, which the sums are multiplied by later."""
         cap = self.rule.softcap
         return grad if cap is None else grad * (1 - (scores / (cap * LOG2E)) ** 2)
 
 
 def _forward(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> None:
-    """A program for each head and block of queries, the last first: they see most."""
+    """A program for each head and block of queries, last blocks first, since they see the most keys."""
     results, (group, block) = _Arrays(*written), _place(blocks)
     queries, marks = blocks.read_queries(given.queries, block, group), _down(blocks.marks_of_queries(rows, block))
 
@@ -318,13 +319,13 @@ def _forward(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> Non
     some, all_of_them = rows.counts[block, 0], rows.counts[block, 1]
     carry = jax.lax.fori_loop(0, some, functools.partial(visit, False), start)
     y, top, total = jax.lax.fori_loop(some, all_of_them, functools.partial(visit, True), carry)
-    total = jnp.where(total > 0, total, 1)  # of what sees nothing, which is then zeros
+    total = jnp.where(total > 0, total, 1)  # queries that see nothing give zeros
     blocks.write_queries(results.grad, block, group, y * (1 / total)[:, None])
     blocks.write_queries(results.log_totals, block, group, (top + jnp.log2(total)) * (1 / LOG2E))
 
 
 def _grad_queries(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> None:
-    """As forward."""
+    """Programs as in `_forward`."""
     results, (group, block) = _Arrays(*written), _place(blocks)
     queries, marks = blocks.read_queries(given.queries, block, group), _down(blocks.marks_of_queries(rows, block))
     grad = blocks.read_queries(given.grad, block, group)
@@ -350,7 +351,7 @@ def _grad_queries(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -
 
 
 def _grad_keys(blocks: _Blocks, given: _Arrays, rows: _Rows, *written: Any) -> None:
-    """A program for each head of keys and block of them, with all of the head's queries; scores are [columns, rows]."""
+    """A program for each key head and block of keys, with all queries of that head; scores are [columns, rows]."""
     results, block = _Arrays(*written), pallas.program_id(0)
     keys, values = blocks.read_keys(given.keys, block), blocks.read_keys(given.values, block)
     marks = _down(blocks.marks_of_keys(rows, block))
@@ -381,7 +382,7 @@ KERNELS = {"forward": _forward, "queries": _grad_queries, "keys": _grad_keys}
 
 
 def _place(blocks: _Blocks) -> tuple[jax.Array, jax.Array]:
-    """(head of the group, block of queries) of a program."""
+    """(query head within the group, block of queries) of a program."""
     number, last = pallas.program_id(0), pallas.cdiv(blocks.tokens, blocks.tile.rows) - 1
     return jax.lax.rem(number, blocks.groups), last - jax.lax.div(number, blocks.groups)
 
@@ -395,7 +396,7 @@ def _across(marks: tuple) -> tuple[jax.Array, ...]:
 
 
 def _spec(lead: int, shape: tuple[int, ...]) -> pallas.BlockSpec:
-    """Of an array [*lead of (B, K), *shape]: its row and head, whole."""
+    """The block spec for an array [*lead of (B, K), *shape]: a program sees all of its row and head."""
     return pallas.BlockSpec((*(None,) * lead, *shape), lambda _, head, row: (*(row, head)[:lead], *(0 for _ in shape)))
 
 
@@ -412,15 +413,15 @@ def _like(x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.ShapeD
 
 
 def _whole(count: int, block: int) -> int:
-    """Up to whole blocks."""
+    """The count rounded up to whole blocks."""
     return pallas.cdiv(count, block) * block
 
 
 def _padded(size: int) -> int:
-    """The power of two that a product takes."""
+    """The size rounded up to one that products take: a power of two, at least LEAST."""
     return max(LEAST, pallas.next_power_of_2(size))
 
 
 def _triton() -> Any:
-    """What Pallas has for Triton: a part that later versions of JAX may leave out."""
+    """Pallas's module for Triton, which later versions of JAX may leave out."""
     return importlib.import_module(TRITON)

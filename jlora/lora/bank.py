@@ -220,7 +220,7 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
     [*stack, B, K].
 
     Args:
-        params: of a `Bank`.
+        params: a `Bank`'s params.
         numbers, weights: what `Bank.places` returns.
     """
 
@@ -258,7 +258,9 @@ def _leaves(adapter: Params) -> dict[str, Any]:
 
 
 def _shapes(base: Params, config: LoraConfig) -> Params:
-    """The shapes of an adapter of this config, at the widest rank that its initialisation can give."""
+    """The shapes of an adapter of this config, at the widest rank that its initialisation can give. What that reads
+    (gradients, moments, …) is not needed.
+    """
     start = config.init_lora_weights
     wider = 2 if shifts_base(start) else config.eva_rho if start == "eva" else 1
     ranks = tuple((name, round(rank * wider)) for name, rank in config.rank_pattern)

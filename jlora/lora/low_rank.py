@@ -114,8 +114,8 @@ def best(change: Change, rank: int | float) -> tuple[Float[np.ndarray, "D R"], F
     """(A with orthonormal columns, B, the change's energy, the energy lost): the best product (Eckart and Young 1936).
 
     Args:
-        rank: the product's rank, at most min(D, N); or a float in (0, 1], the share of the squared singular values that
-            the smallest sufficient rank must keep (as in PEFT's `convert_to_lora`).
+        rank: the product's rank, or less if the change has fewer singular values; or, as a float in (0, 1], the share
+            of the squared singular values to keep, with the smallest rank that does (as in PEFT's `convert_to_lora`).
     """
     left, values, right = _singular(change)
     squares = values.astype(np.float64) ** 2

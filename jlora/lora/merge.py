@@ -58,8 +58,8 @@ def untie(params: Params) -> Params:
 
 
 def tied_heads(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Embedding → head for the embeddings that are also their model's head. Only for jlora's own models: only the
-    functions of other models know what their heads are.
+    """Embedding → head for the embeddings that are also their model's head, in jlora's own models. What the head of
+    another model is, only its own function knows.
     """
     tied = {
         embedding: head

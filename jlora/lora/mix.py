@@ -189,8 +189,8 @@ def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) ->
 
 
 def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
-    """The leaves of a module that every adapter's update must be turned into trained copies of: those that one adapter
-    copies, and the weight if the sum has full rank (DoRA) and no rank is asked for.
+    """The leaves of a module for which all adapters' updates must become trained copies: those that one adapter copies,
+    and the weight if the sum has full rank (DoRA) and no rank is asked for.
     """
     every = {name for adapter in adapters for name in adapter}
     main = {name for name in MAIN if name in base}

@@ -30,8 +30,8 @@ def stack(adapters: Mapping[str, Params]) -> Params:
         adapters: trees that hold adapters (params, or their `adapter_leaves`), by name.
 
     Raises:
-        ValueError: the adapters differ in more than ranks, values and which modules they adapt plainly; all differences
-            are listed.
+        ValueError: the adapters differ in more than their ranks, their values and the modules with plain LoRA; all
+            differences are listed.
     """
     leaves = {name: tree.flatten(adapter_leaves(adapter)) for name, adapter in adapters.items()}
     refuse_own_rows(leaves)

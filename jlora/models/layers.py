@@ -36,8 +36,8 @@ class Linear(nn.Module):
         self.sow("inputs", "x", x)  # kept only where a caller asks for this collection
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         inputs, outputs = sharding.features("/".join(self.path))
-        # An input that every device has whole is not held here: several linears may share it, and their gradients are
-        # to be summed before that sum is held, once.
+        # An input that every device has whole is not held here: several linears may share it, and only the sum of
+        # their gradients should be held, once.
         x = x if inputs is None else sharding.held(x, inputs)
         return sharding.held(lora.linear(x, leaves(self) if self.gathered else used(self), key=key), outputs)
 

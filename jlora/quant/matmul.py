@@ -126,7 +126,7 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 
 @jax.custom_vjp
 def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
-    # Dequantised only when x is ready, lest XLA dequantise all of a layer's kernels before its first product.
+    # Dequantised only when x is ready: XLA might dequantise all of a layer's kernels before its first product.
     kernel, x = after(kernel, x)
     return x @ dequantize(kernel, x.dtype)
 

@@ -1,4 +1,4 @@
-"""Attention by kernels for NVIDIA's GPUs, forward and backward: memory linear in the length, time in what is seen.
+"""Attention by kernels for NVIDIA's GPUs, forward and backward: memory is linear in length, time in the pairs seen.
 
 A kernel's program has one block of queries (for the gradients of keys and values, one of keys) and goes through the
 blocks that it must be computed with, as in FlashAttention-2 (Dao 2023): a row of many documents costs no more than the
@@ -194,7 +194,7 @@ def _call(name: str, rule: Scores, given: _Arrays, results: _Arrays, marks: Mark
 
 
 def _tile(name: str, given: _Arrays, exact: bool = False) -> Tile:
-    """The kernel's tile, cut to the size of the arrays. Exact products take several times the memory: the least."""
+    """The kernel's tile, cut to the arrays' size; exact products take several times the memory and get the smallest."""
     *_, tokens, width = given.queries.shape
     tiles = TILES[name] | (LARGE[name] if (capability() or OLDEST)[0] in OF_LARGE else {})
     size, width = given.queries.dtype.itemsize, WIDEST if exact else width

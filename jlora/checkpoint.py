@@ -1,5 +1,5 @@
-"""Checkpoints of a run through Orbax: what training changes, what its adapters keep, where the data stands, and what
-base it belongs to.
+"""Checkpoints of a run through Orbax: the training state, the adapters' fixed leaves, the position in the data, and the
+base that they belong to.
 """
 
 import errno
@@ -20,21 +20,21 @@ from jlora import tree
 from jlora.errors import Failed, UserError
 from jlora.types import Params
 
-# Of what a checkpoint holds; one of another version is refused.
+# The version of the checkpoint format; a checkpoint of another version is refused.
 VERSION = 2
-# What the operating system says of a disk or a quota that is used up.
+# The operating system's messages for a full disk and an exhausted quota.
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run, under `folder`/<step>/. Writing goes on in the background.
+    """The newest `keep` checkpoints of a run, under `folder`/<step>/, written in the background.
 
     Args:
-        manifest: what a checkpoint belongs to (base weights, settings, data). When restoring, one that differs is
-            refused, but for the names in `refused_before`.
-        refused_before: of the manifest, what the caller has compared.
-        fixed: the leaves of the adapters that training leaves alone. Some follow from the base (what PiSSA takes out of
-            it, DoRA's lengths), and computed anew on other devices they would differ in their last bits.
+        manifest: what a checkpoint belongs to (base weights, settings, data). `restore` refuses a checkpoint whose
+            manifest differs, except in the entries named in `refused_before`.
+        refused_before: names of manifest entries that the caller has compared already.
+        fixed: the adapters' leaves that training does not change. Some follow from the base (what PiSSA takes out of
+            it, DoRA's lengths), and recomputed on other devices they would differ in their last bits.
     """
 
     def __init__(
@@ -54,30 +54,30 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def kept(self) -> list[int]:
-        """The steps of all complete checkpoints, the newest last, once what is being written is there."""
+        """The steps of all complete checkpoints, newest last; waits for the one being written."""
         with self._writing():
             self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def check(self) -> None:
-        """Raises Failed if what was written in the background could not be; does not wait for what still is.
+        """Raises Failed if a background write failed; does not wait for one that is still in progress.
 
-        Only Orbax's own thread may take the checkpointer's error: without it, that thread would delete an older
-        checkpoint for one that was never completed.
+        Only Orbax's own thread may consume the checkpointer's error: otherwise that thread would delete an older
+        checkpoint in favour of one that was never completed.
         """
         if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
             with self._writing():
-                self._manager.wait_until_finished()  # raises what that thread met
+                self._manager.wait_until_finished()  # raises that thread's error
 
     def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays are copied before this returns.
 
         Raises:
-            Failed: this one, or the one before it, cannot be written: the disk is full, or the like.
+            Failed: this checkpoint or the previous one cannot be written, for example because the disk is full.
         """
         if self.latest == step:
             return
@@ -94,15 +94,15 @@ class Checkpoints:
         """(state, data position) of the newest checkpoint.
 
         Args:
-            state: a state of the wanted structure, shapes and shardings; its values are not looked at.
+            state: a state with the structure, shapes and shardings to restore to; its values are ignored.
 
         Raises:
-            ValueError: the checkpoint belongs to another base or other settings (every difference is listed), or is of
-                another version of jlora.
+            ValueError: the checkpoint belongs to another base or other settings (every difference is listed), or was
+                written by another version of jlora.
         """
         step = self.latest
         found = read_manifest(self._manager, step)
-        # Of what it does not say, as those that older versions wrote, nothing is known.
+        # Manifests written by older versions lack some entries; those cannot be compared.
         names = (found.keys() & self._manifest.keys()) - set(self._refused_before)
         if differences := compare(*({name: of[name] for name in names} for of in (found, self._manifest))):
             raise UserError(f"{self._folder / str(step)} belongs to another run:\n  " + "\n  ".join(differences))
@@ -112,14 +112,14 @@ class Checkpoints:
         return restored.state, restored.data
 
     def close(self) -> None:
-        """Waits until everything is written; raises Failed if it could not be."""
+        """Waits until everything is written; raises Failed if something could not be."""
         with self._writing():
             self._manager.wait_until_finished()
         self._manager.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what the operating system refuses, which TensorStore wraps in errors of its own, into a message."""
+        """Turns the operating system's errors, some of which TensorStore wraps in its own, into Failed."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -140,15 +140,15 @@ class Checkpoints:
 
 
 def reader(folder: pathlib.Path) -> ocp.CheckpointManager:
-    """The checkpoints in a folder, for reading only; to be closed."""
+    """The checkpoints in a folder, read-only; the caller closes the manager."""
     return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(read_only=True))
 
 
 def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What a checkpoint belongs to.
+    """The manifest of a checkpoint: what it belongs to.
 
     Raises:
-        ValueError: it is of another version of jlora.
+        ValueError: the checkpoint was written by another version of jlora.
     """
     found = saved.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())).manifest
     if found.get("version") != VERSION:
@@ -160,7 +160,7 @@ def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def read_fixed(saved: ocp.CheckpointManager, step: int) -> Params:
-    """The `fixed` of `Checkpoints` that a checkpoint holds, as host arrays: on what devices it lay does not matter."""
+    """The `fixed` leaves (see `Checkpoints`) of a checkpoint, as host arrays, whatever devices they were saved from."""
     held = dict(ocp.PyTreeCheckpointHandler().metadata(saved.directory / str(step) / "fixed"))
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
     args = ocp.args.Composite(fixed=ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -168,15 +168,15 @@ def read_fixed(saved: ocp.CheckpointManager, step: int) -> Params:
 
 
 def newest_fixed(folder: pathlib.Path) -> Params:
-    """`read_fixed` of the newest checkpoint in the folder; {} where there is none."""
+    """`read_fixed` of the newest checkpoint in the folder; {} if there is none."""
     return newest(folder)[2]
 
 
 def newest(folder: pathlib.Path) -> tuple[int | None, dict[str, Any], Params]:
-    """(step, manifest, `read_fixed`) of the newest checkpoint in the folder; (None, {}, {}) where there is none.
+    """(step, manifest, `read_fixed`) of the newest checkpoint in the folder; (None, {}, {}) if there is none.
 
     Raises:
-        ValueError: it is of another version of jlora.
+        ValueError: the checkpoint was written by another version of jlora.
     """
     if not folder.is_dir():
         return None, {}, {}
@@ -188,7 +188,7 @@ def newest(folder: pathlib.Path) -> tuple[int | None, dict[str, Any], Params]:
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> list[str]:
-    """A line for every value that differs between two nested dicts."""
+    """One line for every value that differs between two nested dicts."""
     differences = []
     for name in sorted(found.keys() | expected.keys()):
         there, here = found.get(name), expected.get(name)
@@ -201,7 +201,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any], path: str = "") -> 
 
 
 def fingerprint(params: Params) -> str:
-    """Eight hex digits that follow from every bit, shape and path of a tree, however it is sharded."""
+    """Eight hex digits that depend on every bit, shape and path of a tree, and not on its sharding."""
     digest = jax.jit(tree.digest)
     digests = {path: digest(leaf) for path, leaf in tree.flatten(params).items()}
     lines = [f"{path} {leaf.shape} {[int(d) for d in digests[path]]}" for path, leaf in tree.flatten(params).items()]

@@ -1,6 +1,6 @@
-"""What is known of accelerators: their peaks, their memory, and how XLA is told to compile for one that is not here.
+"""A table of accelerators: their peak rates, their memory, and how to have XLA compile for one that is not present.
 
-Figures are the makers', of dense bfloat16 products with float32 sums and of one chip:
+Figures are the makers', for one chip and for dense bfloat16 products with float32 sums:
 - TPU: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e; host links: "How to Scale Your Model", 2025.
 - NVIDIA: the data sheets of A100, H100, H200 and L40S; "Ada GPU Architecture" (GeForce RTX 4090). Cores, caches
   and memory sizes as in XLA's own target descriptions (xla/backends/gpu/target_config/specs) where those have the card.
@@ -14,14 +14,14 @@ GIB = 2**30
 
 
 class Cuda(NamedTuple):
-    """What XLA's GPU compiler asks about a card.
+    """What XLA's GPU compiler needs to know about a card.
 
     Attributes:
-        capability: major and minor.
+        capability: compute capability, major and minor.
         cores: multiprocessors.
-        lanes: float32 units of a multiprocessor.
-        shared: bytes of shared memory a multiprocessor and, at most, a block.
-        threads: the most that a multiprocessor holds.
+        lanes: float32 units per multiprocessor.
+        shared: bytes of shared memory per multiprocessor, and the most that one block can use.
+        threads: the most threads that a multiprocessor holds.
         cache: bytes of the second-level cache.
         clock: GHz.
     """
@@ -41,13 +41,13 @@ class Device:
 
     Attributes:
         name: as `jlora plan --topology` takes it.
-        kinds: what `jax.Device.device_kind` begins with.
-        flops: bfloat16 FLOP a second; None: unknown.
-        bandwidth: bytes a second of its own memory.
-        memory: bytes of it that a program can have; None: what the host has.
-        host_link: bytes a second from the host's memory, one way.
-        links: bytes a second from the other chips, one way, all links together.
-        cuda: for NVIDIA's.
+        kinds: prefixes of its `jax.Device.device_kind`.
+        flops: bfloat16 FLOP per second; None if unknown.
+        bandwidth: bytes per second of its own memory.
+        memory: bytes of it that a program can use; None for a CPU, which has the host's.
+        host_link: bytes per second from the host's memory, one way.
+        links: bytes per second from the other chips, one way, over all links.
+        cuda: what XLA's GPU compiler needs, for NVIDIA's cards.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Device:
 
     @property
     def usable(self) -> int | None:
-        """Bytes of its memory that are left for a program: CUDA, its libraries and fragments take about 1 GiB."""
+        """Bytes of its memory left for a program: CUDA, its libraries and fragmentation take about 1 GiB."""
         return self.memory - GIB if self.memory and self.platform == "cuda" else self.memory
 
 
@@ -84,7 +84,7 @@ _ADA = dict(capability=(8, 9), lanes=128, shared=(102400, 101376), threads=1536,
 DEVICES = {
     device.name: device
     for device in (
-        # Memory: what libtpu leaves to programs of the 16, 32, 95 and 32 GB.
+        # Memory: what libtpu leaves to programs of the nominal 32, 16, 95 and 32 GB.
         _tpu("v4", ("TPU v4",), 275e12, 1.228e12, 31.25, 16e9, 270e9),
         _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 0.819e12, 15.75, 16e9, 180e9),
         _tpu("v5p", ("TPU v5p", "TPU v5"), 459e12, 2.765e12, 95.74, 16e9, 540e9),
@@ -107,13 +107,13 @@ DEVICES = {
 
 
 def known(device_kind: str) -> Device | None:
-    """What the table has of a device that JAX calls so; None for one that it does not have."""
+    """The table's entry for a device by JAX's name for its kind; None if the table does not have it."""
     found = [(len(kind), one) for one in DEVICES.values() for kind in one.kinds if device_kind.startswith(kind)]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def target_config(device: Device) -> str:
-    """The text that `jax.experimental.topologies` takes for a CUDA card that is not here."""
+    """The text that `jax.experimental.topologies` takes for a CUDA card that is not present."""
     cuda = device.cuda
     assert cuda is not None
     major, minor = cuda.capability
@@ -152,5 +152,5 @@ def target_config(device: Device) -> str:
 
 
 def sizes(shape: str) -> tuple[int, ...] | None:
-    """(2, 4) of "2x4"; None of what is no such shape."""
+    """(2, 4) for "2x4"; None for text that is not a shape."""
     return tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else None

@@ -1,35 +1,35 @@
-"""Where an answer ends: known once, for masks, decoding, rewards and what is exported."""
+"""Where an answer ends: one definition for loss masks, decoding, rewards and exports."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# A chat whose rendering shows what a template writes behind an answer: what stands behind these words.
+# A chat whose rendering shows what a template writes after an answer: whatever follows these words.
 WORDS = "jlora"
 CHAT = ({"role": "user", "content": "?"}, {"role": "assistant", "content": WORDS})
 
 
 def end_ids(tokenizer: Any, ends: Sequence[int], rows: int) -> tuple[int, ...]:
-    """The tokens that end an answer, of those that the model has a row for: the model's own, the tokenizer's end of
-    text, and the one that the chat template writes behind an answer.
+    """The tokens that end an answer: the model's own, the tokenizer's end of text, and the one that the chat template
+    writes after an answer. Tokens that the model has no row for are left out.
 
-    Only single tokens end one. Where a template writes words there and no special token, as "### End", those are text,
-    and the end of text stands behind the last answer, in training and afterwards.
+    Only single tokens end an answer. If a template writes words there, such as "### End", and no special token, those
+    words are text, and the end of text follows the last answer, in training and in generation.
 
     Args:
-        ends: the model's own, which config.json or generation_config.json names.
-        rows: of the model's embedding.
+        ends: the model's own end tokens, as named by config.json or generation_config.json.
+        rows: the number of rows of the model's embedding.
     """
     return tuple(token for token in candidates(tokenizer, ends) if 0 <= token < rows)
 
 
 def candidates(tokenizer: Any, ends: Sequence[int]) -> list[int]:
-    """The tokens that would end an answer, whether the model has rows for them or not."""
+    """The tokens that end an answer, whether or not the model has rows for them."""
     found = [*ends, tokenizer.eos_token_id, template_end(tokenizer)]
     return [token for token in dict.fromkeys(found) if token is not None]
 
 
 def template_end(tokenizer: Any) -> int | None:
-    """The token that the chat template writes behind an answer; None without a template, or where it writes none."""
+    """The special token that the chat template writes after an answer; None without a template or such a token."""
     if not tokenizer.chat_template:
         return None
     try:
@@ -41,11 +41,11 @@ def template_end(tokenizer: Any) -> int | None:
 
 
 def chat_text(render: Callable[[list[dict[str, Any]]], str]) -> str:
-    """What a template makes of `CHAT`; with contents as lists of parts where it reads no other, as those of models that
-    also see images do.
+    """`CHAT` as a template renders it. Contents are given as lists of parts if the template reads only those, as some
+    templates of models that also see images do.
 
     Raises:
-        Exception: whatever `render` raises of the first.
+        Exception: what `render` raised for plain text, if it refuses both forms.
     """
     parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in CHAT]
     texts, refused = [], None
@@ -60,7 +60,7 @@ def chat_text(render: Callable[[list[dict[str, Any]]], str]) -> str:
 
 
 def behind_words(text: str, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens behind the words of a rendered `CHAT`, and the place of the first special one."""
+    """The tokens after the words of a rendered `CHAT`, and the index of the first special one (or their number)."""
     tokens = tokenizer(text.rpartition(WORDS)[2], add_special_tokens=False)["input_ids"]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special.update(tokenizer.all_special_ids)

@@ -1,6 +1,6 @@
-"""What jlora raises for a mistake in what it was asked for or given; anything else that it raises is its own fault.
+"""What jlora raises for mistakes in its settings and inputs; anything else that it raises is a bug in jlora.
 
-Every class is also the built-in error of its kind, so that `except FileNotFoundError` sees what it expects.
+Every class is also a subclass of the matching built-in error, so that `except FileNotFoundError` works as expected.
 """
 
 import re
@@ -9,58 +9,58 @@ from collections.abc import Iterable, Sequence
 SHOWN = 50
 PLACES = 3
 
-# What differs between faults of one kind: quoted values, numbers and indices, and lists of them.
+# The parts that differ between faults of one kind: quoted values, numbers and indices, and lists of them.
 _VALUE = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d[\w.+-]*)"""
 _VARIABLE = re.compile(f"{_VALUE}(?:, {_VALUE})*")
 
 
 class UserError(ValueError):
-    """A setting, a file or an argument is not what it must be; the message says what, where, and what to do."""
+    """A setting, a file or an argument is invalid; the message says what, where, and what to do."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that was named is not there, or is of another kind."""
+    """A named file or folder does not exist, or is of another kind."""
 
 
 class ExistingFileError(UserError, FileExistsError):
-    """What would be written over is left alone."""
+    """A file would have been overwritten; it is left alone."""
 
 
 class UnknownNameError(UserError, KeyError):
-    """A name that nothing has."""
+    """A name that does not exist."""
 
-    __str__ = ValueError.__str__  # that of KeyError puts the message in quotes
+    __str__ = ValueError.__str__  # KeyError's puts the message in quotes
 
 
 class MissingPackageError(ImportError, UserError):
-    """An optional package that is not installed; the message names the extra."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 class Failed(RuntimeError):
-    """A command cannot be finished, though what it was given is not wrong: a full disk, numbers that are not finite.
+    """A command cannot finish although its input is valid: a full disk, numbers that are not finite.
 
-    The message says all that there is to say; no traceback is shown.
+    The message says everything; no traceback is shown.
     """
 
 
 class NoSpaceError(Failed, OSError):
-    """There is no room on the disk for what was to be written."""
+    """The disk does not have enough room for what would be written."""
 
 
 def describe_faults(title: str, faults: Sequence[str]) -> str:
-    """One message with every fault on its own line; a very long list ends with the number of the rest."""
+    """One message with each fault on its own line; a very long list ends with a count of the rest."""
     rest = [f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
     return f"{title}:\n  " + "\n  ".join([*faults[:SHOWN], *rest])
 
 
 def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines for `describe_faults` that say each kind of fault once.
+    """Lines for `describe_faults` that state each kind of fault once.
 
-    Of equal pairs one counts. Equal faults share a line with their first three places and a count of the rest. Of
-    faults that differ in quoted values and numbers alone the first three are shown.
+    Duplicate pairs count once. Equal faults share a line with their first three places and a count of the rest. Where
+    faults differ only in quoted values and numbers, the first three are shown.
 
     Args:
-        found: (place, fault) pairs, a place being for example "train.jsonl:7".
+        found: (place, fault) pairs; a place is, for example, "train.jsonl:7".
     """
     kinds: dict[str, dict[str, list[str]]] = {}
     for place, fault in dict.fromkeys(found):
@@ -75,7 +75,7 @@ def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _places(places: Sequence[str]) -> str:
-    """The first places; the name of a file that they are all in is said once: "train.jsonl:7, :12"."""
+    """The first places; a file that they share is named once: "train.jsonl:7, :12"."""
     first, *others = places[:PLACES]
     file = first.rpartition(":")[0]
     shown = [first, *(other.removeprefix(file) if file else other for other in others)]
@@ -84,6 +84,6 @@ def _places(places: Sequence[str]) -> str:
 
 
 def raise_all(faults: Iterable[str]) -> None:
-    """Raise one UserError with every fault, each said once; do nothing where there is none."""
+    """Raises one UserError that states each fault once; does nothing if there are none."""
     if faults := list(dict.fromkeys(faults)):
         raise UserError("\n".join(faults))

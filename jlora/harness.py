@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on jlora's models: packed, sharded and adapted params are evaluated as they are.
+"""lm-evaluation-harness for jlora's models: packed, sharded and adapted params are evaluated as they are.
 
     import lm_eval
     from jlora.harness import JaxLM
@@ -26,11 +26,11 @@ from jlora.types import Params, require
 TemplateLM: Any = require("lm_eval.api.model", "harness").TemplateLM
 utils: Any = require("lm_eval.utils", "harness")
 
-# What a request may say of how to generate: the names of transformers, and the harness's own.
+# The generation settings that a request may have: transformers' names and the harness's own.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 GENERATION = ("until", *LENGTHS, "do_sample", "temperature", "top_k", "top_p")
-# What else tasks say, with the value that changes nothing; None does in any. The second are for sampling alone, the
-# third for several beams, the last change no text.
+# Other settings that tasks give. IDLE maps each to the value that changes nothing, as None does for every setting;
+# SAMPLING does so for those that matter only when sampling. FREE are settings that never change the text here.
 IDLE = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of", "repetition_penalty"), 1),
     **dict.fromkeys(("no_repeat_ngram_size", "min_new_tokens", "min_length", "penalty_alpha", "diversity_penalty"), 0),
@@ -41,14 +41,18 @@ FREE = ("length_penalty", "early_stopping", "use_cache", "pad_token_id", "cache_
 
 
 class JaxLM(TemplateLM):
-    """A model and its params as the harness sees them; likelihoods and texts are those of its Hugging Face class.
+    """A model and its params for the harness; likelihoods and texts match those of its Hugging Face class.
 
     Args:
-        params: with an adapter or without, packed or not.
+        params: with or without an adapter, packed or not.
         batch_size: rows at a time.
-        max_length: tokens of a row of likelihoods; longer requests lose their start, as in the harness (prompts to be
-            continued are read whole). Default: as many as the model has positions, at most 2,048.
-        mesh: splits the rows of likelihoods, as in training.
+        max_length: tokens per row when scoring likelihoods; longer requests lose their start, as in the harness
+            (prompts to continue are read whole). Default: the model's number of positions, at most 2,048.
+        max_gen_toks: the most new tokens, unless the request says.
+        mesh: splits the rows when scoring likelihoods, as in training.
+
+    Raises:
+        TypeError: the params are a bank's.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class JaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the beginning of text, where the tokenizer has one."""
+        """The token before a text without context: the beginning of text, or else the end of text."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -88,7 +92,7 @@ class JaxLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, by default as `generate` reads a text: with special tokens, unless it begins with its own."""
+        """Token ids, by default as `generate` reads a text: special tokens are added unless it begins with one."""
         if add_special_tokens is None:
             return text_tokens(string, self.tokenizer).tolist()
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -105,7 +109,7 @@ class JaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) of each request."""
+        """(log-probability of the continuation, whether greedy decoding would produce it) for each request."""
         examples = []
         for _, context, continuation in requests:
             tokens = np.array((context + continuation)[-(self.max_length + 1) :], np.int32)
@@ -142,7 +146,7 @@ class JaxLM(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text after each prompt, up to what its request stops at."""
+        """The text after each prompt, up to its request's first stop string."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -169,7 +173,7 @@ class JaxLM(TemplateLM):
 
 
 def _faults(asked: Mapping[str, Any]) -> list[str]:
-    """What a request asks for that would change the text and that jlora does not do; what changes nothing is let by."""
+    """One fault for each setting that would change the text and that jlora does not support; others are ignored."""
     idle = IDLE | (SAMPLING if asked.get("do_sample") else {})
     left = set(asked) - {*GENERATION, *FREE, *(() if asked.get("do_sample") else SAMPLING)}
     refused = [name for name in sorted(left) if asked[name] is not None and not _changes_nothing(name, asked, idle)]

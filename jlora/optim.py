@@ -1,4 +1,4 @@
-"""The optimizer: AdamW on adapters, nothing on anything else; schedules, clipping, LoRA+."""
+"""The optimizer: AdamW on adapters and no updates elsewhere; schedules, clipping, LoRA+."""
 
 import dataclasses
 from typing import Any
@@ -17,14 +17,14 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW's settings.
+    """Settings of AdamW.
 
     Attributes:
-        learning_rate: peak rate. LoRA wants about ten times that of full fine-tuning ("LoRA Without Regret", 2025).
+        learning_rate: peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret", 2025).
         schedule: what follows the warm-up: "constant", or "linear" or "cosine" decay to zero at the last step.
-        warmup_steps: steps of linear rise from zero.
-        weight_decay: of matrices; biases and the scales of norms do not decay, as in transformers' Trainer.
-        max_grad_norm: gradients are scaled down to this global norm; 0 switches clipping off.
+        warmup_steps: steps of linear increase from zero.
+        weight_decay: decay of matrices; biases and norm scales do not decay, as in transformers' Trainer.
+        max_grad_norm: gradients are scaled down to this global norm; 0 turns clipping off.
         loraplus_lr_ratio: rate of B over rate of A (LoRA+, Hayou et al. 2024).
     """
 
@@ -72,14 +72,12 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: OptimConfig, steps: int) -> np.ndarray:
-    """`learning_rate` of every step, on the host: asked for between steps, it would be computed behind the next one."""
+    """`learning_rate` of every step, on the host: computed between steps, each would queue after the next step."""
     return np.asarray(jax.jit(jax.vmap(learning_rate(config, steps)))(np.arange(steps)))
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on A and B; leaves that are no adapter weights get no update even if given
-    one.
-    """
+    """Clipping by global norm, then AdamW on A and B; leaves that are not adapter weights are never updated."""
 
     def decay(updates: Params, params: Params) -> Params:
         def pull(yes: bool, update: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -91,7 +89,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         schedule = learning_rate(config, steps)
         return optax.chain(
             optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-            # Not optax.adamw(mask=…), whose state has another structure: checkpoints of older versions would not open.
+            # Not optax.adamw(mask=…): its state has another structure, and older checkpoints would not open.
             optax.stateless(decay),
             optax.scale_by_learning_rate(lambda step: schedule(step) * ratio),
         )

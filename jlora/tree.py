@@ -1,6 +1,4 @@
-"""Param trees: nested dicts whose leaves are named by '/'-joined paths, and ordered full-match rules over those
-paths.
-"""
+"""Param trees: nested dicts whose leaves are named by '/'-joined paths, and ordered full-match rules on those paths."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -13,26 +11,26 @@ from jlora.errors import UserError
 
 Value = TypeVar("Value")
 
-# Where decoder layers are stacked: every leaf below has a leading axis of layers. A stack that holds only some of the
-# layers says which: "layers@0-2" the first three, "layers@1-23:2" every second from layer 1 to 23. Below a number the
-# layers are separate (the lists of other Flax models).
+# A stack of decoder layers: every leaf below it has a leading axis of layers. A stack of only some of the layers names
+# them: "layers@0-2" is the first three, "layers@1-23:2" every second one from 1 to 23. A number below the stack's name
+# means separate layers (the lists of other Flax models).
 STACK = re.compile(
     r"(?P<stack>(?:gpt_neox/)?layers|h)(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
 )
-# What jlora's own models hold outside of their stack.
+# What jlora's own models hold outside their stacks.
 OUTSIDE = re.compile(
     r"(embed_tokens|norm|lm_head|score|wte|wpe|ln_f|embed_out|gpt_neox/(embed_in|final_layer_norm))/[^/]+"
 )
-# How many axes such a leaf of a stack has at least. In a single module it has one less.
+# The least number of axes of a stacked leaf with this name. In a single module it has one less.
 STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
 
 
 class Stack(NamedTuple):
-    """What a path below a stack says.
+    """A path below a stack, taken apart.
 
     Attributes:
         name: the stack's own path, without the layers that it holds: "layers".
-        layers: which layers, None: all of the model's.
+        layers: which layers it holds; None for all of the model's.
         rest: the path inside a layer.
     """
 
@@ -41,12 +39,12 @@ class Stack(NamedTuple):
     rest: str
 
     def indices(self, count: int) -> range:
-        """The layers that a leaf of `count` entries holds."""
+        """The layers of a leaf with `count` entries."""
         return range(count) if self.layers is None else self.layers
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """A flat dict from path to leaf, sorted by path. Whatever is not a dict is a leaf, quantised values included.
+    """A flat dict from path to leaf, sorted by path. Everything that is not a dict is a leaf, even quantised values.
 
     {"layers": {"q_proj": {"kernel": w}}, "norm": {"scale": s}}  →  {"layers/q_proj/kernel": w, "norm/scale": s}
     """
@@ -61,7 +59,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
-    """The nested dict whose `flatten` is `flat` (empty dicts do not come back: they hold nothing)."""
+    """The nested dict whose `flatten` is `flat`. Empty dicts have no leaves, so they are not restored."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -93,7 +91,7 @@ def match_rules(
     """Path → value of the first rule whose regular expression matches the full path.
 
     Raises:
-        ValueError: a path that no rule covers, or (unless `allow_unused`) a rule that matched no path; all are listed.
+        ValueError: no rule covers a path, or (unless `allow_unused`) a rule matches no path; all cases are listed.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
     matched: dict[str, Value] = {}
@@ -114,26 +112,27 @@ def match_rules(
 
 
 def count(tree: Any) -> int:
-    """The number of parameters: logical sizes, so a packed 4-bit array counts its weights and not its bytes."""
+    """The number of parameters. Sizes are logical: a packed 4-bit array counts its weights, not its bytes."""
     leaves = flatten(tree).values() if isinstance(tree, dict) else [tree]
     return sum(leaf.size for leaf in leaves)
 
 
 def nbytes(tree: Any) -> int:
-    """The bytes that the tree's arrays hold, packed arrays as packed."""
+    """The number of bytes of the tree's arrays; packed arrays count as packed."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def abstract(values: Any, shardings: Any) -> Any:
-    """The arrays' shapes and dtypes under shardings that lie in a tree of the same form."""
+    """The shapes and dtypes of the arrays, with shardings from a tree of the same structure."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), values, shardings
     )
 
 
 def digest(leaf: Any) -> list[jax.Array]:
-    """For each array of a leaf, the sum of its scrambled words times odd weights that follow from their places, modulo
-    2³²: exact in any order of summation. No change of one word goes unseen; several cancel by chance only.
+    """For each array of a leaf, the sum modulo 2³² of its scrambled words times odd weights that depend on position.
+
+    The sum is exact in any order. A change of one word always changes it; several changes cancel only by chance.
     """
 
     def one(array: jax.Array) -> jax.Array:
@@ -148,16 +147,16 @@ def digest(leaf: Any) -> list[jax.Array]:
 
 
 def _scramble(words: jax.Array) -> jax.Array:
-    """A permutation of the words in which every bit moves many."""
+    """A permutation of the 32-bit words in which each input bit affects many output bits."""
     for _ in range(2):
         words = (words ^ (words >> jnp.uint32(15))) * jnp.uint32(2654435761)
     return words ^ (words >> jnp.uint32(16))
 
 
 def stack_of(path: str) -> Stack | None:
-    """The stack that the leaf or module at `path` of a jlora model is in; None for one that is not stacked.
+    """The stack of the leaf or module at `path` of a jlora model; None if it is not stacked.
 
-    A path says it for jlora's own models only: other models may call anything `layers` or `h` (`stacks_of`).
+    The path is enough for jlora's own models only: others may call anything `layers` or `h` (see `stacks_of`).
     """
     match = STACK.fullmatch(path)
     if match is None:
@@ -169,14 +168,17 @@ def stack_of(path: str) -> Stack | None:
 
 
 def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
-    """`stack_of` for the paths of a tree that may be any model's: what is called like a stack is one only if it is
-    built like one. All leaves below a stack have the same first axis, and one axis more than a single module's.
+    """`stack_of` for the paths of any model's tree: what has a stack's name is one only if it has a stack's structure.
+    All leaves below a stack have the same first axis, and one axis more than in a single module.
 
     {"h/dense/kernel": [4, 24, 24], "h/dense/bias": [4, 24]}  →  a stack of 4 layers
     {"h/dense/kernel": [24, 24],    "h/dense/bias": [24]}     →  a module that is called h
 
     Args:
-        leaves: path → leaf of the whole tree; leaves of adapters are not looked at.
+        leaves: path → leaf of the whole tree; leaves of adapters are ignored.
+
+    Returns:
+        A function from path to `Stack`, or None for a path that is not below a stack.
     """
     counts: dict[str, set[int | None]] = {}
     names: dict[str, str] = {}
@@ -200,13 +202,13 @@ def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
 
 
 def is_own(leaves: Mapping[str, Any]) -> bool:
-    """Whether the tree with these leaves is that of one of jlora's own models, or a part of one."""
+    """Whether these are the leaves of one of jlora's own models, or of a part of one."""
     find = stacks_of(leaves)
     return all(OUTSIDE.fullmatch(path) or find(path) for path in leaves)
 
 
 def stack_key(name: str, layers: range, total: int) -> str:
-    """The path of the stack that holds `layers` out of `total`: the inverse of `stack_of`."""
+    """The path of the stack that holds `layers` out of `total` layers: the inverse of `stack_of`."""
     if layers == range(total):
         return name
     step = f":{layers.step}" if layers.step > 1 else ""
@@ -214,7 +216,7 @@ def stack_key(name: str, layers: range, total: int) -> str:
 
 
 def stack_ranges(signatures: Sequence[Hashable]) -> list[range]:
-    """The layers of each stack when only layers of one signature can be stacked: all, every n-th, or runs of equals."""
+    """The layers of each stack, if only layers with equal signatures can share one: all, every n-th, or equal runs."""
     total = len(signatures)
     for period in range(1, min(8, total // 2) + 1):
         if total % period == 0 and all(signatures[i] == signatures[i % period] for i in range(total)):

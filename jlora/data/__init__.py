@@ -1,4 +1,4 @@
-"""Training data: records of files, chat templates, packing plans and the loader that feeds the training step."""
+"""Training data: records from files, chat templates, packing plans and the loader that feeds the training step."""
 
 from jlora.data.chat import EncodeReport, Example, answer_text, encodable, encode, split_prompt
 from jlora.data.config import DataConfig

@@ -1,4 +1,4 @@
-"""Records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
+"""From records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
 import dataclasses
 import re
@@ -27,13 +27,13 @@ Encoded = TypeVar("Encoded")
 Remark = Callable[[str], None]
 STOP_IN_WORDS = "the token that ends an answer stands within the words of one, so that the model learns to end there"
 PLACES_SHOWN = 3
-# Templates that say themselves what the model writes, for transformers' return_assistant_tokens_mask.
+# Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One document: its tokens, and for each whether the loss is taken on predicting it."""
+    """One document: its tokens, and for each whether the loss counts predicting it."""
 
     tokens: Int32[np.ndarray, " T"]
     trained: Bool[np.ndarray, " T"]
@@ -41,16 +41,16 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EncodeReport:
-    """What became of the records: counts of the examples kept, and of what was cut or left out.
+    """What became of the records: counts of what was kept, cut and left out.
 
-    Args:
-      examples, tokens, trained_tokens: what is kept (of preference data an example is an `Item`).
-      kept: index of the record of each example.
-      cut: examples kept that lost their end.
-      dropped: records left out because they were too long.
-      untrained: records left out because they would teach nothing after cutting: a document of theirs has no token
-        that is trained, or their documents are all alike.
-      notes: what should be known about some records, each kind once, with their number and the first of them.
+    Attributes:
+        examples, tokens, trained_tokens: counts of what is kept (in preference data an example is an `Item`).
+        kept: index of each example's record.
+        cut: examples kept without their end.
+        dropped: records left out because they are too long.
+        untrained: records left out because they would teach nothing after cutting: one of their documents has no
+            trained token, or all their documents are equal.
+        notes: remarks on some records, each kind once, with how many records it concerns and the first of them.
     """
 
     examples: int
@@ -76,13 +76,19 @@ def encode(
 ) -> tuple[list[Example], EncodeReport]:
     """Examples for the records that can be trained on, in order, and a report of what was left out.
 
-    The loss counts every assistant turn of `messages`, and the completion of a prompt, each with the token that ends
-    it, so that the model learns to stop. Nothing behind the last counted token is kept. Turns with "train": false are
-    never counted. Where a chat template has `{% generation %}` marks, they say what is counted of a turn.
+    The loss counts every assistant turn of `messages`, or the completion of a prompt, each with the token that ends
+    it, so that the model learns to stop. Tokens after the last counted one are dropped. Turns with "train": false are
+    never counted. If a chat template has `{% generation %}` marks, they decide what is counted of a turn.
 
     Args:
-        end: without it no end-of-text token is added; what a chat template writes behind a turn counts all the same.
+        seq_len: the most tokens of an example.
+        overlong: "drop", "cut" or "error": see `DataConfig`.
+        completion_only: if False, prompts are counted too.
+        end: whether an end-of-text token is added; what a chat template writes after a turn counts either way.
         on_error, note: see `encode_all`.
+
+    Raises:
+        UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
     chats = sum(not _is_text(record) for record in records)
     require_template(tokenizer, chats, len(records))
@@ -107,15 +113,15 @@ def select(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[tuple[Record, tuple[Example, ...]]], EncodeReport]:
-    """(record, its documents) of the records that can be trained on, none longer than `seq_len`, and a report.
+    """(record, its documents) for each record that can be trained on, none longer than `seq_len`, and a report.
 
     A record is kept or left out as a whole.
 
     Args:
-        encode_record: (record, what to call with a remark on it) → its documents.
+        encode_record: (record, function to call with a remark on it) → its documents.
 
     Raises:
-        ValueError: a record cannot be encoded, is too long where `overlong` is "error", or nothing remains.
+        ValueError: a record cannot be encoded, a record is too long and `overlong` is "error", or nothing remains.
     """
 
     def one(record: Record) -> tuple[tuple[Example, ...], dict[str, None]]:
@@ -168,13 +174,14 @@ def encode_all(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> list[tuple[int, Encoded]]:
-    """(index, what `encode_record` makes of it) of each record, in order.
+    """(index, `encode_record` of it) for each record, in order.
 
     Args:
-        on_error: "raise", or "skip": records that cannot be encoded are left out, and `note` is told.
+        on_error: "raise", or "skip" to leave out records that cannot be encoded.
+        note: called with a message about the records that are left out.
 
     Raises:
-        UserError: records cannot be encoded; all are named, those of one kind once.
+        UserError: records cannot be encoded; all are named, each kind of fault once.
     """
     found, faults = [], []
     for index, record in enumerate(records):
@@ -190,7 +197,7 @@ def encode_all(
 def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
-    """The records that can be encoded, whatever their length; the others are refused or noted, see `encode_all`."""
+    """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
     chats = sum(not _is_text(record) for record in records)
     require_template(tokenizer, chats, len(records))
     stop = template_stop(tokenizer) if chats else None
@@ -201,10 +208,10 @@ def encodable(
 
 
 def split_prompt(record: Record) -> tuple[str | list[dict[str, Any]], str]:
-    """The prompt to generate from, and the text that the record gives as the answer.
+    """The prompt to generate from, and the text of the record's answer.
 
-    With messages the answer is the last assistant message and the prompt is everything before it. Of an answer that
-    calls tools the text is no more than what is said beside the calls; see `answer_text`.
+    With messages, the answer is the last assistant message and the prompt is everything before it. If the answer calls
+    tools, the text is only what it says beside the calls; see `answer_text`.
     """
     if _is_text(record):
         return record["prompt"], record["completion"]
@@ -214,10 +221,10 @@ def split_prompt(record: Record) -> tuple[str | list[dict[str, Any]], str]:
 
 
 def answer_text(record: Record, tokenizer: Any) -> str:
-    """The text that the record gives as the answer, as a model that answers so would write it.
+    """The text of the record's answer, as a model that gives this answer would write it.
 
-    Of an answer that calls tools that is the whole turn as the template writes it, calls included, without special
-    tokens and reasoning, as `generate` gives back an answer.
+    If the answer calls tools, that is the whole turn as the template writes it, calls included, without special tokens
+    and reasoning, as `generate` returns an answer.
 
     Raises:
         UserError: the template cannot write the answer.
@@ -244,7 +251,7 @@ def _is_text(record: Record) -> bool:
 
 
 def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
-    """All messages, and the index of the first that may be trained."""
+    """All messages, and the index of the first one that may be trained."""
     if "messages" in record:
         return record["messages"], 0
     prompt = as_messages(record["prompt"], "user")
@@ -254,7 +261,7 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
 def _encode_record(
     record: Record, tokenizer: Any, stop: int | None, end: bool, remark: Remark
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens, which of them are trained, and which belong to turns that must not be."""
+    """The tokens, which of them are trained, and which belong to turns marked "train": false."""
     if _is_text(record):
         tokens, trained = _encode_text(record["prompt"], record["completion"], tokenizer, end)
         return tokens, trained, np.zeros_like(trained)
@@ -289,7 +296,7 @@ def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tup
 
 
 def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
-    """Which tokens the template itself says that the model writes; None where it does not say."""
+    """Which tokens the model writes, according to the template's own marks; None if it has none."""
     tokenizer = written.tokenizer
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -306,7 +313,7 @@ def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
 
 
 def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, np.ndarray]:
-    """The places of each turn's tokens: as they are, or those in and around them that the template's own mask has."""
+    """The places of each turn's tokens; with a mask, the masked places in each turn and adjacent to it."""
     if mask is None:
         return places
     found = {}
@@ -324,7 +331,7 @@ def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, 
 
 
 def _check_turn(index: int, tokens: np.ndarray, stop: int | None, remark: Remark) -> None:
-    """Refuse a turn of which nothing is left but its end; remark on one that has an end within."""
+    """Raises UserError if nothing but its end is left of a turn; remarks on a turn with a stop token inside."""
     if not len(tokens) or (len(tokens) == 1 and tokens[0] == stop):
         raise UserError(f"messages[{index}]: the chat template writes no word of it, expected words to learn")
     if stop is not None and (tokens[:-1] == stop).sum() > (tokens[-1] != stop):

@@ -1,4 +1,4 @@
-"""Settings of the data: which files, and how their records become rows of tokens."""
+"""Data settings: which files, and how their records become rows of tokens."""
 
 import dataclasses
 from typing import Literal
@@ -11,20 +11,21 @@ OVERLONG = ("cut", "drop", "error")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Settings of the data.
+    """Data settings.
 
-    Args:
-      path: file to train on: JSONL or a JSON array (gzipped or not), .parquet, .arrow, or a folder of datasets.
-      eval_path: file to evaluate on, or None.
-      on_error: "raise" ends the run when records cannot be read or encoded, "skip" leaves them out and says so.
-      packing: several documents share a row of `train.seq_len`; attention and loss stay inside a document.
-      overlong: what happens to a document longer than `train.seq_len`: "cut" keeps its start, "drop", or "error".
-      completion_only: the loss counts assistant turns and completions only, not the prompt.
-      share_prompts: answers to one prompt (the sides of a pair, the completions of a group) stand behind one copy of
-        it, which is read once; what comes out is the same.
-      system: "template" leaves it to the chat template to write a system text, "fold" puts it at the beginning of the
-        first user's turn, for templates that write none; merged folders that are exported fold likewise.
-      bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
+    Attributes:
+        path: file to train on: JSONL or a JSON array (gzipped or not), .parquet, .arrow, or a folder of `datasets`.
+        eval_path: file to evaluate on, or None.
+        packing: several documents share a row of `train.seq_len` tokens; attention and loss stay inside a document.
+        overlong: what happens to a document longer than `train.seq_len`: "cut" keeps its start, "drop" leaves out its
+            record, "error" raises.
+        completion_only: the loss counts only assistant turns and completions, not the prompt.
+        share_prompts: answers to one prompt (the sides of a pair, the completions of a group) follow one copy of it,
+            which is read once; the results are the same.
+        bucket: row lengths are rounded up to a multiple of this, so that few shapes are compiled.
+        on_error: "raise" ends the run if records cannot be read or encoded, "skip" leaves them out and reports them.
+        system: "template" leaves a system text to the chat template; "fold" puts it at the start of the first user's
+            turn, for templates that do not write one. Exported merged models fold too.
     """
 
     path: str

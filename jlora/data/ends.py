@@ -8,10 +8,10 @@ from jlora.ends import candidates, end_ids
 
 
 def stop_ids(tokenizer: Any, ends: Sequence[int], rows: int) -> tuple[int, ...]:
-    """The tokens that end an answer (`jlora.ends.end_ids`, whose arguments these are), for those who generate one.
+    """The tokens that end an answer, for generating one; the arguments are those of `jlora.ends.end_ids`.
 
     Raises:
-        UserError: there are such tokens, but the model has a row for none of them: no answer would ever end.
+        UserError: the model has no row for any of these tokens, so no answer would ever end.
     """
     tokenizer = unfitted(tokenizer)
     found = end_ids(tokenizer, ends, rows)

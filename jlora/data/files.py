@@ -1,4 +1,4 @@
-"""Files of rows: JSONL, JSON arrays, Parquet, Arrow, folders of `datasets`. What a row means is not known here."""
+"""Files of rows: JSONL, JSON arrays, Parquet, Arrow, folders of `datasets`. This module does not interpret the rows."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ _TABLE = (
     "a table in text: python -c \"import pandas; pandas.read_csv('{path}'{separator})"
     ".to_json('{path}.jsonl', orient='records', lines=True)\" writes its rows as JSONL"
 )
-# What is told by the name of a file ...
+# Kinds of files that are refused by their names ...
 _REFUSED_NAMES = {
     ".csv": _TABLE.replace("{separator}", ""),
     ".tsv": _TABLE.replace("{separator}", ", sep='\\t'"),
@@ -29,7 +29,7 @@ _REFUSED_NAMES = {
     ".yaml": "a YAML file: write its records as JSONL",
     ".yml": "a YAML file: write its records as JSONL",
 } | dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz"), _RUNS_CODE)
-# ... and by how it begins, whatever its name.
+# ... and by their first bytes, whatever their names.
 _REFUSED_STARTS = {
     b"\x28\xb5\x2f\xfd": "a zstd file: unpack it, or pack it with gzip",
     b"\xfd7zXZ\x00": "an xz file: unpack it, or pack it with gzip",
@@ -46,18 +46,18 @@ _REFUSED_STARTS = {
 }
 _GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
-# JSON can spell half of a character, which UTF-8 cannot hold.
+# JSON can spell half a character (a lone surrogate), which UTF-8 cannot represent.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def rows(path: pathlib.Path) -> Iterator[Row]:
-    """(place, row) of every row in order, where a row that cannot be read is the UserError that says why.
+    """(place, row) for every row in order; a row that cannot be read is given as the UserError that says why.
 
-    A place is "path:LINE" of JSONL and of a JSON array, "path:NUMBER" of a table. Blank lines are passed over.
+    A place is "path:LINE" for JSONL and JSON arrays, and "path:NUMBER" for tables. Blank lines are skipped.
 
     Raises:
-        UserError: the file as a whole is not there, damaged, or of a kind that is not read.
+        UserError: the file does not exist, is damaged, or is of a kind that is not supported.
     """
     if not path.exists() or (path.is_dir() and not (path / "state.json").exists()):
         raise MissingFileError(f"{path}: found {_absent(path)}, expected {KINDS}")
@@ -73,7 +73,7 @@ def rows(path: pathlib.Path) -> Iterator[Row]:
 
 
 def digest(path: str | pathlib.Path) -> str:
-    """Eight hex digits that follow from every byte of a file, or of the files in a folder."""
+    """Eight hex digits that depend on every byte of a file, or of all files in a folder."""
     path, found = pathlib.Path(path), 0
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -84,10 +84,13 @@ def digest(path: str | pathlib.Path) -> str:
 
 
 def parse_json(text: str, expected: str = "one line of JSON") -> Any:
-    """The value of a JSON text; `expected` says in the message what it should have been.
+    """The value of a JSON text.
+
+    Args:
+        expected: what the text should have been, for the error message.
 
     Raises:
-        UserError: it is not JSON, nests too deeply, or its text holds half of a character.
+        UserError: the text is not JSON, nests too deeply, or contains half a character (a lone surrogate).
     """
     try:
         value = json.loads(text)
@@ -113,7 +116,7 @@ def _refuse_surrogates(value: Any) -> None:
 
 
 def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
-    """(field, text) of every text in a value, the keys of objects among them."""
+    """(field, text) for every text in a value, including the keys of objects."""
     if isinstance(value, str):
         yield field, value
     elif isinstance(value, list):
@@ -133,7 +136,7 @@ def _absent(path: pathlib.Path) -> str:
 
 
 def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
-    """The rows of JSONL, or of a file that is one JSON array, gzipped or not."""
+    """The rows of a JSONL file or of a file with one JSON array, gzipped or not."""
     _refuse_name(path)
     packed = file.peek(2)[:2] == _GZIP
     stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
@@ -163,7 +166,7 @@ def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
 
 
 def _is_array(first: bytes, rest: bytes) -> bool:
-    """Whether a file whose first line begins with a bracket is one array, and not lines of which the first is odd."""
+    """Whether a file whose first line begins with a bracket is one array, rather than JSONL with an odd first line."""
     if _is_json(first):
         return not rest.strip()
     second = next((line for line in io.BytesIO(rest) if line.strip()), b"]")
@@ -191,7 +194,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _line_value(line: bytes) -> Any:
-    """The value of a line, or the UserError that says why there is none."""
+    """The value of a line, or the UserError that says why it has none."""
     try:
         return parse_json(_decode(line))
     except UserError as error:
@@ -206,7 +209,7 @@ def _decode(line: bytes) -> str:
 
 
 def _array_rows(path: pathlib.Path, number: int, content: bytes) -> Iterator[Row]:
-    """The items of the JSON array that begins in line `number`."""
+    """The items of the JSON array that begins on line `number`."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -239,7 +242,7 @@ def _array_rows(path: pathlib.Path, number: int, content: bytes) -> Iterator[Row
 
 
 def _checked(value: Any, text: str) -> Any:
-    """The value, or the UserError that says what its text holds."""
+    """The value, or the UserError for a lone surrogate in its text."""
     try:
         if _SURROGATE_ESCAPE.search(text):
             _refuse_surrogates(value)
@@ -260,7 +263,7 @@ def _table_rows(path: pathlib.Path) -> Iterator[Any]:
             opened = arrow.ipc.open_file if source.read(6) == b"ARROW1" else arrow.ipc.open_stream
             source.seek(0)
             for batch in opened(source).read_all().to_batches():
-                batch.validate(full=True)  # the offsets of a damaged file lead anywhere in memory
+                batch.validate(full=True)  # the offsets of a damaged file can point anywhere in memory
                 yield from batch.to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: found no file of the kind that its name says ({error})") from error
@@ -275,12 +278,12 @@ def _folder_rows(path: pathlib.Path) -> Iterator[Any]:
             batch.validate(full=True)
         yield from table
     except (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # `datasets` checks neither its state.json nor its dataset_info.json.
+        # `datasets` does not validate its state.json or dataset_info.json, so damage shows as any of these.
         raise UserError(f"{path}: found a damaged folder of datasets ({type(error).__name__}: {error})") from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every row all the keys of its column; those that a row did not have are null."""
+    """The value without nulls: Arrow gives every row all keys of its column, with null where a row has no such key."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

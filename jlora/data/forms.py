@@ -1,7 +1,7 @@
-"""Rows as people have them: which keys hold the chat, the question, the answer, the system text and the tools.
+"""Rows in their various forms: which keys hold the chat, the question, the answer, the system text and the tools.
 
-What is read here is what Alpaca, ShareGPT, Orca, OpenAI, TRL, axolotl, LLaMA-Factory, Unsloth, mlx-lm and torchtune
-call by these names. A key that one of them gives a meaning to and that has no place in a record is named.
+The names are those of Alpaca, ShareGPT, Orca, OpenAI, TRL, axolotl, LLaMA-Factory, Unsloth, mlx-lm and torchtune. A key
+that has a meaning in one of them but no place in a record is reported as unused.
 """
 
 import re
@@ -15,17 +15,17 @@ from jlora.errors import UserError
 Record = dict[str, Any]
 
 TEMPLATE_FIELDS = {"tools": list, "chat_template_kwargs": dict}
-# The fields that hold messages, or may.
+# The fields that can hold messages.
 SIDES = ("prompt", "completion", "chosen", "rejected")
 _CHATS = ("conversations", "conversation")
 _QUESTIONS = ("instruction", "question", "query")
-# Alpaca's and Dolly's second half of a question, which belongs to an instruction.
+# The second part of a question in Alpaca and Dolly, which goes with an instruction.
 _CONTEXTS = ("input", "context")
 _ANSWERS = ("output", "response", "answer")
 _SYSTEMS = ("system", "system_prompt")
 _MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 
-# Where pictures and sounds lie, and the marks of them in a chat.
+# Locations of pictures and sounds, and the marks for them in a chat.
 _MEDIA_PLACE = re.compile(
     r"(?:https?|s3|gs|file)://|data:\w+/|\S\.(?:png|jpe?g|gif|webp|bmp|tiff?|svg|mp[34]|m4a|wav|flac|"
     r"ogg|opus|webm|mkv|avi|mov)\b",
@@ -36,7 +36,7 @@ _MEDIA_MARK = re.compile(r"<\|?(?:image|video|audio)(?:_pad|_\d+)?\|?>")
 _OTHER_PROMPT = "the prompt is read from {read}"
 _OTHER_ANSWER = "the answer is read from {answers}"
 _ONE_WEIGHT = "every record counts alike"
-# Keys of other loaders that have no place in a record of their own, and why.
+# Keys that other loaders read and that have no place of their own in a record, and why.
 _UNUSED = (
     dict.fromkeys((*_CHATS, *_QUESTIONS, "input", "history", "prompt"), _OTHER_PROMPT)
     | dict.fromkeys(("output", "response", "completion"), _OTHER_ANSWER)
@@ -47,21 +47,21 @@ _UNUSED = (
     | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), "reasoning belongs into the answer's message")
     | {"functions": "a chat's tools are read from tools"}
 )
-# Of these keys true and 1 say what holds without them.
+# Keys for which true and 1 mean the same as leaving them out.
 _SAYS_YES = ("label", "kto_tag", "weight", "sample_weight", "loss_weight", "loss_mask", "loss", "train")
 
 
 def normal_row(
     row: Record, fields: Sequence[str], *, chat: bool = True, learned: bool = True
 ) -> tuple[Record, list[str], list[str]]:
-    """(the row with its messages in the normal form and its tools as a list, what is wrong with it, what is not used).
+    """(the row with its messages in the normal form and its tools as a list, its faults, notes on what is not used).
 
-    A chat that is called "conversations" is called "messages". All other keys stay as they are.
+    A chat under "conversations" is renamed to "messages". All other keys stay as they are.
 
     Args:
-        fields: what the caller reads beside messages; of what it does not read no faults are found.
-        chat: whether it reads messages.
-        learned: whether it trains answers.
+        fields: what the caller reads besides messages; fields that it does not read are not checked.
+        chat: whether the caller reads messages.
+        learned: whether the caller trains on answers.
     """
     row, faults = with_template_fields(row)
     unused: list[str] = []
@@ -78,7 +78,7 @@ def normal_row(
     if name is not None:
         row["messages"] = normal(name, _as_turns(row.pop(name)))
         faults += [] if name == "messages" else message_faults(name, row["messages"])
-    # Preferences, the callers that read completions, read the sides beside a chat too.
+    # Readers of preferences, which are those that read completions, read the sides beside a chat too.
     for field in SIDES:
         if field in row:
             row[field] = normal(field, row[field], field in fields and (name is None or "completions" in fields))
@@ -91,7 +91,7 @@ def normal_row(
 
 
 def _chat_name(row: Record, fields: Sequence[str]) -> str | None:
-    """The key that holds the row's chat, unless all that the caller reads stands there without it."""
+    """The key of the row's chat; None without one, or if the row has all that the caller reads without it."""
     if "messages" in row:
         return "messages"
     whole = "prompt" in row and all(field in row for field in ("completion",) if field in fields)
@@ -104,7 +104,7 @@ def _chat_name(row: Record, fields: Sequence[str]) -> str | None:
 
 
 def _as_turns(chat: Any) -> Any:
-    """A chat whose turns are pairs of what the user says ("input") and the answer ("output") as messages."""
+    """As messages, a chat whose turns are pairs of the user's words ("input") and the answer ("output")."""
     pairs = chat if isinstance(chat, list) else []
     if not pairs or not all(isinstance(pair, dict) and {"input", "output"} <= set(pair) for pair in pairs):
         return chat
@@ -115,7 +115,7 @@ def _as_turns(chat: Any) -> Any:
 
 
 def with_template_fields(row: Record) -> tuple[Record, list[str]]:
-    """A copy of the row whose tools are a list, without fields for the chat template that are empty, and faults."""
+    """A copy of the row with its tools as a list and without empty fields for the chat template; and its faults."""
     faults = []
     row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_FIELDS}
     if isinstance(row.get("tools"), str):
@@ -134,12 +134,12 @@ def with_template_fields(row: Record) -> tuple[Record, list[str]]:
 
 
 def asks(row: Mapping[str, Any]) -> bool:
-    """Whether a row without messages or prompt has a question under another name."""
+    """Whether a row has a question under a name other than "messages" or "prompt"."""
     return any(_has_text(row, key) for key in (*_QUESTIONS, "input"))
 
 
 def questions(row: Mapping[str, Any]) -> list[str]:
-    """The words of a row's question, wherever they stand."""
+    """The texts of a row's question, under whatever keys."""
     if isinstance(row.get("messages"), list):
         asked = [one for one in row["messages"] if isinstance(one, dict) and one.get("role") == "user"]
         return [one["content"] for one in asked[-1:] if isinstance(one.get("content"), str)]
@@ -147,12 +147,12 @@ def questions(row: Mapping[str, Any]) -> list[str]:
 
 
 def question(row: Mapping[str, Any]) -> list[Message]:
-    """The messages that the question of a row makes: those of its history, and the user's.
+    """The messages of a row's question: those of its history, then the user's.
 
-    An instruction and its input are one message, with a blank line between them.
+    An instruction and its input become one message, with a blank line between them.
 
     Raises:
-        UserError: there is no question, or more than one way to read it.
+        UserError: the row has no question, or more than one way to read it.
     """
     asked = [key for key in _QUESTIONS if _has_text(row, key)] or [key for key in ("input",) if _has_text(row, key)]
     if len(asked) != 1:
@@ -169,15 +169,15 @@ def question(row: Mapping[str, Any]) -> list[Message]:
 
 
 def answer(row: Mapping[str, Any]) -> str | None:
-    """The answer that stands beside a question."""
+    """The answer beside a question; None without one."""
     return next((row[key] for key in _ANSWERS if _has_text(row, key)), None)
 
 
 def as_chat(row: Record) -> Record:
-    """The row with "messages" made of a question and its answer.
+    """The row with "messages" made of its question and answer.
 
     Raises:
-        UserError: as `question`; there is no answer.
+        UserError: as in `question`, or the row has no answer.
     """
     if (words := answer(row)) is None:
         found = [key for key in _ANSWERS if key in row]
@@ -189,7 +189,7 @@ def as_chat(row: Record) -> Record:
 
 
 def with_system(row: Record, field: str) -> tuple[Record, list[str], list[str]]:
-    """(the row with its system text as the first message of `field`, what is wrong with it, what is not used)."""
+    """(the row with its system text as the first message of `field`, its faults, notes on what is not used)."""
     key = next((key for key in _SYSTEMS if _has_text(row, key)), None)
     if key is None:
         return row, [], []
@@ -205,9 +205,9 @@ def with_system(row: Record, field: str) -> tuple[Record, list[str], list[str]]:
 
 
 def media_faults(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(a fault for each key that holds pictures or sounds, which no model here is shown; a note for each that may not).
+    """(a fault for each key that holds pictures or sounds, which no model here sees; a note for each that may not).
 
-    A text is one of these where it says where something lies, or where the chat has a mark for it.
+    A text counts as one if it is the location of a file, or if the chat has a mark for it.
     """
     faults, notes = [], []
     for key in _MEDIA:
@@ -234,14 +234,14 @@ def media_faults(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def unused_keys(
     row: Mapping[str, Any], read: Sequence[str], among: Sequence[str] = tuple(_UNUSED), *, answers: str | None = None
 ) -> list[str]:
-    """What is said of keys that another loader would read here, and this record does not.
+    """Notes on keys that another loader would read here and that this record does not use.
 
-    What the chat holds anyway, such as a copy of its question or functions that its text describes, is not missed.
+    A key whose words are in the chat anyway, such as a copy of its question, is not reported.
 
     Args:
         read: the keys that the record is made of.
-        among: the keys that are looked at.
-        answers: what the answer is read from, unless it is the first of `read`.
+        among: the keys to look at.
+        answers: where the answer is read from; default: the first of `read`.
     """
     texts = None
     found = []
@@ -259,7 +259,7 @@ def unused_keys(
 
 
 def unused_template_fields(row: Mapping[str, Any]) -> list[str]:
-    """What is said of what is for the chat template, in a row of plain text."""
+    """Notes on fields for the chat template in a row of plain text."""
     return [
         f"{name}: not used: it is for the chat template, which plain text does not go through"
         for name in TEMPLATE_FIELDS
@@ -268,14 +268,14 @@ def unused_template_fields(row: Mapping[str, Any]) -> list[str]:
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a value says what holds without it."""
+    """Whether a value means the same as leaving out its key."""
     if key in _SAYS_YES:
         return value is None or (isinstance(value, int | float) and value == 1) or value in ("", [], {})
     return not value or isinstance(value, int | float)
 
 
 def _telling_words(value: Any) -> list[str]:
-    """What of a value a chat holds that repeats it: a text, the words of messages, the names of functions."""
+    """What to look for in a chat that may repeat the value: a text, the texts of messages, the names of functions."""
     if isinstance(value, str):
         return [value]
     items = value if isinstance(value, list) else []
@@ -284,7 +284,7 @@ def _telling_words(value: Any) -> list[str]:
 
 
 def _as_list(side: Any) -> Any:
-    """LLaMA-Factory writes an answer as one message."""
+    """A list of the one message as which LLaMA-Factory writes an answer; anything else as it is."""
     return [side] if isinstance(side, dict) and {"role", "from"} & set(side) else side
 
 

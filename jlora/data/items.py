@@ -1,4 +1,4 @@
-"""Items: what a step may not divide, such as the two answers of a pair. From records to tokens, plans and batches."""
+"""Items: units that a step must not split, such as the answers of a pair. From records to tokens, plans and batches."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documen
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-    """Documents that belong to one step: (chosen, rejected), or one answer; and the numbers that go with them."""
+    """Documents that belong in one step: (chosen, rejected), or one answer; and the numbers that go with them."""
 
     documents: tuple[Example, ...]
     values: Mapping[str, float]
@@ -43,15 +43,16 @@ def encode_pairs(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
-    """An item of the documents (chosen, rejected) for each pair that can be learned from, in order, and a report.
+    """An item with the documents (chosen, rejected) for each pair that can be learned from, in order, and a report.
 
-    The tokens are TRL's for DPO: an answer is trained from where prompt and prompt + answer part, in both documents
-    from the same place, to its very end. Of answers in plain text that is the tokenizer's end-of-text token; of
-    messages it is whatever the template writes behind the last one.
+    The tokens are TRL's for DPO: an answer is trained from where prompt and prompt + answer diverge, at the same place
+    in both documents, to its very end. For plain text that is the tokenizer's end-of-text token; for messages it is
+    whatever the template writes after the last one.
 
     Args:
         records: as `read_preferences` returns them.
-        overlong: of a document longer than `seq_len`, "cut" keeps the start, "drop" leaves its pair out, or "error".
+        overlong: what happens to a document longer than `seq_len`: "cut" keeps its start, "drop" leaves out its pair,
+            "error" raises.
         on_error, note: see `encode_all`.
     """
     return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len, overlong, on_error, note)
@@ -66,16 +67,19 @@ def encode_unpaired(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
-    """An item of one document for each answer, with "label" 1 or 0; all else as in `encode_pairs`."""
+    """An item with one document for each answer, with "label" 1 or 0; all else as in `encode_pairs`."""
     return _encode(records, tokenizer, ("completion",), ("label",), seq_len, overlong, on_error, note)
 
 
 def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> list[Item]:
-    """The items with a second document: the item's prompt, with the answer of the item before it.
+    """The items with a second document: the item's prompt with the answer of the item before it.
 
-    As TRL's KTO pairs them for its estimate of the KL: within each `batch_size` items in the order given, the first
-    with the last one's answer. An item alone in the last batch meets its own. The document loses its end at `seq_len`,
-    and of an answer that was cut there is no more than what was kept.
+    This is how TRL's KTO pairs them for its estimate of the KL: within each `batch_size` items in the order given, the
+    first getting the last one's answer. An item alone in the last batch gets its own. The document is cut at `seq_len`,
+    and an answer that was cut already stays so.
+
+    Raises:
+        UserError: `batch_size` is below 2, or an item has more than one document.
     """
     if batch_size < 2:
         raise UserError(f"found batch_size={batch_size}, expected 2 or more: an item alone has no other to meet")
@@ -111,13 +115,13 @@ def plan_items(
     """The steps of a run (see `plan`), whose rows hold documents: side s of item i is number i·S + s.
 
     Without packing, a micro-batch has `batch_size` items and S times as many rows: all first documents, then all second
-    ones, and so on. With packing it has `batch_size` rows of up to S·`seq_len` tokens, each of several whole items.
+    ones, and so on. With packing it has `batch_size` rows of up to S·`seq_len` tokens, each with several whole items.
 
     Args:
-        share: the documents of an item stand in one row of up to S·`seq_len` tokens, behind one copy of what they begin
-            with (see `common_start`).
-        prompts: with `share`, a number for each item; neighbours with the same one share a row's copy too, as many as
-            it has room for. A row without packing then holds these, and `batch_size` counts rows.
+        share: the documents of an item are in one row of up to S·`seq_len` tokens, after one copy of their common start
+            (see `common_start`).
+        prompts: with `share`, a number for each item; consecutive items with the same number share one copy too, as
+            many as a row has room for. Without packing a row holds one such group, and `batch_size` counts rows.
     """
     sides, _ = _check(items)
     if share:
@@ -156,7 +160,7 @@ def plan_items(
 
 
 def _units(items: Sequence[Item], prompts: Sequence[int] | None, room: int) -> list[tuple[tuple[int, ...], int]]:
-    """(numbers of the items whose documents stand behind one copy of their start, tokens of all that), in order."""
+    """(numbers of the items whose documents share one copy of their start, total tokens) for each group, in order."""
     units: list[tuple[tuple[int, ...], int]] = []
     for number, item in enumerate(items):
         if units and prompts is not None and prompts[number] == prompts[number - 1]:
@@ -174,7 +178,7 @@ def _shared_length(documents: Sequence[Example]) -> int:
 
 
 def item_loader(items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
-    """As `loader`, each item being what `collate_items` returns."""
+    """The resumable iterator over the steps' batches, as `loader`; each is what `collate_items` returns."""
     sides, names = _check(items)
     documents = _documents(items)
     return batches(steps, lambda step: _collate(documents, items, sides, names, step, grad_accum), grad_accum)
@@ -187,15 +191,15 @@ def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Bat
     items         f32 [A, N]     1 where there is an item, else 0
     (each value)  f32 [A, N]     the items' values by name, 0 where there is no item
 
-    N is the number of items that a micro-batch may hold; where rows hold several items it is the next power of two
-    above what the step's fullest one does hold.
+    N is the number of items that a micro-batch can hold; if rows hold several items, it is the number of items in the
+    step's fullest micro-batch, rounded up to a power of two.
     """
     sides, names = _check(items)
     return _collate(_documents(items), items, sides, names, step, grad_accum)
 
 
 def count_tokens(batch: Batch, sides: int) -> int:
-    """The tokens of the first `sides` documents of every item, those counted that a document shares with others."""
+    """The number of tokens in the first `sides` documents of all items; shared tokens count for each document."""
     documents = batch["documents"]
     after = np.concatenate([documents[..., 1:], np.full_like(documents[..., :1], -1)], axis=-1)
     last = (documents < sides * batch["items"].shape[1]) & (documents != after)
@@ -208,7 +212,7 @@ def _collate(
     batch, owners = lay_out(documents, step, grad_accum)
     count, slots = _slots(step, sides, grad_accum)
     numbers = {name: np.zeros((grad_accum, count), np.float32) for name in ("items", *names)}
-    of_place = np.full((len(step.rows), 1 + max(map(len, step.rows))), sides * count, np.int32)  # the last: of none
+    of_place = np.full((len(step.rows), 1 + max(map(len, step.rows))), sides * count, np.int32)  # the last: no document
     micro_rows = len(step.rows) // grad_accum
     for row, (indices, row_slots) in enumerate(zip(step.rows, slots, strict=True)):
         for place, (index, slot) in enumerate(zip(indices, row_slots, strict=True)):
@@ -224,14 +228,14 @@ def _collate(
 
 
 def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]]]:
-    """N, and for each row the places in its micro-batch of the items that its documents belong to.
+    """N, and for each document of each row the place of its item in the micro-batch.
 
-    A place is counted, not looked up by item: where epochs meet, a micro-batch may hold an item twice.
+    Places are counted, not looked up by item: where two epochs meet, a micro-batch may hold an item twice.
     """
     size = len(step.rows) // grad_accum
     micro_batches = [step.rows[start : start + size] for start in range(0, len(step.rows), size)]
     row_size = 1 if step.groups is None else sides
-    if all(len(row) <= row_size for row in step.rows):  # neither packed nor several items behind one prompt
+    if all(len(row) <= row_size for row in step.rows):  # neither packed nor several items sharing a prompt
         count = size * row_size // sides
         for rows in micro_batches:
             if any(len({index // sides for row in rows[n::count] for index in row}) > 1 for n in range(count)):
@@ -296,7 +300,7 @@ def _encode_sides(
 def _encode_answer(
     record: Record, prompt: list, answer: list, tokenizer: Any, stop: int | None, remark: Remark
 ) -> tuple[np.ndarray, int, np.ndarray]:
-    """The tokens of a prompt with its answer, where the answer starts, and which tokens are of untrained turns."""
+    """The tokens of a prompt with its answer, where the answer starts, and which tokens are in untrained turns."""
     chat, first = prompt + answer, len(prompt)
     answers = [index for index in range(first, len(chat)) if chat[index]["role"] == "assistant"]
     untrained = [index for index in answers if chat[index].get("train") is False]
@@ -308,7 +312,7 @@ def _encode_answer(
     held = np.zeros(len(turns.tokens), np.bool_)
     for index in untrained:
         held[turns.places(index)] = True
-    if not learned:  # nor what the template writes behind the turns
+    if not learned:  # what the template writes after the turns is not trained either
         held[:] = True
     return turns.tokens, turns.start(first), held
 
@@ -318,7 +322,7 @@ def _documents(items: Sequence[Item]) -> list[Example]:
 
 
 def _check(items: Sequence[Item]) -> tuple[int, tuple[str, ...]]:
-    """(documents of an item, names of its values), which must be the same of all."""
+    """(number of documents of an item, names of its values); raises UserError unless all items agree on both."""
     if not items:
         raise UserError("found no items, expected at least one")
     sides, names = len(items[0].documents), tuple(sorted(items[0].values))

@@ -17,20 +17,24 @@ Batch = dict[str, np.ndarray]
 def loader(examples: Sequence[Example], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
     """A grain iterator over the steps' batches; `get_state()` and `set_state(state)` resume it exactly.
 
-    Each item is what `collate` returns.
+    Each batch is what `collate` returns.
+
+    Raises:
+        UserError: the rows of a step cannot be split into `grad_accum` micro-batches.
     """
     return batches(steps, lambda step: collate(examples, step, grad_accum), grad_accum)
 
 
 def filled(length: int, prompt: int = 0) -> Example:
-    """A document of so many tokens, all of them trained but for a prompt, that begins like no other: it stands for the
-    most that data can ask for.
+    """A document of `length` tokens, all trained except a prompt of `prompt` tokens: the most that data can demand.
+
+    Without a prompt it shares nothing with other documents.
     """
     return Example(np.zeros(length, np.int32), np.arange(length) >= prompt)
 
 
 def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_accum: int) -> grain.DatasetIterator:
-    """The resumable iterator over what `collate_step` makes of each step."""
+    """The resumable iterator over the results of `collate_step` for each step."""
     if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
         raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
     dataset = grain.MapDataset.source(steps).map(collate_step)
@@ -38,7 +42,7 @@ def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_a
 
 
 def describe(report: EncodeReport, steps: Sequence[Step]) -> str:
-    """What will be trained on, in words, after the number of examples."""
+    """A sentence on what will be trained on, to follow the number of examples."""
     text = (
         f"{report.tokens:,} tokens of which {report.trained_tokens:,} are trained; {len(steps)} steps, rows of "
         f"{', '.join(str(length) for length in sorted({step.length for step in steps}))} tokens"
@@ -58,15 +62,15 @@ def collate(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> Bat
     targets       i32   the next token of the same document
     weights       f32   1 where the loss on the target counts, else 0
     positions     i32   from 0 in each document
-    segment_ids   i32   1, 2, ... for the documents of a row, or for what a group of them begins with, of which they are
-                        then the branches (`jlora.types.BRANCH`); 0 for padding
+    segment_ids   i32   1, 2, ... for the documents of a row, or for the common start of a group of documents, which are
+                        then its branches (`jlora.types.BRANCH`); 0 for padding
     """
     return lay_out(examples, step, grad_accum)[0]
 
 
 def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tuple[Batch, np.ndarray]:
-    """What `collate` returns, and each token's document: its place in the row's tuple, or -1 where it has none of its
-    own, in padding and in what documents share. int32 [A, B, T].
+    """What `collate` returns, and int32 [A, B, T]: each token's document as its place in the row's tuple, or -1 for
+    padding and shared tokens.
     """
     shape = (len(step.rows), step.length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
@@ -74,7 +78,7 @@ def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tup
     owners = np.full(shape, -1, np.int32)
 
     def put(row: int, start: int, example: Example, skipped: int, segment: int, owner: int) -> int:
-        """Writes a document without its first tokens; where the next one goes."""
+        """Writes a document without its first `skipped` tokens; returns where the next one goes."""
         end = start + len(example.tokens) - skipped
         place, before = (row, slice(start, end)), (row, slice(start, end - 1))
         batch["tokens"][place] = example.tokens[skipped:]
@@ -102,9 +106,9 @@ def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tup
 
 
 def common_start(examples: Sequence[Example]) -> int:
-    """How many tokens the examples can share: those that they all begin with, as far as nothing of them is trained.
+    """How many tokens the examples can share: their common start, as far as it is not trained.
 
-    The last token of a prompt is not shared: what it predicts differs. Of one example alone nothing is shared.
+    The last token of a prompt is not shared, because what it predicts differs. A single example shares nothing.
     """
     if len(examples) < 2:
         return 0
@@ -114,6 +118,6 @@ def common_start(examples: Sequence[Example]) -> int:
 
 
 def _untrained(example: Example) -> int:
-    """How many tokens stand before the one that predicts the first trained one; without any, all but the last."""
+    """How many tokens precede the one that predicts the first trained token; all but the last if none is trained."""
     trained = np.flatnonzero(example.trained[1:])
     return int(trained[0]) if len(trained) else len(example.tokens) - 1

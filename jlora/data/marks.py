@@ -1,7 +1,7 @@
-"""Marks on the words of a chat, which show where each word stands in what a template writes, and which are left out.
+"""Marks on the words of a chat, which show where a template writes each word, and which words it leaves out.
 
-A mark is a character for private use that stands before a word, after the last one of a text, or after the name of an
-argument. Nothing in a template speaks of it: it is written wherever its word is. Tags such as <think> bear none, since
+A mark is a private-use character before a word, after the last word of a text, or after the name of an argument.
+Templates do not treat it specially, so it is written wherever its word is. Tags such as <think> are not marked, since
 templates look for them.
 """
 
@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The two planes for private use, but for the last two code points of each, which are not characters.
+# The two private-use planes, without the last two code points of each, which are not characters.
 _PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 MARK = re.compile("[\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
-MOST = 100_000  # marks of one chat: longer ones bear one on every second word, or fewer
+MOST = 100_000  # marks in one chat: in longer ones only every second word, or fewer, is marked
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _REASONED = re.compile(r"</think>|</thinking>|</reasoning>|\[/THINK\]|<channel\|>")
@@ -26,12 +26,12 @@ _WORD = re.compile(r"\S+")
 class Leaf:
     """A text of a chat that a template must write.
 
-    Args:
-      path: where it stands in the record.
-      message: index of its message; -1 for a tool.
-      kind: "content", "reasoning", "call" or "tool".
-      words: those of them that bear a mark; all of them where none of the text does.
-      first: number of the first word's mark, whose followers come next; None where the text has no marks.
+    Attributes:
+        path: where it is in the record.
+        message: index of its message; -1 for a tool.
+        kind: "content", "reasoning", "call" or "tool".
+        words: its marked words; all its words if the text has no marks.
+        first: number of the first word's mark, which the others follow in order; None if the text has no marks.
     """
 
     path: str
@@ -45,16 +45,16 @@ class Marked:
     """The messages and tools of a chat with marks, and what was marked.
 
     Args:
-      messages: of the chat; their `arguments` are objects, or text.
-      tools: the record's, or None.
-      calls: whether tools and calls bear marks, which not every template can read.
+        messages: the chat's messages; their `arguments` are objects or text.
+        tools: the record's tools, or None.
+        calls: whether tools and calls are marked too, which not every template can read.
     """
 
     def __init__(self, messages: Sequence[Mapping[str, Any]], tools: Any, *, calls: bool = True) -> None:
         self.leaves: list[Leaf] = []
         self.owners: list[int] = []  # message of each mark
         self.values: list[tuple[int, str, Any]] = []  # (message, path, value) of arguments that are not text
-        self.sound = True  # no text of the chat holds such a character itself
+        self.sound = True  # no text of the chat contains a mark's character itself
         self._calls = calls
         self._every = 1 + _count_words(messages) // MOST
         self.messages = [self._message(index, message) for index, message in enumerate(messages)]
@@ -83,7 +83,7 @@ class Marked:
         return marked
 
     def _content(self, value: str, path: str, index: int, role: str) -> str:
-        """Of an assistant's content, what stands before the end of its thoughts is a text of its own."""
+        """The content with marks; in an assistant's, everything before the end of its reasoning is a separate text."""
         ends = list(_REASONED.finditer(value)) if role == "assistant" else []
         if not ends:
             return self._text(value, path, index, "content")
@@ -116,7 +116,7 @@ class Marked:
         return value
 
     def _name(self, name: str, path: str, index: int) -> str:
-        """An argument's name has its mark behind it: templates sort by names."""
+        """An argument's name with its mark after it, because templates sort by names."""
         if not self._calls:
             self.leaves.append(Leaf(path, index, "call", (name,), None))
             return name
@@ -137,7 +137,7 @@ class Marked:
         return tool
 
     def _text(self, value: str, path: str, index: int, kind: str, *, plain: bool = False) -> str:
-        """The text with a mark before its words and one behind the last; with `plain` it is noted and bears none."""
+        """The text with marks before its words and one after the last; with `plain` it is noted but not marked."""
         self.sound = self.sound and not MARK.search(value)
         parts = _TAG.split(value)
         if plain:
@@ -174,9 +174,9 @@ class Marked:
 
 
 def read_marks(written: str) -> tuple[str, list[tuple[int, int]]]:
-    """What was written without its marks, and (number of the mark, its place in that text) of each, in order.
+    """The text without its marks, and (number of the mark, its place in that text) for each, in order.
 
-    Of what is written twice, such as a call's name that a template repeats before the result, the first place counts.
+    If a word is written twice, such as a call's name that a template repeats before the result, its first place counts.
     """
     places: dict[int, int] = {}
     for before, found in enumerate(MARK.finditer(written)):
@@ -185,7 +185,7 @@ def read_marks(written: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def is_written(value: Any, text: str) -> bool:
-    """Whether a number, a truth or a null stands in a text, as JSON, Python or a template may write it."""
+    """Whether a number, a boolean or a null is in a text, as JSON, Python or a template may write it."""
     if value is None:
         return True  # some templates write nothing
     forms = {str(value), json.dumps(value, default=str), str(value).lower()}
@@ -200,7 +200,7 @@ def _number(mark: str) -> int:
 
 
 def _count_words(messages: Sequence[Mapping[str, Any]]) -> int:
-    """A bound on the words and ends of texts: every text is counted, whatever it is for."""
+    """An upper bound on the number of marks: every text is counted, whatever it is for."""
 
     def count(value: Any) -> int:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Messages as other tools write them, in one normal form: role, content as text, tool_calls, and "train": False."""
+"""Messages in other tools' forms, brought into one: role, content as text, tool_calls, and "train": False."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from jlora.errors import UserError
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What ShareGPT, OpenAI's older format and Gemini call them.
+# The roles' names in ShareGPT, OpenAI's older format and Gemini.
 _ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
@@ -26,7 +26,7 @@ _SPEAKERS |= dict.fromkeys(("bot", "chatgpt", "function_call", "tool_call"), "as
 }
 _CALLS = ("function_call", "tool_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Whether a turn is trained: true or 1 for yes, false or 0 for no; "masked" the other way round.
+# Keys that say whether a turn is trained: true or 1 for yes, false or 0 for no; "masked" is the other way round.
 _TRAINED = (
     "weight",
     "loss_weight",
@@ -39,19 +39,19 @@ _TRAINED = (
     "loss_mask",
 )
 _MASKED = "masked"
-# Parts of a turn, which are not trained apart from the rest.
+# Keys that choose parts of a turn, which cannot be trained separately.
 _PARTS_OF_TURN = ("train_detail", "mask")
 
 
 def normal_messages(field: str, messages: Any, *, learned: bool = True) -> tuple[Any, list[str], list[str]]:
-    """(messages in the normal form, what is wrong with them, what is not used in them).
+    """(messages in the normal form, their faults, notes on what is not used in them).
 
-    A message may say "from" and "value", its content may be a list of text parts, it may call by "function_call", and
-    an assistant's may say in several spellings that it is not trained, which becomes "train": False. What is not a
-    list of objects is given back as it is, for `message_faults`.
+    A message may use "from" and "value", a list of text parts as its content, or "function_call"; an assistant's may
+    say under several keys that it is not trained, which becomes "train": False. Anything that is not a list of objects
+    is returned as it is, for `message_faults`.
 
     Args:
-        learned: whether assistants' messages may be trained here; if not, no faults are found in how they are marked.
+        learned: whether assistants' messages may be trained here; if not, how they are marked is not checked.
     """
     if not isinstance(messages, list):
         return messages, [], []
@@ -71,7 +71,7 @@ def normal_messages(field: str, messages: Any, *, learned: bool = True) -> tuple
 
 
 def message_faults(field: str, messages: Any) -> list[str]:
-    """What is wrong with a list of messages."""
+    """The faults of a list of messages."""
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if messages == [] else kind_of(messages)
         return [f"{field}: found {found}, expected a list of messages"]
@@ -95,7 +95,7 @@ def message_faults(field: str, messages: Any) -> list[str]:
 
 
 def side_faults(field: str, value: Any) -> list[str]:
-    """What is wrong with a prompt or an answer: text or a list of messages."""
+    """The faults of a prompt or an answer, which must be text or a list of messages."""
     if isinstance(value, str):
         return []
     if isinstance(value, list):
@@ -104,7 +104,7 @@ def side_faults(field: str, value: Any) -> list[str]:
 
 
 def completion_faults(field: str, value: Any) -> list[str]:
-    """What is wrong with an answer: `side_faults`, and that there must be something in it to learn."""
+    """The faults of an answer: `side_faults`, or that there is nothing in it to learn."""
     faults = side_faults(field, value)
     if faults:
         return faults
@@ -116,14 +116,14 @@ def completion_faults(field: str, value: Any) -> list[str]:
 
 
 def finite_faults(field: str, value: Any) -> list[str]:
-    """A fault where a number is not finite: JSON's NaN and Infinity are Python's alone, and no template writes them."""
+    """A fault if a number is not finite: only Python's JSON has NaN and Infinity, and templates do not write them."""
     if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
         return [f"{field}: found NaN or Infinity, expected numbers that JSON has"]
     return []
 
 
 def kind_of(value: Any) -> str:
-    """A value's kind in words, as JSON has it."""
+    """A value's JSON type in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     names |= dict.fromkeys((int, float), "a number")
     return names.get(type(value), f"a value of the type {type(value).__name__}")
@@ -138,7 +138,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _with_role(where: str, message: Message) -> Message:
-    """The message with "role" and "content", where it says "from" and "value", and with jlora's names of the roles."""
+    """The message with "from" and "value" as "role" and "content", and with jlora's names for the roles."""
     if "role" not in message and "from" in message:
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
@@ -151,7 +151,7 @@ def _with_role(where: str, message: Message) -> Message:
 
 
 def _as_call(where: str, message: Message) -> Message:
-    """ShareGPT's message of a call, whose words are the call as JSON (or several, as a list)."""
+    """ShareGPT's message of a call, whose content is the call as JSON (or several, as a list), with "tool_calls"."""
     calls = message.get("content")
     if isinstance(calls, str):
         try:
@@ -165,12 +165,12 @@ def _as_call(where: str, message: Message) -> Message:
 
 
 def _with_calls(where: str, message: Message) -> Message:
-    """The message with "tool_calls", where it has OpenAI's older "function_call"."""
+    """The message with OpenAI's older "function_call" as "tool_calls"."""
     if "function_call" not in message:
         return message
     call = message["function_call"]
     rest = {key: value for key, value in message.items() if key != "function_call"}
-    # Tables have an object of nulls, or an empty one, where a message calls nothing.
+    # In tables, a message without a call has an object of nulls, or an empty one.
     nothing = not call or (isinstance(call, dict) and all(value is None for value in call.values()))
     if nothing or message.get("tool_calls"):
         return rest
@@ -181,7 +181,7 @@ def _with_calls(where: str, message: Message) -> Message:
 
 
 def _with_text(where: str, message: Message) -> Message:
-    """The message with its content as one text, where it is a list of text parts."""
+    """The message with a content that is a list of text parts joined to one text."""
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
@@ -201,7 +201,7 @@ def _with_text(where: str, message: Message) -> Message:
 
 
 def _with_train(where: str, message: Message, learned: bool) -> tuple[Message, list[str]]:
-    """The message with "train": False as the one word on whether it is trained, and what is not used of the others."""
+    """The message with "train": False as the only key on whether it is trained, and notes on others not used."""
     said = [key for key in (*_TRAINED, _MASKED, *_PARTS_OF_TURN) if key in message]
     if not said:
         return message, []

@@ -1,4 +1,4 @@
-"""The plan of a run: which examples share a row, which rows a step, and how long the rows are. Pure, no tokens."""
+"""The plan of a run: which examples share a row, which rows share a step, and how long rows are. No tokens involved."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,9 @@ import numpy as np
 from jlora.errors import UserError
 
 # Rows are filled from this many examples of the shuffled order at a time: enough to fill them well, and few enough
-# that which examples meet changes from epoch to epoch.
+# that different examples meet from epoch to epoch.
 PACKING_WINDOW = 8192
-# Without packing, this many steps' worth of examples are sorted by length, so that a step holds rows of like length.
+# Without packing, this many steps' worth of examples are sorted by length, so that a step has rows of similar length.
 SORTING_WINDOW = 32
 MAX_SHAPES = 16
 
@@ -20,11 +20,13 @@ Row = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The rows of one optimizer step, each a tuple of example indices (empty: padding), and their length.
+    """The rows of one optimizer step.
 
     Attributes:
-        groups: for each row, how many of its examples in turn stand behind one copy of the tokens that they all begin
-            with; None where every example has its own.
+        rows: for each row, the indices of its examples; an empty tuple is a row of padding.
+        length: tokens of each row.
+        groups: for each row, the sizes of its groups of consecutive examples that share one copy of their common start;
+            None if every example has its own.
     """
 
     rows: tuple[Row, ...]
@@ -46,16 +48,19 @@ def plan(
 ) -> list[Step]:
     """The steps of a run, the same on every platform for the same arguments.
 
-    Every example is in exactly one row of each epoch. Rows left over at the end of an epoch are the first of the next
-    one; at the very end empty rows fill the last step. A fractional epoch takes that part of the epoch's rows, rounded
-    up to steps. So a longer run begins with the steps of a shorter one, and fills the last where that was not full.
+    Every example is in exactly one row of each epoch. Rows left over at the end of an epoch come first in the next one;
+    at the very end, empty rows fill the last step. A fractional epoch takes that part of the epoch's rows, rounded up
+    to steps. So a longer run begins with the steps of a shorter one, and fills the last of those if it was not full.
 
     Args:
-      lengths: tokens of each example, at most `seq_len`.
-      batch_size: rows of a step (over all accumulated micro-batches).
-      bucket: row lengths are multiples of this, or of the least multiple of it that leaves `MAX_SHAPES` shapes.
-      epochs, steps: the run ends with the one that comes first; one of them must be given.
-      shuffle: False keeps the order of the examples from row to row (for evaluation).
+        lengths: tokens of each example, at most `seq_len`.
+        batch_size: rows of a step (over all accumulated micro-batches).
+        bucket: row lengths are multiples of this, or of its least multiple that leaves at most `MAX_SHAPES` shapes.
+        epochs, steps: the run ends at whichever comes first; at least one must be given.
+        shuffle: False keeps the order of the examples from row to row (for evaluation).
+
+    Raises:
+        UserError: arguments out of range, no examples, or examples longer than `seq_len`; all are listed.
     """
     lengths = np.asarray(lengths, np.int64)
     _check(lengths, seq_len=seq_len, batch_size=batch_size, bucket=bucket, epochs=epochs, steps=steps)
@@ -75,7 +80,7 @@ def plan(
         else:
             rows = [(int(index),) for index in order]
         taken = -(-(len(carried) + max(1, round(share * len(rows)))) // batch_size)
-        # Not shuffled with the others: a run that ends with the epoch before ends with what is carried.
+        # The step with the carried rows is not shuffled: a run that ends with the previous epoch ends with these rows.
         opening = batch_size if carried and len(carried) + len(rows) >= batch_size else 0
         rows = carried + rows
         full = len(rows) - len(rows) % batch_size
@@ -115,7 +120,7 @@ def _check(
 
 
 def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    """PCG64 by name, not NumPy's default generator, which may change."""
+    """A generator for one purpose in one epoch. PCG64 by name, because NumPy's default generator may change."""
     entropy = [seed, epoch, ("order", "rows").index(purpose)]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
@@ -131,8 +136,8 @@ def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[Row]:
 def _best_fit(indices: list[int], lengths: np.ndarray, seq_len: int) -> list[Row]:
     """Rows by best-fit-decreasing: each example goes to the fullest row that still has room.
 
-    Bit r of `rooms` says whether some row has room for exactly r more tokens, so the fullest row is the lowest bit at
-    or above the length. That is a shift and a mask, where a scan over all rows would be quadratic.
+    Bit r of `rooms` says whether some row has room for exactly r more tokens, so the fullest row that fits is the
+    lowest bit set at or above the length: a shift and a mask, where a scan over all rows would be quadratic.
     """
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}
@@ -158,7 +163,7 @@ def _best_fit(indices: list[int], lengths: np.ndarray, seq_len: int) -> list[Row
 def _group(
     rows: list[Row], lengths: np.ndarray, batch_size: int, generator: np.random.Generator | None
 ) -> list[list[Row]]:
-    """Rows cut into steps; with a generator, rows of like length share a step and the steps are shuffled."""
+    """The rows divided into steps; with a generator, rows of similar length share a step and steps are shuffled."""
     if generator is None:
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     row_lengths = _row_lengths(rows, lengths)

@@ -1,4 +1,4 @@
-"""Preference records: TRL's dataset formats in, two normal forms out. No tokens."""
+"""Preference records: TRL's dataset formats in, two normal forms out. No tokens yet."""
 
 import pathlib
 from typing import Any, Literal
@@ -35,7 +35,7 @@ _FORMS = {
     "pairs": f"an object with {_PAIRS}",
     "unpaired": 'an object with "prompt", "completion" and "label", or with "prompt", "chosen" and "rejected"',
 }
-# Unpairing puts the rejected answers of this many records behind the chosen ones, as TRL does (the batch of
+# Unpairing puts the rejected answers of this many records after their chosen ones, as TRL does (the batch size of
 # `datasets.map`): neighbours then rarely share a prompt, which KTO's mismatched pairs rely on.
 _UNPAIRING_BLOCK = 1000
 
@@ -46,15 +46,15 @@ def read_preferences(
     """The preference records of a file (see `read_rows`) in one of two normal forms.
 
     "pairs"     {"prompt", "chosen", "rejected"}   each text, or each a list of messages
-    "unpaired"  {"prompt", "completion", "label"}  likewise; label: True for an answer that is wanted
+    "unpaired"  {"prompt", "completion", "label"}  likewise; label: True for a wanted answer
 
-    A pair whose prompt is missing has it as the shared start of the answers. Rankings (`{"prompt", "completions",
-    "scores"}`, or "ranks", 1 the best) become a pair for every two answers with different scores, whose "margin" is
-    the difference. As "unpaired", a pair becomes two records. All other keys are kept; "margin", "ref_chosen_logps" and
-    "ref_rejected_logps" are numbers, "tools" is a list, "chat_template_kwargs" an object.
+    If a pair has no prompt, the shared start of its answers is the prompt. Rankings (`{"prompt", "completions",
+    "scores"}`, or "ranks", 1 being the best) become a pair for every two answers with different scores, whose "margin"
+    is the difference. As "unpaired", a pair becomes two records. All other keys are kept; "margin", "ref_chosen_logps"
+    and "ref_rejected_logps" are numbers, "tools" is a list, "chat_template_kwargs" an object.
 
     A prompt under another name ("question", "instruction" with its "input", "conversations" or "messages" that end with
-    the user's) makes messages, and a "system" beside it is the first of them.
+    the user's) becomes messages, and a "system" beside it becomes the first of them.
 
     Raises:
         UserError: see `read_rows`.
@@ -77,7 +77,7 @@ def read_preferences(
 
 
 def _normal(row: Any, kind: Kind) -> Accepted:
-    """The records of one row (pairs, or unpaired ones), and what is wrong with it."""
+    """The records of one row (pairs, or unpaired ones), and its faults."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS[kind]}"])
     row, faults, unused = normal_row(row, (*SIDES, "completions"), chat="prompt" not in row)
@@ -103,7 +103,7 @@ def _normal(row: Any, kind: Kind) -> Accepted:
 
 
 def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
-    """The records of a row that has its prompt, if it has one, under this name."""
+    """The records of a row whose prompt, if it has one, is under "prompt"; and its faults."""
     if {"chosen", "rejected"} & set(row):
         form, fields = _pair, ("chosen", "rejected")
     elif "completions" in row:
@@ -129,10 +129,10 @@ def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
 
 
 def _with_prompt(row: Record, kind: Kind) -> tuple[Record, tuple[str, ...]]:
-    """(the row with the prompt that stands under another name, the keys that were read for it).
+    """(the row with its prompt under "prompt", the keys that were read for it).
 
     Raises:
-        UserError: what stands there is not a prompt.
+        UserError: what is under another name is not a prompt.
     """
     if "kto_tag" in row and "label" not in row:
         row = {**row, "label": row["kto_tag"]}
@@ -149,17 +149,17 @@ def _with_prompt(row: Record, kind: Kind) -> tuple[Record, tuple[str, ...]]:
 
 
 def _asks_itself(row: Record) -> bool:
-    """Whether chosen and rejected begin with the question, which the row has under another name too."""
+    """Whether chosen and rejected begin with the question, which the row also has under another name."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         return False
     if isinstance(chosen, list) and (side_faults("chosen", chosen) or side_faults("rejected", rejected)):
-        return True  # `_pair` says what is wrong
+        return True  # `_pair` reports the faults
     return holds_question(extract_prompt(chosen, rejected)[0], questions(row))
 
 
 def _from_messages(row: Record, kind: Kind) -> Record:
-    """The row with its messages as the prompt; where they end with the answer, without it."""
+    """The row with its messages as the prompt, without the answer if they end with it."""
     messages = row["messages"]
     if messages[-1]["role"] != "assistant":
         return {**row, "prompt": messages}
@@ -190,7 +190,7 @@ def _pair(row: Record) -> tuple[list[Record], list[str]]:
         if prompt == []:
             return [], ['found no message that chosen and rejected share, expected them to begin alike, or a "prompt"']
     elif isinstance(prompt, str) and isinstance(chosen, list):
-        # The question that both begin with, which some data sets repeat.
+        # Some data sets repeat the question at the start of both answers.
         prompt, chosen, rejected = with_question(as_messages(prompt, "user"), chosen, rejected)
     else:
         if isinstance(prompt, list):
@@ -201,7 +201,7 @@ def _pair(row: Record) -> tuple[list[Record], list[str]]:
 
 
 def _rankings(row: Record) -> tuple[list[Record], list[str]]:
-    """A pair of every two answers with different scores."""
+    """A pair for every two answers with different scores; and the row's faults."""
     completions, sign = row["completions"], 1.0 if "scores" in row else -1.0
     name = "scores" if "scores" in row else "ranks"
     scores = row.get(name)
@@ -246,7 +246,7 @@ def _unpaired(row: Record) -> tuple[list[Record], list[str]]:
 
 
 def _options(row: Record) -> tuple[Record, list[str]]:
-    """The row without optional fields that are null, and what is wrong with its numbers."""
+    """The row without optional fields that are null, and the faults of its numbers."""
     row, faults = {key: value for key, value in row.items() if value is not None or key not in _OPTIONAL}, []
     for name in NUMBERS:
         faults += _number_faults(name, row[name]) if name in row else []
@@ -258,14 +258,14 @@ def _options(row: Record) -> tuple[Record, list[str]]:
 def _number_faults(field: str, value: Any) -> list[str]:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return [f"{field}: found {kind_of(value)}, expected a number"]
-    # Also false for NaN; a batch holds float32.
+    # The comparison is also false for NaN. A batch holds float32.
     return (
         [] if abs(value) <= float(np.finfo(np.float32).max) else [f"{field}: found {value}, expected a finite number"]
     )
 
 
 def _unpair(records: list[Record]) -> list[Record]:
-    """Every pair as two records, first the chosen answers of a block and then the rejected ones."""
+    """Every pair as two records: in each block the chosen answers first, then the rejected ones."""
     unpaired = []
     for start in range(0, len(records), _UNPAIRING_BLOCK):
         block = records[start : start + _UNPAIRING_BLOCK]

@@ -30,9 +30,9 @@ _FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with
 class PromptReport:
     """What became of the prompts.
 
-    Args:
-      kept: index of the record of each prompt kept.
-      dropped: how many were left out because they were too long.
+    Attributes:
+        kept: index of the record of each kept prompt.
+        dropped: how many prompts were left out because they are too long.
     """
 
     kept: tuple[int, ...]
@@ -42,10 +42,10 @@ class PromptReport:
 def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
     """The records of a file (see `read_rows`), each with a "prompt" and whatever other keys it has.
 
-    A prompt is text, or messages of which the last is a user's or a tool's. Where there are "messages" that end with
-    the assistant's, the prompt is everything before that one, whose text becomes "completion" unless the record has
-    one; all others are a prompt as a whole. So are a question and its answer, see `read_records`. "tools" (a list) and
-    "chat_template_kwargs" (an object) go to the chat template.
+    A prompt is text, or messages that end with a user's or a tool's. If "messages" end with the assistant's, the prompt
+    is everything before that message, and its text becomes "completion" unless the record has one; otherwise all
+    messages are the prompt. A question and its answer (see `read_records`) become prompt and completion likewise.
+    "tools" (a list) and "chat_template_kwargs" (an object) go to the chat template.
 
     Raises:
         UserError: see `read_rows`.
@@ -62,14 +62,14 @@ def encode_prompts(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[list[int]], PromptReport]:
-    """The tokens of each prompt that is not too long, in order, and which records they belong to.
+    """The tokens of each prompt that is not too long, in order, and a report of which records they belong to.
 
     Args:
-        overlong: "drop", or "error".
+        overlong: what happens to longer prompts: "drop" leaves them out, "error" raises.
         on_error, note: see `encode_all`.
 
     Raises:
-        UserError: a prompt cannot be encoded, is too long where `overlong` is "error", or none remains.
+        UserError: a prompt cannot be encoded, a prompt is too long and `overlong` is "error", or none remains.
     """
 
     def one(record: Record) -> list[int]:
@@ -87,7 +87,7 @@ def encode_prompts(
 
 
 def with_answers(records: Sequence[Record], tokenizer: Any) -> list[Record]:
-    """The records of `read_prompts`, an answer that calls tools as its "completion" in the template's own words.
+    """The records of `read_prompts`; where an answer calls tools, "completion" is that turn as the template writes it.
 
     Raises:
         UserError: the template cannot write the answer.
@@ -103,14 +103,14 @@ def with_answers(records: Sequence[Record], tokenizer: Any) -> list[Record]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
-    """The tokens to generate from: of a text as it is, of messages with the template's opening of an answer.
+    """The tokens to generate from: a text's as it is, or those of messages with the template's opening of an answer.
 
     Args:
-        variables: the chat template's own, see `template_variables`.
+        variables: what else the chat template is given, see `template_variables`.
 
     Raises:
-        UserError: there are no tokens, or messages for a tokenizer without a chat template; the template refuses the
-            messages or leaves out something of them.
+        UserError: the prompt is empty, it is messages and the tokenizer has no chat template, or the template refuses
+            the messages or leaves out some of their words.
     """
     if isinstance(prompt, str):
         tokens = text_tokens(prompt, tokenizer)
@@ -124,7 +124,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
 
 
 def _accept(row: Any) -> Accepted:
-    """A record with a prompt. What is beside it goes to the rewards, so that no key is without use."""
+    """A record with a prompt. All its other keys go to the rewards, so none is reported as unused."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS}"])
     given, faults, unused = normal_row(row, ("prompt",), learned=False)
@@ -147,7 +147,7 @@ def _accept(row: Any) -> Accepted:
         unused += unused_keys(given, ("messages",), ("prompt",))
     row, faults, idle = with_system(row, "prompt")
     if isinstance(prompt, str):
-        # A column like others, then, which the rewards are given.
+        # The system text is then a column like others, which the rewards are given.
         idle += [f"{fault.partition(':')[0]}: not used: the prompt is plain text without it" for fault in faults]
         idle += unused_template_fields(row)
         faults = []
@@ -156,7 +156,7 @@ def _accept(row: Any) -> Accepted:
 
 
 def _with_prompt(row: Record) -> tuple[Record, str, list[str]]:
-    """(the row with a prompt, and a completion where it has one, what the prompt is made of, what is wrong with it)."""
+    """(the row with a prompt, and a completion if it has one; what the prompt is made of; its faults)."""
     if "messages" in row:
         faults = message_faults("messages", row["messages"])
         if faults or row["messages"][-1]["role"] != "assistant":

@@ -1,4 +1,4 @@
-"""Records of files: reading them, and saying what was found and expected in every row that is wrong."""
+"""Reading the records of files, and reporting what was found and expected in every invalid row."""
 
 import pathlib
 import warnings
@@ -32,7 +32,7 @@ _FORMS = (
 
 
 class Placed(dict):
-    """A record that knows where it stands, for messages about it: "train.jsonl:7"."""
+    """A record that knows its place, such as "train.jsonl:7", for messages about it."""
 
     __slots__ = ("place",)
 
@@ -45,12 +45,12 @@ class Placed(dict):
 
 
 def place_of(record: Record, index: int) -> str:
-    """Where a record stands; of one that is not from a file, its number."""
+    """A record's place; for one that is not from a file, its number."""
     return record.place if isinstance(record, Placed) else f"record {index + 1}"
 
 
 class Accepted(NamedTuple):
-    """What is made of a row: records, what is wrong with it, and which of its keys another loader would have used."""
+    """What becomes of a row: its records, its faults, and notes on keys that another loader would have used."""
 
     records: list[Record]
     faults: list[str]
@@ -61,7 +61,7 @@ Accept = Callable[[Any], Accepted]
 
 
 def warn(message: str) -> None:
-    """Where notes go that nobody else takes."""
+    """The default for `note`: issues a Python warning."""
     warnings.warn(message, stacklevel=4)
 
 
@@ -73,8 +73,11 @@ def read_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
     just another key that is kept. "tools" (a list) and "chat_template_kwargs" (an object) go to the chat template.
 
     Rows of Alpaca (an instruction with its input, or a question, and the output) and of ShareGPT ("conversations") get
-    their "messages"; a "system" beside them is the first of these. A turn that is marked as not trained, in whatever
+    "messages"; a "system" beside them becomes the first of these. A turn that is marked as not trained, in whatever
     spelling, has "train": False.
+
+    Raises:
+        UserError: see `read_rows`.
     """
     return read_rows(path, _accept, _FORMS, on_error=on_error, note=note)
 
@@ -82,18 +85,19 @@ def read_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
 def read_rows(
     path: str | pathlib.Path, accept: Accept, forms: str, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
-    """What `accept` makes of the rows of a file or of a folder of `datasets`, in order.
+    """The records that `accept` makes of the rows of a file or of a folder of `datasets`, in order.
 
     Files are JSONL, a JSON array, .parquet or .arrow; text may be gzipped. Tables need the extra "datasets".
 
     Args:
-        forms: what a row should be, for the messages.
-        on_error: "raise", or "skip": rows that are wrong are left out and noted.
-        note: is told which rows are left out, and what is in the rows and not used.
+        accept: row → its records and faults.
+        forms: what a row should be, for error messages.
+        on_error: "raise", or "skip" to leave out invalid rows and note them.
+        note: called with messages on rows that are left out, and on keys that are not used.
 
     Raises:
-        UserError: no such file, or it is not of these kinds; a row that is wrong (all are named, those of one kind
-            once, as path:number); no rows, or none that is right.
+        UserError: the file does not exist or is of another kind; a row is invalid (all are named as path:number, each
+            kind of fault once); there are no rows, or no valid ones.
     """
     path = pathlib.Path(path)
     records, faults, unused, wrong, count = [], [], [], 0, 0
@@ -114,11 +118,11 @@ def read_rows(
 
 
 def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_error: OnError, note: Note) -> None:
-    """Raise one UserError of all faults, or note that what they are in is left out; do nothing where there is none.
+    """Raises one UserError for all faults, or notes what is left out because of them; does nothing if there are none.
 
     Args:
         faults: (place, fault) pairs.
-        right: how much is without fault; where nothing is, there is nothing to go on with.
+        right: how many are without fault; if none is, there is nothing to continue with, and "skip" raises too.
     """
     if not faults:
         return
@@ -130,7 +134,7 @@ def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_
 
 
 def check_record(record: Any) -> list[str]:
-    """What is wrong with a record, as "found ..., expected ..." sentences; empty when it is fine."""
+    """The faults of a record, as "found ..., expected ..." sentences; empty if it has none."""
     if not isinstance(record, dict):
         return [f"found {kind_of(record)}, expected {_FORMS}"]
     if "messages" in record:
@@ -145,7 +149,7 @@ def check_record(record: Any) -> list[str]:
 
 
 def _hint(record: Record) -> str:
-    """What a row that cannot be read looks like."""
+    """A hint at what an invalid row looks like, for the message about it."""
     if {"chosen", "rejected"} <= set(record):
         return " (a pair, which algorithms that learn from preferences read)"
     if "prompt" in record and (words := answer(record)) is not None and words.strip() not in str(record["prompt"]):
@@ -161,7 +165,7 @@ def _accept(row: Any) -> Accepted:
     if faults:
         return Accepted([], faults)
     read = ("messages",)
-    # A prompt without its completion, beside an instruction and the answer, is often all of it written out.
+    # A prompt without a completion, beside an instruction and an answer, is often both of those written out.
     written_out = "completion" not in row and row.get("instruction") and asks(row) and answer(row) is not None
     if "messages" not in row and "prompt" in row and not written_out:
         read = ("prompt", "completion")

@@ -1,7 +1,7 @@
-"""What goes into a chat template comes out of it: one function writes chats, for every objective and every answer.
+"""Chats as templates write them, with nothing lost: one function renders chats for every objective and every answer.
 
-A chat is written twice, as it is and with marks on its words (`jlora.data.marks`). Whatever the template leaves out is
-named. Without their marks both texts must be the same; a template for which they are not has its words looked for.
+A chat is rendered twice, as it is and with marks on its words (`jlora.data.marks`), so that whatever the template
+leaves out can be named. Without the marks both texts must be equal; if they are not, the words are searched for.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ BY_DESIGN = (
 class Written:
     """A chat as a template wrote it.
 
-    Args:
-      text: what it wrote.
-      messages: as they were handed to it: `arguments` as it reads them, no key that only jlora reads.
-      variables: the template's own.
-      tokenizer: whose template it is.
-      marked: the same with marks; None where these change what the template writes.
-      places: (number of a mark, its place in `text`) in order.
-      remarks: what should be known about it.
+    Attributes:
+        text: what it wrote.
+        messages: as they were given to it: `arguments` in the form that it reads, no keys that only jlora reads.
+        variables: what else the template was given.
+        tokenizer: the tokenizer that has the template.
+        marked: the chat with marks; None if marks change what the template writes.
+        places: (number of a mark, its place in `text`) in order.
+        remarks: notes on the chat.
     """
 
     text: str
@@ -47,7 +47,7 @@ class Written:
     remarks: tuple[str, ...] = ()
 
     def again(self, messages: Messages, *, ask: bool = False, marks: bool = False) -> str:
-        """What the template writes of other messages; with `ask` it asks for an answer."""
+        """Other messages as the template writes them; with `ask`, it asks for an answer at the end."""
         return render(
             messages,
             self.tokenizer,
@@ -66,21 +66,22 @@ def write(
 ) -> Written:
     """The chat as the tokenizer's template writes it.
 
-    Templates differ in how they read a call: `arguments` are handed over as an object, as transformers documents, and
-    as JSON text where the template cannot write that. Likewise a content that is missing is handed over as empty text,
-    and reasoning by its other names, where the template needs it so.
+    Templates differ in how they read a call: `arguments` are given as an object, as transformers documents, or as JSON
+    text if the template cannot write that. Likewise a missing content is given as empty text, and reasoning under other
+    names, if the template needs it.
 
-    What the template must write: the words of every message, tools, calls and their arguments; the reasoning of the
+    The template must write the words of every message, tools, calls and their arguments, and the reasoning of the
     messages in `trained`. What it writes only while a chat ends there (Qwen 3's reasoning of earlier turns, Mistral's
     system text) may be missing, as it is when the model answers.
 
     Args:
-        trained: indices of the messages that are learned.
-        ask: the template asks for an answer at the end.
+        variables: what else the template is given, such as tools.
+        trained: indices of the messages that are trained.
+        ask: whether the template asks for an answer at the end.
 
     Raises:
-        UserError: what is given is not messages, the template refuses them, or it leaves out something; the message
-            says what.
+        UserError: the messages are malformed, the template refuses them, or it leaves something out; the error says
+            what.
     """
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -93,7 +94,7 @@ def write(
             refused = refused or error
             continue
         if any(isinstance(message.get("content"), list) for message in candidate) and _PARTS.search(text):
-            continue  # parts as Python or JSON shows them: the template means them to be text
+            continue  # the parts are written as Python or JSON: the template expects text
         written = _marked(text, candidate, tokenizer, variables, ask)
         lost = _lost(written, set(trained))
         kept = _not_by_design(written, lost)
@@ -111,7 +112,7 @@ def write(
 
 
 def _spellings(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
-    """The messages as templates may want them, the documented spelling first."""
+    """The messages in the forms that templates may need, the documented form first."""
     plain = [_plain(message) for message in messages]
     called = any(message.get("tool_calls") for message in plain)
     reasoned = any(name in message for message in plain for name in REASONING)
@@ -130,7 +131,7 @@ def _spellings(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without what says whether it is trained and without an empty list of calls, its arguments objects."""
+    """A message without "train" and without an empty list of calls, its arguments as objects."""
     plain = {key: value for key, value in message.items() if key != "train"}
     if not plain.get("tool_calls"):
         plain.pop("tool_calls", None)
@@ -175,7 +176,7 @@ def _as_text(arguments: Any) -> Any:
 
 
 def _writes_python(messages: Messages, text: str) -> bool:
-    """Whether arguments stand there as Python shows an object: the template means them to be text."""
+    """Whether arguments are written as Python shows an object, which means that the template expects text."""
     calls = [call for message in messages for call in message.get("tool_calls", ()) if isinstance(call, dict)]
     functions = [call.get("function", call) for call in calls]
     objects = [function.get("arguments") for function in functions if isinstance(function, dict)]
@@ -189,7 +190,7 @@ def _with_tools(variables: Mapping[str, Any], marked: Marked | None) -> dict[str
 
 
 def _marked(text: str, messages: Messages, tokenizer: Any, variables: Mapping[str, Any], ask: bool) -> Written:
-    """The chat with its marks: on everything, or else on contents alone, or else none."""
+    """The chat with marks on everything, or else on contents only, or else without marks."""
     written = functools.partial(Written, text, messages, variables, tokenizer)
     for calls in (True, False):
         marked = Marked(messages, variables.get("tools"), calls=calls)
@@ -209,11 +210,11 @@ def _marked(text: str, messages: Messages, tokenizer: Any, variables: Mapping[st
 
 
 def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
-    """(text, its words) that the template left out, though it must write them."""
+    """(text, its missing words) for each text that the template must write and did not."""
     marked = written.marked or Marked(written.messages, written.variables.get("tools"), calls=False)
     seen = {number for number, _ in written.places}
     lost = []
-    # Words apart are found at once; each of the others is looked for in the whole text.
+    # Words between spaces are found at once; each of the others is searched for in the whole text.
     present = set(written.text.split())
     for leaf in marked.leaves:
         if leaf.kind == "reasoning" and leaf.message not in trained:
@@ -237,9 +238,9 @@ def _stands_in(word: str, text: str) -> bool:
 
 
 def _not_by_design(written: Written, lost: list[tuple[Leaf, list[str]]]) -> list[tuple[Leaf, list[str]]]:
-    """What is lost but for the words of assistants and system texts that the template writes while the chat ends there.
+    """What is lost, without the assistants' and system texts that the template does write while the chat ends there.
 
-    It is tried out on one of a kind: reasoning or words, of an answer with calls or without; a system text.
+    One text of each kind is tried: reasoning or content, of an answer with calls or without; a system text.
     """
     tried: dict[tuple[str, bool], bool] = {}
     kept = []
@@ -267,7 +268,7 @@ def _next_answer(messages: Messages, index: int) -> int:
 
 
 def _writes_alone(written: Written, leaf: Leaf, words: list[str], end: int) -> bool:
-    """Whether the template writes a text while the chat ends there."""
+    """Whether the template writes a text if the chat ends at message `end`."""
     ask = written.messages[leaf.message]["role"] != "assistant"
     try:
         if written.marked is None or leaf.first is None:
@@ -280,7 +281,7 @@ def _writes_alone(written: Written, leaf: Leaf, words: list[str], end: int) -> b
 
 
 def _describe_lost(written: Written, lost: list[tuple[Leaf, list[str]]]) -> str:
-    """What the template leaves out, and what to do."""
+    """The error message: what the template leaves out, and what to do about it."""
     shown = []
     for leaf, words in lost[:SHOWN]:
         found = " ".join(words)

@@ -1,4 +1,4 @@
-"""What two answers begin with: whether it is the prompt, and the answers without a prompt that they repeat."""
+"""The common start of two answers: whether it is the prompt, and the answers without a prompt that they repeat."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ from jlora.data.messages import Message
 Answer = str | list[Message]
 
 _SYSTEM_ROLES = ("system", "developer")
-# Columns that tell of a row and ask nothing, whatever stands before the last of the words.
+# Columns that describe a row and ask nothing: names that end in one of these words.
 _ABOUT_THE_ROW = re.compile(
     r"(?:.*[_\-. ])?(?:id|ids|uid|uuid|hash|index|source|sources|origin|dataset|subset|config|category|categories|"
     r"subcategory|split|model|models|generator|language|lang|locale|created|updated|at|time|timestamp|date|type|task|"
@@ -20,9 +20,9 @@ _ABOUT_THE_ROW = re.compile(
 )
 _ASKER = r"(?:human|user|question|q|instruction|prompt)"
 _ANSWERER = r"(?:assistant|ai|a|answer|response|bot|gpt|model|output)"
-# A text that is a dialogue from its start on.
+# A text that begins as a dialogue.
 _TRANSCRIPT = re.compile(rf"\s*(?:{_ASKER}\s*:|#{{2,}}\s*{_ASKER}\b|<\|\w+\|>|\[INST\]|<start_of_turn>)", re.IGNORECASE)
-# Somewhere in a text, the marks of one.
+# Marks of a dialogue anywhere in a text.
 _DIALOGUE = re.compile(
     rf"(?:^|\n)\s*(?:(?:human|user)\s*:|#{{2,}}\s*{_ASKER}\b)|<\|\w+\|>|\[/?INST\]|<start_of_turn>"
     rf"|\S[^\n]*\n\s*{_ANSWERER}\s*:\s*$",
@@ -31,9 +31,9 @@ _DIALOGUE = re.compile(
 
 
 def extract_prompt(chosen: Answer, rejected: Answer) -> tuple[Answer, Answer, Answer]:
-    """(prompt, chosen, rejected): the shared start taken off two answers, neither of which ends up empty.
+    """(prompt, chosen, rejected): the shared start, and the two answers without it, neither of them empty.
 
-    As TRL's function of this name: a space that ends a shared text stays with the answers.
+    As in TRL's function of this name, a space at the end of a shared text stays with the answers.
     """
     last = min(len(chosen), len(rejected)) - 1
     start = next((index for index in range(last + 1) if chosen[index] != rejected[index]), None)
@@ -45,7 +45,7 @@ def extract_prompt(chosen: Answer, rejected: Answer) -> tuple[Answer, Answer, An
 
 
 def holds_question(shared: Answer, questions: Sequence[str]) -> bool:
-    """Whether two answers begin with their prompt, beside which the row has its question once more.
+    """Whether two answers begin with their prompt, so that the question beside them is a repetition.
 
     Args:
         shared: what the answers begin with.
@@ -59,10 +59,10 @@ def holds_question(shared: Answer, questions: Sequence[str]) -> bool:
 
 
 def shared_text_faults(shared: str, row: Mapping[str, Any], sides: Sequence[str]) -> list[str]:
-    """What speaks against taking the text that two answers begin with for their prompt.
+    """A fault if the text that two answers begin with cannot be taken for their prompt.
 
-    A dialogue is a prompt. Any other text is one where nothing else in the row could ask, and where it is a line or at
-    least a word: two answers often begin with the same letters.
+    A dialogue is a prompt. Any other text is one only if nothing else in the row could be the question, and if it is a
+    line or at least a word: two answers often begin with the same letters.
     """
     if _DIALOGUE.search(shared) or _TRANSCRIPT.match(shared):
         return []
@@ -77,7 +77,7 @@ def shared_text_faults(shared: str, row: Mapping[str, Any], sides: Sequence[str]
 
 
 def without_prompt(prompt: Answer, chosen: Answer, rejected: Answer) -> tuple[Answer, Answer, Answer]:
-    """(prompt, chosen, rejected), the answers without the prompt, or the end of it, where both begin with that.
+    """(prompt, chosen, rejected), with the prompt, or its end, removed from the answers if both begin with it.
 
     A system text that both answers begin with goes to the front of the prompt. All three are text or all are messages.
     """
@@ -85,7 +85,7 @@ def without_prompt(prompt: Answer, chosen: Answer, rejected: Answer) -> tuple[An
     if isinstance(prompt, str):
         if _TRANSCRIPT.match(shared) and _plain(prompt) and _plain(prompt) in _plain(shared):
             return extract_prompt(chosen, rejected)
-        # A word alone may well begin both answers.
+        # Both answers may well begin with the same single word.
         repeated = len(prompt.split()) > 1 and shared.startswith(prompt)
         return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if repeated else (prompt, chosen, rejected)
     head = list(itertools.takewhile(lambda message: message["role"] in _SYSTEM_ROLES, shared))
@@ -99,7 +99,7 @@ def without_prompt(prompt: Answer, chosen: Answer, rejected: Answer) -> tuple[An
 
 
 def with_question(question: list[Message], chosen: list, rejected: list) -> tuple[list, list, list]:
-    """(prompt, chosen, rejected) of two conversations whose shared start lacks the question, or not."""
+    """(prompt, chosen, rejected) of two conversations; the question joins their shared start if it has none."""
     shared, chosen, rejected = extract_prompt(chosen, rejected)
     if any(message["role"] == "user" for message in shared):
         return shared, chosen, rejected

@@ -1,4 +1,4 @@
-"""Text and messages to tokens: the tokenizer, its own chat template, and what that writes behind an answer."""
+"""From text and messages to tokens: the tokenizer, its chat template, and what the template writes after an answer."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from jlora.errors import UserError
 
 ROLES_SHOWN = 12
 FOLD_HINT = 'data.system="fold" (--fold_system) puts the system text at the beginning of the first user\'s turn'
-# Put before a template of one's own, so that whatever reads it folds alike: training, exports and what serves these.
+# Prepended to a template, so that all its readers fold alike: training, exports, and whatever serves those.
 FOLD = (
     "{%- if messages | length > 1 and messages[0]['role'] in ('system', 'developer') and messages[1]['role'] == 'user'"
     " %}{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
@@ -21,17 +21,17 @@ FOLD = (
 
 
 def template_variables(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record hands to the chat template besides its messages: its tools, and its chat_template_kwargs.
+    """What a record gives the chat template besides its messages: its tools and its chat_template_kwargs.
 
-    No tools are as good as an empty list of them, and are not handed on.
+    An empty list of tools is left out, as if there were none.
     """
     return ({"tools": record["tools"]} if record.get("tools") else {}) | record.get("chat_template_kwargs", {})
 
 
 def fold_system(tokenizer: Any) -> None:
-    """Let the tokenizer's chat template write a system text as the beginning of the first user's turn.
+    """Makes the tokenizer's chat template write a system text at the start of the first user's turn.
 
-    The template itself is changed, so that it is the same wherever the tokenizer goes, exports included.
+    This changes the template itself, so that it is the same wherever the tokenizer goes, exports included.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -47,9 +47,9 @@ def fold_system(tokenizer: Any) -> None:
 
 
 def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
-    """The tokens of plain text; with `end` the last one is the tokenizer's end-of-text token.
+    """The tokens of plain text, int32 [T]; with `end`, the last one is the tokenizer's end-of-text token.
 
-    A text that begins with the beginning-of-text token, as a rendered chat does, gets no second one.
+    A text that begins with the beginning-of-text token, as a rendered chat does, does not get a second one.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     tokens = np.asarray(_call(tokenizer, text, add_special_tokens=not begun)["input_ids"], np.int32)
@@ -66,12 +66,12 @@ def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
 
 
 def rendered_tokens(text: str, tokenizer: Any) -> np.ndarray:
-    """The tokens of what a chat template wrote, which has its special tokens in it."""
+    """The tokens of a chat template's output, which contains its special tokens already."""
     return np.asarray(_call(tokenizer, text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def placed_tokens(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tokens of what a chat template wrote, and [T, 2] where each begins and ends there; None if not told."""
+    """The tokens of a chat template's output, and [T, 2] where each begins and ends in it; None for slow tokenizers."""
     if not getattr(tokenizer, "is_fast", False):
         return rendered_tokens(text, tokenizer), None
     found = _call(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
@@ -85,10 +85,10 @@ def render(
     add_generation_prompt: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text that the chat template makes of the messages, with `variables` of its own such as tools.
+    """The text that the chat template makes of the messages and of `variables`, such as tools.
 
     Raises:
-        UserError: the template refuses the messages, or fails on them in whatever way.
+        UserError: the template refuses the messages, or fails on them in any way.
     """
     import jinja2  # transformers renders chat templates with it
 
@@ -119,7 +119,7 @@ def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables
 
 
 def require_template(tokenizer: Any, chats: int, records: int) -> None:
-    """Raises ValueError when there are chats and the tokenizer has no chat template."""
+    """Raises UserError if there are chats and the tokenizer has no chat template."""
     if chats and not tokenizer.chat_template:
         raise UserError(
             f"{chats} of {records} records are chats, but the tokenizer has no chat template; use a model whose "
@@ -128,13 +128,13 @@ def require_template(tokenizer: Any, chats: int, records: int) -> None:
 
 
 def template_stop(tokenizer: Any) -> int | None:
-    """The first special token that the template writes behind an assistant's words, or None when it writes none."""
+    """The first special token that the template writes after an assistant's words; None if it writes none."""
     tokens, stop = _behind_answer(tokenizer)
     return tokens[stop] if stop < len(tokens) else None
 
 
 def template_tail(tokenizer: Any) -> list[int]:
-    """The tokens that the chat template writes behind the one that ends an answer; none without a template."""
+    """The tokens that the chat template writes after the one that ends an answer; none without a template."""
     if not tokenizer.chat_template:
         return []
     tokens, stop = _behind_answer(tokenizer)
@@ -148,7 +148,7 @@ def special_tokens(tokenizer: Any) -> set[int]:
 
 
 def as_messages(side: str | list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
-    """Messages as they are, and a text as one message."""
+    """Messages as they are, or a text as one message of the given role."""
     return [{"role": role, "content": side}] if isinstance(side, str) else side
 
 
@@ -164,10 +164,10 @@ def _folding(template: str) -> str:
 
 
 def _call(tokenizer: Any, text: str, **settings: Any) -> Mapping[str, Any]:
-    """What the tokenizer makes of a text.
+    """The tokenizer's output for a text.
 
     Raises:
-        UserError: it takes no such text, whatever it raises; a lone surrogate, for instance, has no bytes.
+        UserError: the tokenizer fails on the text in any way; a lone surrogate, for instance, has no bytes.
     """
     try:
         return tokenizer(text, **settings)
@@ -183,5 +183,5 @@ def _call(tokenizer: Any, text: str, **settings: Any) -> Mapping[str, Any]:
 
 
 def _behind_answer(tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that the template writes behind an assistant's words, and the place of the first special one."""
+    """The tokens that the template writes after an assistant's words, and the index of the first special one."""
     return behind_words(chat_text(lambda chat: render(chat, tokenizer)), tokenizer)

@@ -1,7 +1,7 @@
 """Where the turns of a rendered chat start and end in its tokens.
 
-Marks say where each message's words stand. What a template writes between two turns is learned from the first pair of
-a kind, so that a chat of n messages is rendered a few times, not n times.
+Marks show where each message's words are. What a template writes between two turns is learned from the first such pair
+of each kind, so that a chat of n messages is rendered a few times, not n times.
 """
 
 import re
@@ -15,14 +15,14 @@ from jlora.data.rendered import Written
 from jlora.data.template import common_prefix, placed_tokens, rendered_tokens, special_tokens
 from jlora.errors import UserError
 
-# In the place of a turn's words it shows where they stand in what a template writes.
+# Put in place of a turn's words, it shows where a template writes them.
 SHOWN_AS = "\N{OBJECT REPLACEMENT CHARACTER}"
 _PIECE = re.compile(r"<[^<>]*>|\s+|[^<\s]+|<")
-_KINDS = 8  # ways in which turns of a kind may follow each other; more are not remembered
+_KINDS = 8  # remembered ways in which turns of one kind follow each other
 
 
 class _Run(NamedTuple):
-    """Where words of a message stand together in the text, and where the words before them end and the next start."""
+    """Where a message's words are contiguous in the text, and where the words before them end and the next start."""
 
     before: int
     first: int
@@ -35,8 +35,8 @@ class Turns:
     """The turns of a chat.
 
     Args:
-      written: the chat.
-      stop: the token that ends an answer, or None where the template writes none.
+        written: the chat.
+        stop: the token that ends an answer, or None if the template writes none.
     """
 
     def __init__(self, written: Written, stop: int | None) -> None:
@@ -49,14 +49,14 @@ class Turns:
         self._runs = self._find_runs()
 
     def start(self, index: int) -> int:
-        """The first token of a turn: the first that the model writes when it answers with it."""
+        """The index of a turn's first token: the first one that the model writes when this turn is its answer."""
         if index not in self._runs:
             return self._by_prefix(index)[0]
         return self._token(self._start_place(index))
 
     def places(self, index: int) -> np.ndarray:
-        """The places of a turn's tokens, its stop token among them; in order, and not all together where the template
-        writes other words in between (Gemma 4 a tool's result, between a call and what is said beside it).
+        """The indices of a turn's tokens in order, its stop token included. They have gaps if the template writes other
+        words in between: Gemma 4 writes a tool's result between a call and what is said beside it.
         """
         if index not in self._runs:
             return np.arange(*self._by_prefix(index))
@@ -66,7 +66,7 @@ class Turns:
         return np.concatenate([np.arange(*pair) for pair in zip(starts, ends, strict=True)])
 
     def _end(self, index: int, run: "_Run") -> int:
-        """The end (exclusive) of a turn, its stop token inside."""
+        """The end (exclusive) of a turn, after its stop token."""
         first, end = self._token(run.last), self._token(run.following)
         if self._stop is not None and len(found := np.flatnonzero(self.tokens[first:end] == self._stop)):
             return first + int(found[0]) + 1
@@ -75,7 +75,7 @@ class Turns:
         return self._token(self._closing(index, run))
 
     def _find_runs(self) -> dict[int, list["_Run"]]:
-        """Of each message where its words stand together: mostly in one place."""
+        """For each message, the runs of its words in the text: mostly just one."""
         marked, places, found = self._written.marked, self._written.places, {}
         if marked is None:
             return {}
@@ -89,7 +89,7 @@ class Turns:
         return found
 
     def _token(self, place: int) -> int:
-        """The first token that ends behind a place of the text."""
+        """The index of the first token that ends after a place in the text."""
         if place >= len(self._written.text):
             return len(self.tokens)
         if self._offsets is not None:
@@ -97,7 +97,7 @@ class Turns:
         return common_prefix(rendered_tokens(self._written.text[:place], self._written.tokenizer), self.tokens)
 
     def _start_place(self, index: int) -> int:
-        """Where a turn starts in the text: behind what the template writes to ask for it."""
+        """Where a turn starts in the text: after what the template writes to ask for it."""
         before, first = self._runs[index][0].before, self._runs[index][0].first
         gap = self._written.text[before:first]
         kind = self._kind(index)
@@ -118,8 +118,8 @@ class Turns:
         return index == 0, messages[index]["role"], before.get("role"), bool(before.get("tool_calls"))
 
     def _ask(self, index: int, gap: str) -> tuple[str, int] | None:
-        """What stands behind the last word before a turn when the template asks for the turn, and how much of it stands
-        there when it does not ask.
+        """What the template writes after the last word before a turn when it asks for the turn, and the length of what
+        it writes there when it does not ask; None if this cannot be told.
         """
         marked, places = self._written.marked, self._written.places
         own = next(place for place, (number, _) in enumerate(places) if marked.owners[number] == index)
@@ -138,12 +138,14 @@ class Turns:
         return None if base is None else (asked, len(base))
 
     def _behind(self, index: int, last: int, *, ask: bool) -> str | None:
-        """What the template writes behind a mark where the chat ends before a message; None if it is not the last."""
+        """What the template writes after a mark if the chat ends before a message; None if another mark is last."""
         text, places = read_marks(self._written.again(self._written.marked.messages[:index], ask=ask, marks=True))
         return text[places[-1][1] :] if places and places[-1][0] == last else None
 
     def _behind_opening(self, index: int, gap: str) -> int:
-        """Behind the opening of an answer as the template writes it at the end of the chat, or else the words alone."""
+        """Where a turn starts in the gap before it: after the opening of an answer, as the template writes it at the
+        end of the chat, or else at the words themselves.
+        """
         pieces = _PIECE.findall(self._ask_again())
         while pieces:
             opening = "".join(pieces)
@@ -155,7 +157,7 @@ class Turns:
         return len(gap) - len(leading) if gap.endswith(leading) else len(gap)
 
     def _ask_again(self) -> str:
-        """What the template writes behind the chat to ask for one more answer; "" if it rewrites the chat for that."""
+        """What the template writes after the chat to ask for one more answer; "" if it rewrites the chat for that."""
         if self._opening is None:
             text = self._written.text
             try:
@@ -166,10 +168,10 @@ class Turns:
         return self._opening
 
     def _closing(self, index: int, run: "_Run", *, alone: bool = False) -> int:
-        """Where a turn ends in the text: behind what the template writes there while the chat ends with the turn, or,
-        with `alone`, with the turn without what it says beside its calls.
+        """Where a turn ends in the text: after what the template writes there when the chat ends with the turn; with
+        `alone`, when it ends with the turn without its content.
 
-        Another special token may stand in the place of the last one: gpt-oss ends earlier answers with one of its own.
+        Another special token may replace the last one: gpt-oss ends earlier answers with a token of its own.
         """
         region = self._written.text[run.last : run.following]
         message = self._written.messages[index]
@@ -186,7 +188,7 @@ class Turns:
         return run.last + own + self._closings[key]
 
     def _tail(self, index: int, number: int, *, alone: bool) -> str:
-        """What the template writes behind a mark while the chat ends with a turn; "" where it writes no such chat."""
+        """What the template writes after a mark when the chat ends with a turn; "" if it refuses such a chat."""
         *before, message = self._written.marked.messages[: index + 1]
         try:
             written = self._written.again([*before, message | {"content": ""} if alone else message], marks=True)
@@ -196,7 +198,7 @@ class Turns:
         return text[places[-1][1] :] if places and places[-1][0] == number else ""
 
     def _special_behind(self, index: int, place: int) -> int:
-        """The end of the special token that stands at a place of the text, unless it opens the next turn."""
+        """The end of the special token at a place in the text; the place itself without one, or if it opens a turn."""
         token = self._token(place)
         if self._offsets is None or token == len(self.tokens) or self._offsets[token, 0] != place:
             return place
@@ -207,7 +209,7 @@ class Turns:
         return place if int(self.tokens[token]) not in self._special or opens else end
 
     def _by_prefix(self, index: int) -> tuple[int, int]:
-        """A turn whose words bear no marks, from what the template writes of the messages before it."""
+        """(start, end) of a turn without marks, from what the template writes for the messages before it."""
         written, text = self._written, self._written.text
         asked = base = None
         if index:
@@ -220,7 +222,7 @@ class Turns:
         if known:
             whole = _whole(asked, len(_alike(asked, text)))
             start, end = self._token(len(asked) if text.startswith(asked) else max(len(base), whole)), None
-        else:  # what comes before reads otherwise without the rest: the turn is what changes with its words
+        else:  # what comes before is written differently without the rest: the turn is what changes with its words
             start, end = self._by_change(index)
         later = [runs[0].first for other, runs in self._runs.items() if other > index]
         behind = self.tokens[start : self._token(min(later, default=len(text)))]
@@ -249,7 +251,7 @@ class Turns:
 def _fit(asked: str, least: int, gap: str, *, exact: bool = False) -> int | None:
     """How much of a gap between two turns asks for the second one; None if the gap is of another kind.
 
-    The spaces at the end of the first turn's words may differ; with `exact` they do not.
+    The spaces at the end of the first turn's words may differ, except with `exact`.
     """
     spaces, other = (len(text) - len(text.lstrip()) for text in (asked, gap))
     if not exact and (not asked.strip() or not gap.strip()):
@@ -265,12 +267,12 @@ def _fit(asked: str, least: int, gap: str, *, exact: bool = False) -> int | None
 
 
 def _whole(text: str, shared: int) -> int:
-    """How much of the start of a text is whole pieces of it (a tag, a word, spaces): not "<t" of "<think>"."""
+    """How much of the first `shared` characters is whole pieces (a tag, a word, spaces): not "<t" of "<think>"."""
     return max((piece.end() for piece in _PIECE.finditer(text) if piece.end() <= shared), default=0)
 
 
 def _alike(first: str, second: str) -> str:
-    """The start that two texts share."""
+    """The common start of two texts."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

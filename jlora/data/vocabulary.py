@@ -1,4 +1,4 @@
-"""Which tokens a model knows: a tokenizer that refuses those that its embedding has no row for."""
+"""Which tokens a model knows: a tokenizer that refuses tokens without a row in the model's embedding."""
 
 import datetime
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora.errors import UserError
 
-# What can be done about tokens that an embedding has no row for.
+# What a user can do about tokens without a row.
 RESIZE = (
     "use the tokenizer that belongs to the model, or resize the base: --vocab=tokenizer, "
     "model.resize_vocab='tokenizer' in a recipe, jlora.load(..., vocab='tokenizer')"
@@ -18,26 +18,30 @@ DIRECTIVES = "aAbBcdDeFGhHIjlkmMpRsSTuUVwWxXyYzZ"  # of strftime
 
 
 class Fitted:
-    """A tokenizer that refuses texts with tokens that the model has no row for; in everything else the tokenizer.
+    """A tokenizer that refuses texts with tokens that the model has no row for; otherwise it behaves as the original.
 
-    What is looked up beyond an embedding's rows is not a number, and neither is anything that is computed from it.
+    Lookups beyond an embedding's rows give NaN, and so does everything computed from them.
+
+    Args:
+        rows: the number of rows of the model's embedding.
+        date: what `strftime_now` of chat templates tells; None for the clock.
     """
 
     def __init__(self, tokenizer: Any, rows: int, date: datetime.datetime | None = None) -> None:
         self.tokenizer, self.rows, self.date = tokenizer, rows, date
 
     def apply_chat_template(self, *messages: Any, **settings: Any) -> Any:
-        """What the template makes of the messages; its `strftime_now` tells `date`, if there is one."""
+        """The tokenizer's `apply_chat_template`, with `strftime_now` telling `date` if there is one."""
         if self.date is not None:
             template = self.tokenizer.get_chat_template(settings.get("chat_template"), settings.get("tools"))
             settings = settings | {"chat_template": _dated(template, self.date)}
         return self.tokenizer.apply_chat_template(*messages, **settings)
 
     def __call__(self, *texts: Any, **settings: Any) -> Any:
-        """What the tokenizer makes of the texts.
+        """The tokenizer's output for the texts.
 
         Raises:
-            UserError: tokens without a row; they are named.
+            UserError: some tokens do not have a row; they are named.
         """
         encoded = self.tokenizer(*texts, **settings)
         require_rows(encoded["input_ids"], self)
@@ -50,14 +54,14 @@ class Fitted:
         return tokens
 
     def __getattr__(self, name: str) -> Any:
-        if name == "tokenizer":  # not there yet while an object is copied or unpickled
+        if name == "tokenizer":  # not set yet while an object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
 
 def _dated(template: str, date: datetime.datetime) -> str:
-    """The template with a `strftime_now` of its own, which tells this date: transformers' tells the clock's, and makes
-    text of a function that it is given.
+    """The template with its own `strftime_now`, which tells this date: transformers' tells the clock's, and would turn
+    a function that is passed in into text.
     """
     if "strftime_now" not in template:
         return template
@@ -67,22 +71,22 @@ def _dated(template: str, date: datetime.datetime) -> str:
 
 
 def fitted(tokenizer: Any, rows: int, date: datetime.datetime | None = None) -> Fitted:
-    """The tokenizer for a model whose embedding has so many rows.
+    """The tokenizer for a model whose embedding has `rows` rows.
 
     Args:
-        date: that chat templates see; None: the one that the tokenizer was fitted with, or today.
+        date: the date that chat templates see; None for the one that the tokenizer was fitted with, or else today.
     """
     kept = tokenizer.date if isinstance(tokenizer, Fitted) else None
     return Fitted(unfitted(tokenizer), rows, date or kept)
 
 
 def unfitted(tokenizer: Any) -> Any:
-    """The tokenizer that a fitted one stands for."""
+    """The tokenizer inside a fitted one; any other tokenizer as it is."""
     return tokenizer.tokenizer if isinstance(tokenizer, Fitted) else tokenizer
 
 
 def require_rows(tokens: Sequence[Any] | np.ndarray, tokenizer: Any) -> None:
-    """Raise UserError if the model of a fitted tokenizer lacks rows for some of these tokens, or lists of them."""
+    """Raises UserError if the model of a fitted tokenizer lacks rows for any of these tokens (or lists of tokens)."""
     if not isinstance(tokenizer, Fitted):
         return
     ids = _flat(tokens)

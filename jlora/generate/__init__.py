@@ -1,4 +1,4 @@
-"""Text from a model: decoding with a KV cache and rows that are refilled, greedy or sampled."""
+"""Text generation, greedy or sampled: decoding with a KV cache and rows that are refilled as sequences finish."""
 
 from jlora.generate.decode import Decoded, decode
 from jlora.generate.rollout import Completion, Rollout, policy_digest, rollout

@@ -1,4 +1,4 @@
-"""What a caller asks for, one thing for each prompt: a single prompt needs no list around it."""
+"""Arguments with one value for each prompt: a single prompt does not need a list around it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ EXPECTED = "expected a text, or a list of chat messages with role and content"
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts; of one text or one chat alone a list of one.
+    """The prompts as a list; a single text or chat becomes a list of one.
 
     Raises:
-        UserError: something else is among them; all such places are listed.
+        UserError: some prompts are neither texts nor chats; all of them are listed.
     """
     alone = isinstance(prompts, str) or (_is_list(prompts) and len(prompts) > 0 and all(map(_is_message, prompts)))
     found = [prompts] if alone else list(prompts) if _is_list(prompts) else None
@@ -31,14 +31,14 @@ def as_prompts(prompts: Any) -> list[Prompt]:
 
 
 def one_each(name: str, given: Any, single: type | tuple[type, ...], count: int) -> list[Any]:
-    """What is given for each of so many prompts; for one prompt it may stand alone.
+    """One value for each of `count` prompts; for one prompt the value may be given without a list.
 
     Args:
-        name: of the argument.
-        single: what one is, where it is not to be taken for several.
+        name: the argument's name, for the error message.
+        single: the type or types of one value.
 
     Raises:
-        UserError: there are more or fewer than prompts.
+        UserError: there are not as many values as prompts.
     """
     found = [given] if isinstance(given, single) else list(given)
     if len(found) != count:
@@ -48,7 +48,7 @@ def one_each(name: str, given: Any, single: type | tuple[type, ...], count: int)
 
 
 def choices(adapters: Choice | Sequence[Choice] | None, count: int) -> list[Choice]:
-    """What each prompt takes of a bank; None is the base alone."""
+    """Each prompt's choice from a bank; None is the base alone."""
     return [None] * count if adapters is None else one_each("adapters", adapters, (str, Mapping), count)
 
 

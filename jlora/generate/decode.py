@@ -1,4 +1,4 @@
-"""The decode loop, all of it inside one jit: a queue of prompts through a few rows, refilled as they finish."""
+"""The decode loop, all inside one jit: a queue of prompts runs through a few rows, refilled as they finish."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ class Decoded(NamedTuple):
     """What follows each prompt.
 
     Attributes:
-        tokens: the new tokens; 0 behind the count.
+        tokens: the new tokens; 0 after the count.
         counts: how many there are. The last one is the first stop token, if that came before `max_new_tokens`.
         log_probs: of each new token under softmax(logits / temperature) over the whole vocabulary: the policy's, before
-            `top_k` and `top_p` cut it. 0 behind the count.
+            `top_k` and `top_p` cut it. 0 after the count.
     """
 
     tokens: Int[Array, "Q new"]
@@ -51,32 +51,41 @@ def decode(
     copies: Int[Array, "Q"] | None = None,
     adapters: tuple[Int[Array, "Q K"], Float[Array, "Q K"]] | None = None,
 ) -> Decoded:
-    """What follows each of Q prompts, of which at most `rows` run at a time.
+    """The continuations of Q prompts, at most `rows` of which run at a time.
 
-    A sequence depends on its prompt and its key, not on its place in the queue or the rows that it shares. Params are
-    used as they are: packed, sharded, adapters beside the base.
+    A sequence depends on its prompt and its key, not on its place in the queue or on the other rows. Params are used as
+    they are: packed, sharded, with adapters beside the base.
 
     Args:
         tokens: prompts padded on the left.
-        lengths: tokens of each prompt; a prompt of none fills the queue and never runs.
-        keys: one random key a prompt.
-        rows: memory for keys and values is that of this many sequences (and of `prompts`).
-        greedy: take the likeliest token; `top_k` and `top_p` are not looked at, and `temperature` is the log-probs'.
-        prompts, copies: places in the queue of prompts that are all different, and for every prompt of the queue which
-            of these it is. Each is then read once, before the first token is drawn, and kept till the end.
-        adapters: of params that are a bank's (`jlora.lora.Bank`), the numbers of each prompt's adapters and their
+        lengths: tokens of each prompt; a prompt of length 0 only fills the queue and never runs.
+        keys: one random key per prompt.
+        rows: the number of sequences at a time; keys and values take memory for this many (and for `prompts`).
+        max_new_tokens: the most new tokens of a sequence.
+        stop_ids: tokens that end a sequence.
+        greedy: take the likeliest token; `top_k` and `top_p` are ignored, and `temperature` applies to log-probs only.
+        temperature, top_k, top_p: see `sample`.
+        prompts, copies: places in the queue of its distinct prompts, and for every prompt of the queue which of these
+            it is. Each distinct prompt is then read once, before the first token is drawn, and kept to the end.
+        adapters: if the params are a bank's (`jlora.lora.Bank`), the numbers of each prompt's adapters and their
             weights; copies of a prompt share them.
+
+    Returns:
+        The new tokens of each prompt, their counts and their log-probabilities.
+
+    Raises:
+        UserError: `adapters` are not for Q prompts.
     """
     if adapters is not None and len(adapters[0]) != len(tokens):
         raise UserError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
-    order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before what only fills the queue
+    order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before the queue's filling
     decoder = _Decoder(model, params, tokens, lengths, keys, order, settings, adapters)
     if prompts is not None:
         decoder = dataclasses.replace(decoder, copies=copies, read=decoder.prefill(prompts))
 
     def turn(state: _State) -> _State:
-        # Two loops rather than one with a choice inside: the cache is updated in place, and a step asks one question.
+        # Two loops rather than one with a branch inside, so that the cache is updated in place and a step has one test.
         state = jax.lax.while_loop(decoder.may_refill, decoder.refill, state)
         return jax.lax.while_loop(lambda state: state.running & ~decoder.may_refill(state), decoder.step, state)
 
@@ -96,14 +105,14 @@ class _Settings(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where the queue and its rows stand.
+    """The state of the queue and its rows.
 
     Attributes:
         taken: how many prompts have been taken from the queue.
-        owners: int32 [B], the number of each row's prompt; Q where the row is free.
+        owners: int32 [B], the number of each row's prompt; Q for a free row.
         steps: int32 [B], how many new tokens each row has.
         last: int32 [B], the newest of them, not in the cache yet.
-        cache: with T columns for prompts and the others for new tokens.
+        cache: T columns for prompts, the others for new tokens.
         found: what has been drawn so far.
     """
 
@@ -125,11 +134,11 @@ class _State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """The queue, and what is done with it.
+    """The queue and the operations on it.
 
     Attributes:
-        adapters: numbers and weights of each prompt's, where the params are a bank's.
-        copies, read: which of the prompts that were read beforehand each one is, and what `prefill` made of those.
+        adapters: numbers and weights of each prompt's adapters, if the params are a bank's.
+        copies, read: which of the prompts read beforehand each one is, and the result of `prefill` for those.
     """
 
     model: Model
@@ -144,10 +153,10 @@ class _Decoder:
     read: tuple[jax.Array, Cache] | None = None
 
     def start(self, rows: int) -> _State:
-        """Nothing taken, every row free."""
+        """The initial state: nothing taken, every row free."""
         (queue, width), new = self.tokens.shape, self.settings.max_new_tokens
         cache = self.model.empty_cache(self.params, rows, width + new - 1)  # the last token is never read
-        if rows < queue:  # otherwise all rows start together, and one length does for all
+        if rows < queue:  # otherwise all rows start together, and one length serves all
             cache = dataclasses.replace(cache, length=jnp.full(rows, width, jnp.int32))
         shape = (queue, new)
         found = Decoded(jnp.zeros(shape, jnp.int32), jnp.zeros(queue, jnp.int32), jnp.zeros(shape, jnp.float32))
@@ -164,7 +173,7 @@ class _Decoder:
         return (waiting > 0) & (jnp.sum(state.free) >= jnp.minimum(self._refills(state), waiting))
 
     def refill(self, state: _State) -> _State:
-        """The next prompts in free rows, each with its first new token."""
+        """Puts the next prompts into free rows, each with its first new token."""
         queue = len(self.tokens)
         count = self._refills(state)
         (rows,) = jnp.nonzero(state.free, size=count, fill_value=len(state.owners))
@@ -189,7 +198,7 @@ class _Decoder:
         )
 
     def prefill(self, numbers: Int[Array, "R"]) -> tuple[jax.Array, Cache]:
-        """(the last hidden states [R, D], the cache) of these prompts of the queue; numbers out of range have none."""
+        """(the last hidden states [R, D], the cache) of these prompts of the queue; numbers out of range: padding."""
         width = self.tokens.shape[1]
         lengths = self.lengths.at[numbers].get(mode="fill", fill_value=0)
         columns = jnp.arange(width, dtype=jnp.int32)[None, :]
@@ -202,7 +211,7 @@ class _Decoder:
         return hidden[:, -1], cache
 
     def step(self, state: _State) -> _State:
-        """One more token in every row. What free rows compute is written nowhere that is read."""
+        """Draws one more token in every row. The results of free rows are never read."""
         lengths = self.lengths.at[state.owners].get(mode="clip")
         positions = (lengths + state.steps - 1)[:, None]
         params = self._params_of(state.owners)
@@ -210,25 +219,25 @@ class _Decoder:
             params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache
         )
         token, done, found = self._draw(state.found, state.owners, state.steps, hidden[:, 0])
-        # A free row's steps stand still: its positions stay among those that the model has.
+        # A free row's steps do not advance, so that its positions stay within the model's.
         steps = jnp.where(state.free, state.steps, state.steps + 1)
         return _State(state.taken, jnp.where(done, len(self.tokens), state.owners), steps, token, cache, found)
 
     def _params_of(self, numbers: Int[Array, "B"]) -> Params:
-        """The params for rows of these prompts."""
+        """The params for rows with these prompts: a bank's adapters chosen for each."""
         if self.adapters is None:
             return self.params
         return lora.choose(self.params, *(of_prompts.at[numbers].get(mode="clip") for of_prompts in self.adapters))
 
     def _refills(self, state: _State) -> int:
-        """How many prompts a refill takes."""
+        """How many prompts a refill takes at most."""
         rows = len(state.owners)
         return rows if rows == len(self.tokens) else max(1, rows // 4)
 
     def _draw(
         self, found: Decoded, owners: jax.Array, steps: jax.Array, hidden: jax.Array
     ) -> tuple[jax.Array, jax.Array, Decoded]:
-        """(the tokens after `hidden`, whether each is its sequence's last, everything found with these in it)."""
+        """(the tokens after `hidden`, whether each is its sequence's last, `found` with these tokens added)."""
         settings = self.settings
         logits = self.model.logits(self._params_of(owners), hidden)
         if settings.greedy:

@@ -17,7 +17,7 @@ from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
 
-# How many prompts a message names.
+# How many prompts an error message names.
 NAMED = 3
 
 
@@ -25,7 +25,7 @@ class Completion(NamedTuple):
     """What was drawn after a prompt.
 
     Attributes:
-        tokens: int32, the stop token included if it was reached.
+        tokens: int32, including the stop token if it was reached.
         log_probs: float32, of each token under softmax(logits / temperature) over the whole vocabulary: the policy's,
             before `top_k` and `top_p` cut it.
         finished: whether the stop token was reached.
@@ -47,13 +47,13 @@ class Queue(NamedTuple):
     """One call of `decode`.
 
     Attributes:
-        numbers: which of all the prompts these are.
+        numbers: indices of these prompts among all prompts.
         tokens: int32 [Q, T], padded on the left.
-        lengths: int32 [Q]; 0 for what only fills the queue.
+        lengths: int32 [Q]; 0 for entries that only fill the queue.
         keys: [Q].
-        prompts: int32 [P], places in the queue of its different prompts, where reading these beforehand pays: they are
-            half as many or fewer, and no more than rows. P is a power of two; what is over is Q. Else None.
-        copies: int32 [Q], the number in `prompts` of each prompt; None where that is.
+        prompts: int32 [P], places in the queue of its distinct prompts, if reading these beforehand pays: P is at most
+            half the number of prompts, and at most the rows. P is a power of two; unused entries are Q. Else None.
+        copies: int32 [Q], each prompt's index in `prompts`; None if that is None.
     """
 
     numbers: list[int]
@@ -78,20 +78,26 @@ def rollout(
     top_p: int | float = 1.0,
     bucket: int = 64,
 ) -> Rollout:
-    """A sampled completion of every prompt, up to and with a stop token or of `max_new_tokens`.
+    """A sampled completion of every prompt, up to and including a stop token, or of `max_new_tokens` tokens.
 
-    A completion depends on its prompt and its key, not on the prompts beside it.
+    A completion depends on its prompt and its key, not on the other prompts.
 
     Args:
         prompts: token ids.
-        keys: one random key a prompt.
+        keys: one random key per prompt.
         rows: how many sequences run at a time.
-        temperature: 0 takes the likeliest token each time; log-probabilities are then those at 1.
+        max_new_tokens: the most tokens of a completion.
+        stop_ids: tokens that end a completion.
+        temperature: 0 takes the likeliest token each time; log-probabilities are then those at temperature 1.
         top_k, top_p: see `sample`.
-        bucket: prompts are padded to a multiple of this.
+        bucket: prompts are padded to a multiple of this many tokens.
+
+    Returns:
+        The completions in the order of the prompts, and the digest of the adapters that drew them.
 
     Raises:
-        ValueError: no prompts, empty ones, or settings out of range; all are listed. Or params of `Bank.choose`.
+        ValueError: no prompts, prompts or keys that do not fit, or settings out of range; all are listed. Or the params
+            are those of `Bank.choose`.
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
     checked = settings | dict(rows=rows, bucket=bucket, temperature=temperature)
@@ -115,9 +121,9 @@ def rollout(
 
 
 def policy_digest(trainable: Params) -> UInt32[Array, ""]:
-    """A number that changes with any one weight, name or shape of the trainable leaves, and not with their sharding.
+    """A number that changes with any one weight, name or shape of the trainable leaves, but not with their sharding.
 
-    `lora.split(params)[1]` gives those of a whole tree. The number is the same in every jit that computes it.
+    `lora.split(params)[1]` gives the trainable leaves of a whole tree. The number is the same in every jit.
     """
     total = jnp.uint32(0)
     for path, leaf in tree.flatten(trainable).items():
@@ -137,16 +143,16 @@ def queues(
     most: int | None = None,
     tags: Sequence[Hashable] | None = None,
 ) -> Iterator[Queue]:
-    """The prompts from short to long, in queues whose prompts are padded to one multiple of `bucket`.
+    """The prompts from short to long, in queues that each pad their prompts to one multiple of `bucket`.
 
-    A queue is filled up to `rows` times a power of two, so that few shapes are compiled. It holds several times `rows`
-    prompts only where those would be padded alike: long prompts are not waited for, and no row runs alone for long.
-    Where prompts come several times, a queue is kept short enough for its different ones to be read beforehand.
+    A queue is filled up to `rows` times a power of two, so that few shapes are compiled. It holds more than `rows`
+    prompts only if those are padded alike: short prompts do not wait for long ones, and no row runs alone for long. If
+    prompts repeat, a queue is kept short enough for its distinct prompts to be read beforehand.
 
     Args:
-        room: the most tokens that prompts are padded to, where a model has no more positions.
-        most: how many times `rows` prompts a queue holds at most.
-        tags: one for each prompt; those that differ in it are not the same prompt.
+        room: the most tokens that prompts are padded to, if the model's positions are limited.
+        most: the most prompts of a queue, in multiples of `rows`.
+        tags: one for each prompt; equal prompts with different tags count as different.
     """
     tagged = [(tuple(prompt), tags[number] if tags else None) for number, prompt in enumerate(prompts)]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -155,7 +161,7 @@ def queues(
     if room is not None:
         widths = [max(len(prompts[batch[-1]]), min(width, room)) for batch, width in zip(batches, widths, strict=True)]
     repeated = len(prompts) // max(1, len(set(tagged)))
-    if repeated > 2:  # `rows` times one less than that hold no more than `rows` different ones
+    if repeated > 2:  # (repeated - 1) · rows prompts hold at most `rows` distinct ones
         most = min(repeated - 1, most or repeated)
     start = 0
     while start < len(batches):
@@ -173,7 +179,7 @@ def queues(
 
 
 def _different(prompts: list[Hashable], size: int, rows: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """`Queue.prompts` and `Queue.copies` of a queue of this size that begins with these prompts."""
+    """`Queue.prompts` and `Queue.copies` for a queue of this size that begins with these prompts."""
     first: dict[Hashable, int] = {}
     copies = [first.setdefault(prompt, len(first)) for prompt in prompts]
     padded = 1 << (len(first) - 1).bit_length()
@@ -185,7 +191,7 @@ def _different(prompts: list[Hashable], size: int, rows: int) -> tuple[np.ndarra
 
 
 def beyond_positions(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """A line for the prompts that leave the model no position for so many new tokens."""
+    """A line on the prompts that leave the model too few positions for `max_new_tokens`; [] if there are none."""
     room = model.config.positions_before(max_new_tokens)
     longer = [] if room is None else [number for number, prompt in enumerate(prompts) if len(prompt) > room]
     if not longer:
@@ -199,7 +205,7 @@ def beyond_positions(model: Model, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array, max_new_tokens: int) -> list[str]:
-    """A line for everything about the prompts that cannot be sampled from."""
+    """A line for each reason why the prompts cannot be sampled from."""
     problems = beyond_positions(model, prompts, max_new_tokens)
     if not prompts:
         problems.append("no prompts: expected at least one")
@@ -228,7 +234,7 @@ def _draw(
     greedy: bool,
     **static: Any,
 ) -> tuple[Decoded, jax.Array]:
-    """What follows each prompt, and the digest of the very arrays that were used for it."""
+    """The continuations of the prompts, and the digest of the very arrays that drew them."""
     static |= dict(prompts=prompts, copies=copies)
     decoded = decode(model, params, tokens, lengths, keys, greedy=greedy, temperature=temperature, **static)
     return decoded, policy_digest(lora.split(params)[1])

@@ -8,14 +8,13 @@ from jaxtyping import Array, Float, Int
 def sample(
     logits: Float[Array, "B V"], keys: jax.Array, *, temperature: float | jax.Array, top_k: int, top_p: float
 ) -> Int[Array, "B"]:
-    """One token a row, drawn from softmax(logits / temperature) cut to the `top_k` likeliest and to the nucleus
-    `top_p`.
+    """One token per row, drawn from softmax(logits / temperature) cut to the `top_k` likeliest and the nucleus `top_p`.
 
     Args:
-        keys: one random key a row, so that a row's draw does not depend on its neighbours.
-        top_k: 0 keeps all.
+        keys: one random key per row, so that a row's draw does not depend on its neighbours.
+        top_k: how many of the likeliest tokens are kept; 0 keeps all.
         top_p: the smallest set of tokens whose probabilities reach this sum is kept (Holtzman et al. 2019); 1 keeps
-        all.
+            all.
     """
     logits = logits / temperature
     if top_k:
@@ -29,7 +28,7 @@ def sample(
 def log_prob(
     logits: Float[Array, "B V"], tokens: Int[Array, "B"], *, temperature: float | jax.Array
 ) -> Float[Array, "B"]:
-    """log softmax(logits / temperature) of one token a row, over the whole vocabulary."""
+    """log softmax(logits / temperature) of one token per row, in float32, over the whole vocabulary."""
     logits = logits.astype(jnp.float32) / temperature
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

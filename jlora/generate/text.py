@@ -19,7 +19,7 @@ from jlora.types import Params
 
 # Prompts are padded to a multiple of this, so that few shapes are compiled.
 BUCKET = 64
-# No call answers more than this many times `batch_size` prompts, so that progress is seen.
+# No call of `decode` answers more than this many times `batch_size` prompts, so that progress is visible.
 BATCHES = 8
 
 
@@ -39,26 +39,31 @@ def generate(
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The text that follows each prompt, without it.
+    """The text that follows each prompt, without the prompt.
 
-    It goes up to what ends an answer (see `jlora.ends.end_ids`), or has `max_new_tokens`. Prompts of like length are
-    decoded together; a text depends on its prompt, its place in `prompts` and the seed, not on which prompts share its
-    batch.
+    A text ends where an answer ends (see `jlora.ends.end_ids`), or after `max_new_tokens` tokens. Prompts of similar
+    length are decoded together; a text depends on its prompt, its place in `prompts` and the seed, not on which prompts
+    share its batch.
 
     Args:
-        params: or a bank of adapters.
-        adapters: of a bank, what each prompt is answered with: an adapter's name, several with weights, or None for the
-            base alone; default None for all.
-        prompts: texts, continued as they are, or lists of chat messages, put through the tokenizer's chat template. One
-            alone is a list of one, and so is what comes back.
-        chat_template_kwargs: of each prompt, what else the template is given, such as tools.
+        params: the model's params, or a bank of adapters.
+        prompts: texts, which are continued as they are, or lists of chat messages, which go through the tokenizer's
+            chat template. A single prompt counts as a list of one.
+        adapters: with a bank, what answers each prompt: an adapter's name, several names with weights, or None for the
+            base alone. The default is the base alone for all.
+        chat_template_kwargs: for each prompt, what else the template is given, such as tools.
+        max_new_tokens: the most new tokens of a text.
         temperature: 0 takes the likeliest token each time.
         top_k, top_p: see `sample`.
+        batch_size: how many sequences run at a time.
         on_batch: called with the number of prompts answered so far.
 
+    Returns:
+        One text for each prompt, in order; a list even for a single prompt.
+
     Raises:
-        ValueError: settings out of range, an empty prompt, prompts that are too long for the positions that the model
-            has learned, tokens that it has no row for, or messages for a tokenizer without a chat template.
+        ValueError: settings out of range, an empty prompt, a prompt too long for the positions that the model has
+            learned, tokens that it has no row for, or messages for a tokenizer without a chat template.
         KeyError: an adapter that the bank does not hold.
     """
     settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, top_p=float(top_p))
@@ -103,7 +108,7 @@ def generate(
 def _places(
     params: Params | Bank, adapters: Choice | Sequence[Choice] | None, count: int
 ) -> tuple[Params, Places | None]:
-    """The params, and which adapters of the bank each prompt is answered with."""
+    """The params, and which of the bank's adapters answer each prompt."""
     if not isinstance(params, Bank):
         if adapters is not None:
             raise UserError("adapters: found some, expected none without a bank (jlora.lora.Bank) to choose from")
@@ -113,7 +118,7 @@ def _places(
 
 
 def _tags(places: Places | None) -> list[Hashable] | None:
-    """What tells prompts of one text apart that are answered with different adapters."""
+    """Tags that distinguish equal prompts that are answered by different adapters."""
     if places is None:
         return None
     return [(*map(tuple, of_prompt),) for of_prompt in zip(*map(np.asarray, places), strict=True)]
@@ -126,7 +131,7 @@ def _encoded(
     chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """The prompts as tokens, each short enough for what follows it."""
+    """The prompts as tokens, each short enough for the new tokens after it."""
     variables: Any = [{}] * len(prompts) if chat_template_kwargs is None else chat_template_kwargs
     variables = one_each("chat_template_kwargs", variables, Mapping, len(prompts))
     encoded = [_encode(tokenizer, *pair, number) for number, pair in enumerate(zip(prompts, variables, strict=True))]

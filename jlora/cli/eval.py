@@ -1,4 +1,4 @@
-"""`jlora eval`: numbers about a model on a JSONL file, as a table or as JSON."""
+"""`jlora eval`: measures a model on a JSONL file, and prints a table or JSON."""
 
 import argparse
 import json
@@ -21,9 +21,9 @@ from jlora.types import Params, require
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
-    # What can be wrong without the model is found before the model is loaded.
+    # Whatever can be checked without the model is checked before it is loaded.
     metric = load_metric(options.metric) if options.metric else None
     records = _read(options)
     sets = _sets(options) if options.against or options.scales else {}
@@ -111,7 +111,7 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _compare(
     options: argparse.Namespace, model: Model, params: Params, tokenizer: Any, records: list[dict[str, Any]]
 ) -> None:
-    """Shows what a reward model makes of pairs, and draws it where a plot is asked for."""
+    """Shows a reward model's figures on pairs, and draws its calibration if a plot is asked for."""
     items, report = data.encode_pairs(
         records, tokenizer, seq_len=options.seq_len, on_error=options.on_error, note=print_note
     )
@@ -125,7 +125,7 @@ Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]
 
 
 def _sets(options: argparse.Namespace) -> dict[str, Any]:
-    """What is measured beside the task."""
+    """What is measured besides the task."""
     settings = {"on_error": options.on_error, "note": print_note}
     return {
         "general": data.read_records(options.general or str(forgetting.GENERAL), **settings),
@@ -144,7 +144,7 @@ def _changes(
     sets: dict[str, Any],
     measure: Measure,
 ) -> list[forgetting.Change]:
-    """The model against its base, or against another."""
+    """The model compared with its base or with another model."""
     other, before = model, lora.strip(params)
     if options.against != "base":
         other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
@@ -173,7 +173,7 @@ def _show_changes(options: argparse.Namespace, changes: Sequence[forgetting.Chan
 
 
 def _doubt(change: forgetting.Change) -> str:
-    """Why a change may be none; nothing of one that is clear."""
+    """Why a change may not be real; "" for a clear one."""
     if not math.isfinite(change.after - change.before):
         return "not finite"
     return "" if change.is_clear else "one record" if change.n == 1 else "within chance"
@@ -188,7 +188,7 @@ def _sweep(
     sets: dict[str, Any],
     measure: Measure,
 ) -> None:
-    """Shows the table of a sweep, and draws it where a plot is asked for."""
+    """Shows the table of a sweep, and draws it if a plot is asked for."""
 
     def scores(params: Params) -> dict[str, float]:
         numbers = {} if options.loss_only else measure(model, params)[0]
@@ -215,7 +215,7 @@ def _show(options: argparse.Namespace, numbers: Mapping[str, float]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value as JSON can hold it: what is not a finite number is null."""
+    """The value as JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""`jlora export`: what a training run made, as an adapter (PEFT, GGUF) or as a merged model (Hugging Face, GGUF)."""
+"""`jlora export`: the result of a training run as an adapter (PEFT, GGUF) or a merged model (Hugging Face, GGUF)."""
 
 import argparse
 import warnings
@@ -13,7 +13,7 @@ from jlora.train.restore import load_run, read_config
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     if options.fold and (options.merged or options.gguf):
         raise UserError("--fold is for PEFT adapters; a merged model has no adapter, and GGUF keeps scales by itself")
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
         try:
             _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))
             print_kept(model, params, written, hub.load_tokenizer(config.model.path))
-        except (ValueError, RuntimeError, MemoryError) as error:  # the model is there, whatever became of the figures
+        except (ValueError, RuntimeError, MemoryError) as error:  # the model is written even if the figures fail
             warnings.warn(f"what it kept of the update could not be measured (--unmeasured): {error}", stacklevel=2)
     return 0
 

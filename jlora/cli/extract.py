@@ -7,12 +7,12 @@ from jlora.cli.model import add_fold_option, add_vocab_option, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
     model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base), vocab=options.vocab)
     tuned_model, tuned = hub.load(options.model, dtype=hub.exact_dtype(options.model))
-    # An adapter holds weights: a setting that differs would be lost.
+    # An adapter holds only weights: settings that differ would be lost.
     model.config.require_same(tuned_model.config, options.base, options.model)
     params, report = lora.extract(
         base,

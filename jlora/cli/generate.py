@@ -12,7 +12,7 @@ from jlora.types import Params
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     if len(options.adapter) > 1 and len(options.adapter) != len(options.prompt):
         raise UserError(
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _adapted(params: Params, folders: list[str], base: str) -> tuple[Params | Bank, list[str | None] | None]:
-    """The params with the one adapter, or a bank of several and what each prompt takes of it."""
+    """The params with the one adapter, or a bank of several and each prompt's choice from it."""
     if len(set(folders)) < 2:
         return (hub.load_adapter(params, folders[0], base) if folders and folders[0] else params), None
     adapters = {folder: hub.load_adapter(params, folder, base) for folder in dict.fromkeys(folders) if folder}
@@ -44,7 +44,7 @@ def _adapted(params: Params, folders: list[str], base: str) -> tuple[Params | Ba
 
 
 def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | list[dict[str, str]]:
-    """Chat messages for a chat model; the text itself for a base model or on request."""
+    """Chat messages for a chat model; the text itself for a base model or with --raw."""
     if options.raw or not tokenizer.chat_template:
         if options.system is not None:
             raise UserError("--system needs a chat template: the model's tokenizer has none, or --raw was given")

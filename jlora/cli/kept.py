@@ -1,4 +1,4 @@
-"""What a merge kept of an adapter, printed."""
+"""Prints what a merge kept of an adapter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from jlora.models.model import SCORE
 from jlora.train.sensitivity import divergence
 from jlora.types import Params
 
-# What merged and unmerged model are compared on where no records are given.
+# Texts to compare the merged and unmerged models on if no records are given.
 PROBES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "def add(a, b):\n    return a + b\n",
@@ -24,8 +24,8 @@ PROBES = (
 def print_kept(
     model: Model, params: Params, merged: Params, tokenizer: Any, records: Sequence[dict[str, Any]] | None = None
 ) -> lora.Kept:
-    """The share of the update that each weight of `merged` has, and how far its predictions lie from the unmerged
-    model's on the records (or on `PROBES`).
+    """Prints how much of the update the weights of `merged` kept, and how far its predictions are from the unmerged
+    model's on the records (default: `PROBES`); returns the former.
     """
     params = only_scored(model, params) if SCORE in params else params  # a reward model is written without other heads
     report = lora.kept(params, merged)

@@ -1,4 +1,4 @@
-"""The `jlora` command: finds the command, and turns what goes wrong into a message and an exit code."""
+"""The `jlora` command: runs the subcommand, and turns errors into a message and an exit code."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from jlora.errors import Failed, UserError
 
-# Of errors of the operating system: those that are nobody's fault.
+# Errors of the operating system that are not bugs: a full disk, an exhausted quota, a file too big for its disk.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DONE, FAILED, MISTAKE = 0, 1, 2
@@ -28,8 +28,8 @@ COMMANDS = {
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }
 
-# What XLA's compilers read when they are imported: libtpu asks for the machine that it is not on, and all warn of
-# programs that do not fit.
+# Variables that XLA's compilers read on import. Without them libtpu queries the TPU machine that it is not on, and all
+# compilers warn of programs that do not fit.
 ENVIRONMENT = {"plan": {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "2"}}
 
 USAGE = """usage: jlora COMMAND [OPTIONS]
@@ -50,7 +50,7 @@ exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped earl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `jlora` with these arguments (the process's own when there are none)."""
+    """Runs `jlora` with these arguments (default: the process's own) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = arguments[:1] == ["--traceback"]
     arguments = arguments[1:] if show_traceback else arguments
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     if arguments[0] not in COMMANDS:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    # Only tokenizers of transformers are used: its advice to install PyTorch is of no use here.
+    # jlora uses only transformers' tokenizers, so its advice to install PyTorch does not apply.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with _plain_warnings():
         return _run(arguments[0], arguments[1:], show_traceback)
@@ -98,10 +98,10 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings, whosever they are, are said as `warning: TEXT`, without a place in the code and once each.
+    """Prints every warning, from any library, as `warning: TEXT`, once and without its place in the code.
 
-    Only how they are written changes: filters (`python -W`) choose among them as ever. A filter would not do for
-    saying them once, as libraries that change filters for a moment make Python forget what it has said.
+    Only their format changes: filters (`python -W`) work as usual. A filter could not ensure that each is printed once,
+    because libraries that change filters temporarily make Python forget which warnings it has shown.
     """
     said: set[str] = set()
 

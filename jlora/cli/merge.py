@@ -1,4 +1,4 @@
-"""`jlora merge`: adapters baked into their base, or several of them made into one."""
+"""`jlora merge`: bakes adapters into their base, or combines several into one."""
 
 import argparse
 from typing import Any
@@ -26,7 +26,7 @@ from jlora.types import Params
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     if any(argument.startswith("--recipe") for argument in arguments):
         return _run_recipe(_recipe_parser().parse_args(arguments))
     options = _parser().parse_args(arguments)
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = read_records(options)
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
-    exact = hub.exact_dtype(options.model)  # so that sums are rounded once
+    exact = hub.exact_dtype(options.model)  # so that sums are rounded only once
     model, base = hub.load(options.model, dtype=exact, vocab=options.vocab)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> int:
     hub.require_writable(model, params)
     tokenizer = hub.load_tokenizer(options.model, adapters[0][0] if len(adapters) == 1 else None)
     records = encodable(options, records, tokenizer, model.config.vocab_size)
-    if options.gguf:  # what it kept is read off the file
-        # The model's own is copied from where it lies: a GGUF file says more of it than can be read off the object.
+    if options.gguf:  # what the merge kept is measured on the file
+        # The model's own tokenizer is copied from its file: a GGUF file has more of it than the object shows.
         differs = hub.tokenizer_differences(hub.load_tokenizer(options.model), tokenizer)
         written = tokenizer if differs else options.model
         with tensor_bar() as bar:
@@ -112,12 +112,12 @@ def _weighted(text: str) -> tuple[str, float]:
     folder, colon, weight = text.rpartition(":")
     try:
         return (folder, float(weight)) if colon else (text, 1.0)
-    except ValueError:  # a colon of the path's own
+    except ValueError:  # the colon is part of the path
         return text, 1.0
 
 
 def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.Namespace) -> Params:
-    """The base with the one adapter, or with what the method makes of several."""
+    """The base with the one adapter, or with the mixture that the method makes of several."""
     loaded = [hub.load_adapter(base, folder, options.model) for folder, _ in adapters]
     chosen = {name: getattr(options, name) for name in ("density", "rank") if getattr(options, name) is not None}
     if len(loaded) == 1 and adapters[0][1] == 1 and options.method is None and not chosen:
@@ -132,7 +132,7 @@ def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.
 
 
 def _packed(merged: Params, format: str) -> Params:
-    """The layers' linears packed, as `jlora quantize` packs them."""
+    """The model with its layers' linears packed as `jlora quantize` packs them."""
     config = quant.QuantConfig(rules=quantizable(format))
 
     def pack(path: str, leaf: Any) -> Any:

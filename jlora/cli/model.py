@@ -1,4 +1,4 @@
-"""The options that say which model a command works on, and the model they stand for."""
+"""The options that say which model a command works on, and the loading of that model."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from jlora.types import Params
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--model, --adapter (several: which may be given again), --quant, --dtype and --fold_system."""
+    """Adds --model, --adapter (repeatable with `several`), --quant, --dtype, --vocab and --fold_system."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
     )
@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
 
 
 def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:
-    """--vocab; `of` says whose, where a command works on two models."""
+    """Adds --vocab; `of` says whose, if a command works on two models."""
     parser.add_argument(
         "--vocab",
         type=_rows,
@@ -52,7 +52,7 @@ def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:
 
 
 def add_on_error_option(parser: argparse.ArgumentParser) -> None:
-    """--on_error, of every command that reads records from --data: messages about these name it."""
+    """Adds --on_error, for every command that reads records from --data: messages about records name it."""
     parser.add_argument(
         "--on_error",
         choices=get_args(data.OnError),
@@ -62,14 +62,14 @@ def add_on_error_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gguf_option(parser: argparse.ArgumentParser) -> None:
-    """--gguf."""
+    """Adds --gguf."""
     parser.add_argument(
         "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, its matrices in this type"
     )
 
 
 def add_fold_option(parser: argparse.ArgumentParser) -> None:
-    """--fold."""
+    """Adds --fold."""
     parser.add_argument(
         "--fold",
         action="store_true",
@@ -78,7 +78,7 @@ def add_fold_option(parser: argparse.ArgumentParser) -> None:
 
 
 def say_adapter(path: str, *, gguf: bool = False) -> None:
-    """Print where an adapter was written, and what readers of one rank and one scale would take otherwise."""
+    """Prints where an adapter was written, and what readers of one rank and one scale would read differently."""
     print(f"adapter ({'GGUF' if gguf else 'PEFT'}): {path}")
     if not gguf and (note := hub.scales_note(path)):
         print(f"note: {note}")
@@ -86,15 +86,16 @@ def say_adapter(path: str, *, gguf: bool = False) -> None:
 
 @contextlib.contextmanager
 def tensor_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, moved by calls with the tensors written and their number."""
+    """A progress bar on standard error; call what it yields with the tensors written so far and their total."""
     with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
         task = bar.add_task("tensors", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
-    """The model, its params with the adapter in place, and the tokenizer, fitted to the model; of several adapters none
-    is in place.
+    """The model, its params with the adapter applied, and the tokenizer, fitted to the model.
+
+    With `several` adapters (see `add_model_options`), none is applied.
     """
     model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
     if isinstance(options.adapter, str):
@@ -106,7 +107,7 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:
-    """The tokenizer of the model or of its one adapter; those of several are said."""
+    """The tokenizer of the model or of its one adapter; those of several adapters are reported as unused."""
     adapters = {options.adapter} if isinstance(options.adapter, str) else set(options.adapter or ())
     if len(adapters) == 1:
         return hub.load_tokenizer(options.model, adapters.pop() or None)
@@ -117,21 +118,21 @@ def _tokenizer(options: argparse.Namespace) -> Any:
 
 
 def read_records(options: argparse.Namespace) -> list[data.Record] | None:
-    """The records of --data that can be read, by --on_error; None where the option is not given."""
+    """The records of --data that can be read, subject to --on_error; None if the option is not given."""
     return data.read_records(options.data, on_error=options.on_error, note=print_note) if options.data else None
 
 
 def encodable(
     options: argparse.Namespace, records: list[data.Record] | None, tokenizer: Any, rows: int
 ) -> list[data.Record] | None:
-    """Those that can be encoded too, with the tokenizer of a model whose embedding has so many rows."""
+    """Those of the records that can also be encoded, for a model whose embedding has `rows` rows."""
     if records is None:
         return None
     return data.encodable(records, data.fitted(tokenizer, rows), on_error=options.on_error, note=print_note)
 
 
 def print_note(message: str) -> None:
-    """What is said beside a command's results."""
+    """Prints a note to standard error, apart from the command's results."""
     print(message, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""A recipe with the command line's `--config.group.key=value` on top."""
+"""A recipe with the command line's `--config.group.key=value` applied on top."""
 
 import json
 import pathlib
@@ -20,11 +20,12 @@ _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     """The ConfigDict of the file's get_config(), changed by the overrides.
 
-    Unknown keys stay in it, so that `resolve` names all of them at once. FILE.py:WORD hands WORD to get_config. A YAML
-    or JSON file, such as the config.json of a run, holds what differs from the defaults.
+    Unknown keys stay in it, so that `resolve` can name all of them at once. FILE.py:WORD passes WORD to get_config. A
+    YAML or JSON file, such as the config.json of a run, holds what differs from the defaults.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong with the file or the overrides.
+        FileNotFoundError: the file does not exist or cannot be read.
+        ValueError: the file or the overrides are invalid.
     """
     file, colon, word = path.partition(":")
     if pathlib.Path(file).suffix.lower() in _SETTINGS:
@@ -38,11 +39,11 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _read_settings(path: str) -> ConfigDict:
-    """The default settings with those of a YAML or JSON file on top."""
+    """The default settings, overridden by those of a YAML or JSON file."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: for YAML 1.1, which PyYAML follows, 1e-4 is a text. A key may stand in a group once."""
+        """Reads YAML 1.2's numbers (in YAML 1.1, which PyYAML follows, 1e-4 is text) and refuses repeated keys."""
 
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
@@ -86,7 +87,7 @@ def _refuse_repeated(keys: Sequence[str], where: str) -> None:
 
 
 def _refuse_odd_values(value: Any, where: str, around: tuple[int, ...] = ()) -> None:
-    """Refuse settings whose name is not a text, and values that hold themselves, as YAML's anchors can."""
+    """Refuses settings whose name is not text, and values that contain themselves, as YAML's anchors allow."""
     if id(value) in around:
         raise UserError(f"{where}: found a value that holds itself (an anchor of YAML), expected plain settings")
     if not isinstance(value, dict | list):
@@ -114,7 +115,7 @@ def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         if path and "." in path[1] and path[1].split(".")[0] not in config:
             with config.unlocked():
                 config[path[1].split(".")[0]] = ConfigDict()
-    # Flags of its own: those of the process stay what they are.
+    # A separate FlagValues leaves the process's flags as they are.
     values = flags.FlagValues()
     argv = ["jlora", *overrides]
     try:

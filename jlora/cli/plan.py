@@ -1,4 +1,4 @@
-"""`jlora plan`: what a run needs of devices that need not be here, and what to change where it does not fit."""
+"""`jlora plan`: what a run needs of devices that need not be present, and what to change if it does not fit."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from jlora.train.topology import COMPILERS, Topology, parse
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code: 0, whether the run fits or not."""
+    """Runs the command and returns 0, whether the run fits or not."""
     options, overrides = _parser().parse_known_args(arguments)
     topology, config = _asked_for(options.topology, options.config, overrides)
     _prepare(topology)
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _asked_for(name: str, recipe: str, overrides: list[str]) -> tuple[Topology, RunConfig]:
-    """The devices and the settings; what is wrong with either is in one message."""
+    """The devices and the settings; faults of both are raised together."""
     found, faults = [], []
     for read in (lambda: parse(name), lambda: resolve(read_config(recipe, overrides))):
         try:
@@ -75,7 +75,7 @@ def _advice(found: Forecast, suggestion: Found | None) -> Iterator[str]:
 
 
 class _Asking:
-    """Forecasts, with a line on the terminal of what is at work and what has been found."""
+    """Makes forecasts, and shows on the terminal what is in progress and what has been found."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology, self._console = topology, Console(stderr=True, highlight=False)
@@ -94,8 +94,8 @@ class _Asking:
 
 
 def _prepare(topology: Topology) -> None:
-    """Keeps the accelerators of this machine free, and has as many devices of its CPU as are to stand in for others."""
-    with contextlib.suppress(RuntimeError):  # JAX is at work already, as in tests
+    """Keeps this machine's accelerators free, and has JAX see as many CPU devices as the topology has devices."""
+    with contextlib.suppress(RuntimeError):  # JAX is initialised already, as in tests
         jax.config.update("jax_platforms", "cpu")
         if topology.count > 1:
             jax.config.update("jax_num_cpu_devices", topology.count)

@@ -1,4 +1,4 @@
-"""`jlora quantize`: a model's linears in 4 or 8 bits, as a folder that transformers opens with bitsandbytes."""
+"""`jlora quantize`: packs a model's linears in 4 or 8 bits, in a folder that transformers opens with bitsandbytes."""
 
 import argparse
 from typing import Any
@@ -11,7 +11,7 @@ from jlora.train.sensitivity import measure
 
 
 def run(arguments: list[str]) -> int:
-    """0; what is wrong is raised."""
+    """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
         raise UserError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
@@ -28,12 +28,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, tokenizer: Any) -> quant.QuantConfig:
-    """The config with rules that keep what packing hurts most, as bitsandbytes' folders can say it: in 16 bits."""
+    """The config with rules that keep the kernels that packing hurts most in 16 bits, as bitsandbytes' folders can."""
     records = read_records(options)
     model, params = hub.load(options.model, dtype=dtype, vocab=options.vocab)
     records = encodable(options, records, tokenizer, model.config.vocab_size)
     found = quant.candidates(params, config)
-    quant.choose(found, dict.fromkeys((kernel.name for kernel in found), 0.0), options.bits, config)  # can it be?
+    quant.choose(found, dict.fromkeys((kernel.name for kernel in found), 0.0), options.bits, config)  # is it possible?
     if records:
         damage = measure(model, params, tokenizer, records, config)
     else:

@@ -1,4 +1,4 @@
-"""`jlora train`: a recipe, overrides, a workdir."""
+"""`jlora train`: runs a recipe with overrides in a workdir."""
 
 import argparse
 import dataclasses
@@ -25,13 +25,13 @@ INTERRUPTED = 75
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code: 0, or 75 when stopped early with everything saved."""
+    """Runs the command and returns 0, or 75 if stopped early with everything saved."""
     options, overrides = _parser().parse_known_args(arguments)
     if options.profile is not None:
         overrides = [*overrides, f"--config.train.profile={options.profile}"]
     config = resolve(read_config(options.config, overrides))
     allocator.keep_freed_pages()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of each error that it then raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback for each error before raising it
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
     if options.distributed:
         jax.distributed.initialize()
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
 
 
 class _Stop:
-    """Becomes true when the process is asked to end; asking twice ends it at once."""
+    """Returns true once the process has been asked to end; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -65,7 +65,7 @@ class _Stop:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[_Stop]:
-    """Handles SIGTERM (preemption) and SIGINT (Ctrl-C) inside, and puts back what handled them before."""
+    """Handles SIGTERM (preemption) and SIGINT (Ctrl-C) inside the context, and restores the previous handlers."""
     stop = _Stop()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, stop.handle) for number in numbers}
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(cls: type, path: str = "") -> Iterator[str]:
-    """A line for every setting: its path, type and default."""
+    """One entry for every setting: its path, type and default."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""What jlora does on one accelerator: the same numbers as on a CPU, speed and memory of training, decoding, kernels.
+"""jlora on one accelerator: are its numbers a CPU's, and how fast and large are training, decoding and kernels?
 
     python benchmarks/accelerator.py [--minutes 9] [--parts checks,train,attention,decode,kernels,peft] [--out FILE]
     python benchmarks/accelerator.py --dry          # all of it, tiny, on the CPU
 
-Nothing is downloaded: weights are random. Every measurement has a process of its own, so that its peak memory is its
-own and one that fails is one row; rows are kept as they come, and what no longer fits into `--minutes` is left out and
-named. First come the checks of device_checks.py. Training is Qwen 3's shapes, r=16 on all linears, 2 × 2048 tokens × 4
-micro-batches, four documents packed in a row, AdamW, every layer recomputed; the loss and the gradient's norm stand
-beside every speed, and what `jlora plan` expects for this kind of device beside the peak. MFU is that of
-jlora/train/usage.py.
+Nothing is downloaded: weights are random. Every measurement runs in its own process, so that it has its own peak memory
+and a failure costs one row. Rows are saved as they come; what does not fit into `--minutes` is left out and named. The
+checks of device_checks.py come first. Training uses Qwen 3's shapes, r=16 on all linears, 2 × 2048 tokens × 4
+micro-batches, four documents packed in a row, AdamW, and recomputes every layer. Every speed comes with the loss and
+the gradient norm, every peak with what `jlora plan` expects of such a device. MFU is defined in jlora/train/usage.py.
 """
 
 import argparse
@@ -41,12 +40,12 @@ SHAPES = {
 }  # fmt: skip
 LENGTH, RANK = 2048, 16
 PARTS_BY_DEFAULT = "checks,train,attention,decode,kernels,peft"
-# Seconds that the checks have, and those after which a part hangs.
+# Seconds for all checks, and seconds after which a part counts as hung.
 CHECKS, LONGEST = 90, 150
 
 
 def measurements(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(part, what its process is told), what matters most first."""
+    """(part, settings for its process), the most important first."""
     big, *others = ("tiny",) if options.dry else ("8b", "0.6b", "4b")
     formats = ("nf4", "bfloat16")
     every: list[tuple[str, dict[str, Any]]] = [("checks", {"dry": options.dry})]
@@ -88,7 +87,7 @@ def train(shape: str, format: str) -> Iterator[Row]:
         begun = time.perf_counter()
         compiled = step.lower(state, frozen, batch).compile()
         took = time.perf_counter() - begun
-        planned = asked.result()  # and nothing else is at work when steps are timed
+        planned = asked.result()  # so that nothing else is running while steps are timed
     before = _peak_gib()
     seconds, losses, norms = [], [], []
     for _ in range(6):
@@ -120,7 +119,7 @@ def _length(shape: str) -> int:
 
 
 def _planned(shape: str, format: str, kind: str) -> Row:
-    """What `jlora plan` expects of such a device, asked in a process that leaves the accelerator alone."""
+    """What `jlora plan` expects of such a device, from a process that does not use the accelerator."""
     settings = {"shape": shape, "format": format, "kind": kind}
     row = list(rows_of([("plan", settings)], platform="cpu", limit=100))[-1]
     return {name.replace("error", "plan_error"): row[name] for name in row if name not in settings and name != "part"}
@@ -143,7 +142,7 @@ def plan(shape: str, format: str, kind: str) -> Iterator[Row]:
         settings = {
             "algorithm": "sft",
             "model": {"path": folder, "dtype": "bfloat16", "quant": format if format == "nf4" else None},
-            "data": {"path": "none.jsonl"},  # none is read
+            "data": {"path": "none.jsonl"},  # never read
             "lora": {"r": RANK, "target_modules": "all-linear"},
             "train": {"steps": 1, "batch_size": BATCH, "grad_accum": ACCUMULATION, "seq_len": _length(shape)},
         }
@@ -163,7 +162,7 @@ def _peak_gib() -> float | None:
 
 
 def decode(shape: str, format: str) -> Iterator[Row]:
-    """Tokens a second of greedy decoding at 1 and 64 rows, and with an adapter of its own in each of 64 rows."""
+    """Tokens per second of greedy decoding with 1 and 64 rows, and with a different adapter in each of 64 rows."""
     import jax
     import jax.numpy as jnp
     from multi_adapter import adapter
@@ -200,13 +199,13 @@ def decode(shape: str, format: str) -> Iterator[Row]:
 
 
 class Timer:
-    """Times programs, each in milliseconds of one call."""
+    """Times programs, in milliseconds per call."""
 
     def __init__(self, dry: bool) -> None:
         self._rounds, self._calls = (1, 1) if dry else (10, 3)
 
     def __call__(self, function: Callable, *arguments: Any) -> Row:
-        """A form that does not run on this device is a result of its own."""
+        """The median time and the temporary memory; a note if the function does not run on this device."""
         import jax
 
         try:
@@ -224,7 +223,7 @@ class Timer:
 
 
 def forward_and_back(function: Callable, of: int | None = None) -> Callable:
-    """Values and the gradients of the first `of` arguments (None: of all)."""
+    """A function that computes the values and the gradients for the first `of` arguments (None: for all)."""
     import jax
     import jax.numpy as jnp
 
@@ -237,8 +236,8 @@ def forward_and_back(function: Callable, of: int | None = None) -> Callable:
 
 
 def attention(dry: bool = False) -> Iterator[Row]:
-    """Every form of attention that can run here, and the device's libraries, in Qwen3-8B's sizes: what the table BEST
-    of jlora/kernels/attention is decided from. One document a row, as the libraries' masks cannot have more.
+    """Times every form of attention that can run here, and the device's libraries, in Qwen3-8B's sizes: the basis of
+    the table BEST in jlora/kernels/attention. Rows have one document each: the libraries' masks allow only that.
     """
     import jax
     import jax.numpy as jnp
@@ -266,7 +265,7 @@ def attention(dry: bool = False) -> Iterator[Row]:
 
 
 def kernels(dry: bool = False) -> Iterator[Row]:
-    """Milliseconds of the step's other parts in Qwen3-8B's sizes."""
+    """Times the step's other parts in Qwen3-8B's sizes."""
     import jax
     import jax.numpy as jnp
 
@@ -305,7 +304,7 @@ def kernels(dry: bool = False) -> Iterator[Row]:
 
 
 def peft(shape: str) -> Iterator[Row]:
-    """Speed and peak memory of PEFT's LoRA step in bfloat16 with recomputed layers, where torch finds a GPU."""
+    """Speed and peak memory of PEFT's LoRA step in bfloat16 with recomputed layers, on a GPU if torch finds one."""
     import peft as library
     import torch
     import transformers
@@ -344,7 +343,7 @@ def peft(shape: str) -> Iterator[Row]:
 
 
 def checked(dry: bool = False) -> Iterator[Row]:
-    """Every check, with a CPU's numbers from a process beside."""
+    """Every check, with a CPU's numbers from a second process."""
     seconds = CHECKS if not dry else 10 * CHECKS
     come: queue.Queue[Row] = queue.Queue()
     known: dict[str, Any] = {}
@@ -357,7 +356,7 @@ def checked(dry: bool = False) -> Iterator[Row]:
     def theirs(name: str) -> Any:
         while name not in known:
             if "name" not in (row := come.get()):
-                come.put({})  # nor will there be more for the next one
+                come.put({})  # the next one that waits will not get more either
                 break
             known[row["name"]] = row["value"]
         return known.get(name)
@@ -385,12 +384,12 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def work(asked: list[tuple[str, dict[str, Any]]]) -> None:
-    """Prints a line of JSON for each row of some parts."""
+    """Prints each row of the given parts as a line of JSON."""
     for part, settings in asked:
         try:
             for row in PARTS[part](**settings):
                 print(json.dumps({"part": part, **settings, **row}), flush=True)
-        except Exception as error:  # noqa: BLE001 (one row; the next part is another)
+        except Exception as error:  # noqa: BLE001 (a failure costs one row; the next part still runs)
             print(
                 json.dumps({"part": part, **settings, "error": f"{type(error).__name__}: {error}"[:1500]}), flush=True
             )
@@ -399,8 +398,8 @@ def work(asked: list[tuple[str, dict[str, Any]]]) -> None:
 def rows_of(
     asked: list[tuple[str, dict[str, Any]]], *, platform: str | None = None, limit: float
 ) -> Iterator[dict[str, Any]]:
-    """The rows of parts, as they come, from a process of their own; one with an "error" where it ends before it is done
-    or takes longer than `limit` seconds.
+    """The rows of parts, as they come, from a separate process; a last one with an "error" if the process fails or
+    takes longer than `limit` seconds.
     """
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
     environment = os.environ | ({"JAX_PLATFORMS": platform} if platform else {})
@@ -425,10 +424,10 @@ def rows_of(
 
 
 def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every row; a part for which no time is left is a row with a note."""
+    """Every row; a part without enough time left is a row with a note."""
     until = time.monotonic() + 60 * options.minutes
     every = list(measurements(options))
-    # Tiny ones share a process: most of their time is its start.
+    # Tiny measurements share a process, because starting it takes most of their time.
     for asked in [every] if options.dry else [[one] for one in every]:
         left = until - time.monotonic()
         if left < 5:
@@ -455,7 +454,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Every row as a line, and all of them as JSON in results/ (or in --out) as they come."""
+    """Prints every row as a line, and saves all of them as JSON in results/ (or in --out) as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after these (default %(default)s)")
     parser.add_argument("--parts", default=PARTS_BY_DEFAULT, help="default: %(default)s")
@@ -466,7 +465,7 @@ def main() -> None:
     if options.child:
         work(options.child)
         return
-    if options.dry:  # programs that run once: LLVM would take most of the time to optimise them
+    if options.dry:  # programs run once, and LLVM would spend most of the time optimising them
         flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
         os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     if unknown := set(options.parts.split(",")) - set(PARTS_BY_DEFAULT.split(",")):
@@ -491,7 +490,7 @@ def main() -> None:
 
 
 def _device() -> str:
-    """The kind of the accelerator; asked elsewhere, since a process that has asked holds most of its memory."""
+    """The accelerator's kind, from another process, because a process that asks reserves most of its memory."""
     code = "import jax; print(jax.devices()[0].device_kind)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,7 +1,7 @@
-"""What must hold on every device before its speed means anything: each check a row, passed or not, with its seconds.
+"""What must hold on a device before its speed means anything: each check is a row, passed or not, with its seconds.
 
-A part of benchmarks/accelerator.py. Forms of attention are compared with the plain one, lookups with each other, what
-is offloaded with what is not; packing, logits and tiny runs of the algorithms with a CPU's, in a process beside.
+A part of benchmarks/accelerator.py. Forms of attention are compared with the plain one, lookups with each other, steps
+with offloading with steps without; packing, logits and tiny runs of the algorithms with those of a CPU process.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ import numpy as np
 TINY = dict(model_type="qwen3", vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16)
 TINY |= dict(num_attention_heads=8, num_key_value_heads=8, rms_norm_eps=1e-6, hidden_act="silu", rope_theta=1e6)
 TINY |= dict(max_position_embeddings=40960, tie_word_embeddings=True)
-ALGORITHMS = ("sft", "dpo", "grpo", "ppo", "kto", "reward", "orpo", "cpo")  # what differs most first
+ALGORITHMS = ("sft", "dpo", "grpo", "ppo", "kto", "reward", "orpo", "cpo")  # those that differ most come first
 BATCH, ACCUMULATION, DOCUMENTS = 2, 4, 4
-RELATIVE = 1e-3  # between devices, in float32 and with products in full precision
-# Of attention's values and gradients, relative to the largest: bfloat16's rounding of weights and outputs.
+RELATIVE = 1e-3  # tolerance between devices, in float32 with products in full precision
+# Tolerances of attention's values and gradients, relative to the largest: bfloat16 rounds weights and outputs.
 CLOSE = {"float32": 2e-4, "bfloat16": 2e-2}
 Row = dict[str, Any]
 
 
 def packed_batch(vocabulary: int, length: int) -> dict[str, np.ndarray]:
-    """A step's arrays [A, B, T]: every row is four documents, every token is trained."""
+    """A step's arrays [A, B, T]: every row has four documents, and every token is trained."""
     shape = (ACCUMULATION, BATCH, length)
     ids = np.random.default_rng(0).integers(0, vocabulary, shape).astype(np.int32)
     place = np.arange(length, dtype=np.int32)
@@ -43,10 +43,11 @@ def packed_batch(vocabulary: int, length: int) -> dict[str, np.ndarray]:
 
 
 def checks(theirs: Callable[[str], Any], seconds: float, dry: bool = False) -> Iterator[Row]:
-    """A row for each check; those for which the seconds do not suffice are named.
+    """A row for each check; checks without enough time left are named.
 
     Args:
-        theirs: waits for what `numbers` gives on a CPU under a name; None: nothing.
+        theirs: waits for and returns the result of `numbers` on a CPU by its name; None if it has none.
+        seconds: time for all checks.
     """
     until = time.monotonic() + seconds
 
@@ -62,13 +63,13 @@ def checks(theirs: Callable[[str], Any], seconds: float, dry: bool = False) -> I
             continue
         try:
             found = check()
-        except Exception as error:  # noqa: BLE001 (what does not run at all has failed)
+        except Exception as error:  # noqa: BLE001 (a check that does not run has failed)
             found = {"passed": False, "why": f"{type(error).__name__}: {error}"[:300]}
         yield {"check": name, **found, "seconds": round(time.monotonic() - begun, 2)}
 
 
 def compared(ours: Any, theirs: Any) -> Row:
-    """Bits (a string) must be equal, numbers close."""
+    """A row for two results: digests (strings) must be equal, numbers close."""
     if isinstance(ours, str):
         return {"passed": ours == theirs}
     one, two = np.asarray(ours), np.asarray(theirs)
@@ -80,12 +81,12 @@ def compared(ours: Any, theirs: Any) -> Row:
 def _within(one: np.ndarray, two: np.ndarray, tolerance: float) -> Row:
     one, two = one.astype(np.float64), two.astype(np.float64)
     error = float(np.max(np.abs(one - two)) / max(float(np.max(np.abs(two))), 1e-30))
-    return {"passed": bool(error < tolerance), "error": error}  # not so of NaN
+    return {"passed": bool(error < tolerance), "error": error}  # NaN does not pass
 
 
 def forms_here() -> list[str]:
-    """The forms of attention that can run on this device, "plain" among them: not the interpreted ones, nor those that
-    are another device's alone.
+    """The forms of attention that can run on this device, including "plain": not the interpreted ones, and not those
+    for another device only.
     """
     from jlora.kernels.attention import FORMS
     from jlora.kernels.device import target
@@ -95,8 +96,8 @@ def forms_here() -> list[str]:
 
 
 def attention_checks(dry: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Values and gradients of every form against the plain one in float32."""
-    # More than one block of keys, and no whole number of them.
+    """Compares values and gradients of every form with the plain one's in float32."""
+    # More than one block of keys, and not a whole number of blocks.
     tokens = 150 if dry else 1300
     cases = ("packed", "window", "soft cap", "branches", "cache")
     for form in forms_here():
@@ -135,7 +136,7 @@ def _attention(form: str, case: str, dtype: str, tokens: int, dry: bool) -> Row:
             right = compiled("plain", *(x.astype(jnp.float32) for x in inputs))
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
             ours = compiled(form, *inputs)
-    # What is in no segment sees nothing, and what comes of it is nobody's.
+    # Padding sees nothing, and its results are never used.
     told = np.asarray(marks.segment_ids) > 0, np.asarray(marks.key_segment_ids) > 0
     found = [
         _within(*(np.asarray(x, np.float32)[told[0 if part in (0, 1) else 1]] for x in pair), CLOSE[dtype])
@@ -157,7 +158,7 @@ def _small_blocks() -> Iterator[None]:
 
 
 def marks_of(case: str, tokens: int) -> tuple[Any, float | None]:
-    """(Marks of two rows, soft cap): rows of two documents and, in the second, padding; or what the case says."""
+    """(Marks of two rows, soft cap) for a case: rows of two documents by default, with padding in the second row."""
     import jax.numpy as jnp
 
     from jlora.kernels.attention import Marks
@@ -181,7 +182,7 @@ def marks_of(case: str, tokens: int) -> tuple[Any, float | None]:
 
 @contextlib.contextmanager
 def lookups(name: str) -> Iterator[None]:
-    """Packed 4 bits are looked up in this way, on every platform."""
+    """Inside the context, packed 4-bit codes are looked up in this way on every platform."""
     import jax
 
     from jlora.quant import four_bit
@@ -197,7 +198,7 @@ def lookups(name: str) -> Iterator[None]:
 
 
 def lookup_checks() -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Every lookup gives the values of every other, to the bit."""
+    """Checks that all lookups give the same values, to the bit."""
     from jlora.quant import four_bit
 
     @functools.cache
@@ -224,7 +225,7 @@ def _packed(format: str, dtype: str) -> Any:
 
 
 def _values(leaf: Any) -> str:
-    """Those that it stands for in float32, which may be rounded to fewer bits first."""
+    """The digest of a packed leaf's values in float32, which may have been rounded to fewer bits first."""
     import jax.numpy as jnp
 
     from jlora import quant
@@ -240,7 +241,7 @@ def _digest(values: Any) -> str:
 
 
 def offloaded() -> Row:
-    """A step whose layers' inputs wait in the host's memory gives what one that keeps them gives."""
+    """Checks that steps that offload the layers' inputs to the host give the same results as steps that recompute."""
     import jax
 
     from jlora import lora, models, sharding
@@ -269,8 +270,8 @@ def offloaded() -> Row:
 
 
 def numbers(dry: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, what computes it) of what every device must agree on: packing to the bit, and in float32 logits and a tiny
-    run of each algorithm.
+    """(name, function that computes it) for the results that all devices must agree on: packing to the bit; logits and
+    a tiny run of each algorithm in float32.
     """
     from jlora import quant
 
@@ -301,7 +302,7 @@ def _logits() -> list[float]:
 
 
 def drawn(model: Any) -> dict[str, Any]:
-    """Random float32 params that are the same to the bit on every device, as JAX's own normal numbers are not."""
+    """Random float32 params that are equal to the bit on every device, which JAX's own normal numbers are not."""
     from jlora import tree
 
     generator = np.random.default_rng(0)
@@ -332,14 +333,14 @@ def tiny_run(algorithm: str) -> list[float]:
             rewards.write_text("def length(completions, **_):\n    return [len(text) / 8.0 for text in completions]\n")
             settings["rollout"] = {"rewards": (f"{rewards}:length",), "max_completion_length": 8, "num_generations": 2}
             settings["rollout"]["rows"] = 4
-        with contextlib.redirect_stdout(None):  # rows of results are what is printed here
+        with contextlib.redirect_stdout(None):  # standard output is for rows of results
             run(resolve(settings), folder / algorithm)
         rows = read_metrics(folder / algorithm)
     return [float(row[name]) for row in rows if "loss" in row for name in ("loss", "grad_norm")]
 
 
 def _model(folder: pathlib.Path) -> pathlib.Path:
-    """A folder with a tiny random model and a tokenizer of bytes."""
+    """A folder with a tiny random model and a byte-level tokenizer."""
     import tokenizers
     import transformers
 
@@ -361,7 +362,7 @@ def _model(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _data(folder: pathlib.Path, algorithm: str) -> pathlib.Path:
-    """Eight records of what the algorithm learns from."""
+    """A file of eight records in the form that the algorithm learns from."""
     records = [{"prompt": f"question {i} "} for i in range(8)]
     if algorithm == "sft":
         records = [record | {"completion": f"answer {i}"} for i, record in enumerate(records)]

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""How much memory of a device does a training step take? By XLA's own compilers, beside what others publish.
+"""How much device memory does a training step take? XLA's own compilers say, beside the figures that others publish.
 
     python benchmarks/memory.py [--only=h100|tpu] [--cases=NAME,NAME] [--dry]
 
-Nothing is read but the shapes in a config.json and nothing is run: as `jlora plan` does, the script compiles the whole
-SFT step for devices that need not be here (`pip install 'jlora[cuda13]'` and `'jlora[tpu]'` bring the compilers), one
-case after another, each in a process of its own. Rank 16 on all linears, NF4 with double quantisation, AdamW and
-remat="full", unless a case says otherwise. CPU seconds are those of tracing and compiling the step.
+Only the shapes in a config.json are read, and nothing is run: as `jlora plan` does, the script compiles the whole SFT
+step for devices that need not be present (`pip install 'jlora[cuda13]'` and `'jlora[tpu]'` bring the compilers), one
+case at a time, each in its own process. Rank 16 on all linears, NF4 with double quantisation, AdamW and remat="full",
+unless a case says otherwise. CPU seconds are those of tracing and compiling the step.
 
-The table is printed and kept as JSON, with versions and commit, in benchmarks/results/. A case that was left out, or
-that has no compiler here, keeps the figures that it has there; each has its own date and commit.
+The table is printed, and saved as JSON with versions and commit in benchmarks/results/. A case that is left out, or
+that has no compiler here, keeps its figures there; each has its own date and commit.
 """
 
 import argparse
@@ -91,7 +91,7 @@ MODELS["Qwen3-30B-A3B"] = LLAMA | dict(
     rms_norm_eps=1e-6,
     rope_parameters=dict(rope_type="default", rope_theta=1e6),
 )
-DEPTHS = (8, 20, 80)  # layers of the 8B's size: one body is compiled, however many there are
+DEPTHS = (8, 20, 80)  # layers of the 8B's size: one body is compiled for any number of them
 MODELS |= {f"{layers} layers": _llama(4096, 14336, layers, 32) for layers in DEPTHS}
 
 
@@ -100,7 +100,7 @@ Settings = dict[str, dict[str, Any]]
 
 
 class Aim(NamedTuple):
-    """The most that a case may take; GiB, and CPU seconds."""
+    """The most that a case may take, in GiB and CPU seconds."""
 
     peak: float | None = None
     received: float | None = None
@@ -108,13 +108,13 @@ class Aim(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A step to be compiled.
+    """A step to compile.
 
     Attributes:
-        settings: what differs from the settings of every case.
-        plain_attention, whole_mlp: with forms that jlora leaves behind where memory counts.
         peer: who else has published a figure, and which.
-        cost: CPU seconds that it takes, about; for the time left.
+        settings: differences from the settings that all cases share.
+        plain_attention, whole_mlp: use forms that jlora avoids where memory matters.
+        cost: roughly how many CPU seconds it takes, for the progress bar.
     """
 
     name: str
@@ -213,7 +213,7 @@ def _technique(name: str, *settings: Settings, **forms: bool) -> Case:
     return Case(name, "h100", "Llama-3.1-8B", 2, 2048, settings=settings, **forms)
 
 
-# The first case with one technique upon another.
+# The first case, adding one technique at a time.
 TECHNIQUES = (
     _technique("0-bf16", BF16, KEPT, plain_attention=True, whole_mlp=True),
     _technique("1-remat", BF16, plain_attention=True, whole_mlp=True),
@@ -230,7 +230,7 @@ def main() -> None:
     """Compiles the cases, prints and writes what they need."""
     options = _parse()
     cases = [DRY] if options.dry else _wanted(options.only, options.cases)
-    # For the processes to come: accelerators that are here are left alone, and libtpu does not look for a cloud's.
+    # For the child processes: they leave this machine's accelerators alone, and libtpu does not look for a cloud's.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
     console = rich.console.Console()
     with tempfile.TemporaryDirectory() as work:
@@ -239,10 +239,10 @@ def main() -> None:
 
 
 def _measured(cases: list[Case], folder: pathlib.Path, console: rich.console.Console, writes: bool) -> dict[str, Row]:
-    """Name → figures; they are written after each case, so that a run that is stopped loses one."""
+    """Name → figures; they are saved after each case, so that an interrupted run loses only one."""
     rows: dict[str, Row] = {}
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TimeElapsedColumn())
-    # One case takes longer than the half minute that the bar looks back by default.
+    # One case takes longer than the 30 seconds over which the bar estimates its speed by default.
     with rich.progress.Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as bar:
         task = bar.add_task("compiling", total=sum(case.cost for case in cases))
         for case in cases:
@@ -258,19 +258,19 @@ def _measured(cases: list[Case], folder: pathlib.Path, console: rich.console.Con
 
 
 def apart(case: Case, folder: pathlib.Path) -> Row:
-    """`measure` in a process of its own, which no other case's compiler and constants have been in."""
+    """`measure` in a separate process, free of other cases' compilers and constants."""
     if not topology.parse(case.topology).has_compiler:
         return {"fault": f"no compiler here: pip install 'jlora[{topology.parse(case.topology).extra}]'"}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(measure, case, folder).result()
-        except (UserError, RuntimeError) as error:  # of JAX's, and of a process that ended before it was done
+        except (UserError, RuntimeError) as error:  # also JAX's errors, and a process that ended early
             return {"fault": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
 
 
 def measure(case: Case, folder: pathlib.Path) -> Row:
-    """What the case needs. It sets jlora's constants and leaves them so."""
+    """What the case needs. Sets jlora's constants and does not restore them."""
     if case.plain_attention:
         kernels.attention.PLAIN["gpu"] = math.inf
     if case.whole_mlp:
@@ -281,7 +281,7 @@ def measure(case: Case, folder: pathlib.Path) -> Row:
 
 
 def config_of(case: Case, folder: pathlib.Path) -> RunConfig:
-    """The settings of a run, as `jlora plan` gets them."""
+    """The case's run settings, as for `jlora plan`."""
     values: Settings = {
         "model": {"path": str(folder / case.model), "quant": "nf4", "dtype": "bfloat16"},
         "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
@@ -294,7 +294,7 @@ def config_of(case: Case, folder: pathlib.Path) -> RunConfig:
 
 
 def row(case: Case, found: Forecast, cpu_seconds: float) -> Row:
-    """The case's figures in GiB, and which of its aims it misses."""
+    """The case's figures (in GiB), and the aims that it misses."""
     sizes = dict(
         peak=found.peak_bytes_per_device,
         arguments=found.argument_bytes,
@@ -310,7 +310,7 @@ def row(case: Case, found: Forecast, cpu_seconds: float) -> Row:
 
 
 def kept(rows: dict[str, Row]) -> dict[str, Row]:
-    """The rows, with those of earlier runs where these have no figures; cases that are no more are left out."""
+    """The rows, with those of earlier runs for cases without new figures; cases that no longer exist are dropped."""
     path = record.RESULTS / f"{NAME}.json"
     earlier = json.loads(path.read_text())["figures"]["cases"] if path.exists() else {}
     known = earlier | {name: found for name, found in rows.items() if "fault" not in found}

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What it costs that every row of a batch has an adapter of its own: decoding with one adapter, and with a bank.
+"""What does it cost if every row of a batch has its own adapter? Decoding with one adapter, and with a bank.
 
     python benchmarks/multi_adapter.py [--rows 64] [--rounds 3] [--new 32] [--quant nf4]
         [--adapters q_proj,v_proj:8 all-linear:16]
 
-SmolLM2-135M's architecture with random weights, adapters as PEFT makes them by default (rank 8 on queries and values)
-and of rank 16 on all linears: all rows with one adapter, all rows with one of a bank, and each row with its own of as
-many. Runs alternate in one process; seconds are medians, of decoding alone (a run of `--new` tokens less a run of one).
+SmolLM2-135M's architecture with random weights, and adapters as PEFT makes them by default (rank 8 on queries and
+values) and of rank 16 on all linears. Three runs: all rows with one adapter, all rows with one adapter of a bank, and
+each row with its own from a bank of as many. Runs alternate in one process; seconds are medians and cover only decoding
+(a run of `--new` tokens minus a run of one).
 """
 
 import argparse
@@ -32,7 +33,7 @@ MODEL = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
 
 
 def adapter(base: Params, kind: str, seed: int) -> Params:
-    """The leaves of an adapter (modules:rank) whose update is not zero."""
+    """The leaves of an adapter (modules:rank) with a nonzero update."""
     modules, _, rank = kind.partition(":")
     names = modules if modules == "all-linear" else modules.split(",")
     config = lora.LoraConfig(r=int(rank), target_modules=names)
@@ -41,7 +42,7 @@ def adapter(base: Params, kind: str, seed: int) -> Params:
 
 
 def runner(params: Params, options: argparse.Namespace, places: tuple | None) -> Callable[[int], None]:
-    """A function that decodes so many tokens in every row."""
+    """A function that decodes a given number of tokens in every row."""
     rows = options.rows
     generator = np.random.default_rng(0)
     tokens = jnp.asarray(generator.integers(0, SIZES["vocab_size"], (rows, options.prompt)), jnp.int32)
@@ -98,7 +99,7 @@ def measure(base: Params, kind: str, options: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    """The three runs as a table, and as JSON in results/."""
+    """Prints the three runs as a table, and saves them as JSON in results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument(

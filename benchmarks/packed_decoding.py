@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What a packed base costs and saves in decoding: tokens a second and memory of each format.
+"""What does a packed base cost and save in decoding? Tokens per second and memory of each format.
 
     python benchmarks/packed_decoding.py [--formats float32,bfloat16,int8,nf4] [--dtype float32] [--rows 1,16]
 
-SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy, a process for each format;
-they take turns. What a packed format does not pack (embeddings, norms, activations) is in `--dtype`: by default
-float32, in which CPUs are fast. Seconds are medians, of decoding alone (a run of `--new` tokens less a run of one).
-Memory is that of the weights, and the most memory of the host (resident set, as Linux counts it) that the process had
-beyond what it had before there were any; so it runs on CPUs only.
+SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy decoding. Each format has its
+own process, and they take turns. What a packed format does not pack (embeddings, norms, activations) is in `--dtype`,
+by default float32, in which CPUs are fast. Seconds are medians and cover only decoding (a run of `--new` tokens minus a
+run of one). Memory is that of the weights, and the process's peak resident set (as Linux counts it) beyond what it had
+before it made them, so this runs on CPUs only.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MIB = 2**20
 
 
 def weights(model: models.Model, format: str, dtype: str) -> Params:
-    """Random params in a format, made and packed leaf by leaf, with an adapter; what is not packed is in `dtype`."""
+    """Random params in a format, made and packed leaf by leaf, with an adapter; unpacked leaves are in `dtype`."""
     dense = jnp.dtype(format if format in DENSE else dtype)
     rules = None if format in DENSE else quant.as_config(format)
 
@@ -57,19 +57,19 @@ def weights(model: models.Model, format: str, dtype: str) -> Params:
 
 
 def memory(what: str) -> int:
-    """Bytes of this process: "VmRSS" now, or "VmHWM", the most since the last `forget_peak`."""
+    """Memory of this process in bytes: "VmRSS" is the current value, "VmHWM" the peak since `forget_peak`."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def forget_peak() -> None:
-    """Gives back what making and packing the weights, and compiling, left behind (glibc), and starts counting anew."""
+    """Returns memory that glibc kept from making the weights and compiling, and restarts the peak."""
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
-    """Holds one format, and decodes when it is told to: sends (bytes of weights, bytes at most) and then seconds."""
+    """Holds one format and decodes on request: sends (bytes of the weights, peak bytes), then seconds per request."""
     jnp.zeros(1).block_until_ready()
     before = memory("VmRSS")
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
@@ -94,7 +94,7 @@ def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
 
 
 def answer(pipe: Connection, format: str, rows: int | None = None) -> Any:
-    """What the format's process sends, of its own accord or when it is told to decode so many rows."""
+    """What the format's process sends next; with `rows`, its answer to the request to decode that many rows."""
     try:
         if rows:
             pipe.send(rows)
@@ -104,7 +104,7 @@ def answer(pipe: Connection, format: str, rows: int | None = None) -> Any:
 
 
 def main() -> None:
-    """Every format as a row of a table, and as JSON in results/."""
+    """Prints every format as a row of a table, and saves them as JSON in results/."""
     options = _parse()
     if (platform := jax.default_backend()) != "cpu":
         raise SystemExit(f"memory is measured on the host, and weights lie on {platform}: set JAX_PLATFORMS=cpu")
@@ -113,10 +113,10 @@ def main() -> None:
     console = rich.console.Console()
     with rich.progress.Progress(console=console, transient=True) as bar:
         task = bar.add_task("decoding", total=len(options.formats) * (1 + options.rounds * len(options.rows)))
-        for format in options.formats:  # one after another: they compile, and would disturb each other
+        for format in options.formats:  # one at a time: they compile, and would disturb each other
             pipes[format], theirs = context.Pipe()
             context.Process(target=work, args=(theirs, format, options), daemon=True).start()
-            theirs.close()  # or the pipe would stay open after that process has ended
+            theirs.close()  # otherwise the pipe would stay open after that process has ended
             sizes[format] = answer(pipes[format], format)
             bar.advance(task)
         seconds: dict[tuple[str, int], list[float]] = {}

@@ -4,7 +4,7 @@
     python benchmarks/quality_vs_peft.py [--dtype=f32] [--steps=20 --questions=10] [--skip-peft]
 
 Prints a table and writes it as JSON, with device, versions and commit, to benchmarks/results/.
-Needs the packages of `pip install 'jlora[test]'`.
+Requires the packages of `pip install 'jlora[test]'`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-# torch and JAX share the device here, so JAX must not take most of its memory at the start.
+# torch and JAX share the device here, so JAX must not reserve most of its memory at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -40,7 +40,7 @@ Numbers = dict[str, float]
 
 
 def main() -> None:
-    """Prepare the data, train and evaluate both, print and write the results."""
+    """Prepares the data, trains and evaluates both, prints and writes the results."""
     options = _parse()
     console = rich.console.Console()
     work = options.work.expanduser()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def run_jlora(source: pathlib.Path, work: pathlib.Path, test: list[data.Record], metric: Any, options: Any) -> Numbers:
-    """Scores and seconds of a run as the command line does it, from reading the model to the saved adapter."""
+    """Scores and seconds of a run as on the command line, from reading the model to the saved adapter."""
     workdir = work / f"jlora-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = {
         "model": {"path": str(source), "dtype": DTYPES[options.dtype], "quant": "nf4"},
@@ -86,7 +86,7 @@ def evaluate_jlora(
     dtype: str,
     quant: str | None,
 ) -> Numbers:
-    """Loss and scores of the model, with an adapter where one is given."""
+    """Loss and scores of the model, with the adapter if one is given."""
     model, params = jlora.load(source, dtype=DTYPES[dtype], quant=quant)
     if adapter is not None:
         params = jlora.load_adapter(params, adapter)
@@ -129,7 +129,7 @@ def run_peft(source: pathlib.Path, work: pathlib.Path, test: list[data.Record], 
 
 
 def _batches(source: pathlib.Path, work: pathlib.Path, options: Any) -> list[data.Batch]:
-    """The batches of the run; jlora plans its own from the same settings, so they are the same."""
+    """The batches of the run; jlora plans the same ones from the same settings."""
     records = data.read_records(work / "data" / "train.jsonl")
     examples, _ = data.encode(records, jlora.load_tokenizer(source), seq_len=SEQ_LEN)
     steps = data.plan(
@@ -146,7 +146,7 @@ def _batches(source: pathlib.Path, work: pathlib.Path, options: Any) -> list[dat
 
 
 def _train_peft(model: Any, batches: list[data.Batch]) -> None:
-    """AdamW with linear decay to zero and clipping at 1: jlora's defaults but for the schedule."""
+    """Trains with AdamW, linear decay to zero and clipping at 1: jlora's defaults except for the schedule."""
     import torch
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -166,7 +166,7 @@ def _train_peft(model: Any, batches: list[data.Batch]) -> None:
 
 
 def _torch_loss(model: Any, batch: data.Batch) -> tuple[Any, Any]:
-    """Sum of the loss over the completion tokens, and their number."""
+    """(sum of the loss over the completion tokens, their number)."""
     import torch
 
     rows = {name: torch.from_numpy(values[0]).to(model.device) for name, values in batch.items()}

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What does each packed format cost? Error of a real model's weights, and what it does to the model's predictions.
+"""What does each packed format cost? The error of a real model's weights, and its effect on the model's predictions.
 
     python benchmarks/quantization.py [--records=24] [--calibration=4]
 
 Prints a table and writes it as JSON, with device, versions and commit, to benchmarks/results/. The model is
-SmolLM2-135M-Instruct as the package index has it, in Q4_1: its weights have been rounded to 4 bits once already, on a
-uniform grid, so differences between formats are not those of a model that was never rounded. The texts are the test
-conversations of scripts/function_calling.py, every token counted; mixtures are chosen on the training ones.
+SmolLM2-135M-Instruct as the package index has it, in Q4_1: its weights have already been rounded once to 4 bits, on a
+uniform grid, so formats differ in other ways than on a model that was never rounded. The texts are the test
+conversations of scripts/function_calling.py, with every token counted; mixtures are chosen on the training ones.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Numbers = dict[str, float]
 
 
 def main() -> None:
-    """Measure every format, print and write the results."""
+    """Measures every format, prints and writes the results."""
     options = _parse()
     console = rich.console.Console()
     with tempfile.TemporaryDirectory() as work:
@@ -90,7 +90,7 @@ def configurations(dense: Any, damage: Numbers, nf4: quant.QuantConfig) -> dict[
 
 
 def load(source: pathlib.Path, config: quant.QuantConfig | None) -> tuple[Any, Any]:
-    """The model with weights of bfloat16 and what is packed from them, to be computed with in float32."""
+    """The model with bfloat16 weights, or packed ones made from them, for computing in float32."""
     model, params = jlora.load(source, dtype="bfloat16", quant=config)
     return model, tree.map_with_path(
         lambda _, leaf: leaf if quant.is_packed(leaf) else leaf.astype(jnp.float32), params
@@ -98,7 +98,7 @@ def load(source: pathlib.Path, config: quant.QuantConfig | None) -> tuple[Any, A
 
 
 def rows(tokenizer: Any, records: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of the records' first SEQ_LEN tokens, and which of them are there."""
+    """Batches of the records' first SEQ_LEN tokens, each with a mask of real tokens."""
     examples, _ = data.encode(records, tokenizer, seq_len=4 * SEQ_LEN, overlong="cut")
     batches = []
     for start in range(0, len(examples), BATCH):
@@ -132,7 +132,7 @@ def divergence(model: Any, params: Any, texts: list, expected: list[jax.Array]) 
 
 
 def weights(dense: Any, params: Any, layers: int) -> Numbers:
-    """Bits a weight of the layers' linears (16 where not packed) and the relative error of their weights."""
+    """Bits per weight of the layers' linears (16 if not packed), and the relative error of their weights."""
     error, norm, bits, size = 0.0, 0.0, 0.0, 0
     flat = tree.flatten(dense)
     for path, leaf in tree.flatten(params).items():

@@ -1,6 +1,4 @@
-"""Keeps a benchmark's figures as JSON in benchmarks/results, with the device, the versions and the commit they were
-made with.
-"""
+"""Saves a benchmark's figures as JSON in benchmarks/results, with their device, versions and commit."""
 
 import datetime
 import importlib.metadata
@@ -20,7 +18,7 @@ def save(name: str, figures: dict, *, device: str | None = None, path: pathlib.P
     """Writes results/<name>.json, or the file at `path`, and returns its path.
 
     Args:
-        device: the kind of it, where this process is not to take hold of it.
+        device: the device's kind, for a process that must not initialise the device to ask.
     """
     if device is None:
         device = jax.devices()[0].device_kind
@@ -38,7 +36,7 @@ def save(name: str, figures: dict, *, device: str | None = None, path: pathlib.P
 
 
 def commit() -> str:
-    """What is checked out, "+changes" behind it where files differ."""
+    """The commit that is checked out, followed by "+changes" if files differ from it."""
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
 
 

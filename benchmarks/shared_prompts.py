@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What it saves to read a prompt once for all of its answers: DPO and GRPO steps with data.share_prompts on and off.
+"""What does reading a prompt once for all its answers save? DPO and GRPO steps with data.share_prompts on and off.
 
     python benchmarks/shared_prompts.py [--rounds 5] [--prompt 256] [--answer 32]
 
-SmolLM2-135M's architecture with random weights, float32, r=16 on all linears: four pairs, or two groups of eight
-completions; lengths vary by a quarter. Steps alternate in one process, seconds are medians.
+SmolLM2-135M's architecture with random weights, float32, r=16 on all linears; four pairs, or two groups of eight
+completions; lengths vary by a quarter. Steps alternate in one process, and seconds are medians.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MODEL = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
 
 
 def answers(prompts: int, items: int, sides: int, options: argparse.Namespace) -> list[data.Item]:
-    """Random items, so many to each prompt."""
+    """Random items of `sides` answers each, `items` for each of `prompts` prompts."""
     generator = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def make_batch(items: list[data.Item], prompts: list[int], share: bool, options:
 
 
 def stepper(objective: Objective, batch: data.Batch) -> Callable[[], None]:
-    """A function that does one optimizer step."""
+    """A function that runs one optimizer step."""
     params = lora.init(
         MODEL.random_params(jax.random.key(0)), lora.LoraConfig(r=RANK, lora_alpha=ALPHA), jax.random.key(1)
     )
@@ -87,7 +87,7 @@ def stepper(objective: Objective, batch: data.Batch) -> Callable[[], None]:
 
 
 def measure(name: str, objective: Objective, items: list[data.Item], prompts: list[int], options: argparse.Namespace):
-    """The figures of one objective: tokens in the batch, and median seconds, shared and not."""
+    """The figures of one objective: places in the batch and median seconds, with and without sharing."""
     batches = {share: make_batch(items, prompts, share, options) for share in (True, False)}
     steps = {share: stepper(objective, batch) for share, batch in batches.items()}
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -107,7 +107,7 @@ def measure(name: str, objective: Objective, items: list[data.Item], prompts: li
 
 
 def main() -> None:
-    """Both steps as a table, and as JSON in results/."""
+    """Prints both steps as a table, and saves them as JSON in results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (default %(default)s)")

@@ -3,10 +3,10 @@
     python benchmarks/step_time.py                 # 4 × 256 tokens on SmolLM2-135M's architecture, float32
     python benchmarks/step_time.py --rounds 3      # quicker
 
-Both sides have random weights, r=16 on all linears, AdamW, loss on every token. PEFT runs without gradient
-checkpointing, which is its faster setting. Each side has a process of its own, so that neither's thread pool or
-allocator is in the other's way; steps alternate (ours, theirs, ours, …) and the seconds are medians. Memory is the
-high-water mark of the process's resident set over whole steps, everything that it holds included.
+Both sides have random weights, r=16 on all linears, AdamW, and the loss on every token. PEFT runs without gradient
+checkpointing, which is its faster setting. Each side has its own process, so that neither's thread pool or allocator
+disturbs the other; steps alternate (ours, theirs, ours, …) and the seconds are medians. Memory is the high-water mark
+of the process's whole resident set over whole steps.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def tokens(batch: int, length: int) -> np.ndarray:
 
 
 def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Callable[[], None]:
-    """A function that does one optimizer step in jlora."""
+    """A function that runs one optimizer step in jlora."""
     import jax
 
     import jlora
@@ -83,7 +83,7 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
 
 
 def peft_step(quant: str | None, batch: int, length: int, remat: bool) -> Callable[[], None]:
-    """A function that does one optimizer step in PEFT + torch (+ bitsandbytes)."""
+    """A function that runs one optimizer step in PEFT + torch (+ bitsandbytes)."""
     import peft
     import torch
     import transformers
@@ -128,7 +128,7 @@ STEPS = {"jlora": jlora_step, "peft": peft_step}
 
 
 class Side:
-    """One side in a process of its own, which does a step whenever it is asked to."""
+    """One side in its own process, which runs a step on request."""
 
     def __init__(self, name: str, quant: str | None, options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--child", name, "--quant", quant or "none"]
@@ -140,7 +140,7 @@ class Side:
         self.step()  # answered when the child is ready
 
     def step(self) -> dict[str, float]:
-        """What the child says of the step it has just done: its `seconds`, and `peak_gib` of all so far."""
+        """Has the child run a step; returns its `seconds` and the `peak_gib` of all steps so far."""
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -156,7 +156,7 @@ class Side:
 
 
 def compare(quant: str | None, options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds a step and peak GiB of both sides, which take turns."""
+    """Median seconds per step and peak GiB of both sides, which take turns."""
     sides = {name: Side(name, quant, options) for name in STEPS}
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(options.rounds):
@@ -169,11 +169,11 @@ def compare(quant: str | None, options: argparse.Namespace) -> tuple[dict[str, f
 
 
 def child(options: argparse.Namespace) -> None:
-    """One side: a step for every line on standard input."""
+    """One side: runs a step for every line on standard input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     step = STEPS[options.child](None if options.quant == "none" else options.quant, *_sizes(options))
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark: loading is not part of a step
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark: loading is not part of a step
     step()
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -209,7 +209,7 @@ def main() -> None:
 
 
 def report(rows: list[dict], options: argparse.Namespace) -> None:
-    """Prints the table and keeps it as JSON beside this file."""
+    """Prints the table and saves it as JSON in results/."""
     import record
     import rich
     import rich.table

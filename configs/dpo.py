@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the library's defaults, a tenth of supervised fine-tuning's learning rate.
+"""Direct preference optimisation: the library's defaults, with a tenth of supervised fine-tuning's learning rate.
 
     jlora train --config=configs/dpo.py --config.model.path=MODEL --config.data.path=PAIRS.jsonl \
         --config.model.adapter=runs/mine/adapter --config.train.epochs=1
@@ -12,7 +12,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """model.path, data.path and train.steps or train.epochs are to be given."""
+    """Requires model.path, data.path and train.steps or train.epochs."""
     config = default_config()
     config.algorithm = "dpo"
     config.optim.learning_rate = 2e-5

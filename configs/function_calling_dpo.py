@@ -12,7 +12,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """About half a pass over the pairs; the likelihood of the right calls is held up beside the margin."""
+    """About half a pass over the pairs; besides the margin, the loss keeps up the likelihood of the right calls."""
     config = default_config()
     config.algorithm = "dpo"
     config.dpo.loss_type = ("sigmoid", "sft")

@@ -1,4 +1,4 @@
-"""PPO of SmolLM2-135M on function calling, against the reward model that configs/function_calling_reward.py leaves.
+"""PPO of SmolLM2-135M on function calling, with the reward model that configs/function_calling_reward.py trains.
 
     jlora train --config=configs/function_calling_ppo.py --config.model.path=MODEL \
         --config.data.path=runs/quickstart/data/train.jsonl --config.data.eval_path=runs/quickstart/data/test.jsonl \
@@ -11,8 +11,8 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Rollouts of 32 calls, four of each question, two passes over each; the KL is held near its target by its own
-    weight.
+    """Rollouts of 32 calls, four per question, with two passes over each; an adaptive weight holds the KL near its
+    target.
     """
     config = default_config()
     config.algorithm = "ppo"

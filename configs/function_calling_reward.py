@@ -10,7 +10,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """It starts from the adapter that knows the task, with a head beside it."""
+    """Starts from the adapter that has learned the task, and adds a head."""
     config = default_config()
     config.algorithm = "reward"
     config.reward.center_rewards_coefficient = 0.01

@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """model.path, data.path, rollout.rewards and train.steps are to be given."""
+    """Requires model.path, data.path, rollout.rewards and train.steps."""
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"{variant!r} is not one of {', '.join(VARIANTS)}")
     config = default_config()

@@ -1,6 +1,6 @@
 """QLoRA of Llama-3-8B-Instruct on one GPU of 24 GB: NF4 base, small micro-batches, rank 16 on every linear.
 
-data.path is to be given. On four such devices add --config.mesh.fsdp=4 --config.train.batch_size=4.
+Requires data.path. On four such devices add --config.mesh.fsdp=4 --config.train.batch_size=4.
 """
 
 from ml_collections import ConfigDict

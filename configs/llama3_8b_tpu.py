@@ -1,6 +1,6 @@
 """LoRA of Llama-3-8B-Instruct in bfloat16 over a TPU v5e-8 slice: weights, gradients' inputs and rows split by FSDP.
 
-data.path is to be given. On several hosts start scripts/train.py --distributed on each of them.
+Requires data.path. On several hosts, start scripts/train.py --distributed on each of them.
 """
 
 from ml_collections import ConfigDict

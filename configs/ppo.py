@@ -11,7 +11,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """model.path, data.path, rollout.rewards and train.steps are to be given."""
+    """Requires model.path, data.path, rollout.rewards and train.steps."""
     config = default_config()
     config.algorithm = "ppo"
     config.optim.learning_rate = 3e-5

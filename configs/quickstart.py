@@ -9,7 +9,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Some minutes on two CPU cores: less than half a pass over the questions (train.steps=174 is all of it)."""
+    """A few minutes on two CPU cores: less than half a pass over the questions (train.steps=174 is a whole pass)."""
     config = default_config()
     config.model.quant = "nf4"
     config.lora.r = 16
@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     config.train.steps = 72
     config.train.batch_size = 4
     config.train.seq_len = 512
-    # Questions are about half a row long: rows of one question each, grouped by length, hold as little padding as
-    # packed ones, and attend to less.
+    # Questions are about half a row long: rows of one question each, grouped by length, have as little padding as
+    # packed rows, and need less attention.
     config.data.packing = False
     config.data.bucket = 128
-    config.train.remat = False  # the activations of this small model fit anywhere, and recomputing them takes time
+    config.train.remat = False  # the activations of this small model always fit, and recomputing them takes time
     return config

@@ -1,4 +1,4 @@
-"""GRPO of SmolLM2-135M on sums and differences of small numbers, with reasoning-gym's own reward; no data needed.
+"""GRPO of SmolLM2-135M on sums and differences of small numbers, with reasoning-gym's reward; no data is needed.
 
 jlora train --config=configs/reasoning_grpo.py --config.model.path=MODEL
 """

@@ -10,7 +10,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """model.path, data.path and train.steps or train.epochs are to be given."""
+    """Requires model.path, data.path and train.steps or train.epochs."""
     config = default_config()
     config.algorithm = "reward"
     config.optim.learning_rate = 1e-4

@@ -11,7 +11,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Everything at its default; model.path, data.path and train.steps or train.epochs are to be given."""
+    """Everything at its default; requires model.path, data.path and train.steps or train.epochs."""
     config = default_config()
     config.algorithm = "sft"
     return config

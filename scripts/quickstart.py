@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The quickstart: fetch a small model and a real task, measure, train, measure again, show what changed.
+"""The quickstart: fetch a small model and a real task, measure, train, measure again, and show what changed.
 
-scripts/quickstart.sh installs what this needs and starts it. `--config.GROUP.KEY=VALUE` changes configs/quickstart.py.
+scripts/quickstart.sh installs the requirements and starts it. `--config.GROUP.KEY=VALUE` changes configs/quickstart.py.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MEASURES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Everything, from the download to the table."""
+    """Runs everything, from the download to the table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", default=os.path.relpath(ROOT / "runs" / "quickstart"), help="default: %(default)s")
     parser.add_argument("--cache", default=function_calling.CACHE, help="folder for downloads (default: %(default)s)")
@@ -99,7 +99,7 @@ def _table(before: dict, after: dict) -> Table:
 
 
 def _show_answers(console: Console, questions: list[dict], answers: list[dict], count: int = 3) -> None:
-    """The first few questions with the trained model's calls, right or wrong."""
+    """Prints the first few questions with the trained model's calls, right or wrong."""
     for question, answer in list(zip(questions, answers, strict=True))[:count]:
         asked = next(message["content"] for message in question["messages"] if message["role"] == "user")
         mark = "accepted" if answer["correct"] else "not accepted"

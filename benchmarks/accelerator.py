@@ -366,7 +366,7 @@ def checked(dry: bool = False) -> Iterator[Row]:
 
 
 def told(dry: bool = False) -> Iterator[Row]:
-    """The numbers that a check compares."""
+    """A row for each of the `numbers` that checks compare."""
     for name, compute in numbers(dry):
         yield {"name": name, "value": compute()}
 
@@ -442,7 +442,7 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Attention's milliseconds, forward and backward, form by form and size by size."""
+    """Lines of a table of attention's milliseconds, forward and backward, by form and size."""
     rows = [row for row in found if row["part"] == "attention" and "form" in row]
     sizes, forms = (list(dict.fromkeys(row[name] for row in rows)) for name in ("size", "form"))
     if rows:

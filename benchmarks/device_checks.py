@@ -241,7 +241,7 @@ def _digest(values: Any) -> str:
 
 
 def offloaded() -> Row:
-    """Checks that steps that offload the layers' inputs to the host give the same results as steps that recompute."""
+    """Checks that steps with the layers' inputs offloaded to the host give the same results as steps without."""
     import jax
 
     from jlora import lora, models, sharding

@@ -84,7 +84,7 @@ def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
         decode(model, params, tokens, lengths, keys, **settings).tokens.block_until_ready()
         return time.perf_counter() - start
 
-    for rows in options.rows:  # compiles
+    for rows in options.rows:  # to compile
         run(rows, 1), run(rows, options.new)
     forget_peak()
     run(max(options.rows), options.new)

@@ -9,7 +9,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """One pass over the data, 16 rows a step."""
+    """One pass over the data, 16 rows per step."""
     config = default_config()
     config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     config.model.dtype = "bfloat16"

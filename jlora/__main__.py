@@ -1,4 +1,4 @@
-"""`python -m jlora` is `jlora`."""
+"""`python -m jlora` runs `jlora`."""
 
 import sys
 

@@ -117,7 +117,7 @@ def target_config(device: Device) -> str:
     cuda = device.cuda
     assert cuda is not None
     major, minor = cuda.capability
-    feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # those of "sm_90a"
+    feature = "ACCELERATED_FEATURES" if major >= 9 else "NONE"  # as in "sm_90a"
     fields = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,

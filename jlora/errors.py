@@ -23,7 +23,7 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 class ExistingFileError(UserError, FileExistsError):
-    """A file would have been overwritten; it is left alone."""
+    """A file or folder would have been overwritten; it is left alone."""
 
 
 class UnknownNameError(UserError, KeyError):

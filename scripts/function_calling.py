@@ -329,7 +329,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Parse the command line and prepare the task, or pairs of answers."""
+    """Parses the command line, and prepares the task or writes pairs of answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="write the data")

@@ -1,3 +1,3 @@
-"""The command line: parse, call, print. One file a command; `main.main` is the entry point."""
+"""The command line: parse, call, print. One file per command; `main.main` is the entry point."""
 
 __all__: list[str] = []

@@ -152,7 +152,7 @@ def _changes(
     changes = forgetting.compare(model, before, params, tokenizer, task=records, **sets)
     if options.loss_only:
         return changes
-    # Each model's texts stop at its own ends.
+    # Each model's texts stop at its own end tokens.
     found = [measure(*one)[1] for one in ((other, before), (model, params))]
     scores = ([{k: v for k, v in answer.items() if k not in ANSWER} for answer in answers] for answers in found)
     return changes + forgetting.compare_scores(*scores)

@@ -108,7 +108,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """DIR or DIR:WEIGHT."""
+    """(folder, weight) of DIR or DIR:WEIGHT; the weight defaults to 1."""
     folder, colon, weight = text.rpartition(":")
     try:
         return (folder, float(weight)) if colon else (text, 1.0)

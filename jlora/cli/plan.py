@@ -146,7 +146,7 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
 
 
 def gib(size: int) -> str:
-    """'8.59 GiB', '12.0 MiB'."""
+    """A size in bytes as text: '8.59 GiB', '12.0 MiB'."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
 
 

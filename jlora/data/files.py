@@ -98,7 +98,7 @@ def parse_json(text: str, expected: str = "one line of JSON") -> Any:
         raise UserError(
             f"found {text.strip()[:40]!r}, expected {expected} ({error.msg}, column {error.colno})"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # for example thousands of digits, or thousands of nested brackets
         raise UserError(f"found JSON that cannot be read ({error})") from error
     if _SURROGATE_ESCAPE.search(text):
         _refuse_surrogates(value)

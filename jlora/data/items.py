@@ -54,6 +54,9 @@ def encode_pairs(
         overlong: what happens to a document longer than `seq_len`: "cut" keeps its start, "drop" leaves out its pair,
             "error" raises.
         on_error, note: see `encode_all`.
+
+    Raises:
+        UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
     return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len, overlong, on_error, note)
 
@@ -122,6 +125,9 @@ def plan_items(
             (see `common_start`).
         prompts: with `share`, a number for each item; consecutive items with the same number share one copy too, as
             many as a row has room for. Without packing a row holds one such group, and `batch_size` counts rows.
+
+    Raises:
+        UserError: see `plan`; or the items differ in their number of documents or in the names of their values.
     """
     sides, _ = _check(items)
     if share:
@@ -193,6 +199,9 @@ def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Bat
 
     N is the number of items that a micro-batch can hold; if rows hold several items, it is the number of items in the
     step's fullest micro-batch, rounded up to a power of two.
+
+    Raises:
+        UserError: the step was not planned for this `grad_accum`.
     """
     sides, names = _check(items)
     return _collate(_documents(items), items, sides, names, step, grad_accum)

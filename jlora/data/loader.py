@@ -106,7 +106,7 @@ def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tup
 
 
 def common_start(examples: Sequence[Example]) -> int:
-    """How many tokens the examples can share: their common start, as far as it is not trained.
+    """How many tokens the examples can share: the length of their common start, as far as it is not trained.
 
     The last token of a prompt is not shared, because what it predicts differs. A single example shares nothing.
     """

@@ -52,7 +52,7 @@ class Marked:
 
     def __init__(self, messages: Sequence[Mapping[str, Any]], tools: Any, *, calls: bool = True) -> None:
         self.leaves: list[Leaf] = []
-        self.owners: list[int] = []  # message of each mark
+        self.owners: list[int] = []  # index of each mark's message
         self.values: list[tuple[int, str, Any]] = []  # (message, path, value) of arguments that are not text
         self.sound = True  # no text of the chat contains a mark's character itself
         self._calls = calls

@@ -28,7 +28,7 @@ class _Run(NamedTuple):
     first: int
     last: int
     following: int
-    number: int  # of its last mark
+    number: int  # number of its last mark
 
 
 class Turns:

@@ -94,7 +94,7 @@ def decode(
 
 
 class _Settings(NamedTuple):
-    """How the next token is chosen, and which is the last."""
+    """How the next token is chosen, and which token is the last."""
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Prompts in, texts out."""
+"""`generate`: prompts in, texts out."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any

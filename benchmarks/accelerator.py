@@ -8,7 +8,8 @@ Nothing is downloaded: weights are random. Every measurement runs in its own pro
 and a failure costs one row. Rows are saved as they come; what does not fit into `--minutes` is left out and named. The
 checks of device_checks.py come first. Training uses Qwen 3's shapes, r=16 on all linears, 2 × 2048 tokens × 4
 micro-batches, four documents packed in a row, AdamW, and recomputes every layer. Every speed comes with the loss and
-the gradient norm, every peak with what `jlora plan` expects of such a device. MFU is defined in jlora/train/usage.py.
+the gradient norm, every peak with what `jlora plan` expects of such a device. MFU is defined in
+jlora/train/reporting/usage.py.
 """
 
 import argparse
@@ -66,9 +67,9 @@ def train(shape: str, format: str) -> Iterator[Row]:
 
     from jlora import lora, models, sharding
     from jlora.optim import OptimConfig, make_optimizer
-    from jlora.train import usage
-    from jlora.train.algorithm import placement
-    from jlora.train.sft import sft_loss
+    from jlora.train.algorithms.algorithm import placement
+    from jlora.train.algorithms.sft import sft_loss
+    from jlora.train.reporting import usage
     from jlora.train.state import create_state
     from jlora.train.step import make_step
 
@@ -129,8 +130,8 @@ def plan(shape: str, format: str, kind: str) -> Iterator[Row]:
     """The memory that `jlora plan` expects."""
     from jlora import devices
     from jlora.train.config import resolve
-    from jlora.train.forecast import forecast
-    from jlora.train.topology import parse
+    from jlora.train.planning.forecast import forecast
+    from jlora.train.planning.topology import parse
 
     device = devices.known(kind)
     if device is None:
@@ -272,7 +273,7 @@ def kernels(dry: bool = False) -> Iterator[Row]:
     from jlora import quant
     from jlora.losses import cross_entropy
     from jlora.quant import four_bit
-    from jlora.quant.matmul import matmul
+    from jlora.quant.products import matmul
 
     scale = 32 if dry else 1
     width, inner, length, vocabulary = (size // scale for size in (4096, 12288, LENGTH, 151936))

@@ -246,8 +246,8 @@ def offloaded() -> Row:
 
     from jlora import lora, models, sharding
     from jlora.optim import OptimConfig, make_optimizer
-    from jlora.train.algorithm import placement
-    from jlora.train.sft import sft_loss
+    from jlora.train.algorithms.algorithm import placement
+    from jlora.train.algorithms.sft import sft_loss
     from jlora.train.state import create_state
     from jlora.train.step import make_step
 
@@ -316,7 +316,7 @@ def tiny_run(algorithm: str) -> list[float]:
     import jax
 
     from jlora.train import resolve, run
-    from jlora.train.metrics import read_metrics
+    from jlora.train.reporting.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as name, jax.default_matmul_precision("highest"):
         folder = pathlib.Path(name)

@@ -34,9 +34,9 @@ from jlora import kernels
 from jlora.devices import DEVICES, GIB
 from jlora.errors import UserError
 from jlora.models import decoder
-from jlora.train import topology
 from jlora.train.config import RunConfig, resolve
-from jlora.train.forecast import Forecast, forecast
+from jlora.train.planning import topology
+from jlora.train.planning.forecast import Forecast, forecast
 
 NAME = "memory"
 LLAMA = dict(

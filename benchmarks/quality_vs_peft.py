@@ -28,8 +28,8 @@ import jlora
 from jlora import data
 from jlora.train import loop
 from jlora.train.config import resolve
-from jlora.train.evaluate import evaluate, load_metric
-from jlora.train.progress import Progress
+from jlora.train.evaluation.records import evaluate, load_metric
+from jlora.train.reporting.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASK = ROOT / "scripts" / "function_calling.py"

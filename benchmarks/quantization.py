@@ -28,8 +28,8 @@ import rich.table
 
 import jlora
 from jlora import data, quant, tree
-from jlora.hub.quantized import quantizable
-from jlora.train.sensitivity import measure
+from jlora.hub.checkpoints.packed import quantizable
+from jlora.train.evaluation.sensitivity import measure
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASK = ROOT / "scripts" / "function_calling.py"

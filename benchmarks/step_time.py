@@ -47,7 +47,7 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     import jlora
     from jlora import allocator, models, sharding, tree
     from jlora.optim import OptimConfig, make_optimizer
-    from jlora.train.sft import sft_loss
+    from jlora.train.algorithms.sft import sft_loss
     from jlora.train.state import create_state
     from jlora.train.step import make_step
 

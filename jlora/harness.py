@@ -20,7 +20,7 @@ from jlora.errors import raise_all
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.models import Model
-from jlora.train.evaluate import example_sums
+from jlora.train.evaluation.records import example_sums
 from jlora.types import Params, require
 
 TemplateLM: Any = require("lm_eval.api.model", "harness").TemplateLM

@@ -23,8 +23,8 @@ from jlora.cli.overrides import read_config
 from jlora.data import read_records
 from jlora.train import loop
 from jlora.train.config import resolve
-from jlora.train.evaluate import evaluate
-from jlora.train.progress import Progress
+from jlora.train.evaluation.records import evaluate
+from jlora.train.reporting.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEASURES = {

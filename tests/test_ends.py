@@ -18,8 +18,8 @@ import jlora
 from jlora import hub, models
 from jlora.ends import end_ids, template_end
 from jlora.train import resolve, run
-from jlora.train.evaluate import evaluate
-from jlora.train.metrics import read_metrics
+from jlora.train.evaluation.records import evaluate
+from jlora.train.reporting.metrics import read_metrics
 
 ANSWER = "Fine."
 CHATML = (

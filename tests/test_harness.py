@@ -12,7 +12,7 @@ import transformers
 from jlora import hub
 from jlora.train import resolve
 from jlora.train.adapt import adapt
-from jlora.train.evaluate import record_sums
+from jlora.train.evaluation.records import record_sums
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -23,7 +23,7 @@ FRONT = ("__init__", "__main__")
 
 
 def part(path):
-    """'lora' for jlora/lora/merge.py, 'tree' for jlora/tree.py."""
+    """'lora' for jlora/lora/merging.py, 'tree' for jlora/tree.py."""
     return path.relative_to(ROOT / "jlora").parts[0].removesuffix(".py")
 
 
@@ -72,6 +72,19 @@ def sources():
 def test_every_part_of_the_package_has_a_level():
     unknown = {part(path) for path in sources()} - set(LEVEL)
     assert not unknown, f"no level for {sorted(unknown)}: see LEVELS above"
+
+
+def test_no_module_has_the_name_of_a_function_that_its_package_exports():
+    """Otherwise `jlora.lora.merge` is sometimes the function and sometimes the module."""
+    problems = []
+    for init in sorted((ROOT / "jlora").rglob("__init__.py")):
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        imports = [node for node in ast.parse(init.read_text()).body if isinstance(node, ast.ImportFrom)]
+        nodes = [node for node in imports if node.module != package]  # which exports modules
+        exported = {alias.asname or alias.name for node in nodes for alias in node.names}
+        modules = {path.stem for path in init.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+        problems += [f"{init.parent.relative_to(ROOT)}: {name}" for name in sorted(exported & modules)]
+    assert problems == ["jlora: generate"], problems  # that function is called like its part of the package by design
 
 
 def test_imports_go_down():

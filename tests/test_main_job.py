@@ -16,7 +16,7 @@ import transformers
 
 import jlora
 from jlora.cli.main import main
-from jlora.train.metrics import read_metrics
+from jlora.train.reporting.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -15,8 +15,9 @@ from jlora import data, hub, lora
 from jlora.cli.model import add_model_options, add_on_error_option, load_model, positive, print_note
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
-from jlora.train import forgetting, reward_model
-from jlora.train.evaluate import ANSWER, NUMBERS, MetricFailed, evaluate, load_metric
+from jlora.train.algorithms import reward_model
+from jlora.train.evaluation import forgetting
+from jlora.train.evaluation.records import ANSWER, NUMBERS, MetricFailed, evaluate, load_metric
 from jlora.types import Params, require
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora import lora
-from jlora.hub.score import only_scored
+from jlora.hub.checkpoints.score import only_scored
 from jlora.models import Model
 from jlora.models.model import SCORE
-from jlora.train.sensitivity import divergence
+from jlora.train.evaluation.sensitivity import divergence
 from jlora.types import Params
 
 # Texts to compare the merged and unmerged models on if no records are given.

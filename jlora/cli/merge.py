@@ -19,8 +19,8 @@ from jlora.cli.model import (
     tensor_bar,
 )
 from jlora.errors import UserError
-from jlora.hub.quantized import quantizable
-from jlora.lora.mix import METHODS
+from jlora.hub.checkpoints.packed import quantizable
+from jlora.lora.mixing import METHODS
 from jlora.models import Model
 from jlora.types import Params
 

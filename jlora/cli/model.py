@@ -10,7 +10,7 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub
-from jlora.hub.resize import TOKENIZER
+from jlora.hub.checkpoints.resize import TOKENIZER
 from jlora.models import Model
 from jlora.quant import FORMATS
 from jlora.types import Params

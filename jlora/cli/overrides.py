@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jlora.errors import MissingFileError, UserError
 from jlora.train.config import default_config
-from jlora.train.pyfile import call, load_function
+from jlora.train.rewards.pyfile import call, load_function
 
 _SETTINGS = (".yaml", ".yml", ".json")
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")

@@ -14,10 +14,10 @@ from jlora.cli.overrides import read_config
 from jlora.devices import DEVICES
 from jlora.errors import UserError, raise_all
 from jlora.train.config import RunConfig, resolve
-from jlora.train.fitting import Found, cheapest, longest
-from jlora.train.forecast import Forecast, forecast
-from jlora.train.placement import place
-from jlora.train.topology import COMPILERS, Topology, parse
+from jlora.train.planning.fitting import Found, cheapest, longest
+from jlora.train.planning.forecast import Forecast, forecast
+from jlora.train.planning.placement import place
+from jlora.train.planning.topology import COMPILERS, Topology, parse
 
 
 def run(arguments: list[str]) -> int:

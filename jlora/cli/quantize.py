@@ -6,8 +6,8 @@ from typing import Any
 from jlora import hub, quant, tree
 from jlora.cli.model import add_on_error_option, add_vocab_option, encodable, read_records
 from jlora.errors import UserError
-from jlora.hub.quantized import FORMATS, quantizable
-from jlora.train.sensitivity import measure
+from jlora.hub.checkpoints.packed import FORMATS, quantizable
+from jlora.train.evaluation.sensitivity import measure
 
 
 def run(arguments: list[str]) -> int:

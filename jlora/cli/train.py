@@ -18,8 +18,8 @@ from jlora import allocator
 from jlora.cli.overrides import read_config
 from jlora.train import Interrupted, loop, many
 from jlora.train.config import RunConfig, resolve
-from jlora.train.progress import Progress
-from jlora.train.typed import describe, is_required
+from jlora.train.config.typed import describe, is_required
+from jlora.train.reporting.progress import Progress
 
 INTERRUPTED = 75
 

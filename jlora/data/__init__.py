@@ -1,5 +1,6 @@
 """Training data: records from files, chat templates, packing plans and the loader that feeds the training step."""
 
+from jlora.data.batches import Batch, collate, describe, filled, loader
 from jlora.data.chat import EncodeReport, Example, answer_text, encodable, encode, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
@@ -14,7 +15,6 @@ from jlora.data.items import (
     plan_items,
     with_mismatched,
 )
-from jlora.data.loader import Batch, collate, describe, filled, loader
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers

@@ -7,8 +7,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from jlora.data.batches import Batch, batches, common_start, lay_out
 from jlora.data.chat import EncodeReport, Example, Remark, select
-from jlora.data.loader import Batch, batches, common_start, lay_out
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
 from jlora.data.records import Note, OnError, Record, warn

@@ -11,8 +11,8 @@ from jlora import data
 from jlora.data import Prompt
 from jlora.errors import UserError
 from jlora.generate.asked import as_prompts, choices, one_each
-from jlora.generate.decode import decode
-from jlora.generate.rollout import beyond_positions, faults, queues
+from jlora.generate.decoding import decode
+from jlora.generate.rollouts import beyond_positions, faults, queues
 from jlora.lora.bank import Bank, Choice, Places, refuse_chosen
 from jlora.models import Model
 from jlora.types import Params

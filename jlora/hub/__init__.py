@@ -1,16 +1,24 @@
 """Reading and writing Hub files: checkpoints, tokenizers, GGUF and PEFT adapters."""
 
 from jlora.hub.adapters import load_adapter
-from jlora.hub.convert import convert_adapter
-from jlora.hub.export import require_writable, save_model
-from jlora.hub.folder import refuse_inputs
-from jlora.hub.gguf_export import TYPES as GGUF_TYPES
-from jlora.hub.gguf_export import require_gguf, save_gguf, save_gguf_adapter
-from jlora.hub.load import checkpoint_dtype, describe, describe_model, exact_dtype, float_dtype, load, read_model
-from jlora.hub.model_merge import merge_models
-from jlora.hub.peft_save import save_adapter, scales_note
-from jlora.hub.quantized import save_quantized
-from jlora.hub.source import Source, open_source
+from jlora.hub.checkpoints.folder import refuse_inputs
+from jlora.hub.checkpoints.packed import save_quantized
+from jlora.hub.checkpoints.reading import (
+    checkpoint_dtype,
+    describe,
+    describe_model,
+    exact_dtype,
+    float_dtype,
+    load,
+    read_model,
+)
+from jlora.hub.checkpoints.source import Source, open_source
+from jlora.hub.checkpoints.writing import require_writable, save_model
+from jlora.hub.gguf.writing import TYPES as GGUF_TYPES
+from jlora.hub.gguf.writing import require_gguf, save_gguf, save_gguf_adapter
+from jlora.hub.peft.conversion import convert_adapter
+from jlora.hub.peft.writing import save_adapter, scales_note
+from jlora.hub.recipes.merging import merge_models
 from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer, tokenizer_differences
 
 __all__ = [

@@ -4,10 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jlora.hub import mlx, peft
-from jlora.hub.adapter_config import CONFIG
-from jlora.hub.source import locate_adapter
-from jlora.hub.weights import read_json
+from jlora.hub import mlx
+from jlora.hub.checkpoints.source import locate_adapter
+from jlora.hub.checkpoints.weights import read_json
+from jlora.hub.peft import reading as peft
+from jlora.hub.peft.config import CONFIG
 from jlora.types import Params
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from jlora import lora, tree
 from jlora.errors import MissingFileError, UserError
-from jlora.hub.adapter_config import CONFIG, AdapterConfig
-from jlora.hub.adapter_fields import SHARE
-from jlora.hub.peft import assemble
-from jlora.hub.peft_slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
-from jlora.hub.weights import TensorInfo, listing, read_json, tensor_infos
-from jlora.lora.merge import TIED_HEADS
+from jlora.hub.checkpoints.weights import TensorInfo, listing, read_json, tensor_infos
+from jlora.hub.peft.config import CONFIG, AdapterConfig
+from jlora.hub.peft.fields import SHARE
+from jlora.hub.peft.reading import assemble
+from jlora.hub.peft.slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
+from jlora.lora.merging import TIED_HEADS
 from jlora.models.kinds import NUMBER, short
 from jlora.types import Params
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora.errors import MissingFileError, MissingPackageError, UserError
-from jlora.hub.gguf import tokenizer_fields
-from jlora.hub.source import locate, locate_adapter
+from jlora.hub.checkpoints.source import locate, locate_adapter
+from jlora.hub.gguf.reading import tokenizer_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

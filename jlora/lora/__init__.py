@@ -1,14 +1,13 @@
 """LoRA as a transformation of a param tree: adapters sit beside base leaves; one half is frozen, the other trained."""
 
 from jlora.lora.bank import Bank, choose
-from jlora.lora.bind import bind, from_nnx
+from jlora.lora.binding import bind, from_nnx
 from jlora.lora.config import LoraConfig
-from jlora.lora.extract import extract
-from jlora.lora.kept import Kept, kept
-from jlora.lora.linear import embed, grouped_linear, linear, unembed, update
+from jlora.lora.extraction import extract
+from jlora.lora.linears import embed, grouped_linear, linear, unembed, update
 from jlora.lora.low_rank import Fit, Fits
-from jlora.lora.merge import base_norms, merge, merged_leaf, untie
-from jlora.lora.mix import mix
+from jlora.lora.merging import base_norms, merge, merged_leaf, untie
+from jlora.lora.mixing import mix
 from jlora.lora.partition import (
     adapter_leaves,
     combine,
@@ -22,8 +21,9 @@ from jlora.lora.partition import (
     strip,
     with_starts,
 )
+from jlora.lora.retention import Kept, kept
 from jlora.lora.setup import init
-from jlora.lora.stack import stack, unstack
+from jlora.lora.stacking import stack, unstack
 from jlora.lora.starts import kernel_gradients
 
 __all__ = [

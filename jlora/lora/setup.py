@@ -13,7 +13,7 @@ from jlora import quant, tree
 from jlora.errors import UserError
 from jlora.lora import starts
 from jlora.lora.config import LoraConfig
-from jlora.lora.merge import TIED_HEADS, base_norms, column_norms, tied_heads
+from jlora.lora.merging import TIED_HEADS, base_norms, column_norms, tied_heads
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.lora.targets import Candidate, InputAxes, Target, find_targets, matches, module_names, saves
 from jlora.types import Params

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
-from jlora.lora.merge import MAIN, tied_heads
+from jlora.lora.merging import MAIN, tied_heads
 
 # The modules that "all-linear" leaves alone: those that compute logits or a reward model's score.
 HEADS = ("lm_head", "embed_out", "score")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora import tree
 from jlora.errors import UserError, describe_faults
-from jlora.lora.merge import TIED_HEADS
+from jlora.lora.merging import TIED_HEADS
 from jlora.lora.partition import CARRIED
 from jlora.quant import is_packed
 from jlora.types import Params

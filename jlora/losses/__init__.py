@@ -1,8 +1,8 @@
 """Losses: pure functions on arrays."""
 
-from jlora.losses.cross_entropy import TokenSums, cross_entropy
+from jlora.losses.direct import DPO_LOSS_TYPES, check_dpo, dpo, dpo_rewards
 from jlora.losses.documents import by_document, last_token, rank, to_tokens
-from jlora.losses.dpo import DPO_LOSS_TYPES, check_dpo, dpo, dpo_rewards
+from jlora.losses.likelihood import TokenSums, cross_entropy
 from jlora.losses.log_probs import TokenScores, token_scores
 from jlora.losses.policy import (
     AGGREGATIONS,

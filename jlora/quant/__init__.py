@@ -4,8 +4,8 @@ from jlora.quant.config import QuantConfig, as_config, leaf_format
 from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize, unpacked
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
-from jlora.quant.matmul import grouped_matmul, matmul
 from jlora.quant.mixed import candidates, choose, weight_damage
+from jlora.quant.products import grouped_matmul, matmul
 from jlora.quant.rounded import Rounded, straight_through
 
 __all__ = [

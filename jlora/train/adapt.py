@@ -13,7 +13,7 @@ from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.quant import Rounded
-from jlora.train.algorithm import Base
+from jlora.train.algorithms.algorithm import Base
 from jlora.train.config import RunConfig
 from jlora.types import Params
 

@@ -9,7 +9,7 @@ import jax
 from jlora.errors import ExistingFileError, UserError, raise_all
 from jlora.hub.adapters import check_adapter
 from jlora.train.config import RunConfig
-from jlora.train.placement import Placement, place
+from jlora.train.planning.placement import Placement, place
 from jlora.types import require
 
 

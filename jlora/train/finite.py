@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.errors import Failed
-from jlora.train.algorithm import Note, Numbers
+from jlora.train.algorithms.algorithm import Note, Numbers
 from jlora.train.step import FINITE, Metrics
 
 # A run ends once this many steps in a row were skipped: by then it is not a spike.

@@ -2,7 +2,7 @@
 
 from jlora import tree
 from jlora.optim import learning_rates, make_optimizer
-from jlora.train.algorithm import Base, Job, Learning, Numbers, placement
+from jlora.train.algorithms.algorithm import Base, Job, Learning, Numbers, placement
 from jlora.train.config import RunConfig
 from jlora.train.state import create_state
 from jlora.train.step import Metrics, make_step

@@ -13,16 +13,18 @@ import jax
 
 from jlora import checkpoint, data, hub, lora, sharding, tree
 from jlora.errors import UserError
-from jlora.train import grpo, many, ppo, preference, resume, sft, tracing, usage
+from jlora.train import many, resume
 from jlora.train.adapt import adapt, based
-from jlora.train.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.algorithms import grpo, ppo, preference, sft
+from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.algorithms.rollout import FILE as COMPLETIONS
 from jlora.train.config import RunConfig, to_dict
 from jlora.train.early import check_surroundings
 from jlora.train.finite import Guard
 from jlora.train.learning import learn
-from jlora.train.metrics import MetricsWriter, can_plot, plot_curves, truncate
-from jlora.train.progress import Progress
-from jlora.train.rollout import FILE as COMPLETIONS
+from jlora.train.reporting import tracing, usage
+from jlora.train.reporting.metrics import MetricsWriter, can_plot, plot_curves, truncate
+from jlora.train.reporting.progress import Progress
 from jlora.train.state import TrainState
 from jlora.train.step import Metrics, Step
 from jlora.types import Params

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from jlora import checkpoint, data, hub
 from jlora.errors import UserError
-from jlora.train.algorithm import Note, Plan
+from jlora.train.algorithms.algorithm import Note, Plan
 from jlora.train.config import TASK, RunConfig, completed, to_dict
 from jlora.types import Params
 

@@ -8,7 +8,7 @@ import pytest
 
 from jlora.kernels import attention
 from jlora.models import decoder
-from jlora.train.topology import COMPILERS
+from jlora.train.planning.topology import COMPILERS
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from jlora.cli.main import main
-from jlora.train.forecast import FULLEST
-from jlora.train.topology import COMPILERS
+from jlora.train.planning.forecast import FULLEST
+from jlora.train.planning.topology import COMPILERS
 
 ROLLOUT = [
     "--config.rollout.rewards=('nothing.py:one',)",

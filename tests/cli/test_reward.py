@@ -12,9 +12,10 @@ import transformers
 import jlora
 from jlora import data
 from jlora.cli.main import main
-from jlora.train import resolve, reward_model
-from jlora.train.algorithm import Base
-from jlora.train.metrics import read_metrics
+from jlora.train import resolve
+from jlora.train.algorithms import reward_model
+from jlora.train.algorithms.algorithm import Base
+from jlora.train.reporting.metrics import read_metrics
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no" + "o" * i} for i in range(6)]
 

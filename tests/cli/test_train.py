@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 from jlora.cli.main import main
-from jlora.train.metrics import read_metrics
-from jlora.train.progress import Progress
+from jlora.train.reporting.metrics import read_metrics
+from jlora.train.reporting.progress import Progress
 
 
 def test_a_run_leaves_config_metrics_curves_and_adapter(trained):

@@ -16,8 +16,9 @@ from jlora import data, models
 from jlora.cli.main import main
 from jlora.data import Example
 from jlora.generate import rollout
-from jlora.train import forgetting, resolve, run, sensitivity
-from jlora.train.evaluate import evaluate, example_sums
+from jlora.train import resolve, run
+from jlora.train.evaluation import forgetting, sensitivity
+from jlora.train.evaluation.records import evaluate, example_sums
 from jlora.train.restore import load_run
 
 NEW = "<|new|>"

@@ -14,7 +14,7 @@ from jlora.generate import rollout
 from jlora.generate.asked import as_prompts
 from jlora.models import build
 from jlora.train import resolve, run
-from jlora.train.evaluate import evaluate, require_records
+from jlora.train.evaluation.records import evaluate, require_records
 
 CHAT = [{"role": "user", "content": "b"}]
 

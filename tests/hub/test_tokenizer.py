@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from jlora import hub
 from jlora.errors import UserError
-from jlora.hub.gguf_tokenizer import LLAMA3_SPLIT, named, strips_spaces, tokenizer_metadata
+from jlora.hub.gguf.tokenizer import LLAMA3_SPLIT, named, strips_spaces, tokenizer_metadata
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
 TEXTS = ["ab ab  ab", "a  12 b", "   7", "ba 345, ab"]

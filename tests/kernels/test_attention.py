@@ -16,7 +16,7 @@ from jlora import UserError, sharding
 from jlora.kernels import attention
 from jlora.kernels.attention import FORMS, Marks, attend, blocked, triton
 from jlora.kernels.attention.visits import visits
-from jlora.train.topology import parse
+from jlora.train.planning.topology import parse
 from jlora.types import BRANCH
 
 SCALE = 0.3

@@ -13,7 +13,7 @@ from jlora import lora, quant, sharding, tree
 from jlora.generate import decode
 from jlora.lora import Bank
 from jlora.models import build
-from jlora.train.evaluate import example_sums
+from jlora.train.evaluation.records import example_sums
 
 CONFIG = transformers.Qwen2Config(
     vocab_size=37,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora import lora, models
-from jlora.train.sft import sft_loss
+from jlora.train.algorithms.sft import sft_loss
 
 CONFIG = {
     "model_type": "llama",

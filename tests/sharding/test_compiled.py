@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from jlora import lora, models, quant, sharding, tree
 from jlora.optim import OptimConfig, make_optimizer
-from jlora.train import sft
+from jlora.train.algorithms import sft
 from jlora.train.state import create_state
 from jlora.train.step import make_step
 

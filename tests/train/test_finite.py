@@ -13,9 +13,9 @@ from jlora import hub, lora, sharding
 from jlora.cli.main import main
 from jlora.optim import OptimConfig, make_optimizer
 from jlora.train import Diverged, finite, resolve, run
-from jlora.train.metrics import read_metrics
-from jlora.train.progress import Progress
-from jlora.train.sft import sft_loss
+from jlora.train.algorithms.sft import sft_loss
+from jlora.train.reporting.metrics import read_metrics
+from jlora.train.reporting.progress import Progress
 from jlora.train.state import create_state
 from jlora.train.step import make_step
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jlora.train import resolve, run
-from jlora.train.metrics import read_metrics
+from jlora.train.reporting.metrics import read_metrics
 
 HOST = """
 import json, sys

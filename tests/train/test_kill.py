@@ -14,7 +14,7 @@ import pytest
 from jlora import checkpoint
 from jlora.errors import UserError
 from jlora.train import resolve, run
-from jlora.train.metrics import read_metrics
+from jlora.train.reporting.metrics import read_metrics
 from jlora.train.restore import load_run
 
 ROOT = pathlib.Path(__file__).parents[2]

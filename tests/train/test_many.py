@@ -9,7 +9,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from jlora.train import Interrupted, resolve, run
-from jlora.train.metrics import read_metrics
+from jlora.train.reporting.metrics import read_metrics
 from jlora.train.restore import load_run
 
 MEMBERS = {

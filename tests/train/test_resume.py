@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from jlora import checkpoint, data
 from jlora.errors import UserError
 from jlora.train import Interrupted, loop, resolve, resume, run
-from jlora.train.algorithm import Plan
-from jlora.train.metrics import read_metrics
+from jlora.train.algorithms.algorithm import Plan
+from jlora.train.reporting.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

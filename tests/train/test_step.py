@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import jlora
 from jlora import lora, sharding, tree
 from jlora.optim import OptimConfig, make_optimizer
-from jlora.train.sft import sft_loss
+from jlora.train.algorithms.sft import sft_loss
 from jlora.train.state import create_state, create_states
 from jlora.train.step import Objective, Report, make_step, make_steps
 

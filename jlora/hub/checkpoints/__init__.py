@@ -1,0 +1,1 @@
+"""Hugging Face folders of whole models: read, packed, written."""

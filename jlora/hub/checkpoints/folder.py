@@ -1,0 +1,145 @@
+"""Folders and files that are written under a temporary name and then swapped in: no reader sees a partial one."""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from jlora.errors import ExistingFileError, NoSpaceError, UserError
+from jlora.hub.checkpoints.source import gguf_files
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterator[Path]:
+    """Yields a temporary folder to write into, which becomes `path` when the block ends without an error.
+
+    Files of an existing folder that the new one does not have are kept, except those that match a `stale` pattern.
+    If `path` is a link, its target is replaced.
+
+    Args:
+        marker: the file that an existing folder must have to be replaced.
+        stale: patterns of files that are not kept.
+
+    Raises:
+        FileExistsError: `path` exists, is not empty and has no `marker`; nothing was touched.
+        NoSpaceError: the disk is full; nothing was touched, and nothing is left of the new folder.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
+        raise ExistingFileError(f"{target} exists and has no {marker}, so it is left alone; choose another folder")
+    fresh = _beside(target)
+    try:
+        with _naming_a_full_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir()
+            yield fresh
+        for entry in fresh.iterdir():  # safetensors makes its files readable by their owner only
+            if entry.is_file():
+                entry.chmod((fresh / marker).stat().st_mode)
+        _swap(fresh, target, stale)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Checks that writing `out` replaces none of the inputs.
+
+    Args:
+        inputs: the user's name for an input ("--model") → folder, file or Hub id; None if it is not given.
+
+    Raises:
+        ValueError: `out` is one of the inputs, or several; all are named.
+    """
+    target = Path(out).expanduser().resolve()
+    found = {name: Path(path).expanduser() for name, path in inputs.items() if path}
+    same = [
+        name
+        for name, path in found.items()
+        if path.exists() and target in (path.resolve(), *(file.resolve() for file in gguf_files(path)))
+    ]
+    if same:
+        raise UserError(f"{out}: would be written over, but it is also {' and '.join(same)}; choose another place")
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path, *, magic: bytes) -> Iterator[Path]:
+    """Yields the path of a temporary file to write, which becomes `path` when the block ends without an error.
+
+    If `path` is a link, its target is replaced.
+
+    Args:
+        magic: the bytes that an existing file must begin with to be replaced.
+
+    Raises:
+        FileExistsError: `path` is a folder, or a file of another kind; nothing was touched.
+        NoSpaceError: the disk is full; nothing was touched, and nothing is left of the new file.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.is_dir():
+        raise ExistingFileError(f"{target} is a folder; give the name of a file")
+    if target.is_file() and not _begins_with(target, magic):
+        raise ExistingFileError(
+            f"{target} exists and is not {magic.decode()}, so it is left alone; choose another name"
+        )
+    fresh = _beside(target)
+    try:
+        with _naming_a_full_disk(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(target: Path) -> Iterator[None]:
+    """Turns the block's errors about a full disk into one NoSpaceError that says where."""
+    try:
+        yield
+    except Exception as error:  # safetensors' and tokenizers' errors have no common class
+        if not _is_full(error):
+            raise
+        free = shutil.disk_usage(_existing(target)).free / 2**20
+        raise NoSpaceError(
+            f"{target}: there was no room for it ({error}); {free:,.1f} MiB are free there. Nothing is left of it, and "
+            "what was there before is untouched; make room, or choose another place"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the error means a full disk or quota, or a file that is too large; NumPy only says how much it wrote."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    short = isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return getattr(error, "errno", None) in codes or (found is not None and int(found[1]) in codes) or bool(short)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.is_dir())
+
+
+def _begins_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _swap(fresh: Path, target: Path, stale: Sequence[str]) -> None:
+    if not target.exists():
+        os.replace(fresh, target)
+        return
+    old = _beside(target)
+    os.replace(target, old)
+    os.replace(fresh, target)
+    for entry in old.iterdir():
+        if not (target / entry.name).exists() and not any(entry.match(pattern) for pattern in stale):
+            os.replace(entry, target / entry.name)
+    shutil.rmtree(old)
+
+
+def _beside(target: Path) -> Path:
+    """An unused hidden name in the same folder, so that renaming stays on one file system."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")

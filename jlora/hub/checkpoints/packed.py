@@ -1,0 +1,152 @@
+"""Writes packed models as transformers with bitsandbytes does; packed parts are the same bit by bit."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jlora import lora, quant, tree
+from jlora.errors import UserError
+from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.bitsandbytes import packed_tensors
+from jlora.hub.checkpoints.score import only_scored
+from jlora.hub.checkpoints.writing import (
+    SHARD_BYTES,
+    Entry,
+    Piece,
+    configs,
+    pieces_of,
+    tensors_of,
+    untied,
+    write_folder,
+)
+from jlora.models.model import SCORE
+from jlora.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+FORMATS = ("nf4", "fp4", "int8")
+
+
+def save_quantized(
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the model as transformers and bitsandbytes write a packed one, complete or not at all.
+
+    Packed kernels are written as they are, all others in 16 or 32 bits and named in llm_int8_skip_modules.
+
+    Args:
+        shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
+
+    Raises:
+        ValueError: `params` are not those of `model`, or bitsandbytes' format cannot hold them; all is listed.
+        FileExistsError: `path` holds something other than a model.
+    """
+    params = only_scored(model, params) if SCORE in params else params
+    model = untied(model, params)
+    pieces = pieces_of(model, params)
+    leaves = tree.flatten(params)
+    packed = {piece.name: leaves[piece.path] for piece in pieces if quant.is_packed(leaves[piece.path])}
+    format = _one_format(pieces, leaves)
+    config, generation = configs(model, pieces, tokenizer)
+    config["quantization_config"] = _settings(format, packed, config["dtype"], _skipped(model, pieces, packed))
+    entries = [
+        Entry(_nbytes(piece, leaves[piece.path]), functools.partial(_packed, piece, leaves[piece.path]))
+        if piece.name in packed
+        else Entry(piece.nbytes, functools.partial(tensors_of, params, piece))
+        for piece in pieces
+    ]
+    write_folder(path, (config, generation), entries, tokenizer, shard_bytes)
+
+
+def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
+    """QuantConfig's rules for what such a folder can hold in `format`: the linears of every layer, but not experts.
+
+    Raises:
+        ValueError: bitsandbytes has no such format.
+    """
+    if format not in FORMATS:
+        raise UserError(f"bitsandbytes has no format {format!r}; expected one of {', '.join(FORMATS)}")
+    return ((r".*/experts/.*", None), *quant.as_config(format).rules)
+
+
+def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
+    """The format of all packed leaves.
+
+    Raises:
+        ValueError: bitsandbytes' format cannot hold the leaves; all problems are listed.
+    """
+    problems = [f"{path}: an adapter; merge it and quantise again" for path in leaves if lora.is_adapter(path)]
+    formats: dict[str, str] = {}
+    for path in dict.fromkeys(piece.path for piece in pieces):
+        leaf = leaves[path]
+        if not quant.is_packed(leaf):
+            continue
+        if isinstance(leaf, quant.Rounded):
+            problems.append(f"{path}: is packed only when it is used (merge_aware); lora.merge packs it")
+            continue
+        formats[path] = "int8" if isinstance(leaf, quant.PackedInt8) else leaf.format
+        if formats[path] not in FORMATS:
+            problems.append(f"{path}: bitsandbytes has no format {formats[path]!r}, only {', '.join(FORMATS)}")
+        elif not path.endswith("/kernel") or "/experts/" in path:
+            problems.append(f"{path}: transformers packs the kernels of linears only")
+    found = sorted(set(formats.values()))
+    if len(found) > 1:
+        problems.append(f"packed leaves are {' and '.join(found)}, but a folder has one format")
+    if not found:
+        problems.append("nothing is packed: jlora.save_model writes such a model")
+    if problems:
+        raise UserError("bitsandbytes' format cannot hold these params:\n  " + "\n  ".join(problems))
+    return found[0]
+
+
+def _skipped(model: "Model", pieces: Sequence[Piece], packed: Mapping[str, Any]) -> list[str]:
+    """Names of the linears that are not packed, including the head even if it is tied."""
+    unpacked = [
+        piece.name.removesuffix(".weight")
+        for piece in pieces
+        if re.fullmatch(r".*/(kernel|router)", f"/{piece.path}") and piece.name not in packed
+    ]
+    head = names.module_names(model.config.names.head, 1)
+    return sorted({*unpacked, *(name for name in head if f"{name}.weight" not in packed)})
+
+
+def _settings(format: str, packed: Mapping[str, Any], dtype: str, skipped: list[str]) -> dict[str, Any]:
+    """config.json's quantization_config."""
+    four = format != "int8"
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_quant_type": format if four else "fp4",
+        "bnb_4bit_use_double_quant": four and any(leaf.nested_absmax is not None for leaf in packed.values()),
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+    }
+
+
+def _packed(piece: Piece, leaf: Any) -> dict[str, np.ndarray]:
+    index = piece.tensor.index
+    return packed_tensors(piece.name, jax.tree.map(lambda part: np.asarray(part[index]), leaf))
+
+
+def _nbytes(piece: Piece, leaf: Any) -> int:
+    return tree.nbytes(leaf) * int(np.prod(piece.tensor.shape)) // leaf.size

@@ -1,0 +1,266 @@
+"""Writes models as Hugging Face folders for transformers: adapters are merged and packed leaves unpacked one by one."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora import lora, quant, tree
+from jlora.ends import end_ids
+from jlora.errors import UserError
+from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.folder import replacing
+from jlora.hub.checkpoints.older import for_every_reader, save_tokenizer
+from jlora.hub.checkpoints.score import KERNEL, only_scored, scored_config, scored_leaves
+from jlora.hub.checkpoints.weights import INDEX, SINGLE, require_finite
+from jlora.models.model import SCORE
+from jlora.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+SHARD_BYTES = 5_000_000_000
+STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
+# All files that transformers may write for a tokenizer, or read as part of one, so that an old one is not mixed with
+# the new one.
+TOKENIZER = (
+    *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.*", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates"),
+)
+
+
+class Piece(NamedTuple):
+    """One tensor to write, and the leaf it comes from."""
+
+    tensor: names.HubTensor
+    path: str
+    dtype: np.dtype
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.tensor.shape)) * self.dtype.itemsize
+
+
+class Entry(NamedTuple):
+    """Tensors that are written together.
+
+    Attributes:
+        nbytes: about how many bytes they have.
+        tensors: makes the tensors, by name; called when their file is written.
+    """
+
+    nbytes: int
+    tensors: Callable[[], Mapping[str, np.ndarray]]
+
+
+def save_model(
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
+
+    Params with a score head are written as a reward model (…ForSequenceClassification), which has no head for logits.
+
+    Args:
+        shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
+
+    Raises:
+        ValueError: `params` are not those of `model`, or have a score head that transformers has no class for.
+        FileExistsError: `path` holds something other than a model.
+    """
+    model, params = as_written(model, params)
+    pieces = pieces_of(model, params)
+    entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
+    write_folder(path, configs(model, pieces, tokenizer), entries, tokenizer, shard_bytes)
+
+
+def require_writable(model: "Model", params: Params) -> None:
+    """Checks, before anything is merged, that the model with its adapter can be written.
+
+    Raises:
+        ValueError: as `save_model`.
+    """
+    pieces_of(*as_written(model, params))
+
+
+def write_folder(
+    path: str | Path,
+    configs: tuple[Mapping[str, Any], Mapping[str, Any] | None],
+    entries: Sequence[Entry],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    shard_bytes: int,
+) -> None:
+    """Writes config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
+    config, generation = configs
+    shards = _shards(entries, shard_bytes)
+    stale = STALE if tokenizer is None else STALE + TOKENIZER
+    with replacing(path, marker="config.json", stale=stale) as folder:
+        _write_json(folder / "config.json", for_every_reader(config))
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+        weight_map, total = {}, 0
+        for name, members in shards.items():
+            tensors = {key: value for entry in members for key, value in entry.tensors().items()}
+            require_finite(tensors)
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(value.nbytes for value in tensors.values())
+        if len(shards) > 1:
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
+
+
+def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
+    """(model, params) as the merged model's files have them, except that adapters are still to be merged leaf by leaf.
+
+    A score head becomes part of the base; embedding and head become two if the adapter makes them differ. The kernels
+    of a merge-aware run are merged and packed here: they were trained to be packed with their update.
+    """
+    if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
+        params = lora.merge(params)
+    params = only_scored(model, params) if SCORE in params else lora.untie(params)
+    return untied(model, params), params
+
+
+def untied(model: "Model", params: Params) -> "Model":
+    """The model, with a config that says so if its tied embedding and head have become two."""
+    if not model.config.tie_word_embeddings or "kernel" not in params.get(model.config.names.head, {}):
+        return model
+    source = json.dumps(model.config.to_hf() | {"tie_word_embeddings": False}, sort_keys=True)
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
+    )
+
+
+def pieces_of(model: "Model", params: Params) -> list[Piece]:
+    """Every tensor of the folder, sorted by name.
+
+    Raises:
+        ValueError: `params` are not those of `model`; all differences are listed.
+    """
+    kind = model.config.model_type
+    leaves = tree.flatten(model.abstract_params(np.float32))
+    expected = {
+        tensor.name: tensor.shape
+        for path, leaf in (scored_leaves(model, leaves, ()) if SCORE in params else leaves).items()
+        for tensor in names.hub_tensors(path, leaf.shape, kind)
+    }
+    pieces, problems = [], []
+    for path, leaf in tree.flatten(lora.strip(params)).items():
+        try:
+            tensors = names.hub_tensors(path, leaf.shape, kind)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            pieces += [Piece(tensor, path, np.dtype(leaf.dtype)) for tensor in tensors]
+    problems += _biases_without_base(params)
+    found = {piece.name: piece.tensor.shape for piece in pieces}
+    problems += [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unknown {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise UserError("these params are not the model's:\n  " + "\n  ".join(problems))
+    return sorted(pieces)
+
+
+def _biases_without_base(params: Params) -> list[str]:
+    flat = tree.flatten(params)
+    modules = [path.rpartition("/")[0] for path in flat if path.endswith("/lora_bias")]
+    return [
+        f"{module}: the adapter adds a bias where the model has none"
+        for module in modules
+        if f"{module}/bias" not in flat
+    ]
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> dict[str, list[Entry]]:
+    """File name → its entries; a file has at most `limit` bytes unless a single entry is larger."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None = None) -> dict[str, np.ndarray]:
+    """{name: the tensor's values on the host} in the Hub's layout, in `dtype` (None: the leaf's own)."""
+    module_path, _, name = piece.path.rpartition("/")
+    module, tensor = tree.subtree(params, module_path), piece.tensor
+    # The module's other base leaves do not affect this one and need not be fetched.
+    wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
+    values = np.asarray(lora.merged_leaf(wanted, name, dtype))
+    values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
+    return {piece.name: np.ascontiguousarray(values.T if tensor.transposed else values)}
+
+
+def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
+    """The leaf's entry for one layer (and expert); an adapter's settings have no experts axis."""
+    if name in ("lora_scale", "lora_rank"):
+        index = index[:1]
+    return jax.tree.map(lambda part: part[index], leaf)
+
+
+def configs(
+    model: "Model", pieces: Sequence[Piece], tokenizer: "PreTrainedTokenizerBase | None"
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """(config.json, generation_config.json or None)."""
+    config = dict(model.config.to_hf())
+    generation = config.pop("generation_config", None)
+    for outdated in ("torch_dtype", "quantization_config"):
+        config.pop(outdated, None)
+    generation = _generation_config(model, config, generation, tokenizer)
+    config["dtype"] = max(pieces, key=lambda piece: piece.nbytes).dtype.name
+    if any(piece.path == KERNEL for piece in pieces):
+        config = scored_config(model, config, tokenizer)
+    return config, generation
+
+
+def _generation_config(
+    model: "Model",
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> Mapping[str, Any] | None:
+    """generation_config.json, with every token that ends an answer, including those that only the tokenizer knows.
+
+    A model that was trained on chats ends its answers as their template does, whatever its base ended texts with.
+    """
+    known = model.config.eos_token_ids
+    ends = known if tokenizer is None else end_ids(tokenizer, known, model.config.vocab_size)
+    if set(ends) <= set(known):
+        return generation
+    if generation is None:  # without the file, transformers takes these from config.json
+        names_of_tokens = ("bos_token_id", "pad_token_id")
+        generation = {name: config[name] for name in names_of_tokens if config.get(name) is not None}
+    return {**generation, "eos_token_id": list(ends)}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,185 @@
+"""The GGUF metadata that llama.cpp needs to compute a model: the inverse of `jlora.hub.gguf.config`.
+
+The metadata is read back and compared, so a model that the format cannot describe is refused, never changed.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora import models
+from jlora.errors import UserError
+from jlora.hub.gguf.config import FREQUENCIES, LONG, SHORT, YARN, read_config, yarn_attention
+from jlora.models.config import ModelConfig, Rope
+from jlora.models.rope import inverse_frequencies
+
+# model_type → the architecture's name in GGUF.
+ARCHITECTURES = {
+    "llama": "llama",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt-sw3": "gpt2",
+    "gpt_neox": "gptneox",
+}
+HEAD = "output.weight"
+# For OWN_HEAD llama.cpp needs a head even if it is the embedding; for TIED_HEAD it knows no other head.
+OWN_HEAD, TIED_HEAD = ("gptneox", "olmo2"), ("gemma", "gemma2")
+# Architectures for which llama.cpp allows biases of the attention's output and the MLP.
+BIASED = ("llama", "granite", "gpt2", "gptneox")
+# One layer in this many has no window, unless the file says which; for other architectures llama.cpp reads no window.
+PERIODS = {"gemma2": 2, "gemma3": 6}
+# Fields of a model's config that do not affect what it computes.
+APART = ("model_type", "source", "eos_token_ids", "tie_word_embeddings")
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """GGUF's name of the model's architecture."""
+    return ARCHITECTURES[config.model_type]
+
+
+def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(metadata by full key, tensors of rotary divisors by name)."""
+    architecture = architecture_of(config)
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "vocab_size": config.vocab_size,
+        f"attention.layer_norm{'' if config.norm == 'layer' else '_rms'}_epsilon": config.norm_eps,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        **_windows(config, architecture),
+    }
+    if config.experts:
+        keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.top_k}
+        if architecture != "llama":
+            keys["expert_feed_forward_length"] = config.experts.intermediate_size
+    if architecture == "granite":
+        keys |= {
+            "attention.scale": config.attention_scale,
+            "embedding_scale": config.embedding_scale,
+            "residual_scale": config.residual_scale,
+            "logit_scale": config.logits_divisor,
+        }
+    if architecture == "gptneox":
+        keys["use_parallel_residual"] = config.parallel
+    if architecture == "phi3":
+        keys["rope.scaling.original_context_length"] = config.ropes[0].original_max_position_embeddings
+    tensors: dict[str, np.ndarray] = {}
+    if config.ropes:
+        rotary, tensors = _rotary(config.ropes[0])
+        keys |= rotary
+    if len(config.ropes) > 1:
+        keys["rope.freq_base_swa"] = float(config.ropes[1].rope_theta)
+    return {f"{architecture}.{key}": value for key, value in keys.items() if value is not None}, tensors
+
+
+def check(
+    config: ModelConfig,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Callable[[str], np.ndarray],
+) -> None:
+    """Checks that a file with this metadata and these tensors is read as the same model.
+
+    Warns if llama.cpp computes the same only for texts up to the length of a window.
+
+    Raises:
+        ValueError: something would be read differently, or llama.cpp does not compute it; all is listed.
+    """
+    fields = {name: np.float32(value).item() if type(value) is float else value for name, value in metadata.items()}
+    try:
+        read = read_config(Path("the file"), fields, shapes, values)
+        problems = list(_differences("", config, models.build(read).config))
+    except UserError as error:
+        problems = str(error).splitlines()[1:] or [str(error)]
+    architecture = architecture_of(config)
+    if (config.output_bias or config.mlp_bias) and architecture not in BIASED:
+        problems.append(f"llama.cpp's {architecture} has biases of queries, keys and values only")
+    if HEAD in shapes and architecture in TIED_HEAD:
+        problems.append(f"this model has a head of its own, and llama.cpp's {architecture} only the embedding's")
+    if config.attention_softcap and architecture == "gemma3":
+        problems.append("llama.cpp's gemma3 does not cap attention's scores")
+    if problems:
+        raise UserError(f"GGUF cannot hold this {config.model_type} model:\n  " + "\n  ".join(problems))
+    windows = [layer.window for layer in config.layers if layer.window is not None]
+    if windows and architecture not in PERIODS and min(windows) < config.max_position_embeddings:
+        warnings.warn(
+            f"llama.cpp computes no window for this model: texts of more than {min(windows)} tokens come out otherwise",
+            stacklevel=3,
+        )
+
+
+def _windows(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    windows = [layer.window for layer in config.layers]
+    found = sorted({window for window in windows if window is not None})
+    if not found:
+        return {}
+    period = PERIODS.get(architecture, 0)
+    sliding = [window is not None for window in windows]
+    usual = [period == 0 or i % period < period - 1 for i in range(len(windows))]
+    pattern = {} if sliding == usual else {"attention.sliding_window_pattern": sliding}
+    return {"attention.sliding_window": found[0], **pattern}
+
+
+def _rotary(rope: Rope) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    keys: dict[str, Any] = {"rope.dimension_count": rope.dim, "rope.freq_base": float(rope.rope_theta)}
+    scaling = {"rope.scaling.factor": float(rope.factor)}
+    original = {"rope.scaling.original_context_length": rope.original_max_position_embeddings}
+    if rope.rope_type == "llama3":
+        plain = dataclasses.replace(rope, rope_type="default")
+        return keys, {FREQUENCIES: (inverse_frequencies(plain) / inverse_frequencies(rope)).astype(np.float32)}
+    if rope.rope_type == "longrope":
+        divisors = {SHORT: rope.short_factor, LONG: rope.long_factor}
+        keys |= original | {"rope.scaling.attn_factor": float(rope.attention_factor)}
+        return keys, {name: np.asarray(factors, np.float32) for name, factors in divisors.items()}
+    if rope.rope_type == "yarn":
+        settings = {f"rope.scaling.{YARN[name]}": getattr(rope, name) for name in ("beta_fast", "beta_slow")}
+        ratio = rope.attention_factor / yarn_attention(rope.factor)
+        settings["rope.scaling.attn_factor"] = None if math.isclose(ratio, 1, rel_tol=1e-6) else ratio
+        return keys | scaling | original | settings | {"rope.scaling.type": "yarn"}, {}
+    if rope.rope_type == "linear":
+        return keys | scaling | {"rope.scaling.type": "linear"}, {}
+    return keys, {}  # `check` finds what cannot be written, by reading it back
+
+
+def _differences(name: str, ours: Any, theirs: Any) -> Iterator[str]:
+    """Yields a line for each field that differs by more than float32's rounding."""
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        for field in dataclasses.fields(ours):
+            if field.name not in APART:
+                yield from _differences(
+                    f"{name}.{field.name}".lstrip("."), getattr(ours, field.name), getattr(theirs, field.name)
+                )
+    elif isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        labels = getattr(ours, "_fields", range(len(ours)))
+        for label, our, their in zip(labels, ours, theirs, strict=True):
+            yield from _differences(f"{name}[{label}]", our, their)
+    elif isinstance(ours, float) and isinstance(theirs, int | float):
+        if not math.isclose(ours, theirs, rel_tol=1e-6):
+            yield f"{name} {ours} would come back as {theirs}"
+    elif ours != theirs:
+        yield f"{name} {ours!r} would come back as {theirs!r}"

@@ -1,0 +1,291 @@
+"""Writes models and adapters as GGUF files for llama.cpp, tensor by tensor."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jlora import lora, tree
+from jlora.ends import template_end
+from jlora.errors import UserError
+from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.source import locate
+from jlora.hub.checkpoints.writing import Piece, as_written, pieces_of, tensors_of
+from jlora.hub.gguf.file import Progress, Tensor, require_name, write_file
+from jlora.hub.gguf.layout import Heads, layout_of
+from jlora.hub.gguf.metadata import HEAD, OWN_HEAD, architecture_of, check, describe
+from jlora.hub.gguf.reading import tokenizer_fields
+from jlora.hub.gguf.tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
+from jlora.hub.tokenizer import is_byte_level, load_tokenizer
+from jlora.lora.merging import TIED_HEADS
+from jlora.lora.partition import TRAINED
+from jlora.models.model import SCORE
+from jlora.types import Params, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from jlora.models import Model
+
+# jlora's name of a type → (llama.cpp's name of the tensors' type, its number for such a file).
+TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+BLOCK = 32  # Q8_0 packs this many values of a row together
+# Matrices that llama.cpp needs in float32.
+WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
+EMBEDDING = "token_embd.weight"
+
+
+def save_gguf(
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    *,
+    dtype: str = "f16",
+    progress: Progress | None = None,
+) -> None:
+    """Writes the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
+
+    Merged weights are computed in float32 and rounded once. Vectors, routers and learned positions stay in float32;
+    matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window
+    (Mistral's, Phi-3's) that llama.cpp ignores, which changes its results for longer texts.
+
+    Args:
+        tokenizer: one of transformers', or the folder, Hub id or GGUF file of a model that has one (a GGUF file's is
+            copied as it is); without one, llama.cpp accepts only token ids.
+        dtype: "f32", "f16", "bf16" or "q8_0".
+        progress: called with (number of tensors written, total).
+
+    Raises:
+        ValueError: `params` are not those of `model`, the format cannot hold the model or its tokenizer, or weights are
+            not finite or too large for float16.
+        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        ImportError: the package gguf is not installed.
+    """
+    require_gguf(path, dtype)
+    if SCORE in params:
+        raise UserError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
+    model, params = as_written(model, params)
+    tensors = _tensors(model, params, dtype)
+    metadata, divisors = describe(model.config)
+    tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
+    architecture = architecture_of(model.config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata = {"general.architecture": architecture} | metadata
+    check(model.config, metadata, shapes, divisors.__getitem__)
+    if architecture in OWN_HEAD and HEAD not in tensors:
+        tensors[HEAD] = tensors[EMBEDDING]._replace(name=HEAD)
+    metadata |= {
+        "general.type": "model",
+        "general.file_type": TYPES[dtype][1],
+        "general.quantization_version": 2,
+    }
+    metadata |= _tokenizer(tokenizer, model, Path(path).stem)
+    write_file(path, metadata, list(tensors.values()), progress)
+
+
+def save_gguf_adapter(
+    path: str | Path, model: "Model", params: Params, *, dtype: str = "f32", progress: Progress | None = None
+) -> None:
+    """Writes the adapter in `params` as a file NAME.gguf that llama.cpp applies to the base's file (`--lora`).
+
+    An adapter that started from the base's weights (PiSSA, OLoRA) is written as a plain LoRA of twice the rank.
+
+    Args:
+        dtype: "f32", "f16" or "bf16".
+        progress: called with (number of tensors written, total).
+
+    Raises:
+        ValueError: `params` hold no adapter, or one with parts that llama.cpp does not compute: DoRA, biases, trained
+            copies, token rows, an embedding or head that came with it, an adapter of an embedding that is the head too.
+            All are listed; such an adapter must be merged instead.
+        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        ImportError: the package gguf is not installed.
+    """
+    require_gguf(path, dtype, adapter=True)
+    params = lora.with_starts(params)
+    factors = _factors(model, params)
+    ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
+    scales = {name: scale for name, (_, _, scale) in factors.items()}
+    # llama.cpp multiplies by alpha / rank and has a single alpha, where 0 means none: if no alpha fits all, the scale
+    # goes into B.
+    alphas = {scales[name] * ranks[name] for name in factors}
+    alpha = (alphas.pop() if len(alphas) == 1 else 0) or max(ranks.values())
+    tensors = []
+    for name, (a, b, scale) in factors.items():
+        b = b * (scale * ranks[name] / alpha)
+        tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in (("lora_a", a), ("lora_b", b))]
+    metadata = {
+        "general.architecture": architecture_of(model.config),
+        "general.type": "adapter",
+        "general.name": Path(path).stem,
+        "general.file_type": TYPES[dtype][1],
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    write_file(path, metadata, tensors, progress)
+
+
+def _made(name: str, values: np.ndarray, type: str) -> Tensor:
+    return Tensor(name, values.shape, type, lambda: np.ascontiguousarray(values, np.float32))
+
+
+def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None:
+    """Checks that a GGUF file of a model, or of an adapter, can have this name and type.
+
+    Raises:
+        ValueError: it cannot.
+        ImportError: the package gguf is not installed.
+    """
+    known = [name for name in TYPES if not (adapter and name == "q8_0")]
+    if dtype not in known:
+        raise UserError(
+            f"dtype={dtype!r}: a GGUF {'adapter' if adapter else 'file'} is written in one of {', '.join(known)}"
+        )
+    require_name(path)
+
+
+# ---------------------------------------------------------------- models
+
+
+def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
+    """GGUF's name → the tensor to write."""
+    kind, heads = model.config.model_type, _heads(model)
+    members: dict[str, list[Piece]] = {}
+    for piece in pieces_of(model, params):
+        members.setdefault(names.to_gguf(piece.name, kind), []).append(piece)
+    tensors = {}
+    for name, pieces in members.items():
+        pieces.sort(key=lambda piece: piece.tensor.index)
+        layout = layout_of(name, kind)
+        shape = pieces[0].tensor.shape[::-1] if layout and layout.transposed else pieces[0].tensor.shape
+        shape = (len(pieces), *shape) if _is_expert(name) else shape
+        reorder = functools.partial(layout.to_gguf, heads=heads) if layout else None
+        values = functools.partial(_values, params, pieces, shape, reorder)
+        tensors[name] = Tensor(name, shape, _type(name, shape, TYPES[dtype][0]), values)
+    return tensors
+
+
+def _values(
+    params: Params, pieces: Sequence[Piece], shape: tuple[int, ...], reorder: Callable[[np.ndarray], np.ndarray] | None
+) -> np.ndarray:
+    """The GGUF tensor made from these of the Hub's: a single one, or one per expert."""
+    parts = [tensors_of(params, piece, np.float32)[piece.name] for piece in pieces]
+    return np.stack([reorder(part) if reorder else part for part in parts]).reshape(shape)
+
+
+def _is_expert(name: str) -> bool:
+    return name.endswith("_exps.weight")
+
+
+def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """llama.cpp's name of the type that the tensor is written in."""
+    if len(shape) < 2 or re.fullmatch(WHOLE, name):
+        return "F32"
+    return "F16" if wanted == "Q8_0" and shape[-1] % BLOCK else wanted
+
+
+def _heads(model: "Model") -> Heads:
+    return Heads(model.config.num_attention_heads, model.config.num_key_value_heads)
+
+
+def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model", name: str) -> dict[str, Any]:
+    """The tokenizer's metadata, and the model's name, by which llama.cpp recognises Phi-3's tokenizer."""
+    if tokenizer is None:
+        return {"general.name": name, "tokenizer.ggml.model": "none"}
+    if isinstance(tokenizer, str | Path):
+        source = locate(tokenizer)
+        if source.suffix == ".gguf":
+            fields = {f"tokenizer.{key}": value for key, value in tokenizer_fields(source).items() if value != []}
+            fields |= _end_of_turn(source, fields) | _more_tokens(fields, model.config.vocab_size)
+            return {"general.name": named(name, strips=bool(re.search(PHI3, _name(source))))} | fields
+        tokenizer = load_tokenizer(source)
+    return {
+        "general.name": named(name, strips=strips_spaces(tokenizer)),
+        **tokenizer_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids),
+    }
+
+
+def _more_tokens(fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The token lists extended to the embedding's rows, for a base that was given more."""
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    fillers = {
+        "tokenizer.ggml.tokens": [f"[PAD{number}]" for number in range(len(tokens), rows)],
+        "tokenizer.ggml.token_type": [UNUSED] * (rows - len(tokens)),
+        "tokenizer.ggml.scores": [0.0] * (rows - len(tokens)),
+    }
+    return {name: [*fields[name], *more] for name, more in fillers.items() if more and name in fields}
+
+
+def _end_of_turn(source: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The token that the chat template of a GGUF file writes after an answer, if the file names none."""
+    name = "tokenizer.ggml.eot_token_id"
+    if name in fields or "tokenizer.chat_template" not in fields or not is_byte_level(tokenizer_fields(source)):
+        return {}
+    end = template_end(load_tokenizer(source))
+    return {} if end in (None, fields.get("tokenizer.ggml.eos_token_id")) else {name: end}
+
+
+def _name(path: Path) -> str:
+    """The model's name in a GGUF file."""
+    field = require("gguf", "gguf").GGUFReader(path).fields.get("general.name")
+    return field.contents() if field else ""
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    """The base tensor's GGUF name → (A [R, inputs], B [outputs, R], scale), in llama.cpp's layout."""
+    flat, kind = tree.flatten(params), model.config.model_type
+    if problems := _not_plain(flat):
+        raise UserError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
+    found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
+    for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
+        leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
+        for tensor in names.hub_tensors(f"{path}/{leaf}", tuple(flat[f"{path}/{leaf}"].shape), kind):
+            name, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
+            a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in ("lora_a", "lora_b"))
+            rank = int(flat[f"{path}/lora_rank"][layer]) if f"{path}/lora_rank" in flat else a.shape[-1]
+            if not rank:
+                continue
+            b = b[:rank] if tensor.columns is None else b[:rank, slice(*tensor.columns)]
+            layout = layout_of(name, kind)
+            rows = layout.to_gguf(b.T, _heads(model)) if layout and layout.outputs_only else b.T
+            a = a[..., :rank]
+            scale = float(flat[f"{path}/lora_scale"][layer])
+            found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
+    if not found:
+        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+    factors = {}
+    for name, members in found.items():
+        members = sorted(members, key=lambda member: member[0])
+        a, b = ([member[side] for member in members] for side in (1, 2))
+        factors[name] = (*((np.stack(a), np.stack(b)) if _is_expert(name) else (a[0], b[0])), members[0][3])
+    return factors
+
+
+def _not_plain(flat: Mapping[str, Any]) -> list[str]:
+    """A line for each part of the adapter that is not A or B of one of the model's matrices."""
+    reasons = {
+        "lora_magnitude": "DoRA's magnitudes",
+        "lora_bias": "the adapter's bias",
+        "lora_tokens": "trained token rows",
+        "lora_carried": "weights that came with the adapter in place of the base's",
+    }
+    problems = []
+    for path in flat:
+        module, _, name = path.rpartition("/")
+        reason = reasons.get(name)
+        if name.startswith(TRAINED):
+            reason = f"a trained copy of its {name.removeprefix(TRAINED)}"
+        if reason:
+            problems.append(f"{module}: {reason}; merge the adapter and write the model")
+        if name == "lora_a" and TIED_HEADS.get(module) and f"{TIED_HEADS[module]}/kernel" not in flat:
+            problems.append(f"{module}: the embedding is the head too; merge the adapter and write the model")
+        if name == "lora_a" and module in TIED_HEADS.values() and f"{module}/kernel" not in flat:
+            problems.append(f"{module}: the head is the embedding; merge the adapter and write the model")
+    return problems

@@ -1,0 +1,1 @@
+"""PEFT's adapter folders: read, written, and PEFT's other methods converted."""

@@ -1,0 +1,272 @@
+"""PEFT's adapter_config.json: an adapter's modules, ranks and scales, and what jlora cannot apply."""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora.errors import UserError
+from jlora.hub.peft.fields import wrong_fields
+from jlora.lora.targets import HEADS
+from jlora.models.kinds import short
+
+CONFIG = "adapter_config.json"
+# The PEFT version whose fields are written; readers tell an adapter's age from it.
+PEFT_VERSION = "0.21.2"
+
+# PEFT's value for "adapt no linear"; an empty list is an error there.
+NO_TARGETS = "dummy-target-modules"
+
+# Fields that change what an adapter computes in ways that jlora does not have, with the values that mean "not used".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+}
+# Initializations that change the base weights too: the saved A and B are right only on that changed base.
+CHANGES_BASE = r"pissa.*|olora|corda|loftq|lora_ga"
+
+# Fields that say how an adapter was made, or matter only to training or to the unsupported features above.
+IGNORED = frozenset(
+    (
+        *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config"),
+        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_ga_config"),
+        *("megatron_core", "peft_type", "qalora_group_size", "revision", "runtime_config", "task_type"),
+        "velora_config",
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The fields that decide what an adapter computes, under PEFT's names."""
+
+    r: int
+    lora_alpha: int | float
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    lora_dropout: int | float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Sequence[int]] = ()
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    peft_version: str | None = None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
+        """The config from a file's JSON object.
+
+        Args:
+            path: the file, for messages.
+
+        Raises:
+            ValueError: fields are missing, malformed, or ask for something that jlora does not do; all are listed.
+        """
+        problems = _problems(found)
+        if problems:
+            raise UserError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
+        fields = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(k for k, v in found.items() if k not in fields | IGNORED | set(UNSUPPORTED) and v)
+        if unknown:
+            warnings.warn(f"{path}: fields that jlora does not know are ignored: {', '.join(unknown)}", stacklevel=3)
+        layers = found.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        tokens = found.get("trainable_token_indices")
+        return cls(
+            r=found["r"],
+            lora_alpha=found["lora_alpha"],
+            target_modules=_frozen(found.get("target_modules")),
+            exclude_modules=_frozen(found.get("exclude_modules")),
+            layers_to_transform=tuple(layers) if layers else None,
+            lora_dropout=found.get("lora_dropout") or 0.0,
+            use_rslora=bool(found.get("use_rslora")),
+            rank_pattern=dict(found.get("rank_pattern") or {}),
+            alpha_pattern=dict(found.get("alpha_pattern") or {}),
+            use_dora=bool(found.get("use_dora")),
+            lora_bias=bool(found.get("lora_bias")),
+            bias=found.get("bias") or "none",
+            modules_to_save=tuple(found.get("modules_to_save") or ()),
+            trainable_token_indices=tokens if isinstance(tokens, dict) else tuple(tokens or ()),
+            target_parameters=tuple(found.get("target_parameters") or ()),
+            ensure_weight_tying=bool(found.get("ensure_weight_tying")),
+            peft_version=found.get("peft_version"),
+        )
+
+    def rank(self, module: str) -> int:
+        """The rank of a module by its Hub name."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """The scale of a module by its Hub name: alpha / r, or alpha / √r for rsLoRA."""
+        rank = self.rank(module)
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str, *, linear: bool = True) -> bool | None:
+        """Whether the adapter targets this module; None if the config leaves that to PEFT's defaults.
+
+        Args:
+            linear: whether the module is a linear rather than an embedding.
+        """
+        if self.saves(module) or (self.exclude_modules and _matches(self.exclude_modules, module)):
+            return False
+        if self.target_modules is None:
+            return False if self.target_parameters else None
+        if self.target_modules == "all-linear":
+            return linear and module not in HEADS
+        layer = re.search(r"\.(\d+)\.", module)
+        if self.layers_to_transform and (not layer or int(layer[1]) not in self.layers_to_transform):
+            return False
+        return _matches(self.target_modules, module)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter targets this parameter: the experts' or a router's weight."""
+        return _matches(self.target_parameters, name)
+
+    def saves(self, module: str) -> bool:
+        """Whether the adapter holds a whole copy of this module."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def token_rows(self, embedding: str) -> dict[str, Sequence[int]]:
+        """Module name → the tokens whose rows the adapter replaces; a config without module names means `embedding`."""
+        tokens = self.trainable_token_indices
+        return dict(tokens) if isinstance(tokens, Mapping) else {embedding: tokens} if tokens else {}
+
+
+class Summary(NamedTuple):
+    """An adapter as adapter_config.json describes it.
+
+    Attributes:
+        ranks, alphas: full name → rank or alpha, for every adapted module.
+        linears: every module of the base that could be adapted; a target's name is shortened only if it then matches
+            no module that is not adapted.
+        targets, parameters: the adapted modules, and the adapted parameters that are not modules.
+        tokens: as `trainable_token_indices`.
+        tied: whether the embedding's adapter acts in the head too.
+        task_type: PEFT's; "SEQ_CLS" for reward models, whose score head is one of `modules_to_save`.
+    """
+
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, int | float]
+    linears: Sequence[str]
+    targets: Sequence[str]
+    parameters: Sequence[str]
+    dropout: float
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: Sequence[str]
+    tokens: Sequence[int] | Mapping[str, Sequence[int]] | None
+    tied: bool
+    fan_in_fan_out: bool
+    task_type: str
+
+
+def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
+    """The adapter_config.json of an adapter."""
+    ranks, alphas = summary.ranks, summary.alphas
+    targets = _target_names(summary.targets, summary.linears)
+    only_saved = summary.modules_to_save and not targets and not summary.parameters
+    r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
+    return {
+        "alpha_pattern": {module: value for module, value in sorted(alphas.items()) if value != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": summary.bias,
+        "ensure_weight_tying": summary.tied,
+        "exclude_modules": None,
+        "fan_in_fan_out": summary.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_bias": summary.lora_bias,
+        "lora_dropout": summary.dropout,
+        "modules_to_save": list(summary.modules_to_save) or None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": r,
+        "rank_pattern": {module: value for module, value in sorted(ranks.items()) if value != r},
+        "revision": None,
+        "target_modules": NO_TARGETS if only_saved else targets,
+        "target_parameters": _parameter_names(summary.parameters),
+        "task_type": summary.task_type,
+        "trainable_token_indices": summary.tokens,
+        "use_dora": summary.use_dora,
+        "use_rslora": False,
+    }
+
+
+def _problems(found: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    if found.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {found.get('peft_type')!r}; only 'LORA' adapters are read")
+    problems += [
+        f"{name}={short(found[name])} is not supported"
+        for name, unused in sorted(UNSUPPORTED.items())
+        if name in found and all(found[name] is not value and found[name] != value for value in unused)
+    ]
+    start = found.get("init_lora_weights", True)
+    if isinstance(start, str) and re.fullmatch(CHANGES_BASE, start):
+        problems.append(
+            f"init_lora_weights={start!r} changes the base weights as well; save it from PEFT as a plain LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    problems += wrong_fields(found, ("r", "lora_alpha"))
+    if found.get("use_dora") and found.get("lora_bias"):
+        problems.append("use_dora and lora_bias do not go together (PEFT opens no such adapter either)")
+    return problems
+
+
+def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
+    """Sorted ends of the names, each of which means the parameter in every layer: all layers are adapted or none."""
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}) or None
+
+
+def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return names if names is None or isinstance(names, str) else tuple(names)
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    """PEFT's rule: a string is a regular expression of the whole name; a list has whole names or their last parts."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the module's name or its end after a dot."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    """The most frequent value; the largest one if several are."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def _target_names(modules: Sequence[str], linears: Iterable[str]) -> list[str]:
+    """Sorted names: the last part if every linear of the base with that ending is adapted, else the whole name."""
+    adapted = set(modules)
+    partial = {name.rpartition(".")[2] for name in linears if name not in adapted}
+    return sorted({name if name.rpartition(".")[2] in partial else name.rpartition(".")[2] for name in adapted})

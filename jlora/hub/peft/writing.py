@@ -1,0 +1,294 @@
+"""Writes PEFT adapter folders: complete or not at all, and the same bytes for the same adapter."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jlora import lora, quant, tree
+from jlora.errors import UserError
+from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.folder import replacing
+from jlora.hub.checkpoints.score import has_score
+from jlora.hub.checkpoints.weights import read_json, require_finite
+from jlora.hub.peft.config import CONFIG, NO_TARGETS, Summary, to_json
+from jlora.hub.peft.names import AdapterNames, copied_modules
+from jlora.hub.peft.reading import WEIGHTS
+from jlora.hub.peft.slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
+from jlora.hub.peft.vocabulary import vocabulary_copies
+from jlora.lora.merging import TIED_HEADS
+from jlora.lora.partition import TRAINED
+from jlora.models.model import SCORE
+from jlora.types import Params
+
+STALE = ("adapter_model*",)
+
+
+def save_adapter(
+    path: str | Path,
+    params: Params,
+    base: str | None = None,
+    *,
+    fold: bool = False,
+    save_embedding_layers: bool = False,
+) -> None:
+    """Writes the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
+
+    An adapter that started from the base's weights (PiSSA, OLoRA) is written as a plain LoRA of twice the rank on the
+    untouched base. With a score head, the folder is an adapter of transformers' …ForSequenceClassification with one
+    label and holds the whole head.
+
+    Args:
+        base: the Hub id or path of the base model, for adapter_config.json.
+        fold: pad all modules with zeros to the largest rank and multiply their scales into B, which leaves a scale of
+            1, so that readers without rank_pattern and alpha_pattern, such as vLLM, compute the same.
+        save_embedding_layers: also write the base's embedding and head, as PEFT does for a base that was given more
+            rows for tokens (`jlora.load(..., vocab=…)`): readers must resize their base to as many, and then get the
+            same rows. Without it, those that came with an adapter (`jlora.load_adapter`) are still written, and both
+            are if `base` is a folder whose config.json has fewer rows. Leaves that a program replaced by itself cannot
+            be told from the base's.
+
+    Raises:
+        ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite.
+        FileExistsError: `path` holds something other than an adapter.
+    """
+    params = _whole_score(lora.with_starts(params))
+    tensors, summary = _contents(params, fold=fold)
+    flat = tree.flatten(params)
+    tensors |= vocabulary_copies(flat, tensors, every=save_embedding_layers or _has_more_rows(flat, base))
+    require_finite(tensors)
+    config = to_json(summary, base=base)
+    with replacing(path, marker=CONFIG, stale=STALE) as folder:
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+        save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / "README.md").write_text(_card(config), encoding="utf-8")
+
+
+def scales_note(path: str | Path) -> str | None:
+    """A note for the user if readers that know one rank and one scale would compute something else; None if not."""
+    config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+    r, alpha, ranks, alphas = (config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+    scales = {name: alphas.get(name, alpha) / ranks.get(name, r) for name in sorted({*ranks, *alphas})}
+    found = [name for name, scale in scales.items() if abs(scale - alpha / r) > 1e-6 * abs(alpha / r)]
+    if not found:
+        return None
+    first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+    return (
+        f"{len(found)} modules have a scale of their own ({first}), by rank_pattern and alpha_pattern, which vLLM and "
+        "others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for all"
+    )
+
+
+def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
+    """Whether the embedding has more rows than the base's config.json says; False if there is no such file."""
+    file = Path(base or "") / "config.json"
+    if base is None or not file.is_file():
+        return False
+    try:
+        rows = read_json(file).get("vocab_size")
+    except UserError:  # `base` is only a name for adapter_config.json and need not be a model
+        return False
+    embeddings = [flat[f"{path}/embedding"] for path in TIED_HEADS if f"{path}/embedding" in flat]
+    return isinstance(rows, int) and any(leaf.shape[0] > rows for leaf in embeddings)
+
+
+def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:
+    """(tensors by name, what adapter_config.json says about them)."""
+    flat = tree.flatten(params)
+    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
+    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
+        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
+    settings = {module: found for module in modules if (found := _settings(flat, module))[1]}
+    width = max((rank for _, rank in settings.values()), default=0) if fold else 0
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for module, (scale, rank) in settings.items():
+        ranks[module.name] = width or rank
+        alphas[module.name] = width or _tidy(scale * rank)
+        tensors |= _factors(flat, module, rank, width=ranks[module.name], scale=scale if fold else 1.0)
+    for path, head in _tied(flat).items():  # the same factors under another name
+        called = AdapterNames(flat).modules(path)[0]
+        if called in ranks:
+            ranks[head], alphas[head] = ranks[called], alphas[called]
+    tensors |= _mirrored_head(tensors, flat)
+    extra = extra_slots(flat, {module.name for module in settings})
+    tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
+    if not tensors:
+        raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
+    return tensors | _base_copies(flat, modules), _summary(params, ranks, alphas)
+
+
+def _factors(flat: Mapping[str, Any], module: Module, rank: int, *, width: int, scale: float) -> dict[str, np.ndarray]:
+    """The tensors of one layer's update, multiplied by `scale` and zero-padded to the rank `width`."""
+    tensors = {}
+    for leaf, (name, _, codec) in module.factors(width).items():
+        value = module.used(leaf, _layer(flat[f"{module.path}/{leaf}"], module.index), rank)
+        value = module.padded(leaf, value, width)
+        tensors[name] = codec.to_file(value * scale if leaf == "lora_b" else value)
+    if f"{module.path}/lora_bias" in flat:
+        bias = _layer(flat[f"{module.path}/lora_bias"], module.index)
+        tensors[f"{module.tensors}.lora_B.bias"] = bias * scale
+    if f"{module.path}/lora_magnitude" in flat:
+        magnitude = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
+        tensors[f"{module.tensors}.lora_magnitude_vector"] = magnitude
+    return tensors
+
+
+def _tied(flat: Mapping[str, Any]) -> dict[str, str]:
+    """{embedding: head} for adapters that act in both."""
+    return {path: head for path, head in TIED_HEADS.items() if f"{path}/lora_tied" in flat}
+
+
+def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The head's tensors, which repeat the embedding's, for adapters that act in both."""
+    mirrored = {}
+    for path, head in _tied(flat).items():
+        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
+        if f"{name}.lora_embedding_A" in tensors:
+            mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
+            mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T
+        if f"{path}/{TRAINED}embedding" in flat:
+            mirrored[f"{PREFIX}{head}.weight"] = np.asarray(flat[f"{path}/{TRAINED}embedding"])
+    return mirrored
+
+
+def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np.ndarray]:
+    """The base's embedding and head if they are adapted; PEFT writes them beside their adapters."""
+    wanted = {*TIED_HEADS, *TIED_HEADS.values()}
+    copies = {}
+    for module in modules:
+        heads = [TIED_HEADS[module.path]] if f"{module.path}/lora_tied" in flat else []
+        weight = base_weight(flat, module) if module.path in wanted else None
+        if weight is not None and not quant.is_packed(weight):
+            names_of_copies = [module.tensors, *[PREFIX + head for head in heads]]
+            copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in names_of_copies}
+    return copies
+
+
+def _whole_score(params: Params) -> Params:
+    """The params with the whole score head as a trained copy, as PEFT has it for sequence classifiers."""
+    if not has_score(params) or not any(lora.is_adapter(path) for path in tree.flatten(params)):
+        return params
+    return params | {SCORE: {f"{TRAINED}kernel": lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
+
+
+def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
+    """(scale, rank) of one layer's adapter."""
+    scale = float(_layer(flat[f"{module.path}/lora_scale"], module.index))
+    rank = flat.get(f"{module.path}/lora_rank")
+    width = flat[f"{module.path}/lora_a"].shape[-1]
+    return scale, width if rank is None else int(_layer(rank, module.index))
+
+
+def _layer(leaf: Any, index: int | None) -> np.ndarray:
+    # Index on the host: on a device, five small programs would be compiled for every shape.
+    value = np.asarray(leaf) if index is None else np.asarray(np.asarray(leaf)[index])
+    return value.astype(np.float32) if value.dtype != np.int32 else value
+
+
+def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
+    """What adapter_config.json says about the adapter in `params`."""
+    flat = tree.flatten(params)
+    every = find_modules(params)
+    adapted = [module for module in every if module.name in ranks]
+    tied = [head for path, head in _tied(flat).items() if f"{path}/lora_a" in flat]
+
+    def leaf_of_all(name: str) -> bool:
+        have = [f"{module.path}/{name}" in flat for module in adapted]
+        if any(have) and not all(have):
+            raise UserError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
+        return any(have)
+
+    bias, saved = _copies(flat, {module.path for module in adapted})
+    dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
+    return Summary(
+        ranks=ranks,
+        alphas=alphas,
+        linears=[module.name for module in every if not module.is_parameter],
+        targets=[module.name for module in adapted if not module.is_parameter] + tied,
+        parameters=[module.name for module in adapted if module.is_parameter],
+        dropout=float(max(dropouts, default=0.0)),
+        use_dora=leaf_of_all("lora_magnitude"),
+        lora_bias=leaf_of_all("lora_bias"),
+        bias=bias,
+        modules_to_save=AdapterNames(flat).shortest(saved),
+        tokens=_token_ids(flat),
+        tied=bool(_tied(flat)),
+        fan_in_fan_out=any(module.path.startswith("h/") and module.index is not None for module in adapted),
+        task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
+    )
+
+
+def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
+    """(`bias`, the modules of `modules_to_save`) that account for all trained copies."""
+    copies = copied_modules(flat)
+    saved = {module for module, leaves in copies.items() if leaves != {"bias"}}
+    trained = copies.keys() - saved
+    every = {path.rpartition("/")[0] for path in flat if path.endswith("/bias")} - saved
+    if trained and trained == every:
+        return "all", saved
+    # Modules that hold only a bias count as copied whole, unless they are adapted.
+    more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", f"{TRAINED}bias")}
+    saved, trained = saved | (trained - more), trained & more
+    if not trained:
+        return "none", saved
+    if trained == every & adapted:
+        return "lora_only", saved
+    raise UserError(f"PEFT's format trains all biases, or those of adapted modules; here are others: {sorted(trained)}")
+
+
+def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:
+    called = AdapterNames(flat)
+    ids = {}
+    for path, leaf in flat.items():
+        if path.endswith("/lora_token_ids"):
+            module = path.rpartition("/")[0]
+            last = module.rpartition("/")[2]
+            ids[last if called.only(last) == [module] else called.modules(module)[0]] = np.asarray(leaf).tolist()
+    return ids.get(input_embedding(flat)) if len(ids) == 1 and input_embedding(flat) in ids else ids or None
+
+
+def _tidy(alpha: float) -> int | float:
+    """`alpha`, or the integer it was before its scale was rounded to float32."""
+    nearest = round(alpha)
+    return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    """A short model card, with the header that the Hub reads."""
+    base = config["base_model_name_or_path"]
+    header = [
+        "---",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
+        "library_name: peft",
+        "tags:",
+        "- lora",
+        "---",
+    ]
+    targets = config["modules_to_save" if config["target_modules"] == NO_TARGETS else "target_modules"]
+    on = ", ".join(f"`{name}`" for name in targets)
+    scored = config["task_type"] == "SEQ_CLS"
+    auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
+    by_module = config["rank_pattern"] or config["alpha_pattern"]
+    body = [
+        "",
+        "# LoRA adapter",
+        "",
+        f"Trained with jlora{f' on `{base}`' if base else ''}.",
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, on {on}.",
+        "",
+        "```python",
+        f"from peft import AutoPeftModelFor{auto}",
+        "",
+        f'model = AutoPeftModelFor{auto}.from_pretrained("path/to/this/folder"{labels})',
+        "```",
+        "",
+        *(["Ranks and scales differ by module: readers need rank_pattern and alpha_pattern.", ""] if by_module else []),
+    ]
+    return "\n".join(header + body)

@@ -1,0 +1,449 @@
+"""Batches sampled from the policy itself: prompts, completions, rewards, and what the step needs to know about them."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import data, lora, sharding
+from jlora.data import Example, Item
+from jlora.errors import UserError
+from jlora.generate import Completion, rollout
+from jlora.losses.advantages import overlong_penalty
+from jlora.train.algorithms.algorithm import Base, Note, Numbers
+from jlora.train.algorithms.reward_model import RewardModel
+from jlora.train.config import TASK, RunConfig
+from jlora.train.rewards.judging import Rewards, RewardTable, TrainerState, load_rewards, total
+from jlora.train.rewards.tasks import reasoning_tasks
+from jlora.train.state import TrainState
+from jlora.train.step import FINITE, Batch, Metrics
+from jlora.types import Params
+
+FILE = "completions.jsonl"
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A set of prompts, as the records that rewards see and as tokens."""
+
+    records: tuple[Record, ...]
+    tokens: tuple[list[int], ...]
+    columns: frozenset[str] = frozenset()  # all columns that any record of the set has
+
+    @property
+    def checksum(self) -> str:
+        """A checksum of the tokens, as eight hex digits."""
+        rows = [f"{np.asarray(tokens).tolist()}" for tokens in self.tokens]
+        return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
+
+    def order(self, seed: int, first: int, count: int) -> list[int]:
+        """The prompts at positions `first` to `first + count - 1` of an endless shuffled order that has each prompt
+        once per epoch.
+        """
+        size = len(self.records)
+        chosen = []
+        for number in range(first, first + count):
+            epoch, place = divmod(number, size)
+            chosen.append(int(_permutation(size, seed, epoch)[place]))
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Groups of completions, group after group, and what they earned.
+
+    Attributes:
+        numbers: each completion's prompt, as an index into `Prompts`.
+        items: each prompt and completion as one document whose completion is trained; `index` is its place here.
+        table: what each reward function gave.
+        rewards: their weighted sums [N], NaN where no function gave one.
+        digest: checksum of the policy's weights that the sampler used.
+    """
+
+    numbers: list[int]
+    completions: list[Completion]
+    texts: list[str]
+    items: list[Item]
+    table: RewardTable
+    rewards: np.ndarray
+    digest: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judges:
+    """What judges completions: all rewards by name, including a task's own, and those that are functions."""
+
+    names: tuple[Any, ...]
+    functions: Rewards
+
+
+def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, Judges]:
+    """The training prompts, the held-out ones if any, and the rewards.
+
+    Raises:
+        UserError: there are several processes, settings do not apply, or prompts or rewards are invalid or do not fit
+            each other.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
+    settings = config.rollout
+    names: list = list(settings.rewards)
+    if config.data.path.startswith(TASK):
+        name = config.data.path.removeprefix(TASK)
+        train, held_out, reward = reasoning_tasks(
+            name,
+            size=settings.task_size,
+            held_out=settings.eval_size if config.train.eval_every else 0,
+            seed=config.train.seed,
+            system_prompt=settings.system_prompt,
+            num_fewshot=settings.num_fewshot,
+            **dict(settings.task_settings),
+        )
+        names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
+    else:
+        if settings.system_prompt or settings.num_fewshot:
+            raise UserError(
+                "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
+            )
+        read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
+        train = read(config.data.path)
+        held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
+    judges = _judges(config, names, [train, held_out])
+    room = config.train.seq_len - settings.max_completion_length
+    prompts = _encode(train, tokenizer, room, config.data, note)
+    note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
+    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, judges
+
+
+def _judges(config: RunConfig, names: Sequence[Any], sets: Sequence[Sequence[Record]]) -> Judges:
+    weights = config.rollout.reward_weights or (1.0,) * len(names)
+    functions = load_rewards(
+        [name for name in names if name != "model"],
+        [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
+        on_error=config.rollout.on_error,
+    )
+    for records in filter(None, sets):
+        functions.require_columns(_columns(records))
+    return Judges(tuple(names), functions)
+
+
+def _columns(records: Sequence[Record]) -> frozenset[str]:
+    return frozenset(name for record in records for name in record if name != "prompt")
+
+
+def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
+    if settings.overlong == "cut":
+        raise UserError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
+    tokens, report = data.encode_prompts(
+        records, tokenizer, room, overlong=settings.overlong, on_error=settings.on_error, note=note
+    )
+    if report.dropped:
+        note(f"{report.dropped} prompts of more than {room} tokens are left out")
+    kept = data.with_answers([records[index] for index in report.kept], tokenizer)
+    return Prompts(tuple(kept), tuple(tokens), _columns(records))
+
+
+class Sampler:
+    """Samples completions from any policy on its base, and judges them."""
+
+    def __init__(self, config: RunConfig, base: Base, judges: Judges) -> None:
+        settings = config.rollout
+        self._config, self._base, self._functions = config, base, judges.functions
+        names = judges.names
+        weights = settings.reward_weights or (1.0,) * len(names)
+        model_weight = [weights[names.index("model")]] if "model" in names else []
+        self._overlong = config.grpo.overlong_cache
+        self.weights = np.array(
+            [*self._functions.weights, *model_weight, *([1.0] if self._overlong else [])], np.float32
+        )
+        self._reward_model = RewardModel(base, config) if settings.reward_model else None
+        model = base.model.config
+        self._stops = data.stop_ids(base.tokenizer, model.eos_token_ids, model.vocab_size)
+
+    def __call__(
+        self,
+        trainable: Params,
+        prompts: Prompts,
+        numbers: Sequence[int],
+        seed: tuple[int, ...],
+        *,
+        step: int,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """Samples and judges a completion for each of `numbers`, which are indices into the prompts.
+
+        Args:
+            trainable: the policy's adapter.
+            seed: numbers that determine the draws.
+            step: optimizer steps done so far, which rewards are told.
+            greedy: sample at `rollout.eval_temperature`, as for evaluation.
+
+        Raises:
+            ValueError: a reward failed, unless failures are skipped.
+        """
+        settings = self._config.rollout
+        completions, digest = rollout(
+            self._base.model,
+            lora.combine(self._base.frozen, trainable),
+            [prompts.tokens[number] for number in numbers],
+            _keys(seed, len(numbers)),
+            rows=settings.rows,
+            max_new_tokens=settings.max_completion_length,
+            stop_ids=self._stops,
+            temperature=settings.eval_temperature if greedy else settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        texts = [self._base.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
+        masked = self._config.algorithm == "grpo" and self._config.grpo.mask_truncated_completions
+        items = [
+            _item(prompts.tokens[number], completion, index, trained=completion.finished or not masked)
+            for index, (number, completion) in enumerate(zip(numbers, completions, strict=True))
+        ]
+        records = [prompts.records[number] for number in numbers]
+        table = self._functions.of_records(
+            records,
+            texts,
+            [completion.tokens.tolist() for completion in completions],
+            trainer_state=TrainerState(step, self._config.train.steps),
+            columns=prompts.columns,
+        )
+        if self._reward_model is not None:
+            chats = [not isinstance(record["prompt"], str) for record in records]
+            ended = [chat and completion.finished for chat, completion in zip(chats, completions, strict=True)]
+            scores = self._judged(items, ended, numbers)
+            table = with_column(table, "model", scores, errors=int(np.isnan(scores).sum()))
+        if self._overlong:
+            lengths = np.array([len(completion.tokens) for completion in completions])
+            penalty = overlong_penalty(lengths, settings.max_completion_length, self._overlong)
+            table = with_column(table, "overlong", np.where(table.scored, penalty, np.nan))
+        return Rollouts(list(numbers), completions, texts, items, table, total(table.values, self.weights), int(digest))
+
+    def _judged(self, items: Sequence[Item], ended: Sequence[bool], numbers: Sequence[int]) -> np.ndarray:
+        """The reward model's scores. Those that are not finite become NaN if failures are skipped.
+
+        Raises:
+            UserError: a score is not finite, and failures are not skipped.
+        """
+        scores = self._reward_model(items, ended, numbers)
+        failed = np.flatnonzero(~np.isfinite(scores))
+        if len(failed) and self._config.rollout.on_error == "raise":
+            raise UserError(
+                f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of {len(scores)} completions "
+                f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); train it anew with a "
+                "lower optim.learning_rate, or set rollout.on_error='skip' to leave them out"
+            )
+        return np.where(np.isfinite(scores), scores, np.nan)
+
+
+class RolloutSource:
+    """Batches from the current policy: a rollout is sampled when the batches of the last one are used up."""
+
+    ahead = False
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base: Base,
+        prompts: Prompts,
+        collect: Callable[["RolloutSource", TrainState], tuple[list[data.Batch | Batch], Numbers, Rollouts]],
+    ) -> None:
+        self.config, self.base, self.prompts = config, base, prompts
+        self.drawn = 0
+        self.memory: dict[str, Any] = {}
+        self._collect = collect
+        self._queue: list[Batch] = []
+        self._digest: int | None = None
+
+    @property
+    def boundary(self) -> bool:
+        """Whether every batch of the last rollout has been used."""
+        return not self._queue
+
+    def draw(self, count: int) -> list[int]:
+        """The numbers of the next prompts."""
+        numbers = self.prompts.order(self.config.train.seed, self.drawn, count)
+        self.drawn += count
+        return numbers
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next batch; a rollout's numbers are reported with its first batch."""
+        self._digest = None
+        numbers: Numbers = {}
+        if not self._queue:
+            self._queue, numbers, rollouts = self._collect(self, state)
+            self._digest = rollouts.digest
+        batch = self._queue.pop(0)
+        return sharding.put_batch(batch, self.base.mesh), data.count_tokens(batch, 1), numbers
+
+    def observe(self, metrics: Metrics) -> None:
+        """Checks that the step's gradient was taken at the weights that the sampler used, by their checksums. If the
+        step was not finite, drops the rest of its rollout, as the next step on it would most likely not be either.
+
+        Raises:
+            RuntimeError: the checksums differ.
+        """
+        if not np.all(metrics[FINITE]):
+            self._queue.clear()
+        if self._digest is None:
+            return
+        found = {int(value) for value in np.ravel(metrics["policy_digest"])}
+        if found != {self._digest}:
+            raise RuntimeError(
+                f"the sampler's policy (checksum {self._digest:08x}) is not the one of this step "
+                f"({', '.join(f'{value:08x}' for value in sorted(found))})"
+            )
+
+    def get_state(self) -> dict[str, Any]:
+        """How many prompts were drawn, and what the algorithm keeps from one rollout to the next."""
+        return {"drawn": self.drawn, "memory": self.memory}
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes to the position after a rollout."""
+        self.drawn, self.memory = position["drawn"], dict(position["memory"])
+
+
+def describe(rollouts: Rollouts, group_size: int) -> Numbers:
+    """The numbers that TRL logs for a rollout: rewards and lengths."""
+    lengths = np.array([len(completion.tokens) for completion in rollouts.completions])
+    finished = np.array([completion.finished for completion in rollouts.completions])
+    terminated = lengths[finished] if finished.any() else np.zeros(1)
+    known = [group[~np.isnan(group)] for group in rollouts.rewards.reshape(-1, group_size)]
+    deviations = [float(np.std(group, ddof=1)) for group in known if len(group) > 1]
+    numbers = {"reward": float(np.mean(np.concatenate(known))) if any(map(len, known)) else math.nan}
+    if deviations:
+        numbers["reward_std"] = float(np.mean(deviations))
+    numbers |= rollouts.table.numbers()
+    for kind, of in (("length", lengths), ("terminated_length", terminated)):
+        numbers |= {
+            f"completions/{name}_{kind}": float(f(of))
+            for name, f in (("mean", np.mean), ("min", np.min), ("max", np.max))
+        }
+    return numbers | {"completions/clipped_ratio": float(1 - finished.mean())}
+
+
+def log_completions(
+    path: pathlib.Path, step: int, rollouts: Rollouts, prompts: Prompts, count: int, **values: np.ndarray
+) -> None:
+    """Appends up to `count` completions, evenly spread over the rollout, to the file at `path`, with their rewards and
+    `values`.
+    """
+    size = len(rollouts.numbers)
+    group = max(1, size // max(1, count))
+    with path.open("a", encoding="utf-8") as file:
+        for index in list(range(0, size, group))[:count]:
+            record = {
+                "step": step,
+                "prompt": prompts.records[rollouts.numbers[index]]["prompt"],
+                "completion": rollouts.texts[index],
+                "rewards": dict(zip(rollouts.table.names, map(_number, rollouts.table.values[index]), strict=True)),
+                **{name: _number(of[index]) for name, of in values.items()},
+                **{name: column[index] for name, column in rollouts.table.extra.items()},
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def evaluate(sampler: Sampler, prompts: Prompts, trainable: Params, step: int) -> Numbers:
+    """The numbers of `describe` for one completion of each held-out prompt."""
+    rollouts = sampler(trainable, prompts, range(len(prompts.records)), seed=(0,), step=step, greedy=True)
+    return describe(rollouts, 1)
+
+
+def _item(prompt: list[int], completion: Completion, index: int, *, trained: bool) -> Item:
+    tokens = np.concatenate([np.array(prompt, np.int32), completion.tokens.astype(np.int32)])
+    return Item((Example(tokens, (np.arange(len(tokens)) >= len(prompt)) & trained),), {"index": float(index)})
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, size]))).permutation(size)
+
+
+def _keys(seed: tuple[int, ...], count: int) -> jax.Array:
+    """A random key for each completion."""
+    return jax.random.split(functools.reduce(jax.random.fold_in, seed, jax.random.key(0)), count)
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)
+
+
+def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts) -> Rollouts:
+    """Several rollouts of one policy as one. With on_error="skip", the rewards of a group whose completions are all
+    empty are NaN; with groups of one, only a rollout that is empty as a whole counts as such.
+
+    Raises:
+        ValueError: nothing was generated for a whole group (with groups of one: for a whole rollout), and on_error is
+            "raise".
+    """
+    together = found[0] if len(found) == 1 else _joined(found)
+    silent = np.array([not text.strip() for text in together.texts]).reshape(-1, group).all(axis=1)
+    if group == 1:  # one empty answer is an answer, and is judged
+        silent &= silent.all()
+    if silent.any() and on_error == "raise":
+        asked = [prompts.records[together.numbers[index * group]]["prompt"] for index in np.flatnonzero(silent)]
+        raise UserError(
+            "nothing was generated for any of the completions of these prompts (the policy stops at once); "
+            "rollout.on_error='skip' goes on without them; in a new run, a lower optim.learning_rate or a model that "
+            "answers helps:\n  " + "\n  ".join(str(prompt)[:200] for prompt in asked)
+        )
+    rewards = np.where(np.repeat(silent, group), np.nan, together.rewards).astype(np.float32)
+    return dataclasses.replace(together, rewards=rewards)
+
+
+def choose(rollouts: Rollouts, groups: np.ndarray, group: int) -> Rollouts:
+    """The given groups of the rollouts, in the given order."""
+    rows = [int(number) * group + member for number in groups for member in range(group)]
+    return dataclasses.replace(
+        rollouts,
+        numbers=[rollouts.numbers[row] for row in rows],
+        completions=[rollouts.completions[row] for row in rows],
+        texts=[rollouts.texts[row] for row in rows],
+        items=[dataclasses.replace(rollouts.items[row], values={"index": float(i)}) for i, row in enumerate(rows)],
+        table=_rows(rollouts.table, rows),
+        rewards=rollouts.rewards[rows],
+    )
+
+
+def with_column(table: RewardTable, name: str, values: np.ndarray, errors: int = 0) -> RewardTable:
+    """The table with one more reward, which failed on `errors` completions."""
+    return dataclasses.replace(
+        table,
+        names=(*table.names, name),
+        values=np.concatenate([table.values, values[:, None].astype(np.float32)], axis=1),
+        errors=(*table.errors, errors),
+    )
+
+
+def _rows(table: RewardTable, rows: list[int]) -> RewardTable:
+    extra = {name: [column[row] for row in rows] for name, column in table.extra.items()}
+    return dataclasses.replace(table, values=table.values[rows], extra=extra)
+
+
+def _joined(found: Sequence[Rollouts]) -> Rollouts:
+    lists = {
+        name: [value for one in found for value in getattr(one, name)]
+        for name in ("numbers", "completions", "texts", "items")
+    }
+    tables = [one.table for one in found]
+    logged = {name: [t.metrics[name] for t in tables if name in t.metrics] for t in tables for name in t.metrics}
+    columns = dict.fromkeys(name for table in tables for name in table.extra)
+    table = dataclasses.replace(
+        tables[0],
+        values=np.concatenate([table.values for table in tables]),
+        errors=tuple(np.sum([table.errors for table in tables], axis=0).tolist()),
+        metrics={name: float(np.mean(values)) for name, values in logged.items()},
+        extra={
+            name: [value for table in tables for value in table.extra.get(name, [None] * len(table.values))]
+            for name in columns
+        },
+    )
+    return dataclasses.replace(found[0], **lists, table=table, rewards=np.concatenate([one.rewards for one in found]))

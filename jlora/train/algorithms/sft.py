@@ -1,0 +1,118 @@
+"""Supervised fine-tuning: cross-entropy on the tokens that the data marks as trained."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import data, lora
+from jlora.losses import cross_entropy
+from jlora.models import Model
+from jlora.train.algorithms.algorithm import Base, FileSource, Job, Note, Numbers, Plan, checksum
+from jlora.train.config import RunConfig
+from jlora.train.evaluation.records import completion_loss
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics, Objective, Report
+from jlora.types import Params
+
+
+def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
+    """The run on the records of `data.path`."""
+    train = config.train
+    examples, encoded = data.encode(
+        data.read_records(config.data.path, on_error=config.data.on_error, note=note),
+        tokenizer,
+        seq_len=train.seq_len,
+        overlong=config.data.overlong,
+        completion_only=config.data.completion_only,
+        on_error=config.data.on_error,
+        note=note,
+    )
+    steps = data.plan(
+        [len(example.tokens) for example in examples],
+        seq_len=train.seq_len,
+        batch_size=train.batch_size * train.grad_accum,
+        packing=config.data.packing,
+        bucket=config.data.bucket,
+        seed=train.seed,
+        epochs=train.epochs,
+        steps=train.steps,
+    )
+    held_out = _held_out(config, tokenizer, note)
+    note(f"{encoded.examples} examples, {data.describe(encoded, steps)}")
+    for remark in encoded.notes:
+        note(remark)
+
+    longest = max(len(example.tokens) for example in examples)
+    start = functools.partial(_start, config, examples, steps, held_out)
+    return Plan(len(steps), start, longest, checksum(examples))
+
+
+def fullest(config: RunConfig) -> Plan:
+    """A plan of one step on rows without padding; no data needs more memory."""
+    train = config.train
+    rows = train.batch_size * train.grad_accum
+    examples = [data.filled(train.seq_len)] * rows
+    lengths = [train.seq_len] * rows
+    settings = dict(packing=config.data.packing, bucket=config.data.bucket)
+    steps = data.plan(lengths, seq_len=train.seq_len, batch_size=rows, steps=1, **settings)
+    return Plan(1, functools.partial(_start, config, examples, steps, ()), train.seq_len)
+
+
+def _start(
+    config: RunConfig,
+    examples: Sequence[data.Example],
+    steps: Sequence[data.Step],
+    held_out: Sequence[data.Record],
+    base: Base,
+) -> Job:
+    return Job(
+        trainable=base.trainable,
+        frozen=base.frozen,
+        objective=sft_loss(base.model, remat=config.train.remat),
+        source=FileSource(data.loader(examples, steps, config.train.grad_accum), base.mesh),
+        report=_report,
+        adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        evaluate=functools.partial(_evaluate, config, base, held_out),
+        panels=(("Tokens per second", ("tokens_per_second",)),),
+    )
+
+
+def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Objective:
+    """The objective of the mean negative log-likelihood of a step's trained tokens; it reports the sums that its
+    metrics are computed from.
+    """
+
+    def loss(
+        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
+    ) -> tuple[jax.Array, Report]:
+        params = lora.combine(frozen, trainable)
+        hidden, _ = model.hidden(
+            params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat, branches=False
+        )
+        sums = cross_entropy(model.project, model.head(params), hidden, batch["targets"], batch["weights"], chunk=chunk)
+        return sums.loss / totals["tokens"], Report({"correct": sums.correct, "weight": sums.weight})
+
+    return Objective(loss, lambda batch: {"tokens": jnp.maximum(jnp.sum(batch["weights"]), 1)})
+
+
+def _report(metrics: Metrics) -> Numbers:
+    return {"mean_token_accuracy": float(metrics["correct"] / max(float(metrics["weight"]), 1.0))}
+
+
+def _held_out(config: RunConfig, tokenizer: Any, note: Note) -> list[data.Record]:
+    """The records of `data.eval_path`, checked before the run begins; none without that setting."""
+    if not config.data.eval_path:
+        return []
+    settings = {"on_error": config.data.on_error, "note": note}
+    return data.encodable(data.read_records(config.data.eval_path, **settings), tokenizer, **settings)
+
+
+def _evaluate(config: RunConfig, base: Base, records: Sequence[data.Record], state: TrainState) -> Numbers:
+    params = lora.combine(base.frozen, state.trainable)
+    rows, seq_len = config.train.batch_size, config.train.seq_len
+    return completion_loss(
+        base.model, params, base.tokenizer, records, batch_size=rows, seq_len=seq_len, mesh=base.mesh
+    )

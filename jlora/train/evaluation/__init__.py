@@ -1,0 +1,1 @@
+"""What a model is worth on records, and what training made it forget."""

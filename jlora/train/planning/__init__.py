@@ -1,0 +1,1 @@
+"""Device memory, computation and communication of a step, known before it runs."""

@@ -1,0 +1,1 @@
+"""How completions are judged: functions in users' files, tasks with verifiers, reward models."""

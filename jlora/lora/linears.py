@@ -27,7 +27,7 @@ def linear(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None
     """
     module = resolve(module)
     _check_bank(module, x)
-    if isinstance(module["kernel"], quant.Rounded) and "lora_a" in module:
+    if quant.packs_update(module["kernel"]) and "lora_a" in module:
         y = quant.matmul(x, _packed_sum(module, key))
         if "lora_bias" in module:
             y = y + _row(module["lora_bias"] * module["lora_scale"], y.ndim).astype(y.dtype)
@@ -102,9 +102,7 @@ def _packed_sum(module: Params, key: jax.Array | None) -> jax.Array:
     if "lora_ids" in module or (key is not None and "lora_dropout" in module):
         what = "adapters of a bank" if "lora_ids" in module else "lora_dropout"
         raise UserError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
-    kernel = module["kernel"]
-    whole = merged_leaf(module, "kernel")
-    return quant.straight_through(whole, kernel.format, kernel.double_quant)
+    return module["kernel"].used(merged_leaf(module, "kernel"))
 
 
 def embed(tokens: Int[Array, "*batch"], module: Params) -> Float[Array, "*batch D"]:
@@ -155,7 +153,7 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
         sizes: how many rows each group has.
     """
     module = resolve(module)
-    if isinstance(module["kernel"], quant.Rounded) and "lora_a" in module:
+    if quant.packs_update(module["kernel"]) and "lora_a" in module:
         return checkpoint_name(quant.grouped_matmul(x, _packed_sum(module, None), sizes), SAVED)
     y = quant.grouped_matmul(x, module["kernel"], sizes)
     if "lora_a" in module:

@@ -1,6 +1,5 @@
 """Merging adapters into their base leaves."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +33,7 @@ def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
         dtype: what to round leaves to that do not stay packed; None: each to its own dtype.
     """
     merged = tree.map_modules(functools.partial(_merge_module, dtype=dtype), untie(params))
-    return tree.map_with_path(lambda _, leaf: _finished(leaf, dtype), merged)
+    return tree.map_with_path(lambda _, leaf: quant.stored(leaf, dtype), merged)
 
 
 def untie(params: Params) -> Params:
@@ -143,12 +142,6 @@ def layer_of(leaves: Any, number: int) -> Any:
     return jax.tree.map(lambda part: part[number], leaves)
 
 
-def _finished(leaf: Any, dtype: jax.typing.DTypeLike | None) -> Any:
-    if isinstance(leaf, quant.Rounded):
-        return leaf.packed()
-    return leaf if dtype is None or quant.is_packed(leaf) else leaf.astype(dtype)
-
-
 def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None) -> Params:
     if not any(is_adapter(name) for name in module):
         return module
@@ -157,12 +150,12 @@ def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None)
     changed = changed_leaves(module)
     alone = {name: module[f"{TRAINED}{name}"] for name in changed - base.keys()}
     # A trained copy replaces the kernel as it is; it was not packed in training either.
-    rounded = isinstance(base.get("kernel"), quant.Rounded) and f"{TRAINED}kernel" not in module
+    rounded = quant.packs_update(base.get("kernel")) and f"{TRAINED}kernel" not in module
     merged = alone | {
         name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed & base.keys()
     }
     if rounded and "kernel" in changed:
-        merged["kernel"] = dataclasses.replace(base["kernel"], array=merged["kernel"])
+        merged["kernel"] = base["kernel"].summed(merged["kernel"])
     return base | merged
 
 

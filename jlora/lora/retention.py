@@ -137,8 +137,8 @@ def _compare(module: Params, name: str, merged: object) -> jax.Array:
     """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one leaf of one layer's module, in float32."""
     base = _float32(module[name])
     whole = merged_leaf(module | {name: base}, name)
-    if isinstance(module[name], quant.Rounded) and f"{TRAINED}{name}" not in module:
-        whole = _float32(module[name].packed(whole.astype(module[name].dtype)))
+    if quant.packs_update(module[name]) and f"{TRAINED}{name}" not in module:
+        whole = _float32(module[name].used(whole.astype(module[name].dtype)))
     update = whole - base
     changed = _float32(merged) - base
     return jnp.stack([jnp.sum(update**2), jnp.sum(changed * update), jnp.sum((changed - update) ** 2)])

@@ -78,7 +78,7 @@ def from_weights(
 
 
 def _layer(value: Any, index: int) -> Any:
-    return None if value is None else jax.tree.map(lambda part: part[index], value)
+    return None if value is None else value[index]
 
 
 def _one(

@@ -1,12 +1,13 @@
 """Packed 4- and 8-bit arrays, matrix products with them, and the rules for which leaves are packed."""
 
 from jlora.quant.config import QuantConfig, as_config, leaf_format
-from jlora.quant.formats import FORMATS, PackedArray, dequantize, is_packed, quantize, unpacked
+from jlora.quant.formats import FORMATS, quantize
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.mixed import candidates, choose, weight_damage
+from jlora.quant.packed import PackedArray, dequantize, is_packed, packs_update, stored, unpacked
 from jlora.quant.products import grouped_matmul, matmul
-from jlora.quant.rounded import Rounded, straight_through
+from jlora.quant.rounded import Rounded
 
 __all__ = [
     "FORMATS",
@@ -23,8 +24,9 @@ __all__ = [
     "is_packed",
     "leaf_format",
     "matmul",
+    "packs_update",
     "quantize",
-    "straight_through",
+    "stored",
     "unpacked",
     "weight_damage",
 ]

@@ -13,7 +13,6 @@ If D is not a multiple of 64, bitsandbytes' blocks straddle outputs; the flatten
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.kernels.order import after
+from jlora.quant.packed import PackedArray
 from jlora.quant.scales import dequantize_scales, quantize_scales, rounded_to
 
 BLOCK = 64
@@ -57,10 +57,8 @@ _SHIFTS = np.array([4, 0], np.uint8)
     meta_fields=["format", "matrix", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
-class Packed4bit:
+class Packed4bit(PackedArray):
     """A packed array; see the module's invariants.
-
-    The parts may also be ShapeDtypeStructs, shardings, or whatever else JAX puts in place of an array.
 
     Attributes:
         codes: uint8 [..., D/2, N], two 4-bit codes a byte.
@@ -85,13 +83,8 @@ class Packed4bit:
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-2], *self.matrix)
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+        return unpack(self, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "double_quant"))

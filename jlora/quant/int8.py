@@ -6,14 +6,14 @@ sharding N shards both.
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.quant.packed import PackedArray
 from jlora.quant.scales import rounded_to
 
 # bitsandbytes multiplies by this instead of dividing by 127.
@@ -22,8 +22,8 @@ STEP = np.float32(7.874015718698502e-3)
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
-class PackedInt8:
-    """A packed array; its parts may also be ShapeDtypeStructs or shardings.
+class PackedInt8(PackedArray):
+    """A packed array; see the module's invariants.
 
     Attributes:
         codes: int8 [..., D, N], -127 … 127.
@@ -34,25 +34,24 @@ class PackedInt8:
     codes: Any
     scale: Any
     dtype: np.dtype
+    format: ClassVar[str] = "int8"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+        return unpack(self, dtype)
 
 
-@jax.jit
-def pack(array: Float[Array, "*stack D N"]) -> PackedInt8:
+@functools.partial(jax.jit, static_argnames=("double_quant",))
+def pack(array: Float[Array, "*stack D N"], *, double_quant: bool) -> PackedInt8:
     """The packed form of kernels: round(W · 127/scale) of the values rounded to float16.
 
     Equal to `bitsandbytes.functional.int8_vectorwise_quant(kernel.T.half())` on a CPU. An output of zeros has codes 0.
+
+    Args:
+        double_quant: has no effect, as there are no block scales.
     """
     half = rounded_to(array, jnp.float16, jnp.float32)
     scale = jnp.max(jnp.abs(half), axis=-2, keepdims=True)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jlora import tree
 from jlora.errors import UserError
 from jlora.quant.config import QuantConfig, leaf_format
-from jlora.quant.formats import dequantize, quantize
+from jlora.quant.formats import quantize
+from jlora.quant.packed import dequantize
 from jlora.types import Params
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jlora import sharding
 from jlora.kernels import grouped
 from jlora.kernels.order import after
-from jlora.quant.formats import PackedArray, dequantize, is_packed
+from jlora.quant.packed import PackedArray, dequantize, is_packed
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.quant import four_bit, int8
+from jlora.quant.formats import quantize
+from jlora.quant.packed import PackedArray
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["format", "double_quant"])
 @dataclasses.dataclass(frozen=True)
-class Rounded:
+class Rounded(PackedArray):
     """A kernel [..., D, N] in 16 or 32 bits that computes what its packed form does.
 
     An adapter's update is added to the array before packing (`jlora.lora.linear`), and `jlora.lora.merge` returns the
@@ -28,44 +29,47 @@ class Rounded:
     array: Any
     format: str
     double_quant: bool
+    packs_update: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.array.shape)
 
     @property
-    def ndim(self) -> int:
-        return len(self.array.shape)
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.array.shape))
-
-    @property
     def dtype(self) -> np.dtype:
         return np.dtype(self.array.dtype)
 
-    def packed(self, array: Float[Array, "*stack D N"] | None = None) -> four_bit.Packed4bit | int8.PackedInt8:
-        """The packed form of `array`, by default of the kernel's own."""
-        array = self.array if array is None else array
-        if self.format == "int8":
-            return int8.pack(array)
-        return four_bit.pack(array, self.format, double_quant=self.double_quant)
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+        return self.stored().dense(dtype)
+
+    def base(self) -> Float[Array, "*stack D N"]:
+        return self.array
+
+    def stored(self) -> PackedArray:
+        return quantize(self.array, self.format, double_quant=self.double_quant)
+
+    def summed(self, array: Float[Array, "*stack D N"]) -> "Rounded":
+        """The kernel with `array`, the sum of its own array and an update, as its values."""
+        return dataclasses.replace(self, array=array)
+
+    def used(self, array: Float[Array, "*stack D N"]) -> Float[Array, "*stack D N"]:
+        """The values that a product uses if `array` is the sum of the kernel and an update; gradients pass through to
+        the sum (Bengio et al. 2013).
+        """
+        return _straight_through(array, self.format, self.double_quant)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def straight_through(array: jax.Array, format: str, double_quant: bool) -> jax.Array:
-    """The array packed and unpacked again; its gradient is passed through to the array (Bengio et al. 2013)."""
-    packed = Rounded(array, format, double_quant).packed()
-    return int8.unpack(packed, None) if isinstance(packed, int8.PackedInt8) else four_bit.unpack(packed, None)
+def _straight_through(array: jax.Array, format: str, double_quant: bool) -> jax.Array:
+    return Rounded(array, format, double_quant).dense()
 
 
 def _forward(array: jax.Array, format: str, double_quant: bool) -> tuple[jax.Array, None]:
-    return straight_through(array, format, double_quant), None
+    return _straight_through(array, format, double_quant), None
 
 
 def _backward(format: str, double_quant: bool, residuals: None, grad: jax.Array) -> tuple[jax.Array]:
     return (jnp.asarray(grad),)
 
 
-straight_through.defvjp(_forward, _backward)
+_straight_through.defvjp(_forward, _backward)

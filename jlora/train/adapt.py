@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.models import Model
-from jlora.quant import Rounded
+from jlora.quant import packs_update
 from jlora.train.algorithms.algorithm import Base
 from jlora.train.config import RunConfig
 from jlora.types import Params
@@ -92,7 +92,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
 
 def _warn_of_experts(params: Params) -> None:
     """Warns before the run, rather than after it, that no transformers folder can hold what it trains."""
-    if any("/experts/" in path and isinstance(leaf, Rounded) for path, leaf in tree.flatten(params).items()):
+    if any("/experts/" in path and packs_update(leaf) for path, leaf in tree.flatten(params).items()):
         warnings.warn(
             "experts are trained to be packed (merge_aware), which no folder for transformers can hold: export this "
             'run as GGUF, or leave them out with model.quant = {"merge_aware": True, "rules": '

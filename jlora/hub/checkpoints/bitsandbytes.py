@@ -7,7 +7,7 @@ A packed `P.weight` is recognised by the tensors beside it, never by config.json
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,7 +16,7 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.hub.checkpoints.weights import SafetensorsFolder, TensorInfo, read_tensor, read_unchecked
 from jlora.models.kinds import NUMBER
-from jlora.quant import PackedArray, PackedInt8, QuantConfig, as_config, four_bit
+from jlora.quant import Packed4bit, PackedArray, PackedInt8, QuantConfig, as_config, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
 
 COMPANION = re.compile(
@@ -34,11 +34,25 @@ DTYPES = {
 MAP_TOLERANCE = 1e-6
 
 
+class Layout(NamedTuple):
+    """How bitsandbytes stores a format.
+
+    Attributes:
+        bits: config.json says load_in_4bit or load_in_8bit.
+        read: (the packed tensor, its parts' values, the dequantised values' dtype) → the kernel.
+        write: (the weight's name, the kernel) → tensors.
+    """
+
+    bits: int
+    read: Callable[["Stored", Mapping[str, np.ndarray], np.dtype], PackedArray]
+    write: Callable[[str, Any], dict[str, np.ndarray]]
+
+
 class Stored(NamedTuple):
     """A packed tensor as its files have it.
 
     Attributes:
-        format: "nf4", "fp4" or "int8".
+        format: a name in FORMATS.
         matrix: the kernel's (D, N).
         dtype: the dtype that dequantised values are rounded to; None if the files do not say (int8).
         parts: part ("weight", "absmax", …) → (name of its tensor, that tensor's info).
@@ -106,41 +120,12 @@ def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
     parts = {part: _read(entry) for part, entry in stored.parts.items() if part in VALUES}
     name, info = stored.parts["weight"]
     parts["weight"] = read_unchecked(info.file, name)  # bytes, in whatever dtype
-    if stored.format == "int8":
-        return PackedInt8(np.ascontiguousarray(parts["weight"].T), parts["SCB"].reshape(1, -1), np.dtype(dtype))
-    nested, offset = None, None
-    if stored.offset is not None:
-        nested, offset = parts["nested_absmax"].ravel(), np.asarray(stored.offset, np.float32)
-    codes = parts["weight"].ravel().view(np.uint8)  # with FSDP, the bytes are stored in a wider dtype
-    return four_bit.from_flat(
-        codes, parts["absmax"].ravel(), nested, offset, format=stored.format, matrix=stored.matrix, dtype=dtype
-    )
+    return FORMATS[stored.format].read(stored, parts, np.dtype(dtype))
 
 
 def packed_tensors(name: str, leaf: PackedArray) -> dict[str, np.ndarray]:
     """Name → tensor, for a packed kernel [D, N] on the host under the weight's `name`: the inverse of `read_packed`."""
-    if isinstance(leaf, PackedInt8):
-        module = name.removesuffix(".weight")
-        return {
-            name: np.ascontiguousarray(leaf.codes.T),
-            f"{module}.SCB": leaf.scale.ravel(),
-            f"{module}.weight_format": np.zeros((), np.uint8),
-        }
-    codes, absmax = four_bit.to_flat(leaf)
-    inputs, outputs = leaf.matrix
-    state = {
-        "quant_type": leaf.format,
-        "blocksize": four_bit.BLOCK,
-        "dtype": leaf.dtype.name,
-        "shape": [outputs, inputs],
-    }
-    tensors = {name: codes.reshape(-1, 1), f"{name}.absmax": absmax}
-    tensors[f"{name}.quant_map"] = four_bit.CODEBOOKS[leaf.format]
-    if leaf.nested_absmax is not None:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(leaf.offset)}
-        tensors |= {f"{name}.nested_absmax": leaf.nested_absmax, f"{name}.nested_quant_map": dynamic_map()}
-    tensors[f"{name}.{STATE}{leaf.format}"] = state_bytes(state)
-    return tensors
+    return FORMATS[leaf.format].write(name, leaf)
 
 
 def state_bytes(state: Mapping[str, Any]) -> np.ndarray:
@@ -204,7 +189,8 @@ def _four_bit(parts: Mapping[str, tuple[str, TensorInfo]], faults: list[str]) ->
 
 def _wrong_settings(state: Mapping[str, Any], format: str, nested: bool) -> list[str]:
     """A line for each setting of a quant_state that jlora does not have."""
-    expected = {"quant_type": format if format in ("nf4", "fp4") else "nf4 or fp4", "blocksize": four_bit.BLOCK}
+    known = [name for name, layout in FORMATS.items() if layout.bits == 4]
+    expected = {"quant_type": format if format in known else " or ".join(known), "blocksize": four_bit.BLOCK}
     expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"} if nested else {}
     wrong = [
         f"{key} is {state.get(key)!r}, expected {want!r}" for key, want in expected.items() if state.get(key) != want
@@ -270,3 +256,52 @@ def _expect(
         faults.append(f"{part} is {info.dtype} {info.shape}, expected {' or '.join(dtypes)} {shape}")
         return False
     return True
+
+
+def _read_int8(stored: Stored, parts: Mapping[str, np.ndarray], dtype: np.dtype) -> PackedInt8:
+    return PackedInt8(np.ascontiguousarray(parts["weight"].T), parts["SCB"].reshape(1, -1), dtype)
+
+
+def _write_int8(name: str, leaf: PackedInt8) -> dict[str, np.ndarray]:
+    module = name.removesuffix(".weight")
+    return {
+        name: np.ascontiguousarray(leaf.codes.T),
+        f"{module}.SCB": leaf.scale.ravel(),
+        f"{module}.weight_format": np.zeros((), np.uint8),
+    }
+
+
+def _read_four_bit(stored: Stored, parts: Mapping[str, np.ndarray], dtype: np.dtype) -> Packed4bit:
+    nested, offset = None, None
+    if stored.offset is not None:
+        nested, offset = parts["nested_absmax"].ravel(), np.asarray(stored.offset, np.float32)
+    codes = parts["weight"].ravel().view(np.uint8)  # with FSDP, the bytes are stored in a wider dtype
+    return four_bit.from_flat(
+        codes, parts["absmax"].ravel(), nested, offset, format=stored.format, matrix=stored.matrix, dtype=dtype
+    )
+
+
+def _write_four_bit(name: str, leaf: Packed4bit) -> dict[str, np.ndarray]:
+    codes, absmax = four_bit.to_flat(leaf)
+    inputs, outputs = leaf.matrix
+    state = {
+        "quant_type": leaf.format,
+        "blocksize": four_bit.BLOCK,
+        "dtype": leaf.dtype.name,
+        "shape": [outputs, inputs],
+    }
+    tensors = {name: codes.reshape(-1, 1), f"{name}.absmax": absmax}
+    tensors[f"{name}.quant_map"] = four_bit.CODEBOOKS[leaf.format]
+    if leaf.nested_absmax is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(leaf.offset)}
+        tensors |= {f"{name}.nested_absmax": leaf.nested_absmax, f"{name}.nested_quant_map": dynamic_map()}
+    tensors[f"{name}.{STATE}{leaf.format}"] = state_bytes(state)
+    return tensors
+
+
+# The formats that bitsandbytes has too.
+FORMATS = {
+    "nf4": Layout(4, _read_four_bit, _write_four_bit),
+    "fp4": Layout(4, _read_four_bit, _write_four_bit),
+    "int8": Layout(8, _read_int8, _write_int8),
+}

@@ -12,7 +12,7 @@ import numpy as np
 from jlora import lora, quant, tree
 from jlora.errors import UserError
 from jlora.hub.checkpoints import names
-from jlora.hub.checkpoints.bitsandbytes import packed_tensors
+from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors
 from jlora.hub.checkpoints.score import only_scored
 from jlora.hub.checkpoints.writing import (
     SHARD_BYTES,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from jlora.models import Model
-
-FORMATS = ("nf4", "fp4", "int8")
 
 
 def save_quantized(
@@ -94,10 +92,10 @@ def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:
         leaf = leaves[path]
         if not quant.is_packed(leaf):
             continue
-        if isinstance(leaf, quant.Rounded):
+        if leaf.packs_update:
             problems.append(f"{path}: is packed only when it is used (merge_aware); lora.merge packs it")
             continue
-        formats[path] = "int8" if isinstance(leaf, quant.PackedInt8) else leaf.format
+        formats[path] = leaf.format
         if formats[path] not in FORMATS:
             problems.append(f"{path}: bitsandbytes has no format {formats[path]!r}, only {', '.join(FORMATS)}")
         elif not path.endswith("/kernel") or "/experts/" in path:
@@ -125,7 +123,7 @@ def _skipped(model: "Model", pieces: Sequence[Piece], packed: Mapping[str, Any])
 
 def _settings(format: str, packed: Mapping[str, Any], dtype: str, skipped: list[str]) -> dict[str, Any]:
     """config.json's quantization_config."""
-    four = format != "int8"
+    four = FORMATS[format].bits == 4
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": four,
@@ -145,7 +143,7 @@ def _settings(format: str, packed: Mapping[str, Any], dtype: str, skipped: list[
 
 def _packed(piece: Piece, leaf: Any) -> dict[str, np.ndarray]:
     index = piece.tensor.index
-    return packed_tensors(piece.name, jax.tree.map(lambda part: np.asarray(part[index]), leaf))
+    return packed_tensors(piece.name, jax.tree.map(np.asarray, leaf[index]))
 
 
 def _nbytes(piece: Piece, leaf: Any) -> int:

@@ -133,7 +133,7 @@ def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
     A score head becomes part of the base; embedding and head become two if the adapter makes them differ. The kernels
     of a merge-aware run are merged and packed here: they were trained to be packed with their update.
     """
-    if any(isinstance(leaf, quant.Rounded) for leaf in tree.flatten(params).values()):
+    if any(map(quant.packs_update, tree.flatten(params).values())):
         params = lora.merge(params)
     params = only_scored(model, params) if SCORE in params else lora.untie(params)
     return untied(model, params), params
@@ -224,7 +224,7 @@ def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
     """The leaf's entry for one layer (and expert); an adapter's settings have no experts axis."""
     if name in ("lora_scale", "lora_rank"):
         index = index[:1]
-    return jax.tree.map(lambda part: part[index], leaf)
+    return leaf[index]
 
 
 def configs(

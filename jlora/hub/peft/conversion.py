@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -149,7 +148,7 @@ def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N
             return np.asarray(leaves[f"{embedding}/embedding"]).astype(np.float32).T
     weight = leaves[f"{module.path}/kernel"]
     if module.index is not None:
-        weight = jax.tree.map(lambda part: part[module.index], weight)
+        weight = weight[module.index]
     dense = quant.unpacked(weight)
     return np.asarray(dense).astype(np.float32).reshape(module.inputs, module.outputs)
 

@@ -1,0 +1,95 @@
+"""What every packed value can do, and the same questions answered for plain arrays."""
+
+import abc
+import math
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class PackedArray(abc.ABC):
+    """An array [..., D, N] kept in fewer bits.
+
+    A subclass is a frozen dataclass registered as a pytree, whose parts may also be ShapeDtypeStructs, shardings, or
+    whatever else JAX puts in place of an array. It slices, scans and shards as the array would, because
+      - every part begins with the array's leading axes, so one layer of a stack is that layer of every part;
+      - parts of the array's rank have its axis order, so what splits D or N splits them in the same way.
+
+    Attributes:
+        format: a name in `jlora.quant.FORMATS`.
+        dtype: the dtype that the array's values are rounded to.
+        packs_update: whether an update is added before packing (`jlora.quant.Rounded`), and not to what a product with
+            the packed values gives.
+    """
+
+    format: str
+    dtype: np.dtype
+    packs_update: ClassVar[bool] = False
+    # Otherwise Python would iterate by indexing, past the end.
+    __iter__ = None
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+
+    @abc.abstractmethod
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+        """The array, computed in float32 and rounded once, to the value's own dtype.
+
+        Args:
+            dtype: the dtype that holds the rounded values; None: their own.
+        """
+
+    def base(self) -> Float[Array, "*stack D N"]:
+        """The array that updates are added to."""
+        return self.dense()
+
+    def stored(self) -> "PackedArray":
+        """The packed form that a merged model keeps."""
+        return self
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, index: Any) -> "PackedArray":
+        """The value at `index` of the leading axes."""
+        return jax.tree.map(lambda part: part[index], self)
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether the leaf is a packed value rather than an array."""
+    return isinstance(leaf, PackedArray)
+
+
+def packs_update(leaf: Any) -> bool:
+    """Whether an update is added to the leaf before it is packed, so that a product is one with the packed sum."""
+    return is_packed(leaf) and leaf.packs_update
+
+
+def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
+    """The array [..., D, N] that a packed value stands for, computed in float32 and rounded to the leaf's dtype.
+
+    Args:
+        dtype: the dtype that holds the rounded values, if not the leaf's.
+    """
+    return leaf.dense(dtype)
+
+
+def unpacked(leaf: Any) -> Any:
+    """The array that updates are added to: a packed value dequantised, a `Rounded`'s own array, or an array itself."""
+    return leaf.base() if is_packed(leaf) else leaf
+
+
+def stored(leaf: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
+    """What a merged model keeps of a leaf: a packed value's packed form, or an array in `dtype` (None: its own)."""
+    if is_packed(leaf):
+        return leaf.stored()
+    return leaf if dtype is None else leaf.astype(dtype)

@@ -13,13 +13,13 @@ CEILINGS = {
     "names of adapter leaves": (335, 25),
     "tied embedding and head": (32, 11),
     "names of model types": (144, 9),
-    "isinstance of packed kinds": (15, 9),
-    "is_packed": (29, 15),
+    "isinstance of packed kinds": (1, 1),
+    "is_packed": (27, 13),
     "names of algorithms": (89, 22),
     "PEFT's matching rules": (23, 5),
     "paths cut by hand": (67, 24),
 }
-LINES = 32307
+LINES = 32410
 
 
 @pytest.fixture(scope="module")

@@ -434,7 +434,7 @@ def optional_tensors(
         if name not in found or module.index is not None:
             continue
         weight = base_weight(leaves, module)
-        if quant.is_packed(weight) or found[name].shape != weight.shape:
+        if weight is None or found[name].shape != weight.shape:
             continue
         values = read_tensor(file, name).astype(np.float32)
         if np.allclose(np.asarray(weight, np.float32), values, rtol=0.01, atol=1e-6):
@@ -443,9 +443,11 @@ def optional_tensors(
 
 
 def base_weight(leaves: Mapping[str, Any], module: Module) -> Any:
-    """The base's weight of an embedding or head, in the Hub's layout [V, D]."""
+    """The base's weight of an embedding or head, in the Hub's layout [V, D]; None if it is packed."""
     for embedding, head in tied_heads(leaves).items():
         if module.path == head:
             return leaves[f"{embedding}/embedding"]
     weight = leaves[f"{module.path}/{module.leaf}"]
-    return weight if module.leaf == "embedding" or quant.is_packed(weight) else weight.T
+    if quant.is_packed(weight):
+        return None
+    return weight if module.leaf == "embedding" else weight.T

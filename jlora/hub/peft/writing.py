@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jlora import lora, quant, tree
+from jlora import lora, tree
 from jlora.errors import UserError
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.folder import replacing
@@ -165,7 +165,7 @@ def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np
     for module in modules:
         heads = [TIED_HEADS[module.path]] if f"{module.path}/lora_tied" in flat else []
         weight = base_weight(flat, module) if module.path in wanted else None
-        if weight is not None and not quant.is_packed(weight):
+        if weight is not None:
             names_of_copies = [module.tensors, *[PREFIX + head for head in heads]]
             copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in names_of_copies}
     return copies

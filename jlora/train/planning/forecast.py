@@ -168,9 +168,10 @@ def trace(config: RunConfig, topology: Topology) -> Program:
     host_batch, tokens = job.source.read()
     batch = {name: _batch_shape(leaf, mesh) for name, leaf in host_batch.items()}
     arguments = (learning.state, job.frozen, batch)
+    packed = list(filter(is_packed, tree.flatten(base.frozen).values()))
     sizes = {
-        "base, packed": _held([leaf for leaf in tree.flatten(base.frozen).values() if is_packed(leaf)]),
-        "base, not packed": _held([leaf for leaf in tree.flatten(base.frozen).values() if not is_packed(leaf)]),
+        "base, packed": _held(packed),
+        "base, not packed": _held(base.frozen) - _held(packed),
         "adapters": _held(learning.state.trainable),
         "optimizer": _held(learning.state.moments),
         "reference adapter": _held(base.reference),

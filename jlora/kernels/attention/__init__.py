@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jlora import sharding
 from jlora.errors import UserError
 from jlora.kernels.attention import blocked, plain, splash, spread, triton
-from jlora.kernels.attention.marks import Marks, Scores
+from jlora.kernels.attention.marks import Kept, Marks, Scores
 from jlora.kernels.attention.spread import TOKENS_SPLIT
 from jlora.kernels.device import target
 from jlora.types import SAVED
@@ -27,7 +27,7 @@ class Form(NamedTuple):
 
     Attributes:
         forward: (rule, queries, keys, values, marks) → (output, log of each query's sum of weights).
-        backward: (rule, queries, keys, values, marks, output, logs, gradient) → gradients of queries, keys and values.
+        backward: (rule, what was kept, the output's gradient) → gradients of queries, keys and values.
         fits: (marks, width of a head or None) → why the form cannot be used, or "".
         device: the kind of device that it runs on; None: any.
         masks: whether it forms masks outside of kernels.
@@ -152,16 +152,14 @@ def _attend(rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values
 
 def _attend_forward(
     rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
-) -> tuple[jax.Array, tuple]:
-    """(the output, what the backward pass needs): not the scores, which would be the largest residual."""
+) -> tuple[jax.Array, Kept]:
     y, log_totals = FORMS[form].forward(rule, queries, keys, values, marks)
     y, log_totals = checkpoint_name(y, SAVED), checkpoint_name(log_totals, SAVED)
-    return y, (queries, keys, values, marks, y, log_totals)
+    return y, Kept(queries, keys, values, marks, y, log_totals)
 
 
-def _attend_backward(rule: Scores, form: str, residuals: tuple, grad: jax.Array) -> tuple:
-    queries, keys, values, marks, y, log_totals = residuals
-    return *FORMS[form].backward(rule, queries, keys, values, marks, y, log_totals, grad), None
+def _attend_backward(rule: Scores, form: str, kept: Kept, grad: jax.Array) -> tuple:
+    return *FORMS[form].backward(rule, kept, grad), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.kernels.attention.marks import Marks, Scores, seen
+from jlora.kernels.attention.marks import Kept, Marks, Scores, seen
 from jlora.kernels.attention.plain import LOWEST, as_rows, product
 from jlora.kernels.order import constant
 
@@ -57,17 +57,9 @@ def forward(
     return outputs[..., : grid.tokens, :], log_totals[..., : grid.tokens]
 
 
-def backward(
-    rule: Scores,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    marks: Marks,
-    y: jax.Array,
-    log_totals: jax.Array,
-    grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(rule: Scores, kept: Kept, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values; sums over blocks are float32."""
+    queries, keys, values, marks, y, log_totals = kept
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     size, grads = keys.shape[2], (queries.dtype, keys.dtype, values.dtype)
     grid, (queries, keys, values, marks) = _prepare(queries, keys, values, marks)

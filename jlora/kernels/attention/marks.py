@@ -120,3 +120,14 @@ class Scores(NamedTuple):
         if self.softcap is not None:
             grad = grad * (1 - (scores / self.softcap) ** 2)
         return grad * self.scale
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs: not the scores, which would be the largest residual."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    marks: Marks
+    y: jax.Array
+    log_totals: jax.Array

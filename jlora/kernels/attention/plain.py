@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.kernels.attention.marks import Marks, Scores
+from jlora.kernels.attention.marks import Kept, Marks, Scores
 from jlora.kernels.order import constant
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -30,19 +30,11 @@ def forward(
     return jnp.concatenate(outputs, axis=3), jnp.concatenate(log_totals, axis=3)
 
 
-def backward(
-    rule: Scores,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    marks: Marks,
-    y: jax.Array,
-    log_totals: jax.Array,
-    grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(rule: Scores, kept: Kept, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values. Scores are [S, T], so the products for keys and values need no
     transpose.
     """
+    queries, keys, values, marks, y, log_totals = kept
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
     grad_queries, grad_keys, grad_values = [], 0, 0
     for rows, columns in _blocks(marks):

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from jlora.kernels.attention.each import on_each
-from jlora.kernels.attention.marks import Marks, Scores
+from jlora.kernels.attention.marks import Kept, Marks, Scores
 from jlora.types import BRANCH
 
 # Numbers of tokens and widths of heads are padded to multiples of a TPU's lanes.
@@ -52,18 +52,10 @@ def forward(
 
 
 def backward(
-    rule: Scores,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    marks: Marks,
-    y: jax.Array,
-    log_totals: jax.Array,
-    grad: jax.Array,
-    *,
-    interpret: bool = False,
+    rule: Scores, kept: Kept, grad: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
+    queries, keys, values, marks, y, log_totals = kept
     tokens, width = queries.shape[-2:]
     rows = _rows(rule, queries, keys, values)
     y, grad = (_padded(x).reshape(*rows[0].shape) for x in (y, grad))
@@ -130,38 +122,24 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 
 def _forward(
-    window: int | None,
-    softcap: float | None,
-    interpret: bool,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
+    window: int | None, softcap: float | None, interpret: bool, *arrays: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """(output, logarithms) from queries, keys, values, the segments of queries and of keys."""
+    queries, keys, values, *segments = arrays
     kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
-    y, (log_totals,) = kernel(queries, keys, values, splash.SegmentIds(segments, key_segments))
+    y, (log_totals,) = kernel(queries, keys, values, splash.SegmentIds(*segments))
     return y, log_totals
 
 
 def _backward(
-    window: int | None,
-    softcap: float | None,
-    interpret: bool,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    segments: jax.Array,
-    key_segments: jax.Array,
-    y: jax.Array,
-    log_totals: jax.Array,
-    grad: jax.Array,
+    window: int | None, softcap: float | None, interpret: bool, *arrays: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients from the arrays of `_forward`, its output and logarithms, and the output's gradient."""
+    queries, keys, values, *segments, y, log_totals, grad = arrays
     # The kernel's own backward pass, which has no public name in JAX, without computing the forward pass again.
     kernel = _kernel(window, softcap, interpret, *queries.shape[:2])
-    segment_ids = splash.SegmentIds(segments, key_segments)
     infos = kernel.dq_mask_info, kernel.dkv_mask_info
-    residuals = (queries, keys, values, segment_ids, None, y, log_totals, *infos)
+    residuals = (queries, keys, values, splash.SegmentIds(*segments), None, y, log_totals, *infos)
     return splash._splash_attention_bwd(**kernel.kwargs, res=residuals, do=grad)[3:6]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas
 
 from jlora.kernels.attention.each import on_each
-from jlora.kernels.attention.marks import FAR, Marks, Scores, is_far, sees
+from jlora.kernels.attention.marks import FAR, Kept, Marks, Scores, is_far, sees
 from jlora.kernels.attention.visits import NO_KEY, NO_QUERY, visits
 from jlora.kernels.device import capability
 
@@ -114,18 +114,10 @@ def forward(
 
 
 def backward(
-    rule: Scores,
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    marks: Marks,
-    y: jax.Array,
-    log_totals: jax.Array,
-    grad: jax.Array,
-    *,
-    interpret: bool = False,
+    rule: Scores, kept: Kept, grad: jax.Array, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values; sums over blocks are float32."""
+    queries, keys, values, marks, y, log_totals = kept
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 
     def run(queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, *more: jax.Array) -> tuple:

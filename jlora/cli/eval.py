@@ -6,13 +6,13 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from jlora import data, hub, lora
-from jlora.cli.model import add_model_options, add_on_error_option, load_model, positive, print_note
+from jlora.cli.model import add_model_options, add_on_error_option, command, load_model, positive, print_note
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
@@ -53,11 +53,8 @@ def run(arguments: list[str]) -> int:
             generate_texts=not options.loss_only,
         )
 
-    if options.against:
-        _show_changes(options, _changes(options, model, params, tokenizer, records, sets, measure))
-        return 0
-    if options.scales:
-        _sweep(options, model, params, tokenizer, records, sets, measure)
+    if options.against or options.scales:
+        (_against if options.against else _sweep)(options, _Measured(model, params, tokenizer, records, sets, measure))
         return 0
     try:
         numbers, answers = measure(model, params)
@@ -122,7 +119,15 @@ def _compare(
         reward_model.draw_calibration(pathlib.Path(options.plot), metrics)
 
 
-Measure = Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]]]
+class _Measured(NamedTuple):
+    """A model with the task's records, what else is measured, and what measures it on the task."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    records: list[dict[str, Any]]
+    sets: dict[str, Any]
+    measure: Callable[[Model, Params], tuple[dict[str, float], list[dict[str, Any]]]]
 
 
 def _sets(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,16 +141,9 @@ def _sets(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _changes(
-    options: argparse.Namespace,
-    model: Model,
-    params: Params,
-    tokenizer: Any,
-    records: list[dict[str, Any]],
-    sets: dict[str, Any],
-    measure: Measure,
-) -> list[forgetting.Change]:
+def _changes(options: argparse.Namespace, given: _Measured) -> list[forgetting.Change]:
     """The model compared with its base or with another model."""
+    model, params, tokenizer, records, sets, measure = given
     other, before = model, lora.strip(params)
     if options.against != "base":
         other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
@@ -159,7 +157,9 @@ def _changes(
     return changes + forgetting.compare_scores(*scores)
 
 
-def _show_changes(options: argparse.Namespace, changes: Sequence[forgetting.Change]) -> None:
+def _against(options: argparse.Namespace, given: _Measured) -> None:
+    """Shows the table of changes."""
+    changes = _changes(options, given)
     if options.json:
         print(json.dumps(_finite({change.measure: change._asdict() for change in changes})))
         return
@@ -180,16 +180,9 @@ def _doubt(change: forgetting.Change) -> str:
     return "" if change.is_clear else "one record" if change.n == 1 else "within chance"
 
 
-def _sweep(
-    options: argparse.Namespace,
-    model: Model,
-    params: Params,
-    tokenizer: Any,
-    records: list[dict[str, Any]],
-    sets: dict[str, Any],
-    measure: Measure,
-) -> None:
+def _sweep(options: argparse.Namespace, given: _Measured) -> None:
     """Shows the table of a sweep, and draws it if a plot is asked for."""
+    model, params, tokenizer, records, sets, measure = given
 
     def scores(params: Params) -> dict[str, float]:
         numbers = {} if options.loss_only else measure(model, params)[0]
@@ -241,10 +234,8 @@ def _write_answers(path: pathlib.Path, answers: Sequence[Mapping[str, Any]]) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora eval",
-        description="Loss and perplexity on the completions of a JSONL file, and the texts that the model gives.",
-        allow_abbrev=False,
+    parser = command(
+        "eval", "Loss and perplexity on the completions of a JSONL file, and the texts that the model gives."
     )
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jlora import data, hub, lora
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_fold_option, add_gguf_option, say_adapter, tensor_bar
+from jlora.cli.model import add_fold_option, add_gguf_option, command, say_adapter, tensor_bar
 from jlora.errors import UserError
 from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
@@ -58,12 +58,11 @@ def _tokenizer(config: RunConfig) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora export",
-        description="Write the adapter of a training run, or its model with the adapter merged in.",
+    parser = command(
+        "export",
+        "Write the adapter of a training run, or its model with the adapter merged in.",
         epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked; "
         "base and adapter of a merge_aware run are packed together, as they were trained.",
-        allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")
     parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")

@@ -3,7 +3,7 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import add_fold_option, add_vocab_option, rank, say_adapter
+from jlora.cli.model import add_fold_option, add_vocab_option, command, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
@@ -29,10 +29,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora extract",
-        description="Turn what full fine-tuning changed into a LoRA adapter, and say how much of it that keeps.",
-        allow_abbrev=False,
+    parser = command(
+        "extract", "Turn what full fine-tuning changed into a LoRA adapter, and say how much of it that keeps."
     )
     parser.add_argument("--base", required=True, metavar="MODEL", help="the model before training")
     parser.add_argument("--model", required=True, metavar="MODEL", help="the model after it")

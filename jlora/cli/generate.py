@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from jlora import hub
-from jlora.cli.model import add_model_options, load_model, positive
+from jlora.cli.model import add_model_options, command, load_model, positive
 from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora import Bank
@@ -61,9 +61,7 @@ def _temperature(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora generate", description="Print the model's answer to each prompt.", allow_abbrev=False
-    )
+    parser = command("generate", "Print the model's answer to each prompt.")
     add_model_options(parser, several=True)
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")

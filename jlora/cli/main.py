@@ -78,22 +78,14 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
-    except UserError as error:
-        if show_traceback:
-            traceback.print_exc()
-        return _complain(str(error))
-    except Failed as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"jlora: {error}", file=sys.stderr)
-        return FAILED
-    except OSError as error:
-        if error.errno not in FULL:
+    except (UserError, Failed, OSError) as error:
+        explains_itself = isinstance(error, UserError | Failed)
+        if not explains_itself and error.errno not in FULL:
             raise
         if show_traceback:
             traceback.print_exc()
-        print(f"jlora: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
-        return FAILED
+        unwritten = "" if explains_itself else f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        return _complain(unwritten or str(error), MISTAKE if isinstance(error, UserError) else FAILED)
 
 
 @contextlib.contextmanager
@@ -119,9 +111,9 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = MISTAKE) -> int:
     print(f"jlora: {message}", file=sys.stderr)
-    return MISTAKE
+    return code
 
 
 def _usage() -> str:

@@ -11,7 +11,9 @@ from jlora.cli.model import (
     add_fold_option,
     add_gguf_option,
     add_on_error_option,
+    add_source_option,
     add_vocab_option,
+    command,
     encodable,
     rank,
     read_records,
@@ -96,11 +98,10 @@ def _run_recipe(options: argparse.Namespace) -> int:
 
 
 def _recipe_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora merge",
+    parser = command(
+        "merge",
         usage="jlora merge --recipe=FILE.yaml --out=DIR",
         description="Combine whole models, tensor by tensor, as a recipe in mergekit's form says.",
-        allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="merge_method, models or slices, …")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -143,16 +144,13 @@ def _packed(merged: Params, format: str) -> Params:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora merge",
-        description="Bake an adapter, or what a method makes of several, into the model; say what that keeps.",
+    parser = command(
+        "merge",
+        "Bake an adapter, or what a method makes of several, into the model; say what that keeps.",
         epilog="Sums are formed in float32 on the unpacked base and rounded once. The base itself is not changed: to "
         "unmerge is to use it again. `jlora merge --recipe=FILE.yaml --out=DIR` combines whole models instead.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
-    )
+    add_source_option(parser)
     parser.add_argument(
         "--adapter", required=True, action="append", metavar="DIR[:WEIGHT]", help="a PEFT folder; may be given again"
     )

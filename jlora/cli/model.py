@@ -16,11 +16,25 @@ from jlora.quant import FORMATS
 from jlora.types import Params
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Adds --model, --adapter (repeatable with `several`), --quant, --dtype, --vocab and --fold_system."""
+def command(
+    name: str, description: str, *, epilog: str | None = None, usage: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of `jlora NAME`, which takes options by their full names only."""
+    return argparse.ArgumentParser(
+        prog=f"jlora {name}", usage=usage, description=description, epilog=epilog, allow_abbrev=False
+    )
+
+
+def add_source_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --model: where the model is."""
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Adds --model, --adapter (repeatable with `several`), --quant, --dtype, --vocab and --fold_system."""
+    add_source_option(parser)
     if several:
         more = 'a PEFT folder for all prompts; or again and again, one for each prompt, "" for none'
         parser.add_argument("--adapter", metavar="DIR", action="append", default=[], help=more)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from jlora.cli.model import command
 from jlora.cli.overrides import read_config
 from jlora.devices import DEVICES
 from jlora.errors import UserError, raise_all
@@ -152,14 +153,13 @@ def gib(size: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     extras = ", ".join(f"jlora[{extra}]" for _, extra in COMPILERS.values() if extra)
-    parser = argparse.ArgumentParser(
-        prog="jlora plan",
+    parser = command(
+        "plan",
         usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
         description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
         "compiler, FLOPs, and what moves between devices. Of the model config.json is enough; no data is read: every "
         "row is taken to be full.",
         epilog=f"Compilers come with {extras}; without one the memory is an estimate.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE.py", help="as for jlora train")
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from jlora import hub, quant, tree
-from jlora.cli.model import add_on_error_option, add_vocab_option, encodable, read_records
+from jlora.cli.model import add_on_error_option, add_source_option, add_vocab_option, command, encodable, read_records
 from jlora.errors import UserError
 from jlora.hub.checkpoints.packed import FORMATS, quantizable
 from jlora.train.evaluation.sensitivity import measure
@@ -45,15 +45,12 @@ def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, t
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jlora quantize",
-        description="Pack the linears of every layer; embeddings, head and norms stay as they are.",
+    parser = command(
+        "quantize",
+        "Pack the linears of every layer; embeddings, head and norms stay as they are.",
         epilog="The folder opens in transformers with bitsandbytes and in jlora, with the same values.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
-    )
+    add_source_option(parser)
     parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(FORMATS)} (default: nf4)")
     parser.add_argument(
         "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"

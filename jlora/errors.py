@@ -53,6 +53,12 @@ def describe_faults(title: str, faults: Sequence[str]) -> str:
     return f"{title}:\n  " + "\n  ".join([*faults[:SHOWN], *rest])
 
 
+def first_few(values: Iterable[object], most: int = 3) -> str:
+    """The first values, with an ellipsis after them if there are more."""
+    shown = list(map(str, values))
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
+
+
 def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
     """Lines for `describe_faults` that state each kind of fault once.
 

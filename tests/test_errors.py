@@ -2,7 +2,7 @@
 
 import pytest
 
-from jlora.errors import UserError, describe_faults, group_faults, raise_all
+from jlora.errors import UserError, describe_faults, first_few, group_faults, raise_all
 
 
 def test_equal_faults_share_a_line_with_three_places_and_a_count():
@@ -38,3 +38,7 @@ def test_raise_all_says_each_fault_once():
     with pytest.raises(UserError) as error:
         raise_all(["one", "two", "one"])
     assert str(error.value) == "one\ntwo"
+
+
+def test_the_first_few_have_an_ellipsis_only_if_there_are_more():
+    assert [first_few(range(count)) for count in (0, 3, 4)] == ["", "0, 1, 2", "0, 1, 2, …"]

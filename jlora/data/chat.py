@@ -20,13 +20,12 @@ from jlora.data.template import (
     text_tokens,
 )
 from jlora.data.turns import Turns
-from jlora.errors import UserError
+from jlora.errors import UserError, first_few
 
 Encoded = TypeVar("Encoded")
 
 Remark = Callable[[str], None]
 STOP_IN_WORDS = "the token that ends an answer stands within the words of one, so that the model learns to end there"
-PLACES_SHOWN = 3
 # Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -339,8 +338,7 @@ def _check_turn(index: int, tokens: np.ndarray, stop: int | None, remark: Remark
 
 
 def _describe_remark(remark: str, numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:PLACES_SHOWN])) + (", …" if len(numbers) > PLACES_SHOWN else "")
-    return f"{len(numbers)} record{'s' * (len(numbers) > 1)} ({shown}): {remark}"
+    return f"{len(numbers)} record{'s' * (len(numbers) > 1)} ({first_few(numbers)}): {remark}"
 
 
 def _alike(documents: tuple[Example, ...]) -> bool:

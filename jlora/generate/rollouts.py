@@ -11,14 +11,11 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jlora import lora, sharding, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, first_few
 from jlora.generate.decoding import Decoded, decode
 from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
 from jlora.types import Params
-
-# How many prompts an error message names.
-NAMED = 3
 
 
 class Completion(NamedTuple):
@@ -196,11 +193,10 @@ def beyond_positions(model: Model, prompts: Sequence[Sequence[int]], max_new_tok
     longer = [] if room is None else [number for number, prompt in enumerate(prompts) if len(prompt) > room]
     if not longer:
         return []
-    shown = ", ".join(map(str, longer[:NAMED])) + (", …" if len(longer) > NAMED else "")
     return [
-        f"{len(longer)} of {len(prompts)} prompts ({shown}) are longer than {max(room, 0)} tokens, the longest has "
-        f"{max(map(len, prompts))}: {model.config.model_type} has learned {model.config.max_position_embeddings} "
-        f"positions, and max_new_tokens={max_new_tokens}"
+        f"{len(longer)} of {len(prompts)} prompts ({first_few(longer)}) are longer than {max(room, 0)} tokens, the "
+        f"longest has {max(map(len, prompts))}: {model.config.model_type} has learned "
+        f"{model.config.max_position_embeddings} positions, and max_new_tokens={max_new_tokens}"
     ]
 
 

@@ -149,6 +149,11 @@ class ModelConfig:
         """The config.json that this was made from, with every key."""
         return json.loads(self.source)
 
+    def with_field(self, name: str, value: Any) -> "ModelConfig":
+        """The config with another value of a field that has the same name in config.json, there too."""
+        written = json.dumps(self.to_hf() | {name: value}, sort_keys=True)
+        return dataclasses.replace(self, source=written, **{name: value})
+
     def positions_before(self, new_tokens: int) -> int | None:
         """The longest text that this many new tokens can follow (the last is never read); None: any length."""
         return None if self.names.positions is None else self.max_position_embeddings - new_tokens + 1

@@ -18,7 +18,7 @@ from jlora.models.rope import rotate
 
 # The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. If `tensor` does
 # not divide the key heads, every device has all of them.
-CACHED = (sharding.ROWS, None, "tensor", None)
+CACHED = (sharding.ROWS, None, sharding.FEATURES, None)
 TILES = (None, sharding.ROWS, sharding.TOKENS, None)  # of an MLP's inputs [count, B, T/count, D]
 # The most inner values of an MLP that a tile has on one device.
 TILE = 1 << 23
@@ -46,7 +46,7 @@ def _tiles(shape: tuple[int, int, int], width: int) -> int:
     tokens, rest = divmod(tokens, sharding.ways(sharding.TOKENS))  # a tile has tokens of every device
     if rest:
         return 1
-    values = rows * tokens * width // sharding.ways(*sharding.ROWS, "tensor")
+    values = rows * tokens * width // sharding.ways(*sharding.ROWS, sharding.FEATURES)
     needed = max(1, -(-values // TILE))
     return next((tiles for tiles in range(needed, min(tokens, 4 * needed) + 1) if tokens % tiles == 0), 1)
 

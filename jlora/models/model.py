@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import lora, sharding, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, first_few
 from jlora.kernels.attention import AUTO, Marks
 from jlora.lora.partition import TRAINED
 from jlora.models.cache import Cache
@@ -25,8 +25,6 @@ from jlora.types import BRANCH, Params
 
 # The module of a reward or value model's scalar head; in an adapter its only leaf is `trained_kernel`.
 SCORE = "score"
-# The most token ids that a message names.
-NAMED = 3
 
 
 class Tables(NamedTuple):
@@ -231,7 +229,7 @@ class Model:
             found |= set(ids[(ids < 0) | (ids >= rows)].tolist())
         if not found:
             return ""
-        shown = ", ".join(map(str, sorted(found)[:NAMED])) + (", …" if len(found) > NAMED else "")
+        shown = first_few(sorted(found))
         return f"found the token ids {shown}, but the embedding has {rows} rows (ids 0 to {rows - 1})"
 
     def require_rows(self, tokens: Sequence[Sequence[int] | np.ndarray]) -> None:

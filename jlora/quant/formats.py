@@ -1,7 +1,7 @@
 """The table of packed formats: a new one is a file with its `PackedArray` and `pack`, and a row here."""
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
@@ -10,14 +10,8 @@ from jlora.quant import four_bit, int8
 from jlora.quant.packed import PackedArray
 
 
-class Pack(Protocol):
-    """Packs a kernel [..., D, N]; each leading index is quantised as a tensor of its own."""
-
-    def __call__(self, array: Float[Array, "*stack D N"], *, double_quant: bool) -> PackedArray: ...
-
-
-# Format → what packs an array in it.
-FORMATS: dict[str, Pack] = {
+# Format → its pack(array, *, double_quant).
+FORMATS: dict[str, Callable[..., PackedArray]] = {
     **{name: functools.partial(four_bit.pack, format=name) for name in four_bit.CODEBOOKS},
     "int8": int8.pack,
 }

@@ -37,11 +37,7 @@ class PackedArray(abc.ABC):
 
     @abc.abstractmethod
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
-        """The array, computed in float32 and rounded once, to the value's own dtype.
-
-        Args:
-            dtype: the dtype that holds the rounded values; None: their own.
-        """
+        """The array; see `dequantize`."""
 
     def base(self) -> Float[Array, "*stack D N"]:
         """The array that updates are added to."""
@@ -75,7 +71,7 @@ def packs_update(leaf: Any) -> bool:
 
 
 def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
-    """The array [..., D, N] that a packed value stands for, computed in float32 and rounded to the leaf's dtype.
+    """The array [..., D, N] that a packed value stands for, computed in float32 and rounded once, to the leaf's dtype.
 
     Args:
         dtype: the dtype that holds the rounded values, if not the leaf's.

@@ -1,9 +1,6 @@
 """Device meshes, and the rules that place every leaf of a param tree on a mesh."""
 
 from jlora.sharding.constraints import (
-    HEADS,
-    ROWS,
-    TOKENS,
     apart,
     constrain,
     gathered,
@@ -18,6 +15,10 @@ from jlora.sharding.constraints import (
     ways,
 )
 from jlora.sharding.mesh import (
+    FEATURES,
+    HEADS,
+    ROWS,
+    TOKENS,
     MeshConfig,
     Vote,
     batch_sharding,
@@ -27,10 +28,12 @@ from jlora.sharding.mesh import (
     put_batch,
     replicated,
     row_ways,
+    token_ways,
 )
 from jlora.sharding.rules import features, leaf_sharding, shard, tree_shardings
 
 __all__ = [
+    "FEATURES",
     "HEADS",
     "ROWS",
     "TOKENS",
@@ -57,6 +60,7 @@ __all__ = [
     "shard",
     "sizes",
     "split",
+    "token_ways",
     "tree_shardings",
     "ways",
 ]

@@ -14,15 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.sharding.mesh import AXES
+from jlora.sharding.mesh import AXES, ROWS, TOKENS, WEIGHTS
 from jlora.sharding.rules import MEANT, VOCABULARY, Sizes, leaf_specs
 
 Axis = str | tuple[str, ...] | None
-
-# The mesh axes of a batch's rows, of its tokens, and of heads when tokens are whole.
-ROWS = ("data", "fsdp")
-TOKENS = "sequence"
-HEADS = ("tensor", "sequence")
 
 
 def jit(function: Callable, **settings: Any) -> Callable:
@@ -151,7 +146,7 @@ def gathered(module: str, leaves: dict) -> dict:
     Call it where the leaves are used, inside what is recomputed: a layer's gathered weights then exist only for that
     layer, and are gathered once forward and once for recomputation and backward together.
     """
-    if not (found := sizes()) or found["fsdp"] == 1:
+    if not (found := sizes()) or found[WEIGHTS] == 1:
         return leaves
 
     def gather(name: str, leaf: Any) -> Any:
@@ -187,7 +182,7 @@ _gather_float.defvjp(_gather_forward, _gather_backward)
 
 
 def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
-    kept = [tuple(name for name in _names(axis) if name != "fsdp") for axis in spec]
+    kept = [tuple(name for name in _names(axis) if name != WEIGHTS) for axis in spec]
     return PartitionSpec(*(names or None for names in kept))
 
 

@@ -13,6 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jlora.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+# The axes that split a batch's rows, its tokens, every weight, heads and hidden units, and heads when tokens are whole.
+ROWS = ("data", "fsdp")
+TOKENS = "sequence"
+WEIGHTS = "fsdp"
+FEATURES = "tensor"
+HEADS = (FEATURES, TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +75,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """The sharding of a batch [..., B, T], whose first `leading` axes are not split."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence"))
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, ROWS, TOKENS))
 
 
 def row_ways(mesh: Mesh) -> int:
     """How many parts the mesh splits the rows of a batch into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def token_ways(mesh: Mesh) -> int:
+    """How many parts the mesh splits the tokens of a row into."""
+    return mesh.shape[TOKENS]
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -84,12 +95,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     Raises:
         ValueError: the mesh does not divide B or T.
     """
-    rows = row_ways(mesh)
+    rows, tokens = row_ways(mesh), token_ways(mesh)
     for name, value in batch.items():
-        if value.ndim >= 3 and (value.shape[-2] % rows or value.shape[-1] % mesh.shape["sequence"]):
+        if value.ndim >= 3 and (value.shape[-2] % rows or value.shape[-1] % tokens):
             raise UserError(
                 f"batch {name!r} has {value.shape[-2]} rows of {value.shape[-1]} tokens; the mesh splits rows {rows} "
-                f"ways (data × fsdp), tokens {mesh.shape['sequence']} ways (sequence): change train.batch_size or mesh"
+                f"ways (data × fsdp), tokens {tokens} ways (sequence): change train.batch_size or mesh"
             )
     return {
         name: jax.make_array_from_callback(

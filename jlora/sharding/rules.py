@@ -10,19 +10,20 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import tree
+from jlora.sharding.mesh import FEATURES, WEIGHTS
 
 Sizes = Mapping[str, int]
 
 # Axes of the last two dimensions (input, output) of a kernel. Column-parallel linears split their outputs over
 # `tensor`, row-parallel ones their inputs, so tensor parallelism costs only one all-reduce a block (Megatron-LM, 2019).
 # What `fsdp` splits is gathered where it is used (`jlora.sharding.gathered`).
-COLUMN = ("fsdp", "tensor")
-ROW = ("tensor", "fsdp")
+COLUMN = (WEIGHTS, FEATURES)
+ROW = (FEATURES, WEIGHTS)
 # The narrow factor's dimension that `tensor` splits: fsdp splits it further.
-BOTH = ("tensor", "fsdp")
+BOTH = (FEATURES, WEIGHTS)
 # A vocabulary is never gathered: hidden states, which are far smaller, go to the part of the head that a device has.
 VOCABULARY = "vocabulary"
-MEANT = {VOCABULARY: ("tensor", "fsdp")}
+MEANT = {VOCABULARY: BOTH}
 
 _ROW_PARALLEL = r"(.*/)?(o_proj|down_proj|c_proj|dense|dense_4h_to_h)"
 _HEAD = r"(.*/)?(lm_head|embed_out)"
@@ -40,9 +41,9 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (rf"{_EMBEDDING}/lora_(start_)?b", ()),
     (rf"{_ROW_PARALLEL}/(trained_)?kernel", ROW),
     (rf"{_ROW_PARALLEL}/lora_(start_)?a", (BOTH, None)),
-    (rf"{_ROW_PARALLEL}/lora_(start_)?b", (None, "fsdp")),
+    (rf"{_ROW_PARALLEL}/lora_(start_)?b", (None, WEIGHTS)),
     (r"(.*/)?(trained_)?kernel", COLUMN),
-    (r"(.*/)?lora_(start_)?a", ("fsdp", None)),
+    (r"(.*/)?lora_(start_)?a", (WEIGHTS, None)),
     (r"(.*/)?lora_(start_)?b", (None, BOTH)),
     (r".*", ()),
 )
@@ -70,9 +71,10 @@ def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
     flattened = bool(wanted) and parts[0].shape[-1] != leaf.shape[-1]  # a kernel packed as one column
     spec: list[tuple[str, ...]] = [()] * leaf.ndim
     # fsdp comes last: what remains when it is gathered must be contiguous.
-    for i, name in sorted(((i, name) for i, names in wanted.items() for name in names), key=lambda at: at[1] == "fsdp"):
-        elsewhere = [other for other in wanted if other != i] if name == "fsdp" else []
-        for at in [] if flattened and name == "tensor" else [i, *elsewhere]:
+    given = ((i, name) for i, names in wanted.items() for name in names)
+    for i, name in sorted(given, key=lambda at: at[1] == WEIGHTS):
+        elsewhere = [other for other in wanted if other != i] if name == WEIGHTS else []
+        for at in [] if flattened and name == FEATURES else [i, *elsewhere]:
             ways = math.prod(sizes[each] for each in (*spec[at], name))
             if lengths[at] and all(size % ways == 0 for size in lengths[at]):
                 spec[at] = (*spec[at], name)
@@ -90,7 +92,7 @@ def leaf_specs(path: str, leaf: Any, sizes: Sizes) -> Any:
 def features(module: str) -> tuple[str | None, str | None]:
     """The mesh axes that split the inputs and the outputs of the linear at this path while it computes."""
     axes = tree.match_rules(RULES, [f"{module}/kernel"], allow_unused=True)[f"{module}/kernel"]
-    return tuple("tensor" if axis == "tensor" else None for axis in axes)
+    return tuple(axis if axis == FEATURES else None for axis in axes)
 
 
 def tree_shardings(params: dict, mesh: Mesh) -> dict:

@@ -1,7 +1,6 @@
 """Gives a base more rows for tokens than its checkpoint has; new rows are the mean of the existing ones."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,7 @@ def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
         raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and none of them are taken away")
     if wanted == rows:
         return model
-    written = json.dumps(model.config.to_hf() | {"vocab_size": wanted}, sort_keys=True)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=wanted, source=written))
+    return dataclasses.replace(model, config=model.config.with_field("vocab_size", wanted))
 
 
 def check_vocab(vocab: Vocab, name: str) -> None:

@@ -143,10 +143,7 @@ def untied(model: "Model", params: Params) -> "Model":
     """The model, with a config that says so if its tied embedding and head have become two."""
     if not model.config.tie_word_embeddings or "kernel" not in params.get(model.config.names.head, {}):
         return model
-    source = json.dumps(model.config.to_hf() | {"tie_word_embeddings": False}, sort_keys=True)
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, tie_word_embeddings=False, source=source)
-    )
+    return dataclasses.replace(model, config=model.config.with_field("tie_word_embeddings", False))
 
 
 def pieces_of(model: "Model", params: Params) -> list[Piece]:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora import lora, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, first_few
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.score import has_score
@@ -77,10 +77,10 @@ def scales_note(path: str | Path) -> str | None:
     found = [name for name, scale in scales.items() if abs(scale - alpha / r) > 1e-6 * abs(alpha / r)]
     if not found:
         return None
-    first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
     return (
-        f"{len(found)} modules have a scale of their own ({first}), by rank_pattern and alpha_pattern, which vLLM and "
-        "others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for all"
+        f"{len(found)} modules have a scale of their own ({first_few(found)}), by rank_pattern and alpha_pattern, "
+        "which vLLM and others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for "
+        "all"
     )
 
 

@@ -139,7 +139,7 @@ def _scores(marks: Marks, heads: int) -> int:
     """How many scores the plain form holds at once on one device."""
     batch, (tokens, size) = marks.positions.shape[0], marks.size
     pieces = max(1, min(4, tokens // 64)) if marks.aligned else 1
-    axes = sharding.HEADS if marks.aligned else "tensor"
+    axes = sharding.HEADS if marks.aligned else sharding.FEATURES
     ways = sharding.ways(*sharding.split(batch, sharding.ROWS), *sharding.split(heads, axes))
     return batch * heads * (tokens // pieces) * size // ways
 

@@ -13,7 +13,7 @@ from jlora import sharding
 from jlora.kernels.attention.marks import Marks
 
 # The mesh axes of queries, keys and values [B, T, heads, F] when linears compute them, and during attention.
-TOKENS_SPLIT = (sharding.ROWS, sharding.TOKENS, "tensor", None)
+TOKENS_SPLIT = (sharding.ROWS, sharding.TOKENS, sharding.FEATURES, None)
 HEADS_SPLIT = (sharding.ROWS, None, sharding.HEADS, None)
 
 # (queries [B, T, H, F], keys and values [B, S, K, F], marks) → the output [B, T, H, F].

@@ -122,7 +122,7 @@ class RewardModel:
         """
         whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
         config = self._config
-        longest, ways = config.train.seq_len + len(self._tail), self._base.mesh.shape["sequence"]
+        longest, ways = config.train.seq_len + len(self._tail), sharding.token_ways(self._base.mesh)
         steps = data.plan_items(
             whole,
             seq_len=-(-longest // ways) * ways,

@@ -211,7 +211,7 @@ def example_sums(
     model.require_rows([example.tokens for example in examples])
     order = sorted(range(len(examples)), key=lengths.__getitem__)  # rows of similar length need little padding
     examples = [examples[index] for index in order]
-    bucket = BUCKET if mesh is None else math.lcm(BUCKET, mesh.shape["sequence"])  # the axis splits each row's tokens
+    bucket = BUCKET if mesh is None else math.lcm(BUCKET, sharding.token_ways(mesh))
     settings = dict(seq_len=seq_len, batch_size=batch_size, bucket=bucket)
     steps = data.plan(sorted(lengths), packing=False, epochs=1, shuffle=False, **settings)
     found = np.zeros((3, len(order)), np.float64)

@@ -255,7 +255,7 @@ def _temporaries(program: Program, topology: Topology, host: bool = False) -> in
     """An estimate of a device's (or the host's) memory for activations, assuming that the mesh splits them by rows and
     along the sequence.
     """
-    ways = sharding.row_ways(program.mesh) * program.mesh.shape["sequence"]
+    ways = sharding.row_ways(program.mesh) * sharding.token_ways(program.mesh)
     return live_bytes(program.traced.jaxpr.jaxpr, topology.device.platform, host) // ways
 
 

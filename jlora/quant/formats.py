@@ -9,7 +9,6 @@ from jlora.errors import UserError
 from jlora.quant import four_bit, int8
 from jlora.quant.packed import PackedArray
 
-
 # Format → its pack(array, *, double_quant).
 FORMATS: dict[str, Callable[..., PackedArray]] = {
     **{name: functools.partial(four_bit.pack, format=name) for name in four_bit.CODEBOOKS},

@@ -79,8 +79,8 @@ def scales_note(path: str | Path) -> str | None:
         return None
     return (
         f"{len(found)} modules have a scale of their own ({first_few(found)}), by rank_pattern and alpha_pattern, "
-        "which vLLM and others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale for "
-        "all"
+        "which vLLM and others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale "
+        "for all"
     )
 
 

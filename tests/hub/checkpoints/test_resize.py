@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import hub, tree
+from jlora.hub.gguf.reading import tokenizer_fields
 from jlora.hub.peft.reading import WEIGHTS
 from jlora.train import resolve
 
@@ -273,6 +274,6 @@ def test_a_gguf_file_made_of_one_has_a_token_for_every_row(byte_tokenizer, tmp_p
     hub.save_gguf(tmp_path / "one.gguf", *jlora.load(tmp_path / "m"), byte_tokenizer, dtype="f32")
     model, params = jlora.load(tmp_path / "one.gguf", vocab=257 + MORE)
     hub.save_gguf(tmp_path / "two.gguf", model, params, tmp_path / "one.gguf", dtype="f32")
-    tokens = hub.gguf.tokenizer_fields(tmp_path / "two.gguf")["ggml.tokens"]
+    tokens = tokenizer_fields(tmp_path / "two.gguf")["ggml.tokens"]
     assert len(tokens) == len(set(tokens)) == jlora.load(tmp_path / "two.gguf")[0].config.vocab_size == 257 + MORE
     assert jlora.load_tokenizer(tmp_path / "two.gguf")("abc")["input_ids"] == byte_tokenizer("abc")["input_ids"]

@@ -21,10 +21,9 @@ from step_time import ALPHA, LEARNING_RATE, RANK, SIZES
 
 from jlora import allocator, data, lora, models, sharding
 from jlora.optim import OptimConfig, make_optimizer
-from jlora.train.algorithms.dpo import dpo_loss
+from jlora.train.algorithms.dpo import DPOConfig, dpo_loss
 from jlora.train.algorithms.grpo import grpo_loss
 from jlora.train.config import resolve
-from jlora.train.config.settings import DPOConfig
 from jlora.train.state import create_state
 from jlora.train.step import Objective, make_step
 

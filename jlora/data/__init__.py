@@ -1,6 +1,6 @@
 """Training data: records from files, chat templates, packing plans and the loader that feeds the training step."""
 
-from jlora.data.batches import Batch, collate, describe, filled, loader
+from jlora.data.batches import Batch, collate, describe, filled
 from jlora.data.chat import EncodeReport, Example, answer_text, encodable, encode, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
@@ -11,7 +11,7 @@ from jlora.data.items import (
     count_tokens,
     encode_pairs,
     encode_unpaired,
-    item_loader,
+    loader,
     plan_items,
     with_mismatched,
 )
@@ -49,7 +49,6 @@ __all__ = [
     "filled",
     "fitted",
     "fold_system",
-    "item_loader",
     "loader",
     "plan",
     "plan_items",

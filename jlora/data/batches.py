@@ -1,28 +1,15 @@
-"""The loader: a plan and its examples become a resumable grain iterator of arrays [A, B, T]."""
+"""A step of a plan and its documents become arrays [A, B, T]; `items` has the loader."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from jlora.data.chat import EncodeReport, Example
 from jlora.data.packing import Step
 from jlora.data.template import common_prefix
-from jlora.errors import UserError
 from jlora.types import BRANCH
 
 Batch = dict[str, np.ndarray]
-
-
-def loader(examples: Sequence[Example], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
-    """A grain iterator over the steps' batches; `get_state()` and `set_state(state)` resume it exactly.
-
-    Each batch is what `collate` returns.
-
-    Raises:
-        UserError: the rows of a step cannot be split into `grad_accum` micro-batches.
-    """
-    return batches(steps, lambda step: collate(examples, step, grad_accum), grad_accum)
 
 
 def filled(length: int, prompt: int = 0) -> Example:
@@ -31,14 +18,6 @@ def filled(length: int, prompt: int = 0) -> Example:
     Without a prompt it shares nothing with other documents.
     """
     return Example(np.zeros(length, np.int32), np.arange(length) >= prompt)
-
-
-def batches(steps: Sequence[Step], collate_step: Callable[[Step], Batch], grad_accum: int) -> grain.DatasetIterator:
-    """The resumable iterator over the results of `collate_step` for each step."""
-    if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
-        raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
-    dataset = grain.MapDataset.source(steps).map(collate_step)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def describe(report: EncodeReport, steps: Sequence[Step]) -> str:

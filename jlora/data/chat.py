@@ -14,7 +14,7 @@ from jlora.data.template import (
     as_messages,
     common_prefix,
     end_with_eos,
-    require_template,
+    stop_of_chats,
     template_stop,
     template_variables,
     text_tokens,
@@ -89,9 +89,7 @@ def encode(
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    chats = sum(not _is_text(record) for record in records)
-    require_template(tokenizer, chats, len(records))
-    stop = template_stop(tokenizer) if chats else None
+    stop = stop_of_chats(tokenizer, [not _is_text(record) for record in records])
 
     def one(record: Record, remark: Remark) -> tuple[Example, ...]:
         tokens, trained, held = _encode_record(record, tokenizer, stop, end, remark)
@@ -197,9 +195,7 @@ def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
     """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
-    chats = sum(not _is_text(record) for record in records)
-    require_template(tokenizer, chats, len(records))
-    stop = template_stop(tokenizer) if chats else None
+    stop = stop_of_chats(tokenizer, [not _is_text(record) for record in records])
     found = encode_all(
         records, lambda record: _encode_record(record, tokenizer, stop, True, str), on_error=on_error, note=note
     )

@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jlora.data.batches import Batch, batches, common_start, lay_out
+from jlora.data.batches import Batch, collate, common_start, lay_out
 from jlora.data.chat import EncodeReport, Example, Remark, select
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS
@@ -15,8 +15,7 @@ from jlora.data.records import Note, OnError, Record, warn
 from jlora.data.rendered import write
 from jlora.data.template import (
     common_prefix,
-    require_template,
-    template_stop,
+    stop_of_chats,
     template_variables,
     text_tokens,
 )
@@ -28,10 +27,10 @@ RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documen
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-    """Documents that belong in one step: (chosen, rejected), or one answer; and the numbers that go with them."""
+    """Documents that belong in one step: (chosen, rejected), or a single one; and the numbers that go with them."""
 
     documents: tuple[Example, ...]
-    values: Mapping[str, float]
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def encode_pairs(
@@ -183,11 +182,30 @@ def _shared_length(documents: Sequence[Example]) -> int:
     return sum(len(document.tokens) for document in documents) - (len(documents) - 1) * common_start(documents)
 
 
-def item_loader(items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 1) -> grain.DatasetIterator:
-    """The resumable iterator over the steps' batches, as `loader`; each is what `collate_items` returns."""
+def loader(
+    items: Sequence[Item], steps: Sequence[Step], grad_accum: int = 1, *, by_item: bool = True
+) -> grain.DatasetIterator:
+    """A grain iterator over the steps' batches; `get_state()` and `set_state(state)` resume it exactly.
+
+    Args:
+        by_item: batches are what `collate_items` returns. False, for losses that know only tokens: they are what
+            `collate` returns.
+
+    Raises:
+        UserError: the rows of a step cannot be split into `grad_accum` micro-batches; or see `plan_items`.
+    """
+    if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
+        raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
     sides, names = _check(items)
     documents = _documents(items)
-    return batches(steps, lambda step: _collate(documents, items, sides, names, step, grad_accum), grad_accum)
+
+    def batch(step: Step) -> Batch:
+        if not by_item:
+            return collate(documents, step, grad_accum)
+        return _collate(documents, items, sides, names, step, grad_accum)
+
+    dataset = grain.MapDataset.source(steps).map(batch)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Batch:
@@ -208,7 +226,11 @@ def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Bat
 
 
 def count_tokens(batch: Batch, sides: int) -> int:
-    """The number of tokens in the first `sides` documents of all items; shared tokens count for each document."""
+    """The number of tokens in the first `sides` documents of all items, or in all documents of a batch that does not
+    know its items; shared tokens count for each document.
+    """
+    if "documents" not in batch:
+        return int(np.sum(batch["segment_ids"] > 0))
     documents = batch["documents"]
     after = np.concatenate([documents[..., 1:], np.full_like(documents[..., :1], -1)], axis=-1)
     last = (documents < sides * batch["items"].shape[1]) & (documents != after)
@@ -270,9 +292,7 @@ def _encode(
     on_error: OnError,
     note: Note,
 ) -> tuple[list[Item], EncodeReport]:
-    chats = sum(not isinstance(record["prompt"], str) for record in records)
-    require_template(tokenizer, chats, len(records))
-    stop = template_stop(tokenizer) if chats else None
+    stop = stop_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
     kept, report = select(
         records,
         lambda record, remark: _encode_sides(record, sides, tokenizer, stop, remark),

@@ -1,7 +1,7 @@
 """From text and messages to tokens: the tokenizer, its chat template, and what the template writes after an answer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,13 +118,20 @@ def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables
     return True
 
 
-def require_template(tokenizer: Any, chats: int, records: int) -> None:
-    """Raises UserError if there are chats and the tokenizer has no chat template."""
-    if chats and not tokenizer.chat_template:
+def stop_of_chats(tokenizer: Any, chats: Sequence[bool]) -> int | None:
+    """`template_stop`, for records of which these are chats; None if none is.
+
+    Raises:
+        UserError: there are chats and the tokenizer has no chat template.
+    """
+    if not any(chats):
+        return None
+    if not tokenizer.chat_template:
         raise UserError(
-            f"{chats} of {records} records are chats, but the tokenizer has no chat template; use a model whose "
-            'tokenizer has one, or records with "prompt" and "completion" as plain text'
+            f"{sum(chats)} of {len(chats)} records are chats, but the tokenizer has no chat template; use a model "
+            'whose tokenizer has one, or records with "prompt" and "completion" as plain text'
         )
+    return template_stop(tokenizer)
 
 
 def template_stop(tokenizer: Any) -> int | None:

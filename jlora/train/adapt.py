@@ -13,6 +13,7 @@ from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.quant import packs_update
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Base
 from jlora.train.config import RunConfig
 from jlora.types import Params
@@ -75,7 +76,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
             )
         params = hub.load_adapter(params, config.model.adapter, config.model.path)
     head = params.get("score")
-    if config.algorithm != "reward":
+    if not ALGORITHMS[config.algorithm].scores:
         if head is not None:
             source = config.model.adapter or config.model.path
             raise UserError(f"{source} is a reward model (it has a score head); {config.algorithm} trains a policy")

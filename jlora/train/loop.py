@@ -15,8 +15,8 @@ from jlora import checkpoint, data, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.train import many, resume
 from jlora.train.adapt import adapt, based
-from jlora.train.algorithms import grpo, ppo, preference, sft
-from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.algorithms import ALGORITHMS
+from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers
 from jlora.train.algorithms.rollout import FILE as COMPLETIONS
 from jlora.train.config import RunConfig, to_dict
 from jlora.train.early import check_surroundings
@@ -28,18 +28,6 @@ from jlora.train.reporting.progress import Progress
 from jlora.train.state import TrainState
 from jlora.train.step import Metrics, Step
 from jlora.types import Params
-
-# (settings, tokenizer, note) → the plan of a run.
-ALGORITHMS: dict[str, Callable[[RunConfig, Any, Note], Plan]] = {
-    "sft": sft.plan,
-    "dpo": preference.plan,
-    "cpo": preference.plan,
-    "orpo": preference.plan,
-    "kto": preference.plan,
-    "reward": preference.plan,
-    "grpo": grpo.plan,
-    "ppo": ppo.plan,
-}
 
 
 class Interrupted(Exception):
@@ -205,7 +193,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
         hub.say_unused_tokenizer(tokenizer, config.model.adapter)
     if config.data.system == "fold":
         data.fold_system(tokenizer)
-    one = ALGORITHMS[config.algorithm]
+    one = ALGORITHMS[config.algorithm].plan
     plan = many.plan(config, tokenizer, note, one, begun.fixed) if config.adapters else one(config, tokenizer, note)
     described.warn_beyond(plan.longest, f"the texts of {config.data.path}")
     manifest = resume.manifest(config, tokenizer, plan, date)
@@ -363,15 +351,14 @@ def _position(this: _Run) -> dict[str, Any]:
 
 def _tell_usage(this: _Run) -> None:
     """Reports the usage of the steps since the start and writes it to usage.json. The first two steps compile, so they
-    count only if there are no others. MFU is reported for sft only: elsewhere other policies also read or write the
-    counted tokens.
+    count only if there are no others. MFU is reported only if nothing else reads or writes the counted tokens.
     """
     timed = sorted(this.timed[2:] or this.timed, key=lambda one: one[0] / one[1])
     if not timed:
         return
     tokens, seconds, length = timed[(len(timed) - 1) // 2]
     flops = None
-    if this.config.algorithm == "sft":
+    if ALGORITHMS[this.config.algorithm].reads_once:
         params = next(iter(this.job.adapters(this.state.trainable).values()))
         flops = usage.flops_per_token(this.base.model.config, *lora.split(params), length)
     devices = this.base.mesh.devices.ravel().tolist()

@@ -12,7 +12,8 @@ import optax
 from jlora import data, lora, sharding, tree
 from jlora.optim import learning_rates, make_optimizer
 from jlora.train.adapt import adapt
-from jlora.train.algorithms.algorithm import Base, FileSource, Job, Learning, Note, Numbers, Plan, placement
+from jlora.train.algorithms.algorithm import Base, Job, Learning, Note, Numbers, Plan, placement
+from jlora.train.algorithms.files import FileSource
 from jlora.train.config import RunConfig
 from jlora.train.state import TrainState, create_states
 from jlora.train.step import Batch, Metrics, make_steps

@@ -12,6 +12,7 @@ from jlora import checkpoint, hub, lora, tree
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.adapt import adapt
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import RunConfig, resolve
 from jlora.types import Params
 
@@ -46,7 +47,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
             raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         fixed = checkpoint.read_fixed(saved, found)
         frozen, trainable = lora.split(adapt(model, params, config, fixed))
-        path = ("policy",) if config.algorithm == "ppo" else ()  # ppo also trains the value model's adapter
+        path = ALGORITHMS[config.algorithm].policy
         return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 
 

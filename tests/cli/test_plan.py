@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jlora.cli.main import main
-from jlora.train.planning.forecast import FULLEST
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.planning.topology import COMPILERS
 
 ROLLOUT = [
@@ -45,7 +45,7 @@ def test_a_compiled_step_as_json(plan):
     assert found["tokens"] == 2 * 32
 
 
-@pytest.mark.parametrize("algorithm", FULLEST)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_is_planned_without_data_and_without_a_compiler(plan, no_compiler, algorithm):
     rollout = ROLLOUT if algorithm in ("grpo", "ppo") else []
     code, printed, said = plan("--topology=h100", "--json", f"--config.algorithm={algorithm}", *rollout)

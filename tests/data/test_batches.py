@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jlora.data import Example, Step, collate, loader, plan
+from jlora.data import Example, Item, Step, collate, loader, plan
 
 
 def example(tokens, trained):
@@ -67,13 +67,14 @@ def test_packing_keeps_every_document_whole_and_targets_inside_it():
 def test_a_resumed_iterator_yields_what_the_uninterrupted_one_would(stop):
     examples = random_examples(40)
     steps = make_steps(examples, batch_size=4, steps=9)
-    whole = list(loader(examples, steps, 2))
+    items = [Item((one,)) for one in examples]
+    whole = list(loader(items, steps, 2, by_item=False))
     assert len(whole) == 9
-    first = loader(examples, steps, 2)
+    first = loader(items, steps, 2, by_item=False)
     for _ in range(stop):
         next(first)
     state = json.loads(json.dumps(first.get_state()))  # it is written to disk as JSON
-    resumed = loader(examples, steps, 2)
+    resumed = loader(items, steps, 2, by_item=False)
     resumed.set_state(state)
     rest = list(resumed)
     assert len(rest) == 9 - stop
@@ -84,4 +85,4 @@ def test_a_resumed_iterator_yields_what_the_uninterrupted_one_would(stop):
 
 def test_rows_must_split_into_the_micro_batches():
     with pytest.raises(ValueError, match=r"found steps of \[3\] rows, expected a multiple of grad_accum=2"):
-        loader(random_examples(3), [Step(((0,), (1,), (2,)), 32)], 2)
+        loader([Item((one,)) for one in random_examples(3)], [Step(((0,), (1,), (2,)), 32)], 2)

@@ -18,7 +18,7 @@ from jlora.data import (
     describe,
     encode_pairs,
     encode_unpaired,
-    item_loader,
+    loader,
     plan_items,
     template_tail,
     with_mismatched,
@@ -349,10 +349,10 @@ def test_an_item_may_be_twice_in_a_micro_batch_where_epochs_meet():
 def test_a_resumed_iterator_goes_on_with_the_same_batches():
     items = random_items(20, 2)
     steps = plan_items(items, seq_len=32, batch_size=4, packing=True, epochs=2)
-    batches = item_loader(items, steps)
+    batches = loader(items, steps)
     next(batches)
     position = json.loads(json.dumps(batches.get_state()))
-    resumed = item_loader(items, steps)
+    resumed = loader(items, steps)
     resumed.set_state(position)
     rest = list(batches)
     assert len(rest) == len(steps) - 1
@@ -369,7 +369,7 @@ def test_items_that_do_not_go_together_are_refused():
     for words in ("item 1: found 1 documents and the values []", "item 2: found 2 documents and the values ['label']"):
         assert words in str(error.value)
     with pytest.raises(ValueError, match=r"found values called \['items', 'tokens'\], expected names other than"):
-        item_loader([item([1, 2], tokens=1.0, items=2.0)], [])
+        loader([item([1, 2], tokens=1.0, items=2.0)], [])
     with pytest.raises(ValueError, match="found no items"):
         plan_items([], **settings)
     [step] = plan_items(THREE, seq_len=4, batch_size=2, grad_accum=2, packing=False, epochs=1)

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from jlora.errors import UserError
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import resolve
-from jlora.train.loop import ALGORITHMS
 
 ROW = {"instruction": "Add.", "input": "1, 2", "output": "3", "chosen": "3", "rejected": "4", "system": "s"}
 REFUSED = "no answer to this"
@@ -46,7 +46,7 @@ def plan(model_folder, tokenizer, tmp_path):
             rollout = {"rewards": (f"{tmp_path / 'rewards.py'}:one",), "num_generations": 2, "max_completion_length": 8}
             values |= {"rollout": rollout}
         notes = []
-        ALGORITHMS[algorithm](resolve(values), tokenizer, notes.append)
+        ALGORITHMS[algorithm].plan(resolve(values), tokenizer, notes.append)
         return "\n".join(notes)
 
     return make

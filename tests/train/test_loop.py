@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from jlora import checkpoint, hub, lora, tree
 from jlora.errors import UserError
 from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, run
-from jlora.train.algorithms.algorithm import FileSource
+from jlora.train.algorithms.files import FileSource
 from jlora.train.many import Sources
 from jlora.train.reporting import tracing, usage
 from jlora.train.reporting.metrics import MetricsWriter, read_metrics

@@ -1,1 +1,24 @@
-"""What a run can minimise, one file an algorithm, behind one interface to the loop."""
+"""The table of algorithms: every one is a file here that says all about it, and a row."""
+
+from jlora.train.algorithms.algorithm import Algorithm
+from jlora.train.algorithms.cpo import CPO
+from jlora.train.algorithms.dpo import DPO
+from jlora.train.algorithms.grpo import GRPO
+from jlora.train.algorithms.kto import KTO
+from jlora.train.algorithms.orpo import ORPO
+from jlora.train.algorithms.ppo import PPO
+from jlora.train.algorithms.reward_model import REWARD
+from jlora.train.algorithms.sft import SFT
+
+# By the name that `algorithm` has in a run's settings.
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": SFT,
+    "dpo": DPO,
+    "cpo": CPO,
+    "orpo": ORPO,
+    "kto": KTO,
+    "reward": REWARD,
+    "grpo": GRPO,
+    "ppo": PPO,
+}
+__all__ = ["ALGORITHMS", "Algorithm"]

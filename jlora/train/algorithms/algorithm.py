@@ -1,15 +1,14 @@
-"""The interface between the loop and an algorithm, whatever it learns from."""
+"""The interface between an algorithm and the rest of jlora, whatever it learns from."""
 
 import dataclasses
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 
-from jlora import data, lora, sharding
+from jlora import lora, sharding
 from jlora.models import Model
+from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics, Objective, Step
 from jlora.types import Params
@@ -49,40 +48,6 @@ class Source(Protocol):
         """Goes to a position."""
 
 
-class FileSource:
-    """Batches of a fixed data set, from a grain iterator that can be resumed."""
-
-    boundary = ahead = True
-
-    def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int | None = None) -> None:
-        """For batches of items, `sides` says how many documents of each item count as tokens of the data; None if the
-        batches hold no items.
-        """
-        self._batches, self._mesh, self._sides = batches, mesh, sides
-
-    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
-        """The next batch; the policy plays no part."""
-        batch, count = self.read()
-        return sharding.put_batch(batch, self._mesh), count, {}
-
-    def read(self) -> tuple[data.Batch, int]:
-        """The next batch on the host, and how many tokens it holds."""
-        batch = next(self._batches)
-        count = int(np.sum(batch["segment_ids"] > 0)) if self._sides is None else data.count_tokens(batch, self._sides)
-        return batch, count
-
-    def observe(self, metrics: Metrics) -> None:
-        """Does nothing: there is nothing to check."""
-
-    def get_state(self) -> dict[str, Any]:
-        """The grain iterator's position."""
-        return self._batches.get_state()
-
-    def set_state(self, position: dict[str, Any]) -> None:
-        """Goes to a position of the grain iterator."""
-        self._batches.set_state(position)
-
-
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A model with its starting adapter, ready for an algorithm.
@@ -112,6 +77,11 @@ class Base:
 def reference_params(constants: Params) -> Params:
     """The reference policy's params: the same base with the starting adapter, or with none."""
     return lora.overlay(constants["policy"], constants["reference"])
+
+
+def reference_name(config: SharedConfig) -> str:
+    """The reference policy in words."""
+    return f"the adapter {config.model.adapter}" if config.model.adapter else "the base model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +151,35 @@ class Plan:
     tokens: str = ""
 
 
-def checksum(examples: Iterable[data.Example]) -> str:
-    """A checksum of the examples' tokens, which of them are trained, and their order, as eight hex digits."""
-    found = 0
-    for example in examples:
-        found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)
-        found = zlib.crc32(np.asarray(example.trained, np.bool_).tobytes(), found)
-    return f"{found:08x}"
+def no_faults(config: SharedConfig) -> list[str]:
+    """For algorithms whose groups check everything themselves."""
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """All that the rest of jlora has to know about an algorithm: a row of `jlora.train.algorithms.ALGORITHMS`.
+
+    Attributes:
+        plan: (settings, tokenizer, note) → the plan of a run.
+        fullest: (settings) → the plan of a one-step run on the most data that they allow.
+        groups: the classes of the groups of settings that it has in addition to those of every run, by name.
+        faults: (settings) → what is wrong with them that no group can see alone.
+        samples: its data are prompts, whose completions are sampled from the policy; a task may provide them.
+        branches: the documents of a row may be branches that share a prompt, rather than independent.
+        scores: what it trains has a score head: a reward model, not a policy.
+        policy: where the policy's adapter is among the trained weights.
+        reads_once: the trained weights read each token of the data once, and nothing else does.
+        side_by_side: several adapters can be trained by it in one run.
+    """
+
+    plan: Callable[[SharedConfig, Any, Note], Plan]
+    fullest: Callable[[SharedConfig], Plan]
+    groups: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    faults: Callable[[SharedConfig], list[str]] = no_faults
+    samples: bool = False
+    branches: bool = True
+    scores: bool = False
+    policy: tuple[str, ...] = ()
+    reads_once: bool = False
+    side_by_side: bool = False

@@ -1,21 +1,58 @@
-"""CPO, SimPO and ORPO: pairs without a reference policy."""
+"""CPO, SimPO and AlphaPO: pairs without a reference policy."""
+
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jlora import lora, losses
-from jlora.losses import Pairs
-from jlora.losses.documents import by_document
+from jlora.errors import raise_all
 from jlora.models import Model
-from jlora.train.algorithms import dpo
-from jlora.train.algorithms.algorithm import Numbers
-from jlora.train.algorithms.scores import completion_scores, item_means, token_sums
-from jlora.train.config import RunConfig
+from jlora.train.algorithms import judged
+from jlora.train.algorithms.pairs import (
+    REWARD_PANELS,
+    likelihood_report,
+    pair_items,
+    pair_totals,
+    without_reference,
+)
+from jlora.train.algorithms.scores import completion_scores, token_sums
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 
-def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class CPOConfig:
+    """Contrastive preference optimisation (Xu et al. 2024) and SimPO (Meng et al. 2024), without a reference.
+
+    Args:
+        cpo_alpha: weight of the chosen answers' negative log-likelihood; 0 in SimPO proper.
+        label_smoothing: for "sigmoid" and "simpo": the share of pairs whose order is assumed to be wrong.
+        simpo_gamma: SimPO's target margin (with loss_type="simpo").
+        alpha: shape of the reward (AlphaPO, Gupta et al. 2025); 0 is the log-probability.
+    """
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 0.5
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = at_least("cpo", self, beta=1e-12, label_smoothing=0, cpo_alpha=0)
+        if self.label_smoothing >= 0.5:
+            faults.append(f"cpo.label_smoothing: found {self.label_smoothing}, expected less than 0.5")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
+            faults.append(f"cpo.label_smoothing: has no effect with cpo.loss_type={self.loss_type!r}")
+        if self.simpo_gamma != CPOConfig.simpo_gamma and self.loss_type != "simpo":
+            faults.append(f"cpo.simpo_gamma: has no effect with cpo.loss_type={self.loss_type!r}")
+        raise_all(faults)
+
+
+def objective(model: Model, config: SharedConfig, *, chunk: int = 512) -> Objective:
     """The contrastive loss + cpo_alpha · the mean negative log-likelihood of the chosen answers' tokens."""
     settings = config.cpo
     form = dict(loss_type=settings.loss_type, alpha=settings.alpha)
@@ -25,7 +62,7 @@ def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objec
     ) -> tuple[jax.Array, Report]:
         params = lora.combine(frozen["policy"], trainable)
         scores = completion_scores(model, params, batch, key=key, remat=config.train.remat, chunk=chunk)
-        pairs = _pairs(scores.log_probs, batch)
+        pairs = without_reference(scores.log_probs, batch)
         per_pair = losses.cpo(
             pairs,
             beta=settings.beta,
@@ -37,65 +74,10 @@ def cpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objec
         value = jnp.sum(per_pair) / totals["items"] + settings.cpo_alpha * nll["nll"] / totals["chosen_tokens"]
         log_probs = losses.cpo_rewards(pairs, loss_type=settings.loss_type)
         rewards = (settings.beta * reward for reward in losses.cpo_rewards(pairs, **form))
-        items = _items(pairs, *log_probs, *rewards)
+        items = pair_items(pairs, *log_probs, *rewards)
         return value, Report(token_sums(scores, batch) | nll, items)
 
-    return Objective(loss, dpo.pair_totals)
+    return Objective(loss, pair_totals)
 
 
-def orpo_objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
-    """The mean negative log-likelihood of the chosen documents + beta · the odds-ratio loss."""
-    settings = config.orpo
-
-    def likelihood_weights(batch: Batch) -> jax.Array:
-        """The weights of the tokens whose likelihood counts, in a batch of shape [..., B, T]."""
-        slots = batch["items"].shape[-1]
-        if not settings.nll_on_prompt:
-            return batch["weights"] * (batch["documents"] < slots)
-        documents = batch["documents"]
-        after = jnp.concatenate([documents[..., 1:], jnp.full_like(documents[..., :1], -1)], axis=-1)
-        return ((documents < slots) & (documents == after)).astype(jnp.float32)
-
-    def loss(
-        trainable: Params, frozen: Params, batch: Batch, totals: Metrics, key: jax.Array | None
-    ) -> tuple[jax.Array, Report]:
-        params = lora.combine(frozen["policy"], trainable)
-        likely = likelihood_weights(batch)
-        scored = jnp.maximum(likely, batch["weights"])
-        scores = completion_scores(model, params, batch, weights=scored, key=key, remat=config.train.remat, chunk=chunk)
-        pairs = _pairs(scores.log_probs * batch["weights"], batch)
-        per_pair, log_odds_ratio, log_odds = losses.orpo(pairs, beta=settings.beta)
-        nll = {"nll": -jnp.sum(scores.log_probs * likely), "nll_tokens": jnp.sum(likely)}
-        value = nll["nll"] / totals["likelihood_tokens"] + jnp.sum(per_pair) / totals["items"]
-        means = (
-            pairs.chosen / jnp.maximum(pairs.chosen_tokens, 1),
-            pairs.rejected / jnp.maximum(pairs.rejected_tokens, 1),
-        )
-        rewards = (settings.beta * mean for mean in means)
-        items = _items(pairs, *means, *rewards) | {"log_odds_ratio": log_odds_ratio, "log_odds_chosen": log_odds}
-        return value, Report(token_sums(scores, batch) | nll, items)
-
-    def totals(batch: Batch) -> Metrics:
-        return dpo.pair_totals(batch) | {"likelihood_tokens": jnp.maximum(jnp.sum(likelihood_weights(batch)), 1)}
-
-    return Objective(loss, totals)
-
-
-def report(metrics: Metrics) -> Numbers:
-    """The numbers that TRL logs for a step."""
-    nll = float(metrics["nll"]) / max(float(metrics["nll_tokens"]), 1.0)
-    numbers = dpo.report(metrics) | {"nll_loss": nll}
-    if "log_odds_ratio" in metrics:
-        numbers |= item_means(metrics, ("log_odds_ratio", "log_odds_chosen"))
-    return numbers
-
-
-def _pairs(log_probs: jax.Array, batch: Batch) -> Pairs:
-    sums = by_document(log_probs, batch["documents"], 2 * batch["items"].shape[0])
-    return dpo.as_pairs(sums, jnp.zeros_like(sums), batch)
-
-
-def _items(pairs: Pairs, *values: jax.Array) -> Metrics:
-    """What TRL logs of each pair: the chosen and rejected log-probabilities that the loss uses, and their rewards."""
-    names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
-    return {"items": pairs.items} | dict(zip(names, values, strict=True))
+CPO = judged.algorithm(judged.Method("pairs", objective, likelihood_report, REWARD_PANELS), {"cpo": CPOConfig})

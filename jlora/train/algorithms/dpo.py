@@ -1,23 +1,83 @@
 """DPO and its relatives: chosen against rejected answers, relative to a reference policy."""
 
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jlora import lora, losses
-from jlora.losses import Pairs, TokenScores
-from jlora.losses.documents import by_document
+from jlora import data, lora, losses, sharding
+from jlora.errors import UserError, raise_all
+from jlora.losses import Pairs, TokenScores, check_dpo
 from jlora.models import Model
-from jlora.train.algorithms.algorithm import Numbers, reference_params
-from jlora.train.algorithms.scores import completion_scores, item_means, token_means, token_sums
-from jlora.train.config import RunConfig
-from jlora.train.config.settings import DPOConfig
+from jlora.train.algorithms import judged
+from jlora.train.algorithms.algorithm import Base, reference_name, reference_params
+from jlora.train.algorithms.pairs import (
+    REWARD_PANELS,
+    as_pairs,
+    document_sums,
+    pair_items,
+    pair_report,
+    pair_totals,
+)
+from jlora.train.algorithms.scores import completion_scores, token_sums
+from jlora.train.settings import SharedConfig
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 
 
-def objective(model: Model, config: RunConfig) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation and its relatives (Rafailov et al. 2023); `jlora.losses.dpo` has the formulas.
+
+    Args:
+        loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several, summed with `loss_weights`.
+        beta: strength of the pull towards the reference policy.
+        label_smoothing: for losses whose paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
+        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO); None: 1.
+        precompute_ref_log_probs: the reference scores the data once before the first step instead of at every step.
+    """
+
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    precompute_ref_log_probs: bool = False
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """(loss type, weight) of every term."""
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        return tuple(zip(types, self.loss_weights or (1.0,) * len(types), strict=True))
+
+    def __post_init__(self) -> None:
+        types = (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        faults = [] if types else ["dpo.loss_type: found none, expected at least one"]
+        if self.loss_weights is not None and len(self.loss_weights) != len(types):
+            faults.append(f"dpo.loss_weights: found {len(self.loss_weights)}, expected one for each of {len(types)}")
+        faults += check_dpo(
+            types,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            discopop_tau=self.discopop_tau,
+        )
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            faults.append(f"dpo.ld_alpha: found {self.ld_alpha}, expected 0 to 1, or None")
+        raise_all(faults)
+
+
+def objective(model: Model, config: SharedConfig) -> Objective:
     """What a run with algorithm="dpo" minimises; see `dpo_loss`."""
     return dpo_loss(model, config.dpo, remat=config.train.remat)
 
@@ -47,35 +107,12 @@ def dpo_loss(model: Model, settings: DPOConfig, *, remat: bool | str = True, chu
     return Objective(loss, pair_totals)
 
 
-def pair_totals(batch: Batch) -> Metrics:
-    """The number of pairs in a step and of tokens in their chosen answers, at least 1 each."""
-    slots = batch["items"].shape[-1]
-    chosen = jnp.sum(batch["weights"] * (batch["documents"] < slots))
-    return {"items": jnp.maximum(jnp.sum(batch["items"]), 1), "chosen_tokens": jnp.maximum(chosen, 1)}
-
-
-def document_sums(log_probs: jax.Array, batch: Batch, ld_alpha: float | None = None) -> jax.Array:
-    """The log-probability of each document's completion, [2N]: chosen, then rejected."""
-    count = 2 * batch["items"].shape[0]
-    if ld_alpha is not None:
-        return losses.length_desensitised(log_probs, batch["weights"], batch["documents"], count, ld_alpha)
-    return by_document(log_probs, batch["documents"], count)
-
-
 def reference_sums(
     model: Model, frozen: Params, batch: Batch, ld_alpha: float | None = None, chunk: int = 512
 ) -> jax.Array:
     """`document_sums` under the reference policy, without gradients or dropout."""
     scores = completion_scores(model, reference_params(frozen), batch, chunk=chunk)
     return jax.lax.stop_gradient(document_sums(scores.log_probs, batch, ld_alpha))
-
-
-def as_pairs(policy: jax.Array, reference: jax.Array, batch: Batch) -> Pairs:
-    """The sums [2N] of both policies as pairs [N]."""
-    slots = batch["items"].shape[0]
-    tokens = by_document(batch["weights"], batch["documents"], 2 * slots)
-    sides = [half for values in (policy, reference, tokens) for half in (values[:slots], values[slots:])]
-    return Pairs(*sides, batch["items"])
 
 
 def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics, others: Metrics) -> jax.Array:
@@ -94,21 +131,66 @@ def _term(name: str, pairs: Pairs, settings: DPOConfig, totals: Metrics, others:
 
 
 def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Report:
-    chosen, rejected = losses.dpo_rewards(pairs, beta=beta)
-    items = {
-        "items": pairs.items,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "logps/chosen": pairs.chosen,
-        "logps/rejected": pairs.rejected,
-    }
-    return Report(token_sums(scores, batch), items)
+    rewards = losses.dpo_rewards(pairs, beta=beta)
+    return Report(token_sums(scores, batch), pair_items(pairs, pairs.chosen, pairs.rejected, *rewards))
 
 
-def report(metrics: Metrics) -> Numbers:
-    """The numbers that TRL logs for a step on pairs."""
-    names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    compared = {"items": metrics["items"], "rewards/accuracies": margins > 0, "rewards/margins": margins}
-    differences = item_means(compared, ("rewards/accuracies", "rewards/margins"))
-    return item_means(metrics, names) | differences | token_means(metrics)
+def _check(config: SharedConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:
+    """Raises UserError if the rewards of training and evaluation would be relative to two different references, or if
+    dpo.ld_alpha is set although a file brings the reference's log-probabilities.
+    """
+    sets = [(some, path) for some, path in ((items, config.data.path), (held_out, config.data.eval_path)) if some]
+    bringing = [path for some, path in sets if CHOSEN in some[0].values]
+    lacking = [path for some, path in sets if CHOSEN not in some[0].values]
+    if bringing and config.dpo.ld_alpha is not None:
+        raise UserError(
+            f"{bringing[0]} brings the reference's log-probabilities of whole answers, which dpo.ld_alpha cannot weigh "
+            "token by token: leave out ref_chosen_logps and ref_rejected_logps, or dpo.ld_alpha"
+        )
+    if bringing and lacking:
+        raise UserError(
+            f"{bringing[0]} brings the reference's log-probabilities ({CHOSEN}, {REJECTED}) and {lacking[0]} does not: "
+            "rewards would be against two references; give both files these fields, or neither"
+        )
+
+
+def _reference(config: SharedConfig, items: Sequence[data.Item]) -> str:
+    if CHOSEN in items[0].values:
+        return f"the one whose log-probabilities are in {config.data.path}"
+    name = reference_name(config)
+    return f"{name}, scored once before the first step" if config.dpo.precompute_ref_log_probs else name
+
+
+def _with_reference(config: SharedConfig, base: Base, items: Sequence[data.Item]) -> Sequence[data.Item]:
+    """The pairs with the reference's log-probabilities added to their values, if these are to be known beforehand."""
+    if not items or not config.dpo.precompute_ref_log_probs or CHOSEN in items[0].values:
+        return items
+    score = sharding.jit(functools.partial(reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
+    found: list[data.Item] = []
+    for batch in judged.batches(items, config, base.mesh, share=judged.shared(config)):
+        rows = jax.tree.map(lambda leaf: leaf[0], batch)
+        sums = sharding.on_host(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
+        for chosen, rejected in sums.T:
+            item = items[len(found)]
+            values = item.values | {CHOSEN: float(chosen), REJECTED: float(rejected)}
+            found.append(dataclasses.replace(item, values=values))
+    return found
+
+
+def _values(config: SharedConfig) -> Mapping[str, float]:
+    return {CHOSEN: 0.0, REJECTED: 0.0} if config.dpo.precompute_ref_log_probs else {}
+
+
+DPO = judged.algorithm(
+    judged.Method(
+        "pairs",
+        objective,
+        pair_report,
+        REWARD_PANELS,
+        check=_check,
+        reference=_reference,
+        complete=_with_reference,
+        values=_values,
+    ),
+    {"dpo": DPOConfig},
+)

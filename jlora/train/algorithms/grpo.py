@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, lora, losses
+from jlora.errors import raise_all
 from jlora.generate import policy_digest
 from jlora.losses import POLICY_LOSS_TYPES, advantages, by_document
 from jlora.models import Model
 from jlora.train.algorithms import layout, rollout
-from jlora.train.algorithms.algorithm import Base, FileSource, Job, Note, Numbers, Plan, Source, reference_params
-from jlora.train.algorithms.rollout import Rollouts, RolloutSource, Sampler
+from jlora.train.algorithms.algorithm import Algorithm, Base, Job, Note, Numbers, Plan, Source, reference_params
+from jlora.train.algorithms.files import FileSource
+from jlora.train.algorithms.prompts import read_prompts
+from jlora.train.algorithms.rollout import RolloutConfig, Rollouts, RolloutSource, Sampler
 from jlora.train.algorithms.scores import completion_scores, score_batch
-from jlora.train.config import RunConfig
-from jlora.train.config.settings import GRPOConfig
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
@@ -30,13 +32,90 @@ PANELS = (
 )
 
 
-def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
+
+    Args:
+        loss_type: how tokens are clipped and averaged; see `jlora.losses.policy`.
+        beta: weight of the KL to the reference policy; 0 uses no reference.
+        num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
+        steps_per_generation: a rollout holds the completions of this many steps.
+        epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta
+            above; "cispo" bounds it by epsilon_high itself.
+        importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
+        advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
+        scale_rewards: divide advantages by the deviation of the "group" or the "batch", or not ("none": Dr. GRPO).
+        normalize_advantages: normalise "leave_one_out" advantages over the batch.
+        multi_objective: whether several rewards are summed and then normalised, or the reverse (GDPO).
+        kl_in_reward: beta · KL (k1) is subtracted from the reward instead of added to the loss (RLOO, REINFORCE++).
+        use_bias_correction_kl: the loss's KL is multiplied by the ratio (DeepSeek-V3.2; TRL's default).
+        mask_truncated_completions: completions without a stop token are not trained on.
+        dynamic_sampling: replace groups whose rewards are all equal with groups of other prompts, sampled in up to this
+            many further rounds (DAPO); 0: never. The numbers reported are those of the groups that are trained on.
+        overlong_cache: length of the soft penalty zone before `max_completion_length` (DAPO); 0: no penalty.
+    """
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "dapo_prompt", "luspo", "cispo", "sapo"] = "dapo"
+    beta: float = 0.0
+    num_iterations: int = 1
+    steps_per_generation: int = 1
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    importance_sampling_level: Literal["token", "sequence", "sequence_sum"] = "token"
+    advantage: Literal["group", "leave_one_out", "reinforce++", "reinforce++_baseline"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    normalize_advantages: bool = False
+    multi_objective: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    kl_in_reward: bool = False
+    use_bias_correction_kl: bool = True
+    mask_truncated_completions: bool = False
+    dynamic_sampling: int = 0
+    overlong_cache: int = 0
+
+    def __post_init__(self) -> None:
+        least = dict(beta=0, num_iterations=1, steps_per_generation=1, epsilon=0, dynamic_sampling=0, overlong_cache=0)
+        faults = at_least("grpo", self, sapo_temperature_pos=1e-6, sapo_temperature_neg=1e-6, **least)
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            faults.append("grpo.epsilon_high: expected with cispo, the largest ratio that counts, such as 5.0")
+        if self.normalize_advantages and self.advantage != "leave_one_out":
+            faults.append(f"grpo.normalize_advantages: has no effect with grpo.advantage={self.advantage!r}")
+        if self.kl_in_reward and not self.beta:
+            faults.append("grpo.kl_in_reward: has no effect without grpo.beta")
+        if self.advantage.startswith("reinforce++") and self.beta and not self.kl_in_reward:
+            faults.append("grpo.beta with REINFORCE++ is a part of the reward: set grpo.kl_in_reward=True")
+        if self.kl_in_reward and self.advantage == "group":
+            faults.append('grpo.kl_in_reward: expected with "leave_one_out" or "reinforce++", not with "group"')
+        raise_all(faults)
+
+
+def faults(config: SharedConfig) -> list[str]:
+    """What is wrong with the settings that no group can see alone."""
+    train, sampled, settings = config.train, config.rollout, config.grpo
+    found = rollout.faults(config, train.batch_size * train.grad_accum * settings.steps_per_generation)
+    if settings.overlong_cache > sampled.max_completion_length:
+        found.append(
+            f"grpo.overlong_cache is {settings.overlong_cache}: expected at most rollout.max_completion_length = "
+            f"{sampled.max_completion_length}"
+        )
+    if settings.advantage != "reinforce++" and sampled.num_generations < 2:
+        found.append(f"rollout.num_generations: found 1, expected 2 or more with {settings.advantage!r} advantages")
+    return found
+
+
+def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the prompts of `data.path`, or on the task that it names."""
-    prompts, held_out, rewards = rollout.read_prompts(config, tokenizer, note)
+    prompts, held_out, rewards = read_prompts(config, tokenizer, note)
 
     def start(base: Base) -> Job:
-        sampler = Sampler(config, base, rewards)
-        if config.grpo.beta:
+        settings = config.grpo
+        sampler = Sampler(
+            config, base, rewards, overlong=settings.overlong_cache, masked=settings.mask_truncated_completions
+        )
+        if settings.beta:
             note(f"the reference policy is {config.model.adapter or 'the base model'}")
         return dataclasses.replace(
             _job(config, base, RolloutSource(config, base, prompts, functools.partial(_collect, sampler, note))),
@@ -47,7 +126,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     return Plan(config.train.steps, start, longest, prompts.checksum)
 
 
-def fullest(config: RunConfig) -> Plan:
+def fullest(config: SharedConfig) -> Plan:
     """A plan of one step on completions of the maximum length."""
     settings = config.grpo
 
@@ -59,12 +138,12 @@ def fullest(config: RunConfig) -> Plan:
         if settings.loss_type == BY_PROMPT:
             batch |= _group_values(batch, config.rollout.num_generations)
         batches = iter(layout.parts(batch, settings.steps_per_generation))
-        return _job(config, base, FileSource(batches, base.mesh, sides=1))
+        return _job(config, base, FileSource(batches, base.mesh))
 
     return Plan(1, start, config.train.seq_len)
 
 
-def _job(config: RunConfig, base: Base, source: Source) -> Job:
+def _job(config: SharedConfig, base: Base, source: Source) -> Job:
     return Job(
         trainable=base.trainable,
         frozen=base.constants,
@@ -76,7 +155,7 @@ def _job(config: RunConfig, base: Base, source: Source) -> Job:
     )
 
 
-def grpo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
+def grpo_loss(model: Model, config: SharedConfig, *, chunk: int = 512) -> Objective:
     """The policy-gradient loss of a step, with the clipping, averaging and KL of `config.grpo`.
 
     The batch must hold "advantages" and "sampler_log_probs" [A, B, T], "old_log_probs" if the policy may have moved
@@ -173,7 +252,7 @@ def _totals(batch: Batch) -> Metrics:
     }
 
 
-def _report(config: RunConfig, metrics: Metrics) -> Numbers:
+def _report(config: SharedConfig, metrics: Metrics) -> Numbers:
     weight = max(float(metrics["weight"]), 1.0)
     marked = metrics["items"] > 0
     means = {name: float(metrics[name]) / weight for name in ("entropy", "low", "high")}
@@ -288,3 +367,6 @@ def _group_values(batch: data.Batch, group: int) -> data.Batch:
         "group_tokens": np.where(marked, tokens[np.where(marked, index, 0)], 0).astype(np.float32),
         "prompts": (batch["items"] / group).astype(np.float32),
     }
+
+
+GRPO = Algorithm(plan, fullest, groups={"rollout": RolloutConfig, "grpo": GRPOConfig}, faults=faults, samples=True)

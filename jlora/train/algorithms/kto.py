@@ -1,20 +1,45 @@
 """KTO: single answers labelled good or bad, relative to a reference policy."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import lora, losses
+from jlora import data, lora, losses
+from jlora.errors import raise_all
 from jlora.losses.documents import by_document
 from jlora.models import Model
-from jlora.train.algorithms.algorithm import Numbers, reference_params
+from jlora.train.algorithms import judged
+from jlora.train.algorithms.algorithm import Numbers, reference_name, reference_params
 from jlora.train.algorithms.scores import completion_scores, item_means
-from jlora.train.config import RunConfig
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
+PANELS = (
+    ("Rewards", ("rewards/chosen", "rewards/rejected")),
+    ("KL", ("kl",)),
+    ("Reward margin", ("rewards/margins",)),
+)
 
-def objective(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
+
+@dataclasses.dataclass(frozen=True)
+class KTOConfig:
+    """Kahneman-Tversky optimisation on answers labelled good or bad (Ethayarajh et al. 2024)."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        raise_all(at_least("kto", self, beta=1e-12, desirable_weight=0, undesirable_weight=0))
+
+
+def objective(model: Model, config: SharedConfig, *, chunk: int = 512) -> Objective:
     """KTO's loss, averaged over the answers of a step.
 
     With loss_type "kto", the batch holds a second document for each item, its prompt with another item's answer, from
@@ -79,3 +104,24 @@ def report(metrics: Metrics) -> Numbers:
     if "rewards/chosen" in numbers and "rewards/rejected" in numbers:
         numbers["rewards/margins"] = numbers["rewards/chosen"] - numbers["rewards/rejected"]
     return numbers
+
+
+def _with_others(config: SharedConfig, items: Sequence[data.Item]) -> Sequence[data.Item]:
+    """The items; for the estimate of the KL, each with a second document: its prompt with another item's answer."""
+    if config.kto.loss_type != "kto":
+        return items
+    return data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
+
+
+KTO = judged.algorithm(
+    judged.Method(
+        "unpaired",
+        objective,
+        report,
+        PANELS,
+        arrange=_with_others,
+        reference=lambda config, items: reference_name(config),
+        values=lambda config: {"label": 1.0},
+    ),
+    {"kto": KTOConfig},
+)

@@ -9,12 +9,12 @@ import numpy as np
 
 from jlora import data, sharding
 from jlora.train.algorithms.rollout import Rollouts
-from jlora.train.config import RunConfig
 from jlora.train.rewards.judging import RewardTable
+from jlora.train.settings import SharedConfig
 
 
 def lay_out(
-    rollouts: Rollouts, config: RunConfig, mesh: jax.sharding.Mesh, parts: int, seed: tuple[int, ...]
+    rollouts: Rollouts, config: SharedConfig, mesh: jax.sharding.Mesh, parts: int, seed: tuple[int, ...]
 ) -> data.Batch:
     """The items as arrays [A, B, T]: A a multiple of `parts`, B at most `train.batch_size`, rows spread evenly.
 
@@ -47,7 +47,7 @@ def lay_out(
     return data.collate_items(rollouts.items, step, micro_batches)
 
 
-def fullest(config: RunConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
+def fullest(config: SharedConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
     """A rollout laid out by `lay_out` whose prompts and completions have the maximum length, with the sampler's
     log-probabilities; no rollout needs more memory.
     """

@@ -3,23 +3,25 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, lora, sharding
+from jlora.errors import raise_all
 from jlora.generate import policy_digest
 from jlora.losses import advantages, ppo_policy, ppo_value, token_scores
 from jlora.models import Model
 from jlora.train.algorithms import layout, rollout
-from jlora.train.algorithms.algorithm import Base, FileSource, Job, Note, Numbers, Plan, Source
+from jlora.train.algorithms.algorithm import Algorithm, Base, Job, Note, Numbers, Plan, Source
+from jlora.train.algorithms.files import FileSource
 from jlora.train.algorithms.grpo import sampling_items, sampling_numbers
-from jlora.train.algorithms.rollout import Rollouts, RolloutSource, Sampler
+from jlora.train.algorithms.prompts import read_prompts
+from jlora.train.algorithms.rollout import RolloutConfig, Rollouts, RolloutSource, Sampler
 from jlora.train.algorithms.scores import score_batch
-from jlora.train.config import RunConfig
-from jlora.train.config.settings import PPOConfig
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
@@ -31,9 +33,55 @@ PANELS = (
 )
 
 
-def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation from human feedback (Schulman et al. 2017; Ziegler et al. 2019).
+
+    Args:
+        num_ppo_epochs: passes over every batch of rollouts.
+        num_mini_batches: optimizer steps per pass.
+        kl_coef: how much each nat of KL to the reference lowers the reward.
+        kl_estimator: "k1" or "k3" (Schulman 2020).
+        target_kl: the KL of a completion that the adaptive coefficient aims for; None keeps `kl_coef` constant.
+        kl_horizon: completions over which the adaptive coefficient moves.
+        vf_coef: weight of the value loss.
+        cliprange, cliprange_value: clipping ranges of the ratio and of the values.
+        missing_eos_penalty: subtracted from the score of a completion without a stop token.
+    """
+
+    num_ppo_epochs: int = 4
+    num_mini_batches: int = 1
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    target_kl: float | None = None
+    kl_horizon: float = 10_000.0
+    cliprange: float = 0.2
+    vf_coef: float = 0.1
+    cliprange_value: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        least = dict(num_ppo_epochs=1, num_mini_batches=1, kl_coef=0, cliprange=0, vf_coef=0, cliprange_value=0)
+        faults = at_least("ppo", self, kl_horizon=1e-6, **least)
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                faults.append(f"ppo.{name}: found {getattr(self, name)}, expected 0 to 1")
+        if self.target_kl is not None and self.target_kl <= 0:
+            faults.append(f"ppo.target_kl: found {self.target_kl}, expected more than 0, or None")
+        raise_all(faults)
+
+
+def faults(config: SharedConfig) -> list[str]:
+    """What is wrong with the settings that no group can see alone."""
+    return rollout.faults(config, config.train.batch_size * config.train.grad_accum * config.ppo.num_mini_batches)
+
+
+def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the prompts of `data.path`, or on the task that it names."""
-    prompts, held_out, rewards = rollout.read_prompts(config, tokenizer, note)
+    prompts, held_out, rewards = read_prompts(config, tokenizer, note)
 
     def start(base: Base) -> Job:
         sampler = Sampler(config, base, rewards)
@@ -47,7 +95,7 @@ def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
     return Plan(config.train.steps, start, longest, prompts.checksum)
 
 
-def fullest(config: RunConfig) -> Plan:
+def fullest(config: SharedConfig) -> Plan:
     """A plan of one step on completions of the maximum length."""
     names = ("old_log_probs", "reference_log_probs", "old_values", "advantages", "returns")
 
@@ -55,12 +103,12 @@ def fullest(config: RunConfig) -> Plan:
         batch = layout.fullest(config, base.mesh, config.ppo.num_mini_batches)
         batch |= dict.fromkeys(names, np.zeros_like(batch["weights"]))
         batches = iter(layout.parts(batch, config.ppo.num_mini_batches))
-        return _job(config, base, FileSource(batches, base.mesh, sides=1))
+        return _job(config, base, FileSource(batches, base.mesh))
 
     return Plan(1, start, config.train.seq_len)
 
 
-def _job(config: RunConfig, base: Base, source: Source) -> Job:
+def _job(config: SharedConfig, base: Base, source: Source) -> Job:
     # The value model starts from the policy's adapter, with a head that outputs 0.
     _, value = lora.split(base.model.add_score(lora.combine(base.frozen, base.trainable)))
     return Job(
@@ -77,7 +125,7 @@ def _job(config: RunConfig, base: Base, source: Source) -> Job:
     )
 
 
-def ppo_loss(model: Model, config: RunConfig, *, chunk: int = 512) -> Objective:
+def ppo_loss(model: Model, config: SharedConfig, *, chunk: int = 512) -> Objective:
     """Clipped policy loss + vf_coef · clipped value loss, each a mean over the completion tokens of a step.
 
     The batch must hold "old_log_probs", "old_values", "advantages", "returns" and "sampler_log_probs", all [A, B, T].
@@ -233,3 +281,13 @@ def _report(metrics: Metrics) -> Numbers:
         "val/ratio": mean["ratio"],
         "val/ratio_var": mean["ratio_squared"] - mean["ratio"] ** 2,
     } | sampling_numbers(metrics)
+
+
+PPO = Algorithm(
+    plan,
+    fullest,
+    groups={"rollout": RolloutConfig, "ppo": PPOConfig},
+    faults=faults,
+    samples=True,
+    policy=("policy",),  # beside the value model's adapter
+)

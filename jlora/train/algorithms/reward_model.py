@@ -10,22 +10,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, hub, lora, losses, sharding
-from jlora.errors import UserError
+from jlora.errors import UserError, raise_all
 from jlora.losses.documents import by_document, last_token
 from jlora.models import Model
+from jlora.train.algorithms import judged
 from jlora.train.algorithms.algorithm import Base, Numbers
-from jlora.train.algorithms.dpo import pair_totals
-from jlora.train.config import RunConfig
-from jlora.train.config.settings import RewardConfig
+from jlora.train.algorithms.pairs import pair_totals
 from jlora.train.reporting.metrics import can_plot, new_figure, save_figure, style
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 CALIBRATION = "calibration.png"
 BINS = 10
+PANELS = (
+    ("Accuracy", ("accuracy",)),
+    ("Reward", ("min_reward", "mean_reward", "max_reward")),
+    ("Margin", ("margin",)),
+)
 
 
-def objective(model: Model, config: RunConfig) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward model on pairs (Bradley and Terry 1952), with a margin where the data has one.
+
+    Args:
+        center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
+        sft_coefficient: weight of the chosen answers' mean negative log-likelihood under the model's own head: a model
+            that still writes the answers judges unseen ones better (Yang et al. 2024, "Regularizing Hidden States …").
+    """
+
+    center_rewards_coefficient: float | None = None
+    sft_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        bounds = dict(sft_coefficient=0.0)
+        if self.center_rewards_coefficient is not None:
+            bounds["center_rewards_coefficient"] = 0.0
+        raise_all(at_least("reward", self, **bounds))
+
+
+def objective(model: Model, config: SharedConfig) -> Objective:
     """What a run with algorithm="reward" minimises; see `reward_loss`."""
     return reward_loss(model, config.reward, remat=config.train.remat)
 
@@ -103,7 +128,7 @@ class RewardModel:
         ValueError: the adapter does not fit, or has no score head.
     """
 
-    def __init__(self, base: Base, config: RunConfig) -> None:
+    def __init__(self, base: Base, config: SharedConfig) -> None:
         path = config.rollout.reward_model
         params = hub.load_adapter(lora.strip(base.frozen), path)
         if "score" not in params:
@@ -207,3 +232,8 @@ def draw_calibration(path: pathlib.Path, metrics: Metrics) -> None:
     right.axvline(0, color="#d9641e", linewidth=1.2)
     right.set_xlabel("reward of chosen - reward of rejected")
     save_figure(figure, path)
+
+
+REWARD = judged.algorithm(
+    judged.Method("pairs", objective, report, PANELS, finish=plot_calibration), {"reward": RewardConfig}, scores=True
+)

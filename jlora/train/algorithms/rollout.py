@@ -5,55 +5,106 @@ import functools
 import json
 import math
 import pathlib
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jlora import data, lora, sharding
 from jlora.data import Example, Item
-from jlora.errors import UserError
+from jlora.errors import UserError, raise_all
 from jlora.generate import Completion, rollout
 from jlora.losses.advantages import overlong_penalty
-from jlora.train.algorithms.algorithm import Base, Note, Numbers
+from jlora.train.algorithms.algorithm import Base, Numbers
+from jlora.train.algorithms.prompts import Judges, Prompts
 from jlora.train.algorithms.reward_model import RewardModel
-from jlora.train.config import TASK, RunConfig
-from jlora.train.rewards.judging import Rewards, RewardTable, TrainerState, load_rewards, total
-from jlora.train.rewards.tasks import reasoning_tasks
+from jlora.train.rewards.judging import RewardTable, TrainerState, total
+from jlora.train.settings import TASK, SharedConfig, at_least
 from jlora.train.state import TrainState
 from jlora.train.step import FINITE, Batch, Metrics
 from jlora.types import Params
 
 FILE = "completions.jsonl"
-Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """A set of prompts, as the records that rewards see and as tokens."""
+class RolloutConfig:
+    """What is sampled from the policy and how it is judged.
 
-    records: tuple[Record, ...]
-    tokens: tuple[list[int], ...]
-    columns: frozenset[str] = frozenset()  # all columns that any record of the set has
+    Args:
+        num_generations: completions per prompt.
+        max_completion_length: in tokens; prompts may have up to `train.seq_len` minus this.
+        rows: completions that are sampled at once; finished ones make room for the next.
+        rewards: "FILE.py:FUNCTION", "metric:FILE.py:KEY", "reasoning_gym", or "model" for `reward_model`; see
+            `jlora.train.rewards.judging`.
+        reward_weights: one per reward, default 1.
+        reward_model: a PEFT folder with a score head, as saved by `algorithm="reward"`.
+        on_error: "raise" ends the run when a reward fails or a whole group is empty; "skip" leaves it out. May be
+            changed when a run is resumed.
+        task_size: how many questions to draw of the reasoning-gym task that data.path="reasoning_gym:NAME" names.
+        task_settings: the task's own settings (needs the extra `tasks`).
+        eval_size: how many held-out prompts to evaluate on.
+        system_prompt: put before the task's questions.
+        num_fewshot: how many solved questions of the task precede each question, always the same ones.
+        eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
+        log_completions: how many examples of every rollout go to completions.jsonl.
+    """
 
-    @property
-    def checksum(self) -> str:
-        """A checksum of the tokens, as eight hex digits."""
-        rows = [f"{np.asarray(tokens).tolist()}" for tokens in self.tokens]
-        return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rows: int = 32
+    rewards: tuple[str, ...] = ()
+    reward_weights: tuple[float, ...] | None = None
+    reward_model: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    task_size: int = 1000
+    task_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval_size: int = 64
+    eval_temperature: float = 0.0
+    system_prompt: str | None = None
+    num_fewshot: int = 0
+    log_completions: int = 4
 
-    def order(self, seed: int, first: int, count: int) -> list[int]:
-        """The prompts at positions `first` to `first + count - 1` of an endless shuffled order that has each prompt
-        once per epoch.
-        """
-        size = len(self.records)
-        chosen = []
-        for number in range(first, first + count):
-            epoch, place = divmod(number, size)
-            chosen.append(int(_permutation(size, seed, epoch)[place]))
-        return chosen
+    def __post_init__(self) -> None:
+        least = dict(
+            num_generations=1, max_completion_length=1, top_k=0, rows=1, task_size=1, eval_size=1, num_fewshot=0
+        )
+        faults = at_least("rollout", self, temperature=1e-6, eval_temperature=0, log_completions=0, **least)
+        if not 0 < self.top_p <= 1:
+            faults.append(f"rollout.top_p: found {self.top_p}, expected a probability in (0, 1]")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            faults.append(
+                f"rollout.reward_weights: found {len(self.reward_weights)}, expected one for each of "
+                f"{len(self.rewards)} rewards"
+            )
+        if ("model" in self.rewards) != (self.reward_model is not None):
+            faults.append('rollout.reward_model and the reward "model": one is given without the other')
+        raise_all(faults)
+
+
+def faults(config: SharedConfig, completions: int) -> list[str]:
+    """What is wrong with the settings of an algorithm that samples so many completions in a rollout."""
+    settings, train = config.rollout, config.train
+    found = []
+    if completions % settings.num_generations:
+        found.append(
+            f"a rollout has {completions} completions: not a multiple of rollout.num_generations = "
+            f"{settings.num_generations}; change train.batch_size or train.grad_accum"
+        )
+    if settings.max_completion_length >= train.seq_len:
+        found.append(
+            f"rollout.max_completion_length is {settings.max_completion_length}: leaves no room for a prompt in "
+            f"train.seq_len = {train.seq_len}"
+        )
+    if not settings.rewards and not config.data.path.startswith(TASK):
+        found.append("rollout.rewards: found none, expected at least one")
+    if train.steps is None:
+        found.append("train.steps: is required, since rollouts have no end")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,90 +128,24 @@ class Rollouts:
     digest: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Judges:
-    """What judges completions: all rewards by name, including a task's own, and those that are functions."""
-
-    names: tuple[Any, ...]
-    functions: Rewards
-
-
-def read_prompts(config: RunConfig, tokenizer: Any, note: Note) -> tuple[Prompts, Prompts | None, Judges]:
-    """The training prompts, the held-out ones if any, and the rewards.
-
-    Raises:
-        UserError: there are several processes, settings do not apply, or prompts or rewards are invalid or do not fit
-            each other.
-    """
-    if jax.process_count() > 1:
-        raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
-    settings = config.rollout
-    names: list = list(settings.rewards)
-    if config.data.path.startswith(TASK):
-        name = config.data.path.removeprefix(TASK)
-        train, held_out, reward = reasoning_tasks(
-            name,
-            size=settings.task_size,
-            held_out=settings.eval_size if config.train.eval_every else 0,
-            seed=config.train.seed,
-            system_prompt=settings.system_prompt,
-            num_fewshot=settings.num_fewshot,
-            **dict(settings.task_settings),
-        )
-        names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
-    else:
-        if settings.system_prompt or settings.num_fewshot:
-            raise UserError(
-                "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
-            )
-        read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
-        train = read(config.data.path)
-        held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
-    judges = _judges(config, names, [train, held_out])
-    room = config.train.seq_len - settings.max_completion_length
-    prompts = _encode(train, tokenizer, room, config.data, note)
-    note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
-    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, judges
-
-
-def _judges(config: RunConfig, names: Sequence[Any], sets: Sequence[Sequence[Record]]) -> Judges:
-    weights = config.rollout.reward_weights or (1.0,) * len(names)
-    functions = load_rewards(
-        [name for name in names if name != "model"],
-        [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
-        on_error=config.rollout.on_error,
-    )
-    for records in filter(None, sets):
-        functions.require_columns(_columns(records))
-    return Judges(tuple(names), functions)
-
-
-def _columns(records: Sequence[Record]) -> frozenset[str]:
-    return frozenset(name for record in records for name in record if name != "prompt")
-
-
-def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
-    if settings.overlong == "cut":
-        raise UserError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
-    tokens, report = data.encode_prompts(
-        records, tokenizer, room, overlong=settings.overlong, on_error=settings.on_error, note=note
-    )
-    if report.dropped:
-        note(f"{report.dropped} prompts of more than {room} tokens are left out")
-    kept = data.with_answers([records[index] for index in report.kept], tokenizer)
-    return Prompts(tuple(kept), tuple(tokens), _columns(records))
-
-
 class Sampler:
     """Samples completions from any policy on its base, and judges them."""
 
-    def __init__(self, config: RunConfig, base: Base, judges: Judges) -> None:
+    def __init__(
+        self, config: SharedConfig, base: Base, judges: Judges, *, overlong: int = 0, masked: bool = False
+    ) -> None:
+        """For completions that the judges judge.
+
+        Args:
+            overlong: length of the zone before the maximum length that costs a penalty; 0: there is none.
+            masked: completions without a stop token are not trained on.
+        """
         settings = config.rollout
         self._config, self._base, self._functions = config, base, judges.functions
         names = judges.names
         weights = settings.reward_weights or (1.0,) * len(names)
         model_weight = [weights[names.index("model")]] if "model" in names else []
-        self._overlong = config.grpo.overlong_cache
+        self._overlong, self._masked = overlong, masked
         self.weights = np.array(
             [*self._functions.weights, *model_weight, *([1.0] if self._overlong else [])], np.float32
         )
@@ -203,9 +188,8 @@ class Sampler:
             top_p=settings.top_p,
         )
         texts = [self._base.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
-        masked = self._config.algorithm == "grpo" and self._config.grpo.mask_truncated_completions
         items = [
-            _item(prompts.tokens[number], completion, index, trained=completion.finished or not masked)
+            _item(prompts.tokens[number], completion, index, trained=completion.finished or not self._masked)
             for index, (number, completion) in enumerate(zip(numbers, completions, strict=True))
         ]
         records = [prompts.records[number] for number in numbers]
@@ -251,7 +235,7 @@ class RolloutSource:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: SharedConfig,
         base: Base,
         prompts: Prompts,
         collect: Callable[["RolloutSource", TrainState], tuple[list[data.Batch | Batch], Numbers, Rollouts]],
@@ -360,11 +344,6 @@ def evaluate(sampler: Sampler, prompts: Prompts, trainable: Params, step: int) -
 def _item(prompt: list[int], completion: Completion, index: int, *, trained: bool) -> Item:
     tokens = np.concatenate([np.array(prompt, np.int32), completion.tokens.astype(np.int32)])
     return Item((Example(tokens, (np.arange(len(tokens)) >= len(prompt)) & trained),), {"index": float(index)})
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, size]))).permutation(size)
 
 
 def _keys(seed: tuple[int, ...], count: int) -> jax.Array:

@@ -10,7 +10,7 @@ from jlora import lora, sharding
 from jlora.losses import TokenScores, by_document, token_scores
 from jlora.models import Model
 from jlora.train.algorithms.algorithm import Base, Numbers, reference_params
-from jlora.train.config import RunConfig
+from jlora.train.settings import SharedConfig
 from jlora.train.step import Batch, Metrics
 from jlora.types import Params
 
@@ -74,7 +74,7 @@ def item_means(metrics: Metrics, names: tuple[str, ...], mask: str = "items") ->
 
 
 def score_batch(
-    base: Base, config: RunConfig, trainable: Params, batch: Metrics, *, old: bool, reference: bool
+    base: Base, config: SharedConfig, trainable: Params, batch: Metrics, *, old: bool, reference: bool
 ) -> Metrics:
     """`old_log_probs` and `reference_log_probs` [A, B, T] of a rollout, computed by the forward pass of training.
 

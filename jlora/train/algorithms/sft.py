@@ -10,69 +10,54 @@ import jax.numpy as jnp
 from jlora import data, lora
 from jlora.losses import cross_entropy
 from jlora.models import Model
-from jlora.train.algorithms.algorithm import Base, FileSource, Job, Note, Numbers, Plan, checksum
-from jlora.train.config import RunConfig
+from jlora.train.algorithms import files
+from jlora.train.algorithms.algorithm import Algorithm, Base, Job, Note, Numbers, Plan
 from jlora.train.evaluation.records import completion_loss
+from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 
-def plan(config: RunConfig, tokenizer: Any, note: Note) -> Plan:
-    """The run on the records of `data.path`."""
-    train = config.train
+def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
+    """The run on the records of `data.path`; each is an item of one document."""
     examples, encoded = data.encode(
         data.read_records(config.data.path, on_error=config.data.on_error, note=note),
         tokenizer,
-        seq_len=train.seq_len,
+        seq_len=config.train.seq_len,
         overlong=config.data.overlong,
         completion_only=config.data.completion_only,
         on_error=config.data.on_error,
         note=note,
     )
-    steps = data.plan(
-        [len(example.tokens) for example in examples],
-        seq_len=train.seq_len,
-        batch_size=train.batch_size * train.grad_accum,
-        packing=config.data.packing,
-        bucket=config.data.bucket,
-        seed=train.seed,
-        epochs=train.epochs,
-        steps=train.steps,
-    )
-    held_out = _held_out(config, tokenizer, note)
-    note(f"{encoded.examples} examples, {data.describe(encoded, steps)}")
+    items = [data.Item((example,)) for example in examples]
+    start = functools.partial(_start, config, items, _held_out(config, tokenizer, note))
+    planned = files.plan(config, items, encoded, start, note, noun="examples")
     for remark in encoded.notes:
         note(remark)
-
-    longest = max(len(example.tokens) for example in examples)
-    start = functools.partial(_start, config, examples, steps, held_out)
-    return Plan(len(steps), start, longest, checksum(examples))
+    return planned
 
 
-def fullest(config: RunConfig) -> Plan:
+def fullest(config: SharedConfig) -> Plan:
     """A plan of one step on rows without padding; no data needs more memory."""
     train = config.train
-    rows = train.batch_size * train.grad_accum
-    examples = [data.filled(train.seq_len)] * rows
-    lengths = [train.seq_len] * rows
-    settings = dict(packing=config.data.packing, bucket=config.data.bucket)
-    steps = data.plan(lengths, seq_len=train.seq_len, batch_size=rows, steps=1, **settings)
-    return Plan(1, functools.partial(_start, config, examples, steps, ()), train.seq_len)
+    items = [data.Item((data.filled(train.seq_len),))] * (train.batch_size * train.grad_accum)
+    return files.fullest(config, items, functools.partial(_start, config, items, ()))
 
 
 def _start(
-    config: RunConfig,
-    examples: Sequence[data.Example],
-    steps: Sequence[data.Step],
+    config: SharedConfig,
+    items: Sequence[data.Item],
     held_out: Sequence[data.Record],
+    steps: Sequence[data.Step],
     base: Base,
 ) -> Job:
+    batches = data.loader(items, steps, config.train.grad_accum, by_item=False)
     return Job(
         trainable=base.trainable,
         frozen=base.frozen,
         objective=sft_loss(base.model, remat=config.train.remat),
-        source=FileSource(data.loader(examples, steps, config.train.grad_accum), base.mesh),
+        source=files.FileSource(batches, base.mesh),
         report=_report,
         adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
         evaluate=functools.partial(_evaluate, config, base, held_out),
@@ -102,7 +87,7 @@ def _report(metrics: Metrics) -> Numbers:
     return {"mean_token_accuracy": float(metrics["correct"] / max(float(metrics["weight"]), 1.0))}
 
 
-def _held_out(config: RunConfig, tokenizer: Any, note: Note) -> list[data.Record]:
+def _held_out(config: SharedConfig, tokenizer: Any, note: Note) -> list[data.Record]:
     """The records of `data.eval_path`, checked before the run begins; none without that setting."""
     if not config.data.eval_path:
         return []
@@ -110,9 +95,12 @@ def _held_out(config: RunConfig, tokenizer: Any, note: Note) -> list[data.Record
     return data.encodable(data.read_records(config.data.eval_path, **settings), tokenizer, **settings)
 
 
-def _evaluate(config: RunConfig, base: Base, records: Sequence[data.Record], state: TrainState) -> Numbers:
+def _evaluate(config: SharedConfig, base: Base, records: Sequence[data.Record], state: TrainState) -> Numbers:
     params = lora.combine(base.frozen, state.trainable)
     rows, seq_len = config.train.batch_size, config.train.seq_len
     return completion_loss(
         base.model, params, base.tokenizer, records, batch_size=rows, seq_len=seq_len, mesh=base.mesh
     )
+
+
+SFT = Algorithm(plan, fullest, branches=False, reads_once=True, side_by_side=True)

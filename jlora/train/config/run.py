@@ -7,159 +7,35 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
-from jlora.data import DataConfig
 from jlora.errors import UserError, raise_all
-from jlora.hub.checkpoints.resize import check_vocab
-from jlora.kernels.attention import AUTO, FORMS
-from jlora.lora import LoraConfig
-from jlora.optim import OptimConfig
-from jlora.quant import QuantConfig, as_config
-from jlora.sharding import MeshConfig
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import typed
-from jlora.train.config.settings import (
-    CPOConfig,
-    DPOConfig,
-    GRPOConfig,
-    KTOConfig,
-    ORPOConfig,
-    PPOConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from jlora.train.settings import TASK, SharedConfig
 
-# The groups that an algorithm has in addition to those of every run.
-GROUPS = {
-    "sft": (),
-    "dpo": ("dpo",),
-    "cpo": ("cpo",),
-    "orpo": ("orpo",),
-    "kto": ("kto",),
-    "reward": ("reward",),
-    "grpo": ("rollout", "grpo"),
-    "ppo": ("rollout", "ppo"),
-}
-TASK = "reasoning_gym:"  # prefix of a data.path that names a generated task
+# The algorithms' own groups of settings, by name.
+GROUPS = {name: group for algorithm in ALGORITHMS.values() for name, group in algorithm.groups.items()}
 EACH = "each adapter's own"  # the run's data.path if its adapters share no data
 
 # What may differ between the adapters of one run: groups, or settings of a group.
 OWN = ("data", "lora", "model.adapter", "optim.learning_rate", "train.seed")
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where the base model comes from and how it is held.
-
-    Args:
-        path: a Hugging Face folder, a Hub id, or a GGUF file.
-        dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
-            keeps the one it began with.
-        quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
-        adapter: a PEFT folder to continue from; its settings replace the group `lora`.
-        resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
-            are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
-        attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
-    """
-
-    path: str
-    dtype: str | None = None
-    quant: str | QuantConfig | None = None
-    adapter: str | None = None
-    resize_vocab: int | str | None = None
-    attention: str = AUTO
-
-    @property
-    def merges_packed(self) -> bool:
-        """Whether the adapter is trained to be merged into the base and packed with it."""
-        return isinstance(self.quant, QuantConfig) and self.quant.merge_aware
-
-    def __post_init__(self) -> None:
-        faults = []
-        if not self.path:
-            faults.append("model.path: found '', expected a folder, a Hub id or a GGUF file")
-        if self.dtype not in (None, *DTYPES):
-            faults.append(f"model.dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}, or None")
-        if self.attention not in (AUTO, *FORMS):
-            faults.append(f"model.attention: found {self.attention!r}, expected one of {', '.join((AUTO, *FORMS))}")
-        try:
-            as_config(self.quant)
-        except UserError as error:
-            faults.append(f"model.quant: {error}")
-        try:
-            check_vocab(self.resize_vocab, "model.resize_vocab")
-        except UserError as error:
-            faults.append(str(error))
-        raise_all(faults)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How long to train, how much to compute at once, and how often to log, save and evaluate.
-
-    Args:
-        steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is
-            that fraction of its rows, rounded up to whole steps.
-        batch_size: rows of a micro-batch, over all devices.
-        seq_len: tokens of a row.
-        grad_accum: micro-batches of a step.
-        seed: of the adapter's initialisation, the order of the data, and dropout.
-        log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
-        eval_on_start: also evaluate before the first step, so that the log shows what training changed.
-        keep_checkpoints: how many to keep; older ones are removed.
-        remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and
-            computes the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is
-            expensive to compute. True means "full", False "none".
-        on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
-            last checkpoint kept, or "skip" the step (ten in a row stop the run). Other adapters of the run continue.
-        on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
-            what changed and continue.
-        tensorboard: also write TensorBoard files (needs the extra of that name).
-        profile: number of steps to trace, after the first two; see `jlora.train.reporting.tracing`.
-        fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 4
-    seq_len: int = 512
-    grad_accum: int = 1
-    seed: int = 0
-    log_every: int = 1
-    save_every: int = 100
-    keep_checkpoints: int = 2
-    eval_every: int = 0
-    eval_on_start: bool = False
-    remat: bool | Literal["full", "offload", "none"] = True
-    tensorboard: bool = False
-    profile: int = 0
-    fold: bool = False
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    on_changed_files: Literal["refuse", "note"] = "refuse"
-
-    def __post_init__(self) -> None:
-        faults = []
-        if self.steps is None and self.epochs is None:
-            faults.append("train.steps or train.epochs: one of them is required")
-        if self.epochs is not None and not self.epochs > 0:
-            faults.append(f"train.epochs: found {self.epochs}, expected more than 0")
-        least = {"steps": 1, "batch_size": 1, "seq_len": 2, "grad_accum": 1, "log_every": 1, "save_every": 1}
-        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0, "profile": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                faults.append(f"train.{name}: found {value}, expected at least {bound}")
-        raise_all(faults)
+_WithGroups = dataclasses.make_dataclass(
+    "_WithGroups",
+    [(name, group, group()) for name, group in GROUPS.items()],
+    bases=(SharedConfig,),
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(_WithGroups):
     """Everything that decides what a run does.
 
     Args:
@@ -167,21 +43,7 @@ class RunConfig:
             {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
     """
 
-    algorithm: Literal["sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo"] = "sft"
-    model: ModelSource
-    lora: LoraConfig = LoraConfig()
-    data: DataConfig
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig
-    mesh: MeshConfig = MeshConfig()
-    dpo: DPOConfig = DPOConfig()
-    cpo: CPOConfig = CPOConfig()
-    orpo: ORPOConfig = ORPOConfig()
-    kto: KTOConfig = KTOConfig()
-    reward: RewardConfig = RewardConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    grpo: GRPOConfig = GRPOConfig()
-    ppo: PPOConfig = PPOConfig()
+    algorithm: Literal[tuple(ALGORITHMS)] = "sft"
     adapters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def members(self) -> dict[str, "RunConfig"]:
@@ -216,8 +78,11 @@ class RunConfig:
             for name in self.adapters
             if not re.fullmatch(r"[\w-][\w.-]*", name)
         ]
-        if self.algorithm != "sft":
-            faults.append(f"adapters: several are trained side by side by sft; train those of {self.algorithm} alone")
+        if not ALGORITHMS[self.algorithm].side_by_side:
+            able = _listed(name for name, one in ALGORITHMS.items() if one.side_by_side)
+            faults.append(
+                f"adapters: several are trained side by side by {able}; train those of {self.algorithm} alone"
+            )
         try:
             self.members()
         except UserError as error:
@@ -226,7 +91,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         faults = self._adapter_faults() if self.adapters else []
-        faults += self._idle_groups() + (self._rollout_faults() if "rollout" in GROUPS[self.algorithm] else [])
+        faults += self._idle_groups() + ALGORITHMS[self.algorithm].faults(self)
         faults += [] if self.adapters else self._data_faults()
         if self.model.merges_packed and self.lora.lora_dropout:
             faults.append(
@@ -239,55 +104,22 @@ class RunConfig:
     def _data_faults(self) -> list[str]:
         task = self.data.path.startswith(TASK)
         faults = []
-        if task and "rollout" not in GROUPS[self.algorithm]:
-            faults.append(f"data.path is {self.data.path!r}: tasks are for grpo and ppo, not for {self.algorithm}")
+        if task and not ALGORITHMS[self.algorithm].samples:
+            able = _listed(name for name, one in ALGORITHMS.items() if one.samples)
+            faults.append(f"data.path is {self.data.path!r}: tasks are for {able}, not for {self.algorithm}")
         if self.train.eval_every and not (self.data.eval_path or task):
             faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
         return faults
 
     def _idle_groups(self) -> list[str]:
         """A fault for each group with changed settings that the run's algorithm does not use."""
-        used = GROUPS[self.algorithm]
         faults = []
-        for name in sorted({name for names in GROUPS.values() for name in names} - set(used)):
+        for name in sorted(GROUPS.keys() - ALGORITHMS[self.algorithm].groups.keys()):
             group = getattr(self, name)
             if changed := [
                 f"{name}.{key}" for key, value in vars(group).items() if value != getattr(type(group)(), key)
             ]:
                 faults.append(f"{', '.join(changed)}: has no effect with algorithm={self.algorithm!r}")
-        return faults
-
-    def _rollout_faults(self) -> list[str]:
-        rollout, train = self.rollout, self.train
-        completions = train.batch_size * train.grad_accum
-        if self.algorithm == "grpo":
-            completions *= self.grpo.steps_per_generation
-        else:
-            completions *= self.ppo.num_mini_batches
-        faults = []
-        if completions % rollout.num_generations:
-            faults.append(
-                f"a rollout has {completions} completions: not a multiple of rollout.num_generations = "
-                f"{rollout.num_generations}; change train.batch_size or train.grad_accum"
-            )
-        if rollout.max_completion_length >= train.seq_len:
-            faults.append(
-                f"rollout.max_completion_length is {rollout.max_completion_length}: leaves no room for a prompt in "
-                f"train.seq_len = {train.seq_len}"
-            )
-        if self.algorithm == "grpo" and self.grpo.overlong_cache > rollout.max_completion_length:
-            faults.append(
-                f"grpo.overlong_cache is {self.grpo.overlong_cache}: expected at most rollout.max_completion_length = "
-                f"{rollout.max_completion_length}"
-            )
-        if not rollout.rewards and not self.data.path.startswith(TASK):
-            faults.append("rollout.rewards: found none, expected at least one")
-        if self.algorithm == "grpo" and self.grpo.advantage != "reinforce++" and rollout.num_generations < 2:
-            faults.append(
-                f"rollout.num_generations: found 1, expected 2 or more with {self.grpo.advantage!r} advantages"
-            )
-        if train.steps is None:
-            faults.append("train.steps: is required, since rollouts have no end")
         return faults
 
 
@@ -305,6 +137,10 @@ def _foreign(own: Mapping[str, Any]) -> list[str]:
                 if name not in (*OWN, *groups)
             ]
     return faults
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)
 
 
 def default_config() -> ConfigDict:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jlora import hub, sharding, tree
 from jlora.quant import is_packed
 from jlora.train import many
 from jlora.train.adapt import adapt, based
-from jlora.train.algorithms import grpo, ppo, preference, sft
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Base, Plan
 from jlora.train.config import RunConfig
 from jlora.train.learning import learn
@@ -22,18 +22,6 @@ from jlora.train.planning.live import live_bytes
 from jlora.train.planning.moved import received
 from jlora.train.planning.placement import place
 from jlora.train.planning.topology import Topology
-
-# (settings) → the plan of a one-step run on the most data that they allow.
-FULLEST: dict[str, Callable[[RunConfig], Plan]] = {
-    "sft": sft.fullest,
-    "dpo": preference.fullest,
-    "cpo": preference.fullest,
-    "orpo": preference.fullest,
-    "kto": preference.fullest,
-    "reward": preference.fullest,
-    "grpo": grpo.fullest,
-    "ppo": ppo.fullest,
-}
 
 
 class Program(NamedTuple):
@@ -191,7 +179,7 @@ def trace(config: RunConfig, topology: Topology) -> Program:
 
 
 def _plan(config: RunConfig) -> Plan:
-    one = FULLEST[config.algorithm]
+    one = ALGORITHMS[config.algorithm].fullest
     if not config.adapters:
         return one(config)
     return many.plan(config, None, lambda message: None, lambda member, tokenizer, note: one(member), {})
@@ -261,7 +249,7 @@ def _temporaries(program: Program, topology: Topology, host: bool = False) -> in
 
 def _cache_bytes(config: RunConfig, program: Program) -> int:
     """Bytes of the keys and values of a rollout's rows, each as long as a training row."""
-    if config.algorithm not in ("grpo", "ppo"):
+    if not ALGORITHMS[config.algorithm].samples:
         return 0
     rows = min(config.rollout.rows, config.train.batch_size * config.train.grad_accum)
     cache = jax.eval_shape(

@@ -14,6 +14,7 @@ from jlora.kernels import attention
 from jlora.kernels.device import kind_of
 from jlora.models import ModelConfig
 from jlora.sharding import MeshConfig
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import RunConfig
 
 SHOWN = 3  # the most meshes that a message proposes
@@ -86,9 +87,9 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
         attention.require(form, device)
         return
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.train.seq_len), np.int32)
-    # Only in sft are documents always independent; those of other algorithms may share a prompt.
     windows = tuple(dict.fromkeys(layer.window for layer in model.layers))
-    marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=config.algorithm != "sft")
+    branches = ALGORITHMS[config.algorithm].branches
+    marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=branches)
     with sharding.on(mesh):
         attention.require(form, device, marks, model.num_attention_heads, model.head_dim)
 

@@ -11,7 +11,8 @@ from jlora.errors import UserError
 from jlora.generate import Completion
 from jlora.train import resolve
 from jlora.train.algorithms import layout, ppo, rollout
-from jlora.train.config.settings import PPOConfig
+from jlora.train.algorithms.ppo import PPOConfig
+from jlora.train.algorithms.prompts import Prompts, _judges
 from jlora.train.rewards.judging import RewardTable
 
 LENGTHS = [(3, 4), (2, 1), (5, 6), (1, 2), (4, 3), (2, 5)]  # of prompts and completions
@@ -91,7 +92,7 @@ def test_no_step_of_a_rollout_has_the_longest_completions_alone():
 
 
 def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
-    prompts = rollout.Prompts(tuple({"prompt": str(i)} for i in range(5)), ([1],) * 5)
+    prompts = Prompts(tuple({"prompt": str(i)} for i in range(5)), ([1],) * 5)
     order = prompts.order(3, 0, 15)
     assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
     assert order[:5] != order[5:10]
@@ -101,7 +102,7 @@ def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
 
 def test_a_group_in_which_nothing_was_generated():
     rollouts = made(texts=["a", "b", " ", "", "c", ""])
-    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
     with pytest.raises(ValueError, match=r"nothing was generated.*\n  question 1$"):
         rollout.join([rollouts], "raise", 2, prompts)
     skipped = rollout.join([rollouts], "skip", 2, prompts).rewards
@@ -109,7 +110,7 @@ def test_a_group_in_which_nothing_was_generated():
 
 
 def test_without_groups_an_empty_completion_is_an_answer_unless_all_are():
-    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
     some = rollout.join([made(texts=["a", "b", " ", "", "c", ""])], "raise", 1, prompts)
     assert not np.isnan(some.rewards).any()
     with pytest.raises(ValueError, match="nothing was generated"):
@@ -121,7 +122,7 @@ def test_what_rewards_say_in_some_rounds_only_is_kept():
         one = made()
         return dataclasses.replace(one, table=dataclasses.replace(one.table, metrics=metrics, extra=extra))
 
-    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
     rounds = [said({"a": 1.0, "b": 5.0}, {"x": list("abcdef")}), said({"a": 3.0}, {"y": [1, 2, 3, 4, 5, 6]})]
     table = rollout.join(rounds, "raise", 2, prompts).table
     assert table.metrics == {"a": 2.0, "b": 5.0}
@@ -130,7 +131,7 @@ def test_what_rewards_say_in_some_rounds_only_is_kept():
 
 def test_groups_are_chosen_whole_and_numbered_anew():
     rollouts = made()
-    prompts = rollout.Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
     both = rollout.join([rollouts, made(rewards=range(6, 12))], "raise", 2, prompts)
     chosen = rollout.choose(both, np.array([5, 1]), 2)
     assert chosen.numbers == [2, 2, 1, 1]
@@ -171,9 +172,9 @@ def test_records_held_out_must_have_the_columns_too(tmp_path):
     file = tmp_path / "r.py"
     file.write_text("def reward(completions, answer):\n    return [0.0] * len(completions)\n")
     with_answer, without = [{"prompt": "p", "answer": "x"}, {"prompt": "q"}], [{"prompt": "p"}]
-    rollout._judges(config(), [str(file)], [with_answer, []])
+    _judges(config(), [str(file)], [with_answer, []])
     with pytest.raises(UserError, match=r"wants the columns \['answer'\]"):
-        rollout._judges(config(), [str(file)], [with_answer, without])
+        _judges(config(), [str(file)], [with_answer, without])
 
 
 @pytest.mark.parametrize(("kl", "moves"), [(1.0, True), (np.nan, False), (np.inf, False)])

@@ -14,10 +14,9 @@ from jlora.generate import Completion
 from jlora.models import build
 from jlora.train import resolve
 from jlora.train.algorithms import layout, rollout
-from jlora.train.algorithms.dpo import dpo_loss
+from jlora.train.algorithms.dpo import DPOConfig, dpo_loss
 from jlora.train.algorithms.grpo import grpo_loss
-from jlora.train.algorithms.reward_model import reward_loss
-from jlora.train.config.settings import DPOConfig, RewardConfig
+from jlora.train.algorithms.reward_model import RewardConfig, reward_loss
 from jlora.train.rewards.judging import RewardTable
 
 MODEL = build(

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jlora.train import loop, resume
+from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import resolve
 from jlora.train.planning import forecast, topology
 
@@ -100,10 +101,6 @@ def test_state_frozen_weights_and_batch_are_those_of_the_run(settings, tmp_path,
             assert all(most >= found for most, found in zip(abstract[name].shape, leaf.shape, strict=True)), name
 
 
-def test_every_algorithm_has_its_fullest_data():
-    assert forecast.FULLEST.keys() == loop.ALGORITHMS.keys()
-
-
 def test_config_json_alone_is_enough(settings, model_folder, tmp_path):
     folder = tmp_path / "described"
     folder.mkdir()
@@ -148,7 +145,7 @@ def test_a_described_model_that_is_packed_has_the_form_that_its_config_names(set
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", forecast.FULLEST)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_compiles_for_a_card_that_is_not_here(settings, algorithm):
     card = topology.parse("h100")
     if not card.has_compiler:

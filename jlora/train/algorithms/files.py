@@ -1,0 +1,116 @@
+"""Runs on files: their examples are items, planned into the batches of a run before it begins."""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import data, sharding
+from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.settings import SharedConfig
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics
+
+# (the steps of a run, base) → its job
+Start = Callable[[Sequence[data.Step], Base], Job]
+
+
+def plan(
+    config: SharedConfig,
+    items: Sequence[data.Item],
+    encoded: data.EncodeReport,
+    start: Start,
+    note: Note,
+    *,
+    noun: str,
+    share: bool = False,
+    held_out: Sequence[data.Item] = (),
+) -> Plan:
+    """The run on these items, which `noun` calls by name.
+
+    Args:
+        share: see `data.plan_items`.
+        held_out: the items of the evaluation, if it reads items.
+    """
+    train = config.train
+    steps = _steps(config, items, epochs=train.epochs, steps=train.steps, share=share)
+    note(f"{len(items)} {noun}, {data.describe(encoded, steps)}")
+    documents = _documents(items)
+    longest = max(len(one.tokens) for one in (*documents, *_documents(held_out)))
+    return Plan(len(steps), functools.partial(start, steps), longest, checksum(documents))
+
+
+def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, share: bool = False) -> Plan:
+    """A plan of one step on these items, which have documents of the maximum length."""
+    steps = _steps(config, items, steps=1, share=share)
+    return Plan(1, functools.partial(start, steps), config.train.seq_len)
+
+
+def _steps(
+    config: SharedConfig,
+    items: Sequence[data.Item],
+    *,
+    epochs: int | float | None = None,
+    steps: int | None,
+    share: bool,
+) -> list[data.Step]:
+    train = config.train
+    return data.plan_items(
+        items,
+        seq_len=train.seq_len,
+        batch_size=train.batch_size,
+        grad_accum=train.grad_accum,
+        packing=config.data.packing,
+        bucket=config.data.bucket,
+        seed=train.seed,
+        epochs=epochs,
+        steps=steps,
+        share=share,
+    )
+
+
+def _documents(items: Sequence[data.Item]) -> list[data.Example]:
+    return [document for item in items for document in item.documents]
+
+
+def checksum(examples: Iterable[data.Example]) -> str:
+    """A checksum of the examples' tokens, which of them are trained, and their order, as eight hex digits."""
+    found = 0
+    for example in examples:
+        found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)
+        found = zlib.crc32(np.asarray(example.trained, np.bool_).tobytes(), found)
+    return f"{found:08x}"
+
+
+class FileSource:
+    """Batches of a fixed data set, from a grain iterator that can be resumed."""
+
+    boundary = ahead = True
+
+    def __init__(self, batches: Iterator[data.Batch], mesh: jax.sharding.Mesh, *, sides: int = 1) -> None:
+        """`sides` says how many documents of each item count as tokens of the data."""
+        self._batches, self._mesh, self._sides = batches, mesh, sides
+
+    def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:
+        """The next batch; the policy plays no part."""
+        batch, count = self.read()
+        return sharding.put_batch(batch, self._mesh), count, {}
+
+    def read(self) -> tuple[data.Batch, int]:
+        """The next batch on the host, and how many tokens it holds."""
+        batch = next(self._batches)
+        return batch, data.count_tokens(batch, self._sides)
+
+    def observe(self, metrics: Metrics) -> None:
+        """Does nothing: there is nothing to check."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The grain iterator's position."""
+        return self._batches.get_state()
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes to a position of the grain iterator."""
+        self._batches.set_state(position)

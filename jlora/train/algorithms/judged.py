@@ -1,0 +1,194 @@
+"""Algorithms that learn from judged answers: what they share, from the data of a run to its evaluation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jlora import data, lora, sharding
+from jlora.models import Model
+from jlora.train.algorithms import files
+from jlora.train.algorithms.algorithm import Algorithm, Base, Job, Note, Numbers, Plan
+from jlora.train.settings import SharedConfig
+from jlora.train.state import TrainState
+from jlora.train.step import Batch, Metrics, Objective
+
+Items = Sequence[data.Item]
+
+
+def shared(config: SharedConfig) -> bool:
+    """Whether the answers to a prompt share one copy of it: as the data settings say."""
+    return config.data.share_prompts
+
+
+def unchanged(config: SharedConfig, items: Items) -> Items:
+    """The items."""
+    return items
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What distinguishes one algorithm on judged answers from another.
+
+    Attributes:
+        kind: of data, "pairs" or "unpaired".
+        objective: (model, settings) → what is minimised.
+        report: (a step's metrics) → numbers for the log.
+        panels: panels of curves.png.
+        shares: (settings) → whether the answers to a prompt share one copy of it.
+        arrange: (settings, encoded items) → the items to train on.
+        check: (settings, items, held-out items) → None; raises UserError if the data do not fit the settings.
+        reference: (settings, items) → the reference policy in words; None if there is none.
+        complete: (settings, base, items) → the items with the values that only a model gives.
+        values: (settings) → what the items of `fullest` bring besides their documents.
+        finish: (base, metrics of the evaluation) → None, called at the end if there is evaluation data.
+    """
+
+    kind: Literal["pairs", "unpaired"]
+    objective: Callable[[Model, SharedConfig], Objective]
+    report: Callable[[Metrics], Numbers]
+    panels: tuple[tuple[str, tuple[str, ...]], ...]
+    shares: Callable[[SharedConfig], bool] = shared
+    arrange: Callable[[SharedConfig, Items], Items] = unchanged
+    check: Callable[[SharedConfig, Items, Items], None] = lambda config, items, held_out: None
+    reference: Callable[[SharedConfig, Items], str] | None = None
+    complete: Callable[[SharedConfig, Base, Items], Items] = lambda config, base, items: items
+    values: Callable[[SharedConfig], Mapping[str, float]] = lambda config: {}
+    finish: Callable[[Base, Metrics], None] | None = None
+
+
+def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = False) -> Algorithm:
+    """The algorithm of a method, for the table; see `Algorithm` for `groups` and `scores`."""
+    return Algorithm(
+        plan=functools.partial(plan, method), fullest=functools.partial(fullest, method), groups=groups, scores=scores
+    )
+
+
+def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
+    """The run on the preferences of `data.path`."""
+    items, encoded = _read_items(method, config, config.data.path, tokenizer, note)
+    held_out: Items = []
+    if config.data.eval_path:
+        held_out, _ = _read_items(method, config, config.data.eval_path, tokenizer, note)
+    method.check(config, items, held_out)
+    start = functools.partial(_start, method, config, items, held_out, note)
+    noun = "pairs" if method.kind == "pairs" else "answers"
+    return files.plan(config, items, encoded, start, note, noun=noun, share=method.shares(config), held_out=held_out)
+
+
+def fullest(method: Method, config: SharedConfig) -> Plan:
+    """A plan of one step on items of documents of the maximum length that share nothing; no data needs more memory."""
+    train = config.train
+    documents = (data.filled(train.seq_len),) * _sides(method)
+    item = data.Item(documents, method.values(config))
+    items = method.arrange(config, [item] * (2 * train.batch_size * train.grad_accum))
+    start = functools.partial(_start, method, config, items, (), lambda message: None)
+    return files.fullest(config, items, start, share=method.shares(config))
+
+
+def _sides(method: Method) -> int:
+    """How many documents of each item are data."""
+    return 2 if method.kind == "pairs" else 1
+
+
+def _start(
+    method: Method,
+    config: SharedConfig,
+    items: Items,
+    held_out: Items,
+    note: Note,
+    steps: Sequence[data.Step],
+    base: Base,
+) -> Job:
+    objective = method.objective(base.model, config)
+    if method.reference:
+        note(f"the reference policy is {method.reference(config, items)}")
+    items, held_out = (method.complete(config, base, some) for some in (items, held_out))
+    score = sharding.jit(_scorer(objective))
+    evaluate = functools.partial(_evaluate, score, base, held_out, config, method.shares(config))
+    batches = data.loader(items, steps, config.train.grad_accum)
+    return Job(
+        trainable=base.trainable,
+        frozen=base.constants,
+        objective=objective,
+        source=files.FileSource(batches, base.mesh, sides=_sides(method)),
+        report=method.report,
+        adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
+        evaluate=lambda state: _numbers(method, evaluate(state)),
+        panels=method.panels,
+        finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
+    )
+
+
+def _read_items(
+    method: Method, config: SharedConfig, path: str, tokenizer: Any, note: Note
+) -> tuple[Items, data.EncodeReport]:
+    """The items of a file, and a report on their encoding."""
+    on_error = config.data.on_error
+    records = data.read_preferences(path, method.kind, on_error=on_error, note=note)
+    encode = data.encode_pairs if method.kind == "pairs" else data.encode_unpaired
+    seq_len, overlong = config.train.seq_len, config.data.overlong
+    items, report = encode(records, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
+    for remark in report.notes:
+        note(remark)
+    return method.arrange(config, items), report
+
+
+def _evaluate(
+    score: Callable, base: Base, items: Items, config: SharedConfig, share: bool, state: TrainState
+) -> Metrics:
+    """The metrics of all items as if they were one step: sums are added, arrays of items concatenated.
+
+    The loss is the mean of the batches' losses, weighted by their numbers of items.
+
+    Args:
+        score: see `_scorer`.
+    """
+    found = []
+    for batch in batches(items, config, base.mesh, share=share):
+        value, report = score(state.trainable, base.constants, batch)
+        weight = float(np.sum(batch["items"]))
+        found.append(sharding.on_host((value * weight, weight, report)))
+    loss = sum(value for value, _, _ in found) / sum(weight for _, weight, _ in found)
+    sums = jax.tree.map(lambda *values: np.asarray(np.sum(values, axis=0)), *(report.sums for _, _, report in found))
+    arrays = jax.tree.map(lambda *values: np.concatenate(values), *(report.items for _, _, report in found))
+    return sums | arrays | {"loss": np.asarray(loss)}
+
+
+def batches(items: Items, config: SharedConfig, mesh: jax.sharding.Mesh, *, share: bool) -> Iterator[Batch]:
+    """Every item once, in order, in batches of one micro-batch."""
+    if not items:
+        return
+    steps = data.plan_items(
+        items,
+        seq_len=config.train.seq_len,
+        batch_size=config.train.batch_size,
+        packing=False,
+        bucket=config.data.bucket,
+        epochs=1,
+        shuffle=False,
+        share=share,
+    )
+    for step in steps:
+        yield sharding.put_batch(data.collate_items(items, step), mesh)
+
+
+def _scorer(objective: Objective) -> Callable:
+    """score(trainable, frozen, batch of one micro-batch) → (loss, report), without gradients or dropout."""
+
+    def score(trainable: Any, frozen: Any, batch: Batch) -> Any:
+        micro = jax.tree.map(lambda leaf: leaf[0], batch)
+        return objective.loss(trainable, frozen, micro, objective.totals(batch), None)
+
+    return score
+
+
+def _numbers(method: Method, metrics: Metrics) -> Numbers:
+    return {"loss": float(metrics["loss"])} | method.report(metrics)
+
+
+def _nothing(state: TrainState) -> None:
+    """Does nothing at the end of a run."""

@@ -1,0 +1,146 @@
+"""The groups of settings that every run has, whatever its algorithm; an algorithm's own groups are in its file."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from jlora.data import DataConfig
+from jlora.errors import UserError, raise_all
+from jlora.hub.checkpoints.resize import check_vocab
+from jlora.kernels.attention import AUTO, FORMS
+from jlora.lora import LoraConfig
+from jlora.optim import OptimConfig
+from jlora.quant import QuantConfig, as_config
+from jlora.sharding import MeshConfig
+
+TASK = "reasoning_gym:"  # prefix of a data.path that names a generated task
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where the base model comes from and how it is held.
+
+    Args:
+        path: a Hugging Face folder, a Hub id, or a GGUF file.
+        dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
+            keeps the one it began with.
+        quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
+        adapter: a PEFT folder to continue from; its settings replace the group `lora`.
+        resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
+            are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
+        attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
+    """
+
+    path: str
+    dtype: str | None = None
+    quant: str | QuantConfig | None = None
+    adapter: str | None = None
+    resize_vocab: int | str | None = None
+    attention: str = AUTO
+
+    @property
+    def merges_packed(self) -> bool:
+        """Whether the adapter is trained to be merged into the base and packed with it."""
+        return isinstance(self.quant, QuantConfig) and self.quant.merge_aware
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.path:
+            faults.append("model.path: found '', expected a folder, a Hub id or a GGUF file")
+        if self.dtype not in (None, *DTYPES):
+            faults.append(f"model.dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}, or None")
+        if self.attention not in (AUTO, *FORMS):
+            faults.append(f"model.attention: found {self.attention!r}, expected one of {', '.join((AUTO, *FORMS))}")
+        try:
+            as_config(self.quant)
+        except UserError as error:
+            faults.append(f"model.quant: {error}")
+        try:
+            check_vocab(self.resize_vocab, "model.resize_vocab")
+        except UserError as error:
+            faults.append(str(error))
+        raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, how much to compute at once, and how often to log, save and evaluate.
+
+    Args:
+        steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is
+            that fraction of its rows, rounded up to whole steps.
+        batch_size: rows of a micro-batch, over all devices.
+        seq_len: tokens of a row.
+        grad_accum: micro-batches of a step.
+        seed: of the adapter's initialisation, the order of the data, and dropout.
+        log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
+        eval_on_start: also evaluate before the first step, so that the log shows what training changed.
+        keep_checkpoints: how many to keep; older ones are removed.
+        remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and
+            computes the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is
+            expensive to compute. True means "full", False "none".
+        on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
+            last checkpoint kept, or "skip" the step (ten in a row stop the run). Other adapters of the run continue.
+        on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
+            what changed and continue.
+        tensorboard: also write TensorBoard files (needs the extra of that name).
+        profile: number of steps to trace, after the first two; see `jlora.train.reporting.tracing`.
+        fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    seq_len: int = 512
+    grad_accum: int = 1
+    seed: int = 0
+    log_every: int = 1
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    eval_on_start: bool = False
+    remat: bool | Literal["full", "offload", "none"] = True
+    tensorboard: bool = False
+    profile: int = 0
+    fold: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_changed_files: Literal["refuse", "note"] = "refuse"
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.steps is None and self.epochs is None:
+            faults.append("train.steps or train.epochs: one of them is required")
+        if self.epochs is not None and not self.epochs > 0:
+            faults.append(f"train.epochs: found {self.epochs}, expected more than 0")
+        least = {"steps": 1, "batch_size": 1, "seq_len": 2, "grad_accum": 1, "log_every": 1, "save_every": 1}
+        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0, "profile": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                faults.append(f"train.{name}: found {value}, expected at least {bound}")
+        raise_all(faults)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """The groups of every run. `jlora.train.config.RunConfig` adds those of the algorithms, under the names that
+    `Algorithm.groups` gives them, so that the code of an algorithm reads its own as `config.dpo`.
+    """
+
+    algorithm: str = "sft"
+    model: ModelSource
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+
+
+def at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:
+    """A fault for each setting that is not a finite number of at least its bound."""
+    return [
+        f"{group}.{name}: found {value}, expected a number of at least {bound:g}"
+        for name, bound in bounds.items()
+        if not ((value := getattr(settings, name)) >= bound and math.isfinite(value))
+    ]

@@ -110,7 +110,7 @@ def _compare(
     options: argparse.Namespace, model: Model, params: Params, tokenizer: Any, records: list[dict[str, Any]]
 ) -> None:
     """Shows a reward model's figures on pairs, and draws its calibration if a plot is asked for."""
-    items, report = data.encode_pairs(
+    items, report = data.encode_preferences(
         records, tokenizer, seq_len=options.seq_len, on_error=options.on_error, note=print_note
     )
     metrics = reward_model.compare(model, params, items, batch_size=options.batch_size, seq_len=options.seq_len)

@@ -1,7 +1,7 @@
 """Items: units that a step must not split, such as the answers of a pair. From records to tokens, plans and batches."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -10,7 +10,7 @@ import numpy as np
 from jlora.data.batches import Batch, collate, common_start, lay_out
 from jlora.data.chat import EncodeReport, Example, Remark, select
 from jlora.data.packing import Step, plan
-from jlora.data.preference import NUMBERS
+from jlora.data.preference import NUMBERS, Kind
 from jlora.data.records import Note, OnError, Record, warn
 from jlora.data.rendered import write
 from jlora.data.template import (
@@ -33,44 +33,45 @@ class Item:
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def encode_pairs(
+def encode_preferences(
     records: Sequence[Record],
     tokenizer: Any,
+    kind: Kind = "pairs",
     *,
     seq_len: int,
     overlong: str = "drop",
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
-    """An item with the documents (chosen, rejected) for each pair that can be learned from, in order, and a report.
+    """An item for each record that can be learned from, in order, and a report. Of "pairs", its documents are (chosen,
+    rejected) and its values the record's `NUMBERS`; of "unpaired", it is one document with "label" 1 or 0.
 
     The tokens are TRL's for DPO: an answer is trained from where prompt and prompt + answer diverge, at the same place
     in both documents, to its very end. For plain text that is the tokenizer's end-of-text token; for messages it is
     whatever the template writes after the last one.
 
     Args:
-        records: as `read_preferences` returns them.
-        overlong: what happens to a document longer than `seq_len`: "cut" keeps its start, "drop" leaves out its pair,
+        records: as `read_preferences` returns them for this kind.
+        overlong: what happens to a document longer than `seq_len`: "cut" keeps its start, "drop" leaves out its record,
             "error" raises.
         on_error, note: see `encode_all`.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    return _encode(records, tokenizer, ("chosen", "rejected"), NUMBERS, seq_len, overlong, on_error, note)
-
-
-def encode_unpaired(
-    records: Sequence[Record],
-    tokenizer: Any,
-    *,
-    seq_len: int,
-    overlong: str = "drop",
-    on_error: OnError = "raise",
-    note: Note = warn,
-) -> tuple[list[Item], EncodeReport]:
-    """An item with one document for each answer, with "label" 1 or 0; all else as in `encode_pairs`."""
-    return _encode(records, tokenizer, ("completion",), ("label",), seq_len, overlong, on_error, note)
+    sides, names = (("chosen", "rejected"), NUMBERS) if kind == "pairs" else (("completion",), ("label",))
+    stop = stop_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
+    kept, report = select(
+        records,
+        lambda record, remark: _encode_sides(record, sides, tokenizer, stop, remark),
+        seq_len=seq_len,
+        overlong=overlong,
+        on_error=on_error,
+        note=note,
+    )
+    return [
+        Item(documents, {name: float(record[name]) for name in names if name in record}) for record, documents in kept
+    ], report
 
 
 def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> list[Item]:
@@ -225,6 +226,21 @@ def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Bat
     return _collate(_documents(items), items, sides, names, step, grad_accum)
 
 
+def in_order(
+    items: Sequence[Item],
+    *,
+    seq_len: int,
+    batch_size: int,
+    bucket: int = 64,
+    share: bool = True,
+    prompts: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Every item once, in order and unpacked, in batches of one micro-batch; for the arguments see `plan_items`."""
+    settings = dict(seq_len=seq_len, batch_size=batch_size, bucket=bucket, share=share, prompts=prompts)
+    for step in plan_items(items, packing=False, epochs=1, shuffle=False, **settings):
+        yield collate_items(items, step)
+
+
 def count_tokens(batch: Batch, sides: int) -> int:
     """The number of tokens in the first `sides` documents of all items, or in all documents of a batch that does not
     know its items; shared tokens count for each document.
@@ -280,30 +296,6 @@ def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]
             seen += len(row)
         fullest = max(fullest, seen // sides)
     return 1 << (fullest - 1).bit_length(), slots
-
-
-def _encode(
-    records: Sequence[Record],
-    tokenizer: Any,
-    sides: tuple[str, ...],
-    names: tuple[str, ...],
-    seq_len: int,
-    overlong: str,
-    on_error: OnError,
-    note: Note,
-) -> tuple[list[Item], EncodeReport]:
-    stop = stop_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
-    kept, report = select(
-        records,
-        lambda record, remark: _encode_sides(record, sides, tokenizer, stop, remark),
-        seq_len=seq_len,
-        overlong=overlong,
-        on_error=on_error,
-        note=note,
-    )
-    return [
-        Item(documents, {name: float(record[name]) for name in names if name in record}) for record, documents in kept
-    ], report
 
 
 def _encode_sides(

@@ -8,9 +8,8 @@ import pytest
 
 from jlora.data import (
     encode,
-    encode_pairs,
+    encode_preferences,
     encode_prompts,
-    encode_unpaired,
     read_preferences,
     read_prompts,
     read_records,
@@ -196,7 +195,7 @@ def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
     other = chat("x", "x")["messages"][1:]
     pairs = [{"prompt": r["messages"][:1], "chosen": r["messages"][1:], "rejected": other} for r in records]
     tokenizer = make_tokenizer(template, "<|im_end|>")
-    for encoder, given in ((encode, records), (encode_pairs, pairs)):
+    for encoder, given in ((encode, records), (encode_preferences, pairs)):
         notes = []
         found, report = encoder(given, tokenizer, seq_len=64, on_error="skip", note=notes.append)
         assert (len(found), report.kept) == (2, (1, 3))
@@ -217,8 +216,12 @@ def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
     [
         (read_records, encode, "seq_len"),
         (read_prompts, encode_prompts, "max_prompt_length"),
-        (functools.partial(read_preferences, kind="pairs"), encode_pairs, "seq_len"),
-        (functools.partial(read_preferences, kind="unpaired"), encode_unpaired, "seq_len"),
+        (functools.partial(read_preferences, kind="pairs"), encode_preferences, "seq_len"),
+        (
+            functools.partial(read_preferences, kind="unpaired"),
+            functools.partial(encode_preferences, kind="unpaired"),
+            "seq_len",
+        ),
     ],
 )
 def test_records_of_a_file_are_named_by_their_lines(make_tokenizer, tmp_path, reader, encoder, length):

@@ -16,8 +16,7 @@ from jlora.data import (
     collate_items,
     count_tokens,
     describe,
-    encode_pairs,
-    encode_unpaired,
+    encode_preferences,
     loader,
     plan_items,
     template_tail,
@@ -76,7 +75,7 @@ def sides(items):
 @pytest.mark.parametrize("make", [text_pairs, chat_pairs])
 def test_pairs_have_the_tokens_of_trls_dpo(tokenizer, make, seq_len):
     rows = trl_rows(DPOTrainer, DataCollatorForPreference, make(), tokenizer, max_length=seq_len)
-    items, report = encode_pairs(make(), tokenizer, seq_len=seq_len or 999, overlong="cut")
+    items, report = encode_preferences(make(), tokenizer, seq_len=seq_len or 999, overlong="cut")
     assert_same(sides(items), rows)
     assert report.examples == len(items) == len(rows) // 2
     assert report.tokens == sum(len(tokens) for tokens, _ in rows)
@@ -85,7 +84,7 @@ def test_pairs_have_the_tokens_of_trls_dpo(tokenizer, make, seq_len):
 @pytest.mark.parametrize("make", [text_pairs, chat_pairs])
 def test_pairs_have_the_tokens_of_trls_dpo_with_another_template(byte_tokenizer, make):
     rows = trl_rows(DPOTrainer, DataCollatorForPreference, make(), byte_tokenizer)
-    items, _ = encode_pairs(make(), byte_tokenizer, seq_len=999)
+    items, _ = encode_preferences(make(), byte_tokenizer, seq_len=999)
     assert_same(sides(items), rows)
 
 
@@ -99,14 +98,14 @@ def test_single_answers_and_mismatched_ones_are_those_of_trls_kto(tokenizer, mak
     rows = trl_rows(
         KTOTrainer, DataCollatorForUnpairedPreference, records, tokenizer, kl=True, per_device_train_batch_size=3
     )
-    items, _ = encode_unpaired(records, tokenizer, seq_len=999)
+    items, _ = encode_preferences(records, tokenizer, "unpaired", seq_len=999)
     assert [item.values for item in items] == [{"label": 1.0}] * 4 + [{"label": 0.0}] * 3
     assert_same(sides(with_mismatched(items, 3, seq_len=999)), rows)
 
 
 def test_a_mismatched_answer_is_cut_and_needs_another_item(byte_tokenizer):
     records = [{"prompt": "abc", "completion": "d", "label": True}, {"prompt": "e", "completion": "fg", "label": False}]
-    items, _ = encode_unpaired(records, byte_tokenizer, seq_len=5)
+    items, _ = encode_preferences(records, byte_tokenizer, "unpaired", seq_len=5)
     found = [item.documents[1] for item in with_mismatched(items, 2, seq_len=5)]
     assert [byte_tokenizer.decode(document.tokens) for document in found] == ["abcfg", "ed<|end|>"]
     assert [document.trained.tolist() for document in found] == [[False] * 3 + [True] * 2, [False] + [True] * 2]
@@ -117,7 +116,7 @@ def test_a_mismatched_answer_is_cut_and_needs_another_item(byte_tokenizer):
 
 
 def test_what_a_template_writes_behind_an_answer_is_the_end_of_its_document(tokenizer, byte_tokenizer, text_tokenizer):
-    [item], _ = encode_pairs(chat_pairs()[:1], tokenizer, seq_len=99)
+    [item], _ = encode_preferences(chat_pairs()[:1], tokenizer, seq_len=99)
     tail = template_tail(tokenizer)
     assert tokenizer.decode(tail) == "\n"
     for document in item.documents:
@@ -127,7 +126,7 @@ def test_what_a_template_writes_behind_an_answer_is_the_end_of_its_document(toke
 
 def test_numbers_of_a_record_become_values(byte_tokenizer):
     numbers = {"margin": 2, "ref_chosen_logps": -1.5, "ref_rejected_logps": -3}
-    [item], _ = encode_pairs([{**text_pairs()[0], **numbers, "id": 4}], byte_tokenizer, seq_len=99)
+    [item], _ = encode_preferences([{**text_pairs()[0], **numbers, "id": 4}], byte_tokenizer, seq_len=99)
     assert item.values == numbers
 
 
@@ -137,7 +136,7 @@ def test_tools_and_settings_reach_the_chat_template(make_tokenizer):
         "<|im_end|>",
     )
     pair = chat_pairs()[0] | {"tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"}}
-    [item], _ = encode_pairs([pair], tokenizer, seq_len=99)
+    [item], _ = encode_preferences([pair], tokenizer, seq_len=99)
     assert tokenizer.decode(item.documents[0].tokens) == '[{"name": "f"}]glad2+2=<|im_end|>4<|im_end|>'
     assert_same(item.documents, trl_rows(DPOTrainer, DataCollatorForPreference, [pair], tokenizer))
 
@@ -149,7 +148,7 @@ def test_both_answers_begin_where_the_first_of_them_leaves_the_prompt(make_token
         "<|im_end|>",
     )
     pair = chat_pairs()[0] | {"chosen": [{"role": "assistant", "content": "<thin air"}]}
-    [item], _ = encode_pairs([pair], tokenizer, seq_len=99)
+    [item], _ = encode_preferences([pair], tokenizer, seq_len=99)
     assert [tokenizer.decode(d.tokens[d.trained]) for d in item.documents] == ["<thin air<|im_end|>", "5<|im_end|>"]
     assert_same(item.documents, trl_rows(DPOTrainer, DataCollatorForPreference, [pair], tokenizer))
 
@@ -164,7 +163,9 @@ def test_a_prompt_that_reads_otherwise_before_an_answer_is_no_part_of_the_answer
     tokenizer = make_tokenizer(template, "</s>")
     prompt = [{"role": "system", "content": "Short."}, {"role": "user", "content": "a?"}]
     answers = [[{"role": "assistant", "content": answer}] for answer in ("Yes.", "No.")]
-    [item], _ = encode_pairs([{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}], tokenizer, seq_len=99)
+    [item], _ = encode_preferences(
+        [{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}], tokenizer, seq_len=99
+    )
     texts = [tokenizer.decode(document.tokens[document.trained]) for document in item.documents]
     assert texts == ["Yes.</s>", "No.</s>"]
 
@@ -172,9 +173,9 @@ def test_a_prompt_that_reads_otherwise_before_an_answer_is_no_part_of_the_answer
 def test_a_pair_is_cut_dropped_or_refused_as_a_whole(byte_tokenizer):
     pairs = [("p", "a", "b"), ("p", "a", "b" * 9), ("pqrst", "a", "b"), ("p", "aaaaab", "aaaaac")]
     records = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
-    items, report = encode_pairs(records, byte_tokenizer, seq_len=5, overlong="drop")
+    items, report = encode_preferences(records, byte_tokenizer, seq_len=5, overlong="drop")
     assert (len(items), report.examples, report.dropped, report.cut, report.untrained) == (1, 1, 3, 0, 0)
-    items, report = encode_pairs(records, byte_tokenizer, seq_len=5, overlong="cut")
+    items, report = encode_preferences(records, byte_tokenizer, seq_len=5, overlong="cut")
     assert [[len(d.tokens) for d in item.documents] for item in items] == [[3, 3], [3, 5]]
     # The third has no room for an answer, and the answers of the fourth part behind the cut.
     assert (report.examples, report.dropped, report.cut, report.untrained) == (2, 0, 1, 2)
@@ -184,11 +185,11 @@ def test_a_pair_is_cut_dropped_or_refused_as_a_whole(byte_tokenizer):
         "14 tokens of which 10 are trained; 2 steps, rows of 3, 5 tokens; 1 cut at seq_len; 2 without a trained token"
     )
     with pytest.raises(ValueError) as error:
-        encode_pairs(records, byte_tokenizer, seq_len=5, overlong="error")
+        encode_preferences(records, byte_tokenizer, seq_len=5, overlong="error")
     for words in ("record 2: found 11 tokens, expected at most 5", "record 3: found 7", "record 4: found 8"):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="no token to train on in 4 records: 4 are longer than 2 tokens"):
-        encode_pairs(records, byte_tokenizer, seq_len=2)
+        encode_preferences(records, byte_tokenizer, seq_len=2)
 
 
 def test_answers_of_the_same_tokens_and_chats_without_a_template_are_refused(make_tokenizer):
@@ -196,9 +197,9 @@ def test_answers_of_the_same_tokens_and_chats_without_a_template_are_refused(mak
     good, bad = chat_pairs()[:2]
     bad["chosen"], bad["rejected"] = ([{"role": "assistant", "content": text}] for text in ("a", "a "))
     with pytest.raises(ValueError, match="record 2: found the same tokens for chosen and rejected"):
-        encode_pairs([good, bad], tokenizer, seq_len=99)
+        encode_preferences([good, bad], tokenizer, seq_len=99)
     with pytest.raises(ValueError, match="1 of 2 records are chats, but the tokenizer has no chat template"):
-        encode_pairs([text_pairs()[0], good], make_tokenizer(None, "<|im_end|>"), seq_len=99)
+        encode_preferences([text_pairs()[0], good], make_tokenizer(None, "<|im_end|>"), seq_len=99)
 
 
 def item(*documents, **values):
@@ -382,7 +383,7 @@ def test_answers_none_of_which_is_trained_teach_nothing(tokenizer, held):
     user = {"role": "user", "content": "hi"}
     good = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")} | {"prompt": [user]}
     bad = good | {side: [{**good[side][0], "train": False}] for side in held}
-    items, report = encode_pairs([bad, good], tokenizer, seq_len=64, note=lambda message: None)
+    items, report = encode_preferences([bad, good], tokenizer, seq_len=64, note=lambda message: None)
     assert (len(items), report.untrained) == (1, 1)
     with pytest.raises(UserError, match="no token to train on"):
-        encode_pairs([bad], tokenizer, seq_len=64)
+        encode_preferences([bad], tokenizer, seq_len=64)

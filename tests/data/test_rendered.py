@@ -8,7 +8,7 @@ import pytest
 from jlora.data import (
     answer_text,
     encode,
-    encode_pairs,
+    encode_preferences,
     encode_prompt,
     fold_system,
     marks,
@@ -64,7 +64,7 @@ def ways(record, tokenizer):
         "completion": lambda: (
             encode([{**record, "prompt": prompt, "completion": [answer]}], tokenizer, seq_len=999)[0][0].tokens
         ),
-        "pairs": lambda: encode_pairs([pair], tokenizer, seq_len=999)[0][0].documents[0].tokens,
+        "pairs": lambda: encode_preferences([pair], tokenizer, seq_len=999)[0][0].documents[0].tokens,
         "prompt": lambda: encode_prompt(prompt, tokenizer, variables),
     }
 

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 import transformers
 
-from jlora.data import encode, encode_pairs, encode_prompt
+from jlora.data import encode, encode_preferences, encode_prompt
 from jlora.errors import UserError
 
 FOLDER = pathlib.Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -172,7 +172,7 @@ def check_prompt(record, name, tokenizer):
     try:
         found = encode_prompt(prompt, tokenizer, variables)
         pair = record | {"prompt": prompt, "chosen": [answer], "rejected": [{"role": "assistant", "content": "No."}]}
-        [item], _ = encode_pairs([pair], tokenizer, seq_len=10**6)
+        [item], _ = encode_preferences([pair], tokenizer, seq_len=10**6)
     except UserError as error:
         assert "the chat template" in str(error)
         return

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jlora.data import encode, encode_pairs
+from jlora.data import encode, encode_preferences
 from jlora.errors import UserError
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -79,7 +79,7 @@ def test_an_answer_of_a_pair_leaves_out_a_turn_that_is_not_to_be_trained(make_to
     tokenizer = make_tokenizer(PLAIN, "<|im_end|>")
     chosen = chat("Five.", "Sure?", "Four.", first=1, untrained=(0,))["messages"]
     pair = {"prompt": chat("2 + 2?")["messages"], "chosen": chosen, "rejected": chat("Six.", first=1)["messages"]}
-    [item], _ = encode_pairs([pair], tokenizer, seq_len=999)
+    [item], _ = encode_preferences([pair], tokenizer, seq_len=999)
     texts = [tokenizer.decode(document.tokens[document.trained]) for document in item.documents]
     assert "Five." not in texts[0]
     assert texts[0].endswith("Four.<|im_end|>\n")

@@ -19,6 +19,7 @@ from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, ru
 from jlora.train.algorithms.files import FileSource
 from jlora.train.many import Sources
 from jlora.train.reporting import tracing, usage
+from jlora.train.reporting.log import Log
 from jlora.train.reporting.metrics import MetricsWriter, read_metrics
 from jlora.train.reporting.progress import Progress
 from jlora.train.restore import load_run
@@ -265,7 +266,7 @@ def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="s
     this.total_steps, this.state, this.step, this.timed = total, State(0), fake.step, []
     this.read = lambda metrics, number: {"loss": float(metrics["loss"]), "number": number}
     this.guard = finite.Guard(policy, (), this.workdir, print)
-    log = loop._Log(fake, None, log_every)
+    log = Log(fake, None, log_every)
     asked = itertools.count(1)
     trace = tracing.Trace(this.workdir, 0, 0, total, print)
     try:

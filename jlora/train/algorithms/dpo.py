@@ -13,7 +13,7 @@ from jlora import data, lora, losses, sharding
 from jlora.errors import UserError, raise_all
 from jlora.losses import Pairs, TokenScores, check_dpo
 from jlora.models import Model
-from jlora.train.algorithms import judged
+from jlora.train.algorithms import files, judged
 from jlora.train.algorithms.algorithm import Base, reference_name, reference_params
 from jlora.train.algorithms.pairs import (
     REWARD_PANELS,
@@ -167,8 +167,8 @@ def _with_reference(config: SharedConfig, base: Base, items: Sequence[data.Item]
         return items
     score = sharding.jit(functools.partial(reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
     found: list[data.Item] = []
-    for batch in judged.batches(items, config, base.mesh, share=judged.shared(config)):
-        rows = jax.tree.map(lambda leaf: leaf[0], batch)
+    for batch in files.in_order(config, items, judged.shared(config)):
+        rows = jax.tree.map(lambda leaf: leaf[0], sharding.put_batch(batch, base.mesh))
         sums = sharding.on_host(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
         for chosen, rejected in sums.T:
             item = items[len(found)]

@@ -49,6 +49,13 @@ def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, s
     return Plan(1, functools.partial(start, steps), config.train.seq_len)
 
 
+def in_order(config: SharedConfig, items: Sequence[data.Item], share: bool) -> Iterator[data.Batch]:
+    """Every item once, in order, in batches of one micro-batch."""
+    train = config.train
+    settings = dict(seq_len=train.seq_len, batch_size=train.batch_size, bucket=config.data.bucket)
+    return data.in_order(items, share=share, **settings)
+
+
 def _steps(
     config: SharedConfig,
     items: Sequence[data.Item],

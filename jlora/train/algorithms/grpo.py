@@ -288,16 +288,8 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
     numbers["frac_reward_zero_std"] = float(advantages.zero_std_groups(flat.ravel(), group).mean())
     if settings.dynamic_sampling:
         numbers["dynamic_sampling/rounds"] = float(rounds)
-    if jax.process_index() == 0:
-        rollout.log_completions(
-            source.base.workdir / rollout.FILE,
-            int(state.step) + 1,
-            rollouts,
-            source.prompts,
-            config.rollout.log_completions,
-            reward=rollouts.rewards,
-            advantage=layout.by_item(batch, given) / np.maximum(layout.by_item(batch, batch["weights"]), 1),
-        )
+    means = layout.by_item(batch, given) / np.maximum(layout.by_item(batch, batch["weights"]), 1)
+    rollout.log_completions(source, int(state.step) + 1, rollouts, reward=rollouts.rewards, advantage=means)
     return layout.parts(batch, settings.steps_per_generation) * settings.num_iterations, numbers, rollouts
 
 

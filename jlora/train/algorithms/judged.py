@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -127,11 +127,10 @@ def _read_items(
     method: Method, config: SharedConfig, path: str, tokenizer: Any, note: Note
 ) -> tuple[Items, data.EncodeReport]:
     """The items of a file, and a report on their encoding."""
-    on_error = config.data.on_error
-    records = data.read_preferences(path, method.kind, on_error=on_error, note=note)
-    encode = data.encode_pairs if method.kind == "pairs" else data.encode_unpaired
-    seq_len, overlong = config.train.seq_len, config.data.overlong
-    items, report = encode(records, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
+    settings = dict(on_error=config.data.on_error, note=note)
+    records = data.read_preferences(path, method.kind, **settings)
+    lengths = dict(seq_len=config.train.seq_len, overlong=config.data.overlong)
+    items, report = data.encode_preferences(records, tokenizer, method.kind, **lengths, **settings)
     for remark in report.notes:
         note(remark)
     return method.arrange(config, items), report
@@ -148,32 +147,14 @@ def _evaluate(
         score: see `_scorer`.
     """
     found = []
-    for batch in batches(items, config, base.mesh, share=share):
-        value, report = score(state.trainable, base.constants, batch)
+    for batch in files.in_order(config, items, share):
+        value, report = score(state.trainable, base.constants, sharding.put_batch(batch, base.mesh))
         weight = float(np.sum(batch["items"]))
         found.append(sharding.on_host((value * weight, weight, report)))
     loss = sum(value for value, _, _ in found) / sum(weight for _, weight, _ in found)
     sums = jax.tree.map(lambda *values: np.asarray(np.sum(values, axis=0)), *(report.sums for _, _, report in found))
     arrays = jax.tree.map(lambda *values: np.concatenate(values), *(report.items for _, _, report in found))
     return sums | arrays | {"loss": np.asarray(loss)}
-
-
-def batches(items: Items, config: SharedConfig, mesh: jax.sharding.Mesh, *, share: bool) -> Iterator[Batch]:
-    """Every item once, in order, in batches of one micro-batch."""
-    if not items:
-        return
-    steps = data.plan_items(
-        items,
-        seq_len=config.train.seq_len,
-        batch_size=config.train.batch_size,
-        packing=False,
-        bucket=config.data.bucket,
-        epochs=1,
-        shuffle=False,
-        share=share,
-    )
-    for step in steps:
-        yield sharding.put_batch(data.collate_items(items, step), mesh)
 
 
 def _scorer(objective: Objective) -> Callable:

@@ -215,15 +215,7 @@ def _collect(sampler: Sampler, source: RolloutSource, state: TrainState) -> tupl
     source.memory["kl_coef"] = next_coefficient(kl_coef, found_numbers["objective/kl"], settings, int(known.sum()))
     report = rollout.describe(rollouts, group) | found_numbers | {"objective/kl_coef": kl_coef}
     report["val/num_eos_tokens"] = float(sum(c.finished for c in rollouts.completions))
-    if jax.process_index() == 0:
-        rollout.log_completions(
-            base.workdir / rollout.FILE,
-            int(state.step) + 1,
-            rollouts,
-            source.prompts,
-            config.rollout.log_completions,
-            score=scores,
-        )
+    rollout.log_completions(source, int(state.step) + 1, rollouts, score=scores)
     steps = [
         part
         for epoch in range(settings.num_ppo_epochs)

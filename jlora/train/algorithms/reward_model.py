@@ -148,22 +148,18 @@ class RewardModel:
         whole = [self._finished(item) if end else item for item, end in zip(items, ended, strict=True)]
         config = self._config
         longest, ways = config.train.seq_len + len(self._tail), sharding.token_ways(self._base.mesh)
-        steps = data.plan_items(
+        batches = data.in_order(
             whole,
             seq_len=-(-longest // ways) * ways,
             batch_size=config.train.batch_size,
-            packing=False,
             bucket=config.data.bucket,
-            epochs=1,
-            shuffle=False,
             share=config.data.share_prompts,
             prompts=prompts,
         )
         found = []
-        for step in steps:
-            batch = sharding.put_batch(data.collate_items(whole, step), self._base.mesh)
-            scores = _rewards(self._base.model, self._params, batch)
-            found.append(np.asarray(scores)[np.asarray(batch["items"][0]) > 0])
+        for batch in batches:
+            scores = _rewards(self._base.model, self._params, sharding.put_batch(batch, self._base.mesh))
+            found.append(np.asarray(scores)[batch["items"][0] > 0])
         return np.concatenate(found)
 
     def _finished(self, item: data.Item) -> data.Item:
@@ -182,11 +178,8 @@ def compare(
     model: Model, params: Params, items: Sequence[data.Item], *, batch_size: int = 8, seq_len: int = 512
 ) -> Metrics:
     """The rewards of pairs, "chosen" and "rejected", with "items" > 0 where a pair is not padding; all [A, N]."""
-    settings = dict(packing=False, epochs=1, shuffle=False, share=True)
-    steps = data.plan_items(items, seq_len=seq_len, batch_size=batch_size, **settings)
     found = []
-    for step in steps:
-        batch = data.collate_items(items, step)
+    for batch in data.in_order(items, seq_len=seq_len, batch_size=batch_size):
         scores = np.asarray(_rewards(model, params, batch, 2)).reshape(2, -1)
         found.append((batch["items"][0], *scores))
     return dict(zip(("items", "chosen", "rejected"), map(np.stack, zip(*found, strict=True)), strict=True))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -314,15 +313,15 @@ def describe(rollouts: Rollouts, group_size: int) -> Numbers:
     return numbers | {"completions/clipped_ratio": float(1 - finished.mean())}
 
 
-def log_completions(
-    path: pathlib.Path, step: int, rollouts: Rollouts, prompts: Prompts, count: int, **values: np.ndarray
-) -> None:
-    """Appends up to `count` completions, evenly spread over the rollout, to the file at `path`, with their rewards and
-    `values`.
+def log_completions(source: RolloutSource, step: int, rollouts: Rollouts, **values: np.ndarray) -> None:
+    """Appends up to `rollout.log_completions` completions, evenly spread over the rollout, to the run's file of them,
+    with their rewards and `values`.
     """
-    size = len(rollouts.numbers)
+    if jax.process_index():
+        return
+    size, count, prompts = len(rollouts.numbers), source.config.rollout.log_completions, source.prompts
     group = max(1, size // max(1, count))
-    with path.open("a", encoding="utf-8") as file:
+    with (source.base.workdir / FILE).open("a", encoding="utf-8") as file:
         for index in list(range(0, size, group))[:count]:
             record = {
                 "step": step,

@@ -13,11 +13,13 @@ from jlora.data import (
     Example,
     Item,
     Step,
+    collate,
     collate_items,
     count_tokens,
     describe,
     encode_preferences,
     loader,
+    plan,
     plan_items,
     template_tail,
     with_mismatched,
@@ -361,6 +363,23 @@ def test_a_resumed_iterator_goes_on_with_the_same_batches():
         for name, array in collate_items(items, step).items():
             np.testing.assert_array_equal(found[name], array)
             np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_items_of_one_document_are_planned_and_laid_out_as_their_documents(packing):
+    """So every run of sft resumes as it began, from whatever version of jlora."""
+    items = random_items(30, 1)
+    documents = [document for item in items for document in item.documents]
+    settings = dict(seq_len=32, packing=packing, bucket=8, seed=3, epochs=2.5)
+    steps = plan_items(items, batch_size=3, grad_accum=2, **settings)
+    assert steps == plan([len(document.tokens) for document in documents], batch_size=6, **settings)
+    for step, batch in zip(steps, loader(items, steps, 2, by_item=False), strict=True):
+        expected = collate(documents, step, 2)
+        assert batch.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(batch[name], array)
+        whole = collate_items(items, step, 2)
+        assert count_tokens(batch, 1) == count_tokens(whole, 1) == (batch["segment_ids"] > 0).sum()
 
 
 def test_items_that_do_not_go_together_are_refused():

@@ -151,11 +151,6 @@ class Plan:
     tokens: str = ""
 
 
-def no_faults(config: SharedConfig) -> list[str]:
-    """For algorithms whose groups check everything themselves."""
-    return []
-
-
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
     """All that the rest of jlora has to know about an algorithm: a row of `jlora.train.algorithms.ALGORITHMS`.
@@ -176,7 +171,7 @@ class Algorithm:
     plan: Callable[[SharedConfig, Any, Note], Plan]
     fullest: Callable[[SharedConfig], Plan]
     groups: Mapping[str, type] = dataclasses.field(default_factory=dict)
-    faults: Callable[[SharedConfig], list[str]] = no_faults
+    faults: Callable[[SharedConfig], list[str]] = lambda config: []
     samples: bool = False
     branches: bool = True
     scores: bool = False

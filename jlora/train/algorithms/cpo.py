@@ -10,13 +10,7 @@ from jlora import lora, losses
 from jlora.errors import raise_all
 from jlora.models import Model
 from jlora.train.algorithms import judged
-from jlora.train.algorithms.pairs import (
-    REWARD_PANELS,
-    likelihood_report,
-    pair_items,
-    pair_totals,
-    without_reference,
-)
+from jlora.train.algorithms.pairs import REWARD_PANELS, likelihood_report, pair_items, pair_totals, without_reference
 from jlora.train.algorithms.scores import completion_scores, token_sums
 from jlora.train.settings import SharedConfig, at_least
 from jlora.train.step import Batch, Metrics, Objective, Report

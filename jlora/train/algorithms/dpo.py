@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -15,14 +15,7 @@ from jlora.losses import Pairs, TokenScores, check_dpo
 from jlora.models import Model
 from jlora.train.algorithms import files, judged
 from jlora.train.algorithms.algorithm import Base, reference_name, reference_params
-from jlora.train.algorithms.pairs import (
-    REWARD_PANELS,
-    as_pairs,
-    document_sums,
-    pair_items,
-    pair_report,
-    pair_totals,
-)
+from jlora.train.algorithms.pairs import REWARD_PANELS, as_pairs, document_sums, pair_items, pair_report, pair_totals
 from jlora.train.algorithms.scores import completion_scores, token_sums
 from jlora.train.settings import SharedConfig
 from jlora.train.step import Batch, Metrics, Objective, Report
@@ -177,10 +170,6 @@ def _with_reference(config: SharedConfig, base: Base, items: Sequence[data.Item]
     return found
 
 
-def _values(config: SharedConfig) -> Mapping[str, float]:
-    return {CHOSEN: 0.0, REJECTED: 0.0} if config.dpo.precompute_ref_log_probs else {}
-
-
 DPO = judged.algorithm(
     judged.Method(
         "pairs",
@@ -190,7 +179,7 @@ DPO = judged.algorithm(
         check=_check,
         reference=_reference,
         complete=_with_reference,
-        values=_values,
+        values=lambda config: dict.fromkeys((CHOSEN, REJECTED), 0.0) if config.dpo.precompute_ref_log_probs else {},
     ),
     {"dpo": DPOConfig},
 )

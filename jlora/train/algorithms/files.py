@@ -36,7 +36,7 @@ def plan(
         held_out: the items of the evaluation, if it reads items.
     """
     train = config.train
-    steps = _steps(config, items, epochs=train.epochs, steps=train.steps, share=share)
+    steps = _steps(config, items, share, train.epochs, train.steps)
     note(f"{len(items)} {noun}, {data.describe(encoded, steps)}")
     documents = _documents(items)
     longest = max(len(one.tokens) for one in (*documents, *_documents(held_out)))
@@ -45,7 +45,7 @@ def plan(
 
 def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, share: bool = False) -> Plan:
     """A plan of one step on these items, which have documents of the maximum length."""
-    steps = _steps(config, items, steps=1, share=share)
+    steps = _steps(config, items, share, None, 1)
     return Plan(1, functools.partial(start, steps), config.train.seq_len)
 
 
@@ -57,12 +57,7 @@ def in_order(config: SharedConfig, items: Sequence[data.Item], share: bool) -> I
 
 
 def _steps(
-    config: SharedConfig,
-    items: Sequence[data.Item],
-    *,
-    epochs: int | float | None = None,
-    steps: int | None,
-    share: bool,
+    config: SharedConfig, items: Sequence[data.Item], share: bool, epochs: int | float | None, steps: int | None
 ) -> list[data.Step]:
     train = config.train
     return data.plan_items(

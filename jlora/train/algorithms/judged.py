@@ -24,11 +24,6 @@ def shared(config: SharedConfig) -> bool:
     return config.data.share_prompts
 
 
-def unchanged(config: SharedConfig, items: Items) -> Items:
-    """The items."""
-    return items
-
-
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What distinguishes one algorithm on judged answers from another.
@@ -52,7 +47,7 @@ class Method:
     report: Callable[[Metrics], Numbers]
     panels: tuple[tuple[str, tuple[str, ...]], ...]
     shares: Callable[[SharedConfig], bool] = shared
-    arrange: Callable[[SharedConfig, Items], Items] = unchanged
+    arrange: Callable[[SharedConfig, Items], Items] = lambda config, items: items
     check: Callable[[SharedConfig, Items, Items], None] = lambda config, items, held_out: None
     reference: Callable[[SharedConfig, Items], str] | None = None
     complete: Callable[[SharedConfig, Base, Items], Items] = lambda config, base, items: items
@@ -69,10 +64,9 @@ def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = Fals
 
 def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the preferences of `data.path`."""
-    items, encoded = _read_items(method, config, config.data.path, tokenizer, note)
-    held_out: Items = []
-    if config.data.eval_path:
-        held_out, _ = _read_items(method, config, config.data.eval_path, tokenizer, note)
+    read = functools.partial(_read_items, method, config, tokenizer, note)
+    items, encoded = read(config.data.path)
+    held_out = read(config.data.eval_path)[0] if config.data.eval_path else []
     method.check(config, items, held_out)
     start = functools.partial(_start, method, config, items, held_out, note)
     noun = "pairs" if method.kind == "pairs" else "answers"
@@ -119,12 +113,12 @@ def _start(
         adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
         evaluate=lambda state: _numbers(method, evaluate(state)),
         panels=method.panels,
-        finish=(lambda state: method.finish(base, evaluate(state))) if method.finish and held_out else _nothing,
+        finish=lambda state: method.finish(base, evaluate(state)) if method.finish and held_out else None,
     )
 
 
 def _read_items(
-    method: Method, config: SharedConfig, path: str, tokenizer: Any, note: Note
+    method: Method, config: SharedConfig, tokenizer: Any, note: Note, path: str
 ) -> tuple[Items, data.EncodeReport]:
     """The items of a file, and a report on their encoding."""
     settings = dict(on_error=config.data.on_error, note=note)
@@ -169,7 +163,3 @@ def _scorer(objective: Objective) -> Callable:
 
 def _numbers(method: Method, metrics: Metrics) -> Numbers:
     return {"loss": float(metrics["loss"])} | method.report(metrics)
-
-
-def _nothing(state: TrainState) -> None:
-    """Does nothing at the end of a run."""

@@ -1,4 +1,7 @@
-"""The table of algorithms: every one is a file here that says all about it, and a row."""
+"""The table of algorithms. A new one is a file here, with its settings, its objective and one `Algorithm`, and a row.
+
+Three families share code: `sft` and `judged` train on files (`files`), `rollout` on what the policy samples.
+"""
 
 from jlora.train.algorithms.algorithm import Algorithm
 from jlora.train.algorithms.cpo import CPO

@@ -15,11 +15,11 @@ CEILINGS = {
     "names of model types": (144, 9),
     "isinstance of packed kinds": (1, 1),
     "is_packed": (27, 13),
-    "names of algorithms": (89, 22),
+    "names of algorithms": (48, 19),
     "PEFT's matching rules": (23, 5),
     "paths cut by hand": (67, 24),
 }
-LINES = 32358
+LINES = 32582
 
 
 @pytest.fixture(scope="module")

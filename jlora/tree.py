@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.errors import UserError
+from jlora.families import each
+from jlora.families.family import SCORE
 
 Value = TypeVar("Value")
 
@@ -15,12 +17,11 @@ Value = TypeVar("Value")
 # them: "layers@0-2" is the first three, "layers@1-23:2" every second one from 1 to 23. A number below the stack's name
 # means separate layers (the lists of other Flax models).
 STACK = re.compile(
-    r"(?P<stack>(?:gpt_neox/)?layers|h)(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
+    rf"(?P<stack>{'|'.join(each(lambda family: family.names.stack))})"
+    r"(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
 )
 # What jlora's own models hold outside their stacks.
-OUTSIDE = re.compile(
-    r"(embed_tokens|norm|lm_head|score|wte|wpe|ln_f|embed_out|gpt_neox/(embed_in|final_layer_norm))/[^/]+"
-)
+OUTSIDE = frozenset((SCORE, *(path for names in each(lambda family: family.names) for path in names.outside)))
 # The least number of axes of a stacked leaf with this name. In a single module it has one less.
 STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
 
@@ -204,7 +205,7 @@ def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
 def is_own(leaves: Mapping[str, Any]) -> bool:
     """Whether these are the leaves of one of jlora's own models, or of a part of one."""
     find = stacks_of(leaves)
-    return all(OUTSIDE.fullmatch(path) or find(path) for path in leaves)
+    return all(path.rpartition("/")[0] in OUTSIDE or find(path) for path in leaves)
 
 
 def stack_key(name: str, layers: range, total: int) -> str:

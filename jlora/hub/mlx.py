@@ -8,23 +8,19 @@ from typing import Any, NamedTuple
 
 from jlora import lora, tree
 from jlora.errors import MissingFileError, UserError
+from jlora.families import each
+from jlora.families.kinds import NUMBER, short
 from jlora.hub.checkpoints.weights import TensorInfo, listing, read_json, tensor_infos
 from jlora.hub.peft.config import CONFIG, AdapterConfig
 from jlora.hub.peft.fields import SHARE
 from jlora.hub.peft.reading import assemble
 from jlora.hub.peft.slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
 from jlora.lora.merging import TIED_HEADS
-from jlora.models.kinds import NUMBER, short
 from jlora.types import Params
 
 WEIGHTS = "adapters.safetensors"
 # (pattern of transformers' names, mlx-lm's replacement), where the two differ.
-NAMES = (
-    (r"transformer\.", "model."),
-    (r"gpt_neox\.layers\.", "model.h."),
-    (r"gpt_neox\.", "model."),
-    (r"embed_out$", "model.embed_out"),
-)
+NAMES = tuple(pair for pairs in each(lambda family: family.mlx_names) for pair in pairs)
 LAYER = re.compile(r"model\.(?:layers|h)\.(?P<layer>\d+)\.(?P<key>.+)")
 # Part of the names of experts' linears (SwitchLinear): gate and up are separate there, while jlora fuses them.
 EXPERTS = ".switch_mlp."

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jlora import quant, tree
 from jlora.errors import UserError
+from jlora.families import each
 from jlora.lora.partition import TRAINED, is_adapter
 from jlora.types import Params
 
@@ -17,7 +18,7 @@ Kernel = jax.Array | quant.PackedArray
 # The leaf that an update is added to.
 MAIN = ("kernel", "embedding", "router")
 # Embedding → the head that shares its weight if the tree has no head of its own.
-TIED_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "gpt_neox/embed_in": "embed_out"}
+TIED_HEADS = dict(each(lambda family: (family.names.embedding, family.names.head)))
 
 
 def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:

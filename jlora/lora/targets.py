@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.families import each
+from jlora.families.family import SCORE
 from jlora.lora.config import LoraConfig
 from jlora.lora.merging import MAIN, tied_heads
 
 # The modules that "all-linear" leaves alone: those that compute logits or a reward model's score.
-HEADS = ("lm_head", "embed_out", "score")
+HEADS = (*each(lambda family: family.names.head), SCORE)
 # Prefixes that Hugging Face's causal-LM classes put before a module's own name; patterns match with or without them.
-HUB_PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
+HUB_PREFIXES = ("", *each(lambda family: family.prefix))
 
 
 InputAxes = Sequence[tuple[str, int]]

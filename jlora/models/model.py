@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora import lora, sharding, tree
 from jlora.errors import UserError, first_few
+from jlora.families.family import SCORE
 from jlora.kernels.attention import AUTO, Marks
 from jlora.lora.partition import TRAINED
 from jlora.models.cache import Cache
@@ -22,10 +23,6 @@ from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import BRANCH, Params
-
-# The module of a reward or value model's scalar head; in an adapter its only leaf is `trained_kernel`.
-SCORE = "score"
-
 
 class Tables(NamedTuple):
     """All rotations, of which each layer takes one, and the marks that tell which keys a query may see.

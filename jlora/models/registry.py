@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from jlora.errors import UserError
-from jlora.models.config import Fields, ModelConfig
-from jlora.models.families import FAMILIES
+from jlora.families import FAMILIES
+from jlora.families.fields import Fields
+from jlora.models.config import ModelConfig
 from jlora.models.layers import ACTIVATIONS
 from jlora.models.model import Model
 
@@ -23,7 +24,8 @@ def build(hf_config: dict[str, Any]) -> Model:
             f"config.json: model_type {model_type!r} is not supported; expected one of {', '.join(FAMILIES)}"
         )
     fields = Fields(hf_config)
-    values = FAMILIES[model_type](fields)
+    family = FAMILIES[model_type]
+    values = family.read(fields)
     if values["hidden_act"] not in ACTIVATIONS:
         fields.problems.append(
             f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(ACTIVATIONS)})"
@@ -34,6 +36,7 @@ def build(hf_config: dict[str, Any]) -> Model:
         ModelConfig(
             **values,
             model_type=model_type,
+            names=family.names,
             eos_token_ids=(ends,) if isinstance(ends, int) else tuple(ends),
             source=json.dumps(hf_config, sort_keys=True),
         )

@@ -5,10 +5,12 @@ import re
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.families import each
 from jlora.quant.formats import FORMATS
 
 # Every linear inside the stack; embeddings, the head and norms keep their precision (as is usual with bitsandbytes).
-DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((r"((gpt_neox/)?layers|h)/.*/kernel", "nf4"), (r".*", None))
+_STACKS = "|".join(each(lambda family: family.names.stack))
+DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((rf"({_STACKS})/.*/kernel", "nf4"), (r".*", None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import tree
+from jlora.families import called
 from jlora.sharding.mesh import FEATURES, WEIGHTS
 
 Sizes = Mapping[str, int]
@@ -25,9 +26,14 @@ BOTH = (FEATURES, WEIGHTS)
 VOCABULARY = "vocabulary"
 MEANT = {VOCABULARY: BOTH}
 
-_ROW_PARALLEL = r"(.*/)?(o_proj|down_proj|c_proj|dense|dense_4h_to_h)"
-_HEAD = r"(.*/)?(lm_head|embed_out)"
-_EMBEDDING = r"(.*/)?(embed_tokens|wte|embed_in)"
+
+def _modules(*parts: str) -> str:
+    """A pattern for these parts of any family, wherever they are."""
+    return rf"(.*/)?({'|'.join(called(*parts))})"
+
+
+_ROW_PARALLEL = _modules("output", "mlp_down")
+_HEAD, _EMBEDDING, _POSITIONS = _modules("head"), _modules("embedding"), _modules("positions")
 
 Axes = tuple[str | tuple[str, ...] | None, ...]
 
@@ -35,7 +41,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (rf"{_HEAD}/(trained_)?kernel", (None, VOCABULARY)),
     (rf"{_HEAD}/lora_(start_)?b", (None, VOCABULARY)),
     (rf"{_HEAD}/lora_(start_)?a", ()),
-    (r"(.*/)?wpe/.*", ()),  # there are few positions
+    (rf"{_POSITIONS}/.*", ()),  # there are few positions
     (r"(.*/)?(trained_)?embedding", (VOCABULARY, None)),
     (rf"{_EMBEDDING}/lora_(start_)?a", (VOCABULARY, None)),
     (rf"{_EMBEDDING}/lora_(start_)?b", ()),

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models, tree
+from jlora.families import FAMILIES
+from jlora.families.fields import HARMLESS, Fields
 from jlora.losses import cross_entropy
-from jlora.models import config as model_config
-from jlora.models.families import FAMILIES, HARMLESS
 
 LENGTH = 21
 # Sizes that nothing divides evenly.
@@ -317,10 +317,10 @@ def test_a_familys_tree_is_told_to_be_one_of_jloras_own(case):
 def test_every_field_of_the_config_is_known(model_type):
     """Each field of transformers' config class is read, or known to change nothing."""
     theirs = transformers.CONFIG_MAPPING[model_type]().to_dict()
-    fields = model_config.Fields(theirs)
-    FAMILIES[model_type](fields)
+    fields = Fields(theirs)
+    FAMILIES[model_type].read(fields)
     fields.finish()
-    FAMILIES[model_type](fields.replaced(layer_types=None, no_rope_layers=None, use_sliding_window=True))
+    FAMILIES[model_type].read(fields.replaced(layer_types=None, no_rope_layers=None, use_sliding_window=True))
     known = fields.seen | HARMLESS | {"model_type", "eos_token_id"}
     assert not {name for name, value in theirs.items() if value is not None} - known
 

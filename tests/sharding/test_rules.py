@@ -10,7 +10,7 @@ import transformers
 from jax.sharding import PartitionSpec as P
 
 from jlora import models, quant, sharding, tree
-from jlora.models.families import FAMILIES
+from jlora.families import FAMILIES
 from jlora.sharding.rules import RULES
 
 

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.families.kinds import NUMBER
 from jlora.hub.checkpoints.weights import SafetensorsFolder, TensorInfo, read_tensor, read_unchecked
-from jlora.models.kinds import NUMBER
 from jlora.quant import Packed4bit, PackedArray, PackedInt8, QuantConfig, as_config, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
 

@@ -3,26 +3,23 @@
 layers/self_attn/q_proj/kernel [L, D, N]  ↔  model.layers.{0…L-1}.self_attn.q_proj.weight, each [N, D]
 """
 
-import functools
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.families import FAMILIES, called, each
+from jlora.families.family import SCORE
+from jlora.families.gguf import modules_of
 
-# Ordered (jlora module path, Hub module name); `{layer}` marks a stack, whose leaves have a leading layers axis.
-MODULES: tuple[tuple[str, str], ...] = (
-    (r"layers/(?P<rest>.+)", "model.layers.{layer}.{rest}"),
-    (r"(?P<rest>embed_tokens|norm)", "model.{rest}"),
-    (r"(?P<rest>lm_head|embed_out|score)", "{rest}"),
-    (r"h/(?P<rest>.+)", "transformer.h.{layer}.{rest}"),
-    (r"(?P<rest>wte|wpe|ln_f)", "transformer.{rest}"),
-    (r"gpt_neox/layers/(?P<rest>.+)", "gpt_neox.layers.{layer}.{rest}"),
-    (r"gpt_neox/(?P<rest>embed_in|final_layer_norm)", "gpt_neox.{rest}"),
-)
+# jlora's path of a stack → its name in transformers; the same for modules outside of stacks.
+STACKS = dict(each(lambda family: (family.names.stack, family.hub_name(family.names.stack))))
+OUTSIDE = {SCORE: SCORE} | {
+    path: family.hub_name(path) for family in FAMILIES.values() for path in family.names.outside
+}
 # Classes with a head put these before their base model's names; checkpoints of the base model alone do not have them.
-PREFIXES = ("model.", "transformer.", "gpt_neox.")
+PREFIXES = each(lambda family: family.prefix)
 
 # Leaf → (last part of the Hub's name, whether the Hub stores the matrix as [out, in], while jlora has [in, out]).
 LEAVES: dict[str, tuple[str, bool]] = {
@@ -32,116 +29,19 @@ LEAVES: dict[str, tuple[str, bool]] = {
     "bias": ("bias", False),
     "router": ("weight", True),
 }
-# GPT-2's linears are `Conv1D`, which store [in, out].
-UNTRANSPOSED = r"h/.*/kernel"
+# Linears that are transformers' `Conv1D`, which store [in, out].
+UNTRANSPOSED = rf"({'|'.join(each(lambda family: family.names.stack if family.untransposed else None))})/.*/kernel"
 
 # Kernels of experts, which the Hub stores one by one and unfused. EXPERT_PARTS: the parts of their columns, in order.
 EXPERTS = r"(?P<stack>.+)/mlp/experts/(?P<kernel>gate_up_proj|down_proj)"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-# model_type → (pattern in the names from above, replacement in its checkpoints); transformers renames as it loads.
-CHECKPOINT_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    "mixtral": (
-        (r"\.mlp\.", ".block_sparse_moe."),
-        (r"\.gate_proj\b", ".w1"),
-        (r"\.up_proj\b", ".w3"),
-        (r"\.down_proj\b", ".w2"),
-    ),
-}
+# model_type → GGUF's name of a module → the Hub's.
+GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
+# The number of a layer in the Hub's names.
+LAYER = "|".join(rf"(?<=\.{name}\.)\d+" for name in called("stack"))
 
 # Buffers that old checkpoints have and every loader recomputes.
-HARMLESS = (
-    r".*\.rotary_emb\.inv_freq",
-    r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
-    r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)",
-)
-
-# GGUF's module name → the Hub's; `{expert}` marks a stack of experts, which the Hub stores one by one.
-Table = dict[str, str]
-
-
-def _layer_table(stack: str, modules: Table) -> Table:
-    return {f"blk.{{layer}}.{name}": f"{stack}.{{layer}}.{hub_name}" for name, hub_name in modules.items()}
-
-
-_model_layers = functools.partial(_layer_table, "model.layers")
-GGUF_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-GGUF_ATTENTION = _model_layers(
-    {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
-)
-GGUF_MLP = _model_layers({f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")})
-GGUF_LINEARS = GGUF_ATTENTION | GGUF_MLP
-GGUF_QK_NORMS = _model_layers({f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"})
-GGUF_NORMS_BEFORE = _model_layers({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
-GGUF_NORMS_AFTER = _model_layers(
-    {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-)
-GGUF_NORMS_AROUND = (
-    _model_layers({"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}) | GGUF_NORMS_AFTER
-)
-GGUF_EXPERTS = _model_layers(
-    {"ffn_gate_inp": "mlp.gate"} | {f"ffn_{x}_exps": f"mlp.experts.{{expert}}.{x}_proj" for x in ("gate", "up", "down")}
-)
-GGUF_LLAMA = GGUF_OUTSIDE | GGUF_LINEARS | GGUF_NORMS_BEFORE
-GGUF_PHI3 = _model_layers(
-    {
-        "attn_qkv": "self_attn.qkv_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_up": "mlp.gate_up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
-GGUF_GPT2 = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-} | _layer_table(
-    "transformer.h",
-    {
-        "attn_norm": "ln_1",
-        "attn_qkv": "attn.c_attn",
-        "attn_output": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn_up": "mlp.c_fc",
-        "ffn_down": "mlp.c_proj",
-    },
-)
-GGUF_NEOX = {
-    "token_embd": "gpt_neox.embed_in",
-    "output_norm": "gpt_neox.final_layer_norm",
-    "output": "embed_out",
-} | _layer_table(
-    "gpt_neox.layers",
-    {
-        "attn_norm": "input_layernorm",
-        "attn_qkv": "attention.query_key_value",
-        "attn_output": "attention.dense",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_up": "mlp.dense_h_to_4h",
-        "ffn_down": "mlp.dense_4h_to_h",
-    },
-)
-# model_type → GGUF's names for its modules.
-GGUF_MODULES: dict[str, Table] = {
-    "llama": GGUF_LLAMA,
-    "internlm3": GGUF_LLAMA,
-    "iquestcoder": GGUF_LLAMA,
-    "mistral": GGUF_LLAMA,
-    "mixtral": GGUF_OUTSIDE | GGUF_ATTENTION | GGUF_NORMS_BEFORE | GGUF_EXPERTS,
-    "smollm3": GGUF_LLAMA,
-    "granite": GGUF_LLAMA,
-    "olmo2": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_QK_NORMS | GGUF_NORMS_AFTER,
-    "qwen2": GGUF_LLAMA,
-    "qwen3": GGUF_LLAMA | GGUF_QK_NORMS,
-    "qwen3_moe": GGUF_LLAMA | GGUF_QK_NORMS | GGUF_EXPERTS,
-    "gemma": GGUF_LLAMA,
-    "gemma2": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_NORMS_AROUND,
-    "gemma3_text": GGUF_OUTSIDE | GGUF_LINEARS | GGUF_QK_NORMS | GGUF_NORMS_AROUND,
-    "phi3": GGUF_OUTSIDE | GGUF_NORMS_BEFORE | GGUF_PHI3,
-    "gpt2": GGUF_GPT2,
-    "gpt-sw3": GGUF_GPT2,
-    "gpt_neox": GGUF_NEOX,
-}
+HARMLESS = tuple(dict.fromkeys(pattern for patterns in each(lambda family: family.buffers) for pattern in patterns))
 
 
 class HubTensor(NamedTuple):
@@ -170,18 +70,17 @@ def module_names(module: str, count: int) -> list[str]:
         count: the length of the leading axis of a stacked module's leaves.
 
     Raises:
-        ValueError: no rule covers the module.
+        ValueError: no family has such a module.
     """
     stack = tree.stack_of(module)
     canonical = f"{stack.name}/{stack.rest}" if stack else module
-    for pattern, template in MODULES:
-        match = re.fullmatch(pattern, canonical)
-        if match:
-            rest = match["rest"].replace("/", ".")
-            return [template.format(layer=layer, rest=rest) for layer in (stack.indices(count) if stack else [0])]
-    raise UserError(
-        f"module {module!r} has no name on the Hub: no rule of jlora.hub.checkpoints.names.MODULES covers it"
-    )
+    if canonical in OUTSIDE:
+        return [OUTSIDE[canonical]]
+    for path, hub_name in STACKS.items():
+        if canonical.startswith(f"{path}/"):
+            rest = canonical.removeprefix(f"{path}/").replace("/", ".")
+            return [f"{hub_name}.{layer}.{rest}" for layer in (stack.indices(count) if stack else [0])]
+    raise UserError(f"module {module!r} has no name on the Hub: no family of jlora.families has such a module")
 
 
 def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list[HubTensor]:
@@ -230,7 +129,8 @@ def _expert_tensors(names: list[str], shape: tuple[int, ...], parts: tuple[str, 
 
 
 def _checkpoint_name(name: str, model_type: str) -> str:
-    for pattern, replacement in CHECKPOINT_NAMES.get(model_type, ()):
+    family = FAMILIES.get(model_type)
+    for pattern, replacement in family.checkpoint_names if family else ():
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -269,7 +169,7 @@ def to_gguf(name: str, model_type: str) -> str:
         ValueError: GGUF has no such tensor.
     """
     module, _, suffix = name.rpartition(".")
-    template, numbers = _numbers_out(module, layer=r"(?<=\.layers\.)\d+|(?<=\.h\.)\d+", expert=r"(?<=\.experts\.)\d+")
+    template, numbers = _numbers_out(module, layer=LAYER, expert=r"(?<=\.experts\.)\d+")
     for gguf_name, hub_name in GGUF_MODULES[model_type].items():
         if _checkpoint_name(hub_name, model_type) == template:
             return f"{gguf_name.replace('{layer}', numbers.get('layer', ''))}.{suffix}"

@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jlora.families import FAMILIES
+from jlora.families.family import Older
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # transformers 5's name → transformers 4's.
 RENAMED = {"dtype": "torch_dtype"}
-EXPERTS = {"num_local_experts": "num_experts"}  # in Qwen's mixtures
-# Fields of `rope_parameters` → their earlier names outside of it.
-BEFORE = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-BEFORE_OF_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 # Classes of transformers 4 that add the begin and end tokens by add_bos_token and add_eos_token, whatever
 # tokenizer.json says.
 ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "LlamaTokenizer")
@@ -22,9 +21,15 @@ ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", 
 
 def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with its dtype, rotary positions and experts under the names of transformers 4 and 5."""
-    renamed = RENAMED | (EXPERTS if config.get("model_type") == "qwen3_moe" else {})
+    renamed = {**RENAMED, **_older(config).renamed}
     named = {before: config[now] for now, before in renamed.items() if config.get(now) is not None}
     return {**config, **named, **_rope(config)}
+
+
+def _older(config: Mapping[str, Any]) -> Older:
+    """What the family needs; a model that only recipes merge may be of another family."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family.older if family else Older()
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,32 +49,15 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    before = BEFORE_OF_GPT_NEOX if config.get("model_type") == "gpt_neox" else BEFORE
-    found = {name: rope[key] for key, name in before.items() if rope.get(key) is not None}
+    older = _older(config)
+    found = {name: rope[key] for key, name in older.rotary.items() if rope.get(key) is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found
-    scaling = {key: value for key, value in rope.items() if key not in (*before, "type")} | {"rope_type": kind}
-    if config.get("model_type") == "phi3":
-        scaling = _of_phi3(scaling, config)
+    scaling = {key: value for key, value in rope.items() if key not in (*older.rotary, "type")} | {"rope_type": kind}
+    if older.scaling:
+        scaling = older.scaling(scaling, config)
     return found | ({"rope_scaling": scaling} if scaling else {})
-
-
-def _of_phi3(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` as transformers 4 accepts it for Phi-3: LongRoPE's type and its two lists only.
-
-    Empty if there are other settings: transformers 5, which prefers `rope_scaling` to `rope_parameters`, would miss
-    them.
-    """
-    lengths = (config.get(name) or 4096 for name in ("max_position_embeddings", "original_max_position_embeddings"))
-    longest, original = lengths  # both versions compute the factor from these if none is given
-    given = {key: value for key, value in scaling.items() if value is not None}
-    given.pop("original_max_position_embeddings", None)  # config.json's own takes precedence
-    if given.get("factor") == longest / original:
-        del given["factor"]
-    kind = given.pop("rope_type")
-    whole = kind == "longrope" and given.keys() == {"short_factor", "long_factor"}
-    return {"type": kind, **given} if whole else {}
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

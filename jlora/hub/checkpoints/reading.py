@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import models, sharding, tree
 from jlora.errors import UserError, describe_faults
+from jlora.families import kinds
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.bitsandbytes import Stored, read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
@@ -22,7 +23,6 @@ from jlora.hub.checkpoints.resize import Vocab, grown, resized
 from jlora.hub.checkpoints.score import is_scored, scored_leaves
 from jlora.hub.checkpoints.source import Description, Source, check_tensors, open_description, open_source
 from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder, TensorInfo
-from jlora.models import kinds
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
@@ -242,7 +242,7 @@ def _build(checkpoint: Source | Description) -> "Model":
         return models.build(checkpoint.config)
     model = models.build(checkpoint.config | {"generation_config": generation})
     ends = generation.get("eos_token_id")
-    if wrong := kinds.wrong(kinds.FIELDS, "eos_token_id", ends):
+    if wrong := kinds.wrong(kinds.TOKENS, "eos_token_id", ends):
         raise UserError(describe_faults("generation_config.json", wrong))
     if ends is None:
         return model

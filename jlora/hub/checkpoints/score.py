@@ -10,8 +10,9 @@ import jax
 
 from jlora import lora, tree
 from jlora.errors import UserError
+from jlora.families import FAMILIES
+from jlora.families.family import SCORE
 from jlora.hub.checkpoints.source import Description, Source
-from jlora.models.model import SCORE
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -22,24 +23,8 @@ if TYPE_CHECKING:
 KERNEL = f"{SCORE}/kernel"
 TENSOR = f"{SCORE}.weight"
 SUFFIX = "ForSequenceClassification"
-# model_type → the beginning of transformers' class name; other families have no such class.
-PREFIXES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "smollm3": "SmolLM3",
-    "olmo2": "Olmo2",
-    "phi3": "Phi3",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3Text",
-    "gpt2": "GPT2",
-    "gpt-sw3": "GPT2",
-    "gpt_neox": "GPTNeoX",
-}
+# model_type → transformers' class; other families have no such class.
+CLASSES = {kind: f"{family.score}{SUFFIX}" for kind, family in FAMILIES.items() if family.score}
 
 
 def has_score(params: Params) -> bool:
@@ -102,16 +87,16 @@ def scored_config(
         ValueError: transformers has no such class for the model's family.
     """
     kind = model.config.model_type
-    if kind not in PREFIXES:
+    if kind not in CLASSES:
         raise UserError(
             f"transformers has no {SUFFIX} for model_type {kind!r}, so no folder can hold this score head; save the "
-            f"adapter instead (save_adapter). Families with such a class: {', '.join(PREFIXES)}"
+            f"adapter instead (save_adapter). Families with such a class: {', '.join(CLASSES)}"
         )
     ends = (None, None if tokenizer is None else tokenizer.eos_token_id, *model.config.eos_token_ids)
     pads = (None if tokenizer is None else tokenizer.pad_token_id, config.get("pad_token_id"))
     return {
         **config,
-        "architectures": [PREFIXES[kind] + SUFFIX],
+        "architectures": [CLASSES[kind]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "pad_token_id": next((token for token in pads if token not in ends and token < model.config.vocab_size), None),

@@ -10,10 +10,11 @@ import numpy as np
 
 from jlora import models
 from jlora.errors import UserError
+from jlora.families.family import Names
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder, TensorInfo, read_blocks
 
-OF_OTHERS = ("lm_head", "embed_tokens")  # head and embedding of models that jlora does not compute
+OF_OTHERS = (Names().head, Names().embedding)  # head and embedding of models that jlora does not compute
 BLOCK = 1 << 20  # how many values of each of the two are held at once
 
 

@@ -14,50 +14,32 @@ import numpy as np
 
 from jlora import models
 from jlora.errors import UserError
+from jlora.families import FAMILIES
+from jlora.families.gguf import Gguf
 from jlora.hub.gguf.config import FREQUENCIES, LONG, SHORT, YARN, read_config, yarn_attention
 from jlora.models.config import ModelConfig, Rope
 from jlora.models.rope import inverse_frequencies
 
-# model_type → the architecture's name in GGUF.
-ARCHITECTURES = {
-    "llama": "llama",
-    "internlm3": "llama",
-    "iquestcoder": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "smollm3": "smollm3",
-    "granite": "granite",
-    "olmo2": "olmo2",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gpt2": "gpt2",
-    "gpt-sw3": "gpt2",
-    "gpt_neox": "gptneox",
-}
 HEAD = "output.weight"
-# For OWN_HEAD llama.cpp needs a head even if it is the embedding; for TIED_HEAD it knows no other head.
-OWN_HEAD, TIED_HEAD = ("gptneox", "olmo2"), ("gemma", "gemma2")
-# Architectures for which llama.cpp allows biases of the attention's output and the MLP.
-BIASED = ("llama", "granite", "gpt2", "gptneox")
-# One layer in this many has no window, unless the file says which; for other architectures llama.cpp reads no window.
-PERIODS = {"gemma2": 2, "gemma3": 6}
 # Fields of a model's config that do not affect what it computes.
 APART = ("model_type", "source", "eos_token_ids", "tie_word_embeddings")
 
 
-def architecture_of(config: ModelConfig) -> str:
-    """GGUF's name of the model's architecture."""
-    return ARCHITECTURES[config.model_type]
+def gguf_of(config: ModelConfig) -> Gguf:
+    """How llama.cpp's files hold such a model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    gguf = FAMILIES[config.model_type].gguf
+    if gguf is None:
+        raise UserError(f"GGUF cannot hold this {config.model_type} model: llama.cpp has no such architecture")
+    return gguf
 
 
 def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(metadata by full key, tensors of rotary divisors by name)."""
-    architecture = architecture_of(config)
+    gguf = gguf_of(config)
     keys = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -71,30 +53,18 @@ def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]
         f"attention.layer_norm{'' if config.norm == 'layer' else '_rms'}_epsilon": config.norm_eps,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
-        **_windows(config, architecture),
+        **_windows(config, gguf.period),
     }
     if config.experts:
         keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.top_k}
-        if architecture != "llama":
-            keys["expert_feed_forward_length"] = config.experts.intermediate_size
-    if architecture == "granite":
-        keys |= {
-            "attention.scale": config.attention_scale,
-            "embedding_scale": config.embedding_scale,
-            "residual_scale": config.residual_scale,
-            "logit_scale": config.logits_divisor,
-        }
-    if architecture == "gptneox":
-        keys["use_parallel_residual"] = config.parallel
-    if architecture == "phi3":
-        keys["rope.scaling.original_context_length"] = config.ropes[0].original_max_position_embeddings
+    keys |= gguf.writing(config)
     tensors: dict[str, np.ndarray] = {}
     if config.ropes:
         rotary, tensors = _rotary(config.ropes[0])
         keys |= rotary
     if len(config.ropes) > 1:
         keys["rope.freq_base_swa"] = float(config.ropes[1].rope_theta)
-    return {f"{architecture}.{key}": value for key, value in keys.items() if value is not None}, tensors
+    return {f"{gguf.architecture}.{key}": value for key, value in keys.items() if value is not None}, tensors
 
 
 def check(
@@ -116,31 +86,30 @@ def check(
         problems = list(_differences("", config, models.build(read).config))
     except UserError as error:
         problems = str(error).splitlines()[1:] or [str(error)]
-    architecture = architecture_of(config)
-    if (config.output_bias or config.mlp_bias) and architecture not in BIASED:
-        problems.append(f"llama.cpp's {architecture} has biases of queries, keys and values only")
-    if HEAD in shapes and architecture in TIED_HEAD:
-        problems.append(f"this model has a head of its own, and llama.cpp's {architecture} only the embedding's")
-    if config.attention_softcap and architecture == "gemma3":
-        problems.append("llama.cpp's gemma3 does not cap attention's scores")
+    gguf = gguf_of(config)
+    if (config.output_bias or config.mlp_bias) and not gguf.all_biases:
+        problems.append(f"llama.cpp's {gguf.architecture} has biases of queries, keys and values only")
+    if HEAD in shapes and gguf.own_head is False:
+        problems.append(f"this model has a head of its own, and llama.cpp's {gguf.architecture} only the embedding's")
+    if config.attention_softcap and not gguf.soft_caps:
+        problems.append(f"llama.cpp's {gguf.architecture} does not cap attention's scores")
     if problems:
         raise UserError(f"GGUF cannot hold this {config.model_type} model:\n  " + "\n  ".join(problems))
     windows = [layer.window for layer in config.layers if layer.window is not None]
-    if windows and architecture not in PERIODS and min(windows) < config.max_position_embeddings:
+    if windows and gguf.period is None and min(windows) < config.max_position_embeddings:
         warnings.warn(
             f"llama.cpp computes no window for this model: texts of more than {min(windows)} tokens come out otherwise",
             stacklevel=3,
         )
 
 
-def _windows(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def _windows(config: ModelConfig, period: int | None) -> dict[str, Any]:
     windows = [layer.window for layer in config.layers]
     found = sorted({window for window in windows if window is not None})
     if not found:
         return {}
-    period = PERIODS.get(architecture, 0)
     sliding = [window is not None for window in windows]
-    usual = [period == 0 or i % period < period - 1 for i in range(len(windows))]
+    usual = [period is None or i % period < period - 1 for i in range(len(windows))]
     pattern = {} if sliding == usual else {"attention.sliding_window_pattern": sliding}
     return {"attention.sliding_window": found[0], **pattern}
 

@@ -1,6 +1,6 @@
 """Reads GGUF files, dequantised one tensor at a time, under the Hub's names and in its layout.
 
-`jlora.hub.gguf.config` has the architectures that are read, and turns their metadata into a config.json.
+`jlora.hub.gguf.config` turns their metadata into a config.json, as the families say.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.families import FAMILIES
+from jlora.families.layouts import Heads, Layout
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.weights import TensorInfo, require_finite
 from jlora.hub.gguf.config import ROTARY, generation_config, read_config
-from jlora.hub.gguf.layout import Heads, Layout, layout_of
 from jlora.types import require
 
 
@@ -123,7 +124,7 @@ def _parts(tensors: Mapping[str, Any], model_type: str) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name, hub_name in names.from_gguf(tensors, model_type).items():
         tensor, shape = tensors[name], _shape(tensors[name])
-        layout = layout_of(name, model_type)
+        layout = FAMILIES[model_type].gguf.layout_of(name)
         if "{expert}" in hub_name:
             parts |= {hub_name.format(expert=i): Part(tensor, shape[1:], i, layout) for i in range(shape[0])}
         else:

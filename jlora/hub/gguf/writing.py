@@ -11,12 +11,12 @@ import numpy as np
 from jlora import lora, tree
 from jlora.ends import template_end
 from jlora.errors import UserError
+from jlora.families.layouts import Heads
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.source import locate
 from jlora.hub.checkpoints.writing import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf.file import Progress, Tensor, require_name, write_file
-from jlora.hub.gguf.layout import Heads, layout_of
-from jlora.hub.gguf.metadata import HEAD, OWN_HEAD, architecture_of, check, describe
+from jlora.hub.gguf.metadata import HEAD, check, describe, gguf_of
 from jlora.hub.gguf.reading import tokenizer_fields
 from jlora.hub.gguf.tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
 from jlora.hub.tokenizer import is_byte_level, load_tokenizer
@@ -72,11 +72,11 @@ def save_gguf(
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
     tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
-    architecture = architecture_of(model.config)
+    gguf = gguf_of(model.config)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    metadata = {"general.architecture": architecture} | metadata
+    metadata = {"general.architecture": gguf.architecture} | metadata
     check(model.config, metadata, shapes, divisors.__getitem__)
-    if architecture in OWN_HEAD and HEAD not in tensors:
+    if gguf.own_head and HEAD not in tensors:
         tensors[HEAD] = tensors[EMBEDDING]._replace(name=HEAD)
     metadata |= {
         "general.type": "model",
@@ -119,7 +119,7 @@ def save_gguf_adapter(
         b = b * (scale * ranks[name] / alpha)
         tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in (("lora_a", a), ("lora_b", b))]
     metadata = {
-        "general.architecture": architecture_of(model.config),
+        "general.architecture": gguf_of(model.config).architecture,
         "general.type": "adapter",
         "general.name": Path(path).stem,
         "general.file_type": TYPES[dtype][1],
@@ -153,14 +153,14 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
 
 def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
     """GGUF's name → the tensor to write."""
-    kind, heads = model.config.model_type, _heads(model)
+    gguf, kind, heads = gguf_of(model.config), model.config.model_type, _heads(model)
     members: dict[str, list[Piece]] = {}
     for piece in pieces_of(model, params):
         members.setdefault(names.to_gguf(piece.name, kind), []).append(piece)
     tensors = {}
     for name, pieces in members.items():
         pieces.sort(key=lambda piece: piece.tensor.index)
-        layout = layout_of(name, kind)
+        layout = gguf.layout_of(name)
         shape = pieces[0].tensor.shape[::-1] if layout and layout.transposed else pieces[0].tensor.shape
         shape = (len(pieces), *shape) if _is_expert(name) else shape
         reorder = functools.partial(layout.to_gguf, heads=heads) if layout else None
@@ -240,7 +240,7 @@ def _name(path: Path) -> str:
 
 def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """The base tensor's GGUF name → (A [R, inputs], B [outputs, R], scale), in llama.cpp's layout."""
-    flat, kind = tree.flatten(params), model.config.model_type
+    flat, gguf, kind = tree.flatten(params), gguf_of(model.config), model.config.model_type
     if problems := _not_plain(flat):
         raise UserError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
@@ -253,7 +253,7 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
             if not rank:
                 continue
             b = b[:rank] if tensor.columns is None else b[:rank, slice(*tensor.columns)]
-            layout = layout_of(name, kind)
+            layout = gguf.layout_of(name)
             rows = layout.to_gguf(b.T, _heads(model)) if layout and layout.outputs_only else b.T
             a = a[..., :rank]
             scale = float(flat[f"{path}/lora_scale"][layer])

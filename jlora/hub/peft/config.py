@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.errors import UserError
+from jlora.families.kinds import short
 from jlora.hub.peft.fields import wrong_fields
 from jlora.lora.targets import HEADS
-from jlora.models.kinds import short
 
 CONFIG = "adapter_config.json"
 # The PEFT version whose fields are written; readers tell an adapter's age from it.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.models.kinds import FLAG, LARGEST, NUMBER, OBJECT, TEXT, Kind, list_of, short, whole
+from jlora.families.kinds import FLAG, LARGEST, NUMBER, OBJECT, TEXT, Kind, list_of, short, whole
 
 COUNT, TOKENS = whole(1, LARGEST), list_of(whole(0, LARGEST), "token ids")
 SHARE = Kind("a number from 0 to 1", lambda value: NUMBER.holds(value) and 0 <= value <= 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import UserError
+from jlora.families import called
+from jlora.families.fields import HARMLESS
 from jlora.hub.checkpoints.folder import refuse_inputs
 from jlora.hub.checkpoints.names import is_harmless
 from jlora.hub.checkpoints.source import Source
@@ -22,10 +23,9 @@ from jlora.hub.recipes.recipe import FLOATS, LAYER, Input, Recipe, Slice, count_
 from jlora.hub.recipes.spelling import set_template
 from jlora.hub.tokenizer import load_tokenizer
 from jlora.models import ModelConfig, build
-from jlora.models.families import HARMLESS
 
-# Tensors that come before the layers; others outside of them come after.
-EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_in|wte|wpe)\..+")
+# Modules that come before the layers; others outside of them come after.
+EMBEDDINGS = frozenset(called("embedding", "positions"))
 # Settings that change no logits, or that are set again for the result.
 IDLE = {
     *HARMLESS,
@@ -217,7 +217,7 @@ def _tensors(plan: Recipe, sources: Mapping[str, Source]) -> list[_Tensor]:
     first, last = plan.slices[0], plan.slices[-1]
     ends = dict.fromkeys(input.model for input in (*first.everyone, *last.everyone))
     for name in dict.fromkeys(name for model in ends for name, _ in by_layer[model].get(None, ())):
-        part, along = (first, 0.0) if EMBEDDING.fullmatch(name) else (last, 1.0)
+        part, along = (first, 0.0) if EMBEDDINGS & set(name.split(".")[:-1]) else (last, 1.0)
         found.append(_tensor(name, {input.model: name for input in part.everyone}, along, part))
     offset = 0
     for part in plan.slices:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import MissingFileError, UserError
+from jlora.families import called
 from jlora.hub.checkpoints.source import Source, open_source
 from jlora.hub.checkpoints.weights import DTYPES
 from jlora.hub.recipes.methods import METHODS
 from jlora.hub.recipes.spelling import common_tokenizer, in_own_form, sum_of_adapter
 
-LAYER = re.compile(r"(?P<before>(?:.*\.)?(?:layers|h)\.)(?P<number>\d+)(?P<after>\..+)")
+LAYER = re.compile(rf"(?P<before>(?:.*\.)?(?:{'|'.join(called('stack'))})\.)(?P<number>\d+)(?P<after>\..+)")
 FLOATS = {"float32": np.dtype(np.float32), "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
 TOP = (
     "merge_method",

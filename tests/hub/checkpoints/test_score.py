@@ -304,10 +304,10 @@ def test_a_family_without_such_a_class_is_refused(tmp_path):
 def test_the_table_of_classes_is_that_of_transformers():
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as NAMES
 
-    from jlora.hub.checkpoints.score import PREFIXES, SUFFIX
-    from jlora.models.families import FAMILIES
+    from jlora.families import FAMILIES
+    from jlora.hub.checkpoints.score import CLASSES
 
-    assert {kind: name + SUFFIX for kind, name in PREFIXES.items()} == {k: NAMES[k] for k in FAMILIES if k in NAMES}
+    assert {k: NAMES[k] for k in FAMILIES if k in NAMES} == CLASSES
 
 
 def test_a_folder_without_its_head_is_refused(tmp_path):

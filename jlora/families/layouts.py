@@ -1,6 +1,5 @@
 """Conversions, in both directions, of tensors that llama.cpp lays out differently from the Hub."""
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,11 +31,6 @@ class Layout(NamedTuple):
     transposed: bool = False
 
 
-def layout_of(name: str, model_type: str) -> Layout | None:
-    """The layout of the tensor with this GGUF name in such a model; None if it is the Hub's."""
-    return next((layout for pattern, layout in LAYOUTS.get(model_type, ()) if re.fullmatch(pattern, name)), None)
-
-
 def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
     """Rows (h, half, f) reordered to (h, f, half): from the Hub's two halves to interleaved rotary pairs."""
     return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
@@ -62,22 +56,8 @@ FUSED = Layout(lambda x, heads: _by_head(x, heads.queries), lambda x, heads: _by
 SUM = Layout(lambda x, heads: x - 1, lambda x, heads: x + 1)
 TURNED = Layout(lambda x, heads: x.T, lambda x, heads: x.T, transposed=True)
 
+# (pattern of GGUF's tensor names, layout)
 INTERLEAVED = ((r"blk\.\d+\.attn_q\.(weight|bias)", QUERIES), (r"blk\.\d+\.attn_k\.(weight|bias)", KEYS))
 PLUS_ONE = ((r".*norm\.weight", SUM),)
 CONV1D = ((r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight", TURNED),)
-# model_type → (pattern of GGUF's names, layout)
-LAYOUTS: dict[str, tuple[tuple[str, Layout], ...]] = {
-    "llama": INTERLEAVED,
-    "internlm3": INTERLEAVED,
-    "iquestcoder": INTERLEAVED,
-    "mistral": INTERLEAVED,
-    "mixtral": INTERLEAVED,
-    "granite": INTERLEAVED,
-    "smollm3": INTERLEAVED,
-    "gemma": PLUS_ONE,
-    "gemma2": PLUS_ONE,
-    "gemma3_text": PLUS_ONE,
-    "gpt2": CONV1D,
-    "gpt-sw3": CONV1D,
-    "gpt_neox": ((r"blk\.\d+\.attn_qkv\.(weight|bias)", FUSED),),
-}
+BY_KIND = ((r"blk\.\d+\.attn_qkv\.(weight|bias)", FUSED),)

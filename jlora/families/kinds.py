@@ -1,7 +1,7 @@
 """The types and bounds of config.json's fields, checked before anything is computed from their values."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # the longest axis of an array
@@ -47,28 +47,21 @@ WHOLES_OR_FLAGS = Kind(
 )
 TOKENS = Kind(f"{TOKEN.what}, or a list of them", lambda value: all(map(TOKEN.holds, _listed(value))))
 
-# Field → its kind, whichever family reads it. A field that nothing reads may hold anything.
+# Field → its kind, for what several families read; the kind of a family's own field is given where it is read. A field
+# that nothing reads may hold anything.
 FIELDS: dict[str, Kind] = {
     name: kind
     for kind, names in (
         (SIZE, "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"),
-        (SIZE, "n_embd n_head n_inner n_positions moe_intermediate_size decoder_sparse_step"),
-        (SIZE, "no_rope_layer_interval sliding_window_pattern _sliding_window_pattern"),
-        (whole(1, LAYERS), "num_hidden_layers n_layer"),
+        (whole(1, LAYERS), "num_hidden_layers"),
         (whole(0, EXPERTS), "num_local_experts num_experts num_experts_per_tok"),
         (whole(0, LARGEST), "sliding_window"),
-        (whole(-LARGEST, LARGEST), "max_window_layers"),
-        (POSITIVE, "max_position_embeddings original_max_position_embeddings rope_theta rope_local_base_freq"),
-        (POSITIVE, "rotary_emb_base rotary_pct partial_rotary_factor query_pre_attn_scalar logits_scaling"),
-        (NUMBER, "rms_norm_eps layer_norm_eps layer_norm_epsilon attn_logit_softcapping final_logit_softcapping"),
-        (NUMBER, "attention_multiplier embedding_multiplier residual_multiplier"),
-        (FLAG, "attention_bias mlp_bias qkv_bias tie_word_embeddings use_sliding_window norm_topk_prob"),
-        (FLAG, "scale_attn_by_inverse_layer_idx scale_attn_weights use_parallel_residual"),
-        (TEXT, "hidden_act hidden_activation activation_function"),
+        (POSITIVE, "max_position_embeddings original_max_position_embeddings rope_theta partial_rotary_factor"),
+        (NUMBER, "rms_norm_eps"),
+        (FLAG, "attention_bias mlp_bias tie_word_embeddings use_sliding_window"),
+        (TEXT, "hidden_act hidden_activation"),
         (OBJECT, "rope_parameters rope_scaling"),
         (list_of(TEXT, "texts"), "layer_types"),
-        (WHOLES, "mlp_only_layers"),
-        (WHOLES_OR_FLAGS, "no_rope_layers"),
         (TOKENS, "eos_token_id"),
     )
     for name in names.split()
@@ -84,17 +77,16 @@ ROTARY: dict[str, Kind] = {
 }
 
 
-def wrong(kinds: Mapping[str, Kind], name: str, value: Any, what: str = "") -> list[str]:
+def wrong(kind: Kind | None, name: str, value: Any) -> list[str]:
     """A line for the message if the value is not of its field's kind, else []. A field without a kind may hold
     anything, and null means absent.
 
     Args:
-        what: put before the name.
+        name: what the message calls the value.
     """
-    kind = kinds.get(name)
     if value is None or kind is None or kind.holds(value):
         return []
-    return [f"{what}{name} is {short(value)}, expected {kind.what}"]
+    return [f"{name} is {short(value)}, expected {kind.what}"]
 
 
 def _listed(value: Any) -> list[Any]:

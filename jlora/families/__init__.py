@@ -1,0 +1,70 @@
+"""Families of models. Each is one file that says everything about it; everything else follows from this table."""
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+from jlora.families import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    granite,
+    internlm3,
+    iquestcoder,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from jlora.families.family import Family
+
+__all__ = ["FAMILIES", "Family", "called", "each"]
+
+Value = TypeVar("Value", bound=Hashable)
+
+# config.json's model_type → the family.
+FAMILIES: dict[str, Family] = {
+    model_type: module.FAMILY
+    for module in (
+        llama,
+        internlm3,
+        iquestcoder,
+        mistral,
+        mixtral,
+        smollm3,
+        olmo2,
+        granite,
+        phi3,
+        qwen2,
+        qwen3,
+        qwen3_moe,
+        gemma,
+        gemma2,
+        gemma3,
+        gpt2,
+        gpt_neox,
+    )
+    for model_type in module.FAMILY.model_types
+}
+
+
+def each(value: Callable[[Family], Value | None]) -> tuple[Value, ...]:
+    """What the families have for `value`: each value once, in the order of the families, without None."""
+    found = dict.fromkeys(map(value, FAMILIES.values()))
+    return tuple(item for item in found if item is not None)
+
+
+def called(*parts: str) -> tuple[str, ...]:
+    """The last names of these parts in all families, each once: "head" → ("lm_head", "embed_out").
+
+    Args:
+        parts: fields of `Names`.
+    """
+    paths = each(lambda family: tuple(getattr(family.names, part) for part in parts))
+    return tuple(dict.fromkeys(path.rpartition("/")[2] for found in paths for path in found if path))

@@ -1,0 +1,150 @@
+"""What there is to say about a family of models, and what its config.json is read into."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from jlora.families.fields import Fields
+    from jlora.families.gguf import Gguf
+
+Values = dict[str, Any]
+# The module of a reward or value model's scalar head, in every family; in an adapter its only leaf is `trained_kernel`.
+SCORE = "score"
+
+
+class Names(NamedTuple):
+    """The paths of a model's parts in its tree, as Hugging Face names them."""
+
+    stack: str = "layers"
+    embedding: str = "embed_tokens"
+    positions: str | None = None
+    norm: str = "norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
+    mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_down: str = "down_proj"
+    # (norm before, norm after) of attention and of the MLP
+    attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)
+    mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The modules outside of the stack."""
+        return tuple(path for path in (self.embedding, self.positions, self.norm, self.head) if path)
+
+
+class Older(NamedTuple):
+    """What transformers 4 calls fields of config.json for which transformers 5 has other names.
+
+    Attributes:
+        renamed: transformers 5's name → 4's.
+        rotary: the same for those of `rope_parameters`, which were fields of config.json.
+        scaling: (rotary scaling, config.json) → `rope_scaling` as transformers 4 accepts it; None: as it is.
+    """
+
+    renamed: Mapping[str, str] = {}
+    rotary: Mapping[str, str] = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    scaling: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """Everything about a family that differs from others, in both directions: one file of this package each.
+
+    Attributes:
+        model_types: what config.json calls it.
+        class_name: transformers' class with a language modelling head.
+        read: (config.json's fields) → values for `jlora.models.ModelConfig`.
+        names: where its parts are in the tree.
+        prefix: what the names of all modules but the head begin with in transformers.
+        score: the beginning of the name of transformers' …ForSequenceClassification; None: there is no such class.
+        checkpoint_names: (pattern in transformers' names, what checkpoints have instead).
+        untransposed: whether linears are stored as [in, out] (transformers' Conv1D).
+        buffers: patterns of tensors in old checkpoints that every loader computes itself.
+        mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
+        older: what transformers 4 needs in config.json.
+        gguf: how llama.cpp's files hold such a model; None: they cannot.
+    """
+
+    model_types: tuple[str, ...]
+    class_name: str
+    read: Callable[["Fields"], Values]
+    names: Names = Names()
+    prefix: str = "model."
+    score: str | None = None
+    checkpoint_names: tuple[tuple[str, str], ...] = ()
+    untransposed: bool = False
+    buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    mlx_names: tuple[tuple[str, str], ...] = ()
+    older: Older = Older()
+    gguf: "Gguf | None" = None
+
+    def hub_name(self, path: str) -> str:
+        """transformers' name of the stack or of the module outside of it at `path`: layers → model.layers."""
+        name = path.replace("/", ".")
+        return name if path == self.names.head or name.startswith(self.prefix) else self.prefix + name
+
+
+class Layer(NamedTuple):
+    """The settings in which a decoder layer may differ from its neighbours.
+
+    Attributes:
+        window: keys this many or more positions back are not seen; None: all are seen.
+        rope: the index in `ModelConfig.ropes` of the rotation of its queries and keys; None: they are not rotated.
+        experts: whether its MLP is a mixture of experts.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+    experts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: the fields of `rope_parameters`, and what transformers derives from other fields.
+
+    Attributes:
+        dim: how many values of a head are rotated.
+        attention_factor: factor of cos and sin.
+        max_position_embeddings: the length beyond which "dynamic" stretches.
+    """
+
+    dim: int
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def without_idle_lengths(self) -> "Rope":
+        """The same rotation, without the lengths that its type does not use."""
+        idle = () if self.rope_type in ("llama3", "yarn", "longrope") else ("original_max_position_embeddings",)
+        idle += () if self.rope_type == "dynamic" else ("max_position_embeddings",)
+        return dataclasses.replace(self, **dict.fromkeys(idle, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: every token goes to the `top_k` experts that the router finds likeliest.
+
+    Attributes:
+        count: number of experts.
+        intermediate_size: inner width of one expert.
+        normalize: whether the chosen experts' probabilities are scaled to a sum of 1.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalize: bool

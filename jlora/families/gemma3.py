@@ -1,0 +1,67 @@
+"""Gemma 3's text model: five layers with a window and a rotation of their own for each without; query-key norms."""
+
+from jlora.families import gemma2
+from jlora.families.family import Family, Layer, Values
+from jlora.families.fields import Fields
+from jlora.families.gemma import read_common
+from jlora.families.gguf import QK_NORMS, SOFT_CAPS, Config, Gguf, Metadata, Reading
+from jlora.families.kinds import NUMBER, POSITIVE, SIZE
+from jlora.families.layouts import PLUS_ONE
+from jlora.families.reading import read_windows
+from jlora.families.rope import read_rope
+
+PERIOD = 6  # layers
+LOCAL_THETA = 10000.0
+
+
+def read(fields: Fields) -> Values:
+    nested = fields.get("rope_parameters", {})
+    nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
+    if wrong := sorted(name for name, value in nested.items() if not isinstance(value, dict | None)):
+        fields.problems.append(f"rope_parameters: {', '.join(wrong)}: expected objects")
+        nested = {}
+    full = (nested.get("full_attention") or {}) | (fields.get("rope_scaling") or {})
+    local = nested.get("sliding_attention") or {}
+    values = read_common(fields, "hidden_activation", own_rope=True)
+    count, head_dim = values["num_hidden_layers"], values["head_dim"]
+
+    def default() -> list[bool]:
+        pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", PERIOD, SIZE), SIZE)
+        return [(i + 1) % pattern != 0 for i in range(count)]
+
+    windows = read_windows(fields, fields.get("sliding_window", 4096), count, default)
+    ropes = (
+        read_rope(fields, full, theta=fields.get("rope_theta", 1e6), head_dim=head_dim),
+        read_rope(fields, local, theta=fields.get("rope_local_base_freq", LOCAL_THETA, POSITIVE), head_dim=head_dim),
+    )
+    return values | {
+        "attention_scale": gemma2.read_scale(fields),
+        "qk_norm": "head",
+        "ropes": ropes,
+        "attention_softcap": fields.get("attn_logit_softcapping", kind=NUMBER),
+        "final_softcap": fields.get("final_logit_softcapping", kind=NUMBER),
+        "layers": tuple(Layer(window=window, rope=0 if window is None else 1) for window in windows),
+    }
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    local = metadata.get("rope.freq_base_swa", LOCAL_THETA)
+    found = gemma2.from_gguf(metadata, config, window=None, period=PERIOD, largest=62)
+    return found | {"rope_local_base_freq": local}
+
+
+FAMILY = Family(
+    model_types=("gemma3_text",),
+    class_name="Gemma3ForCausalLM",
+    read=read,
+    names=gemma2.NAMES,
+    score="Gemma3Text",
+    gguf=Gguf(
+        "gemma3",
+        Reading(optional=SOFT_CAPS, constants=gemma2.GELU, more=from_gguf),
+        modules=QK_NORMS,
+        layouts=PLUS_ONE,
+        period=PERIOD,
+        soft_caps=False,
+    ),
+)

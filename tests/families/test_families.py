@@ -1,0 +1,122 @@
+"""What the table of families promises to everything that follows from it."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import transformers
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from jlora import families, models, tree
+from jlora.families import FAMILIES, Family, called, each
+from jlora.families.fields import Fields
+from jlora.families.layouts import Heads
+from jlora.hub.checkpoints import names as hub_names
+from jlora.hub.gguf.config import read_config
+from jlora.hub.gguf.metadata import check, describe
+from jlora.lora.merging import TIED_HEADS
+from jlora.models import ModelConfig
+
+EVERY = pytest.mark.parametrize("model_type", FAMILIES)
+HEADS = Heads(queries=6, keys=2)
+
+
+def model_of(model_type):
+    """A model with the settings that the family has if config.json says nothing, except for what GGUF cannot say."""
+    return models.build(transformers.CONFIG_MAPPING[model_type]().to_dict() | {"norm_topk_prob": True})
+
+
+def leaves_of(model_type):
+    return tree.flatten(model_of(model_type).abstract_params())
+
+
+def test_each_lists_a_value_once_in_order():
+    assert each(lambda family: family.names.stack) == ("layers", "h", "gpt_neox/layers")
+    assert called("head") == ("lm_head", "embed_out")
+    assert called("positions") == ("wpe",)
+
+
+@EVERY
+def test_a_family_is_found_by_its_own_model_types_and_classes(model_type):
+    family = FAMILIES[model_type]
+    assert isinstance(family, Family) and model_type in family.model_types
+    assert family.class_name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    scored = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
+    assert scored == (family.score and f"{family.score}ForSequenceClassification")
+
+
+@EVERY
+def test_reading_gives_what_a_model_needs_and_leaves_the_names_to_the_table(model_type):
+    fields = Fields(transformers.CONFIG_MAPPING[model_type]().to_dict())
+    values = FAMILIES[model_type].read(fields)
+    fields.finish()
+    given = {*values, "model_type", "names", "eos_token_ids", "source"}
+    needed = {field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING}
+    assert needed <= given <= {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not {"model_type", "names"} & values.keys()
+
+
+@EVERY
+def test_every_leaf_has_its_part_and_its_name(model_type):
+    family, leaves = FAMILIES[model_type], leaves_of(model_type)
+    modules = {path.rpartition("/")[0] for path in leaves}
+    outside = {module for module in modules if tree.stack_of(module) is None}
+    assert outside <= {*family.names.outside} <= {*outside, family.names.head}
+    assert {tree.stack_of(module).name for module in modules - outside} == {family.names.stack}
+    assert TIED_HEADS[family.names.embedding] == family.names.head
+    found = [tensor.name for path, leaf in leaves.items() for tensor in hub_names.hub_tensors(path, leaf.shape)]
+    assert len(found) == len(set(found))
+    assert all(name.startswith((family.prefix, f"{family.names.head}.")) for name in found)
+
+
+@EVERY
+def test_gguf_names_every_tensor_and_back(model_type):
+    tensors = [
+        tensor.name
+        for path, leaf in leaves_of(model_type).items()
+        for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
+        if ".experts." not in tensor.name or ".experts.1." in tensor.name
+    ]
+    written = {hub_names.to_gguf(name, model_type): name for name in tensors}
+    assert len(written) == len(tensors)
+    read = hub_names.from_gguf(written, model_type)
+    assert {name: found.replace("{expert}", "1") for name, found in read.items()} == written
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:llama.cpp computes no window")
+def test_gguf_metadata_says_the_same_model_and_back(model_type):
+    model = model_of(model_type)
+    metadata, divisors = describe(model.config)
+    metadata |= {"general.architecture": FAMILIES[model_type].gguf.architecture}
+    shapes = {"token_embd.weight": (model.config.vocab_size, model.config.hidden_size)}
+    shapes |= {} if model.config.tie_word_embeddings else {"output.weight": shapes["token_embd.weight"]}
+    biases = [name for name in ("attn_q.bias", "attn_qkv.bias") if model.config.qkv_bias]
+    shapes |= {f"blk.0.{name}": (1,) for name in biases}
+    check(model.config, metadata, shapes, divisors.__getitem__)
+    found = read_config(pathlib.Path("a file"), metadata, shapes, divisors.__getitem__)
+    assert FAMILIES[found["model_type"]].gguf.architecture == FAMILIES[model_type].gguf.architecture
+    assert found["architectures"] == [FAMILIES[found["model_type"]].class_name]
+
+
+@EVERY
+def test_layouts_are_undone(model_type):
+    values = np.arange(6 * 4 * 3 * 6.0).reshape(-1, 6)
+    for pattern, layout in FAMILIES[model_type].gguf.layouts:
+        written = layout.to_gguf(values, HEADS)
+        np.testing.assert_array_equal(layout.from_gguf(written, HEADS), values, err_msg=pattern)
+        assert written.shape != values.shape or np.any(written != values)
+
+
+@EVERY
+def test_only_its_own_file_spells_a_model_type(model_type):
+    package = pathlib.Path(families.__file__).parent.parent
+    texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    found = {path for path, text in texts.items() if f'"{model_type}"' in text}
+    # The kinds of tokenizers that llama.cpp knows have the names of models too, and most GGUF files are Llamas.
+    found -= {"hub/gguf/tokenizer.py", "hub/tokenizer.py", "hub/checkpoints/names.py"}
+    assert len(found) == 1

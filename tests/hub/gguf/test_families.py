@@ -532,7 +532,7 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
         ("gptneox", {}, r"no metadata gptneox\.attention\.layer_norm_epsilon\n.*gptneox\.use_parallel_residual"),
         ("qwen3moe", {}, r"no metadata qwen3moe\.expert_used_count"),
         ("granite", {}, r"no metadata granite\.attention\.scale\n.*granite\.logit_scale"),
-        ("gemma4", {}, "has architecture 'gemma4'; GGUF is read for llama, qwen2"),
+        ("gemma4", {}, "has architecture 'gemma4'; GGUF is read for llama, smollm3"),
         ("llama", {"rope.scaling.type": "su"}, r"llama\.rope\.scaling\.type is 'su'; linear, yarn"),
         ("llama", {"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type is 'longrope'; linear, yarn"),
         ("llama", {"rope.scaling.type": "yarn"}, r"no metadata llama\.rope\.scaling\.original_context_length"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.errors import UserError
-from jlora.families import each
+from jlora.families import each, every
 from jlora.families.family import SCORE
 
 Value = TypeVar("Value")
@@ -21,7 +21,7 @@ STACK = re.compile(
     r"(?:@(?P<first>\d+)-(?P<last>\d+)(?::(?P<step>\d+))?)?/(?P<rest>(?!\d+(?:/|$)).+)"
 )
 # What jlora's own models hold outside their stacks.
-OUTSIDE = frozenset((SCORE, *(path for names in each(lambda family: family.names) for path in names.outside)))
+OUTSIDE = re.compile(rf"({'|'.join((SCORE, *every(lambda family: family.names.outside)))})/[^/]+")
 # The least number of axes of a stacked leaf with this name. In a single module it has one less.
 STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
 
@@ -205,7 +205,7 @@ def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
 def is_own(leaves: Mapping[str, Any]) -> bool:
     """Whether these are the leaves of one of jlora's own models, or of a part of one."""
     find = stacks_of(leaves)
-    return all(path.rpartition("/")[0] in OUTSIDE or find(path) for path in leaves)
+    return all(OUTSIDE.fullmatch(path) or find(path) for path in leaves)
 
 
 def stack_key(name: str, layers: range, total: int) -> str:

@@ -1,6 +1,6 @@
 """Families of models. Each is one file that says everything about it; everything else follows from this table."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 from jlora.families import (
@@ -24,7 +24,7 @@ from jlora.families import (
 )
 from jlora.families.family import Family
 
-__all__ = ["FAMILIES", "Family", "called", "each"]
+__all__ = ["FAMILIES", "Family", "called", "each", "every"]
 
 Value = TypeVar("Value", bound=Hashable)
 
@@ -32,39 +32,29 @@ Value = TypeVar("Value", bound=Hashable)
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
     for module in (
-        llama,
-        internlm3,
-        iquestcoder,
-        mistral,
-        mixtral,
-        smollm3,
-        olmo2,
-        granite,
-        phi3,
-        qwen2,
-        qwen3,
-        qwen3_moe,
-        gemma,
-        gemma2,
-        gemma3,
-        gpt2,
-        gpt_neox,
+        *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, granite, phi3),
+        *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
     )
     for model_type in module.FAMILY.model_types
 }
 
 
 def each(value: Callable[[Family], Value | None]) -> tuple[Value, ...]:
-    """What the families have for `value`: each value once, in the order of the families, without None."""
-    found = dict.fromkeys(map(value, FAMILIES.values()))
+    """What the families have for `value`, each once, in the table's order, without None."""
+    return every(lambda family: (value(family),))
+
+
+def every(values: Callable[[Family], Iterable[Value | None]]) -> tuple[Value, ...]:
+    """As `each`, for what a family may have several of."""
+    found = dict.fromkeys(item for family in FAMILIES.values() for item in values(family))
     return tuple(item for item in found if item is not None)
 
 
 def called(*parts: str) -> tuple[str, ...]:
-    """The last names of these parts in all families, each once: "head" → ("lm_head", "embed_out").
+    """The last names of these parts in all families: "head" → ("lm_head", "embed_out").
 
     Args:
         parts: fields of `Names`.
     """
-    paths = each(lambda family: tuple(getattr(family.names, part) for part in parts))
-    return tuple(dict.fromkeys(path.rpartition("/")[2] for found in paths for path in found if path))
+    paths = every(lambda family: (getattr(family.names, part) for part in parts))
+    return tuple(dict.fromkeys(path.split("/")[-1] for path in paths))

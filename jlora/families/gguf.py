@@ -141,17 +141,13 @@ class Reading(NamedTuple):
     mark: str | None = None
 
 
-def nothing_more(config: "ModelConfig") -> Config:
-    return {}
-
-
 class Gguf(NamedTuple):
     """A family in GGUF, in both directions.
 
     Attributes:
         architecture: GGUF's name, which several families may share.
         reading: from a file to config.json; None: such files are read as another family's.
-        writing: (a model's config) → what its file says besides what the files of every family say.
+        writes: key → its value for a model, besides what the files of every family say.
         modules: GGUF's names of a layer's modules → the Hub's, besides those that are in `Names`.
         layouts: (pattern of GGUF's tensor names, how these differ from the Hub's).
         period: one layer in this many has no window, unless the file says which; None: llama.cpp computes no windows.
@@ -162,7 +158,7 @@ class Gguf(NamedTuple):
 
     architecture: str
     reading: Reading | None = Reading()
-    writing: Callable[["ModelConfig"], Config] = nothing_more
+    writes: Mapping[str, Callable[["ModelConfig"], Any]] = {}
     modules: Mapping[str, str] = {}
     layouts: tuple[tuple[str, Layout], ...] = ()
     period: int | None = None

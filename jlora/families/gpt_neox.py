@@ -1,19 +1,15 @@
 """GPT-NeoX (Black et al. 2022; Pythia): part of each head rotated; attention and MLP in parallel."""
 
 import functools
-from typing import TYPE_CHECKING
 
 from jlora.families import gpt2
 from jlora.families.family import Family, Layer, Names, Older, Values
 from jlora.families.fields import Fields
-from jlora.families.gguf import SIZES, Config, Gguf, Reading
+from jlora.families.gguf import SIZES, Gguf, Reading
 from jlora.families.kinds import FLAG, NUMBER, POSITIVE
 from jlora.families.layouts import BY_KIND
 from jlora.families.reading import sizes
 from jlora.families.rope import read_rope
-
-if TYPE_CHECKING:
-    from jlora.models.config import ModelConfig
 
 
 def read(fields: Fields) -> Values:
@@ -41,10 +37,6 @@ def read(fields: Fields) -> Values:
             "layers": (Layer(),) * count,
         }
     )
-
-
-def to_gguf(config: "ModelConfig") -> Config:
-    return {"use_parallel_residual": config.parallel}
 
 
 FAMILY = Family(
@@ -86,7 +78,7 @@ FAMILY = Family(
             share="rotary_pct",
             more=functools.partial(gpt2.from_gguf, width="hidden_size", heads="num_attention_heads"),
         ),
-        to_gguf,
+        writes={"use_parallel_residual": lambda config: config.parallel},
         layouts=BY_KIND,
         all_biases=True,
         own_head=True,

@@ -1,16 +1,11 @@
 """Granite 3: Llama with four factors."""
 
-from typing import TYPE_CHECKING
-
 from jlora.families import llama
 from jlora.families.family import Family, Values
 from jlora.families.fields import Fields
 from jlora.families.gguf import BIASES, DECODER, Config, Gguf, Metadata, Reading, heads
 from jlora.families.kinds import NUMBER, POSITIVE
 from jlora.families.layouts import INTERLEAVED
-
-if TYPE_CHECKING:
-    from jlora.models.config import ModelConfig
 
 
 def read(fields: Fields) -> Values:
@@ -28,15 +23,6 @@ def from_gguf(metadata: Metadata, config: Config) -> Config:
     return heads(metadata, config)
 
 
-def to_gguf(config: "ModelConfig") -> Config:
-    return {
-        "attention.scale": config.attention_scale,
-        "embedding_scale": config.embedding_scale,
-        "residual_scale": config.residual_scale,
-        "logit_scale": config.logits_divisor,
-    }
-
-
 FAMILY = Family(
     model_types=("granite",),
     class_name="GraniteForCausalLM",
@@ -49,7 +35,12 @@ FAMILY = Family(
             biases=BIASES,
             more=from_gguf,
         ),
-        to_gguf,
+        writes={
+            "attention.scale": lambda config: config.attention_scale,
+            "embedding_scale": lambda config: config.embedding_scale,
+            "residual_scale": lambda config: config.residual_scale,
+            "logit_scale": lambda config: config.logits_divisor,
+        },
         layouts=INTERLEAVED,
         all_biases=True,
     ),

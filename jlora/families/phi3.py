@@ -1,15 +1,12 @@
 """Phi-3, Phi-3.5 and Phi-4 (Abdin et al. 2024): fused projections, part of each head rotated, LongRoPE."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jlora.families.family import Family, Layer, Names, Older, Values
 from jlora.families.fields import Fields
 from jlora.families.gguf import WINDOW, Config, Gguf, Metadata, Reading, require_even_heads
 from jlora.families.reading import common
-
-if TYPE_CHECKING:
-    from jlora.models.config import ModelConfig
 
 ORIGINAL_LENGTH = 4096  # if config.json does not say
 
@@ -50,10 +47,6 @@ def from_gguf(metadata: Metadata, config: Config) -> Config:
     return {"num_key_value_heads": metadata.number("attention.head_count_kv", heads)}
 
 
-def to_gguf(config: "ModelConfig") -> Config:
-    return {"rope.scaling.original_context_length": config.ropes[0].original_max_position_embeddings}
-
-
 FAMILY = Family(
     model_types=("phi3",),
     class_name="Phi3ForCausalLM",
@@ -68,6 +61,8 @@ FAMILY = Family(
             share="partial_rotary_factor",
             more=from_gguf,
         ),
-        to_gguf,
+        writes={
+            "rope.scaling.original_context_length": lambda config: config.ropes[0].original_max_position_embeddings
+        },
     ),
 )

@@ -1,16 +1,11 @@
 """Qwen 3 with experts in the layers that `decoder_sparse_step` and `mlp_only_layers` select."""
 
-from typing import TYPE_CHECKING
-
 from jlora.families.family import Experts, Family, Layer, Older, Values
 from jlora.families.fields import Fields
-from jlora.families.gguf import ATTENTION_BIAS, DECODER, EXPERTS, QK_NORMS, ROUTED, SILU, Config, Gguf, Reading
+from jlora.families.gguf import ATTENTION_BIAS, DECODER, EXPERTS, QK_NORMS, ROUTED, SILU, Gguf, Reading
 from jlora.families.kinds import FLAG, SIZE, WHOLES
 from jlora.families.qwen3 import read_attention
 from jlora.families.reading import common
-
-if TYPE_CHECKING:
-    from jlora.models.config import ModelConfig
 
 
 def read(fields: Fields) -> Values:
@@ -28,10 +23,6 @@ def read(fields: Fields) -> Values:
         Layer(window=window, experts=i not in dense and experts.count > 0 and (i + 1) % step == 0) for i in range(count)
     )
     return values | read_attention(fields) | {"experts": experts, "layers": layers}
-
-
-def to_gguf(config: "ModelConfig") -> Config:
-    return {"expert_feed_forward_length": config.experts.intermediate_size}
 
 
 FAMILY = Family(
@@ -52,7 +43,7 @@ FAMILY = Family(
             constants={**SILU, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
             biases=ATTENTION_BIAS,
         ),
-        to_gguf,
+        writes={"expert_feed_forward_length": lambda config: config.experts.intermediate_size},
         modules=QK_NORMS | EXPERTS,
     ),
 )

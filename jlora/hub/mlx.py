@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jlora import lora, tree
 from jlora.errors import MissingFileError, UserError
-from jlora.families import each
+from jlora.families import every
 from jlora.families.kinds import NUMBER, short
 from jlora.hub.checkpoints.weights import TensorInfo, listing, read_json, tensor_infos
 from jlora.hub.peft.config import CONFIG, AdapterConfig
@@ -20,7 +20,7 @@ from jlora.types import Params
 
 WEIGHTS = "adapters.safetensors"
 # (pattern of transformers' names, mlx-lm's replacement), where the two differ.
-NAMES = tuple(pair for pairs in each(lambda family: family.mlx_names) for pair in pairs)
+NAMES = every(lambda family: family.mlx_names)
 LAYER = re.compile(r"model\.(?:layers|h)\.(?P<layer>\d+)\.(?P<key>.+)")
 # Part of the names of experts' linears (SwitchLinear): gate and up are separate there, while jlora fuses them.
 EXPERTS = ".switch_mlp."

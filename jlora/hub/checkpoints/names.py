@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
-from jlora.families import FAMILIES, called, each
+from jlora.families import FAMILIES, called, each, every
 from jlora.families.family import SCORE
 from jlora.families.gguf import modules_of
 
@@ -41,7 +41,7 @@ GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if
 LAYER = "|".join(rf"(?<=\.{name}\.)\d+" for name in called("stack"))
 
 # Buffers that old checkpoints have and every loader recomputes.
-HARMLESS = tuple(dict.fromkeys(pattern for patterns in each(lambda family: family.buffers) for pattern in patterns))
+HARMLESS = every(lambda family: family.buffers)
 
 
 class HubTensor(NamedTuple):

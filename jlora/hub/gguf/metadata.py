@@ -57,7 +57,7 @@ def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]
     }
     if config.experts:
         keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.top_k}
-    keys |= gguf.writing(config)
+    keys |= {key: value(config) for key, value in gguf.writes.items()}
     tensors: dict[str, np.ndarray] = {}
     if config.ropes:
         rotary, tensors = _rotary(config.ropes[0])

@@ -30,7 +30,8 @@ LEAVES: dict[str, tuple[str, bool]] = {
     "router": ("weight", True),
 }
 # Linears that are transformers' `Conv1D`, which store [in, out].
-UNTRANSPOSED = rf"({'|'.join(each(lambda family: family.names.stack if family.untransposed else None))})/.*/kernel"
+_STACKS = "|".join(each(lambda family: family.names.stack if family.untransposed else None))
+UNTRANSPOSED = rf"({_STACKS})(@[^/]+)?/.*/kernel"
 
 # Kernels of experts, which the Hub stores one by one and unfused. EXPERT_PARTS: the parts of their columns, in order.
 EXPERTS = r"(?P<stack>.+)/mlp/experts/(?P<kernel>gate_up_proj|down_proj)"

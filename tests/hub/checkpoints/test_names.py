@@ -35,6 +35,12 @@ def test_only_kernels_are_transposed():
     assert transposed == {path for path in SHAPES if path.endswith("/kernel")}
 
 
+@pytest.mark.parametrize("stack", ["h", "h@1-1"])
+def test_gpt2_stores_its_linears_untransposed(stack):
+    (tensor,) = names.hub_tensors(f"{stack}/mlp/c_fc/kernel", (1, 4, 6))
+    assert (tensor.shape, tensor.transposed) == ((4, 6), False)
+
+
 def test_layers_keep_their_order():
     found = [t.name for t in names.hub_tensors("layers/mlp/up_proj/kernel", (12, 4, 6))]
     assert found == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(12)]

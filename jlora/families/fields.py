@@ -9,14 +9,15 @@ from jlora.families import kinds
 # generation settings, and dropout, which jlora has only in adapters.
 HARMLESS = frozenset(
     (
-        "architectures dtype torch_dtype transformers_version _name_or_path return_dict output_attentions "
-        "output_hidden_states chunk_size_feed_forward use_cache pretraining_tp initializer_range is_encoder_decoder "
-        "is_decoder cross_attention_hidden_size bos_token_id pad_token_id sep_token_id decoder_start_token_id "
-        "task_specific_params id2label label2id num_labels problem_type attention_dropout hidden_dropout "
-        "classifier_dropout attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout "
-        "summary_proj_to_labels summary_type summary_use_proj output_router_logits router_aux_loss_coef "
-        "router_jitter_noise"
-    ).split()
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "return_dict", "use_cache"),
+        *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "pretraining_tp"),
+        *("initializer_range", "is_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "problem_type"),
+        *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params"),
+        *("id2label", "label2id", "num_labels", "attention_dropout", "hidden_dropout", "classifier_dropout"),
+        *("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout"),
+        *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    )
 )
 
 

@@ -24,6 +24,7 @@ from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import BRANCH, Params
 
+
 class Tables(NamedTuple):
     """All rotations, of which each layer takes one, and the marks that tell which keys a query may see.
 

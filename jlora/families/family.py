@@ -42,11 +42,13 @@ class Older(NamedTuple):
     Attributes:
         renamed: transformers 5's name → 4's.
         rotary: the same for those of `rope_parameters`, which were fields of config.json.
+        local_theta: the rotary base of layers with a window; None: there is no such field.
         scaling: (rotary scaling, config.json) → `rope_scaling` as transformers 4 accepts it; None: as it is.
     """
 
     renamed: Mapping[str, str] = {}
     rotary: Mapping[str, str] = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    local_theta: str | None = "rope_local_base_freq"
     scaling: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
 
 

@@ -68,6 +68,16 @@ class Fields:
         own = self.get("rope_parameters", {})
         return self.get("rope_scaling") or own
 
+    def ropes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rotary parameters of layers without a window, to which `rope_scaling` belongs, and with one."""
+        nested = self.get("rope_parameters", {})
+        nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
+        if wrong := sorted(name for name, value in nested.items() if not isinstance(value, dict | None)):
+            self.problems.append(f"rope_parameters: {', '.join(wrong)}: expected objects")
+            nested = {}
+        full = (nested.get("full_attention") or {}) | (self.get("rope_scaling") or {})
+        return full, nested.get("sliding_attention") or {}
+
     def only(self, name: str, *supported: Any) -> None:
         """Records a problem if the field has a value that is not supported; an absent field is fine."""
         value = self.get(name)

@@ -5,7 +5,7 @@ import functools
 from jlora.families.family import Family, Layer, Names, Values
 from jlora.families.fields import Fields
 from jlora.families.gemma import read_common
-from jlora.families.gguf import SOFT_CAPS, Config, Gguf, Metadata, Reading, heads
+from jlora.families.gguf import SOFT_CAPS, Config, Gguf, Metadata, Reading, heads, windows
 from jlora.families.kinds import NUMBER, POSITIVE
 from jlora.families.layouts import PLUS_ONE
 from jlora.families.reading import read_windows
@@ -44,22 +44,11 @@ def from_gguf(metadata: Metadata, config: Config, *, window: int | None, period:
     """Layers with a window, and the scores' scale, which llama.cpp infers from the number of layers.
 
     Args:
-        window: if the file does not say.
-        period: one layer in this many has no window, unless the file says which.
         largest: the number of layers of the model whose scale follows from the width.
     """
-    found = heads(metadata, config)
-    count = config["num_hidden_layers"]
-    window = metadata.number("attention.sliding_window", window)
-    pattern = metadata.get("attention.sliding_window_pattern", period)
-    sliding = pattern if isinstance(pattern, list) else [i % pattern < pattern - 1 for i in range(count)]
+    found = heads(metadata, config) | windows(metadata, config, window=window, period=period)
     shared = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        **found,
-        **({"sliding_window": window} if window else {}),
-        "layer_types": ["sliding_attention" if window and slides else "full_attention" for slides in sliding],
-        "query_pre_attn_scalar": shared if count == largest else found["head_dim"],
-    }
+    return found | {"query_pre_attn_scalar": shared if config["num_hidden_layers"] == largest else found["head_dim"]}
 
 
 FAMILY = Family(

@@ -15,13 +15,7 @@ LOCAL_THETA = 10000.0
 
 
 def read(fields: Fields) -> Values:
-    nested = fields.get("rope_parameters", {})
-    nested = nested if {"full_attention", "sliding_attention"} & set(nested) else {}
-    if wrong := sorted(name for name, value in nested.items() if not isinstance(value, dict | None)):
-        fields.problems.append(f"rope_parameters: {', '.join(wrong)}: expected objects")
-        nested = {}
-    full = (nested.get("full_attention") or {}) | (fields.get("rope_scaling") or {})
-    local = nested.get("sliding_attention") or {}
+    full, local = fields.ropes()
     values = read_common(fields, "hidden_activation", own_rope=True)
     count, head_dim = values["num_hidden_layers"], values["head_dim"]
 

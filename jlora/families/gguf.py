@@ -87,6 +87,23 @@ def heads(metadata: Metadata, config: Config) -> Config:
     return {"head_dim": head_dim, "num_key_value_heads": groups}
 
 
+def windows(metadata: Metadata, config: Config, *, window: int | None, period: int) -> Config:
+    """Which layers have a window, and how long it is.
+
+    Args:
+        window: its length, if the file does not say; None: then there is none.
+        period: one layer in this many has no window, unless the file says which.
+    """
+    window = metadata.number("attention.sliding_window", window)
+    pattern = metadata.get("attention.sliding_window_pattern", period)
+    count = config["num_hidden_layers"]
+    sliding = pattern if isinstance(pattern, list) else [i % pattern < pattern - 1 for i in range(count)]
+    return {
+        **({"sliding_window": window} if window else {}),
+        "layer_types": ["sliding_attention" if window and slides else "full_attention" for slides in sliding],
+    }
+
+
 def require_even_heads(metadata: Metadata, width: int, heads: int) -> None:
     """Notes a problem if the heads do not divide the width evenly."""
     for key in ("attention.key_length", "attention.value_length"):

@@ -38,11 +38,11 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         return {}
     scaled = bool(config.get("rope_scaling"))
-    if isinstance(full := rope.get("full_attention"), Mapping):  # Gemma 3: layers with windows have other positions
+    if isinstance(full := rope.get("full_attention"), Mapping):  # layers with windows have other positions
         found = _flat(full, config)
-        local = rope.get("sliding_attention")
-        if isinstance(local, Mapping) and "rope_theta" in local:
-            found["rope_local_base_freq"] = local["rope_theta"]
+        local, name = rope.get("sliding_attention"), _older(config).local_theta
+        if name and isinstance(local, Mapping) and "rope_theta" in local:
+            found[name] = local["rope_theta"]
         return {key: value for key, value in found.items() if not (scaled and key == "rope_scaling")}
     # transformers 5 ignores `rope_parameters` if there is a `rope_scaling`.
     return {} if scaled else _flat(rope, config)

@@ -237,8 +237,10 @@ def forward_and_back(function: Callable, of: int | None = None) -> Callable:
 
 
 def attention(dry: bool = False) -> Iterator[Row]:
-    """Times every form of attention that can run here, and the device's libraries, in Qwen3-8B's sizes: the basis of
-    the table BEST in jlora/kernels/attention. Rows have one document each: the libraries' masks allow only that.
+    """Times every form of attention that can run here, and the device's libraries, in Qwen3-8B's sizes.
+
+    The basis of the table BEST in jlora/kernels/attention. Rows have one document each: the libraries' masks allow only
+    that.
     """
     import jax
     import jax.numpy as jnp
@@ -399,8 +401,9 @@ def work(asked: list[tuple[str, dict[str, Any]]]) -> None:
 def rows_of(
     asked: list[tuple[str, dict[str, Any]]], *, platform: str | None = None, limit: float
 ) -> Iterator[dict[str, Any]]:
-    """The rows of parts, as they come, from a separate process; a last one with an "error" if the process fails or
-    takes longer than `limit` seconds.
+    """The rows of parts, as they come, from a separate process.
+
+    A last one has an "error" if the process fails or takes longer than `limit` seconds.
     """
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
     environment = os.environ | ({"JAX_PLATFORMS": platform} if platform else {})

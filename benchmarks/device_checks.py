@@ -85,8 +85,9 @@ def _within(one: np.ndarray, two: np.ndarray, tolerance: float) -> Row:
 
 
 def forms_here() -> list[str]:
-    """The forms of attention that can run on this device, including "plain": not the interpreted ones, and not those
-    for another device only.
+    """The forms of attention that can run on this device, including "plain".
+
+    Not the interpreted ones, and not those for another device only.
     """
     from jlora.kernels.attention import FORMS
     from jlora.kernels.device import target
@@ -270,8 +271,9 @@ def offloaded() -> Row:
 
 
 def numbers(dry: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, function that computes it) for the results that all devices must agree on: packing to the bit; logits and
-    a tiny run of each algorithm in float32.
+    """(name, function that computes it) for the results that all devices must agree on.
+
+    Packing to the bit; logits and a tiny run of each algorithm in float32.
     """
     from jlora import quant
 

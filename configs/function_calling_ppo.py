@@ -11,8 +11,9 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Rollouts of 32 calls, four per question, with two passes over each; an adaptive weight holds the KL near its
-    target.
+    """Rollouts of 32 calls, four per question, with two passes over each.
+
+    An adaptive weight holds the KL near its target.
     """
     config = default_config()
     config.algorithm = "ppo"

@@ -1,5 +1,6 @@
-"""Checkpoints of a run through Orbax: the training state, the adapters' fixed leaves, the position in the data, and the
-base that they belong to.
+"""Checkpoints of a run through Orbax.
+
+They hold the training state, the adapters' fixed leaves, the position in the data, and the base that they belong to.
 """
 
 import errno
@@ -130,12 +131,12 @@ class Checkpoints:
                 if isinstance(error, OSError)
                 else re.findall(r": ([^:]+) \[os_error", str(error)) or [str(error)]
             )
-            room = "With room on the disk, " if any(full in reasons[0] for full in FULL) else "Once that is mended, "
+            room = "With room on the disk, " if any(full in reasons[0] for full in FULL) else "Once that is fixed, "
             kept = max(ocp.utils.checkpoint_steps(self._folder), default=None)
             after = "nothing was saved before" if kept is None else f"that of step {kept} is complete"
             raise Failed(
                 f"a checkpoint could not be written to {self._folder}: {reasons[0]}; {after}. "
-                f"{room}the same command goes on from there"
+                f"{room}the same command resumes from there"
             ) from error
 
 
@@ -154,7 +155,7 @@ def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     if found.get("version") != VERSION:
         raise UserError(
             f"{saved.directory / str(step)} was written by another version of jlora (format {found.get('version', 1)}, "
-            f"expected {VERSION}): go on with that version, or train anew in another workdir"
+            f"expected {VERSION}): resume with that version, or start a new run in another workdir"
         )
     return found
 

@@ -9,9 +9,9 @@ CHAT = ({"role": "user", "content": "?"}, {"role": "assistant", "content": WORDS
 
 
 def end_ids(tokenizer: Any, ends: Sequence[int], rows: int) -> tuple[int, ...]:
-    """The tokens that end an answer: the model's own, the tokenizer's end of text, and the one that the chat template
-    writes after an answer. Tokens that the model has no row for are left out.
+    """The tokens that end an answer, those that the model has no row for left out.
 
+    They are the model's own, the tokenizer's end of text, and the one that the chat template writes after an answer.
     Only single tokens end an answer. If a template writes words there, such as "### End", and no special token, those
     words are text, and the end of text follows the last answer, in training and in generation.
 
@@ -41,8 +41,10 @@ def template_end(tokenizer: Any) -> int | None:
 
 
 def chat_text(render: Callable[[list[dict[str, Any]]], str]) -> str:
-    """`CHAT` as a template renders it. Contents are given as lists of parts if the template reads only those, as some
-    templates of models that also see images do.
+    """`CHAT` as a template renders it.
+
+    Contents are given as lists of parts if the template reads only those, as some templates of models that also see
+    images do.
 
     Raises:
         Exception: what `render` raised for plain text, if it refuses both forms.

@@ -169,8 +169,10 @@ def stack_of(path: str) -> Stack | None:
 
 
 def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
-    """`stack_of` for the paths of any model's tree: what has a stack's name is one only if it has a stack's structure.
-    All leaves below a stack have the same first axis, and one axis more than in a single module.
+    """`stack_of` for the paths of any model's tree, where a stack is recognised by its structure.
+
+    What has a stack's name is one only if all leaves below it have the same first axis, and one axis more than in a
+    single module.
 
     {"h/dense/kernel": [4, 24, 24], "h/dense/bias": [4, 24]}  →  a stack of 4 layers
     {"h/dense/kernel": [24, 24],    "h/dense/bias": [24]}     →  a module that is called h

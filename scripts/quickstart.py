@@ -120,6 +120,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; the same command resumes from the last checkpoint")
     except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
         sys.exit(f"quickstart: {error}")

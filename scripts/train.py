@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`jlora train` as a script, to start on every host of a TPU VM slice:
+"""`jlora train` as a script, to start on every host of a TPU VM slice.
 
 python scripts/train.py --config=configs/sft.py --workdir=DIR --distributed ...
 """

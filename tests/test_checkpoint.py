@@ -80,7 +80,7 @@ def test_fingerprints_see_every_bit_and_no_sharding():
 
 
 @pytest.mark.parametrize(
-    ("code", "advice"), [(errno.ENOSPC, "With room on the disk"), (errno.EACCES, "Once that is mended")]
+    ("code", "advice"), [(errno.ENOSPC, "With room on the disk"), (errno.EACCES, "Once that is fixed")]
 )
 def test_what_failed_in_the_background_is_raised_by_check_and_the_older_checkpoint_stays(
     tmp_path, monkeypatch, code, advice

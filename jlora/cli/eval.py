@@ -32,10 +32,8 @@ def run(arguments: list[str]) -> int:
     if not options.pairs:
         records = data.encodable(records, tokenizer, on_error=options.on_error, note=print_note)
     if ("score" in params) != options.pairs:
-        found = "a reward model" if "score" in params else "no reward model: it has no score head"
-        raise UserError(
-            f"{options.adapter or options.model} is {found}; --pairs is for reward models, and only for them"
-        )
+        found = "a reward model" if "score" in params else "not a reward model: it has no score head"
+        raise UserError(f"{options.adapter or options.model} is {found}; --pairs is for reward models, which need it")
     if options.pairs:
         _compare(options, model, params, tokenizer, records)
         return 0
@@ -84,10 +82,10 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.plot and not (options.pairs or options.scales):
         raise UserError("--plot has no effect without --pairs or --scales")
     if sum(map(bool, (options.pairs, options.against, options.scales))) > 1:
-        raise UserError("--pairs, --against and --scales do not go together")
+        raise UserError("--pairs, --against and --scales cannot be combined: give one of them")
     if (options.against == "base" or options.scales) and not options.adapter:
         raise UserError(
-            f"--{'scales' if options.scales else 'against=base'} needs --adapter: without one there is no base"
+            f"--{'scales' if options.scales else 'against=base'} needs --adapter: without it there is no base"
         )
     if (options.general or options.questions) and not (options.against or options.scales):
         raise UserError("--general and --questions have no effect without --against or --scales")
@@ -235,36 +233,36 @@ def _write_answers(path: pathlib.Path, answers: Sequence[Mapping[str, Any]]) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command(
-        "eval", "Loss and perplexity on the completions of a JSONL file, and the texts that the model gives."
+        "eval", "Loss and perplexity on the completions of a JSONL file, and the texts that the model generates."
     )
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")
     add_on_error_option(parser)
     parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
-    parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="of a text (default: 128)")
-    parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records at a time (default: 8)")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="longest text (default: 128)")
+    parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records per batch (default: 8)")
     parser.add_argument(
-        "--seq_len", type=positive, default=512, metavar="N", help="tokens that the loss looks at (default: 512)"
+        "--seq_len", type=positive, default=512, metavar="N", help="tokens of a record to read (default: 512)"
     )
-    parser.add_argument("--loss_only", action="store_true", help="generate no texts")
-    parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts there")
-    parser.add_argument("--pairs", action="store_true", help="of a reward model: accuracy on prompt, chosen, rejected")
+    parser.add_argument("--loss_only", action="store_true", help="do not generate texts")
+    parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts to this file")
+    parser.add_argument("--pairs", action="store_true", help="accuracy of a reward model on prompt, chosen, rejected")
     parser.add_argument(
         "--against",
         metavar="base|MODEL",
-        help="compare with the model without its adapter, or with another: on --data, on general text and questions",
+        help="compare with the model without its adapter, or with another, on --data, general text and questions",
     )
     parser.add_argument(
-        "--scales", metavar="X", type=float, nargs="+", help="the same measures with the adapter's update times each X"
+        "--scales", metavar="X", type=float, nargs="+", help="the same with the adapter's update scaled by each X"
     )
-    parser.add_argument("--general", metavar="FILE.jsonl", help="general texts as records (default: 16 that jlora has)")
+    parser.add_argument("--general", metavar="FILE.jsonl", help="general texts as records (default: 16 of jlora's own)")
     parser.add_argument(
         "--questions",
         metavar="FILE.jsonl",
-        help="objects with question, choices and answer, the right one's number (default: 48 that jlora has)",
+        help="objects with question, choices and answer, the right choice's number (default: 48 of jlora's own)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw how far a reward model's probabilities hold (--pairs), or the --scales"
+        "--plot", metavar="FILE.png", help="draw a reward model's calibration (--pairs), or the --scales"
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     return parser

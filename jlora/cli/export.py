@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
             _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))
             print_kept(model, params, written, hub.load_tokenizer(config.model.path))
         except (ValueError, RuntimeError, MemoryError) as error:  # the model is written even if the figures fail
-            warnings.warn(f"what it kept of the update could not be measured (--unmeasured): {error}", stacklevel=2)
+            warnings.warn(f"the share of the update kept could not be measured (--unmeasured): {error}", stacklevel=2)
     return 0
 
 
@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked; "
         "base and adapter of a merge_aware run are packed together, as they were trained.",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where `jlora train` worked")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of `jlora train`")
     parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")
     parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
     parser.add_argument(
         "--unmeasured",
         action="store_true",
-        help="do not load what --merged wrote to say what it kept of the update (saves the memory of a second model)",
+        help="do not measure how much of the update --merged kept (saves the memory of a second model)",
     )
     add_gguf_option(parser)
     add_fold_option(parser)

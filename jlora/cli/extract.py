@@ -29,19 +29,17 @@ def run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "extract", "Turn what full fine-tuning changed into a LoRA adapter, and say how much of it that keeps."
-    )
+    parser = command("extract", "Turn what full fine-tuning changed into a LoRA adapter, and report how much it keeps.")
     parser.add_argument("--base", required=True, metavar="MODEL", help="the model before training")
-    parser.add_argument("--model", required=True, metavar="MODEL", help="the model after it")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="the model after training")
     parser.add_argument(
-        "--rank", type=rank, default=16, help="or the share of every change's energy to keep, as 0.9 (default: 16)"
+        "--rank", type=rank, default=16, help="rank, or share of every change's energy to keep, as 0.9 (default: 16)"
     )
     parser.add_argument(
         "--target_modules", nargs="+", metavar="NAME", help="modules that get factors (default: all linears)"
     )
     parser.add_argument(
-        "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds whole copies of, as norm"
+        "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds as whole copies, as norm"
     )
     add_vocab_option(parser, of="the base's ")
     add_fold_option(parser)

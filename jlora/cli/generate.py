@@ -63,12 +63,12 @@ def _temperature(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = command("generate", "Print the model's answer to each prompt.")
     add_model_options(parser, several=True)
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="default: 256")
     parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, always the same"
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, always the likeliest token"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     return parser

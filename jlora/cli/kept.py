@@ -24,8 +24,9 @@ PROBES = (
 def print_kept(
     model: Model, params: Params, merged: Params, tokenizer: Any, records: Sequence[dict[str, Any]] | None = None
 ) -> lora.Kept:
-    """Prints how much of the update the weights of `merged` kept, and how far its predictions are from the unmerged
-    model's on the records (default: `PROBES`); returns the former.
+    """Prints how much of the update the weights of `merged` kept, and returns it.
+
+    It also prints how far the predictions are from the unmerged model's on the records (default: `PROBES`).
     """
     params = only_scored(model, params) if SCORE in params else params  # a reward model is written without other heads
     report = lora.kept(params, merged)

@@ -19,7 +19,7 @@ DONE, FAILED, MISTAKE = 0, 1, 2
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA or QLoRA",
-    "plan": "memory, FLOPs and traffic of a run on devices that need not be here",
+    "plan": "memory, FLOPs and traffic of a run on devices that you need not have",
     "eval": "loss, perplexity and answers of a model on a JSONL file",
     "generate": "answer a prompt",
     "merge": "bake adapters into a model, or several into one",

@@ -34,11 +34,11 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
-        raise UserError("--quant packs a merged model, of which --adapter_only leaves none")
+        raise UserError("--quant packs a merged model, and --adapter_only writes none")
     if options.fold and (options.gguf or not options.adapter_only):
         raise UserError("--fold is for the PEFT adapter that --adapter_only writes")
     if options.gguf and options.dtype:
-        raise UserError("--gguf names the type of what is written, so --dtype has no part in it")
+        raise UserError("--gguf sets the type of what is written, so --dtype has no effect")
     if options.gguf and options.quant:
         raise UserError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     if options.gguf:
@@ -126,7 +126,7 @@ def _adapted(base: Params, adapters: list[tuple[str, float]], options: argparse.
     weights = [weight for _, weight in adapters]
     named = {f"{folder}": adapter for (folder, _), adapter in zip(adapters, loaded, strict=True)}
     if len(named) < len(loaded):
-        raise UserError("--adapter: found a folder twice; give its weights as one")
+        raise UserError("--adapter: found a folder twice; give it once, with the sum of its weights")
     params, report = lora.mix(base, named, weights, method=options.method or "linear", seed=options.seed, **chosen)
     print(str(report).partition("\n")[0])
     return params
@@ -146,25 +146,25 @@ def _packed(merged: Params, format: str) -> Params:
 def _parser() -> argparse.ArgumentParser:
     parser = command(
         "merge",
-        "Bake an adapter, or what a method makes of several, into the model; say what that keeps.",
+        "Merge an adapter, or a mixture of several, into the model, and report how much of the update is kept.",
         epilog="Sums are formed in float32 on the unpacked base and rounded once. The base itself is not changed: to "
-        "unmerge is to use it again. `jlora merge --recipe=FILE.yaml --out=DIR` combines whole models instead.",
+        "unmerge, use it again. `jlora merge --recipe=FILE.yaml --out=DIR` combines whole models instead.",
     )
     add_source_option(parser)
     parser.add_argument(
-        "--adapter", required=True, action="append", metavar="DIR[:WEIGHT]", help="a PEFT folder; may be given again"
+        "--adapter", required=True, action="append", metavar="DIR[:WEIGHT]", help="a PEFT folder; may be repeated"
     )
     parser.add_argument("--method", help=f"for several adapters: {', '.join(METHODS)} (default: linear)")
     parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
-    parser.add_argument("--rank", type=rank, help="of the mixture, or the share of its energy to keep, as 0.99")
-    parser.add_argument("--seed", type=int, default=0, help="of methods that draw (default: 0)")
+    parser.add_argument("--rank", type=rank, help="rank of the mixture, or the share of its energy to keep, as 0.99")
+    parser.add_argument("--seed", type=int, default=0, help="seed of methods that draw at random (default: 0)")
     parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
     add_vocab_option(parser)
     add_fold_option(parser)
     add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
-    parser.add_argument("--dtype", help="of the merged folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
+    parser.add_argument("--dtype", help="dtype of the folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
     add_on_error_option(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")

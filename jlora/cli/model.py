@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     """Adds --model, --adapter (repeatable with `several`), --quant, --dtype, --vocab and --fold_system."""
     add_source_option(parser)
     if several:
-        more = 'a PEFT folder for all prompts; or again and again, one for each prompt, "" for none'
+        more = 'a PEFT folder for all prompts; or repeated, one for each prompt, "" for none'
         parser.add_argument("--adapter", metavar="DIR", action="append", default=[], help=more)
     else:
         parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
@@ -60,8 +60,8 @@ def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:
         "--vocab",
         type=_rows,
         metavar="ROWS",
-        help=f"give {of}embedding and head so many rows, or with 'tokenizer' as many as the tokenizer needs; new ones "
-        "are the mean of the others",
+        help=f"give {of}embedding and head this many rows, or with 'tokenizer' as many as the tokenizer needs; new "
+        "rows are the mean of the others",
     )
 
 
@@ -71,14 +71,14 @@ def add_on_error_option(parser: argparse.ArgumentParser) -> None:
         "--on_error",
         choices=get_args(data.OnError),
         default="raise",
-        help="of records that cannot be read or encoded: skip leaves them out and says so (default: raise)",
+        help="what to do with records that cannot be used: skip leaves them out with a warning (default: raise)",
     )
 
 
 def add_gguf_option(parser: argparse.ArgumentParser) -> None:
     """Adds --gguf."""
     parser.add_argument(
-        "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, its matrices in this type"
+        "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, with matrices of this type"
     )
 
 
@@ -87,7 +87,7 @@ def add_fold_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold",
         action="store_true",
-        help="write the adapter with one rank and one scale for all modules, for readers that know no others (vLLM)",
+        help="write the adapter with one rank and one scale for all modules, for programs that read no others (vLLM)",
     )
 
 

@@ -32,7 +32,7 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         return _apply(_read_settings(path), overrides) if overrides else _read_settings(path)
     config = call(file, load_function(file, "get_config"), *([word] if colon else []))
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config() returned {type(config).__name__}, expected a ml_collections.ConfigDict")
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}, expected an ml_collections.ConfigDict")
     if not overrides:
         return config
     return _apply(config, overrides)
@@ -68,7 +68,7 @@ def _read_settings(path: str) -> ConfigDict:
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: found no YAML or JSON ({error})") from error
+        raise UserError(f"{path}: not valid YAML or JSON ({error})") from error
     config = default_config()
     if not isinstance(values, dict) or not set(values) & set(config):
         raise UserError(
@@ -89,7 +89,7 @@ def _refuse_repeated(keys: Sequence[str], where: str) -> None:
 def _refuse_odd_values(value: Any, where: str, around: tuple[int, ...] = ()) -> None:
     """Refuses settings whose name is not text, and values that contain themselves, as YAML's anchors allow."""
     if id(value) in around:
-        raise UserError(f"{where}: found a value that holds itself (an anchor of YAML), expected plain settings")
+        raise UserError(f"{where}: found a value that contains itself (a YAML anchor), expected plain settings")
     if not isinstance(value, dict | list):
         return
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

@@ -109,7 +109,7 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
     if found.estimated:
         yield (
             f"  The memory is an estimate: pip install 'jlora[{topology.extra}]' brings XLA's compiler for these "
-            "devices, which says it exactly."
+            "devices, which gives the exact figure."
         )
     yield f"parameters  {found.trainable_parameters:,} trained, {found.frozen_parameters:,} frozen"
     verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[found.fits]
@@ -157,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
         description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
-        "compiler, FLOPs, and what moves between devices. Of the model config.json is enough; no data is read: every "
-        "row is taken to be full.",
+        "compiler, FLOPs, and what moves between devices. The model's config.json is enough; no data is read, "
+        "and every row is assumed to be full.",
         epilog=f"Compilers come with {extras}; without one the memory is an estimate.",
     )
     parser.add_argument("--config", required=True, metavar="FILE.py", help="as for jlora train")

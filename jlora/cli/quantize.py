@@ -14,7 +14,7 @@ def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
-        raise UserError("--data says where 16 bits matter most, so it needs --bits: how many there may be a weight")
+        raise UserError("--data measures where 16 bits matter most, so it needs --bits, the bits per weight to spend")
     hub.refuse_inputs(options.out, {"--model": options.model})
     config = quant.QuantConfig(rules=quantizable(options.quant), double_quant=not options.no_double_quant)
     dtype = options.dtype or hub.checkpoint_dtype(options.model)
@@ -56,14 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"
     )
     parser.add_argument(
-        "--bits", type=float, metavar="BITS", help="a weight of the linears: the most sensitive stay in 16 bits"
+        "--bits", type=float, metavar="BITS", help="mean bits a weight of the linears; the most sensitive keep 16"
     )
     parser.add_argument(
         "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
     )
     add_on_error_option(parser)
     parser.add_argument(
-        "--dtype", help="of all that is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
+        "--dtype", help="dtype of what is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
     )
     add_vocab_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")

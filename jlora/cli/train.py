@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
         try:
             loop.run(config, workdir, progress=progress if jax.process_index() == 0 else None, stop=stop)
         except Interrupted as stopped:
-            print(f"stopped early: {stopped}; the same command goes on from there", file=sys.stderr)
+            print(f"stopped early: {stopped}; the same command resumes from there", file=sys.stderr)
             return INTERRUPTED
     if jax.process_index() == 0:
         folder = many.FOLDER if config.adapters else "adapter"
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jlora train",
         usage="jlora train --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--workdir=DIR]",
-        description="Fine-tune a model. Run the same command again to go on after an interruption.",
+        description="Fine-tune a model. Run the same command again to resume after an interruption.",
         epilog="settings and their defaults:\n\n" + "\n".join(_settings(RunConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

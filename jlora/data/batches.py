@@ -48,8 +48,9 @@ def collate(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> Bat
 
 
 def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tuple[Batch, np.ndarray]:
-    """What `collate` returns, and int32 [A, B, T]: each token's document as its place in the row's tuple, or -1 for
-    padding and shared tokens.
+    """What `collate` returns, and each token's document, int32 [A, B, T].
+
+    A document is given as its place in the row's tuple, or -1 for padding and shared tokens.
     """
     shape = (len(step.rows), step.length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}

@@ -25,7 +25,7 @@ from jlora.errors import UserError, first_few
 Encoded = TypeVar("Encoded")
 
 Remark = Callable[[str], None]
-STOP_IN_WORDS = "the token that ends an answer stands within the words of one, so that the model learns to end there"
+STOP_IN_WORDS = "the token that ends answers occurs inside an answer, where the model would learn to stop"
 # Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -328,7 +328,7 @@ def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, 
 def _check_turn(index: int, tokens: np.ndarray, stop: int | None, remark: Remark) -> None:
     """Raises UserError if nothing but its end is left of a turn; remarks on a turn with a stop token inside."""
     if not len(tokens) or (len(tokens) == 1 and tokens[0] == stop):
-        raise UserError(f"messages[{index}]: the chat template writes no word of it, expected words to learn")
+        raise UserError(f"messages[{index}]: the chat template writes none of its text, expected text to learn")
     if stop is not None and (tokens[:-1] == stop).sum() > (tokens[-1] != stop):
         remark(STOP_IN_WORDS)
 

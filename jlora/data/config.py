@@ -26,6 +26,9 @@ class DataConfig:
         on_error: "raise" ends the run if records cannot be read or encoded, "skip" leaves them out and reports them.
         system: "template" leaves a system text to the chat template; "fold" puts it at the start of the first user's
             turn, for templates that do not write one. Exported merged models fold too.
+
+    Raises:
+        ValueError: settings are out of range; all are listed.
     """
 
     path: str
@@ -49,4 +52,4 @@ class DataConfig:
         if self.bucket < 1:
             faults.append(f"data.bucket: found {self.bucket}, expected a whole number of at least 1")
         if faults:
-            raise UserError("the data settings do not hold:\n  " + "\n  ".join(faults))
+            raise UserError("the data settings are invalid:\n  " + "\n  ".join(faults))

@@ -39,8 +39,8 @@ _REFUSED_STARTS = {
     b"\x80\x03": _RUNS_CODE,
     b"\x80\x04": _RUNS_CODE,
     b"\x80\x05": _RUNS_CODE,
-    b"PAR1": "a Parquet file: let its name end with .parquet",
-    b"ARROW1": "an Arrow file: let its name end with .arrow",
+    b"PAR1": "a Parquet file: rename it to end with .parquet",
+    b"ARROW1": "an Arrow file: rename it to end with .arrow",
     b"\xff\xfe": "text in UTF-16: write it as UTF-8",
     b"\xfe\xff": "text in UTF-16: write it as UTF-8",
 }
@@ -154,7 +154,7 @@ def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
             second = next(((number, line) for number, line in lines if _words(line)), (number, b""))
             if not _is_json(second[1]):
                 raise UserError(
-                    f"{path}:{number}: found an object that goes on behind its line, expected one record on each line "
+                    f"{path}:{number}: found an object that continues after its line, expected one record on each line "
                     "(JSONL), or one JSON array of all records"
                 )
             lines = itertools.chain([second], lines)
@@ -233,12 +233,12 @@ def _array_rows(path: pathlib.Path, number: int, content: bytes) -> Iterator[Row
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
             place = skip(place + 1)
         if (place := skip(place + 1)) != len(text):
-            raise json.JSONDecodeError("Extra data behind the array", text, place)
+            raise json.JSONDecodeError("Extra data after the array", text, place)
     except json.JSONDecodeError as error:
         where = f"{path}:{number + error.lineno - 1}"
         raise UserError(f"{where}: found a JSON array that is damaged ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: found a JSON array that cannot be read, behind record {index} ({error})") from error
+        raise UserError(f"{path}: found a JSON array that cannot be read, after record {index} ({error})") from error
 
 
 def _checked(value: Any, text: str) -> Any:
@@ -266,7 +266,7 @@ def _table_rows(path: pathlib.Path) -> Iterator[Any]:
                 batch.validate(full=True)  # the offsets of a damaged file can point anywhere in memory
                 yield from batch.to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: found no file of the kind that its name says ({error})") from error
+        raise UserError(f"{path}: not a file of the kind that its name says ({error})") from error
 
 
 def _folder_rows(path: pathlib.Path) -> Iterator[Any]:

@@ -35,7 +35,7 @@ _MEDIA_MARK = re.compile(r"<\|?(?:image|video|audio)(?:_pad|_\d+)?\|?>")
 
 _OTHER_PROMPT = "the prompt is read from {read}"
 _OTHER_ANSWER = "the answer is read from {answers}"
-_ONE_WEIGHT = "every record counts alike"
+_ONE_WEIGHT = "every record counts the same"
 # Keys that other loaders read and that have no place of their own in a record, and why.
 _UNUSED = (
     dict.fromkeys((*_CHATS, *_QUESTIONS, "input", "history", "prompt"), _OTHER_PROMPT)
@@ -43,8 +43,8 @@ _UNUSED = (
     | dict.fromkeys(("chosen", "rejected", "completions", "scores"), "preferences are for algorithms that learn them")
     | dict.fromkeys(("label", "kto_tag"), 'every answer is learned, wanted or not (algorithm="kto" tells them apart)')
     | dict.fromkeys(("weight", "sample_weight", "loss_weight", "loss_mask", "loss", "train"), _ONE_WEIGHT)
-    | dict.fromkeys(("tool_choice", "function_call", "parallel_tool_calls"), "a chat template is not told it")
-    | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), "reasoning belongs into the answer's message")
+    | dict.fromkeys(("tool_choice", "function_call", "parallel_tool_calls"), "the chat template is not given it")
+    | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), "reasoning belongs in the answer's message")
     | {"functions": "a chat's tools are read from tools"}
 )
 # Keys for which true and 1 mean the same as leaving them out.
@@ -223,11 +223,11 @@ def media_faults(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             or any(_MEDIA_PLACE.search(text) for text in texts if isinstance(text, str))
         ):
             faults.append(
-                f"{key}: found it beside the text, expected text alone: models are trained on text here, and the "
+                f"{key}: found it beside the text, expected text only: jlora trains models on text, and the "
                 "answer may depend on what they are not shown"
             )
         else:
-            notes.append(f"{key}: not used: models are trained on text here")
+            notes.append(f"{key}: not used: jlora trains models on text")
     return faults, notes
 
 

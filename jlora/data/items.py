@@ -43,12 +43,12 @@ def encode_preferences(
     on_error: OnError = "raise",
     note: Note = warn,
 ) -> tuple[list[Item], EncodeReport]:
-    """An item for each record that can be learned from, in order, and a report. Of "pairs", its documents are (chosen,
-    rejected) and its values the record's `NUMBERS`; of "unpaired", it is one document with "label" 1 or 0.
+    """An item for each record that can be learned from, in order, and a report.
 
-    The tokens are TRL's for DPO: an answer is trained from where prompt and prompt + answer diverge, at the same place
-    in both documents, to its very end. For plain text that is the tokenizer's end-of-text token; for messages it is
-    whatever the template writes after the last one.
+    The documents of "pairs" are (chosen, rejected), and the values the record's `NUMBERS`; an item of "unpaired" is one
+    document with "label" 1 or 0. The tokens are TRL's for DPO: an answer is trained from where prompt and prompt +
+    answer diverge, at the same place in both documents, to its very end. For plain text that is the tokenizer's
+    end-of-text token; for messages it is whatever the template writes after the last one.
 
     Args:
         records: as `read_preferences` returns them for this kind.
@@ -85,7 +85,7 @@ def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> 
         UserError: `batch_size` is below 2, or an item has more than one document.
     """
     if batch_size < 2:
-        raise UserError(f"found batch_size={batch_size}, expected 2 or more: an item alone has no other to meet")
+        raise UserError(f"found batch_size={batch_size}, expected 2 or more, to pair prompts with others' answers")
     if sides := {len(item.documents) for item in items} - {1}:
         raise UserError(f"found items of {sorted(sides)} documents, expected one document each")
     found = []
@@ -210,7 +210,7 @@ def loader(
 
 
 def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Batch:
-    """The arrays of one step of `plan_items`: those of `collate` [A, B, T], and for N places of items
+    """The arrays of one step of `plan_items`: those of `collate` [A, B, T], and these for N places of items.
 
     documents     i32 [A, B, T]  s·N + n in the tokens of document s of item n, S·N in padding and in shared tokens
     items         f32 [A, N]     1 where there is an item, else 0
@@ -242,8 +242,9 @@ def in_order(
 
 
 def count_tokens(batch: Batch, sides: int) -> int:
-    """The number of tokens in the first `sides` documents of all items, or in all documents of a batch that does not
-    know its items; shared tokens count for each document.
+    """The number of tokens in the first `sides` documents of all items.
+
+    A batch that does not know its items counts all documents. Shared tokens count for each document.
     """
     if "documents" not in batch:
         return int(np.sum(batch["segment_ids"] > 0))

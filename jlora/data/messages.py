@@ -191,8 +191,8 @@ def _with_text(where: str, message: Message) -> Message:
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in _TEXT_PARTS:
             raise UserError(
-                f"{where}.content[{index}]: found a part of type {kind!r}, expected text parts alone: models are "
-                "trained on text here"
+                f"{where}.content[{index}]: found a part of type {kind!r}, expected text parts only: jlora "
+                "trains models on text"
             )
         if not isinstance(text, str):
             raise UserError(f"{where}.content[{index}].text: found {kind_of(text)}, expected text")

@@ -168,7 +168,7 @@ def _from_messages(row: Record, kind: Kind) -> Record:
         return {**row, "prompt": messages[:-1], "completion": messages[-1:]}
     if messages[-1:] == (as_messages(chosen, "assistant") if isinstance(chosen, str) else chosen):
         return {**row, "prompt": messages[:-1]}
-    raise UserError("messages: found the assistant's words at the end, expected those that chosen and rejected answer")
+    raise UserError("messages: found an assistant message at the end, expected what chosen and rejected answer")
 
 
 def _pair(row: Record) -> tuple[list[Record], list[str]]:

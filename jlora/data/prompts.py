@@ -139,7 +139,7 @@ def _accept(row: Any) -> Accepted:
     prompt = row["prompt"]
     if isinstance(prompt, list) and (not prompt or prompt[-1]["role"] not in ("user", "tool")):
         found = f"a message of the {prompt[-1]['role']} at the end" if prompt else "none"
-        expected = "a message of the user at the end, or a tool's: answers are begun here, not gone on with"
+        expected = "a message of the user at the end, or a tool's: answers are started here, not continued"
         return Accepted([], [f"{field}: found {found}, expected {expected}"])
     if not prompt:
         return Accepted([], ["prompt: found empty text, expected something to continue"])

@@ -19,8 +19,8 @@ Messages = list[dict[str, Any]]
 SHOWN = 3
 _PARTS = re.compile(r"""['"]type['"]: ['"]text['"]""")
 BY_DESIGN = (
-    "the chat template leaves out what it writes while the chat ends there (reasoning of earlier turns, words beside "
-    "a call, a system text), so that it is not learned from"
+    "the chat template drops text that it writes while the chat ends there (reasoning of earlier turns, words beside a "
+    "call, a system text), so this text is not learned"
 )
 
 

@@ -55,8 +55,10 @@ class Turns:
         return self._token(self._start_place(index))
 
     def places(self, index: int) -> np.ndarray:
-        """The indices of a turn's tokens in order, its stop token included. They have gaps if the template writes other
-        words in between: Gemma 4 writes a tool's result between a call and what is said beside it.
+        """The indices of a turn's tokens in order, its stop token included.
+
+        They have gaps if the template writes other words in between: Gemma 4 writes a tool's result between a call and
+        what is said beside it.
         """
         if index not in self._runs:
             return np.arange(*self._by_prefix(index))
@@ -118,8 +120,9 @@ class Turns:
         return index == 0, messages[index]["role"], before.get("role"), bool(before.get("tool_calls"))
 
     def _ask(self, index: int, gap: str) -> tuple[str, int] | None:
-        """What the template writes after the last word before a turn when it asks for the turn, and the length of what
-        it writes there when it does not ask; None if this cannot be told.
+        """What the template writes to ask for a turn, and how much of it it writes when it does not ask.
+
+        Both follow the last word before the turn. None if this cannot be told.
         """
         marked, places = self._written.marked, self._written.places
         own = next(place for place, (number, _) in enumerate(places) if marked.owners[number] == index)
@@ -143,8 +146,10 @@ class Turns:
         return text[places[-1][1] :] if places and places[-1][0] == last else None
 
     def _behind_opening(self, index: int, gap: str) -> int:
-        """Where a turn starts in the gap before it: after the opening of an answer, as the template writes it at the
-        end of the chat, or else at the words themselves.
+        """Where a turn starts in the gap before it.
+
+        That is after the opening of an answer, as the template writes it at the end of the chat, or else at the words
+        themselves.
         """
         pieces = _PIECE.findall(self._ask_again())
         while pieces:
@@ -168,10 +173,10 @@ class Turns:
         return self._opening
 
     def _closing(self, index: int, run: "_Run", *, alone: bool = False) -> int:
-        """Where a turn ends in the text: after what the template writes there when the chat ends with the turn; with
-        `alone`, when it ends with the turn without its content.
+        """Where a turn ends in the text: after what the template writes there when the chat ends with the turn.
 
-        Another special token may replace the last one: gpt-oss ends earlier answers with a token of its own.
+        With `alone`, after what it writes when the chat ends with the turn without its content. Another special token
+        may replace the last one: gpt-oss ends earlier answers with a token of its own.
         """
         region = self._written.text[run.last : run.following]
         message = self._written.messages[index]

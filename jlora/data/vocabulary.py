@@ -60,8 +60,9 @@ class Fitted:
 
 
 def _dated(template: str, date: datetime.datetime) -> str:
-    """The template with its own `strftime_now`, which tells this date: transformers' tells the clock's, and would turn
-    a function that is passed in into text.
+    """The template with a `strftime_now` of its own, which tells this date.
+
+    That of transformers tells the clock's, and would turn a function that is passed in into text.
     """
     if "strftime_now" not in template:
         return template
@@ -95,8 +96,8 @@ def require_rows(tokens: Sequence[Any] | np.ndarray, tokenizer: Any) -> None:
         named = [f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in beyond[:NAMED]]
         more = [f"{len(beyond) - NAMED} more"] if len(beyond) > NAMED else []
         raise UserError(
-            f"the tokenizer makes tokens that the model has no row for: {', '.join(named + more)}, but its embedding "
-            f"has {tokenizer.rows} rows; {RESIZE}"
+            f"the model's embedding has {tokenizer.rows} rows, and none for these tokens of the tokenizer: "
+            f"{', '.join(named + more)}; {RESIZE}"
         )
 
 

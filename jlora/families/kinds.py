@@ -21,6 +21,7 @@ def _is_number(value: Any) -> bool:
 
 
 def whole(least: int, most: int) -> Kind:
+    """The kind of the whole numbers from `least` to `most`, both included."""
     return Kind(
         f"a whole number from {least:,} to {most:,}",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
@@ -28,6 +29,7 @@ def whole(least: int, most: int) -> Kind:
 
 
 def list_of(kind: Kind, what: str) -> Kind:
+    """The kind of the lists whose values are all of `kind`; `what` is its plural, for messages."""
     return Kind(f"a list of {what}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
@@ -94,5 +96,6 @@ def _listed(value: Any) -> list[Any]:
 
 
 def short(value: Any) -> str:
+    """The value as Python writes it, cut after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

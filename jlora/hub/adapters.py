@@ -48,4 +48,4 @@ def _say_other_base(named: Any, folder: Path, base: str) -> None:
     """
     last = str(named or "").rstrip("/").rpartition("/")[2].lower()
     if last and last not in f"{base} {Path(base).expanduser().resolve()}".lower():
-        warnings.warn(f"{folder}: {CONFIG} names the base model {named}; here it is put on {base}", stacklevel=3)
+        warnings.warn(f"{folder}: {CONFIG} names the base model {named}; it is applied to {base}", stacklevel=3)

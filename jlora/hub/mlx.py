@@ -115,7 +115,7 @@ def parse(fields: Mapping[str, Any], path: Path) -> Settings:
 def _problems(fields: Mapping[str, Any], lora_fields: Any, layers: Any) -> list[str]:
     kind = fields.get("fine_tune_type", "lora")
     if kind == "full":
-        return ["fine_tune_type is 'full': these are whole weights and no adapter; open the fused model instead"]
+        return ["fine_tune_type is 'full': these are whole weights, not an adapter; open the fused model instead"]
     problems = []
     if kind not in ("lora", "dora"):
         problems.append(f"fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
@@ -183,7 +183,7 @@ def _slots(adapted: list[Module], settings: Settings) -> dict[str, Slot]:
     slots = {}
     for module in adapted:
         if settings.use_dora and module.leaf != "kernel":
-            raise UserError(f"DoRA of {module.tensors} is not supported: it is no linear")
+            raise UserError(f"DoRA of {module.tensors} is not supported: it is not a linear layer")
         shapes = {"lora_a": (module.inputs, settings.rank), "lora_b": (settings.rank, module.outputs)}
         for leaf, shape in shapes.items():
             slots[f"{module.tensors}.{leaf}"] = Slot(f"{module.path}/{leaf}", module.index, shape, PLAIN)

@@ -82,7 +82,7 @@ def _own_tokenizer(adapter: str | Path) -> "PreTrainedTokenizerBase | None":
     try:
         return _of_folder(folder)
     except UserError as error:
-        warnings.warn(f"{adapter}: its own tokenizer is left aside, the model's is used: {error}", stacklevel=3)
+        warnings.warn(f"{adapter}: its own tokenizer is ignored, the model's is used: {error}", stacklevel=3)
         return None
 
 

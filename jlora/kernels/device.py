@@ -8,8 +8,9 @@ from jlora import devices
 
 
 def target() -> str:
-    """The kind of device, "cpu", "gpu" or "tpu": that of the mesh in context (`jax.set_mesh`), whose devices need not
-    be present, else JAX's default.
+    """The kind of device: "cpu", "gpu" or "tpu".
+
+    It is that of the mesh in context (`jax.set_mesh`), whose devices need not be present, else JAX's default.
     """
     if (device := _of_mesh()) is not None:
         platform = device.platform

@@ -29,8 +29,10 @@ def constant(value: float, x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float
 
 @jax.custom_vjp
 def in_turn(first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(first, x), such that whatever uses this x is computed after `first`. In the backward pass the gradient of
-    `first` comes after that of x and after `first` itself, even if it needs neither.
+    """(first, x), such that whatever uses this x is computed after `first`.
+
+    In the backward pass the gradient of `first` comes after that of x and after `first` itself, even if it needs
+    neither.
     """
     return jax.lax.optimization_barrier((first, x))
 
@@ -48,8 +50,9 @@ in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _zero(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A zero that the compiler takes to depend on x, since XLA for GPUs drops barriers before it schedules. Elsewhere a
-    plain zero, also with several devices, which would have to send the value around.
+    """A zero that the compiler takes to depend on x, since XLA for GPUs drops barriers before it schedules.
+
+    Elsewhere a plain zero, also with several devices, which would have to send the value around.
     """
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1

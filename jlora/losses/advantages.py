@@ -154,8 +154,9 @@ def zero_std_groups(rewards: Rewards, group_size: int) -> Bool[np.ndarray, " G"]
 
 
 def overlong_penalty(lengths: Num[np.ndarray, " N"], max_completion_length: int, cache: int) -> Advantages:
-    """The penalty for completions of these lengths, from 0 to -1 (soft overlong punishment, eq. 13 of DAPO, Yu et al.
-    2025).
+    """The penalty, from 0 to -1, for completions of these lengths.
+
+    It is the soft overlong punishment (eq. 13 of DAPO, Yu et al. 2025):
 
     0 up to L - cache, ((L - cache) - length) / cache up to L = max_completion_length, -1 beyond.
     """
@@ -213,7 +214,9 @@ def whiten(
 def kl_estimate(
     log_probs: Float[Array, "*B"], reference: Float[Array, "*B"], kind: Literal["k1", "k2", "k3"]
 ) -> Float[Array, "*B"]:
-    """Every sampled token's estimate of KL(policy ‖ reference) (Schulman 2020). With d = log policy - log reference:
+    """Every sampled token's estimate of KL(policy ‖ reference) (Schulman 2020).
+
+    With d = log policy - log reference:
 
     k1 = d, unbiased but of any sign; k2 = d²/2, whose gradient is unbiased; k3 = exp(-d) - 1 + d, unbiased and ≥ 0.
     """

@@ -48,8 +48,9 @@ class Chunks:
     def of(
         cls, project: Project, head: Params, hidden: jax.Array, weights: Float[Array, "B T"], chunk: int
     ) -> "Chunks":
-        """Chunks for which a device computes the logits of about `chunk` tokens, or of more tokens but as many numbers
-        if it has only a part of the vocabulary.
+        """Chunks for which a device computes the logits of about `chunk` tokens.
+
+        If it has only a part of the vocabulary, they are more tokens, but as many numbers.
         """
         logits = jax.eval_shape(project, head, hidden[:, :1])
         rows, vocabulary = sharding.logits_axes(logits.shape[-1])

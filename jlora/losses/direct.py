@@ -44,8 +44,9 @@ def dpo(
     f_alpha_divergence_coef: float = ALPHA,
     discopop_tau: float = TAU,
 ) -> Float[Array, " N"]:
-    """The loss of direct preference optimisation for every pair. c, r: log(policy / reference) of the chosen and the
-    rejected completion, ε: label_smoothing.
+    """The loss of direct preference optimisation for every pair.
+
+    c, r: log(policy / reference) of the chosen and the rejected completion, ε: label_smoothing.
 
     m = β(f'(c) - f'(r)), where the f-divergence's f' of a log-ratio x (Wang et al., 2023) is x for reverse_kl,
     1 - exp(-x) for forward_kl, log 2 + log σ(x) for js_divergence and (exp((α-1)x) - 1)/(α-1) for alpha_divergence.

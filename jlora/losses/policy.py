@@ -34,6 +34,9 @@ def ratios(
     * token: exp(log p - log p_old) (PPO: Schulman et al., 2017; GRPO: Shao et al., 2024).
     * sequence: exp of the document's mean of that, at each of its tokens (GSPO: Zheng et al., 2025).
     * sequence_sum: exp of the document's sum, the ratio of the whole completion (RLOO: Ahmadian et al., 2024).
+
+    Raises:
+        ValueError: `level` is unknown.
     """
     counted = weights != 0
     log_ratio = jnp.where(counted, log_probs - old_log_probs, 0)
@@ -63,8 +66,9 @@ def policy_loss(
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """(each token's loss, whether the lower bound stops its gradient, whether the upper bound does), with ρ: `ratios`,
-    A: advantage.
+    """(each token's loss, whether the lower bound stops its gradient, whether the upper bound does).
+
+    With ρ: `ratios`, A: advantage.
 
     * grpo, bnpo, dr_grpo, dapo, luspo: -min(min(ρ, delta) A, clip(ρ, 1 - epsilon, 1 + epsilon_high) A) (PPO: Schulman
       et al., 2017; two bounds: DAPO, Yu et al., 2025; delta: INTELLECT-2, 2025). They differ in `aggregate`.
@@ -137,6 +141,9 @@ def aggregate(
         totals: sums over the whole step of what these divide by: items, tokens (Σ w), micro_batches, prompts.
         max_completion_length: for "constant".
         group_tokens: for "prompt_tokens", the counted tokens of all completions of the document's prompt.
+
+    Raises:
+        ValueError: `how` is unknown.
     """
     counted = jnp.where(weights != 0, per_token, 0) * weights
     sums = by_document(counted, documents, items.shape[0])
@@ -171,7 +178,10 @@ def ppo_value(
     *,
     clip: float = 0.2,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(½ max((v - R)², (v_c - R)²), where the second is larger), with v_c = v clipped to old_values ± clip."""
+    """(½ max((v - R)², (v_c - R)²), where the second is larger) (Schulman et al., 2017), as in OpenAI Baselines.
+
+    v_c = v clipped to old_values ± clip.
+    """
     plain = jnp.square(values - returns)
     clipped = jnp.square(jnp.clip(values, old_values - clip, old_values + clip) - returns)
     return 0.5 * jnp.maximum(plain, clipped), clipped > plain

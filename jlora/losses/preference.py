@@ -54,10 +54,10 @@ def length_desensitised(
     count: int,
     alpha: float,
 ) -> Float[Array, "{count}"]:
-    """Σ log p over the first l tokens + α Σ log p over the rest, where l is the pair's shorter length (LD-DPO, Liu et
-    al., 2024).
+    """Σ log p over the first l tokens + α Σ log p over the rest (LD-DPO, Liu et al., 2024).
 
-    Documents 0 … count/2-1 are the chosen ones, the rest the rejected ones in the same order.
+    l is the pair's shorter length. Documents 0 … count/2-1 are the chosen ones, the rest the rejected ones in the same
+    order.
     """
     chosen, rejected = jnp.split(by_document(weights, documents, count), 2)
     shared = to_tokens(jnp.tile(jnp.minimum(chosen, rejected), 2), documents)
@@ -106,12 +106,11 @@ def cpo_rewards(pairs: Pairs, *, loss_type: str, alpha: float = 0.0) -> tuple[Fl
 
 
 def orpo(pairs: Pairs, *, beta: float = 0.1) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
-    """(-β log σ(o), log σ(o), o) with o = log odds(chosen) - log odds(rejected), odds = p/(1-p) and log p the mean over
-    tokens (Hong et al., 2024).
+    """(-β log σ(o), log σ(o), o) with o = log odds(chosen) - log odds(rejected) (Hong et al., 2024).
 
-    TRL logs the last two as log_odds_ratio and log_odds_chosen. The likelihood term (`mean_nll`) is not included: TRL's
-    covers the prompt too, LLaMA-Factory's only the completion. A p that float32 cannot tell from 1 is clipped to
-    1 - 1e-7, where TRL's odds are infinite.
+    odds = p/(1-p), and log p is the mean over tokens. TRL logs the last two as log_odds_ratio and log_odds_chosen. The
+    likelihood term (`mean_nll`) is not included: TRL's covers the prompt too, LLaMA-Factory's only the completion. A p
+    that float32 cannot tell from 1 is clipped to 1 - 1e-7, where TRL's odds are infinite.
     """
     chosen, rejected = (jnp.minimum(logp, -1e-7) for logp in means(pairs))
     odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))

@@ -92,7 +92,7 @@ class ModelConfig:
         if self.ropes and tokens > self.longest_text:
             warnings.warn(
                 f"{what}: up to {tokens} tokens, but the model was made for texts of up to {self.longest_text} "
-                "(max_position_embeddings and rotary scaling in config.json): what it makes of later ones is in doubt",
+                "(max_position_embeddings and rotary scaling in config.json): results for later tokens are unreliable",
                 stacklevel=3,
             )
 

@@ -39,8 +39,9 @@ class Context:
 
 
 def _tiles(shape: tuple[int, int, int], width: int) -> int:
-    """How many tiles of tokens an MLP's inner values [B, T, width] are computed in: the fewest that keep a tile within
-    TILE and divide a device's tokens.
+    """How many tiles of tokens an MLP's inner values [B, T, width] are computed in.
+
+    That is the fewest that keep a tile within TILE and divide a device's tokens.
     """
     rows, tokens, _ = shape
     tokens, rest = divmod(tokens, sharding.ways(sharding.TOKENS))  # a tile has tokens of every device
@@ -52,8 +53,10 @@ def _tiles(shape: tuple[int, int, int], width: int) -> int:
 
 
 def _cut(x: jax.Array, count: int) -> jax.Array:
-    """[B, T, D] in tiles: on a mesh [count, B, T/count, D], each with as many tokens from every shard; else
-    [count, 1, B·T/count, D] in memory order.
+    """[B, T, D] in tiles.
+
+    On a mesh they are [count, B, T/count, D], each with as many tokens from every shard; else [count, 1, B·T/count, D]
+    in memory order.
     """
     if not sharding.sizes():
         return x.reshape(count, 1, -1, x.shape[-1])
@@ -160,8 +163,9 @@ class Feedforward(nn.Module):
         return attended + _scaled(config, _norm(config, norms[1], y))
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """The same, tile by tile of tokens, each recomputed in the backward pass: an MLP's inner values take as much
-        memory as several layer inputs.
+        """The same, tile by tile of tokens, each recomputed in the backward pass.
+
+        An MLP's inner values take as much memory as several layer inputs.
 
         Args:
             count: the number of tiles.
@@ -217,8 +221,10 @@ class Block(nn.Module):
         return feedforward.in_tiles(tiles, key, x, attended), cache
 
     def _inner(self) -> int:
-        """The MLP's inner values for a token. With experts they are divided by count / top_k: every tile reads the
-        kernels of all experts, so it must hold that many times more tokens to be worth it.
+        """The MLP's inner values for a token.
+
+        With experts they are divided by count / top_k: every tile reads the kernels of all experts, so it must hold
+        that many times more tokens to be worth it.
         """
         experts = self.config.experts
         if not self.experts or experts is None:

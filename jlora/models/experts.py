@@ -10,8 +10,9 @@ from jlora.models.layers import ACTIVATIONS, leaves, used
 
 
 class Router(nn.Module):
-    """float32 probabilities of the experts. The leaf is not called `kernel`, so that by default it is neither adapted
-    nor packed.
+    """float32 probabilities of the experts.
+
+    The leaf is not called `kernel`, so that by default it is neither adapted nor packed.
     """
 
     count: int

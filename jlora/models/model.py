@@ -119,9 +119,10 @@ class Model:
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Params:
-        """Moments of the inputs of every linear in the stack: "count" [L], "sum" [L, D] and "gram" [L, D, D] at each
-        linear's path, float32. They are sums over tokens, so those of several batches can be added; padding (segment 0)
-        does not count.
+        """Moments of the inputs of every linear in the stack, float32.
+
+        At each linear's path: "count" [L], "sum" [L, D] and "gram" [L, D, D]. They are sums over tokens, so those of
+        several batches can be added; padding (segment 0) does not count.
         """
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         weights = (segment_ids != 0).astype(jnp.float32)
@@ -135,8 +136,9 @@ class Model:
         return seen
 
     def head(self, params: Params) -> Params:
-        """The leaves that `project` needs: the head's, or, if the two are tied, the embedding's, with an adapter of the
-        head's own at "own".
+        """The leaves that `project` needs: the head's, or the embedding's if the two are tied.
+
+        An adapter of the tied head's own is at "own".
 
         Raises:
             ValueError: the params have no head.
@@ -203,8 +205,9 @@ class Model:
         return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]
 
     def require_positions(self, tokens: int, setting: str = "") -> None:
-        """Raises UserError if the model has learned positions, but not for a text of this many tokens: those beyond
-        would give NaN.
+        """Raises UserError if the model has learned positions, but not for a text of this many tokens.
+
+        Those beyond would give NaN.
 
         Args:
             setting: the setting that asks for this many, for the message.

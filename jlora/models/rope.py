@@ -35,8 +35,9 @@ def rope_tables(
 
 
 def inverse_frequencies(rope: Rope) -> np.ndarray:
-    """The float32 [dim/2] angular frequencies, scaled as in transformers' `modeling_rope_utils`, for rope_types that do
-    not depend on the length.
+    """The float32 [dim/2] angular frequencies, scaled as in transformers' `modeling_rope_utils`.
+
+    For rope_types that do not depend on the length.
     """
     frequencies = _frequencies(rope)
     if rope.rope_type == "linear":
@@ -65,8 +66,10 @@ def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def _yarn(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
-    """YaRN: frequencies with fewer than beta_slow turns in the original length are divided by `factor`, those with more
-    than beta_fast are kept, with a linear ramp in between.
+    """YaRN's frequencies (Peng et al. 2023), by their turns in the original length.
+
+    Those with fewer than beta_slow turns are divided by `factor`, those with more than beta_fast are kept, with a
+    linear ramp in between.
     """
 
     def dimension(turns: float) -> float:
@@ -94,8 +97,9 @@ def _dynamic(rope: Rope, lengths: jax.Array) -> jax.Array:
 def rotate(
     x: Float[Array, "B T heads F"], cos: Float[Array, "B T dim"], sin: Float[Array, "B T dim"]
 ) -> Float[Array, "B T heads F"]:
-    """x with the first `dim` values of every head rotated by its position's angles, in x's dtype (transformers'
-    `apply_rotary_pos_emb`).
+    """x with the first `dim` values of every head rotated by its position's angles, in x's dtype.
+
+    As transformers' `apply_rotary_pos_emb`.
     """
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = jnp.split(turned, 2, axis=-1)

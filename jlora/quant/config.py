@@ -24,6 +24,9 @@ class QuantConfig:
         double_quant: keep the block scales of 4-bit formats in 8 bits (4.13 bits a weight), not float32 (4.5 bits).
         merge_aware: keep kernels in 16 or 32 bits and pack them, update included, whenever they are used (`Rounded`),
             so that the packed sum of base and adapter is the model that was trained.
+
+    Raises:
+        ValueError: a rule names an unknown format.
     """
 
     rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES
@@ -39,8 +42,9 @@ class QuantConfig:
 
 
 def as_config(quant: "str | QuantConfig | None") -> QuantConfig | None:
-    """The QuantConfig that `quant` stands for: a QuantConfig or None itself; a format's name stands for the default
-    rules with that format.
+    """The QuantConfig that `quant` stands for.
+
+    A QuantConfig or None stands for itself, a format's name for the default rules with that format.
 
     Raises:
         ValueError: the name is unknown.

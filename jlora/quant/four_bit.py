@@ -230,8 +230,9 @@ def _select(index: jax.Array, table: np.ndarray) -> jax.Array:
 
 
 def _bits(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """A lookup by a tree of selects whose leaves compute one of two values' bits from the last index bit, so that there
-    are no constants for the compiler to materialise.
+    """A lookup by a tree of selects, without constants for the compiler to materialise.
+
+    Its leaves compute one of two values' bits from the last index bit.
     """
     index = index.astype(jnp.int32)
     last = -(index & 1)

@@ -15,8 +15,9 @@ from jlora.quant.packed import PackedArray, dequantize, is_packed
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
-    """x @ kernel in x's dtype; sums and a dense kernel's gradient are at least float32. A packed kernel gets no
-    gradient, and nothing dequantised is kept.
+    """x @ kernel in x's dtype; sums and a dense kernel's gradient are at least float32.
+
+    A packed kernel gets no gradient, and nothing dequantised is kept.
     """
     # One flat row axis, since XLA's CPU backend is slow on products that contract over or batch several axes; but not
     # if a mesh splits tokens, whose shards would not be contiguous in it.

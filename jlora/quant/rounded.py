@@ -53,8 +53,9 @@ class Rounded(PackedArray):
         return dataclasses.replace(self, array=array)
 
     def used(self, array: Float[Array, "*stack D N"]) -> Float[Array, "*stack D N"]:
-        """The values that a product uses if `array` is the sum of the kernel and an update; gradients pass through to
-        the sum (Bengio et al. 2013).
+        """The values that a product uses if `array` is the sum of the kernel and an update.
+
+        Gradients pass through to the sum (Bengio et al. 2013).
         """
         return _straight_through(array, self.format, self.double_quant)
 

@@ -72,8 +72,9 @@ def dynamic_map() -> np.ndarray:
 
 @functools.cache
 def _dynamic_thresholds() -> np.ndarray:
-    """For each code but the first, the least float32 in [-1, 1] that bitsandbytes' CPU quantiser maps to that code or a
-    higher one.
+    """For each code but the first, the least float32 that bitsandbytes maps to it or to a higher one.
+
+    The values are in [-1, 1], the quantiser is that for CPUs.
 
     It rounds a value to one of 65,536 levels and takes the code nearest to the level, so small codes have coarse
     borders.

@@ -68,10 +68,10 @@ def mesh_of(values: Any) -> Mesh | None:
 
 
 def sizes() -> Sizes:
-    """The sizes of the axes over which the compiler divides arrays on the mesh in context; {} without a mesh of several
-    devices.
+    """The sizes of the axes over which the compiler divides arrays on the mesh in context.
 
-    Manual axes (inside `jax.shard_map`) count as 1: arrays are already divided over them.
+    {} without a mesh of several devices. Manual axes (inside `jax.shard_map`) count as 1: arrays are already divided
+    over them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):
@@ -120,9 +120,10 @@ def is_spread(x: jax.Array) -> bool:
 
 
 def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array) -> jax.Array:
-    """function(params, x) [B, T, …] for an x [B, T, …] that `is_spread`, computed by each device for its own rows and
-    tokens: for functions that handle all tokens together (sort them, count them) but whose result for each token
-    depends on that token alone.
+    """function(params, x) [B, T, …] for an x that `is_spread`, computed by each device for its own tokens.
+
+    For functions that handle all tokens together (sort them, count them) but whose result for each token depends on
+    that token alone. x is [B, T, …].
     """
     place = PartitionSpec(ROWS, TOKENS)
     axes = {*ROWS, TOKENS}
@@ -130,8 +131,9 @@ def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.A
 
 
 def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(mesh axes of the rows, mesh axes of the vocabulary) of logits. A head that is split over its vocabulary is not
-    moved, so rows are gathered over the axes that split it.
+    """(mesh axes of the rows, mesh axes of the vocabulary) of logits.
+
+    A head that is split over its vocabulary is not moved, so rows are gathered over the axes that split it.
     """
     if not (found := sizes()):
         return (), ()
@@ -140,8 +142,9 @@ def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def gathered(module: str, leaves: dict) -> dict:
-    """The leaves at a module's path, gathered over `fsdp` (a packed leaf in its packed form) but still split over
-    `tensor`. Gradients go back to where the leaves are.
+    """The leaves at a module's path, gathered over `fsdp` but still split over `tensor`.
+
+    A packed leaf is gathered in its packed form. Gradients go back to where the leaves are.
 
     Call it where the leaves are used, inside what is recomputed: a layer's gathered weights then exist only for that
     layer, and are gathered once forward and once for recomputation and backward together.

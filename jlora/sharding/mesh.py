@@ -28,6 +28,9 @@ class MeshConfig:
     `data` and `fsdp` split the batch's rows; `fsdp` also splits every weight, `tensor` splits heads and hidden units,
     and `sequence` splits tokens. In attention, tokens are whole and `sequence` splits heads too if tensor × sequence
     divides them; otherwise each device gathers the keys and values of all tokens.
+
+    Raises:
+        ValueError: a size is 0 or below -1, or several are -1.
     """
 
     data: int = 1
@@ -89,8 +92,9 @@ def token_ways(mesh: Mesh) -> int:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The host's arrays (the same on every host) on the mesh: a device holds only its rows and tokens of [A, B, T] and
-    [A, K, B, T], but all of [A, N].
+    """The host's arrays (the same on every host) on the mesh.
+
+    A device holds only its rows and tokens of [A, B, T] and [A, K, B, T], but all of [A, N].
 
     Raises:
         ValueError: the mesh does not divide B or T.
@@ -130,16 +134,19 @@ def on_any_host(flag: bool) -> bool:
 
 
 class Vote:
-    """`on_any_host` for repeated calls while the devices are busy. With several hosts, each call returns the previous
-    call's answer, since the devices would compute this one's only after the work they have queued.
+    """`on_any_host` for repeated calls while the devices are busy.
+
+    With several hosts, each call returns the previous call's answer, since the devices would compute this one's only
+    after the work they have queued.
     """
 
     def __init__(self) -> None:
         self._before: jax.Array | None = None
 
     def __call__(self, flag: bool) -> bool:
-        """Whether a flag was true on some host: this one with a single host, else the previous call's. Every host must
-        call it.
+        """Whether a flag was true on some host: this one with a single host, else the previous call's.
+
+        A collective: call it on all hosts.
         """
         if jax.process_count() == 1:
             return flag

@@ -1,5 +1,6 @@
-"""Which mesh axes split which dimensions of a leaf: one table of path rules for the base, its packed forms and its
-adapters, in every family.
+"""Which mesh axes split which dimensions of a leaf.
+
+One table of path rules for the base, its packed forms and its adapters, in every family.
 """
 
 import math

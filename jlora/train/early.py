@@ -42,7 +42,7 @@ def check_writable(folder: pathlib.Path) -> None:
     if not there.is_dir():
         raise ExistingFileError(f"{there} is a file; expected a folder to work in, or a place to make {folder}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there} cannot be written in, so there is no place for {folder}: choose another --workdir")
+        raise UserError(f"{there} is not writable, so {folder} cannot be made: choose another --workdir")
 
 
 def _faults(checks: Iterable[tuple[str, Callable[[], object]]]) -> list[str]:

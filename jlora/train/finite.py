@@ -45,7 +45,7 @@ class Guard:
             if self._policy == "skip":
                 before = f"its last {self._limit} steps were skipped: {before} until a step of its own is finite again"
             self._note(
-                f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others go on, and {before}"
+                f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others continue, and {before}"
             )
         if (self._in_a_row >= self._limit).all():
             self.ended = _what(metrics, int(np.argmin(self._in_a_row))), step
@@ -62,7 +62,7 @@ class Guard:
         each = f", for each of {len(self._names)} adapters" if self._names else ""
         lines = [f"stopped: {what} at step {step}{rows}{each}"]
         lines += _left(what, step - self._limit, bool(self._names), self._workdir, kept)
-        single = "; for single bad batches, train.on_nonfinite=skip goes on without them, in this workdir too"
+        single = "; for single bad batches, train.on_nonfinite=skip continues without them, in this workdir too"
         # Several adapters that were frozen when they stopped stay frozen, so skipping would not help them.
         return Diverged("\n  ".join([*lines, HELP + ("" if self._names or self._policy == "skip" else single)]))
 

@@ -42,11 +42,10 @@ def run(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Trains, writes config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/ to `workdir`, and returns the
-    last step's metrics.
+    """Trains, writes the run's files to `workdir`, and returns the last step's metrics.
 
-    If the workdir has checkpoints, the run resumes from the newest one and computes what it would have computed without
-    the pause.
+    The files are config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/. If the workdir has checkpoints, the
+    run resumes from the newest one and computes what it would have computed without the pause.
 
     Args:
         progress: is told about every step.
@@ -171,7 +170,7 @@ def _describe_params(config: RunConfig, base: Base) -> str:
     mebibytes = tree.nbytes(frozen) / 2**20
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
     text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
-    return f"{text}; going on from {config.model.adapter}" if config.model.adapter else text
+    return f"{text}; continuing from {config.model.adapter}" if config.model.adapter else text
 
 
 def _checkpoints(this: _Run) -> checkpoint.Checkpoints:
@@ -281,8 +280,10 @@ def _steps(
 def _kept(
     this: _Run, done: int, saved: checkpoint.Checkpoints, settle: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """If a user's reward or metric fails inside the block, saves the state after `done` steps, provided that a run can
-    resume from there. With several hosts nothing is saved: a host that failed alone would wait for the others.
+    """Saves the state after `done` steps if a user's reward or metric fails inside the block.
+
+    That is, provided that a run can resume from there. With several hosts nothing is saved: a host that failed alone
+    would wait for the others.
 
     Args:
         settle: reads the last of those steps if it was not read yet, and raises Diverged if it must not be saved.

@@ -45,7 +45,7 @@ def plan(
     for name, one in plans.items():
         if one.total_steps < steps:
             members[name] = _with_steps(members[name], steps)
-            note(f"{name}: has data for {one.total_steps} steps; it goes over them again until step {steps}")
+            note(f"{name}: has data for {one.total_steps} steps, and repeats it until step {steps}")
             plans[name] = plan_one(members[name], tokenizer, lambda message: None)
 
     def start(base: Base) -> Job:

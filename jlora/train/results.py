@@ -28,8 +28,9 @@ def tell_usage(
     before: int,
     flops: bool,
 ) -> None:
-    """Reports the usage of the steps since the start and writes it to usage.json. The first two steps compile, so they
-    count only if there are no others.
+    """Reports the usage of the steps since the start and writes it to usage.json.
+
+    The first two steps compile, so they count only if there are no others.
 
     Args:
         timed: tokens, seconds and row length of each step.
@@ -74,8 +75,9 @@ def save_results(workdir: pathlib.Path, config: RunConfig, job: Job, state: Trai
 
 
 def _gathered(params: Params) -> Params:
-    """The params with everything that an adapter's file holds on this host: the adapter's leaves, and the embedding and
-    head if it adapts them.
+    """The params with everything that an adapter's file holds on this host.
+
+    That is the adapter's leaves, and the embedding and head if it adapts them.
     """
     if jax.process_count() == 1:
         return params

@@ -78,8 +78,9 @@ def read_begun(folder: pathlib.Path) -> Begun:
 
 
 def with_dtype(begun: Begun, config: RunConfig) -> RunConfig:
-    """The settings with a dtype in place of None: that of the run in the workdir or, for a new run, the one that these
-    devices multiply fastest. So a run's dtype does not change when it is resumed on other devices.
+    """The settings with a dtype in place of None, so that it does not change on other devices.
+
+    It is that of the run in the workdir or, for a new run, the one that these devices multiply fastest.
     """
     if config.model.dtype is not None:
         return config
@@ -122,17 +123,18 @@ def refuse_other_files(begun: Begun, manifest: Mapping[str, Any], tell: Note | N
             side[EVALUATION] = {path: side[EVALUATION][path] for path in both}
     if faults := list(_changes(found, shared)):
         if tell:
-            tell("going on with what has changed since the run began:\n  " + "\n  ".join(faults))
+            tell("resuming although these have changed since the run began:\n  " + "\n  ".join(faults))
             return
         raise UserError(
             f"{begun.folder} belongs to another run: what it began with has changed; restore it, choose another "
-            "workdir, or go on with the change by train.on_changed_files=note:\n  " + "\n  ".join(faults)
+            "workdir, or accept the change with train.on_changed_files=note:\n  " + "\n  ".join(faults)
         )
 
 
 def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
-    """Raises UserError if the run has already done more steps than are now asked for. If their number changed, notes
-    what that means.
+    """Raises UserError if the run has already done more steps than are now asked for.
+
+    If their number changed, notes what that means.
 
     Args:
         total_steps: the steps that are now asked for.
@@ -201,10 +203,10 @@ def _changes(found: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str
             for path in sorted(found[name].keys() | given[name].keys()):
                 unknown = path not in found[name] and pathlib.Path(path).name == ADAPTER_CONFIG
                 if not unknown and found[name].get(path) != given[name].get(path):
-                    yield f"{name}: {path} is not what it was"
+                    yield f"{name}: {path} has changed"
         elif found[name] != given[name]:
-            hint = " (the tokenizer's files, or the version of jlora, transformers or tokenizers, have changed)"
-            yield f"{name}: not what it was" if name != "tokens of the data" else f"{name}: not what they were{hint}"
+            hint = " (by the tokenizer's files, or another version of jlora, transformers or tokenizers)"
+            yield f"{name}: has changed" if name != "tokens of the data" else f"{name}: have changed{hint}"
 
 
 def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:

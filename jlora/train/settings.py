@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelSource:
     """Where the base model comes from and how it is held.
 
-    Args:
+    Attributes:
         path: a Hugging Face folder, a Hub id, or a GGUF file.
         dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
             keeps the one it began with.
@@ -67,7 +67,7 @@ class ModelSource:
 class TrainConfig:
     """How long to train, how much to compute at once, and how often to log, save and evaluate.
 
-    Args:
+    Attributes:
         steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is
             that fraction of its rows, rounded up to whole steps.
         batch_size: rows of a micro-batch, over all devices.
@@ -124,8 +124,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedConfig:
-    """The groups of every run. `jlora.train.config.RunConfig` adds those of the algorithms, under the names that
-    `Algorithm.groups` gives them, so that the code of an algorithm reads its own as `config.dpo`.
+    """The groups of every run.
+
+    `jlora.train.config.RunConfig` adds those of the algorithms, under the names that `Algorithm.groups` gives them, so
+    that the code of an algorithm reads its own as `config.dpo`.
     """
 
     algorithm: str = "sft"

@@ -148,8 +148,9 @@ def _all_finite(values: Any) -> jax.Array:
 
 
 def _skipping(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
-    """The state after a step, or the one before it if the step is not finite; the step counter and the schedule advance
-    either way.
+    """The state after a step, or the one before it if the step is not finite.
+
+    The step counter and the schedule advance either way.
     """
 
     def scheduled(node: Any) -> bool:
@@ -164,8 +165,10 @@ def _skipping(before: TrainState, after: TrainState, finite: jax.Array) -> Train
 
 
 def _freezing(before: TrainState, after: TrainState, finite: jax.Array) -> TrainState:
-    """The state after a step, but with the adapter from before it if the step is not finite. Its moments then become
-    NaN and stay NaN, so no later update is finite either, even after a resume, and the adapter never changes again.
+    """The state after a step, but with the adapter from before it if the step is not finite.
+
+    Its moments then become NaN and stay NaN, so no later update is finite either, even after a resume, and the adapter
+    never changes again.
     """
 
     def mark(leaf: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from jlora.types import require
         (["train", "--config={folder}/empty.py"], "defines no function get_config()"),
         (["train", "--config={folder}/broken.py"], "broken.py, line 2: SyntaxError"),
         (["train", "--config={folder}/failing.py"], "failing.py, line 2: ZeroDivisionError"),
-        (["train", "--config={folder}/dict.py"], "get_config() returned dict, expected a ml_collections.ConfigDict"),
+        (["train", "--config={folder}/dict.py"], "get_config() returned dict, expected an ml_collections.ConfigDict"),
         (["train", "--config={recipe}", "--config.lora.rnk=8"], "lora.rnk: unknown key; did you mean lora.r?"),
         (["train", "--config={recipe}", "--config.lroa.r=8"], "lroa.r: unknown key; did you mean lora.r?"),
         (["train", "--config={recipe}", "--config.lr=8"], "lr: unknown key; did you mean optim.learning_rate?"),

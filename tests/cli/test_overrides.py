@@ -85,9 +85,9 @@ def test_settings_may_stand_in_yaml_or_json(tmp_path):
         ("a.yaml", "- 1\n", "found none of jlora's settings"),
         ("a.yaml", "3: {}\n", "found none of jlora's settings"),
         ("a.yaml", "", "found none of jlora's settings"),
-        ("a.yaml", "model: [", "found no YAML or JSON"),
-        ("a.yaml", "model: !!python/object/apply:os.getcwd []", "found no YAML or JSON"),
-        ("a.json", "{", "found no YAML or JSON"),
+        ("a.yaml", "model: [", "not valid YAML or JSON"),
+        ("a.yaml", "model: !!python/object/apply:os.getcwd []", "not valid YAML or JSON"),
+        ("a.json", "{", "not valid YAML or JSON"),
     ],
 )
 def test_what_is_not_a_recipe_says_what_one_looks_like(tmp_path, name, text, words):
@@ -117,8 +117,8 @@ def test_wrong_settings_in_yaml_are_named_all_at_once(tmp_path):
         ("a.yaml", "model: {path: m}\nlora:\n  r: 4\n  r: 8\n", "a.yaml, line 3: found r more than once"),
         ("a.json", '{"model": {"path": "m"}, "lora": {"r": 4, "r": 8}}', "a.json: found r more than once"),
         ("a.yaml", "model: {path: m}\nlora: {3: 4}\n", "a.yaml: lora: found the key 3, expected the name of a setting"),
-        ("a.yaml", "model: {path: m}\nlora: &a\n  r: *a\n", "a.yaml: lora: r: found a value that holds itself"),
-        ("a.yaml", "model: {path: m}\nlora: {target_modules: &a [*a]}\n", "found a value that holds itself"),
+        ("a.yaml", "model: {path: m}\nlora: &a\n  r: *a\n", "a.yaml: lora: r: found a value that contains itself"),
+        ("a.yaml", "model: {path: m}\nlora: {target_modules: &a [*a]}\n", "found a value that contains itself"),
     ],
 )
 def test_settings_that_stand_twice_or_have_no_name_are_refused(tmp_path, name, text, words):

@@ -73,7 +73,7 @@ def test_a_packed_folder_can_be_trained_on(recipe, model_folder, tmp_path, capsy
     [
         (["--quant=int4"], "bitsandbytes has no format 'int4'; expected one of nf4, fp4, int8"),
         (["--bits=3"], "bits=3.0: found no such mixture, expected from 4.2"),
-        (["--data=x.jsonl"], "--data says where 16 bits matter most, so it needs --bits"),
+        (["--data=x.jsonl"], "--data measures where 16 bits matter most, so it needs --bits"),
         (["--bits=5", "--data=x.jsonl"], "x.jsonl"),
         (["--dtype=int8"], "expected one of bfloat16, float16, float32"),
     ],

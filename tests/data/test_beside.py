@@ -115,7 +115,7 @@ def test_a_system_column_beside_the_text_of_a_prompt_goes_to_the_rewards(tmp_pat
 def test_a_key_of_pictures_holds_some_only_where_it_looks_so(tmp_path, beside, said):
     row = {"messages": [USER, ANSWER], **beside}
     if said == "refused":
-        assert "found it beside the text, expected text alone" in fault(tmp_path, row)
+        assert "found it beside the text, expected text only" in fault(tmp_path, row)
         return
     notes = []
     read(tmp_path, row, note=notes.append)

@@ -141,7 +141,7 @@ def test_rows_are_named_where_they_stand(tmp_path):
         ("a.json", json.dumps(ROWS)[:-1] + ",]", "found a JSON array that is damaged"),
         ("a.json", "[" * 100_000, "found a JSON array that cannot be read"),
         ("a.json", b'[\n"\xff"]', "a.json:2: found a byte that is not UTF-8"),
-        ("a.json", json.dumps(ROWS[0], indent=2), "a.json:1: found an object that goes on behind its line"),
+        ("a.json", json.dumps(ROWS[0], indent=2), "a.json:1: found an object that continues after its line"),
         ("a.json", json.dumps({"data": ROWS}), "found the fields ['data'] without prompt and completion"),
         ("a.json", "[]", "found no records, expected an object with"),
         ("a.jsonl", "", "found no records, expected an object with"),

@@ -220,7 +220,7 @@ NOTED = [
     ({"prompt": "another"}, "prompt: not used: the prompt is read from messages"),
     ({"prompt": [{"role": "user", "content": "another"}]}, "prompt: not used"),
     ({"label": False}, "label: not used: every answer is learned"),
-    ({"weight": 0.5}, "weight: not used: every record counts alike"),
+    ({"weight": 0.5}, "weight: not used: every record counts the same"),
     ({"train": False}, "train: not used"),
     ({"loss_mask": 0}, "loss_mask: not used"),
     ({"question": "another?"}, "question: not used: the prompt is read from"),
@@ -297,7 +297,7 @@ def test_nothing_is_said_of_the_columns_of_prompts(tmp_path):
 @pytest.mark.parametrize("key", ["images", "videos", "audios", "image"])
 def test_what_no_model_is_shown_is_refused(tmp_path, reader, key):
     row = {"messages": [USER, ANSWER], "prompt": [USER], "chosen": "a", "rejected": "b", key: ["x.png"]}
-    assert f"{key}: found it beside the text, expected text alone" in fault(tmp_path, row, reader)
+    assert f"{key}: found it beside the text, expected text only" in fault(tmp_path, row, reader)
 
 
 @pytest.mark.parametrize("reader", [read_records, pairs])
@@ -370,7 +370,7 @@ def test_a_start_that_two_texts_share_is_a_prompt_as_trl_has_it(tmp_path, row, p
 
 def test_messages_beside_a_pair_must_be_what_it_answers(tmp_path):
     row = {"messages": [USER, OTHER], "chosen": "a", "rejected": "b"}
-    assert "messages: found the assistant's words at the end, expected" in fault(tmp_path, row, pairs)
+    assert "messages: found an assistant message at the end, expected" in fault(tmp_path, row, pairs)
 
 
 def test_turns_of_a_pair_keep_that_they_are_not_trained(tmp_path):
@@ -392,7 +392,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path):
     found = read(tmp_path, *rows, reader=read_prompts)
     assert [record["prompt"] for record in found] == [[USER, call, result]] * 2 + [[USER], [USER, ANSWER, USER], [USER]]
     assert not any("completion" in record for record in found)
-    assert "answers are begun here" in fault(tmp_path, {"prompt": [USER, ANSWER]}, read_prompts)
+    assert "answers are started here" in fault(tmp_path, {"prompt": [USER, ANSWER]}, read_prompts)
 
 
 @pytest.mark.parametrize("where", ["prompt", "completion", "id", "\\ud800", "tools"])

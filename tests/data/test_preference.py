@@ -144,7 +144,7 @@ def test_tables_name_their_rows_and_what_they_are_not(tmp_path):
         read_preferences(tmp_path / "splits", "pairs")
     for suffix in ("parquet", "arrow"):
         write(tmp_path, "{}").rename(tmp_path / f"data.{suffix}")
-        with pytest.raises(ValueError, match=rf"data.{suffix}: found no file of the kind that its name says"):
+        with pytest.raises(ValueError, match=rf"data.{suffix}: not a file of the kind that its name says"):
             read_preferences(tmp_path / f"data.{suffix}", "pairs")
 
 

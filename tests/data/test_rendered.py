@@ -139,7 +139,7 @@ def test_reasoning_that_only_the_last_turn_shows_is_left_out_of_earlier_ones_and
     examples, report = encode(records, tokenizer("cuts earlier"), seq_len=199)
     assert len(examples) == 6
     [note] = report.notes
-    assert note.startswith("5 records (1, 2, 3, …): the chat template leaves out what it writes while the chat ends")
+    assert note.startswith("5 records (1, 2, 3, …): the chat template drops text that it writes while the chat ends")
 
 
 @pytest.mark.parametrize("arguments", [OBJECT, CONCATENATED, BARE, ITEMS])

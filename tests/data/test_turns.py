@@ -142,7 +142,7 @@ def test_stop_tokens_and_headers_within_words_move_no_mask_and_are_remarked_on(m
     [example], report = encode([chat(asked, said, asked, "B.")], tokenizer, seq_len=999)
     assert tokenizer.decode(example.tokens[example.trained]) == f"{said}<|im_end|>B.<|im_end|>"
     [note] = report.notes
-    assert note.startswith("1 record (1): the token that ends an answer stands within the words of one")
+    assert note.startswith("1 record (1): the token that ends answers occurs inside an answer")
 
 
 def test_an_answer_ends_where_another_token_stands_in_the_stops_place(make_tokenizer):
@@ -154,7 +154,7 @@ def test_an_answer_ends_where_another_token_stands_in_the_stops_place(make_token
 
 def test_a_turn_of_which_a_template_leaves_nothing_is_named(make_tokenizer):
     tokenizer = make_tokenizer(PLAIN.replace("m['content']", "m['content'] | trim"), "<|im_end|>")
-    with pytest.raises(UserError, match=r"record 1: messages\[1\]: the chat template writes no word of it"):
+    with pytest.raises(UserError, match=r"record 1: messages\[1\]: the chat template writes none of its text"):
         encode([chat("a?", " \n", "b?", "B.")], tokenizer, seq_len=99)
 
 

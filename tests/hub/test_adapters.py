@@ -87,7 +87,7 @@ def test_another_base_is_said(adapter, edit_json, tmp_path):
         edit_json(folder / "adapter_config.json", base_model_name_or_path=same)
         hub.load_adapter(params, folder, base)
     edit_json(folder / "adapter_config.json", base_model_name_or_path="owner/other-7b")
-    with pytest.warns(UserWarning, match=r"names the base model owner/other-7b; here it is put on .*base"):
+    with pytest.warns(UserWarning, match=r"names the base model owner/other-7b; it is applied to .*base"):
         hub.load_adapter(params, folder, base)
     hub.load_adapter(params, folder)
 
@@ -139,7 +139,7 @@ def test_a_tokenizers_settings_alone_are_no_tokenizer(tokenizers):
 def test_a_tokenizer_of_an_adapter_that_does_not_open_is_left_aside_and_said(tokenizers):
     base, folder = tokenizers
     (folder / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.warns(UserWarning, match="its own tokenizer is left aside, the model's is used"):
+    with pytest.warns(UserWarning, match="its own tokenizer is ignored, the model's is used"):
         found = hub.load_tokenizer(base, folder)
     assert found("hello").input_ids == hub.load_tokenizer(base)("hello").input_ids
 

@@ -211,7 +211,7 @@ def test_to_gguf_only_what_llama_cpp_splits_alike():
     from transformers import PreTrainedTokenizerFast
 
     unknown = PreTrainedTokenizerFast(tokenizer_object=split_by(r"\w+|\W"), eos_token="</s>")
-    with pytest.raises(ValueError, match=r"no known name for this tokenizer's splits.*w\+\|"):
+    with pytest.raises(ValueError, match=r"no name for how this tokenizer splits text.*w\+\|"):
         tokenizer_metadata(unknown, 300, ())
     known = PreTrainedTokenizerFast(tokenizer_object=byte_level(digits=True), eos_token="</s>")
     with pytest.raises(ValueError, match="the model 9 rows"):
@@ -284,7 +284,7 @@ def test_to_gguf_only_what_llama_cpp_normalizes_alike(make, normalizer):
     backend = make()
     steps = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([*steps, normalizer])
-    with pytest.raises(ValueError, match=f"llama.cpp leaves out .*{type(normalizer).__name__}"):
+    with pytest.raises(ValueError, match=f"llama.cpp does not do .*{type(normalizer).__name__}"):
         tokenizer_metadata(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), 300, ())
 
 

@@ -151,7 +151,7 @@ def test_adapters_beside_one_that_diverged_go_on_as_if_alone(settings, tmp_path,
     told = io.StringIO()
     run(resolve(changed), tmp_path / "run", progress=Progress(told))
     assert [line for line in told.getvalue().splitlines() if line.startswith("bad: the")] == [
-        "bad: the loss is nan at step 3; the others go on, and its adapter stays as it was after step 2"
+        "bad: the loss is nan at step 3; the others continue, and its adapter stays as it was after step 2"
     ]
     kept, well = ({name: adapter(tmp_path / run / "adapters" / name) for name in own} for run in ("run", "well"))
     for name, leaf in well["good"].items():

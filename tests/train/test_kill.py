@@ -146,7 +146,7 @@ def test_a_reward_that_fails_loses_no_step_that_was_trained(settings, tmp_path):
         run(resolve(chosen), tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0] == 2
     reward.write_text(REWARD)
-    with pytest.raises(UserError, match=r"contents of rollout\.rewards: .*reward\.py is not what it was"):
+    with pytest.raises(UserError, match=r"contents of rollout\.rewards: .*reward\.py has changed"):
         run(resolve(chosen), tmp_path / "run")
     run(resolve(chosen | {"train": chosen["train"] | {"on_changed_files": "note"}}), tmp_path / "run")
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]

@@ -149,7 +149,7 @@ def test_files_that_changed_meanwhile_are_named(manifest, tmp_path, file, settin
     said = []
     resume.refuse_other_files(begun, make(), said.append)
     assert said[0].endswith(str(error.value).partition(":\n")[2])
-    assert f"contents of {setting}: {tmp_path / file} is not what it was" in str(error.value)
+    assert f"contents of {setting}: {tmp_path / file} has changed" in str(error.value)
 
 
 def test_other_evaluation_data_may_be_watched(manifest, tmp_path, settings):
@@ -165,7 +165,7 @@ def test_tokenizer_template_and_tokens_that_changed_meanwhile_are_named(manifest
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError) as error:
         resume.refuse_other_files(begun, make("1"))
-    for part in ("chat template: not what it was", "vocabulary: not what it was", "tokens of the data: not what they"):
+    for part in ("chat template: has changed", "vocabulary: has changed", "tokens of the data: have changed"):
         assert part in str(error.value)
 
 
@@ -192,7 +192,7 @@ def test_templates_see_the_date_of_the_runs_beginning(settings, model_folder, tm
     run(resolve(dated), tmp_path / "run")  # other tokens than those that it began with would be refused
     text = checkpoint.newest(tmp_path / "run" / "checkpoints")[1][resume.DATE]
     assert text.startswith(f"{today:%Y-%m-%d}")
-    with pytest.raises(UserError, match="tokens of the data: not what they were"):
+    with pytest.raises(UserError, match="tokens of the data: have changed"):
         monkeypatch.setattr(resume, "DATE", "unknown")
         run(resolve(dated), tmp_path / "run")
     assert np.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
@@ -219,7 +219,7 @@ def test_the_config_of_an_adapter_is_watched_where_the_checkpoint_knows_it(manif
     resume.refuse_other_files(resume.Begun(tmp_path, 1, manifest=before), make())
     begun = resume.Begun(tmp_path, 1, manifest=make())
     path.write_text('{"r": 3}')
-    with pytest.raises(UserError, match=r"adapter_config\.json is not what it was"):
+    with pytest.raises(UserError, match=r"adapter_config\.json has changed"):
         resume.refuse_other_files(begun, make())
 
 

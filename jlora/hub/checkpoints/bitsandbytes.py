@@ -156,7 +156,7 @@ def _read(entry: tuple[str, TensorInfo]) -> np.ndarray:
 def _int8(parts: Mapping[str, tuple[str, TensorInfo]], faults: list[str]) -> Stored | None:
     shape = parts["weight"][1].shape if "weight" in parts else None
     if shape is None or len(shape) != 2:
-        faults.append(f"int8 weights are found {shape}, expected [out, in]")
+        faults.append(f"int8 weights have shape {shape}, expected [out, in]")
         return None
     _expect(parts, "weight", shape, ("I8",), faults)
     _expect(parts, "SCB", (shape[0],), ("F32",), faults)

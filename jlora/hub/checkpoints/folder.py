@@ -62,7 +62,7 @@ def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> N
         if path.exists() and target in (path.resolve(), *(file.resolve() for file in gguf_files(path)))
     ]
     if same:
-        raise UserError(f"{out}: would be written over, but it is also {' and '.join(same)}; choose another place")
+        raise UserError(f"{out}: would be overwritten, but it is also {' and '.join(same)}; choose another place")
 
 
 @contextlib.contextmanager
@@ -105,8 +105,8 @@ def _naming_a_full_disk(target: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(_existing(target)).free / 2**20
         raise NoSpaceError(
-            f"{target}: there was no room for it ({error}); {free:,.1f} MiB are free there. Nothing is left of it, and "
-            "what was there before is untouched; make room, or choose another place"
+            f"{target}: not enough space ({error}); {free:,.1f} MiB are free. Nothing of it remains, and "
+            "what was there before is untouched; free some space, or choose another place"
         ) from error
 
 

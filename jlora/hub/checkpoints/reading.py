@@ -229,7 +229,7 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
     if stored and quant is not None:
         formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
         raise UserError(
-            f"{source} is already quantised ({formats}) and is taken over as it is: leave quant out, or give the "
+            f"{source} is already quantised ({formats}) and is loaded as it is: leave quant out, or give the "
             "original checkpoint"
         )
     return stored
@@ -270,7 +270,7 @@ def _require_plausible(leaves: dict[str, jax.ShapeDtypeStruct], checkpoint: Sour
         needed += (leaf.shape[0] if stacked else 1) * experts
     if needed > MANY * len(checkpoint.tensors) + MANY:
         raise UserError(
-            f"config.json is of a model of {needed:,} tensors, the checkpoint holds {len(checkpoint.tensors)}: look at "
+            f"config.json describes {needed:,} tensors, the checkpoint holds {len(checkpoint.tensors)}: check "
             "the numbers of layers and experts"
         )
 
@@ -311,7 +311,7 @@ def _grown(
     wide = {tensor.name for path in paths for tensor in tensors.get(path, ())}
     packed = sorted(wide & stored.keys())
     if packed and model.config.vocab_size != stored[packed[0]].matrix[-1]:
-        raise UserError(f"vocab: {', '.join(packed)} is packed, and gets no more rows; give the original checkpoint")
+        raise UserError(f"vocab: {', '.join(packed)} is packed and cannot get more rows; give the original checkpoint")
     return grown(read, wide - stored.keys(), model.config.vocab_size)
 
 

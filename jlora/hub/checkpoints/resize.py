@@ -37,7 +37,7 @@ def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
     if vocab == TOKENIZER:
         wanted = max(rows, 1 + max(load_tokenizer(source).get_vocab().values(), default=-1))
     if wanted < rows:
-        raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and none of them are taken away")
+        raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and rows are never removed")
     if wanted == rows:
         return model
     return dataclasses.replace(model, config=model.config.with_field("vocab_size", wanted))

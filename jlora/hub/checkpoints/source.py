@@ -54,7 +54,7 @@ class Description:
 
     def read(self, name: str) -> NoReturn:
         """Raises MissingFileError: no weights were opened."""
-        raise MissingFileError(f"{self.folder} was opened without its weights; {name} is asked for")
+        raise MissingFileError(f"{self.folder} was opened without its weights; {name} was asked for")
 
 
 def open_description(location: str | Path) -> "Source | Description":

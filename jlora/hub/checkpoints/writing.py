@@ -177,7 +177,7 @@ def pieces_of(model: "Model", params: Params) -> list[Piece]:
         if name in found and found[name] != shape
     ]
     if problems:
-        raise UserError("these params are not the model's:\n  " + "\n  ".join(problems))
+        raise UserError("these params do not fit the model:\n  " + "\n  ".join(problems))
     return sorted(pieces)
 
 

@@ -85,7 +85,7 @@ class _Checked(np.ndarray):
 def require_name(path: str | Path) -> Any:
     """The package gguf; raises as `write_file` if a file of this name cannot be written."""
     if Path(path).suffix != ".gguf":
-        raise UserError(f"{path}: the name of a GGUF file ends in .gguf, by which jlora and others know it")
+        raise UserError(f"{path}: expected a name that ends in .gguf, by which programs recognise a GGUF file")
     return require("gguf", "gguf")
 
 

@@ -98,7 +98,7 @@ def check(
     windows = [layer.window for layer in config.layers if layer.window is not None]
     if windows and gguf.period is None and min(windows) < config.max_position_embeddings:
         warnings.warn(
-            f"llama.cpp computes no window for this model: texts of more than {min(windows)} tokens come out otherwise",
+            f"llama.cpp has no window for this model: its results differ for texts of over {min(windows)} tokens",
             stacklevel=3,
         )
 

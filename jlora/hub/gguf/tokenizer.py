@@ -42,9 +42,7 @@ PIECE_NORMALIZERS = (
 )
 # llama.cpp removes the spaces after special tokens if the model's name matches PHI3, except after those UNSTRIPPED.
 PHI3, UNSTRIPPED = r"(?i)(phi)-?(3)", frozenset(("<unk>", "<s>", "<|endoftext|>"))
-INSTEAD = (
-    "leave the tokenizer out (jlora.hub.save_gguf without one), or take it over from a GGUF file of the base model"
-)
+INSTEAD = "leave the tokenizer out (jlora.hub.save_gguf without one), or take one from a GGUF file of the base model"
 
 
 def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -62,7 +60,7 @@ def strips_spaces(tokenizer: "PreTrainedTokenizerBase") -> bool:
     unknown |= set() if as_phi3 else stripping
     if unknown:
         raise UserError(
-            f"llama.cpp does otherwise with what stands around these tokens: {', '.join(sorted(unknown))}; {INSTEAD}"
+            f"llama.cpp differs in how it treats text around these tokens: {', '.join(sorted(unknown))}; {INSTEAD}"
         )
     return bool(stripping)
 
@@ -86,7 +84,7 @@ def tokenizer_metadata(tokenizer: "PreTrainedTokenizerBase", rows: int, ends: Se
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"{type(tokenizer).__name__} is not one of the tokenizers library's, so GGUF cannot hold it")
+        raise UserError(f"{type(tokenizer).__name__} is not from the tokenizers library, so GGUF cannot hold it")
     parts = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) and max(vocabulary.values()) >= rows:
@@ -159,7 +157,7 @@ def _check_normalizers(parts: Mapping[str, Any], known: Sequence[Mapping[str, An
     unknown = [step for step in _steps(parts.get("normalizer"), "normalizers") if step not in known]
     if unknown:
         raise UserError(
-            f"llama.cpp leaves out what this tokenizer does to a text first: {json.dumps(unknown)}; {INSTEAD}"
+            f"llama.cpp does not do what this tokenizer first does to a text: {json.dumps(unknown)}; {INSTEAD}"
         )
 
 
@@ -170,7 +168,7 @@ def _split(parts: Mapping[str, Any]) -> str:
     key = names, bool(parts["model"].get("ignore_merges", False))
     if key not in SPLITS or any(step.get("add_prefix_space") for step in steps):
         found = json.dumps(parts.get("pre_tokenizer"))
-        raise UserError(f"llama.cpp has no known name for this tokenizer's splits: {found}; {INSTEAD}")
+        raise UserError(f"llama.cpp has no name for how this tokenizer splits text: {found}; {INSTEAD}")
     return SPLITS[key]
 
 

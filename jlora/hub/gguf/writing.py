@@ -67,7 +67,7 @@ def save_gguf(
     """
     require_gguf(path, dtype)
     if SCORE in params:
-        raise UserError("GGUF has no score head for the models of jlora: save a reward model with jlora.save_model")
+        raise UserError("GGUF has no score heads for jlora's models: save a reward model with jlora.save_model")
     model, params = as_written(model, params)
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
@@ -242,7 +242,7 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
     """The base tensor's GGUF name → (A [R, inputs], B [outputs, R], scale), in llama.cpp's layout."""
     flat, gguf, kind = tree.flatten(params), gguf_of(model.config), model.config.model_type
     if problems := _not_plain(flat):
-        raise UserError("llama.cpp cannot lay this adapter over a model:\n  " + "\n  ".join(problems))
+        raise UserError("llama.cpp cannot apply this adapter to a model:\n  " + "\n  ".join(problems))
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
         leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)

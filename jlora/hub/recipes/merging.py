@@ -152,7 +152,7 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
                 faults.append(f"{result} and {model} differ in config.json:\n  " + "\n  ".join(lines))
             continue
         if own.num_hidden_layers != count:
-            faults.append(f"{model}: config.json has {own.num_hidden_layers} layers, its tensors are of {count}")
+            faults.append(f"{model}: config.json has {own.num_hidden_layers} layers, its tensors have {count}")
             continue
         layers = list(whole.layers)
         for place, number in places:
@@ -181,7 +181,7 @@ def _model_config(config: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _places(plan: Recipe) -> dict[str, list[tuple[int, int]]]:
-    """{model: [(layer of the result, layer of the model), ...]}"""
+    """{model: [(layer of the result, layer of the model), ...]}."""
     found: dict[str, list[tuple[int, int]]] = {}
     offset = 0
     for part in plan.slices:
@@ -201,7 +201,7 @@ def _written_differences(one: Source, other: Source) -> list[str]:
     found = [f"{key}: {ours[key]!r} and {theirs[key]!r}" for key in shared if ours[key] != theirs[key]]
     if (lacking := sorted(ours.keys() ^ theirs.keys())) and not found:
         warnings.warn(
-            f"one config.json has {', '.join(lacking)}, another has not: defaults are not compared", stacklevel=4
+            f"one config.json has {', '.join(lacking)}, another does not: defaults are not compared", stacklevel=4
         )
     return found
 
@@ -312,7 +312,7 @@ def _settings(tensors: Sequence[_Tensor], plan: Recipe, method: Method) -> list[
         found.append((tensor, of_models, of_all))
     if faults:
         lines = [f"{fault} (for {name})" for fault, name in faults.items()]
-        raise UserError("the recipe does not hold:\n  " + "\n  ".join(lines))
+        raise UserError("the recipe is invalid:\n  " + "\n  ".join(lines))
     return found
 
 
@@ -370,7 +370,7 @@ def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
         elif isinstance(value, list) and len(value) == count:  # one entry per layer
             own = {input.model: sources[input.model].config.get(key) for input in inputs}
             if lacking := [name for name in own if not _has_layers(own[name], count_layers(sources[name]))]:
-                faults.append(f"{key}: {model} has one entry a layer, {', '.join(lacking)} has not")
+                faults.append(f"{key}: {model} has one entry a layer, {', '.join(lacking)} does not")
             else:
                 config[key] = [own[input.model][layer] for input in inputs for layer in input.layers]
     if faults:

@@ -161,7 +161,7 @@ def _read(path: Path) -> Settings:
 
 def _raise(faults: Sequence[str]) -> None:
     if faults:
-        raise UserError("the recipe does not hold:\n  " + "\n  ".join(faults))
+        raise UserError("the recipe is invalid:\n  " + "\n  ".join(faults))
 
 
 # ---------------------------------------------------------------- form
@@ -241,7 +241,7 @@ def _is_range(found: Any) -> bool:
 
 
 def _unknown(where: str, found: Settings, known: Sequence[str]) -> list[str]:
-    return [f"{where}{key}: is not known here; known are {', '.join(known)}" for key in found if key not in known]
+    return [f"{where}{key}: is unknown; expected one of {', '.join(known)}" for key in found if key not in known]
 
 
 # ---------------------------------------------------------------- parameters
@@ -273,11 +273,11 @@ def _parameter_faults(where: str, found: Any, method: str, *, of_model: bool) ->
         if name in known:
             faults += _value_faults(place, name, value)
         elif name in of_all:
-            faults.append(f"{place}: is of all models together: give it in the recipe's or the slice's parameters")
+            faults.append(f"{place}: applies to all models together: give it in the recipe's or the slice's parameters")
         elif name == "rescale":
-            faults.append(f"{place}: {method} is not computed so here: leave it out")
+            faults.append(f"{place}: is not supported for {method}; leave it out")
         else:
-            faults.append(f"{place}: is not known to {method}; known are {', '.join(known) or 'none'}")
+            faults.append(f"{place}: is unknown to {method}, which reads {', '.join(known) or 'none'}")
     return faults
 
 

@@ -45,7 +45,7 @@ def in_own_form(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         faults += _tokenizer(found)
     if idle:
         names = ", ".join(dict.fromkeys(idle))
-        warnings.warn(f"the recipe's {names}: change nothing in what {found['merge_method']} makes here", stacklevel=4)
+        warnings.warn(f"the recipe's {names}: have no effect on {found['merge_method']}", stacklevel=4)
     return found, faults
 
 
@@ -107,7 +107,7 @@ def _tokenizer(found: dict[str, Any]) -> list[str]:
     asked = found.pop("tokenizer")
     if not isinstance(asked, Mapping):
         return [f"tokenizer: found {asked!r}, expected a mapping with source"]
-    faults = [f"tokenizer.{key}: is not known here; known is source" for key in asked if key not in TOKENIZER]
+    faults = [f"tokenizer.{key}: is unknown; expected source" for key in asked if key not in TOKENIZER]
     faults += [
         f"tokenizer.{key}: a merge does not change rows of tokens here: leave it out, and resize the result"
         for key in TOKENIZER[1:]

@@ -81,8 +81,9 @@ def attend(
     softcap: float | None = None,
     form: str = AUTO,
 ) -> Float[Array, "B T H F"]:
-    """softmax(scale · q·k) @ v over the keys that `marks` let a query see, with H/K query heads for each key head;
-    scores and softmax are float32.
+    """softmax(scale · q·k) @ v over the keys that `marks` let a query see; scores and softmax are float32.
+
+    Each key head serves H/K query heads.
 
     Args:
         softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
@@ -110,8 +111,10 @@ def _on_rows(
 
 
 def require(form: str, device: str, marks: Marks | None = None, heads: int = 1, width: int | None = None) -> None:
-    """Raises UserError if a form is unknown, does not run on this kind of device ("cpu", "gpu", "tpu"), or, on the mesh
-    in context, cannot compute attention by `marks` (or their shapes) with this many heads of this width.
+    """Raises UserError if a form of attention cannot be used here.
+
+    It may be unknown, not run on this kind of device ("cpu", "gpu", "tpu"), or, on the mesh in context, not compute
+    attention by `marks` (or their shapes) with this many heads of this width.
     """
     if form != AUTO and form not in FORMS:
         raise UserError(f"found the attention form {form!r}; expected one of {', '.join((AUTO, *FORMS))}")

@@ -21,11 +21,11 @@ FAR = int(np.iinfo(np.int32).max)
 )
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """A query sees the keys of its own segment, and of the one it branches off (see `BRANCH`), that are at its own
-    position or less than the window earlier.
+    """What decides which keys a query sees: positions, segments and a window.
 
-    If queries and keys are the same tokens, positions rise with the index within a segment, so that keys later in the
-    array are never seen.
+    A query sees the keys of its own segment, and of the one it branches off (see `BRANCH`), that are at its own
+    position or less than the window earlier. If queries and keys are the same tokens, positions rise with the index
+    within a segment, so that keys later in the array are never seen.
 
     Attributes:
         positions, segment_ids: int32 [B, T], the queries'.

@@ -31,8 +31,9 @@ def forward(
 
 
 def backward(rule: Scores, kept: Kept, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of queries, keys and values. Scores are [S, T], so the products for keys and values need no
-    transpose.
+    """The gradients of queries, keys and values.
+
+    Scores are [S, T], so the products for keys and values need no transpose.
     """
     queries, keys, values, marks, y, log_totals = kept
     delta = jnp.sum(grad.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)

@@ -76,8 +76,9 @@ def backward(
 
 
 def _by_branch(marks: Marks, run: Callable, join: Callable) -> tuple[jax.Array, ...]:
-    """run((queries' segments, keys' segments)) [B, T'], joined with its result for the segments that branches branch
-    off, which is computed only if there are branches.
+    """run((queries' segments, keys' segments)) [B, T'], joined with its result for branches if there are any.
+
+    The second result is that for the segments that branches branch off.
     """
     room = [(0, 0), (0, -marks.size[0] % LANES)]
     segments = jnp.pad(marks.segment_ids, room, constant_values=PADDING)
@@ -90,8 +91,9 @@ def _by_branch(marks: Marks, run: Callable, join: Callable) -> tuple[jax.Array, 
 
 
 def _join(one: tuple, two: tuple) -> tuple[jax.Array, jax.Array]:
-    """The output and logarithms over the keys of both calls. A call that saw no key has a logarithm near float32's
-    lowest number, and so no weight.
+    """The output and logarithms over the keys of both calls.
+
+    A call that saw no key has a logarithm near float32's lowest number, and so no weight.
     """
     log_totals = jnp.logaddexp(one[1], two[1])
     parts = (y.astype(jnp.float32) * jnp.exp(logs - log_totals)[..., None] for y, logs in (one, two))
@@ -147,8 +149,10 @@ def _backward(
 def _kernel(
     window: int | None, softcap: float | None, interpret: bool, heads: int, tokens: int
 ) -> splash.SplashAttentionKernel:
-    """The kernel, cached, since analysing the mask of a long row takes seconds. It holds arrays on the host: JAX's own
-    functions would make them on the device that a program is compiled for, which may not be present.
+    """The kernel, cached, since analysing the mask of a long row takes seconds.
+
+    It holds arrays on the host: JAX's own functions would make them on the device that a program is compiled for, which
+    may not be present.
     """
     shape, side = (tokens, tokens), math.gcd(tokens, WIDEST)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)

@@ -131,8 +131,10 @@ def backward(
 
 
 class _Arrays(NamedTuple):
-    """The arrays that a kernel reads or writes, None for those it does not. Queries and the output or its gradient
-    (`grad`) are [B, K, G, T, F], keys and values [B, K, S, F], the others float32 [B, K, G, T].
+    """The arrays that a kernel reads or writes, None for those it does not.
+
+    Queries and the output or its gradient (`grad`) are [B, K, G, T, F], keys and values [B, K, S, F], the others
+    float32 [B, K, G, T].
     """
 
     queries: Any = None
@@ -262,8 +264,9 @@ class _Blocks:
         return self.read_keys(rows.key_positions, block), self.read_keys(rows.key_segments, block, other=NO_KEY)
 
     def masked(self, scores: jax.Array, queries: tuple, keys: tuple, rows: _Rows, value: float) -> jax.Array:
-        """The scores, with `value` for pairs that are not seen. Scores are [rows, columns], marks [rows, 1] and
-        [1, columns], or the other way round.
+        """The scores, with `value` for pairs that are not seen.
+
+        Scores are [rows, columns], marks [rows, 1] and [1, columns], or the other way round.
         """
         limit = rows.limit[0] if self.limited else FAR
         return jnp.where(sees(queries, keys, limit, self.branches), scores, value)

@@ -40,8 +40,9 @@ def visits(marks: Marks, rows: int, columns: int, by_keys: bool = False) -> Visi
 
 
 def _seen(marks: Marks, rows: int, columns: int) -> jax.Array:
-    """int32 [B, I, J]: SOME, ALL or NOTHING for each block of queries and block of keys. What may be seen counts as
-    seen: the test uses only the least and greatest segment and position of a block of keys.
+    """int32 [B, I, J]: SOME, ALL or NOTHING for each block of queries and block of keys.
+
+    What may be seen counts as seen: the test uses only the least and greatest segment and position of a block of keys.
     """
     places, segments = _blocks(marks.positions, rows, 0), _blocks(marks.segment_ids, rows, NO_QUERY)
     key_places = _blocks(marks.key_positions, columns, 0)

@@ -80,7 +80,7 @@ class GRPOConfig:
         least = dict(beta=0, num_iterations=1, steps_per_generation=1, epsilon=0, dynamic_sampling=0, overlong_cache=0)
         faults = at_least("grpo", self, sapo_temperature_pos=1e-6, sapo_temperature_neg=1e-6, **least)
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            faults.append("grpo.epsilon_high: expected with cispo, the largest ratio that counts, such as 5.0")
+            faults.append("grpo.epsilon_high: cispo needs it: the largest ratio that counts, such as 5.0")
         if self.normalize_advantages and self.advantage != "leave_one_out":
             faults.append(f"grpo.normalize_advantages: has no effect with grpo.advantage={self.advantage!r}")
         if self.kl_in_reward and not self.beta:

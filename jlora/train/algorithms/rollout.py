@@ -221,7 +221,7 @@ class Sampler:
         if len(failed) and self._config.rollout.on_error == "raise":
             raise UserError(
                 f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of {len(scores)} completions "
-                f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); train it anew with a "
+                f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); retrain it with a "
                 "lower optim.learning_rate, or set rollout.on_error='skip' to leave them out"
             )
         return np.where(np.isfinite(scores), scores, np.nan)
@@ -370,7 +370,7 @@ def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts)
         asked = [prompts.records[together.numbers[index * group]]["prompt"] for index in np.flatnonzero(silent)]
         raise UserError(
             "nothing was generated for any of the completions of these prompts (the policy stops at once); "
-            "rollout.on_error='skip' goes on without them; in a new run, a lower optim.learning_rate or a model that "
+            "rollout.on_error='skip' continues without them; in a new run, a lower optim.learning_rate or a model that "
             "answers helps:\n  " + "\n  ".join(str(prompt)[:200] for prompt in asked)
         )
     rewards = np.where(np.repeat(silent, group), np.nan, together.rewards).astype(np.float32)

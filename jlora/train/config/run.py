@@ -38,7 +38,7 @@ _WithGroups = dataclasses.make_dataclass(
 class RunConfig(_WithGroups):
     """Everything that decides what a run does.
 
-    Args:
+    Attributes:
         adapters: several adapters to train side by side on one base, by name, each with its own settings (`OWN`):
             {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
     """
@@ -47,8 +47,9 @@ class RunConfig(_WithGroups):
     adapters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def members(self) -> dict[str, "RunConfig"]:
-        """The settings under which each of `adapters` would be trained alone, by name. Names are sorted, because the
-        order of adapters in a checkpoint follows them, whatever order a recipe uses.
+        """The settings under which each of `adapters` would be trained alone, by name.
+
+        Names are sorted, because the order of adapters in a checkpoint follows them, whatever order a recipe uses.
 
         Raises:
             ValueError: settings that cannot be an adapter's own, or are invalid; all are listed.
@@ -67,7 +68,7 @@ class RunConfig(_WithGroups):
                 members[name], found = typed.build(RunConfig, merged)
                 found += typed.unknown_keys(RunConfig, merged)
                 if not found and members[name].data.system != self.data.system:
-                    found = [f"data.system: expected {self.data.system!r} as of the run, whose tokenizer is theirs all"]
+                    found = [f"data.system: expected {self.data.system!r}, as in the run: they share a tokenizer"]
             faults += [f"adapters[{name!r}]: {fault}" for fault in found]
         raise_all(faults)
         return members
@@ -164,7 +165,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     run_config, faults = typed.build(RunConfig, values)
     faults = typed.unknown_keys(RunConfig, values) + faults
     if faults:
-        raise UserError("the settings do not hold:\n  " + "\n  ".join(faults))
+        raise UserError("the settings are invalid:\n  " + "\n  ".join(faults))
     return run_config
 
 
@@ -190,8 +191,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def _defaults(cls: type) -> ConfigDict:
-    """A ConfigDict that knows the type of each field, for the command line, where fields of mixed types are given as
-    Python literals.
+    """A ConfigDict that knows the type of each field.
+
+    For the command line, where fields of mixed types are given as Python literals.
     """
     config = ConfigDict(type_safe=False)
     for field in dataclasses.fields(cls):
@@ -216,8 +218,9 @@ def _scalar(hint: Any) -> type:
 
 
 def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as nested plain dicts. A required placeholder that was not given becomes None, which `typed.build`
-    reports as missing.
+    """The settings as nested plain dicts.
+
+    A required placeholder that was not given becomes None, which `typed.build` reports as missing.
     """
     references = config.items(preserve_field_references=True) if isinstance(config, ConfigDict) else config.items()
     plain = {}

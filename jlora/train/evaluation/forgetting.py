@@ -25,8 +25,9 @@ UNCUT = sys.maxsize
 
 
 class Change(NamedTuple):
-    """A measure of both models, and the 95 % interval of its change, as records vary: NaN to NaN for a single record or
-    for values that are not finite.
+    """A measure of both models, and the 95 % interval of its change, as records vary.
+
+    The interval is NaN to NaN for a single record or for values that are not finite.
 
     Attributes:
         n: records that it covers.
@@ -59,8 +60,7 @@ def compare(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[Change]:
-    """The changes of the loss on the task and on general text (nats per token) and of the share of questions answered
-    right.
+    """The changes of the losses (nats per token) on the task and on general text, and of the share of right answers.
 
     Completions of the task are scored with the end-of-text token after them, as in training. General text and choices
     are scored on their own tokens only, as in lm-evaluation-harness: a tuned model that ends its texts elsewhere has
@@ -115,8 +115,9 @@ def answers(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> Bool[np.ndarray, "N"]:
-    """Whether the right choice of each question has the greatest log-probability, summed over the choice's own tokens
-    without an end of text.
+    """Whether the right choice of each question has the greatest log-probability.
+
+    It is summed over the choice's own tokens, without an end of text.
 
     Raises:
         ValueError: questions are longer than `seq_len`; all are listed.
@@ -206,8 +207,9 @@ def sweep(
     batch_size: int = 8,
     seq_len: int = 512,
 ) -> list[dict[str, float]]:
-    """The measures at each scale of the adapter: 0 is the base, 1 the adapter as trained. `dropped` says how many
-    records the losses leave out because their completions begin after `seq_len`.
+    """The measures at each scale of the adapter: 0 is the base, 1 the adapter as trained.
+
+    `dropped` says how many records the losses leave out because their completions begin after `seq_len`.
 
     Args:
         measure: (params) → further numbers about them, such as scores of generated texts.
@@ -250,8 +252,9 @@ def _change(
     kept: Int[np.ndarray, "M"],
     count: int,
 ) -> Change:
-    """Both values and the percentile bootstrap interval of their difference (Efron 1979), resampling the same records
-    for both.
+    """Both values and the percentile bootstrap interval of their difference (Efron 1979).
+
+    The same records are resampled for both.
 
     Args:
         kept: the indices of the records that count, among `count`.

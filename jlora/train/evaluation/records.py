@@ -144,8 +144,9 @@ def record_sums(
     end: bool = True,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RecordSums:
-    """The sums of each record, in the records' order. Records are cut at `seq_len`; those with no completion token left
-    have sums of 0.
+    """The sums of each record, in the records' order.
+
+    Records are cut at `seq_len`; those with no completion token left have sums of 0.
 
     Args:
         end: see `encode_each`.
@@ -225,8 +226,9 @@ def example_sums(
 
 
 def _batch(examples: Sequence[data.Example], step: data.Step) -> data.Batch:
-    """The arrays of `data.collate` for rows of at most one example each, without its last token: nothing is predicted
-    from it, and the model may not have a position for it.
+    """The arrays of `data.collate` for rows of at most one example each, without its last token.
+
+    Nothing is predicted from that token, and the model may not have a position for it.
     """
     shape = (1, len(step.rows), step.length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}

@@ -67,8 +67,9 @@ def divergence(
 
 
 def _rows(model: Model, tokenizer: Any, records: Sequence[dict[str, Any]], seq_len: int) -> dict[str, jax.Array]:
-    """The last tokens of each record, [B, T] with T the smaller of `seq_len` and the model's positions, and segment ids
-    that are 0 for padding.
+    """The last tokens of each record, [B, T], and segment ids that are 0 for padding.
+
+    T is the smaller of `seq_len` and the model's positions.
     """
     seq_len = min(seq_len, model.config.max_position_embeddings)
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)

@@ -8,8 +8,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of products alone, over all devices; the operations between them are fused with them and cost little in
-    comparison.
+    """The cost of products alone, over all devices.
+
+    The operations between them are fused with them and cost little in comparison.
 
     Attributes:
         flops: two per multiplication.
@@ -27,8 +28,10 @@ class Cost:
 
 
 def cost(jaxpr: Any, platform: str = "cpu") -> Cost:
-    """The cost of a jaxpr. A loop counts as often as it runs, or once if that depends on values. Of branches, the
-    costliest counts, or the platform's if they are branches for platforms.
+    """The cost of a jaxpr.
+
+    A loop counts as often as it runs, or once if that depends on values. Of branches, the costliest counts, or the
+    platform's if they are branches for platforms.
     """
     total = Cost()
     for equation in jaxpr.eqns:
@@ -89,8 +92,9 @@ def _product(equation: Any) -> Cost:
 
 
 def _kernel(equation: Any, flops: float) -> Cost:
-    """A kernel's own estimate or, without one, its products in every block of its grid. What it reads and writes is
-    counted once, since its products work on data on the chip.
+    """A kernel's own estimate or, without one, its products in every block of its grid.
+
+    What it reads and writes is counted once, since its products work on data on the chip.
     """
     own = equation.params.get("cost_estimate")
     ends = sum(nbytes(variable.aval) for variable in (*equation.invars, *equation.outvars))

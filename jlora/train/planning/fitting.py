@@ -36,8 +36,10 @@ class Found(NamedTuple):
 
 
 def cheapest(config: RunConfig, topology: Topology, needed: Forecast, ask: Ask) -> Found | None:
-    """The first change that fits: each alone, from the one that costs the least time to the costliest, then added to
-    one another in the same order; None if not even all of them together fit.
+    """The first change that fits; None if not even all of them together fit.
+
+    Each is tried alone, from the one that costs the least time to the costliest, then added to one another in the same
+    order.
 
     Args:
         needed: the forecast of `config`, which does not fit.
@@ -62,8 +64,10 @@ def cheapest(config: RunConfig, topology: Topology, needed: Forecast, ask: Ask) 
 
 
 def _tried(changes: Iterator[Change], needed: Forecast, ask: Ask) -> Iterator[Found]:
-    """The changes of one kind that may fit, from the smallest to the furthest. The furthest is measured first; if it
-    fits, smaller ones are measured unless a line from `needed` through it rules them out.
+    """The changes of one kind that may fit, from the smallest to the furthest.
+
+    The furthest is measured first; if it fits, smaller ones are measured unless a line from `needed` through it rules
+    them out.
     """
     row = list(changes)
     if not row:
@@ -164,8 +168,10 @@ def longest(config: RunConfig, topology: Topology, ask: Ask) -> Found | None:
 
 
 def _next(peaks: dict[int, int], last: Forecast, grain: int) -> int | None:
-    """The next length to measure: where the curve through the peaks nearest to the memory meets it, kept between the
-    lengths known to fit and known not to; None if the search is over.
+    """The next length to measure; None if the search is over.
+
+    It is where the curve through the peaks nearest to the memory meets it, kept between the lengths known to fit and
+    known not to.
     """
     memory = last.memory_bytes
     fitting = max((one for one, peak in peaks.items() if peak <= memory), default=0)
@@ -183,8 +189,9 @@ def _next(peaks: dict[int, int], last: Forecast, grain: int) -> int | None:
 
 
 def _meets(peaks: dict[int, int], memory: int, fitting: int, over: int | None) -> float:
-    """Where a line through two (or a parabola through three) of the peaks nearest to the memory reaches it; half-way
-    between the bounds if it does not do so between them.
+    """Where a line through two (or a parabola through three) of the peaks nearest to the memory reaches it.
+
+    Half-way between the bounds if it does not do so between them.
     """
     nearest = sorted(peaks, key=lambda one: abs(peaks[one] - memory))[:3]
     scale = max(nearest)

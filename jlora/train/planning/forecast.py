@@ -226,9 +226,7 @@ def _compiled(program: Program, topology: Topology) -> tuple[int, int, dict[str,
 
 
 def _said_to_need(message: str, arguments: int) -> int | None:
-    """The bytes that a program needs on a device that has fewer, from the compiler's error message; None if it does not
-    say.
-    """
+    """The bytes that a program needs on a device that has fewer; None if the compiler's error does not say."""
     forms = (
         (arguments, r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
         (0, r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
@@ -240,8 +238,9 @@ def _said_to_need(message: str, arguments: int) -> int | None:
 
 
 def _temporaries(program: Program, topology: Topology, host: bool = False) -> int:
-    """An estimate of a device's (or the host's) memory for activations, assuming that the mesh splits them by rows and
-    along the sequence.
+    """An estimate of a device's (or the host's) memory for activations.
+
+    It assumes that the mesh splits them by rows and along the sequence.
     """
     ways = sharding.row_ways(program.mesh) * sharding.token_ways(program.mesh)
     return live_bytes(program.traced.jaxpr.jaxpr, topology.device.platform, host) // ways
@@ -259,8 +258,9 @@ def _cache_bytes(config: RunConfig, program: Program) -> int:
 
 
 def _seconds(products: Cost, moved: Mapping[str, int], host: int, count: int, topology: Topology) -> float | None:
-    """The roofline: the longest time among arithmetic, memory, chip links and host link, each at its peak speed; None
-    if the device's are not known.
+    """The roofline: the longest time among arithmetic, memory, chip links and host link.
+
+    Each runs at its peak speed; None if the device's are not known.
     """
     device = topology.device
     if not device.flops or not device.bandwidth:

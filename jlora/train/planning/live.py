@@ -40,8 +40,10 @@ class Operation(NamedTuple):
 
 
 def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
-    """The peak memory in bytes, not counting the arguments. Elementwise equations are assumed to be fused into their
-    users; any other result lives from where it is computed to its last use.
+    """The peak memory in bytes, not counting the arguments.
+
+    Elementwise equations are assumed to be fused into their users; any other result lives from where it is computed to
+    its last use.
 
     Args:
         host: count the host's memory, where offloaded values are, instead of the device's.
@@ -72,8 +74,9 @@ def live_bytes(jaxpr: Any, platform: str, host: bool = False) -> int:
 
 
 def _flat(jaxpr: Any, platform: str, host: bool) -> tuple[list[Operation], frozenset[int]]:
-    """The operations of a program, with its calls inlined, and the values that it returns. Values in the other memory
-    (device or host) have no bytes.
+    """The operations of a program, with its calls inlined, and the values that it returns.
+
+    Values in the other memory (device or host) have no bytes.
     """
     operations: list[Operation] = []
     count = itertools.count()

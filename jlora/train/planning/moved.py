@@ -41,8 +41,9 @@ class _Computation(NamedTuple):
 
 
 def received(text: str) -> dict[str, int]:
-    """The bytes that a device receives in one run by ring algorithms, by kind of collective. Loops count once if the
-    program does not state their trip count.
+    """The bytes that a device receives in one run by ring algorithms, by kind of collective.
+
+    Loops count once if the program does not state their trip count.
 
     Args:
         text: `compiled.as_text()`.

@@ -113,8 +113,8 @@ def _undivided(model: ModelConfig, ways: int) -> dict[str, int]:
 def _notes(model: ModelConfig, mesh: MeshConfig) -> Iterator[str]:
     if mesh.tensor > 1 and (whole := _undivided(model, mesh.tensor)):
         yield (
-            f"mesh.tensor={mesh.tensor} does not divide {_listed(whole)}: every device has all of what belongs to them "
-            "and computes it, which gives the same numbers for more memory and time"
+            f"mesh.tensor={mesh.tensor} does not divide {_listed(whole)}: every device holds and computes all of them, "
+            "which gives the same numbers for more memory and time"
         )
     if mesh.sequence > 1 and model.num_attention_heads % (ways := mesh.tensor * mesh.sequence):
         yield (
@@ -140,8 +140,9 @@ def _proposed(config: RunConfig, model: ModelConfig | None, count: int) -> str:
 
 
 def nearest(asked: MeshConfig, count: int, works: Callable[[MeshConfig], bool] = lambda mesh: True) -> list[MeshConfig]:
-    """The few meshes of `count` devices that work and are closest to the requested one, first in the axes other than
-    fsdp, which takes what is left.
+    """The few meshes of `count` devices that work and are closest to the requested one.
+
+    Closest first in the axes other than fsdp, which takes what is left.
     """
     divisors = [size for size in range(1, count + 1) if count % size == 0]
     meshes = (

@@ -104,7 +104,7 @@ def parse(name: str) -> Topology:
     device = DEVICES.get(kind)
     if device is None:
         raise UserError(
-            f"--topology={name}: found {kind!r}, expected one of {', '.join(DEVICES)}, with a shape behind it for "
+            f"--topology={name}: found {kind!r}, expected one of {', '.join(DEVICES)}, followed by a shape for "
             "several (v5e:2x4, v5p:2x2x1, h100x8)"
         )
     found = sizes(shape or "1")

@@ -200,8 +200,9 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> int | float | str | None:
-    """The value as a Python number, or None if it is not finite; strings stay. A step returns arrays of one element and
-    NumPy scalars.
+    """The value as a Python number, or None if it is not finite; strings stay.
+
+    A step returns arrays of one element and NumPy scalars.
     """
     if isinstance(value, str) or value is None:
         return value

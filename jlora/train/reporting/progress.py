@@ -46,8 +46,9 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows that `step` is done. Without a terminal: a line for the first and the last step, and one every few
-        seconds.
+        """Shows that `step` is done.
+
+        Without a terminal: a line for the first and the last step, and one every few seconds.
         """
         now = self._clock()
         self._first = self._first or (step, now)

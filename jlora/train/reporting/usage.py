@@ -80,8 +80,9 @@ def summary(
 
 
 def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_len: int) -> float:
-    """A step's FLOPs per token of a row of `seq_len` tokens, as MFU counts them (Chowdhery et al. 2022, PaLM): products
-    with weights and in attention, but not recomputation by remat, reference policies or rollouts.
+    """A step's FLOPs per token of a row of `seq_len` tokens, as MFU counts them (Chowdhery et al. 2022, PaLM).
+
+    These are products with weights and in attention, but not recomputation by remat, reference policies or rollouts.
 
     A frozen weight takes part in two products, in the forward pass and for the gradient of its input; a trained one in
     three. All of attention's scores are counted, although half of them are masked.

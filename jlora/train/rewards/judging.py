@@ -89,8 +89,9 @@ class Rewards:
         *,
         trainer_state: TrainerState | None = None,
     ) -> RewardTable:
-        """The rewards of completions. If a prompt is a list of messages, its completion's text is passed to the
-        functions as one assistant message.
+        """The rewards of completions.
+
+        If a prompt is a list of messages, its completion's text is passed to the functions as one assistant message.
 
         Each function is called with those of `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_metric`,
         `log_extra` and the columns that its signature accepts. It returns one number or None for each completion; an
@@ -265,7 +266,7 @@ def _as_messages(prompt: str | Messages, completion: str | Messages) -> str | Me
 
 
 def _check_columns(columns: Mapping[str, Sequence[Any]], size: int) -> None:
-    faults = [f"{name}: the name is taken, call the field otherwise" for name in columns if name in RESERVED]
+    faults = [f"{name}: the name is taken; rename the field" for name in columns if name in RESERVED]
     faults += [
         f"{name}: {len(values)} values, expected {size}, one for each completion"
         for name, values in columns.items()

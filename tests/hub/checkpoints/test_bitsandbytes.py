@@ -217,7 +217,7 @@ def test_maps_may_differ_in_their_last_bit(packed_folder):
 
 
 def test_a_packed_checkpoint_is_not_packed_again(packed_folder):
-    with pytest.raises(ValueError, match=r"already quantised \(nf4\) and is taken over as it is"):
+    with pytest.raises(ValueError, match=r"already quantised \(nf4\) and is loaded as it is"):
         hub.load(packed_folder, quant="nf4")
 
 

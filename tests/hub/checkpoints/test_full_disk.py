@@ -57,7 +57,7 @@ def test_nothing_is_left_of_what_had_no_room(llama_folder, byte_tokenizer, tmp_p
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(base), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("code") == 1 and "by-command: there was no room for it" in done.stderr
+    assert found.pop("code") == 1 and "by-command: not enough space" in done.stderr
     expected = {"model", "adapter", "quantized", "merged", "model.gguf", "adapter.gguf"}
     assert found.keys() == expected
     for name, (kind, message) in found.items():
@@ -73,7 +73,7 @@ def test_a_full_disk_is_named_whoever_says_it(tmp_path, error):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("old")
     with (
-        pytest.raises(NoSpaceError, match="out: there was no room for it"),
+        pytest.raises(NoSpaceError, match="out: not enough space"),
         folder.replacing(tmp_path / "out", marker="config.json", stale=()) as fresh,
     ):
         (fresh / "new.txt").write_text("half")

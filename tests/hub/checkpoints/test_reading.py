@@ -240,7 +240,7 @@ def test_rotary_settings_that_disagree_are_taken_as_transformers_takes_them(kind
         (dict(vocab_size=101.5, hidden_size="48"), r"hidden_size is '48', .*\n  vocab_size is 101\.5, expected"),
         (
             dict(num_hidden_layers=5000),
-            "a model of 45,003 tensors, the checkpoint holds 30: look at the numbers of layers",
+            "45,003 tensors, the checkpoint holds 30: check the numbers of layers",
         ),
         (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected a whole number from 1 to 10,000"),
         (dict(hidden_size=2**31 - 1), r"model\.norm\.weight has shape \(48,\), expected \(2147483647,\)"),

@@ -234,7 +234,7 @@ def test_changes_are_of_the_layers_that_the_slice_takes(models, tmp_path):
 
     one, two, base, deep = (str(models[name]) for name in ("one", "two", "base", "deep"))
     recipe["slices"] = slices({one: (0, 1), two: (1, 2)}, {one: (0, 1), two: (0, 9)}, {deep: (3, 5)})
-    with pytest.raises(ValueError, match="the recipe does not hold") as error:
+    with pytest.raises(ValueError, match="the recipe is invalid") as error:
         hub.merge_models(recipe | {"base_model": base}, tmp_path / "other")
     for words in (
         "slices[0]: does not list base_model, and its models take different layers",
@@ -261,7 +261,7 @@ PHI = {"model_type": "phi", "rope_theta": 5.0}  # of no family that jlora knows
         ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}, "num_attention_heads: "),
         ({"model_type": "llama", "attention_bias": True}, "model_type: "),
         (WINDOWS | {"max_window_layers": 1}, "layers[2]: Layer(window="),
-        ({"num_hidden_layers": 2, "layer_types": None}, "config.json has 2 layers, its tensors are of 3"),
+        ({"num_hidden_layers": 2, "layer_types": None}, "config.json has 2 layers, its tensors have 3"),
         (PHI, "model_type: "),
         ({"dtype": "float16", "transformers_version": "4.0", "max_position_embeddings": 99, "eos_token_id": 5}, None),
         ({"_name_or_path": "elsewhere", "use_cache": False, "bos_token_id": 7, "max_window_layers": 2}, None),
@@ -302,7 +302,7 @@ def test_models_of_an_unknown_family_are_compared_as_they_are_written(models, tm
 
     with pytest.raises(ValueError, match=r"differ in config.json:\n  rope_theta: 5.0 and 6.0$"):
         merge(rope_theta=6.0)
-    with pytest.warns(UserWarning, match="one config.json has soft, another has not"):
+    with pytest.warns(UserWarning, match="one config.json has soft, another does not"):
         merge(soft=1)
     merge(dtype="float16", max_position_embeddings=99, eos_token_id=[4, 5], bos_token_id=6)
 
@@ -368,7 +368,7 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     one, deep, base = (str(models[name]) for name in ("one", "deep", "base"))
     fails(
         {"merge_method": "tiess", "modles": [], "dtype": "int8"},
-        "modles: is not known here",
+        "modles: is unknown",
         "merge_method: found 'tiess'",
         "dtype: found 'int8'",
         "models, slices: one of them is required",
@@ -387,7 +387,7 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
         ([], "models[0].parameters.weight: found [], expected a number"),
         ([0.5, float("nan")], "found [0.5, nan], expected a number"),
         ([{"filter": "mlp"}], "expected a mapping with value"),
-        ([{"filtr": "mlp", "value": 1}], "parameters.weight.filtr: is not known here; known are value, filter"),
+        ([{"filtr": "mlp", "value": 1}], "parameters.weight.filtr: is unknown; expected one of value, filter"),
     ):
         fails({"merge_method": "linear", "models": [{"model": one, "parameters": {"weight": weight}}]}, words)
     entry = {"model": "not/looked-for", "parameters": {"weight": 1, "densty": 0.5, "lambda": 2}}
@@ -395,12 +395,12 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     fails(
         {"merge_method": "ties", "base_model": base, "models": [entry, {"model": one, "parameters": 1}]}
         | {"parameters": of_all, "seed": "three"},
-        "models[0].parameters.densty: is not known to ties; known are weight, density",
-        "models[0].parameters.lambda: is of all models together",
+        "models[0].parameters.densty: is unknown to ties, which reads weight, density",
+        "models[0].parameters.lambda: applies to all models together",
         "models[1].parameters: found 1, expected a mapping",
-        "parameters.t: is not known to ties; known are weight, density, normalize, lambda",
-        "parameters.lamda: is not known",
-        "parameters.rescale: ties is not computed so here: leave it out",
+        "parameters.t: is unknown to ties, which reads weight, density, normalize, lambda",
+        "parameters.lamda: is unknown",
+        "parameters.rescale: is not supported for ties; leave it out",
         "seed: found 'three'",
     )
     fails({"merge_method": "linear", "models": [entry], "tokenizer_source": "base"}, "but there is no base_model")
@@ -437,6 +437,6 @@ def test_every_fault_is_named_and_nothing_is_written(models, tmp_path, capsys):
     path = tmp_path / "bare" / "config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "layer_types"}))
     parts = [{"sources": [{"model": name, "layer_range": [0, 3]}]} for name in (one, str(tmp_path / "bare"))]
-    fails({"merge_method": "passthrough", "slices": parts}, "layer_types: ", "has one entry a layer", "bare has not")
+    fails({"merge_method": "passthrough", "slices": parts}, "layer_types: ", "has one entry a layer", "bare does not")
     assert main(["merge", f"--recipe={tmp_path / 'none.yaml'}", f"--out={tmp_path / 'out'}"]) == 2
     assert "none.yaml" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def faults(made):
     with pytest.raises(ValueError) as error:
         resolve(made)
     first, *rest = str(error.value).split("\n")
-    assert first == "the settings do not hold:"
+    assert first == "the settings are invalid:"
     return [line.strip() for line in rest]
 
 
@@ -96,7 +96,7 @@ def test_everything_missing_is_named_at_once():
         ),
         (
             GRPO | {"grpo__loss_type": "cispo"},
-            "grpo.epsilon_high: expected with cispo, the largest ratio that counts, such as 5.0",
+            "grpo.epsilon_high: cispo needs it: the largest ratio that counts, such as 5.0",
         ),
         (
             GRPO | {"grpo__advantage": "leave_one_out", "grpo__kl_in_reward": True},
@@ -230,6 +230,4 @@ def test_adapters_of_one_run_fold_system_texts_alike():
     made = of_adapters(data__system="fold")
     assert {member.data.system for member in resolve(made).members().values()} == {"fold"}
     made.adapters["shop"]["data"]["system"] = "template"
-    assert faults(made) == [
-        "adapters['shop']: data.system: expected 'fold' as of the run, whose tokenizer is theirs all"
-    ]
+    assert faults(made) == ["adapters['shop']: data.system: expected 'fold', as in the run: they share a tokenizer"]

@@ -204,7 +204,7 @@ def test_the_command_compares_and_sweeps(loaded, model_folder, tmp_path, capsys)
     for arguments, words in (
         (["--against=base"], "needs --adapter"),
         ([adapter, "--general=x.jsonl"], "have no effect without --against or --scales"),
-        ([adapter, "--scales", "1", "--against=base"], "do not go together"),
+        ([adapter, "--scales", "1", "--against=base"], "cannot be combined"),
     ):
         assert main([*common, *arguments]) == 2
         assert words in capsys.readouterr().err

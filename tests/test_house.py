@@ -19,7 +19,7 @@ CEILINGS = {
     "PEFT's matching rules": (23, 5),
     "paths cut by hand": (67, 24),
 }
-LINES = 32924
+LINES = 33058
 
 
 @pytest.fixture(scope="module")

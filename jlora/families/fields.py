@@ -62,8 +62,9 @@ class Fields:
         return self.get(name, 1, kind)
 
     def rope(self) -> dict[str, Any]:
-        """The rotary parameters: `rope_scaling` (transformers 4) unless it is empty, else `rope_parameters`
-        (transformers 5, which has the same preference).
+        """The rotary parameters: `rope_scaling` (transformers 4) unless it is empty, else `rope_parameters`.
+
+        The latter are transformers 5's, which has the same preference.
         """
         own = self.get("rope_parameters", {})
         return self.get("rope_scaling") or own

@@ -80,8 +80,9 @@ ROTARY: dict[str, Kind] = {
 
 
 def wrong(kind: Kind | None, name: str, value: Any) -> list[str]:
-    """A line for the message if the value is not of its field's kind, else []. A field without a kind may hold
-    anything, and null means absent.
+    """A line for the message if the value is not of its field's kind, else [].
+
+    A field without a kind may hold anything, and null means absent.
 
     Args:
         name: what the message calls the value.

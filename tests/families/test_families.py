@@ -88,7 +88,7 @@ def test_gguf_names_every_tensor_and_back(model_type):
 
 
 @EVERY
-@pytest.mark.filterwarnings("ignore:llama.cpp computes no window")
+@pytest.mark.filterwarnings("ignore:llama.cpp has no window")
 def test_gguf_metadata_says_the_same_model_and_back(model_type):
     model = model_of(model_type)
     metadata, divisors = describe(model.config)

@@ -27,8 +27,9 @@ class Source(Protocol):
 
     @property
     def ahead(self) -> bool:
-        """Whether the next batch may be requested while the last step is still being computed, because it depends on
-        neither that step's state nor its metrics.
+        """Whether the next batch may be requested while the last step is still being computed.
+
+        It may if it depends on neither that step's state nor its metrics.
         """
 
     def next(self, state: TrainState) -> tuple[Batch, int, Numbers]:

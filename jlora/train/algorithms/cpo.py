@@ -21,7 +21,7 @@ from jlora.types import Params
 class CPOConfig:
     """Contrastive preference optimisation (Xu et al. 2024) and SimPO (Meng et al. 2024), without a reference.
 
-    Args:
+    Attributes:
         cpo_alpha: weight of the chosen answers' negative log-likelihood; 0 in SimPO proper.
         label_smoothing: for "sigmoid" and "simpo": the share of pairs whose order is assumed to be wrong.
         simpo_gamma: SimPO's target margin (with loss_type="simpo").

@@ -28,7 +28,7 @@ CHOSEN, REJECTED = "ref_chosen_logps", "ref_rejected_logps"
 class DPOConfig:
     """Direct preference optimisation and its relatives (Rafailov et al. 2023); `jlora.losses.dpo` has the formulas.
 
-    Args:
+    Attributes:
         loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several, summed with `loss_weights`.
         beta: strength of the pull towards the reference policy.
         label_smoothing: for losses whose paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
@@ -129,8 +129,10 @@ def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Rep
 
 
 def _check(config: SharedConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:
-    """Raises UserError if the rewards of training and evaluation would be relative to two different references, or if
-    dpo.ld_alpha is set although a file brings the reference's log-probabilities.
+    """Raises UserError if the reference's log-probabilities in the files cannot be used.
+
+    The rewards of training and evaluation would be relative to two different references, or dpo.ld_alpha is set
+    although a file brings the reference's log-probabilities.
     """
     sets = [(some, path) for some, path in ((items, config.data.path), (held_out, config.data.eval_path)) if some]
     bringing = [path for some, path in sets if CHOSEN in some[0].values]

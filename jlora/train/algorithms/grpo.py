@@ -36,7 +36,7 @@ PANELS = (
 class GRPOConfig:
     """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
 
-    Args:
+    Attributes:
         loss_type: how tokens are clipped and averaged; see `jlora.losses.policy`.
         beta: weight of the KL to the reference policy; 0 uses no reference.
         num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
@@ -294,15 +294,17 @@ def _collect(sampler: Sampler, note: Note, source: RolloutSource, state: TrainSt
 
 
 def _has_moved(settings: GRPOConfig) -> bool:
-    """Whether the log-probabilities under the sampling policy are needed: it may move before a step, or the reward has
-    a KL.
+    """Whether the log-probabilities under the sampling policy are needed.
+
+    They are if it may move before a step, or if the reward has a KL.
     """
     return settings.num_iterations * settings.steps_per_generation > 1 or settings.kl_in_reward
 
 
 def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, note: Note) -> tuple[Rollouts, int]:
-    """Enough groups for a rollout, and how many rounds of sampling they took. Groups whose rewards differ come before
-    those of equal rewards.
+    """Enough groups for a rollout, and how many rounds of sampling they took.
+
+    Groups whose rewards differ come before those of equal rewards.
     """
     config, group = source.config, source.config.rollout.num_generations
     completions = config.train.batch_size * config.train.grad_accum * config.grpo.steps_per_generation
@@ -348,8 +350,9 @@ def _advantages(
 
 
 def _group_values(batch: data.Batch, group: int) -> data.Batch:
-    """For averages within each prompt: the tokens of each completion's group, and 1/size each, which adds up to the
-    number of prompts.
+    """What averages within each prompt need.
+
+    The tokens of each completion's group, and 1/size each, which adds up to the number of prompts.
     """
     lengths = layout.by_item(batch, batch["weights"])
     tokens = np.repeat(lengths.reshape(-1, group).sum(axis=1), group)

@@ -48,8 +48,9 @@ def lay_out(
 
 
 def fullest(config: SharedConfig, mesh: jax.sharding.Mesh, parts: int) -> data.Batch:
-    """A rollout laid out by `lay_out` whose prompts and completions have the maximum length, with the sampler's
-    log-probabilities; no rollout needs more memory.
+    """A rollout laid out by `lay_out` that needs as much memory as any.
+
+    Its prompts and completions have the maximum length, with the sampler's log-probabilities.
     """
     train, settings = config.train, config.rollout
     count = train.batch_size * train.grad_accum * parts
@@ -68,8 +69,9 @@ def fullest(config: SharedConfig, mesh: jax.sharding.Mesh, parts: int) -> data.B
 
 
 def _height(rows: int, ways: int) -> int:
-    """The rows of a micro-batch on a mesh that splits them `ways` ways: up to a quarter more than needed, so that
-    rollouts of different sizes have few shapes.
+    """The rows of a micro-batch on a mesh that splits them `ways` ways.
+
+    Up to a quarter more than needed, so that rollouts of different sizes have few shapes.
     """
     rows = -(-rows // ways)
     grain = 1 << max(0, rows.bit_length() - 3)

@@ -21,7 +21,7 @@ from jlora.types import Params
 class ORPOConfig:
     """Odds-ratio preference optimisation (Hong et al. 2024).
 
-    Args:
+    Attributes:
         beta: weight of the odds-ratio term (lambda in the paper).
         nll_on_prompt: the likelihood term also counts the prompt's tokens, as in TRL, rather than the answer's alone.
     """

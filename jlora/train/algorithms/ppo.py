@@ -37,7 +37,7 @@ PANELS = (
 class PPOConfig:
     """Proximal policy optimisation from human feedback (Schulman et al. 2017; Ziegler et al. 2019).
 
-    Args:
+    Attributes:
         num_ppo_epochs: passes over every batch of rollouts.
         num_mini_batches: optimizer steps per pass.
         kl_coef: how much each nat of KL to the reference lowers the reward.
@@ -169,8 +169,9 @@ def ppo_loss(model: Model, config: SharedConfig, *, chunk: int = 512) -> Objecti
 
 
 def next_coefficient(kl_coef: float, kl: float, settings: PPOConfig, count: int) -> float:
-    """The coefficient after a rollout of `count` completions. A KL that is not finite leaves it unchanged: it would
-    otherwise stay in it for good.
+    """The coefficient after a rollout of `count` completions.
+
+    A KL that is not finite leaves it unchanged: it would otherwise stay in it for good.
     """
     if settings.target_kl is None or not math.isfinite(kl):
         return kl_coef

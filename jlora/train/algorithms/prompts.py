@@ -34,8 +34,9 @@ class Prompts:
         return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
 
     def order(self, seed: int, first: int, count: int) -> list[int]:
-        """The prompts at positions `first` to `first + count - 1` of an endless shuffled order that has each prompt
-        once per epoch.
+        """The prompts at positions `first` to `first + count - 1` of an endless shuffled order.
+
+        Each prompt comes once per epoch.
         """
         size = len(self.records)
         chosen = []

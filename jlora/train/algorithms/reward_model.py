@@ -34,7 +34,7 @@ PANELS = (
 class RewardConfig:
     """A reward model on pairs (Bradley and Terry 1952), with a margin where the data has one.
 
-    Args:
+    Attributes:
         center_rewards_coefficient: weight of (chosen + rejected)², which keeps rewards near 0 (Eisenstein et al. 2023).
         sft_coefficient: weight of the chosen answers' mean negative log-likelihood under the model's own head: a model
             that still writes the answers judges unseen ones better (Yang et al. 2024, "Regularizing Hidden States …").

@@ -31,7 +31,7 @@ FILE = "completions.jsonl"
 class RolloutConfig:
     """What is sampled from the policy and how it is judged.
 
-    Args:
+    Attributes:
         num_generations: completions per prompt.
         max_completion_length: in tokens; prompts may have up to `train.seq_len` minus this.
         rows: completions that are sampled at once; finished ones make room for the next.
@@ -268,8 +268,10 @@ class RolloutSource:
         return sharding.put_batch(batch, self.base.mesh), data.count_tokens(batch, 1), numbers
 
     def observe(self, metrics: Metrics) -> None:
-        """Checks that the step's gradient was taken at the weights that the sampler used, by their checksums. If the
-        step was not finite, drops the rest of its rollout, as the next step on it would most likely not be either.
+        """Checks by checksums that the step's gradient was taken at the weights that the sampler used.
+
+        If the step was not finite, drops the rest of its rollout, as the next step on it would most likely not be
+        either.
 
         Raises:
             RuntimeError: the checksums differ.
@@ -314,8 +316,9 @@ def describe(rollouts: Rollouts, group_size: int) -> Numbers:
 
 
 def log_completions(source: RolloutSource, step: int, rollouts: Rollouts, **values: np.ndarray) -> None:
-    """Appends up to `rollout.log_completions` completions, evenly spread over the rollout, to the run's file of them,
-    with their rewards and `values`.
+    """Appends up to `rollout.log_completions` completions to the run's file of them.
+
+    They are evenly spread over the rollout, and come with their rewards and `values`.
     """
     if jax.process_index():
         return
@@ -355,8 +358,10 @@ def _number(value: Any) -> float | None:
 
 
 def join(found: Sequence[Rollouts], on_error: str, group: int, prompts: Prompts) -> Rollouts:
-    """Several rollouts of one policy as one. With on_error="skip", the rewards of a group whose completions are all
-    empty are NaN; with groups of one, only a rollout that is empty as a whole counts as such.
+    """Several rollouts of one policy as one.
+
+    With on_error="skip", the rewards of a group whose completions are all empty are NaN; with groups of one, only a
+    rollout that is empty as a whole counts as such.
 
     Raises:
         ValueError: nothing was generated for a whole group (with groups of one: for a whole rollout), and on_error is

@@ -66,8 +66,9 @@ def _start(
 
 
 def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Objective:
-    """The objective of the mean negative log-likelihood of a step's trained tokens; it reports the sums that its
-    metrics are computed from.
+    """The objective of the mean negative log-likelihood of a step's trained tokens.
+
+    It reports the sums that its metrics are computed from.
     """
 
     def loss(

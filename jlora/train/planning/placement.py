@@ -75,7 +75,7 @@ def _batch_faults(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
     bucket = config.data.bucket
     if tokens > 0 and bucket < train.seq_len and bucket % tokens:
         yield (
-            f"data.bucket is {bucket}, of which the lengths of rows are multiples: not a multiple of mesh.sequence = "
+            f"data.bucket is {bucket}: row lengths are multiples of it, and it is not one of mesh.sequence = "
             f"{tokens}; set {math.lcm(bucket, tokens)}"
         )
 

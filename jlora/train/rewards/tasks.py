@@ -68,7 +68,7 @@ def reasoning_tasks(
     entries = list(_draw(name, f"{seed}/train", size, settings))
     shown = list(_draw(name, f"{seed}/solved", num_fewshot, settings))
     if any(entry["answer"] is None for entry in shown):
-        raise UserError(f"reasoning-gym task {name!r} checks answers and has none to show: expected num_fewshot=0")
+        raise UserError(f"reasoning-gym task {name!r} checks answers but has none to show: expected num_fewshot=0")
     seen = {_plain(entry) for entry in entries + shown}
     others = itertools.chain.from_iterable(
         _draw(name, f"{seed}/held out/{part}", held_out, settings) for part in range(DRAWS)

@@ -67,7 +67,7 @@ MISTAKES = {
     ),
     "rows whose lengths do not divide": (
         ["mesh.sequence=8", "data.bucket=12"],
-        ["data.bucket is 12, of which the lengths of rows are multiples: not a multiple of mesh.sequence = 8; set 24"],
+        ["data.bucket is 12: row lengths are multiples of it, and it is not one of mesh.sequence = 8; set 24"],
     ),
     "an axis that splits nothing": (
         ["mesh.tensor=-1", "mesh.fsdp=1", "model.resize_vocab=259", "model.path={narrow}"],

@@ -9,7 +9,8 @@ import optax
 
 from jlora import lora
 from jlora.errors import UserError
-from jlora.lora.partition import TRAINED
+from jlora.lora.kinds import leaf_of
+from jlora.lora.kinds.copies import describe
 from jlora.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -108,6 +109,7 @@ def _decays(params: Params) -> Params:
     """True for every leaf that weight decay pulls towards zero."""
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> bool:
-        return path[-1].key.removeprefix(TRAINED) not in ("bias", "scale", "lora_bias")
+        name = path[-1].key
+        return (leaf_of(name) or describe(name)).decays
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -24,6 +24,8 @@ STACK = re.compile(
 OUTSIDE = re.compile(rf"({'|'.join((SCORE, *every(lambda family: family.names.outside)))})/[^/]+")
 # The least number of axes of a stacked leaf with this name. In a single module it has one less.
 STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
+# How the names of all leaves of adapters begin (`jlora.lora.kinds`).
+ADDED = ("lora_", "trained_")
 
 
 class Stack(NamedTuple):
@@ -188,7 +190,7 @@ def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
     for path, leaf in leaves.items():
         last = path.rpartition("/")[2]
         stack = stack_of(path)
-        if stack is None or last.startswith(("lora_", "trained_")) or not hasattr(leaf, "shape"):
+        if stack is None or is_added(last) or not hasattr(leaf, "shape"):
             continue
         key = path[: len(path) - len(stack.rest)]
         shape = tuple(leaf.shape)
@@ -202,6 +204,11 @@ def stacks_of(leaves: Mapping[str, Any]) -> Callable[[str], Stack | None]:
         return None if stack is None or stack.name in single else stack
 
     return find
+
+
+def is_added(path: str) -> bool:
+    """Whether the leaf at `path` was added by an adapter, as all their leaves' names say."""
+    return path.rpartition("/")[2].startswith(ADDED)
 
 
 def is_own(leaves: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jlora import lora, tree
+from jlora import lora
 from jlora.errors import MissingFileError, UserError
 from jlora.families import every
 from jlora.families.kinds import NUMBER, short
@@ -15,7 +15,8 @@ from jlora.hub.peft.config import CONFIG, AdapterConfig
 from jlora.hub.peft.fields import SHARE
 from jlora.hub.peft.reading import assemble
 from jlora.hub.peft.slots import PLAIN, PREFIX, Module, Slot, check_fits, find_modules, read_slots
-from jlora.lora.merging import TIED_HEADS
+from jlora.lora.kinds.dora import MAGNITUDE
+from jlora.lora.kinds.product import A, B
 from jlora.types import Params
 
 WEIGHTS = "adapters.safetensors"
@@ -24,6 +25,10 @@ NAMES = every(lambda family: family.mlx_names)
 LAYER = re.compile(r"model\.(?:layers|h)\.(?P<layer>\d+)\.(?P<key>.+)")
 # Part of the names of experts' linears (SwitchLinear): gate and up are separate there, while jlora fuses them.
 EXPERTS = ".switch_mlp."
+
+
+# The leaves that it holds, by the ends of its tensors' names.
+ENDS = {A: "lora_a", B: "lora_b", MAGNITUDE: "m"}
 
 
 class Settings(NamedTuple):
@@ -138,12 +143,10 @@ def _problems(fields: Mapping[str, Any], lora_fields: Any, layers: Any) -> list[
 
 def _modules(base: Params) -> list[Module]:
     """The modules that mlx-lm can adapt, with its names in `tensors`; a head tied to its embedding is left out."""
-    leaves = tree.flatten(base)
-    heads = {head for head in TIED_HEADS.values() if f"{head}/kernel" not in leaves}
     return [
         module._replace(tensors=_mlx_name(module.tensors.removeprefix(PREFIX)))
         for module in find_modules(base)
-        if not module.experts and module.path not in heads
+        if not module.site.experts and not module.site.tied_to
     ]
 
 
@@ -180,14 +183,13 @@ def _slots(adapted: list[Module], settings: Settings) -> dict[str, Slot]:
     Raises:
         ValueError: the config asks for DoRA of a module that is not a linear.
     """
+    if settings.use_dora and (others := [module.tensors for module in adapted if module.site.leaf != "kernel"]):
+        raise UserError(f"DoRA of {', '.join(others)} is not supported: it is not a linear layer")
     slots = {}
     for module in adapted:
-        if settings.use_dora and module.leaf != "kernel":
-            raise UserError(f"DoRA of {module.tensors} is not supported: it is not a linear layer")
-        shapes = {"lora_a": (module.inputs, settings.rank), "lora_b": (settings.rank, module.outputs)}
-        for leaf, shape in shapes.items():
-            slots[f"{module.tensors}.{leaf}"] = Slot(f"{module.path}/{leaf}", module.index, shape, PLAIN)
-        if settings.use_dora:
-            place = f"{module.path}/lora_magnitude"
-            slots[f"{module.tensors}.m"] = Slot(place, module.index, (module.outputs,), PLAIN)
+        sizes = {"inputs": module.site.inputs, "rank": settings.rank, "outputs": module.site.outputs}
+        for leaf, end in ENDS.items():
+            if leaf != MAGNITUDE or settings.use_dora:
+                shape = tuple(sizes[axis] for axis in leaf.axes)
+                slots[f"{module.tensors}.{end}"] = Slot(f"{module.path}/{leaf.name}", module.index, shape, PLAIN)
     return slots

@@ -4,18 +4,20 @@ from jlora.lora.bank import Bank, choose
 from jlora.lora.binding import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.extraction import extract
+from jlora.lora.kinds.copies import resolve
+from jlora.lora.kinds.dora import base_norms
 from jlora.lora.linears import embed, grouped_linear, linear, unembed, update
 from jlora.lora.low_rank import Fit, Fits
-from jlora.lora.merging import base_norms, merge, merged_leaf, untie
+from jlora.lora.merging import merge, merged_leaf, untie
 from jlora.lora.mixing import mix
 from jlora.lora.partition import (
     adapter_leaves,
     combine,
+    drops,
     is_adapter,
     is_trainable,
     labels,
     overlay,
-    resolve,
     scaled,
     split,
     strip,
@@ -37,6 +39,7 @@ __all__ = [
     "bind",
     "choose",
     "combine",
+    "drops",
     "embed",
     "extract",
     "from_nnx",

@@ -13,20 +13,24 @@ from jaxtyping import Array, Float, Int
 from jlora import sharding, tree
 from jlora.errors import UnknownNameError, UserError
 from jlora.lora.config import LoraConfig
+from jlora.lora.kinds import BIAS
+from jlora.lora.kinds.banked import IDS, WEIGHTS
+from jlora.lora.kinds.kind import DROPOUT, RANK, SCALE
+from jlora.lora.kinds.product import START_A, START_B, A, B
 from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
 from jlora.lora.setup import init
+from jlora.lora.sites import is_expert, sites
 from jlora.lora.starts import shifts_base
-from jlora.lora.targets import candidates, is_expert
 from jlora.lora.vocabulary import marks, require_same_rows, without_marks
 from jlora.types import Params
 
 # What a row uses: an adapter by name, several with weights, or None for the base alone.
 Choice = str | Mapping[str, int | float] | None
 
-NEEDED = ("lora_a", "lora_b", "lora_scale")
-HELD = (*NEEDED, "lora_bias")
+NEEDED = {leaf.name: leaf for leaf in (A, B, SCALE)}
+HELD = NEEDED | {leaf.name: leaf for leaf in BIAS.leaves}
 # Settings that do not change what an adapter computes once its factors are padded.
-IGNORED = ("lora_rank", "lora_dropout")
+IGNORED = (RANK.name, DROPOUT.name)
 
 
 class Places(NamedTuple):
@@ -82,10 +86,10 @@ class Bank:
         _require_names(adapters)
         base = strip(params)
         require_same_rows(params, adapters)
-        leaves = {name: _leaves(adapter) for name, adapter in adapters.items()}
+        leaves = {name: _leaves(base, adapter) for name, adapter in adapters.items()}
         given = list(leaves.items())
         if config is not None:
-            given.append(("config", _leaves(_shapes(base, config))))
+            given.append(("config", tree.flatten(_shapes(base, config))))
         count = len(adapters) if places is None else places
         if width < 1:
             raise UserError(f"width: found {width}, expected at least 1")
@@ -119,7 +123,7 @@ class Bank:
         """
         _require_names([name])
         require_same_rows(self.params, {name: adapter})
-        flat = _leaves(adapter)
+        flat = _leaves(strip(self.params), adapter)
         held = {path: leaf for path, leaf in tree.flatten(self.params).items() if path.rpartition("/")[2] in HELD}
         room = {path: _without(_place_axis(path, leaf), leaf.shape) for path, leaf in held.items()}
         missing = "the bank has no room at {}; give its modules as config when making the bank"
@@ -225,12 +229,12 @@ def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B 
     """
 
     def mark(path: str, module: Params) -> Params:
-        if "lora_scale" not in module:
+        if SCALE.name not in module:
             return module
-        stack = module["lora_scale"].shape[:-1]
+        stack = module[SCALE.name].shape[:-1]
         return module | {
-            "lora_ids": jnp.broadcast_to(numbers, (*stack, *numbers.shape)),
-            "lora_weights": jnp.broadcast_to(weights, (*stack, *weights.shape)),
+            leaf.name: jnp.broadcast_to(values, (*stack, *values.shape))
+            for leaf, values in ((IDS, numbers), (WEIGHTS, weights))
         }
 
     return tree.map_modules(mark, params)
@@ -242,7 +246,7 @@ def refuse_chosen(params: Params, instead: str) -> None:
     Args:
         instead: what the error message says to give instead.
     """
-    if any(path.endswith("/lora_ids") for path in tree.flatten(params)):
+    if any(path.endswith(f"/{IDS.name}") for path in tree.flatten(params)):
         raise UserError(f"found params of Bank.choose, whose adapters belong to the rows of one batch: give {instead}")
 
 
@@ -251,10 +255,14 @@ def _require_names(names: Iterable[Any]) -> None:
         raise UserError(f"adapters' names: found {wrong}, expected strings (None is the base alone)")
 
 
-def _leaves(adapter: Params) -> dict[str, Any]:
+def _leaves(base: Params, adapter: Params) -> dict[str, Any]:
+    """An adapter's leaves, with its updates as plain products."""
     flat = without_marks(tree.flatten(adapter_leaves(adapter)))
-    whole = all(path.replace("/lora_start_", "/lora_") in flat for path in flat)  # else `_faults` says what is missing
-    return tree.flatten(with_starts(tree.unflatten(flat))) if whole else flat
+    # Without A and B there is nothing to make the start a part of; `_faults` says what is missing.
+    parts = {START_A.name: A.name, START_B.name: B.name}
+    if all(path.replace(start, part) in flat for path in flat for start, part in parts.items()):
+        return tree.flatten(adapter_leaves(with_starts(overlay(base, tree.unflatten(flat)))))
+    return flat
 
 
 def _shapes(base: Params, config: LoraConfig) -> Params:
@@ -265,7 +273,7 @@ def _shapes(base: Params, config: LoraConfig) -> Params:
     wider = 2 if shifts_base(start) else config.eva_rho if start == "eva" else 1
     ranks = tuple((name, round(rank * wider)) for name, rank in config.rank_pattern)
     drawn = dataclasses.replace(config, init_lora_weights=True, r=round(config.r * wider), rank_pattern=ranks)
-    return jax.eval_shape(lambda base: init(base, drawn, jax.random.key(0)), base)
+    return jax.eval_shape(lambda base: adapter_leaves(with_starts(init(base, drawn, jax.random.key(0)))), base)
 
 
 def _room(base: Params, adapters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
@@ -274,15 +282,14 @@ def _room(base: Params, adapters: Sequence[Mapping[str, Any]]) -> dict[str, tupl
     for flat in adapters:
         for path, leaf in flat.items():
             module, _, last = path.rpartition("/")
-            if last == "lora_a":
+            if last == A.name:
                 ranks[module] = max(ranks.get(module, 0), leaf.shape[-1])
     room = {}
-    for candidate in candidates(base):
-        if candidate.axes == (1, 1):
-            path, rank, stack = candidate.path, ranks.get(candidate.path, 0), candidate.stack_shape
-            before, after = candidate.factor_shapes
-            room |= {f"{path}/lora_a": (*before, rank), f"{path}/lora_b": (*stack, rank, *after)}
-            room |= {f"{path}/lora_scale": stack, f"{path}/lora_bias": (*stack, *after)}
+    for site in sites(base):
+        if site.axes == (1, 1):
+            sizes = {"inputs": site.inputs, "rank": ranks.get(site.path, 0), "outputs": site.outputs}
+            for name, leaf in HELD.items():
+                room[f"{site.path}/{name}"] = (*site.stack_shape, *(sizes[axis] for axis in leaf.axes))
     return {path: shape for path, shape in room.items() if any(path in flat for flat in adapters)}
 
 
@@ -294,7 +301,7 @@ def _faults(
     for path in flat:
         module, _, last = path.rpartition("/")
         modules.setdefault(module, []).append(last)
-    some = any("lora_a" in names for names in modules.values())
+    some = any(A.name in names for names in modules.values())
     faults = [] if some else [f"{name}: found no lora_a, expected an adapter"]
     beside = tree.flatten(params)
     for module, names in modules.items():
@@ -324,7 +331,7 @@ def _fits(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> bool:
     """Whether the shapes are equal, except that the rank may be smaller."""
     if len(shape) != len(room):
         return False
-    rank = {"lora_a": -1, "lora_b": -2}.get(name, 0) + len(room)
+    rank = (HELD[name].rank_axis or 0) + len(room)
     return all(
         own <= full if axis == rank else own == full for axis, (own, full) in enumerate(zip(shape, room, strict=True))
     )
@@ -349,7 +356,7 @@ def _placed(path: str, leaf: Any, mesh: Mesh | None) -> jax.Array:
 
 def _own_axes(path: str) -> int:
     """How many axes a leaf has after its stacking axes."""
-    return {"lora_scale": 0, "lora_bias": 1}.get(path.rpartition("/")[2], 2)
+    return len(HELD[path.rpartition("/")[2]].axes)
 
 
 def _place_axis(path: str, leaf: Any) -> int:

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from jlora import quant, tree
-from jlora.lora.merging import MAIN, merge
+from jlora.lora.kinds import changed_leaves
+from jlora.lora.merging import merge
 from jlora.types import Params
 
 
@@ -58,13 +59,14 @@ def _unpacked(params: Params) -> Params:
 
 def _formed_sizes(params: Params) -> set[int]:
     """The sizes, in elements, of the leaves that `merge` and unpacking form."""
-    flat = tree.flatten(params)
-    adapted = {path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")}
-    return {
-        leaf.size
-        for path, leaf in flat.items()
-        if quant.is_packed(leaf) or (path.rpartition("/")[0] in adapted and path.rpartition("/")[2] in MAIN)
-    }
+    flat, changed = tree.flatten(params), set()
+
+    def note(path: str, module: Params) -> Params:
+        changed.update(f"{path}/{name}" for name in changed_leaves(module))
+        return module
+
+    tree.map_modules(note, params)
+    return {leaf.size for path, leaf in flat.items() if quant.is_packed(leaf) or path in changed}
 
 
 def _keep_all_but(sizes: set[int]) -> Callable[..., bool]:

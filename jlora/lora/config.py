@@ -50,6 +50,7 @@ class LoraConfig:
         eva_rho: no module's rank grows beyond this many times the rank asked for (PEFT's `eva_config.rho`).
         lora_ga_direction, lora_ga_scale, lora_ga_gamma: PEFT's `lora_ga_config`: "ArBr", "A2rBr" or "ArB2r"; "stable",
             "gd_scale" or "weight_svd"; its `stable_gamma`.
+        peft_type: the kind of update, by PEFT's name for it (see `jlora.lora.kinds`).
     """
 
     r: int = 8
@@ -74,6 +75,7 @@ class LoraConfig:
     lora_ga_direction: str = "ArB2r"
     lora_ga_scale: str = "stable"
     lora_ga_gamma: float = 16.0
+    peft_type: str = "LORA"
 
     def __post_init__(self) -> None:
         # Make every field hashable, whatever it was given as.

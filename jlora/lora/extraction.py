@@ -9,9 +9,10 @@ import numpy as np
 from jlora import tree
 from jlora.errors import UserError
 from jlora.lora.config import LoraConfig
+from jlora.lora.kinds.copies import copy_of, saved_modules
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
-from jlora.lora.partition import TRAINED, overlay, strip
-from jlora.lora.setup import saved_modules, ties
+from jlora.lora.partition import overlay, strip
+from jlora.lora.setup import ties
 from jlora.lora.targets import find_targets
 from jlora.types import Params
 
@@ -47,16 +48,16 @@ def extract(
     flat, changed = tree.flatten(strip(base)), tree.flatten(tuned)
     _require_same_shapes(flat, changed)
     targets = {target.path: target for target in find_targets(strip(base), config)}
-    if tied := [path for path, target in targets.items() if f"{path}/{target.candidate.leaf}" not in flat]:
+    if tied := [path for path, target in targets.items() if target.site.tied_to]:
         raise UserError(f"{', '.join(tied)}: has no weight of its own, it is tied to the embedding: target that")
     found: dict[str, Any] = saved_modules(changed, config)
     fits: list[Fit] = []
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
         target = targets.get(module)
-        if f"{module}/{TRAINED}{name}" in found:
+        if copy_of(path) in found:
             continue
-        if target is not None and target.candidate.leaf == name:
+        if target is not None and target.site.leaf == name:
             difference = as_float(changed[path]) - as_float(leaf)
             factors = _factors(path.rpartition("/")[0], target, difference, rank, fits)
             found |= {f"{module}/{key}": jnp.asarray(value) for key, value in factors.items()}
@@ -70,11 +71,11 @@ def extract(
 
 def _factors(path: str, target: Any, difference: np.ndarray, rank: int | float, fits: list[Fit]) -> Params:
     """The adapter leaves of one module, for all of its layers; what each fit keeps is appended to `fits`."""
-    candidate = target.candidate
-    before, after = candidate.factor_shapes
-    stack = before[: len(before) - candidate.axes[0]]
-    axes = Axes(candidate.stack_shape, stack, before[len(stack) :], after)
-    adapted = axes.spread(np.array(target.ranks).reshape(candidate.stack_shape)) > 0
+    site = target.site
+    before, after = site.factor_shapes
+    stack = before[: len(before) - site.axes[0]]
+    axes = Axes(site.stack_shape, stack, before[len(stack) :], after)
+    adapted = axes.spread(target.rank_array) > 0
     count, inputs, outputs = axes.matrices
     products = []
     for number, matrix in enumerate(difference.reshape(count, inputs, outputs)):

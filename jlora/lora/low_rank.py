@@ -10,6 +10,8 @@ from jaxtyping import Float
 
 from jlora import quant
 from jlora.errors import UserError
+from jlora.lora.kinds.kind import RANK, SCALE
+from jlora.lora.kinds.product import A, B
 from jlora.types import Params
 
 
@@ -81,7 +83,7 @@ class Axes(NamedTuple):
         """The axes of a module's adapter whose weight has `ndim` axes. Factors with as many axes are stacks of matrices
         (as for experts); others belong to a kernel with several input or output axes.
         """
-        a, b, layers = adapter["lora_a"].shape, adapter["lora_b"].shape, adapter["lora_scale"].shape
+        a, b, layers = (adapter[leaf.name].shape for leaf in (A, B, SCALE))
         stacked = ndim - 2 if len(a) == len(b) == ndim else len(layers)
         return cls(layers, a[:stacked], a[stacked:-1], b[stacked + 1 :])
 
@@ -101,12 +103,12 @@ class Axes(NamedTuple):
         lora_a = np.stack([np.pad(left, ((0, 0), (0, max(ranks) - left.shape[1]))) for left, _ in products])
         lora_b = np.stack([np.pad(right, ((0, max(ranks) - right.shape[0]), (0, 0))) for _, right in products])
         found = {
-            "lora_a": lora_a.reshape(*self.stack, *self.inputs, max(ranks)),
-            "lora_b": lora_b.reshape(*self.stack, max(ranks), *self.outputs),
-            "lora_scale": np.ones(self.layers, np.float32),
+            A.name: lora_a.reshape(*self.stack, *self.inputs, max(ranks)),
+            B.name: lora_b.reshape(*self.stack, max(ranks), *self.outputs),
+            SCALE.name: np.ones(self.layers, np.float32),
         }
         if len(set(ranks)) > 1:  # a layer of experts has the largest of their ranks
-            found["lora_rank"] = ranks.reshape(*self.layers, -1).max(axis=-1)
+            found[RANK.name] = ranks.reshape(*self.layers, -1).max(axis=-1)
         return found
 
 

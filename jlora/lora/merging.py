@@ -1,24 +1,21 @@
 """Merging adapters into their base leaves."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jlora import quant, tree
 from jlora.errors import UserError
-from jlora.families import each
-from jlora.lora.partition import TRAINED, is_adapter
+from jlora.lora.kinds import KINDS, TIED, TOKENS, changed_leaves, changes_one_end
+from jlora.lora.kinds.bias import with_bias
+from jlora.lora.kinds.copies import copy_of
+from jlora.lora.kinds.kind import SCALE
+from jlora.lora.kinds.tokens import replaced_rows
+from jlora.lora.partition import is_adapter
+from jlora.lora.sites import tie
 from jlora.types import Params
-
-Kernel = jax.Array | quant.PackedArray
-# The leaf that an update is added to.
-MAIN = ("kernel", "embedding", "router")
-# Embedding → the head that shares its weight if the tree has no head of its own.
-TIED_HEADS = dict(each(lambda family: (family.names.embedding, family.names.head)))
 
 
 def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
@@ -42,31 +39,18 @@ def untie(params: Params) -> Params:
     tree itself.
     """
     flat = tree.flatten(params)
-    for path, head in tied_heads(flat).items():
-        changed = any(f"{path}/{name}" in flat for name in ("lora_a", f"{TRAINED}embedding"))
-        own = [name for name in flat if name.startswith(f"{head}/")]
-        if own or (changed and f"{path}/lora_tied" not in flat):
-            weight = flat[f"{path}/embedding"].T
-            extra = {f"{head}/kernel": weight}
-            if f"{path}/lora_tokens" in flat and f"{head}/{TRAINED}kernel" not in flat:
-                # Not as the head's token rows: those would replace its own update, which must be added to them.
-                extra[f"{head}/{TRAINED}kernel"] = _with_tokens(
-                    weight.astype(jnp.float32), tree.subtree(params, path), rows=False
-                )
-            return tree.unflatten(flat | extra)
-    return params
-
-
-def tied_heads(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Embedding → head for the embeddings that are also their model's head, in jlora's own models. What the head of
-    another model is, only its own function knows.
-    """
-    tied = {
-        embedding: head
-        for embedding, head in TIED_HEADS.items()
-        if f"{embedding}/embedding" in leaves and f"{head}/kernel" not in leaves
-    }
-    return tied if tied and tree.is_own(leaves) else {}
+    pair = tie(flat)
+    if pair is None or not pair.tied:
+        return params
+    own = [name for name in flat if name.startswith(f"{pair.head}/")]
+    if not own and (f"{pair.embedding}/{TIED.name}" in flat or not changes_one_end(flat, pair.embedding)):
+        return params
+    weight, kernel = flat[pair.weight].T, f"{pair.head}/kernel"
+    extra, embedding = {kernel: weight}, tree.subtree(params, pair.embedding)
+    if TOKENS.is_in(embedding) and copy_of(kernel) not in flat:
+        # Not as the head's token rows: those would replace its own update, which must be added to them.
+        extra[copy_of(kernel)] = replaced_rows(weight.astype(jnp.float32), embedding, rows=False)
+    return tree.unflatten(flat | extra)
 
 
 def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -81,61 +65,10 @@ def merged_leaf(module: Params, name: str, dtype: jax.typing.DTypeLike | None = 
     """
     if name == "bias" and "bias" not in module:
         raise UserError("the adapter adds a bias (lora_bias) where the model has none: it cannot be merged")
-    base = module[name]
-    base = quant.unpacked(base)
-    value = module.get(f"{TRAINED}{name}", base)
-    if name in MAIN:
-        value = _with_update(value, module)
-        value = _with_tokens(value, module, rows=name == "embedding")
-    if name == "bias" and "lora_bias" in module:
-        value = value.astype(jnp.float32) + module["lora_bias"] * module["lora_scale"][..., None]
+    value = base = quant.unpacked(module[name])
+    for kind in KINDS:
+        value = kind.merged(value, name, module)
     return value.astype(dtype or base.dtype)
-
-
-def changed_leaves(module: Params) -> set[str]:
-    """The names of the leaves that a module's adapter changes, including leaves that only the adapter has."""
-    changed = {name.removeprefix(TRAINED) for name in module if name.startswith(TRAINED)}
-    if "lora_a" in module or "lora_tokens" in module:
-        changed |= {name for name in MAIN if name in module}
-    return changed | ({"bias"} if "lora_bias" in module else set())
-
-
-def with_bias(module: Params) -> Params:
-    """The module, with a bias of zeros if only its adapter has one."""
-    if "lora_bias" not in module or "bias" in module:
-        return module
-    return module | {"bias": jnp.zeros(module["lora_bias"].shape, module["kernel"].dtype)}
-
-
-def column_norms(module: Params) -> Float[Array, "*stack N"]:
-    """‖kernel + scale · lora_a @ lora_b‖ of every output, float32, without forming the sum.
-
-    By ‖W + s·AB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖², whose first term is frozen: O(D·N·R).
-    """
-    lora_a, lora_b = module["lora_a"], module["lora_b"]
-    scale = module["lora_scale"]
-    scale = scale.reshape(scale.shape + (1,) * (lora_b.ndim - scale.ndim)) * jnp.ones_like(lora_b[..., :1, :1])
-    if "lora_start_a" in module:
-        lora_a = jnp.concatenate([lora_a, module["lora_start_a"]], axis=-1)
-        lora_b = jnp.concatenate([lora_b, -module["lora_start_b"]], axis=-2)
-    kernel = quant.unpacked(module["kernel"])
-    crossed = jnp.swapaxes(lora_a, -1, -2) @ kernel.astype(jnp.float32)
-    gram = jnp.swapaxes(lora_a, -1, -2) @ lora_a
-    squares = 2 * scale * crossed * lora_b + scale**2 * (gram @ lora_b) * lora_b
-    return jnp.sqrt(jnp.maximum(module["lora_base_norm"] ** 2 + jnp.sum(squares, axis=-2), 0))
-
-
-def base_norms(kernel: Kernel) -> Float[Array, "*stack N"]:
-    """‖kernel‖ of every output, float32."""
-    return jnp.sqrt(jnp.sum(quant.unpacked(kernel).astype(jnp.float32) ** 2, axis=-2))
-
-
-def gains(module: Params) -> Float[Array, "*stack N"]:
-    """DoRA's factor for every output: its magnitude over its current length, which no gradient flows through."""
-    factor = module["lora_magnitude"] / jax.lax.stop_gradient(column_norms(module))
-    if "lora_rank" in module:  # layers of a stack that are not adapted
-        factor = jnp.where(module["lora_rank"][..., None] > 0, factor, 1)
-    return factor
 
 
 def layer_of(leaves: Any, number: int) -> Any:
@@ -149,9 +82,9 @@ def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None)
     module = with_bias(module)
     base: dict[str, Any] = {name: leaf for name, leaf in module.items() if not is_adapter(name)}
     changed = changed_leaves(module)
-    alone = {name: module[f"{TRAINED}{name}"] for name in changed - base.keys()}
+    alone = {name: module[copy_of(name)] for name in changed - base.keys()}
     # A trained copy replaces the kernel as it is; it was not packed in training either.
-    rounded = quant.packs_update(base.get("kernel")) and f"{TRAINED}kernel" not in module
+    rounded = quant.packs_update(base.get("kernel")) and copy_of("kernel") not in module
     merged = alone | {
         name: _merged_by_layer(module, name, None if rounded else dtype) for name in changed & base.keys()
     }
@@ -163,35 +96,8 @@ def _merge_module(path: str, module: Params, dtype: jax.typing.DTypeLike | None)
 def _merged_by_layer(module: Params, name: str, dtype: jax.typing.DTypeLike | None) -> jax.Array:
     """`merged_leaf` without float32 copies of a whole stack, which are several times as large as the stack itself."""
     # Inside jit XLA makes no such copies, and a loop would be unrolled.
-    whole = "lora_a" not in module or not module["lora_scale"].ndim or isinstance(module["lora_a"], jax.core.Tracer)
-    if whole:
+    scale = module.get(SCALE.name)
+    if scale is None or not scale.ndim or isinstance(scale, jax.core.Tracer):
         return merged_leaf(module, name, dtype)
-    count = len(module["lora_scale"])
+    count = len(scale)
     return jnp.stack([merged_leaf(layer_of(module, number), name, dtype) for number in range(count)])
-
-
-def _with_update(weight: jax.Array, module: Params) -> jax.Array:
-    if "lora_a" not in module:
-        return weight
-    scale = module["lora_scale"]
-    delta = _product(module["lora_a"], module["lora_b"], weight.shape, scale.ndim)
-    if "lora_start_a" in module:
-        delta = delta - _product(module["lora_start_a"], module["lora_start_b"], weight.shape, scale.ndim)
-    total = weight.astype(jnp.float32) + delta * scale.reshape(scale.shape + (1,) * (delta.ndim - scale.ndim))
-    return total * gains(module)[..., None, :] if "lora_magnitude" in module else total
-
-
-def _product(lora_a: jax.Array, lora_b: jax.Array, shape: tuple[int, ...], stacked: int) -> jax.Array:
-    """A @ B in the weight's shape; factors with several input or output axes are flattened to matrices first."""
-    if lora_a.ndim == lora_b.ndim == len(shape):
-        return jnp.matmul(lora_a, lora_b, precision="highest")
-    stack, rank = lora_a.shape[:stacked], lora_a.shape[-1]
-    left, right = lora_a.reshape(*stack, -1, rank), lora_b.reshape(*stack, rank, -1)
-    return jnp.matmul(left, right, precision="highest").reshape(shape)
-
-
-def _with_tokens(weight: jax.Array, module: Params, *, rows: bool) -> jax.Array:
-    if "lora_tokens" not in module:
-        return weight
-    ids, new = module["lora_token_ids"], module["lora_tokens"].astype(weight.dtype)
-    return weight.at[ids].set(new) if rows else weight.at[:, ids].set(new.T)

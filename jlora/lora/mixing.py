@@ -12,15 +12,22 @@ from jaxtyping import Float
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.lora.kinds import BIAS, DORA, PRODUCT, TIED, TOKENS, leaf_of
+from jlora.lora.kinds.bias import LEAF as ADDED
+from jlora.lora.kinds.copies import TRAINED, copy_of, original
+from jlora.lora.kinds.dora import MAGNITUDE
+from jlora.lora.kinds.kind import RANK, SCALE
+from jlora.lora.kinds.product import A, B
 from jlora.lora.low_rank import Axes, Change, Fit, Fits, as_float, best, check_rank
-from jlora.lora.merging import MAIN, TIED_HEADS, merged_leaf
-from jlora.lora.partition import TRAINED, adapter_leaves, overlay, strip, with_starts
+from jlora.lora.merging import merged_leaf
+from jlora.lora.partition import adapter_leaves, overlay, strip, with_starts
+from jlora.lora.sites import MAIN, Tie, tie
 from jlora.lora.task_arithmetic import RULES, Rule, Sign, add_changes
 from jlora.lora.vocabulary import marks, require_same_rows, without_marks
 from jlora.types import Params
 
-# Leaves of an adapter that a mixture has no rule for.
-UNMIXABLE = {"lora_tokens": "trainable_token_indices"}
+# Kinds of adapter that a mixture has no rule for.
+UNMIXABLE = (TOKENS,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +105,13 @@ def mix(
     """
     named = adapters if isinstance(adapters, Mapping) else {str(i): one for i, one in enumerate(adapters, start=1)}
     given = tuple(weights) if weights is not None else (1.0,) * len(named)
-    leaves = [without_marks(tree.flatten(adapter_leaves(with_starts(adapter)))) for adapter in named.values()]
     base = strip(params)
     flat = tree.flatten(base)
-    leaves = _apart_where_unlike(leaves)
-    flat |= _tied_heads(flat, leaves)
+    products = [with_starts(overlay(base, adapter_leaves(adapter))) for adapter in named.values()]
+    leaves = [without_marks(tree.flatten(adapter_leaves(adapter))) for adapter in products]
+    if pair := tie(flat):
+        leaves = _apart_where_unlike(leaves, pair)
+        flat |= _tied_head(flat, leaves, pair)
     _check(flat, list(named), leaves, given, method, rank, density)
     require_same_rows(params, named)
     how = _How(METHODS[method], given, rank, density or 1.0, majority_sign_method, seed)
@@ -151,38 +160,34 @@ class _How:
 # ---------------------------------------------------------------- tied heads
 
 
-def _apart_where_unlike(leaves: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _apart_where_unlike(leaves: list[dict[str, Any]], pair: Tie) -> list[dict[str, Any]]:
     """The adapters' leaves. If one adapter acts in both an embedding and its tied head and another in only one of them,
     the parts that act in the head become leaves of the head.
     """
-    for embedding, head in TIED_HEADS.items():
-        changing = [flat for flat in leaves if any(path.startswith(f"{embedding}/") for path in flat)]
-        tied = [f"{embedding}/lora_tied" in flat for flat in changing]
-        if any(tied) and (not all(tied) or any(path.startswith(f"{head}/") for flat in leaves for path in flat)):
-            leaves = [_apart(flat, embedding, head) for flat in leaves]
+    changing = [flat for flat in leaves if any(path.startswith(f"{pair.embedding}/") for path in flat)]
+    tied = [f"{pair.embedding}/{TIED.name}" in flat for flat in changing]
+    if any(tied) and (not all(tied) or any(path.startswith(f"{pair.head}/") for flat in leaves for path in flat)):
+        return [_apart(flat, pair) for flat in leaves]
     return leaves
 
 
-def _apart(flat: dict[str, Any], embedding: str, head: str) -> dict[str, Any]:
-    if f"{embedding}/lora_tied" not in flat:
+def _apart(flat: dict[str, Any], pair: Tie) -> dict[str, Any]:
+    mark = f"{pair.embedding}/{TIED.name}"
+    if mark not in flat:
         return flat
-    own = _module(flat, embedding)
-    turned = {"lora_a": "lora_b", "lora_b": "lora_a", f"{TRAINED}kernel": f"{TRAINED}embedding"}
+    own = _module(flat, pair.embedding)
+    turned = {A.name: B.name, B.name: A.name, copy_of("kernel"): copy_of("embedding")}
     moved = {name: own[source].T for name, source in turned.items() if source in own}
-    moved |= {name: own[name] for name in ("lora_scale", "lora_rank") if name in own}
-    kept = {path: leaf for path, leaf in flat.items() if path != f"{embedding}/lora_tied"}
-    return kept | {f"{head}/{name}": leaf for name, leaf in moved.items()}
+    moved |= {leaf.name: own[leaf.name] for leaf in (SCALE, RANK) if leaf.name in own}
+    kept = {path: leaf for path, leaf in flat.items() if path != mark}
+    return kept | {f"{pair.head}/{name}": leaf for name, leaf in moved.items()}
 
 
-def _tied_heads(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The kernels of tied heads that an adapter changes, as the bases of those changes."""
-    return {
-        f"{head}/kernel": flat[f"{embedding}/embedding"].T
-        for embedding, head in TIED_HEADS.items()
-        if f"{embedding}/embedding" in flat
-        and f"{head}/kernel" not in flat
-        and any(path.startswith(f"{head}/") for adapter in leaves for path in adapter)
-    }
+def _tied_head(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]], pair: Tie) -> dict[str, Any]:
+    """The kernel of a tied head that an adapter changes, as the base of that change."""
+    kernel = f"{pair.head}/kernel"
+    changed = any(path.startswith(f"{pair.head}/") for adapter in leaves for path in adapter)
+    return {kernel: flat[pair.weight].T} if changed and kernel not in flat else {}
 
 
 # ---------------------------------------------------------------- whole copies and biases
@@ -194,21 +199,22 @@ def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
     """
     every = {name for adapter in adapters for name in adapter}
     main = {name for name in MAIN if name in base}
-    if not (how.method.whole_rank and how.rank is None and "lora_magnitude" in every):
-        main = {name for name in main if f"{TRAINED}{name}" in every}
-    return main | ({"bias"} if "lora_bias" in every and (main or f"{TRAINED}bias" in every) else set())
+    if not (how.method.whole_rank and how.rank is None and DORA.is_in(every)):
+        main = {name for name in main if copy_of(name) in every}
+    return main | ({"bias"} if BIAS.is_in(every) and (main or copy_of("bias") in every) else set())
 
 
 def _as_copies(base: Params, adapter: Params, names: set[str]) -> Params:
     """The adapter with its updates of these leaves (the product, the added bias) turned into trained copies."""
-    names = {name for name in names if ("lora_bias" if name == "bias" else "lora_a") in adapter}
+    names = {name for name in names if (BIAS if name == "bias" else PRODUCT).is_in(adapter)}
     if not names:
         return adapter
     module = {name: jnp.asarray(as_float(leaf)) for name, leaf in (base | adapter).items()}
-    copies = {f"{TRAINED}{name}": merged_leaf(module, name) for name in names}
-    gone = (
-        {"lora_bias"} if names == {"bias"} else {name for name in adapter if name.startswith("lora_")} - {"lora_tied"}
-    )
+    copies = {copy_of(name): merged_leaf(module, name) for name in names}
+    if names == {"bias"}:
+        gone = {ADDED.name}
+    else:
+        gone = {name for name in adapter if not name.startswith(TRAINED)} - {TIED.name}
     return {name: leaf for name, leaf in adapter.items() if name not in gone} | copies
 
 
@@ -217,19 +223,17 @@ def _mixed_leaves(path: str, base: Params, adapters: list[Params], how: _How) ->
     found: Params = {}
     for name in sorted({name for adapter in adapters for name in adapter if name.startswith(TRAINED)}):
         # A leaf that only adapters have (a score head) is a change from zero.
-        own = as_float(base[name.removeprefix(TRAINED)]) if name.removeprefix(TRAINED) in base else np.float32(0)
+        own = as_float(base[original(name)]) if original(name) in base else np.float32(0)
         changes = [as_float(adapter[name]) - own if name in adapter else None for adapter in adapters]
         found[name] = own + how.add_present(f"{path}/{name}", changes)
-    if any("lora_bias" in adapter for adapter in adapters):
+    if any(map(BIAS.is_in, adapters)):
         biases = [
-            as_float(adapter["lora_bias"]) * as_float(adapter["lora_scale"])[..., None]
-            if "lora_bias" in adapter
-            else None
+            as_float(adapter[ADDED.name]) * as_float(adapter[SCALE.name])[..., None] if BIAS.is_in(adapter) else None
             for adapter in adapters
         ]
-        found["lora_bias"] = how.add_present(f"{path}/lora_bias", biases)
-    tied = [adapter["lora_tied"] for adapter in adapters if "lora_tied" in adapter]
-    return found | ({"lora_tied": tied[0]} if tied else {})
+        found[ADDED.name] = how.add_present(f"{path}/{ADDED.name}", biases)
+    tied = [adapter[TIED.name] for adapter in adapters if TIED.name in adapter]
+    return found | ({TIED.name: tied[0]} if tied else {})
 
 
 # ---------------------------------------------------------------- factors
@@ -249,7 +253,9 @@ class _Update(NamedTuple):
 
 def _mixed_factors(path: str, base: Params, adapters: list[Params], how: _How, fits: list[Fit]) -> Params:
     """The mixed factors of one module, for all of its layers; what they keep of the changes is appended to `fits`."""
-    adapting = [(adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if "lora_a" in adapter]
+    adapting = [
+        (adapter, weight) for adapter, weight in zip(adapters, how.weights, strict=True) if PRODUCT.is_in(adapter)
+    ]
     if not adapting:
         return {}
     axes = Axes.of(adapting[0][0], _weight_axes(base))
@@ -313,8 +319,8 @@ def _each_factor(
     factors = [weight * update.scale for update, weight in zip(updates, weights, strict=True)]
     roots = [math.sqrt(abs(factor)) for factor in factors]
     signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
-    left = how.add(f"{name}/lora_a", [update.lora_a for update in updates], signed)
-    return left, how.add(f"{name}/lora_b", [update.lora_b for update in updates], roots)
+    left = how.add(f"{name}/{A.name}", [update.lora_a for update in updates], signed)
+    return left, how.add(f"{name}/{B.name}", [update.lora_b for update in updates], roots)
 
 
 def _energy(matrix: np.ndarray) -> float:
@@ -324,17 +330,17 @@ def _energy(matrix: np.ndarray) -> float:
 def _updates(base: Params, adapter: Params, axes: Axes) -> list[_Update | None]:
     """The adapter's change to every weight of a module; None for layers that it leaves out."""
     count, inputs, outputs = axes.matrices
-    width = adapter["lora_a"].shape[-1]
-    ranks = axes.spread(np.asarray(adapter.get("lora_rank", np.full(axes.layers, width))))
-    scales = axes.spread(as_float(adapter["lora_scale"]))
-    if "lora_magnitude" in adapter:  # DoRA rescales every output, so its change has full rank
+    width = adapter[A.name].shape[-1]
+    ranks = axes.spread(np.asarray(adapter.get(RANK.name, np.full(axes.layers, width))))
+    scales = axes.spread(as_float(adapter[SCALE.name]))
+    if DORA.is_in(adapter):  # DoRA rescales every output, so its change has full rank
         main = next(name for name in MAIN if name in base)
         weight = jnp.asarray(as_float(base[main]))
         change = as_float(merged_leaf({main: weight} | adapter, main)) - as_float(weight)
         found = [(matrix, None, 1.0) for matrix in change.reshape(count, inputs, outputs)]
     else:
-        left = as_float(adapter["lora_a"]).reshape(count, inputs, -1)
-        right = as_float(adapter["lora_b"]).reshape(count, -1, outputs)
+        left = as_float(adapter[A.name]).reshape(count, inputs, -1)
+        right = as_float(adapter[B.name]).reshape(count, -1, outputs)
         found = [
             (a[:, :rank], b[:rank], float(scale)) for a, b, scale, rank in zip(left, right, scales, ranks, strict=True)
         ]
@@ -368,9 +374,10 @@ def _check(
         if not flat:
             faults.append(f"adapter {name}: found none in the tree")
         faults += [
-            f"adapter {name}: {path} cannot be mixed ({UNMIXABLE[path.rpartition('/')[2]]}); merge it into the base"
+            f"adapter {name}: {path} cannot be mixed ({kind.peft_field}); merge it into the base"
+            for kind in UNMIXABLE
             for path in flat
-            if path.rpartition("/")[2] in UNMIXABLE
+            if leaf_of(path.rpartition("/")[2]).trained and kind.holds(path.rpartition("/")[2])
         ]
     faults += _shape_faults(base, names, leaves, METHODS[method].of if method in METHODS else "")
     whole = method in METHODS and METHODS[method].whole_rank and rank is None
@@ -412,7 +419,7 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
     """Faults of adapters that are not of one base, or that this kind of method cannot take: unequal ranks, DoRA."""
     faults = []
     alike = of == "each factor"
-    for path in sorted({path for flat in leaves for path in flat if path.endswith("/lora_a")}):
+    for path in sorted({path for flat in leaves for path in flat if path.endswith(f"/{A.name}")}):
         module = path.rpartition("/")[0]
         members = [(name, _module(flat, module)) for name, flat in zip(names, leaves, strict=True) if path in flat]
         ndim = _weight_axes(_module(base, module))
@@ -420,9 +427,9 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
         if len(set(axes.values())) > 1:
             shapes = ", ".join(f"{name} {(*a.stack, *a.inputs)} → {a.outputs}" for name, a in axes.items())
             faults.append(f"{module}: found weights of different shapes: {shapes}")
-        if alike and len({member["lora_a"].shape for _, member in members}) > 1:
+        if alike and len({member[A.name].shape for _, member in members}) > 1:
             faults.append(f"{module}: found ranks that differ, which PEFT cannot combine factor by factor")
-        if of in ("factors", "each factor") and any("lora_magnitude" in member for _, member in members):
+        if of in ("factors", "each factor") and any(DORA.is_in(member) for _, member in members):
             instead = "a method that ends in _svd" if alike else "'linear', which is as exact"
             faults.append(f"{module}: found DoRA, which is no plain product; use {instead}")
     return faults
@@ -433,8 +440,8 @@ def _bias_faults(base: dict[str, Any], leaves: list[dict[str, Any]], *, whole: b
     adds a bias that the base does not have.
     """
     every = {path for flat in leaves for path in flat}
-    biased = sorted(path.rpartition("/")[0] for path in every if path.endswith("/lora_bias"))
-    wide = (*(f"{TRAINED}{name}" for name in MAIN), *(["lora_magnitude"] if whole else []))
+    biased = sorted(path.rpartition("/")[0] for path in every if path.endswith(f"/{ADDED.name}"))
+    wide = (*map(copy_of, MAIN), *([MAGNITUDE.name] if whole else []))
     return [
         f"{module}: one adapter copies it or is DoRA, another adds a bias (lora_bias) that the base has not"
         for module in biased

@@ -1,46 +1,23 @@
-"""The trained and the frozen half of a param tree. Which half a leaf belongs to follows from its name.
-
-Beside a module's own leaves an adapter may hold:
-  lora_a, lora_b        the update's factors                         trained
-  lora_bias             what the update adds besides (PEFT's `lora_bias`)
-  lora_magnitude        DoRA's length of every output's weights
-  lora_tokens           new rows for the tokens `lora_token_ids`
-  trained_X             a copy of leaf X that takes its place        (`modules_to_save`, `bias`), or, where the base
-                        has no such leaf, the leaf itself (`score/trained_kernel`)
-  lora_scale, lora_rank, lora_dropout, lora_token_ids                settings, frozen
-  lora_start_a, _b      the product that is subtracted from the base (PiSSA and its like)
-  lora_base_norm        lengths of the frozen weights, for DoRA
-  lora_tied             this embedding's adapter acts in the head too
-  lora_carried          this embedding or head is not the base's: the adapter's file holds it whole (`jlora.hub.peft`)
-  lora_ids, lora_weights   the adapters of a bank that every row of the batch uses (`jlora.lora.bank`)
+"""The trained and the frozen half of a param tree. Which half a leaf belongs to follows from its name, by the table of
+`jlora.lora.kinds`.
 """
-
-import jax.numpy as jnp
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.lora.kinds import KINDS, leaf_of, not_held
+from jlora.lora.kinds.kind import DROPOUT, SCALE
 from jlora.types import Params
-
-TRAINABLE = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "lora_tokens")
-CARRIED = "lora_carried"
-SETTINGS = (
-    *("lora_scale", "lora_rank", "lora_dropout", "lora_token_ids", "lora_tied", CARRIED),
-    *("lora_start_a", "lora_start_b", "lora_base_norm", "lora_ids", "lora_weights"),
-)
-TRAINED = "trained_"
-# LoRA+ gives B's learning rate also to everything that has one axis (PEFT's `create_loraplus_optimizer`).
-LIKE_B = ("lora_b", "lora_bias", "lora_magnitude", "trained_bias", "trained_scale")
 
 
 def is_trainable(path: str) -> bool:
     """Whether the leaf at `path` is trained."""
-    name = path.rpartition("/")[2]
-    return name in TRAINABLE or name.startswith(TRAINED)
+    leaf = leaf_of(path.rpartition("/")[2])
+    return leaf is not None and leaf.trained
 
 
 def is_adapter(path: str) -> bool:
     """Whether the leaf at `path` belongs to an adapter, as a trained weight or a setting."""
-    return is_trainable(path) or path.rpartition("/")[2] in SETTINGS
+    return leaf_of(path.rpartition("/")[2]) is not None
 
 
 def labels(params: Params) -> Params:
@@ -49,9 +26,10 @@ def labels(params: Params) -> Params:
     """
 
     def label(path: str, _: object) -> str:
-        if not is_trainable(path):
+        leaf = leaf_of(path.rpartition("/")[2])
+        if leaf is None or not leaf.trained:
             return "frozen"
-        return "lora_b" if path.rpartition("/")[2] in LIKE_B else "lora_a"
+        return "lora_b" if leaf.like_b else "lora_a"
 
     return tree.map_with_path(label, params)
 
@@ -112,35 +90,24 @@ def scaled(params: Params, factor: int | float) -> Params:
         ValueError: the adapter has leaves that are not added to the base (DoRA's magnitudes, trained copies, token
             rows); all are listed.
     """
-    flat = tree.flatten(params)
-    others = (*("lora_magnitude", "lora_tokens"), TRAINED)
-    if kept := sorted(path for path in flat if path.rpartition("/")[2].startswith(others)):
-        raise UserError("only updates that are added to the base have a scale; found\n  " + "\n  ".join(kept))
-    return tree.map_with_path(lambda path, leaf: leaf * factor if path.endswith("/lora_scale") else leaf, params)
+    if kept := not_held(tree.flatten(params), [kind for kind in KINDS if kind.additive]):
+        raise UserError("only updates that are added to the base have a scale; found\n  " + "\n  ".join(sorted(kept)))
+    return tree.map_with_path(lambda path, leaf: leaf * factor if path.endswith(f"/{SCALE.name}") else leaf, params)
 
 
-def resolve(module: Params) -> Params:
-    """A module's leaves as they are used: trained copies replace the leaves that they were copied from."""
-    copies = {name.removeprefix(TRAINED): leaf for name, leaf in module.items() if name.startswith(TRAINED)}
-    return {name: leaf for name, leaf in module.items() if not name.startswith(TRAINED)} | copies
+def drops(params: Params) -> bool:
+    """Whether the adapters in a tree, or in its frozen half, drop inputs in training."""
+    return any(path.endswith(f"/{DROPOUT.name}") for path in tree.flatten(params))
 
 
 def with_starts(params: Params) -> Params:
-    """The tree with every `lora_start_a`, `lora_start_b` made part of A and B, whose rank doubles."""
+    """The tree with every update that can be written as one plain product lora_a @ lora_b written so: what training
+    started from becomes a part of A and B, whose rank doubles.
+    """
 
     def widen(path: str, module: Params) -> Params:
-        if "lora_start_a" not in module:
-            return module
-        kept = {name: leaf for name, leaf in module.items() if not name.startswith("lora_start_")}
-        lora_a = jnp.concatenate([module["lora_a"], module["lora_start_a"]], axis=-1)
-        lora_b = jnp.concatenate([module["lora_b"], -module["lora_start_b"]], axis=-2)
-        if "lora_rank" in module:  # the ranks that a layer uses must come first
-            rank, width = module["lora_rank"][..., None], module["lora_a"].shape[-1]
-            used = jnp.arange(2 * width).reshape((1,) * (rank.ndim - 1) + (-1,)) % width < rank
-            order = jnp.argsort(~used, axis=-1, stable=True)
-            lora_a = jnp.take_along_axis(lora_a, order[..., None, :], axis=-1)
-            lora_b = jnp.take_along_axis(lora_b, order[..., :, None], axis=-2)
-            kept["lora_rank"] = 2 * module["lora_rank"]
-        return kept | {"lora_a": lora_a, "lora_b": lora_b}
+        for kind in KINDS:
+            module = kind.as_product(module)
+        return module
 
     return tree.map_modules(widen, params)

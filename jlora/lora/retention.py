@@ -11,8 +11,11 @@ import numpy as np
 
 from jlora import quant, tree
 from jlora.errors import UserError
-from jlora.lora.merging import changed_leaves, layer_of, merged_leaf, untie, with_bias
-from jlora.lora.partition import TRAINED, is_adapter
+from jlora.lora.kinds import changed_leaves
+from jlora.lora.kinds.bias import with_bias
+from jlora.lora.kinds.copies import copy_of
+from jlora.lora.merging import layer_of, merged_leaf, untie
+from jlora.lora.partition import is_adapter
 from jlora.types import Params
 
 # A weight's path without the layers of its stack, and its layer (None outside of stacks).
@@ -137,7 +140,7 @@ def _compare(module: Params, name: str, merged: object) -> jax.Array:
     """(‖ΔW‖², ⟨changed, ΔW⟩, ‖changed - ΔW‖²) of one leaf of one layer's module, in float32."""
     base = _float32(module[name])
     whole = merged_leaf(module | {name: base}, name)
-    if quant.packs_update(module[name]) and f"{TRAINED}{name}" not in module:
+    if quant.packs_update(module[name]) and copy_of(name) not in module:
         whole = _float32(module[name].used(whole.astype(module[name].dtype)))
     update = whole - base
     changed = _float32(merged) - base

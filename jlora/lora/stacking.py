@@ -8,17 +8,12 @@ import numpy as np
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.lora.kinds import leaf_of
+from jlora.lora.kinds.kind import RANK, SCALE, Leaf
+from jlora.lora.kinds.product import A
 from jlora.lora.partition import adapter_leaves
 from jlora.lora.vocabulary import refuse_own_rows
 from jlora.types import Params
-
-# The rank axis, along which factors are padded. Zeros in both A and B stay zero, since the gradient of each is a
-# product with the other.
-RANKED = {"lora_a": -1, "lora_b": -2, "lora_start_a": -1, "lora_start_b": -2}
-# Leaves that are filled with zeros for adapters that lack them.
-OPTIONAL = ("lora_start_a", "lora_start_b", "lora_dropout")
-# Leaves filled in for a module that an adapter leaves alone: with a scale of zero they have no effect and no gradient.
-WHOLE = ("lora_a", "lora_b", "lora_scale", "lora_bias", "lora_rank", *OPTIONAL)
 
 
 def stack(adapters: Mapping[str, Params]) -> Params:
@@ -70,21 +65,31 @@ def _differences(
     path: str, leaves: Mapping[str, Mapping[str, Any]], held: Mapping[str, Any], shape: np.ndarray
 ) -> list[str]:
     module, _, last = path.rpartition("/")
-    rank = RANKED.get(last)
-    faults = []
+    leaf = leaf_of(last)
+    # Along the axis of ranks factors are padded. Zeros in both A and B stay zero, since the gradient of each is a
+    # product with the other.
+    rank, faults = leaf.rank_axis, []
     for name, flat in leaves.items():
         if name in held:
             found = held[name].shape
             same = [a == b for i, (a, b) in enumerate(zip(found, shape, strict=False)) if i - len(shape) != rank]
             if len(found) != len(shape) or not all(same):
                 faults.append(f"{name}: {path}: found {found}, others have {tuple(map(int, shape))}")
-        elif last not in WHOLE or (f"{module}/lora_scale" in flat and last not in (*OPTIONAL, "lora_rank")):
+        elif not _may_lack(flat, module, leaf):
             others = ", ".join(other for other in held)
             faults.append(
                 f"{name}: has no {path}, which {others} trains: give all of them this setting at the same modules, or "
                 "none"
             )
     return faults
+
+
+def _may_lack(flat: Mapping[str, Any], module: str, leaf: Leaf) -> bool:
+    """Whether zeros (or an adapter's one rank) may stand for a leaf that an adapter lacks in this module. In a module
+    that it leaves alone they have no effect and no gradient, since the scale is zero too.
+    """
+    left_alone = f"{module}/{SCALE.name}" not in flat
+    return leaf.absent == "any" or (leaf.absent == "module" and (left_alone or leaf == RANK))
 
 
 def _padded(leaf: Any, shape: np.ndarray) -> Any:
@@ -94,7 +99,7 @@ def _padded(leaf: Any, shape: np.ndarray) -> Any:
 def _absent(path: str, flat: Mapping[str, Any], shape: np.ndarray) -> Any:
     """The leaf for an adapter that lacks it: zeros, or for `lora_rank` the adapter's one rank for every layer."""
     module, _, last = path.rpartition("/")
-    if last == "lora_rank":
-        lora_a = flat.get(f"{module}/lora_a")
+    if last == RANK.name:
+        lora_a = flat.get(f"{module}/{A.name}")
         return jnp.full(shape, 0 if lora_a is None else lora_a.shape[-1], jnp.int32)
     return jnp.zeros(shape, jnp.float32)

@@ -5,6 +5,8 @@ PiSSA and OLoRA move a part of the base into the adapter. Here the base stays as
 adapters.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,8 @@ import numpy as np
 from jlora import quant, tree
 from jlora.errors import UserError
 from jlora.lora.config import FROM_WEIGHTS, LoraConfig
-from jlora.lora.targets import find_targets
+from jlora.lora.sites import Site
+from jlora.lora.targets import Target, find_targets
 from jlora.types import Params
 
 
@@ -28,6 +31,34 @@ def is_drawn(start: bool | str) -> bool:
 def shifts_base(start: bool | str) -> bool:
     """Whether this initialisation's product is subtracted from the base."""
     return isinstance(start, str) and start.startswith(("pissa", "olora", "lora_ga"))
+
+
+def drawn(
+    a_shape: tuple[int, ...], b_shape: tuple[int, ...], site: Site, config: LoraConfig, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A and B by PEFT's formulas: kaiming_uniform(a=sqrt(5)) is uniform in ±1/sqrt(fan in)."""
+    inputs = math.prod(a_shape[-1 - site.axes[0] : -1])
+    rank = a_shape[-1]
+    key_a, key_b = jax.random.split(key)
+    a_bound, b_bound = 1 / math.sqrt(inputs), 1 / math.sqrt(rank)
+    start = config.init_lora_weights
+    if site.leaf == "embedding" and start in (True, "default", "zero_a"):
+        return jnp.zeros(a_shape, jnp.float32), jax.random.normal(key_b, b_shape, jnp.float32)
+    lora_a = jax.random.uniform(key_a, a_shape, jnp.float32, -a_bound, a_bound)
+    lora_b = jnp.zeros(b_shape, jnp.float32)
+    match start:
+        case "gaussian":
+            lora_a = jax.random.normal(key_a, a_shape, jnp.float32) / rank
+        case "zero_a":
+            lora_a = jnp.zeros(a_shape, jnp.float32)
+            lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
+        case "orthogonal":
+            if site.axes != (1, 1):
+                raise UserError(f"init_lora_weights='orthogonal' is for matrices; {site.path} has {a_shape[:-1]}")
+            lora_a, lora_b = orthogonal(a_shape, b_shape, key)
+        case False:
+            lora_b = jax.random.uniform(key_b, b_shape, jnp.float32, -b_bound, b_bound)
+    return lora_a, lora_b
 
 
 def orthogonal(a_shape: tuple[int, ...], b_shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,6 +151,32 @@ def _from_gradient(
         case "gd_scale":
             lora_a, lora_b = lora_a / scale, lora_b / scale
     return lora_a, lora_b
+
+
+def spread_over_data(
+    targets: list[Target], config: LoraConfig, moments: Params | None
+) -> tuple[list[Target], dict[str, jax.Array]]:
+    """The targets with the common rank budget shared out among them, and the directions that each A starts from."""
+    if moments is None:
+        raise UserError(
+            "init_lora_weights='eva' starts from a linear's inputs: give init(…, moments=…) what "
+            "Model.input_moments returns, summed over some batches"
+        )
+    found = tree.flatten(moments)
+    directions, shares, budget = {}, [], 0
+    for target in targets:
+        if f"{target.path}/gram" not in found:
+            raise UserError(f"init_lora_weights='eva': no moments of the inputs of {target.path}")
+        names = ("count", "sum", "gram")
+        vectors, variance = principal_inputs({name: found[f"{target.path}/{name}"] for name in names})
+        directions[target.path] = jnp.asarray(vectors)
+        for rank, share in zip(target.ranks, variance.reshape(-1, variance.shape[-1]), strict=True):
+            shares.append(share[: round(rank * config.eva_rho)])
+            budget += rank
+    ranks = iter(share_out(shares, budget))
+    # As in PEFT, a module keeps the scale that belongs to the rank asked for.
+    shared = [dataclasses.replace(target, ranks=tuple(next(ranks) for _ in target.ranks)) for target in targets]
+    return [target for target in shared if any(target.ranks)], directions
 
 
 def principal_inputs(moments: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 
 from jlora import tree
 from jlora.errors import UserError, describe_faults
-from jlora.lora.merging import TIED_HEADS
-from jlora.lora.partition import CARRIED
+from jlora.lora.kinds import CARRIED
+from jlora.lora.sites import tie
 from jlora.quant import is_packed
 from jlora.types import Params
-
-LEAVES = ("embedding", "kernel")  # of an embedding and of a head
 
 
 def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
@@ -23,20 +21,17 @@ def require_same_rows(base: Params, adapters: Mapping[str, Params]) -> None:
         adapters: trees by name, which may hold the base that each was opened on; without it only the mark tells.
     """
     beside = tree.flatten(base)
-    paths = dict.fromkeys(
-        f"{module}/{leaf}" for pair in TIED_HEADS.items() for module, leaf in zip(pair, LEAVES, strict=True)
-    )
+    pair = tie(beside)
+    ends = [found for module in pair.modules if (found := pair.leaf(beside, module))] if pair else []
     faults: list[str] = []
     for name, adapter in adapters.items():
         flat = tree.flatten(adapter)
-        for path in paths:
-            mark = f"{path.rpartition('/')[0]}/{CARRIED}"
-            if path in beside and path not in flat and mark in flat and mark not in beside:
+        for path, ours in ends:
+            mark = f"{path.rpartition('/')[0]}/{CARRIED.name}"
+            if path not in flat and mark in flat and mark not in beside:
                 faults.append(_fault(name, path))
-            if path not in beside or path not in flat:
-                continue
-            ours, theirs = beside[path], flat[path]
-            if ours is theirs or is_packed(ours) or is_packed(theirs) or ours.shape != theirs.shape:
+            theirs = flat.get(path)
+            if theirs is None or ours is theirs or is_packed(ours) or is_packed(theirs) or ours.shape != theirs.shape:
                 continue  # callers report different shapes with their other faults
             if not jnp.array_equal(ours, theirs):
                 faults.append(_fault(name, path))
@@ -50,7 +45,7 @@ def refuse_own_rows(adapters: Mapping[str, Mapping[str, Any]]) -> None:
 
 def is_mark(path: str) -> bool:
     """Whether the leaf at `path` marks the embedding or head beside it as one that came with the adapter."""
-    return path.rpartition("/")[2] == CARRIED
+    return path.rpartition("/")[2] == CARRIED.name
 
 
 def without_marks(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jlora import lora, sharding, tree
 from jlora.errors import UserError, first_few
 from jlora.families.family import SCORE
 from jlora.kernels.attention import AUTO, Marks
-from jlora.lora.partition import TRAINED
+from jlora.lora.kinds.copies import copy_of
 from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.decoder import Block, Context
@@ -145,7 +145,7 @@ class Model:
         """
         names = self.config.names
         own = params.get(names.head, {})
-        if "kernel" in own or "trained_kernel" in own:
+        if "kernel" in own or copy_of("kernel") in own:
             return own
         if not self.config.tie_word_embeddings:
             raise UserError(
@@ -189,7 +189,7 @@ class Model:
             raise UserError(f"these params have a score head already: {', '.join(params[SCORE])}")
         shape = (self.config.hidden_size, 1)
         kernel = jnp.zeros(shape, jnp.float32) if key is None else 0.02 * jax.random.normal(key, shape, jnp.float32)
-        return params | {SCORE: {f"{TRAINED}kernel": kernel}}
+        return params | {SCORE: {copy_of("kernel"): kernel}}
 
     def score(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """float32 hidden @ kernel of the score head: the reward, or the value, at every position.

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
+from jlora.lora.kinds import COPIES
 from jlora.models import Model
 from jlora.quant import packs_update
 from jlora.train.algorithms import ALGORITHMS
@@ -83,7 +84,7 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
         return params
     if head is None:
         return model.add_score(params, jax.random.fold_in(key, 1))
-    if "trained_kernel" not in head:
+    if not COPIES.is_in(head):
         raise UserError(
             f"{config.model.path} is a reward model already, whose head would stay as it is: set "
             "lora.modules_to_save=('score',) to train a copy of it"

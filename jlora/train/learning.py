@@ -1,6 +1,6 @@
 """What advances a run: its state, its jitted step, and how a step's metrics become numbers for the log."""
 
-from jlora import tree
+from jlora import lora
 from jlora.optim import learning_rates, make_optimizer
 from jlora.train.algorithms.algorithm import Base, Job, Learning, Numbers, placement
 from jlora.train.config import RunConfig
@@ -13,7 +13,7 @@ def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning
     optimizer = make_optimizer(config.optim, total_steps)
     state = create_state(job.trainable, optimizer, config.train.seed, base.mesh)
     rates = learning_rates(config.optim, total_steps)
-    dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(base.frozen))
+    dropout = lora.drops(base.frozen)
     skip = config.train.on_nonfinite == "skip"
 
     def read(metrics: Metrics, number: int) -> Numbers:

@@ -122,7 +122,7 @@ def _start(
         seeds = [member.train.seed for member in members.values()]
         # The same chain as in the step, where each adapter has its own scale.
         state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
-        dropout = any(path.endswith("/lora_dropout") for path in tree.flatten(settings))
+        dropout = lora.drops(settings)
         skip = config.train.on_nonfinite == "skip"
         rates = {name: learning_rates(member.optim, total_steps) for name, member in members.items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jlora import lora, sharding, tree
-from jlora.lora.targets import is_expert
+from jlora.lora.sites import is_expert
 from jlora.optim import global_norm
 from jlora.train.state import TrainState
 from jlora.types import Params

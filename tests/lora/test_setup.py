@@ -8,7 +8,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jlora import lora, models
-from jlora.lora.targets import find_targets, matches
+from jlora.lora.matching import matches
+from jlora.lora.sites import with_prefixes
+from jlora.lora.targets import find_targets
 
 CONFIG = LlamaConfig(
     vocab_size=31,
@@ -54,9 +56,7 @@ def test_targets_ranks_and_scales_are_pefts(case):
     config = lora.LoraConfig(r=4, lora_alpha=8, **SETTINGS[case])
     ours = {}
     for target in find_targets(PARAMS, config):
-        ours |= {
-            name: (r, s) for name, r, s in zip(target.candidate.names, target.ranks, target.scales, strict=True) if r
-        }
+        ours |= {name: (r, s) for name, r, s in zip(target.site.names, target.ranks, target.scales, strict=True) if r}
     expected = peft_adapters(SETTINGS[case])
     assert ours.keys() == expected.keys()
     for name, (rank, scale) in expected.items():
@@ -106,7 +106,7 @@ def test_every_module_has_a_start_of_its_own():
     ids=str,
 )
 def test_patterns_mean_whole_parts_at_the_end(items, wanted):
-    assert matches("layers.0.self_attn.q_proj", items) is wanted
+    assert matches(with_prefixes("layers.0.self_attn.q_proj"), items) is wanted
 
 
 def test_default_start_has_pefts_distribution():

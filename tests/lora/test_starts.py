@@ -155,7 +155,7 @@ def test_a_tied_embedding_has_one_adapter_in_both_places():
     ("settings", "message"),
     [
         (dict(target_modules=["embed_tokens"], use_dora=True), "use_dora is for linears; embed_tokens"),
-        (dict(target_modules=["embed_tokens"], init_lora_weights="pissa"), "'pissa' is for linears, and embed_tokens"),
+        (dict(target_modules=["embed_tokens"], init_lora_weights="pissa"), "'pissa' is for linears; embed_tokens"),
         (dict(r=25, init_lora_weights="pissa"), "rank 25 is more than a kernel"),
         (dict(bias="all"), "these modules have no biases"),
         (dict(modules_to_save=["classifier"]), "no module's name ends in classifier"),

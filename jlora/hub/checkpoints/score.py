@@ -13,6 +13,7 @@ from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.families.family import SCORE
 from jlora.hub.checkpoints.source import Description, Source
+from jlora.lora.kinds import COPIES
 from jlora.types import Params
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def has_score(params: Params) -> bool:
     module = params.get(SCORE)
     if not isinstance(module, dict):
         return False
-    own = lora.resolve({name: leaf for name, leaf in module.items() if not name.startswith("lora_")})
+    own = lora.resolve({name: leaf for name, leaf in module.items() if COPIES.holds(name) or not lora.is_adapter(name)})
     return own.keys() == {"kernel"} and own["kernel"].shape[1:] == (1,)
 
 

@@ -19,6 +19,8 @@ from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.older import for_every_reader, save_tokenizer
 from jlora.hub.checkpoints.score import KERNEL, only_scored, scored_config, scored_leaves
 from jlora.hub.checkpoints.weights import INDEX, SINGLE, require_finite
+from jlora.lora.kinds import BIAS, leaf_of
+from jlora.lora.kinds.kind import SETTINGS
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -183,7 +185,7 @@ def pieces_of(model: "Model", params: Params) -> list[Piece]:
 
 def _biases_without_base(params: Params) -> list[str]:
     flat = tree.flatten(params)
-    modules = [path.rpartition("/")[0] for path in flat if path.endswith("/lora_bias")]
+    modules = [path.rpartition("/")[0] for path in flat if BIAS.holds(path.rpartition("/")[2])]
     return [
         f"{module}: the adapter adds a bias where the model has none"
         for module in modules
@@ -219,7 +221,7 @@ def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None 
 
 def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:
     """The leaf's entry for one layer (and expert); an adapter's settings have no experts axis."""
-    if name in ("lora_scale", "lora_rank"):
+    if leaf_of(name) in SETTINGS:
         index = index[:1]
     return leaf[index]
 

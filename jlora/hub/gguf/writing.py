@@ -20,8 +20,11 @@ from jlora.hub.gguf.metadata import HEAD, check, describe, gguf_of
 from jlora.hub.gguf.reading import tokenizer_fields
 from jlora.hub.gguf.tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
 from jlora.hub.tokenizer import is_byte_level, load_tokenizer
-from jlora.lora.merging import TIED_HEADS
-from jlora.lora.partition import TRAINED
+from jlora.lora.kinds import CARRIED, COPIES, PRODUCT, not_held
+from jlora.lora.kinds.copies import original
+from jlora.lora.kinds.kind import RANK, SCALE
+from jlora.lora.kinds.product import A, B
+from jlora.lora.sites import tie
 from jlora.models.model import SCORE
 from jlora.types import Params, require
 
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 # jlora's name of a type → (llama.cpp's name of the tensors' type, its number for such a file).
 TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+# The kinds of adapter that it holds, and the ends of their tensors' names.
+HOLDS, ENDS = (PRODUCT,), ("lora_a", "lora_b")
 BLOCK = 32  # Q8_0 packs this many values of a row together
 # Matrices that llama.cpp needs in float32.
 WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
@@ -117,7 +122,7 @@ def save_gguf_adapter(
     tensors = []
     for name, (a, b, scale) in factors.items():
         b = b * (scale * ranks[name] / alpha)
-        tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in (("lora_a", a), ("lora_b", b))]
+        tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in zip(ENDS, (a, b), strict=True)]
     metadata = {
         "general.architecture": gguf_of(model.config).architecture,
         "general.type": "adapter",
@@ -244,19 +249,19 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
     if problems := _not_plain(flat):
         raise UserError("llama.cpp cannot apply this adapter to a model:\n  " + "\n  ".join(problems))
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
-    for path in [path.rpartition("/")[0] for path in flat if path.endswith("/lora_a")]:
+    for path in [path.rpartition("/")[0] for path in flat if path.endswith(f"/{A.name}")]:
         leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
         for tensor in names.hub_tensors(f"{path}/{leaf}", tuple(flat[f"{path}/{leaf}"].shape), kind):
             name, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
-            a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in ("lora_a", "lora_b"))
-            rank = int(flat[f"{path}/lora_rank"][layer]) if f"{path}/lora_rank" in flat else a.shape[-1]
+            a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in (A.name, B.name))
+            rank = int(flat[f"{path}/{RANK.name}"][layer]) if f"{path}/{RANK.name}" in flat else a.shape[-1]
             if not rank:
                 continue
             b = b[:rank] if tensor.columns is None else b[:rank, slice(*tensor.columns)]
             layout = gguf.layout_of(name)
             rows = layout.to_gguf(b.T, _heads(model)) if layout and layout.outputs_only else b.T
             a = a[..., :rank]
-            scale = float(flat[f"{path}/lora_scale"][layer])
+            scale = float(flat[f"{path}/{SCALE.name}"][layer])
             found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
     if not found:
         raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
@@ -270,22 +275,20 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
 
 def _not_plain(flat: Mapping[str, Any]) -> list[str]:
     """A line for each part of the adapter that is not A or B of one of the model's matrices."""
-    reasons = {
-        "lora_magnitude": "DoRA's magnitudes",
-        "lora_bias": "the adapter's bias",
-        "lora_tokens": "trained token rows",
-        "lora_carried": "weights that came with the adapter in place of the base's",
-    }
-    problems = []
-    for path in flat:
-        module, _, name = path.rpartition("/")
-        reason = reasons.get(name)
-        if name.startswith(TRAINED):
-            reason = f"a trained copy of its {name.removeprefix(TRAINED)}"
-        if reason:
-            problems.append(f"{module}: {reason}; merge the adapter and write the model")
-        if name == "lora_a" and TIED_HEADS.get(module) and f"{TIED_HEADS[module]}/kernel" not in flat:
-            problems.append(f"{module}: the embedding is the head too; merge the adapter and write the model")
-        if name == "lora_a" and module in TIED_HEADS.values() and f"{module}/kernel" not in flat:
-            problems.append(f"{module}: the head is the embedding; merge the adapter and write the model")
+    problems = [f"{path}: {title}; merge the adapter and write the model" for path, title in _parts(flat)]
+    pair = tie(flat)
+    for path in pair.modules if pair and pair.tied else ():
+        if f"{path}/{SCALE.name}" in flat:
+            one, other = ("embedding", "head too") if path == pair.embedding else ("head", "embedding")
+            problems.append(f"{path}: the {one} is the {other}; merge the adapter and write the model")
     return problems
+
+
+def _parts(flat: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(module, what it is) of each part that is not a product of two factors."""
+    found = not_held(flat, HOLDS)
+    titled = {path: f"{title} of its {original(path.rpartition('/')[2])}" for path, title in found.items()}
+    parts = {path: titled[path] if COPIES.holds(path.rpartition("/")[2]) else title for path, title in found.items()}
+    carried = "weights that came with the adapter in place of the base's"
+    parts |= {path: carried for path in flat if path.rpartition("/")[2] == CARRIED.name}
+    return [(path.rpartition("/")[0], parts[path]) for path in flat if path in parts]

@@ -1,7 +1,6 @@
 """PEFT's adapter_config.json: an adapter's modules, ranks and scales, and what jlora cannot apply."""
 
 import dataclasses
-import math
 import re
 import warnings
 from collections import Counter
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 from jlora.errors import UserError
 from jlora.families.kinds import short
 from jlora.hub.peft.fields import wrong_fields
-from jlora.lora.targets import HEADS
+from jlora.lora import matching
+from jlora.lora.kinds import PRODUCT, TYPES, update_of
 
 CONFIG = "adapter_config.json"
 # The PEFT version whose fields are written; readers tell an adapter's age from it.
@@ -44,6 +44,12 @@ IGNORED = frozenset(
         "velora_config",
     )
 )
+# Settings of LoRA that other types of adapter may lack: those that an adapter may need, and those that say nothing new.
+LORA_NEEDS = (
+    *("alpha_pattern", "rank_pattern", "ensure_weight_tying", "target_parameters", "trainable_token_indices"),
+    *("use_dora", "lora_bias", "lora_dropout"),
+)
+LORA_SAYS = ("fan_in_fan_out", "init_lora_weights", "layer_replication", "lora_alpha", "use_rslora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,7 @@ class AdapterConfig:
     target_parameters: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
     peft_version: str | None = None
+    peft_type: str = "LORA"
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], path: Path) -> "AdapterConfig":
@@ -78,11 +85,12 @@ class AdapterConfig:
         Raises:
             ValueError: fields are missing, malformed, or ask for something that jlora does not do; all are listed.
         """
-        problems = _problems(found)
-        if problems:
+        if problems := _problems(found):
             raise UserError(f"{path} cannot be applied:\n  " + "\n  ".join(problems))
-        fields = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(k for k, v in found.items() if k not in fields | IGNORED | set(UNSUPPORTED) and v)
+        found = _as_lora(found)
+        known = {field.name for field in dataclasses.fields(cls)} | IGNORED | set(UNSUPPORTED)
+        known |= set(update_of(found["peft_type"]).peft_ignored)
+        unknown = sorted(k for k, v in found.items() if k not in known and v)
         if unknown:
             warnings.warn(f"{path}: fields that jlora does not know are ignored: {', '.join(unknown)}", stacklevel=3)
         layers = found.get("layers_to_transform")
@@ -106,16 +114,16 @@ class AdapterConfig:
             target_parameters=tuple(found.get("target_parameters") or ()),
             ensure_weight_tying=bool(found.get("ensure_weight_tying")),
             peft_version=found.get("peft_version"),
+            peft_type=found["peft_type"],
         )
 
     def rank(self, module: str) -> int:
         """The rank of a module by its Hub name."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return matching.rank_of(self, [module])
 
     def scale(self, module: str) -> float:
-        """The scale of a module by its Hub name: alpha / r, or alpha / √r for rsLoRA."""
-        rank = self.rank(module)
-        return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        """The scale of a module by its Hub name."""
+        return matching.scale_of(self, [module])
 
     def targets(self, module: str, *, linear: bool = True) -> bool | None:
         """Whether the adapter targets this module; None if the config leaves that to PEFT's defaults.
@@ -123,24 +131,15 @@ class AdapterConfig:
         Args:
             linear: whether the module is a linear rather than an embedding.
         """
-        if self.saves(module) or (self.exclude_modules and _matches(self.exclude_modules, module)):
-            return False
-        if self.target_modules is None:
-            return False if self.target_parameters else None
-        if self.target_modules == "all-linear":
-            return linear and module not in HEADS
-        layer = re.search(r"\.(\d+)\.", module)
-        if self.layers_to_transform and (not layer or int(layer[1]) not in self.layers_to_transform):
-            return False
-        return _matches(self.target_modules, module)
+        return matching.targets(self, [module], linear=linear)
 
     def targets_parameter(self, name: str) -> bool:
         """Whether the adapter targets this parameter: the experts' or a router's weight."""
-        return _matches(self.target_parameters, name)
+        return matching.matches([name], self.target_parameters)
 
     def saves(self, module: str) -> bool:
         """Whether the adapter holds a whole copy of this module."""
-        return any(module.endswith(name) for name in self.modules_to_save)
+        return matching.saves([module], self.modules_to_save)
 
     def token_rows(self, embedding: str) -> dict[str, Sequence[int]]:
         """Module name → the tokens whose rows the adapter replaces; a config without module names means `embedding`."""
@@ -155,6 +154,8 @@ class Summary(NamedTuple):
         ranks, alphas: full name → rank or alpha, for every adapted module.
         linears: every module of the base that could be adapted; a target's name is shortened only if it then matches
             no module that is not adapted.
+        kinds: the field of PEFT's config → whether the adapter has the kind that the field stands for.
+        peft_type: PEFT's type of the update.
         targets, parameters: the adapted modules, and the adapted parameters that are not modules.
         tokens: as `trainable_token_indices`.
         tied: whether the embedding's adapter acts in the head too.
@@ -167,8 +168,8 @@ class Summary(NamedTuple):
     targets: Sequence[str]
     parameters: Sequence[str]
     dropout: float
-    use_dora: bool
-    lora_bias: bool
+    kinds: Mapping[str, bool]
+    peft_type: str
     bias: str
     modules_to_save: Sequence[str]
     tokens: Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -183,7 +184,7 @@ def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
     targets = _target_names(summary.targets, summary.linears)
     only_saved = summary.modules_to_save and not targets and not summary.parameters
     r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
-    return {
+    fields = {
         "alpha_pattern": {module: value for module, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -197,7 +198,6 @@ def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_bias": summary.lora_bias,
         "lora_dropout": summary.dropout,
         "modules_to_save": list(summary.modules_to_save) or None,
         "peft_type": "LORA",
@@ -209,19 +209,28 @@ def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
         "target_parameters": _parameter_names(summary.parameters),
         "task_type": summary.task_type,
         "trainable_token_indices": summary.tokens,
-        "use_dora": summary.use_dora,
         "use_rslora": False,
+        **summary.kinds,
     }
+    return _as_type(fields, summary.peft_type)
 
 
 def _problems(found: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
-    if found.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {found.get('peft_type')!r}; only 'LORA' adapters are read")
+    update = update_of(found.get("peft_type"))
+    if update is None:
+        problems.append(
+            f"peft_type is {found.get('peft_type')!r}; only {' and '.join(map(repr, TYPES))} adapters are read"
+        )
     problems += [
         f"{name}={short(found[name])} is not supported"
         for name, unused in sorted(UNSUPPORTED.items())
         if name in found and all(found[name] is not value and found[name] != value for value in unused)
+    ]
+    problems += [
+        f"{name}={short(found[name])} is not supported"
+        for name, refused in (update.peft_refused if update else {}).items()
+        if found.get(name) in refused
     ]
     start = found.get("init_lora_weights", True)
     if isinstance(start, str) and re.fullmatch(CHANGES_BASE, start):
@@ -229,10 +238,38 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
             f"init_lora_weights={start!r} changes the base weights as well; save it from PEFT as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    problems += wrong_fields(found, ("r", "lora_alpha"))
+    problems += wrong_fields(_as_lora(found), ("r", "lora_alpha"))
     if found.get("use_dora") and found.get("lora_bias"):
         problems.append("use_dora and lora_bias do not go together (PEFT opens no such adapter either)")
     return problems
+
+
+def _as_lora(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under the names that LoRA's have. An update without an alpha has a scale of 1."""
+    update = update_of(found.get("peft_type"))
+    if update is None or update is PRODUCT:
+        return dict(found)
+    names = {name: field for field, name in update.peft_names.items()}
+    return {names.get(name, name): value for name, value in found.items()} | {"lora_alpha": found.get("r")}
+
+
+def _as_type(fields: dict[str, Any], peft_type: str) -> dict[str, Any]:
+    """The fields that adapters of one of PEFT's types have, from those of LoRA.
+
+    Raises:
+        UserError: some are needed that this type lacks; all are listed.
+    """
+    if peft_type == "LORA":
+        return fields
+    names = update_of(peft_type).peft_names
+    lost = [name for name in LORA_NEEDS if name not in names and fields[name]]
+    if lost:
+        raise UserError(f"PEFT's {peft_type} adapters have no {', '.join(lost)}: merge the adapter instead")
+    return {
+        names.get(name, name): value
+        for name, value in fields.items()
+        if name in names or name not in (*LORA_NEEDS, *LORA_SAYS)
+    } | {"peft_type": peft_type}
 
 
 def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
@@ -242,21 +279,6 @@ def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
 
 def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     return names if names is None or isinstance(names, str) else tuple(names)
-
-
-def _matches(names: str | tuple[str, ...], module: str) -> bool:
-    """PEFT's rule: a string is a regular expression of the whole name; a list has whole names or their last parts."""
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the module's name or its end after a dot."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def _commonest(values: Iterable[Any]) -> Any:

@@ -20,13 +20,14 @@ from jlora.hub.peft.slots import (
     Slot,
     check_fits,
     config_slots,
+    factor_slots,
     find_modules,
     optional_tensors,
     read_slots,
 )
+from jlora.lora.kinds.copies import copy_of
+from jlora.lora.kinds.product import A, B
 from jlora.lora.low_rank import Change, Fit, Fits, best, check_rank
-from jlora.lora.merging import TIED_HEADS
-from jlora.lora.partition import TRAINED
 from jlora.types import Params
 
 
@@ -65,7 +66,7 @@ def convert_adapter(params: Params, path: str | Path, rank: int | float) -> tupl
     biases = _biases(source, scales)
     ranks = {module.name: module.rank for module in report}
     config = _Converted(r=1, lora_alpha=1, modules_to_save=method.config.modules_to_save, ranks=ranks)
-    slots = {name: slot for module in source.adapted for name, slot in _factor_slots(module, ranks[module.name])}
+    slots = factor_slots(source.adapted, config)
     values = {name: slots[name].codec.from_file(value) for name, value in factors.items()}
     values |= read_slots(file, source.copies)
     slots |= source.copies | {path: Slot(path, None, value.shape, PLAIN) for path, value in biases.items()}
@@ -110,7 +111,7 @@ def _open(method: Method, file: Path, base: Params) -> _Source:
     """
     found = tensor_infos([file])
     leaves = tree.flatten(base)
-    modules = [module for module in find_modules(base) if module.leaf == "kernel" and not module.experts]
+    modules = [module for module in find_modules(base) if module.site.leaf == "kernel" and not module.is_parameter]
     adapted = [module for module in modules if _is_wanted(module, method, found)]
     copies = config_slots(leaves, method.config, adapted)
     shared = method.shared_shapes(adapted, found)
@@ -143,14 +144,13 @@ def _read(file: Path, name: str) -> np.ndarray:
 
 def _weight(leaves: Mapping[str, Any], module: Module) -> Float[np.ndarray, "D N"]:
     """The base's weight of one layer in float32, unpacked if it is packed."""
-    for embedding, head in TIED_HEADS.items():
-        if module.path == head and f"{head}/kernel" not in leaves:
-            return np.asarray(leaves[f"{embedding}/embedding"]).astype(np.float32).T
+    if module.site.tied_to:
+        return np.asarray(leaves[f"{module.site.tied_to}/embedding"]).astype(np.float32).T
     weight = leaves[f"{module.path}/kernel"]
     if module.index is not None:
         weight = weight[module.index]
     dense = quant.unpacked(weight)
-    return np.asarray(dense).astype(np.float32).reshape(module.inputs, module.outputs)
+    return np.asarray(dense).astype(np.float32).reshape(module.site.inputs, module.site.outputs)
 
 
 def _biases(source: _Source, scales: Sequence[np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -164,19 +164,13 @@ def _biases(source: _Source, scales: Sequence[np.ndarray | None]) -> dict[str, n
     copies: dict[str, np.ndarray] = {}
     for module, scale in pairs:
         base = source.leaves[f"{module.path}/bias"]
-        copy = copies.setdefault(f"{module.path}/{TRAINED}bias", np.array(base, np.float32))
+        copy = copies.setdefault(copy_of(f"{module.path}/bias"), np.array(base, np.float32))
         if scale is not None:
             place = ... if module.index is None else module.index
             copy[place] *= scale.reshape(copy[place].shape)
     return copies
 
 
-def _factor_slots(module: Module, rank: int) -> Sequence[tuple[str, Slot]]:
-    places = module.factors(rank).items()
-    return [(name, Slot(f"{module.path}/{leaf}", module.index, shape, codec)) for leaf, (name, shape, codec) in places]
-
-
 def _file_factors(module: Module, left: np.ndarray, right: np.ndarray) -> dict[str, np.ndarray]:
     """PEFT's A [R, D] and B [N, R] under the names of a LoRA of the module."""
-    names = module.factors(left.shape[1])
-    return {names["lora_a"][0]: left.T, names["lora_b"][0]: right.T}
+    return {module.tensor(leaf, left.shape[1])[0]: value.T for leaf, value in ((A, left), (B, right))}

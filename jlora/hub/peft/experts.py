@@ -19,6 +19,8 @@ from jlora.hub.checkpoints.names import EXPERT_PARTS
 from jlora.hub.checkpoints.weights import TensorInfo, read_tensor
 from jlora.hub.peft.config import CONFIG, AdapterConfig
 from jlora.hub.peft.slots import PREFIX, Module, is_wanted
+from jlora.lora.kinds.kind import Leaf
+from jlora.lora.kinds.product import A, B
 
 FIXED = (0, 19, 1)  # the first PEFT version that takes the axes in the right order
 # Other names of a mixture's modules: transformers 4 names Mixtral's as its checkpoints do.
@@ -65,7 +67,7 @@ def exchanged(
     Raises:
         UserError: the version is malformed.
     """
-    wanted = [module for module in modules if module.experts and is_wanted(module, found, config)]
+    wanted = [module for module in modules if module.site.experts and is_wanted(module, found, config)]
     fits = {_fits(module, found, config) for module in wanted}
     certain = fits - {(True, True)}
     if not wanted or len(certain) > 1 or (False, False) in fits:  # `check_fits` names tensors that fit neither
@@ -78,7 +80,7 @@ def _fits(module: Module, found: Mapping[str, TensorInfo], config: AdapterConfig
     """(whether the module's tensors have the shapes of the right order, and those of the wrong one)."""
     rank = config.rank(module.name)
     right, wrong = (
-        all(name in found and found[name].shape == shape for name, shape, _ in form.factors(rank).values())
+        all(name in found and found[name].shape == shape for name, shape, _ in form.tensors_of(config, rank).values())
         for form in (module, module._replace(exchanged=True))
     )
     return right, wrong
@@ -109,7 +111,7 @@ def find_one_by_one(
     Raises:
         UserError: tensors are missing or misshapen; all are listed.
     """
-    stacked = {module.name: module for module in modules if module.experts}
+    stacked = {module.name: module for module in modules if module.site.experts}
     spelling = next((s for s in SPELLINGS if any(_single_names(m, s) & found.keys() for m in stacked.values())), None)
     if spelling is None:
         return None
@@ -121,10 +123,10 @@ def find_one_by_one(
     routers = {
         module.name.removesuffix(".weight"): _spelled(module.name.removesuffix(".weight"), spelling)
         for module in modules
-        if module.leaf == "router"
+        if module.site.leaf == "router"
     }
     routers = {name: own for name, own in routers.items() if config.targets(own) is not False}
-    routers = {name: own for name, own in routers.items() if f"{PREFIX}{own}.lora_A.weight" in found}
+    routers = {name: own for name, own in routers.items() if _tensor(own, A) in found}
     ranks = {name: _rank(parts) for name, parts in singles.items()}
     alphas = {
         name: parts[0].scale * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
@@ -156,16 +158,15 @@ def stack_experts(
         if parts := plan.singles.get(module.name):
             a, b = _stacked(file, module, parts)
             for part in parts:
-                for factor in "AB":
+                for factor in (A, B):
                     infos.pop(_tensor(part.name, factor))
-            forms = module.factors(_rank(parts))
-            for leaf, value in (("lora_a", a), ("lora_b", b)):
-                name, shape, codec = forms[leaf]
+            for leaf, value in ((A, a), (B, b)):
+                name, shape, codec = module.tensor(leaf, _rank(parts))
                 values[name], infos[name] = codec.to_file(value), TensorInfo(shape, "F32", file)
         own = plan.routers.get(module.name.removesuffix(".weight"))
-        if module.leaf == "router" and own is not None:
-            for factor in "AB":
-                old, new = _tensor(own, factor), f"{module.tensors}.lora_{factor}.weight"
+        if module.site.leaf == "router" and own is not None:
+            for factor in (A, B):
+                old, new = _tensor(own, factor), f"{module.tensors}.{factor.peft}"
                 infos[new] = infos.pop(old)
                 values[new] = read_tensor(file, old)
     return infos, values
@@ -175,14 +176,14 @@ def _stacked(file: Path, module: Module, parts: list[Single]) -> tuple[np.ndarra
     """lora_a [E, D, R] and lora_b [E, R, N] of all experts and parts."""
     order = list(dict.fromkeys(part.part for part in parts))
     every = EXPERT_PARTS[module.name.rpartition(".")[2]]
-    width, rank = module.outputs // len(every), parts[0].rank
-    a = np.zeros((module.experts, module.inputs, rank * len(order)), np.float32)
-    b = np.zeros((module.experts, rank * len(order), module.outputs), np.float32)
+    width, rank = module.site.outputs // len(every), parts[0].rank
+    a = np.zeros((module.site.experts, module.site.inputs, rank * len(order)), np.float32)
+    b = np.zeros((module.site.experts, rank * len(order), module.site.outputs), np.float32)
     for part in parts:
         ranks = slice(order.index(part.part) * rank, (order.index(part.part) + 1) * rank)
         columns = slice(every.index(part.part) * width, (every.index(part.part) + 1) * width)
-        a[part.expert, :, ranks] = read_tensor(file, _tensor(part.name, "A")).T
-        own = read_tensor(file, _tensor(part.name, "B")).astype(np.float32).T
+        a[part.expert, :, ranks] = read_tensor(file, _tensor(part.name, A)).T
+        own = read_tensor(file, _tensor(part.name, B)).astype(np.float32).T
         b[part.expert, ranks, columns] = own * (part.scale / parts[0].scale if part.scale != parts[0].scale else 1)
     return a, b
 
@@ -194,18 +195,18 @@ def _singles(
     found = []
     for part, expert, name in _names(module, spelling):
         wanted = config.targets(name)
-        if wanted or (wanted is None and _tensor(name, "A") in tensors):
+        if wanted or (wanted is None and _tensor(name, A) in tensors):
             found.append(Single(name, part, expert, config.rank(name), config.scale(name)))
     return found
 
 
 def _misfits(module: Module, parts: list[Single], found: Mapping[str, TensorInfo]) -> list[str]:
-    width = module.outputs // len(EXPERT_PARTS[module.name.rpartition(".")[2]])
+    width = module.site.outputs // len(EXPERT_PARTS[module.name.rpartition(".")[2]])
     problems = []
     for part in parts:
         if (part.rank, bool(part.scale)) != (parts[0].rank, bool(parts[0].scale)):
             problems.append(f"{part.name} has rank {part.rank}, others of its layer {parts[0].rank} ({CONFIG})")
-        for factor, shape in (("A", (part.rank, module.inputs)), ("B", (width, part.rank))):
+        for factor, shape in ((A, (part.rank, module.site.inputs)), (B, (width, part.rank))):
             name = _tensor(part.name, factor)
             if name not in found:
                 problems.append(f"missing {name} {shape}")
@@ -224,17 +225,17 @@ def _names(module: Module, spelling: Mapping[str, str]) -> list[tuple[str, int, 
     return [
         (part, expert, f"{_spelled(owner, spelling)}.{expert}.{spelling[part]}")
         for part in EXPERT_PARTS[last]
-        for expert in range(module.experts)
+        for expert in range(module.site.experts)
     ]
 
 
 def _single_names(module: Module, spelling: Mapping[str, str]) -> set[str]:
-    return {_tensor(name, "A") for _, _, name in _names(module, spelling)}
+    return {_tensor(name, A) for _, _, name in _names(module, spelling)}
 
 
 def _spelled(name: str, spelling: Mapping[str, str]) -> str:
     return name.replace(".mlp.", f".{spelling['mlp']}.", 1)
 
 
-def _tensor(module: str, factor: str) -> str:
-    return f"{PREFIX}{module}.lora_{factor}.weight"
+def _tensor(module: str, factor: Leaf) -> str:
+    return f"{PREFIX}{module}.{factor.peft}"

@@ -69,17 +69,17 @@ class LoHa(Method):
 
     def shapes(self, module: Module) -> Shapes:
         rank = self.config.rank(module.name)
-        a, b = (module.outputs, rank), (rank, module.inputs)
+        a, b = (module.site.outputs, rank), (rank, module.site.inputs)
         return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
 
     def change(self, module: Module, tensors: Tensors, shared: Tensors, weight: np.ndarray | None) -> Change:
         """The change; the product of two matrices of rank r has rank r², and factors that multiply pairs of columns."""
         scale = np.float32(self.config.scale(module.name))
-        if self.config.rank(module.name) ** 2 >= min(module.inputs, module.outputs):
+        if self.config.rank(module.name) ** 2 >= min(module.site.inputs, module.site.outputs):
             first, second = (tensors[f"hada_w{i}_a"] @ tensors[f"hada_w{i}_b"] for i in (1, 2))
             return Change((first * second).T * scale)
-        left = np.einsum("kd,ld->dkl", tensors["hada_w1_b"], tensors["hada_w2_b"]).reshape(module.inputs, -1)
-        right = np.einsum("nk,nl->kln", tensors["hada_w1_a"], tensors["hada_w2_a"]).reshape(-1, module.outputs)
+        left = np.einsum("kd,ld->dkl", tensors["hada_w1_b"], tensors["hada_w2_b"]).reshape(module.site.inputs, -1)
+        right = np.einsum("nk,nl->kln", tensors["hada_w1_a"], tensors["hada_w2_a"]).reshape(-1, module.site.outputs)
         return Change(left, right * scale)
 
 
@@ -92,7 +92,9 @@ class LoKr(Method):
 
     def shapes(self, module: Module) -> Shapes:
         rank = self.config.rank(module.name)
-        (in1, in2), (out1, out2) = (factor_pair(n, self.decompose_factor) for n in (module.inputs, module.outputs))
+        (in1, in2), (out1, out2) = (
+            factor_pair(n, self.decompose_factor) for n in (module.site.inputs, module.site.outputs)
+        )
         shapes: Shapes = {}
         if self.decompose_both and rank < max(in1, out1) / 2:
             shapes |= {"lokr_w1_a": (out1, rank), "lokr_w1_b": (rank, in1)}
@@ -122,7 +124,7 @@ class VeRA(Method):
     projection_prng_key: int
 
     def shapes(self, module: Module) -> Shapes:
-        return {"vera_lambda_b": (module.outputs,), "vera_lambda_d": (self.config.r,)}
+        return {"vera_lambda_b": (module.site.outputs,), "vera_lambda_d": (self.config.r,)}
 
     def shared_shapes(self, adapted: Sequence[Module], found: Mapping[str, Any]) -> Shapes:
         if not self.save_projection and not any(name in found for name in ("base_model.vera_A", "base_model.vera_B")):
@@ -136,12 +138,12 @@ class VeRA(Method):
         return dict(zip(("vera_A", "vera_B"), values, strict=True))
 
     def change(self, module: Module, tensors: Tensors, shared: Tensors, weight: np.ndarray | None) -> Change:
-        left = shared["vera_A"][:, : module.inputs].T * tensors["vera_lambda_d"]
-        return Change(left, (shared["vera_B"][: module.outputs] * tensors["vera_lambda_b"][:, None]).T)
+        left = shared["vera_A"][:, : module.site.inputs].T * tensors["vera_lambda_d"]
+        return Change(left, (shared["vera_B"][: module.site.outputs] * tensors["vera_lambda_b"][:, None]).T)
 
     def _projections(self, adapted: Sequence[Module]) -> tuple[tuple[int, int], tuple[int, int]]:
         """The shapes of A and B, as large as the largest module needs."""
-        inputs, outputs = (max((getattr(m, side) for m in adapted), default=0) for side in ("inputs", "outputs"))
+        inputs, outputs = (max((getattr(m.site, side) for m in adapted), default=0) for side in ("inputs", "outputs"))
         return (self.config.r, inputs), (outputs, self.config.r)
 
 
@@ -152,7 +154,7 @@ class IA3(Method):
     feedforward_modules: str | tuple[str, ...]
 
     def shapes(self, module: Module) -> Shapes:
-        return {"ia3_l": (1, module.inputs) if self._scales_input(module) else (module.outputs, 1)}
+        return {"ia3_l": (1, module.site.inputs) if self._scales_input(module) else (module.site.outputs, 1)}
 
     def change(self, module: Module, tensors: Tensors, shared: Tensors, weight: np.ndarray | None) -> Change:
         assert weight is not None

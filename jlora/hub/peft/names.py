@@ -8,8 +8,9 @@ from typing import Any
 from jlora import lora, tree
 from jlora.errors import UserError
 from jlora.hub.checkpoints import names
-from jlora.lora.partition import TRAINED
-from jlora.lora.targets import module_names
+from jlora.lora.kinds import COPIES
+from jlora.lora.kinds.copies import original
+from jlora.lora.sites import module_names
 
 
 class AdapterNames:
@@ -110,6 +111,6 @@ def copied_modules(leaves: Iterable[str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in leaves:
         module, _, name = path.rpartition("/")
-        if name.startswith(TRAINED):
-            found.setdefault(module, set()).add(name.removeprefix(TRAINED))
+        if COPIES.holds(name):
+            found.setdefault(module, set()).add(original(name))
     return found

@@ -42,8 +42,12 @@ from jlora.hub.peft.slots import (
     token_modules,
 )
 from jlora.hub.peft.vocabulary import carried_rows
-from jlora.lora.merging import TIED_HEADS, tied_heads
-from jlora.lora.partition import CARRIED, TRAINED
+from jlora.lora.kinds import CARRIED, COPIES, TIED, changes_one_end, width
+from jlora.lora.kinds.dora import BASE_NORM, MAGNITUDE
+from jlora.lora.kinds.kind import DROPOUT, RANK, SCALE
+from jlora.lora.kinds.product import A, B
+from jlora.lora.kinds.tokens import IDS
+from jlora.lora.sites import tie
 from jlora.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
@@ -116,7 +120,7 @@ def _replaced(path: str, leaf: Any, changed: Mapping[str, np.ndarray], leaves: M
 def _marked(params: Params, changed: Iterable[str]) -> Params:
     """The params with a mark beside every replaced leaf of the base, which tells `save_adapter` to write it."""
     leaves = tree.flatten(params)
-    marks = [f"{path.rpartition('/')[0]}/{CARRIED}" for path in changed]
+    marks = [f"{path.rpartition('/')[0]}/{CARRIED.name}" for path in changed]
     return tree.unflatten(leaves | {path: _place(path, np.array(1, np.int32), leaves) for path in marks})
 
 
@@ -139,7 +143,7 @@ def _stacked(
         whole = np.zeros((_layers(path, leaves), *shape), np.float32)
         for index, value in layers.items():
             whole[(index, *map(slice, value.shape))] = value
-        if path.rpartition("/")[2].startswith(TRAINED) and len(layers) != len(whole):
+        if COPIES.holds(path.rpartition("/")[2]) and len(layers) != len(whole):
             raise UserError(f"{path}: trained copies of {len(layers)} of {len(whole)} layers; all of a stack or none")
         made[path] = whole
     return made
@@ -161,29 +165,30 @@ def _setting_leaves(
         by_path.setdefault(module.path, []).append(module)
     for path, members in by_path.items():
         stacked = members[0].index is not None
-        count = _layers(f"{path}/lora_a", leaves) if stacked else 1
+        count = members[0].site.shape[0] if stacked else 1
         scale, rank = np.zeros(count, np.float32), np.zeros(count, np.int32)
         for module in members:
             scale[module.index or 0], rank[module.index or 0] = config.scale(module.name), config.rank(module.name)
-        found = {"lora_scale": scale}
-        if np.any(rank != made[f"{path}/lora_a"].shape[-1]):
-            found["lora_rank"] = rank
-        if config.lora_dropout and members[0].leaf == "kernel":
-            found["lora_dropout"] = np.full(count, config.lora_dropout, np.float32)
+        own = {name.rpartition("/")[2]: leaf for name, leaf in made.items() if name.rpartition("/")[0] == path}
+        found = {SCALE.name: scale}
+        if np.any(rank != width(own)):
+            found[RANK.name] = rank
+        if config.lora_dropout and members[0].site.leaf == "kernel":
+            found[DROPOUT.name] = np.full(count, config.lora_dropout, np.float32)
         settings |= {f"{path}/{leaf}": value if stacked else value.reshape(()) for leaf, value in found.items()}
     for module, (tokens, _) in token_modules(leaves, config, AdapterNames(leaves)).items():
-        settings[f"{module}/lora_token_ids"] = np.array(tokens, np.int32)
+        settings[f"{module}/{IDS.name}"] = np.array(tokens, np.int32)
     return settings
 
 
 def _with_norms(leaves: dict[str, Any]) -> dict[str, Any]:
     """The leaves with the frozen norms that DoRA needs; layers without an adapter get them as magnitudes."""
-    for path in [path for path in leaves if path.endswith("/lora_magnitude")]:
+    for path in [path for path in leaves if path.endswith(f"/{MAGNITUDE.name}")]:
         module = path.rpartition("/")[0]
         norms = jax.jit(lora.base_norms)(leaves[f"{module}/kernel"])
-        leaves[f"{module}/lora_base_norm"] = norms
-        if f"{module}/lora_rank" in leaves:
-            leaves[path] = jnp.where(leaves[f"{module}/lora_rank"][..., None] > 0, leaves[path], norms)
+        leaves[f"{module}/{BASE_NORM.name}"] = norms
+        if (rank := leaves.get(f"{module}/{RANK.name}")) is not None:
+            leaves[path] = jnp.where(rank[..., None] > 0, leaves[path], norms)
     return leaves
 
 
@@ -210,31 +215,30 @@ def _mirrored(
         ValueError: they differ, so one adapter cannot serve both; all are listed.
     """
     repeated, problems = set(), []
-    for path, head in TIED_HEADS.items():
-        if not config.ensure_weight_tying or f"{path}/embedding" not in leaves or f"{head}/kernel" in leaves:
-            continue
-        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
-        for tensor, source, codec in (
-            (f"{PREFIX}{head}.lora_A.weight", f"{name}.lora_embedding_B", TRANSPOSED),
-            (f"{PREFIX}{head}.lora_B.weight", f"{name}.lora_embedding_A", TRANSPOSED),
-            (f"{PREFIX}{head}.weight", f"{name}.weight", PLAIN),
-        ):
-            if tensor in found and source in found:
-                repeated.add(tensor)
-                if not np.array_equal(read_tensor(file, tensor), codec.to_file(read_tensor(file, source))):
-                    problems.append(f"{tensor} is not the same as {source}, although they are tied")
+    pair = tie(leaves)
+    if pair is None or not config.ensure_weight_tying or pair.leaf(leaves, pair.head):
+        return repeated
+    name, head = f"{PREFIX}{names.module_names(pair.embedding, 1)[0]}", f"{PREFIX}{pair.head}"
+    for tensor, source, codec in (
+        (f"{head}.{A.peft}", f"{name}.{B.peft_embedding}", TRANSPOSED),
+        (f"{head}.{B.peft}", f"{name}.{A.peft_embedding}", TRANSPOSED),
+        (f"{head}.weight", f"{name}.weight", PLAIN),
+    ):
+        if tensor in found and source in found:
+            repeated.add(tensor)
+            if not np.array_equal(read_tensor(file, tensor), codec.to_file(read_tensor(file, source))):
+                problems.append(f"{tensor} is not the same as {source}, although they are tied")
     if problems:
         raise UserError(f"{file} does not fit the model; nothing was loaded:\n  " + "\n  ".join(problems))
     return repeated
 
 
 def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: AdapterConfig) -> dict[str, np.ndarray]:
-    marks = {}
-    for path in tied_heads(leaves):
-        changed = f"{path}/lora_a" in made or f"{path}/{TRAINED}embedding" in made
-        if changed and config.ensure_weight_tying:
-            marks[f"{path}/lora_tied"] = np.array(1, np.int32)
-    return marks
+    pair = tie(leaves)
+    beside = leaves | dict(made)
+    if pair is None or not (pair.tied and config.ensure_weight_tying and changes_one_end(beside, pair.embedding)):
+        return {}
+    return {f"{pair.embedding}/{TIED.name}": np.array(1, np.int32)}
 
 
 def weights_file(folder: Path) -> Path:

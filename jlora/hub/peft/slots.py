@@ -2,23 +2,25 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import lora, quant, tree
+from jlora import quant, tree
 from jlora.errors import UserError, describe_faults
-from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.score import KERNEL
 from jlora.hub.checkpoints.weights import DTYPES, TensorInfo, read_tensor, read_unchecked, require_finite
 from jlora.hub.peft.config import CONFIG, AdapterConfig
 from jlora.hub.peft.names import AdapterNames
-from jlora.lora.merging import MAIN, TIED_HEADS, tied_heads
-from jlora.lora.partition import TRAINED
-from jlora.lora.targets import split_axes
+from jlora.lora.kinds import COPIES, KINDS
+from jlora.lora.kinds.copies import copy_of, original
+from jlora.lora.kinds.kind import Leaf
+from jlora.lora.kinds.product import A, B
+from jlora.lora.kinds.tokens import ROWS
+from jlora.lora.sites import Site, is_head, sites, tie
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -75,68 +77,84 @@ def _flat_codecs(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[Cod
 
 
 class Module(NamedTuple):
-    """One adaptable module of one layer, as PEFT sees it.
+    """One site of one layer, as PEFT sees it.
 
     Attributes:
         name: PEFT's name of the module, or of the parameter ("….experts.down_proj", "….gate.weight").
-        path, index: its place in the tree: the module, and the layer's index in its stack (None if not stacked).
-        leaf: "kernel", "embedding" or "router".
-        inputs, outputs: the sizes, of one expert if there are several; products for kernels with more axes.
-        experts: the number of experts, 0 for a plain module.
+        site: its place in the tree.
+        index: the layer's index in its stack (None if not stacked).
         tensors: the beginning of its tensors' names.
-        kernel: (input axes, output axes) of a kernel that is not a matrix, as models other than language models have;
-            in the file it is one.
-        exchanged: whether the file has A and B the other way round (see `peft_experts`).
+        exchanged: whether the file has A and B the other way round (see `jlora.hub.peft.experts`).
     """
 
     name: str
-    path: str
+    site: Site
     index: int | None
-    leaf: str
-    inputs: int
-    outputs: int
-    experts: int
     tensors: str
-    kernel: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     exchanged: bool = False
 
     @property
+    def path(self) -> str:
+        return self.site.path
+
+    @property
     def is_parameter(self) -> bool:
-        return self.experts > 0 or self.leaf == "router"
+        return self.site.is_parameter
 
-    def factors(self, rank: int) -> dict[str, tuple[str, tuple[int, ...], Codec]]:
-        """Leaf → (tensor name, its shape, codec), for A and B."""
-        if self.leaf == "embedding":
-            ends = (".lora_embedding_A", ".lora_embedding_B")
-        else:
-            ends = (".lora_A.weight", ".lora_B.weight")
-        a, b = _expert_codecs(self.experts) if self.experts else (TRANSPOSED, TRANSPOSED)
-        if self.kernel:
-            a, b = _flat_codecs(*self.kernel)
-        wide = rank * max(1, self.experts)
+    def tensor(self, leaf: Leaf, rank: int) -> tuple[str, tuple[int, ...], Codec]:
+        """(name, shape, codec) of the file's tensor that holds a kind's leaf beside this weight."""
+        ranks = rank * max(1, self.site.experts)
+        sizes = {"inputs": self.site.inputs, "rank": ranks, "shard": rank, "outputs": self.site.outputs}
+        shape = tuple(sizes[axis] for axis in leaf.axes)
+        if "rank" not in leaf.axes:
+            return f"{self.tensors}.{leaf.peft}", shape, PLAIN
+        side = leaf.axes.index("rank")  # 1 for A, 0 for B
         if self.exchanged:
-            a, b = _exchanged_codecs(self.experts)
-            return {
-                "lora_a": (self.tensors + ends[1], (self.inputs, wide), a),
-                "lora_b": (self.tensors + ends[0], (wide, self.outputs), b),
-            }
-        return {
-            "lora_a": (self.tensors + ends[0], (wide, self.inputs), a),
-            "lora_b": (self.tensors + ends[1], (self.outputs, wide), b),
-        }
+            other = B if side else A
+            return f"{self.tensors}.{other.peft}", shape, _exchanged_codecs(self.site.experts)[1 - side]
+        end = (leaf.peft_embedding if self.site.leaf == "embedding" else "") or leaf.peft
+        return f"{self.tensors}.{end}", shape[::-1] if leaf.turned else shape, self._codec(leaf, side)
 
-    def used(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
-        """The first `rank` columns of one layer's A, or rows of its B; the others are padding."""
-        if leaf == "lora_a":
-            return value[..., :rank]
-        return value[:rank] if self.kernel else value[..., :rank, :]
+    def tensors_of(self, config: AdapterConfig, rank: int) -> dict[Leaf, tuple[str, tuple[int, ...], Codec]]:
+        """`tensor` of every leaf of the kinds that a config asks for."""
+        return {leaf: self.tensor(leaf, rank) for leaf in file_leaves(config)}
 
-    def padded(self, leaf: str, value: np.ndarray, rank: int) -> np.ndarray:
+    def used(self, leaf: Leaf, value: np.ndarray, rank: int) -> np.ndarray:
+        """The first `rank` of one layer's ranks; the others are padding."""
+        return value if leaf.rank_axis is None else np.take(value, range(rank), self._rank_axis(leaf))
+
+    def padded(self, leaf: Leaf, value: np.ndarray, rank: int) -> np.ndarray:
         """A value that `used` returned, zero-padded to `rank`."""
-        axis = -1 if leaf == "lora_a" else 0 if self.kernel else -2
-        widths = [(0, 0)] * value.ndim
+        if leaf.rank_axis is None:
+            return value
+        widths, axis = [(0, 0)] * value.ndim, self._rank_axis(leaf)
         widths[axis] = (0, rank - value.shape[axis])
         return np.pad(value, widths)
+
+    def _rank_axis(self, leaf: Leaf) -> int:
+        # B of a kernel with several output axes has as many after its ranks.
+        return 0 if leaf.axes[0] == "rank" and not self.site.experts else leaf.rank_axis
+
+    def _codec(self, leaf: Leaf, side: int) -> Codec:
+        if not leaf.turned:
+            return PLAIN
+        if self.site.experts:
+            return _expert_codecs(self.site.experts)[1 - side]
+        if self.site.axes != (1, 1):
+            before, outputs = self.site.factor_shapes
+            return _flat_codecs(before[len(before) - self.site.axes[0] :], outputs)[1 - side]
+        return TRANSPOSED
+
+
+def file_leaves(config: AdapterConfig) -> list[Leaf]:
+    """The leaves beside an adapted weight that a file with this config has tensors for."""
+    return [
+        leaf
+        for kind in KINDS
+        if kind.wanted(config)
+        for leaf in kind.leaves
+        if leaf.peft and not {"tokens", "width"} & set(leaf.axes)
+    ]
 
 
 class Slot(NamedTuple):
@@ -157,62 +175,51 @@ def find_modules(params: Params, found: Mapping[str, TensorInfo] | None = None) 
     Args:
         found: a file's tensors, whose shapes tell which axes of a kernel with more than two are inputs.
     """
-    every = tree.flatten(params)
-    called = AdapterNames(every)
-    flat = {path: leaf for path, leaf in every.items() if not lora.is_adapter(path)}
-    modules = []
-    for path, leaf in flat.items():
-        module, _, name = path.rpartition("/")
-        if name in MAIN and leaf.ndim > 1:
-            modules += _module_layers(module, name, every, found or {}, called)
-    for embedding, head in tied_heads(flat).items():
-        shape = flat[f"{embedding}/embedding"].shape
-        modules.append(Module(head, head, None, "kernel", shape[1], shape[0], 0, PREFIX + head))
-    return modules
+    flat = tree.flatten(params)
+    called = AdapterNames(flat)
+    return [module for site in sites(params) for module in _layers(site, flat, found or {}, called)]
 
 
-def _module_layers(
-    path: str, leaf: str, flat: Mapping[str, Any], found: Mapping[str, TensorInfo], called: AdapterNames
-) -> list[Module]:
-    shape = tuple(flat[f"{path}/{leaf}"].shape)
-    stacked = called.stack_of(path) is not None
-    is_expert = stacked and re.fullmatch(names.EXPERTS, path) is not None
-    layers = []
-    for i, name in enumerate(called.modules(path)):
-        tensors = f"{PREFIX}{name.rpartition('.')[0] if is_expert else name}"
-        if is_expert and name.endswith("gate_up_proj") and f"{path.rpartition('/')[0]}/down_proj/lora_a" in flat:
+def _layers(
+    site: Site, flat: Mapping[str, Any], found: Mapping[str, TensorInfo], called: AdapterNames
+) -> Iterator[Module]:
+    if site.tied_to:
+        yield Module(site.path, site, None, PREFIX + site.path)
+        return
+    for i, name in enumerate(called.modules(site.path)):
+        tensors = f"{PREFIX}{name.rpartition('.')[0] if site.experts else name}"
+        if (
+            site.experts
+            and name.endswith("gate_up_proj")
+            and f"{site.path.rpartition('/')[0]}/down_proj/{A.name}" in flat
+        ):
             tensors += ".base_layer"  # PEFT wraps the experts' module once for each parameter
-        full = f"{name}.weight" if leaf == "router" else name
-        own = shape[1:] if stacked else shape
-        experts = own[0] if is_expert else 0
-        kernel = None
-        if len(own) > 2 and not is_expert:
-            kernel = _kernel_axes(path, own, flat, found.get(f"{tensors}.lora_A.weight"), stacked)
-            own = tuple(map(math.prod, kernel))
-        layers.append(Module(full, path, i if stacked else None, leaf, own[-2], own[-1], experts, tensors, kernel))
-    return layers
+        full = f"{name}.weight" if site.leaf == "router" else name
+        own = site
+        if len(site.shape) - site.stacked > 2 and not site.experts:
+            own = site._replace(axes=_kernel_axes(site, flat, found.get(f"{tensors}.{A.peft}")))
+        yield Module(full, own, i if site.stacked else None, tensors)
 
 
-def _kernel_axes(
-    path: str, shape: tuple[int, ...], flat: Mapping[str, Any], lora_a: TensorInfo | None, stacked: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(input axes, output axes) of a kernel, by the file's A, the tree's own adapter, or else the bias."""
-    bias = flat.get(f"{path}/bias")
-    _, outputs = split_axes(path, (1,) * stacked + shape, None if bias is None else bias.ndim, stacked=stacked)
+def _kernel_axes(site: Site, flat: Mapping[str, Any], lora_a: TensorInfo | None) -> tuple[int, int]:
+    """How many axes of a kernel are inputs, and how many outputs: by the file's A, by the tree's own adapter, or else
+    as for a new one.
+    """
+    shape, outputs = site.shape[site.stacked :], site.axes[1]
     if lora_a is not None and lora_a.shape[1] != math.prod(shape[:-outputs]):
         sizes = [math.prod(shape[:count]) for count in range(1, len(shape))]
         outputs = len(shape) - 1 - sizes.index(lora_a.shape[1]) if lora_a.shape[1] in sizes else outputs
-    elif f"{path}/lora_b" in flat:
-        outputs = flat[f"{path}/lora_b"].ndim - 1 - stacked
-    return shape[:-outputs], shape[-outputs:]
+    elif f"{site.path}/{B.name}" in flat:
+        outputs = flat[f"{site.path}/{B.name}"].ndim - 1 - site.stacked
+    return len(shape) - outputs, outputs
 
 
 def outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig) -> list[Module]:
     """The modules, with experts' tensors named as PEFT does if the file adapts both parameters or only one."""
-    wanted = {module.name for module in modules if module.experts and is_wanted(module, found, config)}
+    wanted = {module.name for module in modules if module.site.experts and is_wanted(module, found, config)}
 
     def rename(module: Module) -> Module:
-        if not module.name.endswith(".gate_up_proj") or not module.experts:
+        if not module.name.endswith(".gate_up_proj") or not module.site.experts:
             return module
         outer = module.name.removesuffix("gate_up_proj") + "down_proj"
         return module._replace(tensors=f"{module.tensors}.base_layer") if outer in wanted else module
@@ -224,10 +231,10 @@ def is_wanted(module: Module, found: Mapping[str, TensorInfo], config: AdapterCo
     """Whether the adapter in a file that holds the tensors `found` has factors for this module."""
     if module.is_parameter:
         return config.targets_parameter(module.name)
-    wanted = config.targets(module.name, linear=module.leaf == "kernel")
+    wanted = config.targets(module.name, linear=module.site.leaf == "kernel")
     if wanted is None:  # left to PEFT's defaults, so the file decides
-        return any(name in found for name, _, _ in module.factors(1).values())
-    if wanted and module.path in TIED_HEADS.values() and config.ensure_weight_tying:
+        return any(name in found for name, _, _ in module.tensors_of(config, 1).values())
+    if wanted and module.site.leaf == "kernel" and config.ensure_weight_tying and is_head(module.path):
         return False  # the same adapter as the embedding's
     return wanted
 
@@ -236,18 +243,12 @@ def is_wanted(module: Module, found: Mapping[str, TensorInfo], config: AdapterCo
 
 
 def factor_slots(adapted: list[Module], config: AdapterConfig) -> dict[str, Slot]:
-    """Tensor name → slot, for the factors and what DoRA and biases add to them."""
-    slots = {}
-    for module in adapted:
-        for leaf, (name, shape, codec) in module.factors(config.rank(module.name)).items():
-            slots[name] = Slot(f"{module.path}/{leaf}", module.index, shape, codec)
-        if config.use_dora:
-            name = f"{module.tensors}.lora_magnitude_vector"
-            slots[name] = Slot(f"{module.path}/lora_magnitude", module.index, (module.outputs,), PLAIN)
-        if config.lora_bias:
-            name = f"{module.tensors}.lora_B.bias"
-            slots[name] = Slot(f"{module.path}/lora_bias", module.index, (module.outputs,), PLAIN)
-    return slots
+    """Tensor name → slot, for what a config puts beside the adapted weights."""
+    return {
+        name: Slot(f"{module.path}/{leaf.name}", module.index, shape, codec)
+        for module in adapted
+        for leaf, (name, shape, codec) in module.tensors_of(config, config.rank(module.name)).items()
+    }
 
 
 def extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
@@ -260,11 +261,10 @@ def extra_slots(flat: Mapping[str, Any], wrapped: set[str]) -> dict[str, Slot]:
     called = AdapterNames(flat)
     for path, leaf in flat.items():
         module, _, name = path.rpartition("/")
-        if name.startswith(TRAINED):
-            slots |= _copy_slots(module, name.removeprefix(TRAINED), tuple(leaf.shape), wrapped, called)
-        if name == "lora_tokens":
-            tensor = f"{PREFIX}{called.modules(module)[0]}.token_adapter.trainable_tokens_delta"
-            slots[tensor] = Slot(path, None, tuple(leaf.shape), PLAIN)
+        if COPIES.holds(name):
+            slots |= _copy_slots(module, original(name), tuple(leaf.shape), wrapped, called)
+        if name == ROWS.name:
+            slots[_rows_name(module, called)] = Slot(path, None, tuple(leaf.shape), PLAIN)
     return slots
 
 
@@ -277,7 +277,7 @@ def _copy_slots(
         name = f"{owner}.base_layer.{last}" if owner in wrapped else tensor.name
         index = tensor.index[0] if tensor.index else None
         codec = TRANSPOSED if tensor.transposed else PLAIN
-        slots[f"{PREFIX}{name}"] = Slot(f"{module}/{TRAINED}{leaf}", index, tensor.shape, codec)
+        slots[f"{PREFIX}{name}"] = Slot(copy_of(f"{module}/{leaf}"), index, tensor.shape, codec)
     return slots
 
 
@@ -297,17 +297,20 @@ def config_slots(leaves: Mapping[str, Any], config: AdapterConfig, adapted: list
         )
         if any(saved) or biased:
             slots |= _copy_slots(module, name, tuple(leaf.shape), wrapped, called)
-    for embedding, head in tied_heads(leaves).items():
-        if config.saves(head) and not config.ensure_weight_tying:
-            slots |= _copy_slots(head, "kernel", leaves[f"{embedding}/embedding"].shape[::-1], wrapped, called)
-    if config.saves(SCORE) and KERNEL not in leaves and tree.is_own(leaves) and (width := _width(leaves)):
-        slots |= _copy_slots(SCORE, "kernel", (width, 1), wrapped, called)
+    pair = tie(leaves)
+    if pair and pair.tied and config.saves(pair.head) and not config.ensure_weight_tying:
+        slots |= _copy_slots(pair.head, "kernel", leaves[pair.weight].shape[::-1], wrapped, called)
+    if pair and config.saves(SCORE) and KERNEL not in leaves and tree.is_own(leaves):
+        slots |= _copy_slots(SCORE, "kernel", (leaves[pair.weight].shape[1], 1), wrapped, called)
     return slots | {
-        f"{PREFIX}{called.modules(module)[0]}.token_adapter.trainable_tokens_delta": Slot(
-            f"{module}/lora_tokens", None, (len(tokens), width), PLAIN
-        )
+        _rows_name(module, called): Slot(f"{module}/{ROWS.name}", None, (len(tokens), width), PLAIN)
         for module, (tokens, width) in token_modules(leaves, config, called).items()
     }
+
+
+def _rows_name(module: str, called: AdapterNames) -> str:
+    """The name of the tensor with a module's new rows for tokens."""
+    return f"{PREFIX}{called.modules(module)[0]}.{ROWS.peft}"
 
 
 def token_modules(
@@ -334,12 +337,8 @@ def token_modules(
 
 def input_embedding(leaves: Mapping[str, Any]) -> str:
     """The last part of the input embedding's name; "" for trees without one under a known name."""
-    return next((path.split("/")[-1] for path in TIED_HEADS if f"{path}/embedding" in leaves), "")
-
-
-def _width(leaves: Mapping[str, Any]) -> int:
-    """The hidden states' size, from the input embedding; 0 for trees without one."""
-    return next((leaves[f"{path}/embedding"].shape[1] for path in TIED_HEADS if f"{path}/embedding" in leaves), 0)
+    pair = tie(leaves)
+    return pair.embedding.split("/")[-1] if pair else ""
 
 
 def read_slots(
@@ -444,10 +443,9 @@ def optional_tensors(
 
 def base_weight(leaves: Mapping[str, Any], module: Module) -> Any:
     """The base's weight of an embedding or head, in the Hub's layout [V, D]; None if it is packed."""
-    for embedding, head in tied_heads(leaves).items():
-        if module.path == head:
-            return leaves[f"{embedding}/embedding"]
-    weight = leaves[f"{module.path}/{module.leaf}"]
+    if module.site.tied_to:
+        return leaves[f"{module.site.tied_to}/embedding"]
+    weight = leaves[f"{module.path}/{module.site.leaf}"]
     if quant.is_packed(weight):
         return None
-    return weight if module.leaf == "embedding" else weight.T
+    return weight if module.site.leaf == "embedding" else weight.T

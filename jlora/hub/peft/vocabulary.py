@@ -10,8 +10,9 @@ from jlora import quant
 from jlora.errors import UserError
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.weights import TensorInfo, read_tensor
-from jlora.lora.merging import TIED_HEADS
-from jlora.lora.partition import CARRIED
+from jlora.lora.kinds import CARRIED
+from jlora.lora.kinds.tokens import ROWS
+from jlora.lora.sites import tie
 
 PREFIX = "base_model.model."
 # PEFT's names of a whole embedding or head of the base: alone, under an adapter, under token rows, beside a copy.
@@ -27,20 +28,20 @@ def vocabulary_copies(flat: Mapping[str, Any], written: Mapping[str, Any], *, ev
         every: write both (a tied head is the embedding), as PEFT does once the vocabulary has grown; otherwise only
             those that came with the adapter.
     """
-    copies = {}
-    for path in (path for pair in TIED_HEADS.items() for path in pair):
-        leaf = next((flat[full] for full in (f"{path}/embedding", f"{path}/kernel") if full in flat), None)
-        if leaf is None or quant.is_packed(leaf) or not (every or f"{path}/{CARRIED}" in flat):
+    pair, copies = tie(flat), {}
+    for path in pair.modules if pair else ():
+        _, leaf = pair.leaf(flat, path) or (None, None)
+        if leaf is None or quant.is_packed(leaf) or not (every or f"{path}/{CARRIED.name}" in flat):
             continue
         name = _name(path)
         if f"{name}.base_layer.weight" in written:
             continue
         beside = ""
-        if f"{name}.token_adapter.trainable_tokens_delta" in written:
+        if f"{name}.{ROWS.peft}" in written:
             beside = ".token_adapter.base_layer"
         elif f"{name}.weight" in written:  # a trained copy, which a tied head may not share
             beside = ".original_module"
-        copies[f"{name}{beside}.weight"] = np.asarray(leaf if f"{path}/embedding" in flat else leaf.T)
+        copies[f"{name}{beside}.weight"] = np.asarray(leaf if path == pair.embedding else leaf.T)
     return copies
 
 
@@ -61,34 +62,36 @@ def carried_rows(
     taken: set[str] = set()
     changed: dict[str, np.ndarray] = {}
     settled: dict[str, np.ndarray] = {}  # the file's first copy of each
-    for embedding, head in TIED_HEADS.items():
-        if f"{embedding}/embedding" not in leaves:
-            continue
-        _require_same_rows(file, found, (embedding, head), leaves[f"{embedding}/embedding"].shape)
-        taken |= _repeated(file, found, embedding, head, tied=f"{head}/kernel" not in leaves) - slots.keys()
-        for module, path in ((embedding, f"{embedding}/embedding"), (head, f"{head}/kernel")):
-            path = path if path in leaves else f"{embedding}/embedding"  # a tied head is the embedding
-            for tensor in _copies(found, module):
-                of_trained = tensor in taken and f"{_name(embedding)}.weight" in slots  # a tied head's repetition
-                if tensor in slots or of_trained or quant.is_packed(leaves[path]):
-                    continue
-                values = read_tensor(file, tensor).astype(np.float32)
-                values = values.T if path.endswith("/kernel") else values
-                if path in settled and not _close(values, settled[path]):
-                    raise UserError(
-                        f"{file}: {tensor} differs from the embedding in the same file, and the model ties the two: "
-                        "load a model whose head is its own, as the adapter was trained on"
-                    )
-                settled[path] = values
-                taken.add(tensor)
-                if not _close(values, leaves[path]):
-                    changed[path] = values
+    pair = tie(leaves)
+    if pair is None:
+        return taken, changed
+    _require_same_rows(file, found, pair.modules, leaves[pair.weight].shape)
+    own_head = pair.leaf(leaves, pair.head) is not None
+    taken |= _repeated(file, found, *pair.modules, tied=not own_head) - slots.keys()
+    for module in pair.modules:
+        path = f"{pair.head}/kernel" if module == pair.head and own_head else pair.weight
+        for tensor in _copies(found, module):
+            # A tied head's repetition of a trained copy.
+            of_trained = tensor in taken and f"{_name(pair.embedding)}.weight" in slots
+            if tensor in slots or of_trained or quant.is_packed(leaves[path]):
+                continue
+            values = read_tensor(file, tensor).astype(np.float32)
+            values = values.T if path != pair.weight else values
+            if path in settled and not _close(values, settled[path]):
+                raise UserError(
+                    f"{file}: {tensor} differs from the embedding in the same file, and the model ties the two: "
+                    "load a model whose head is its own, as the adapter was trained on"
+                )
+            settled[path] = values
+            taken.add(tensor)
+            if not _close(values, leaves[path]):
+                changed[path] = values
     return taken, changed
 
 
 def _repeated(file: Path, found: Mapping[str, TensorInfo], embedding: str, head: str, *, tied: bool) -> set[str]:
     """Tensors that the file repeats: trained copies, and those that a tied head shares with the embedding."""
-    rows = ".token_adapter.trainable_tokens_delta"
+    rows = f".{ROWS.peft}"
     pairs = [(f"{_name(head)}{rows}", f"{_name(embedding)}{rows}")] if tied else []
     pairs += [(f"{_name(head)}.weight", f"{_name(embedding)}.weight")] if tied else []
     pairs += [(f"{_name(path)}.modules_to_save.weight", f"{_name(path)}.weight") for path in (embedding, head)]

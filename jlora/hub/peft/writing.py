@@ -1,6 +1,7 @@
 """Writes PEFT adapter folders: complete or not at all, and the same bytes for the same adapter."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from jlora.hub.peft.names import AdapterNames, copied_modules
 from jlora.hub.peft.reading import WEIGHTS
 from jlora.hub.peft.slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
 from jlora.hub.peft.vocabulary import vocabulary_copies
-from jlora.lora.merging import TIED_HEADS
-from jlora.lora.partition import TRAINED
+from jlora.lora.kinds import BIAS, DORA, KINDS, LEAVES, PRODUCT, TIED, TYPES, update_of, width
+from jlora.lora.kinds.copies import copy_of
+from jlora.lora.kinds.kind import DROPOUT, RANK, SCALE, Leaf
+from jlora.lora.kinds.product import A, B
+from jlora.lora.kinds.tokens import IDS
+from jlora.lora.sites import Tie, tie
 from jlora.models.model import SCORE
 from jlora.types import Params
 
@@ -55,7 +60,7 @@ def save_adapter(
         ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite.
         FileExistsError: `path` holds something other than an adapter.
     """
-    params = _whole_score(lora.with_starts(params))
+    params = _whole_score(tree.map_modules(lambda _, module: PRODUCT.as_product(module), params))
     tensors, summary = _contents(params, fold=fold)
     flat = tree.flatten(params)
     tensors |= vocabulary_copies(flat, tensors, every=save_embedding_layers or _has_more_rows(flat, base))
@@ -72,7 +77,8 @@ def save_adapter(
 def scales_note(path: str | Path) -> str | None:
     """A note for the user if readers that know one rank and one scale would compute something else; None if not."""
     config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-    r, alpha, ranks, alphas = (config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+    r, alpha = config["r"], config.get("lora_alpha", config["r"])
+    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
     scales = {name: alphas.get(name, alpha) / ranks.get(name, r) for name in sorted({*ranks, *alphas})}
     found = [name for name, scale in scales.items() if abs(scale - alpha / r) > 1e-6 * abs(alpha / r)]
     if not found:
@@ -93,81 +99,86 @@ def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
         rows = read_json(file).get("vocab_size")
     except UserError:  # `base` is only a name for adapter_config.json and need not be a model
         return False
-    embeddings = [flat[f"{path}/embedding"] for path in TIED_HEADS if f"{path}/embedding" in flat]
-    return isinstance(rows, int) and any(leaf.shape[0] > rows for leaf in embeddings)
+    pair = tie(flat)
+    return isinstance(rows, int) and pair is not None and flat[pair.weight].shape[0] > rows
 
 
 def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:
     """(tensors by name, what adapter_config.json says about them)."""
     flat = tree.flatten(params)
-    modules = [module for module in find_modules(params) if f"{module.path}/lora_a" in flat]
-    if both := {module.path for module in modules if f"{module.path}/{TRAINED}{module.leaf}" in flat}:
+    modules = [module for module in find_modules(params) if f"{module.path}/{SCALE.name}" in flat]
+    if both := {module.path for module in modules if copy_of(f"{module.path}/{module.site.leaf}") in flat}:
         raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
+    peft_type = _type(flat)
+    plain = peft_type != PRODUCT.peft_type  # other types have neither scales nor ranks to pad
     settings = {module: found for module in modules if (found := _settings(flat, module))[1]}
-    width = max((rank for _, rank in settings.values()), default=0) if fold else 0
+    widest = max((rank for _, rank in settings.values()), default=0) if fold and not plain else 0
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, int | float] = {}
     for module, (scale, rank) in settings.items():
-        ranks[module.name] = width or rank
-        alphas[module.name] = width or _tidy(scale * rank)
-        tensors |= _factors(flat, module, rank, width=ranks[module.name], scale=scale if fold else 1.0)
-    for path, head in _tied(flat).items():  # the same factors under another name
-        called = AdapterNames(flat).modules(path)[0]
+        ranks[module.name] = widest or rank
+        alphas[module.name] = widest or (rank if plain else _tidy(scale * rank))
+        tensors |= _factors(flat, module, rank, width=ranks[module.name], scale=scale if fold or plain else 1.0)
+    if pair := _tied(flat):  # the same factors under another name
+        called = AdapterNames(flat).modules(pair.embedding)[0]
         if called in ranks:
-            ranks[head], alphas[head] = ranks[called], alphas[called]
+            ranks[pair.head], alphas[pair.head] = ranks[called], alphas[called]
     tensors |= _mirrored_head(tensors, flat)
     extra = extra_slots(flat, {module.name for module in settings})
     tensors |= {name: slot.codec.to_file(_layer(flat[slot.path], slot.index)) for name, slot in extra.items()}
     if not tensors:
         raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
-    return tensors | _base_copies(flat, modules), _summary(params, ranks, alphas)
+    return tensors | _base_copies(flat, modules), _summary(params, ranks, alphas, peft_type)
+
+
+def _type(flat: Mapping[str, Any]) -> str:
+    """PEFT's type of the adapter."""
+    names = {path.rpartition("/")[2] for path in flat}
+    types = [name for name in TYPES if update_of(name).is_in(names)]
+    if len(types) > 1:
+        raise UserError(f"PEFT's format has adapters of one type; here are {' and '.join(types)}")
+    return types[0] if types else PRODUCT.peft_type
 
 
 def _factors(flat: Mapping[str, Any], module: Module, rank: int, *, width: int, scale: float) -> dict[str, np.ndarray]:
     """The tensors of one layer's update, multiplied by `scale` and zero-padded to the rank `width`."""
     tensors = {}
-    for leaf, (name, _, codec) in module.factors(width).items():
-        value = module.used(leaf, _layer(flat[f"{module.path}/{leaf}"], module.index), rank)
+    for leaf in (leaf for kind in KINDS for leaf in kind.leaves if leaf.peft and f"{module.path}/{leaf.name}" in flat):
+        name, _, codec = module.tensor(leaf, width)
+        value = module.used(leaf, _layer(flat[f"{module.path}/{leaf.name}"], module.index), rank)
         value = module.padded(leaf, value, width)
-        tensors[name] = codec.to_file(value * scale if leaf == "lora_b" else value)
-    if f"{module.path}/lora_bias" in flat:
-        bias = _layer(flat[f"{module.path}/lora_bias"], module.index)
-        tensors[f"{module.tensors}.lora_B.bias"] = bias * scale
-    if f"{module.path}/lora_magnitude" in flat:
-        magnitude = _layer(flat[f"{module.path}/lora_magnitude"], module.index)
-        tensors[f"{module.tensors}.lora_magnitude_vector"] = magnitude
+        tensors[name] = codec.to_file(value * scale if leaf.scaled else value)
     return tensors
 
 
-def _tied(flat: Mapping[str, Any]) -> dict[str, str]:
-    """{embedding: head} for adapters that act in both."""
-    return {path: head for path, head in TIED_HEADS.items() if f"{path}/lora_tied" in flat}
+def _tied(flat: Mapping[str, Any]) -> Tie | None:
+    """The embedding and head of an adapter that acts in both."""
+    pair = tie(flat)
+    return pair if pair and f"{pair.embedding}/{TIED.name}" in flat else None
 
 
 def _mirrored_head(tensors: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The head's tensors, which repeat the embedding's, for adapters that act in both."""
-    mirrored = {}
-    for path, head in _tied(flat).items():
-        name = f"{PREFIX}{names.module_names(path, 1)[0]}"
-        if f"{name}.lora_embedding_A" in tensors:
-            mirrored[f"{PREFIX}{head}.lora_A.weight"] = tensors[f"{name}.lora_embedding_B"].T
-            mirrored[f"{PREFIX}{head}.lora_B.weight"] = tensors[f"{name}.lora_embedding_A"].T
-        if f"{path}/{TRAINED}embedding" in flat:
-            mirrored[f"{PREFIX}{head}.weight"] = np.asarray(flat[f"{path}/{TRAINED}embedding"])
+    """The head's tensors, which repeat the embedding's, for an adapter that acts in both."""
+    mirrored: dict[str, np.ndarray] = {}
+    if pair := _tied(flat):
+        name = f"{PREFIX}{names.module_names(pair.embedding, 1)[0]}"
+        for end, source in ((A.peft, B.peft_embedding), (B.peft, A.peft_embedding)):
+            if f"{name}.{source}" in tensors:
+                mirrored[f"{PREFIX}{pair.head}.{end}"] = tensors[f"{name}.{source}"].T
+        if copy_of(pair.weight) in flat:
+            mirrored[f"{PREFIX}{pair.head}.weight"] = np.asarray(flat[copy_of(pair.weight)])
     return mirrored
 
 
 def _base_copies(flat: Mapping[str, Any], modules: list[Module]) -> dict[str, np.ndarray]:
     """The base's embedding and head if they are adapted; PEFT writes them beside their adapters."""
-    wanted = {*TIED_HEADS, *TIED_HEADS.values()}
-    copies = {}
+    pair, tied, copies = tie(flat), _tied(flat), {}
     for module in modules:
-        heads = [TIED_HEADS[module.path]] if f"{module.path}/lora_tied" in flat else []
-        weight = base_weight(flat, module) if module.path in wanted else None
+        weight = base_weight(flat, module) if pair and module.path in pair.modules else None
         if weight is not None:
-            names_of_copies = [module.tensors, *[PREFIX + head for head in heads]]
-            copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in names_of_copies}
+            heads = [PREFIX + tied.head] if tied and module.path == tied.embedding else []
+            copies |= {f"{name}.base_layer.weight": np.asarray(weight) for name in (module.tensors, *heads)}
     return copies
 
 
@@ -175,15 +186,17 @@ def _whole_score(params: Params) -> Params:
     """The params with the whole score head as a trained copy, as PEFT has it for sequence classifiers."""
     if not has_score(params) or not any(lora.is_adapter(path) for path in tree.flatten(params)):
         return params
-    return params | {SCORE: {f"{TRAINED}kernel": lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
+    return params | {SCORE: {copy_of("kernel"): lora.merged_leaf(lora.resolve(params[SCORE]), "kernel")}}
 
 
 def _settings(flat: Mapping[str, Any], module: Module) -> tuple[float, int]:
     """(scale, rank) of one layer's adapter."""
-    scale = float(_layer(flat[f"{module.path}/lora_scale"], module.index))
-    rank = flat.get(f"{module.path}/lora_rank")
-    width = flat[f"{module.path}/lora_a"].shape[-1]
-    return scale, width if rank is None else int(_layer(rank, module.index))
+    scale = float(_layer(flat[f"{module.path}/{SCALE.name}"], module.index))
+    rank = flat.get(f"{module.path}/{RANK.name}")
+    if rank is None:
+        own = {name: flat[f"{module.path}/{name}"] for name in LEAVES if f"{module.path}/{name}" in flat}
+        return scale, width(own)
+    return scale, int(_layer(rank, module.index))
 
 
 def _layer(leaf: Any, index: int | None) -> np.ndarray:
@@ -192,21 +205,22 @@ def _layer(leaf: Any, index: int | None) -> np.ndarray:
     return value.astype(np.float32) if value.dtype != np.int32 else value
 
 
-def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float]) -> Summary:
+def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | float], peft_type: str) -> Summary:
     """What adapter_config.json says about the adapter in `params`."""
     flat = tree.flatten(params)
     every = find_modules(params)
     adapted = [module for module in every if module.name in ranks]
-    tied = [head for path, head in _tied(flat).items() if f"{path}/lora_a" in flat]
+    pair = _tied(flat)
+    tied = [pair.head] if pair and f"{pair.embedding}/{SCALE.name}" in flat else []
 
-    def leaf_of_all(name: str) -> bool:
-        have = [f"{module.path}/{name}" in flat for module in adapted]
+    def in_all(leaf: Leaf) -> bool:
+        have = [f"{module.path}/{leaf.name}" in flat for module in adapted]
         if any(have) and not all(have):
-            raise UserError(f"PEFT's format has {name} in every adapted module or in none; here some have it")
+            raise UserError(f"PEFT's format has {leaf.name} in every adapted module or in none; here some have it")
         return any(have)
 
     bias, saved = _copies(flat, {module.path for module in adapted})
-    dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith("/lora_dropout")]
+    dropouts = [np.max(leaf) for path, leaf in flat.items() if path.endswith(f"/{DROPOUT.name}")]
     return Summary(
         ranks=ranks,
         alphas=alphas,
@@ -214,13 +228,13 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
         targets=[module.name for module in adapted if not module.is_parameter] + tied,
         parameters=[module.name for module in adapted if module.is_parameter],
         dropout=float(max(dropouts, default=0.0)),
-        use_dora=leaf_of_all("lora_magnitude"),
-        lora_bias=leaf_of_all("lora_bias"),
+        kinds={kind.peft_field: in_all(kind.leaves[0]) for kind in (DORA, BIAS)},
+        peft_type=peft_type,
         bias=bias,
         modules_to_save=AdapterNames(flat).shortest(saved),
         tokens=_token_ids(flat),
-        tied=bool(_tied(flat)),
-        fan_in_fan_out=any(module.path.startswith("h/") and module.index is not None for module in adapted),
+        tied=pair is not None,
+        fan_in_fan_out=any(re.fullmatch(names.UNTRANSPOSED, f"{module.path}/kernel") for module in adapted),
         task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
     )
 
@@ -234,7 +248,7 @@ def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
     if trained and trained == every:
         return "all", saved
     # Modules that hold only a bias count as copied whole, unless they are adapted.
-    more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", f"{TRAINED}bias")}
+    more = {path.rpartition("/")[0] for path in flat if path.rpartition("/")[2] not in ("bias", copy_of("bias"))}
     saved, trained = saved | (trained - more), trained & more
     if not trained:
         return "none", saved
@@ -247,7 +261,7 @@ def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | No
     called = AdapterNames(flat)
     ids = {}
     for path, leaf in flat.items():
-        if path.endswith("/lora_token_ids"):
+        if path.endswith(f"/{IDS.name}"):
             module = path.rpartition("/")[0]
             last = module.rpartition("/")[2]
             ids[last if called.only(last) == [module] else called.modules(module)[0]] = np.asarray(leaf).tolist()
@@ -275,13 +289,14 @@ def _card(config: Mapping[str, Any]) -> str:
     on = ", ".join(f"`{name}`" for name in targets)
     scored = config["task_type"] == "SEQ_CLS"
     auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
-    by_module = config["rank_pattern"] or config["alpha_pattern"]
+    by_module = config.get("rank_pattern") or config.get("alpha_pattern")
+    alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""
     body = [
         "",
-        "# LoRA adapter",
+        f"# {'LoRA' if alpha else config['peft_type']} adapter",
         "",
         f"Trained with jlora{f' on `{base}`' if base else ''}.",
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, on {on}.",
+        f"Rank {config['r']}{alpha}, on {on}.",
         "",
         "```python",
         f"from peft import AutoPeftModelFor{auto}",

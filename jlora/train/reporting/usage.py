@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from jlora import devices, tree
+from jlora.lora.kinds import multiplies
 from jlora.models import ModelConfig
 from jlora.types import Params
 
-# Leaves that take part in no matrix product.
-_SETTINGS = ("lora_scale", "lora_rank", "lora_dropout", "lora_base_norm", "scale", "bias", "lora_tokens")
+# Leaves of the base that take part in no matrix product.
+_NARROW = ("scale", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
         count = 0.0
         for path, leaf in tree.flatten(params).items():
             module, _, name = path.rpartition("/")
-            if (name == "embedding" and not tied) or leaf.ndim < 2 or name in _SETTINGS:
+            if (name == "embedding" and not tied) or leaf.ndim < 2 or name in _NARROW or not multiplies(name):
                 continue
             share = config.experts.top_k / config.experts.count if config.experts and "/experts/" in path else 1.0
             count += share * leaf.size * (module != config.names.positions)

@@ -16,6 +16,7 @@ from jlora.families import (
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -32,7 +33,7 @@ Value = TypeVar("Value", bound=Hashable)
 FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
     for module in (
-        *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, granite, phi3),
+        *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
     )
     for model_type in module.FAMILY.model_types

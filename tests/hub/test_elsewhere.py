@@ -57,6 +57,7 @@ MODELS = {
     ),
     "smollm3": ("SmolLM3Config", SIZES),
     "olmo2": ("Olmo2Config", SIZES),
+    "olmo3": ("Olmo3Config", SIZES | dict(num_hidden_layers=5, sliding_window=6)),
     "granite": ("GraniteConfig", SIZES | dict(embedding_multiplier=12.0, logits_scaling=8.0)),
     "gpt2": ("GPT2Config", dict(vocab_size=257, n_embd=48, n_layer=3, n_head=3, n_positions=64)),
     "gpt_neox": ("GPTNeoXConfig", GPT_NEOX | dict(rotary_pct=0.5)),

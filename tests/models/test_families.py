@@ -116,6 +116,18 @@ CASES = {
         | dict(mlp_bias=True, attention_bias=True, tie_word_embeddings=False),
     ),
     "olmo2": ("Olmo2Config", SIZES),
+    "olmo3": (
+        "Olmo3Config",
+        SIZES
+        | dict(num_hidden_layers=5, sliding_window=6)
+        | dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4))),
+    ),
+    "olmo3-two-bases": (
+        "Olmo3Config",
+        SIZES
+        | dict(sliding_window=6, layer_types=["full_attention", "sliding_attention"] * 2, attention_bias=True)
+        | dict(rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=1e3))),
+    ),
     "granite": (
         "GraniteConfig",
         SIZES
@@ -332,7 +344,7 @@ def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
     assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3_moe-sparse-step"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "olmo3", "qwen3_moe-sparse-step"])
 def test_the_compiled_program_does_not_grow_with_depth(case, folders):
     def size(depth):
         config = json.loads((folders(case) / "config.json").read_text())
@@ -388,6 +400,8 @@ def test_mixed_formats_lie_in_stacks_of_their_own(folders):
         ("gemma3_text", {"partial_rotary_factor": 0.5}),
         ("gpt_neox", {"partial_rotary_factor": 0.25}),
         ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.25}),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN}),
+        ("olmo3", {"rope_parameters": YARN}),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.75}),
         # Phi-3's own length is 4096 where nothing is said, and goes before that of the rotary parameters.
         (
@@ -424,6 +438,8 @@ def test_rotary_fields_are_those_that_transformers_takes(case, change, folders, 
             {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
             "rope_type 'linear' with a partial_rotary_factor is not supported",
         ),
+        ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_type": "axial"}}}, "rope_type 'axial' is not supp"),
+        ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, r"rope_theta 10000\.0 is that of all layers in"),
         ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "found 1"),
         ("gpt_neox", {"hidden_size": 50}, "the width 50 is not a multiple of the 6 attention heads"),
         ("gpt2", {"n_layer": None}, "config.json lacks n_layer"),

@@ -123,6 +123,14 @@ CASES = {
     ),
     "smollm3": ("smollm3", "SmolLM3Config", SIZES | dict(num_hidden_layers=5, pad_token_id=0), False),
     "olmo2": ("olmo2", "Olmo2Config", SIZES, False),
+    "olmo3": (
+        "olmo2",
+        "Olmo3Config",
+        SIZES
+        | dict(num_hidden_layers=5, sliding_window=6)
+        | dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4))),
+        False,
+    ),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
     "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.5), False),
@@ -211,6 +219,13 @@ def write_gemma3(writer, config):
     writer.add_sliding_window(config.sliding_window)
 
 
+def write_olmo2(writer, config):
+    write_common(writer, config)
+    if window := getattr(config, "sliding_window", None):  # OLMo 3's
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
 def write_granite(writer, config):
     write_llama(writer, config)
     writer.add_attention_scale(config.attention_multiplier)
@@ -264,6 +279,7 @@ def write_gptneox(writer, config):
 METADATA = {
     "llama": write_llama,
     "smollm3": write_llama,
+    "olmo2": write_olmo2,
     "granite": write_granite,
     "qwen3moe": write_qwen3moe,
     "gemma2": write_gemma2,
@@ -493,6 +509,20 @@ EMBEDDING = {"token_embd.weight": (np.ones((4, 32), np.float32), None)}
                 "rope_local_base_freq": 5000.0,
             },
         ),
+        (
+            "olmo2",
+            {"attention.sliding_window": 7, "rope.freq_base": 5e5},
+            {
+                "model_type": "olmo3",
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                },
+            },
+        ),
+        ("olmo2", {"attention.sliding_window": 0}, {"model_type": "olmo2"}),
         ("phi3", {"attention.sliding_window": 0, "rope.dimension_count": 18}, {"partial_rotary_factor": 0.75}),
     ],
 )
@@ -555,7 +585,12 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
         ("llama", {"logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not supported"),
         ("llama", {"attention.scale": 0.5}, r"llama\.attention\.scale is 0\.5, which is not supported"),
         ("granite", {"rope.scaling.finetuned": False}, r"granite\.rope\.scaling\.finetuned is False"),
-        ("olmo2", {"attention.sliding_window": 8}, r"olmo2\.attention\.sliding_window is 8, which is not supported"),
+        ("olmo2", {"attention.sliding_window_pattern": 4}, r"olmo2\.attention\.sliding_window_pattern is 4, which"),
+        (
+            "olmo2",
+            {"attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4},
+            r"olmo2\.rope\.freq_base_swa is 10000\.0; jlora computes only 1000000\.0",
+        ),
         ("qwen3moe", {"expert_gating_func": 2}, r"qwen3moe\.expert_gating_func is 2; jlora computes only 0 or 1"),
         ("qwen3moe", {"expert_shared_count": 1}, r"qwen3moe\.expert_shared_count is 1, which is not supported"),
         ("gptneox", {"attention.head_count_kv": 1}, r"gptneox\.attention\.head_count_kv is 1; jlora computes only 2"),

@@ -18,7 +18,7 @@ from jlora.families.layouts import Heads
 from jlora.hub.checkpoints import names as hub_names
 from jlora.hub.gguf.config import read_config
 from jlora.hub.gguf.metadata import check, describe
-from jlora.lora.merging import TIED_HEADS
+from jlora.lora.sites import TIED_HEADS
 from jlora.models import ModelConfig
 
 EVERY = pytest.mark.parametrize("model_type", FAMILIES)

@@ -19,7 +19,7 @@ CEILINGS = {
     "PEFT's matching rules": (16, 5),
     "paths cut by hand": (73, 25),
 }
-LINES = 33918
+LINES = 33962
 
 
 @pytest.fixture(scope="module")

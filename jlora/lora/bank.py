@@ -42,8 +42,10 @@ class Places(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Adapters in numbered places. Adding, removing and choosing adapters never recompiles: the number of places, the
-    ranks and, up to `width`, the number of adapters a row uses are fixed.
+    """Adapters in numbered places.
+
+    Adding, removing and choosing adapters never recompiles: the number of places, the ranks and, up to `width`, the
+    number of adapters a row uses are fixed.
 
     A bank holds updates of linears and embeddings: lora_a, lora_b, lora_bias. It refuses DoRA, modules_to_save, bias=,
     trainable_token_indices, adapters of an embedding that also act in its tied head, and adapters of experts and
@@ -96,7 +98,9 @@ class Bank:
         if not given:
             raise UserError("found neither adapters nor config: one of them says what modules and ranks need room")
         if count < max(1, len(adapters)):
-            raise UserError(f"found {count} places for {len(adapters)} adapters, expected at least one and enough")
+            raise UserError(
+                f"found {count} places for {len(adapters)} adapters, expected one for each, and at least one"
+            )
         room = _room(base, [flat for _, flat in given])
         missing = "the base has no matrix at {}"
         if faults := [fault for name, flat in given for fault in _faults(name, flat, base, room, missing)]:
@@ -142,7 +146,7 @@ class Bank:
             KeyError: the bank has no adapter of this name.
         """
         if name is None:
-            raise UnknownNameError("None is the base alone, which no bank is without")
+            raise UnknownNameError("None is the base alone, which every bank holds")
         return self._with(self.number(name), None, {})
 
     def number(self, name: str | None) -> int:
@@ -204,7 +208,6 @@ class Bank:
 
     def _with(self, place: int, name: str | None, flat: Mapping[str, Any]) -> "Bank":
         """The bank with these leaves at `place`, and zeros for the leaves not given."""
-
         mesh = _mesh(self.params)
 
         def put(path: str, leaf: Any) -> Any:
@@ -220,8 +223,9 @@ class Bank:
 
 
 def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B K"]) -> Params:
-    """The params of a bank with, at every module, the adapters that each row uses: `lora_ids` and `lora_weights`
-    [*stack, B, K].
+    """The params of a bank with the adapters that each row uses, at every module.
+
+    They are `lora_ids` and `lora_weights` [*stack, B, K].
 
     Args:
         params: a `Bank`'s params.
@@ -266,8 +270,9 @@ def _leaves(base: Params, adapter: Params) -> dict[str, Any]:
 
 
 def _shapes(base: Params, config: LoraConfig) -> Params:
-    """The shapes of an adapter of this config, at the widest rank that its initialisation can give. What that reads
-    (gradients, moments, …) is not needed.
+    """The shapes of an adapter of this config, at the widest rank that its initialisation can give.
+
+    What the initialisation reads (gradients, moments, …) is not needed.
     """
     start = config.init_lora_weights
     wider = 2 if shifts_base(start) else config.eva_rho if start == "eva" else 1

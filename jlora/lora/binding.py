@@ -14,8 +14,10 @@ from jlora.types import Params
 
 
 def bind(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The function apply(params, …) for params with adapters and packed leaves: `apply` gets the base tree with every
-    adapter added and every packed leaf unpacked, inside whatever jit the function is called in.
+    """The function apply(params, …) for params with adapters and packed leaves.
+
+    `apply` gets the base tree with every adapter added and every packed leaf unpacked, inside whatever jit the function
+    is called in.
 
     The sums are recomputed in the backward pass and never stored, so memory holds the base and what `apply` itself
     saves. jlora's own models do not need this: they compute the update beside the base product, which is cheaper.

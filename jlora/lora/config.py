@@ -51,6 +51,9 @@ class LoraConfig:
         lora_ga_direction, lora_ga_scale, lora_ga_gamma: PEFT's `lora_ga_config`: "ArBr", "A2rBr" or "ArB2r"; "stable",
             "gd_scale" or "weight_svd"; its `stable_gamma`.
         peft_type: the kind of update, by PEFT's name for it (see `jlora.lora.kinds`).
+
+    Raises:
+        ValueError: settings are invalid or do not go together; all are listed.
     """
 
     r: int = 8

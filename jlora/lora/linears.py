@@ -43,8 +43,9 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
 
 
 def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
-    """What the adapter adds to the output: scale · (dropout(x) @ lora_a @ lora_b + lora_bias), minus the update that
-    training started from if the module has `lora_start_a`.
+    """What the adapter adds to the output: scale · (dropout(x) @ lora_a @ lora_b + lora_bias).
+
+    If the module has `lora_start_a`, the update that training started from is subtracted.
 
     Args:
         key: turns on `lora_dropout`; without it nothing is dropped.
@@ -103,13 +104,14 @@ def _packed_sum(call: Call) -> jax.Array:
     """The values of the packed sum of kernel and update: the merged weight that a `Rounded` kernel is trained for."""
     if is_chosen(call.module) or call.drops:
         what = "adapters of a bank" if is_chosen(call.module) else "lora_dropout"
-        raise UserError(f"a kernel that is packed together with its update (merge_aware) goes without {what}")
+        raise UserError(f"a kernel that is packed together with its update (merge_aware) cannot have {what}")
     return call.module["kernel"].used(merged_leaf(call.module, "kernel"))
 
 
 def _merging_pays(call: Call) -> bool:
-    """Whether it is cheaper to add the update to the kernel than to the outputs (and, in the backward pass, to the
-    inputs' gradients).
+    """Whether it is cheaper to add the update to the kernel than to the outputs.
+
+    In the backward pass the choice is between the kernel and the inputs' gradients.
 
     Only on CPUs: elsewhere a float32 product may round its operands to fewer bits, which would lose a small update in
     the sum.

@@ -69,8 +69,9 @@ class Fits:
 
 
 class Axes(NamedTuple):
-    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs]. `layers` are the
-    stacked axes that have scales of their own; an axis of experts does not.
+    """The axes of a module's factors: lora_a is [*stack, *inputs, R], lora_b [*stack, R, *outputs].
+
+    `layers` are the stacked axes that have scales of their own; an axis of experts does not.
     """
 
     layers: tuple[int, ...]
@@ -80,8 +81,10 @@ class Axes(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Params, ndim: int) -> "Axes":
-        """The axes of a module's adapter whose weight has `ndim` axes. Factors with as many axes are stacks of matrices
-        (as for experts); others belong to a kernel with several input or output axes.
+        """The axes of a module's adapter whose weight has `ndim` axes.
+
+        Factors with as many axes are stacks of matrices (as for experts); others belong to a kernel with several input
+        or output axes.
         """
         a, b, layers = (adapter[leaf.name].shape for leaf in (A, B, SCALE))
         stacked = ndim - 2 if len(a) == len(b) == ndim else len(layers)

@@ -13,8 +13,10 @@ HEADS = (*each(lambda family: family.names.head), SCORE)
 
 
 def matches(names: Sequence[str], pattern: str | Sequence[str]) -> bool:
-    """The rule of `target_modules` and `exclude_modules`: a string is a regular expression for a whole name; the items
-    of a sequence are whole names, or their last parts after a dot.
+    """The rule of `target_modules` and `exclude_modules`.
+
+    A string is a regular expression for a whole name; the items of a sequence are whole names, or their last parts
+    after a dot.
     """
     if isinstance(pattern, str):
         return any(re.fullmatch(pattern, name) for name in names)
@@ -22,8 +24,9 @@ def matches(names: Sequence[str], pattern: str | Sequence[str]) -> bool:
 
 
 def matches_key(names: Sequence[str], key: str) -> bool:
-    """The rule of the keys of `rank_pattern` and `alpha_pattern`: a regular expression for a whole name, or for its
-    last part after a dot.
+    """The rule of the keys of `rank_pattern` and `alpha_pattern`.
+
+    A regular expression for a whole name, or for its last part after a dot.
     """
     return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
 

@@ -35,9 +35,7 @@ def merge(params: Params, dtype: jax.typing.DTypeLike | None = None) -> Params:
 
 
 def untie(params: Params) -> Params:
-    """The tree with a head of its own if its adapter changes an embedding and the tied head differently; otherwise the
-    tree itself.
-    """
+    """The tree, with a head of its own if its adapter changes an embedding and the tied head differently."""
     flat = tree.flatten(params)
     pair = tie(flat)
     if pair is None or not pair.tied:

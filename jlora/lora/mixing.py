@@ -70,8 +70,9 @@ def mix(
     majority_sign_method: Sign = "total",
     seed: int = 0,
 ) -> tuple[Params, Fits]:
-    """(the params with one adapter mixed from several adapters of this base, report). The result replaces any adapter
-    that `params` hold.
+    """(the params with one adapter mixed from several adapters of this base, report).
+
+    The result replaces any adapter that `params` hold.
 
     What is combined are the changes that adapters make to weights, scale · A @ B, not their factors:
 
@@ -161,8 +162,10 @@ class _How:
 
 
 def _apart_where_unlike(leaves: list[dict[str, Any]], pair: Tie) -> list[dict[str, Any]]:
-    """The adapters' leaves. If one adapter acts in both an embedding and its tied head and another in only one of them,
-    the parts that act in the head become leaves of the head.
+    """The adapters' leaves, each update at the embedding or at the head.
+
+    If one adapter acts in both an embedding and its tied head and another in only one of them, the parts that act in
+    the head become leaves of the head.
     """
     changing = [flat for flat in leaves if any(path.startswith(f"{pair.embedding}/") for path in flat)]
     tied = [f"{pair.embedding}/{TIED.name}" in flat for flat in changing]
@@ -194,8 +197,10 @@ def _tied_head(flat: Mapping[str, Any], leaves: Sequence[Mapping[str, Any]], pai
 
 
 def _copied(base: Params, adapters: Sequence[Params], how: _How) -> set[str]:
-    """The leaves of a module for which all adapters' updates must become trained copies: those that one adapter copies,
-    and the weight if the sum has full rank (DoRA) and no rank is asked for.
+    """The leaves of a module for which all adapters' updates must become trained copies.
+
+    These are the leaves that one adapter copies, and the weight if the sum has full rank (DoRA) and no rank is asked
+    for.
     """
     every = {name for adapter in adapters for name in adapter}
     main = {name for name in MAIN if name in base}
@@ -406,7 +411,7 @@ def _setting_faults(
         expected = "more than 0 and at most 1" if prunes else f"none, for {method!r} does not prune"
         faults.append(f"density: found {density}, expected {expected}")
     if rank is not None and METHODS[method].of in ("factors", "each factor"):
-        faults.append(f"rank: found {rank}, expected none: {method!r} has a rank of its own")
+        faults.append(f"rank: found {rank}, expected none: {method!r} chooses its own rank")
     elif rank is not None:
         try:
             check_rank(rank)
@@ -431,19 +436,20 @@ def _shape_faults(base: dict[str, Any], names: list[str], leaves: list[dict[str,
             faults.append(f"{module}: found ranks that differ, which PEFT cannot combine factor by factor")
         if of in ("factors", "each factor") and any(DORA.is_in(member) for _, member in members):
             instead = "a method that ends in _svd" if alike else "'linear', which is as exact"
-            faults.append(f"{module}: found DoRA, which is no plain product; use {instead}")
+            faults.append(f"{module}: found DoRA, which is not a plain product; use {instead}")
     return faults
 
 
 def _bias_faults(base: dict[str, Any], leaves: list[dict[str, Any]], *, whole: bool) -> list[str]:
-    """Faults of modules that are combined as whole copies, since one adapter is a copy or (`whole`) DoRA, while another
-    adds a bias that the base does not have.
+    """Faults of modules combined as whole copies that get a bias which the base does not have.
+
+    One adapter is a copy or (`whole`) DoRA there, while another adds a bias.
     """
     every = {path for flat in leaves for path in flat}
     biased = sorted(path.rpartition("/")[0] for path in every if path.endswith(f"/{ADDED.name}"))
     wide = (*map(copy_of, MAIN), *([MAGNITUDE.name] if whole else []))
     return [
-        f"{module}: one adapter copies it or is DoRA, another adds a bias (lora_bias) that the base has not"
+        f"{module}: one adapter copies it or is DoRA, another adds a bias (lora_bias) that the base lacks"
         for module in biased
         if f"{module}/bias" not in base and any(f"{module}/{name}" in every for name in wide)
     ]

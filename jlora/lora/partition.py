@@ -1,5 +1,6 @@
-"""The trained and the frozen half of a param tree. Which half a leaf belongs to follows from its name, by the table of
-`jlora.lora.kinds`.
+"""The trained and the frozen half of a param tree.
+
+Which half a leaf belongs to follows from its name, by the table of `jlora.lora.kinds`.
 """
 
 from jlora import tree
@@ -21,8 +22,9 @@ def is_adapter(path: str) -> bool:
 
 
 def labels(params: Params) -> Params:
-    """The tree with a label for each leaf, for `optax.partition`: "frozen", or, for trainable leaves, "lora_a" or
-    "lora_b", whose learning rates may differ.
+    """The tree with a label for each leaf, for `optax.partition`.
+
+    It is "frozen", or, for trainable leaves, "lora_a" or "lora_b", whose learning rates may differ.
     """
 
     def label(path: str, _: object) -> str:
@@ -101,8 +103,9 @@ def drops(params: Params) -> bool:
 
 
 def with_starts(params: Params) -> Params:
-    """The tree with every update that can be written as one plain product lora_a @ lora_b written so: what training
-    started from becomes a part of A and B, whose rank doubles.
+    """The tree with every update written as one plain product lora_a @ lora_b, where that is possible.
+
+    What training started from becomes a part of A and B, whose rank doubles.
     """
 
     def widen(path: str, module: Params) -> Params:

@@ -28,8 +28,9 @@ def init(
     moments: Params | None = None,
     input_axes: InputAxes = (),
 ) -> Params:
-    """The params with new adapters beside the targeted leaves. With the default initialisation the model's outputs do
-    not change.
+    """The params with new adapters beside the targeted leaves.
+
+    With the default initialisation the model's outputs do not change.
 
     q_proj/kernel [L, D, N]  →  q_proj/kernel [L, D, N]          untouched, packed or not
                                 q_proj/lora_a [L, D, R] float32  trainable

@@ -179,7 +179,9 @@ def is_expert(path: str) -> bool:
 
 
 def module_names(path: str, count: int, stack_of: Callable[[str], tree.Stack | None] = tree.stack_of) -> list[str]:
-    """The dotted names of a module, one a layer: layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…
+    """The dotted names of a module, one a layer.
+
+    layers/self_attn/q_proj → layers.0.self_attn.q_proj, layers.1.…
 
     Args:
         count: the length of its leaves' leading axis, if the module is stacked.
@@ -193,7 +195,8 @@ def module_names(path: str, count: int, stack_of: Callable[[str], tree.Stack | N
 
 
 def with_prefixes(name: str) -> list[str]:
-    """The names that a module of one of jlora's models may be meant by: its own, and those that the Hub's classes give
-    it.
+    """The names that may mean a module of one of jlora's models.
+
+    They are its own, and those that the Hub's classes give it.
     """
     return [prefix + name for prefix in HUB_PREFIXES]

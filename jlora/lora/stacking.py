@@ -85,8 +85,9 @@ def _differences(
 
 
 def _may_lack(flat: Mapping[str, Any], module: str, leaf: Leaf) -> bool:
-    """Whether zeros (or an adapter's one rank) may stand for a leaf that an adapter lacks in this module. In a module
-    that it leaves alone they have no effect and no gradient, since the scale is zero too.
+    """Whether zeros (or an adapter's one rank) may stand for a leaf that an adapter lacks in this module.
+
+    In a module that it leaves alone they have no effect and no gradient, since the scale is zero too.
     """
     left_alone = f"{module}/{SCALE.name}" not in flat
     return leaf.absent == "any" or (leaf.absent == "module" and (left_alone or leaf == RANK))

@@ -194,8 +194,9 @@ def principal_inputs(moments: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndar
 
 
 def share_out(shares: list[np.ndarray], budget: int) -> list[int]:
-    """How many directions each linear gets from a common budget, which goes to the largest shares of all (EVA, Paischer
-    et al. 2024).
+    """How many directions each linear gets from a common budget.
+
+    The budget goes to the largest shares of all (EVA, Paischer et al. 2024).
 
     Args:
         shares: for every linear, its directions' shares of the variance, descending, as many as it may get.
@@ -207,8 +208,9 @@ def share_out(shares: list[np.ndarray], budget: int) -> list[int]:
 
 
 def kernel_gradients(loss: Callable[[Params], jax.Array], params: Params, config: LoraConfig) -> Params:
-    """The gradients of `loss` with respect to every kernel that `config` adapts: a tree of those kernels, float32, on
-    the host. A packed kernel is differentiated at its unpacked values.
+    """The gradients of `loss` with respect to every kernel that `config` adapts.
+
+    They are a tree of those kernels, float32, on the host. A packed kernel is differentiated at its unpacked values.
 
     One kernel (or stack of kernels) at a time, so that at most one dense gradient is on the device.
 

@@ -45,9 +45,10 @@ def add_changes(
     generator: np.random.Generator | None = None,
     as_peft: bool = False,
 ) -> Float[np.ndarray, "..."]:
-    """Combines several changes into one, by the formulas of the papers. These agree with mergekit's
-    `generalized_task_arithmetic` except for DARE's factor: 1 / density here, what keeps the sum of absolute values
-    there.
+    """Combines several changes into one, by the formulas of the papers.
+
+    These agree with mergekit's `generalized_task_arithmetic` except for DARE's factor: 1 / density here, what keeps the
+    sum of absolute values there.
 
     The majority is taken over the weighted changes, by their sum ("total") or by number ("frequency").
 

@@ -24,7 +24,7 @@ class Guard:
         policy: `train.on_nonfinite`.
         names: the adapters that are trained side by side; () for a single one.
         workdir: named in messages.
-        note: is told about every adapter that the others leave behind.
+        note: is told about every adapter that the others continue without.
     """
 
     def __init__(self, policy: str, names: Sequence[str], workdir: pathlib.Path, note: Note) -> None:

@@ -82,7 +82,7 @@ def test_weighted_sums_are_those_of_mixed_adapters():
     np.testing.assert_allclose(found[2], logits_of(None, 2), atol=2e-5)
 
 
-def test_adding_removing_and_choosing_compile_nothing_anew():
+def test_adding_removing_and_choosing_never_recompiles():
     held = bank()
     compiled = LOGITS._cache_size()
     LOGITS(held.choose(["wide"] * 7), TOKENS)

@@ -117,7 +117,7 @@ def test_two_architectures_are_refused_with_every_difference():
     ):
         assert words in str(error.value)
     two = {"layers": {"norm": {"scale": np.ones((2, 3))}, "up": {"kernel": np.ones((2, 3, 3))}}}
-    for wrong, words in (("normm", "no module's name ends in normm"), ("0.norm", "of layers/norm it means some")):
+    for wrong, words in (("normm", "no module's name ends in normm"), ("0.norm", "of layers/norm it selects some")):
         with pytest.raises(ValueError, match=words):
             lora.extract(two, two, rank=2, modules_to_save=[wrong])
     with pytest.raises(ValueError, match="rank is 0"):

@@ -114,7 +114,7 @@ def test_a_folder_holds_the_packed_sum_unpacked(tmp_path):
 
 def test_what_a_kernel_packed_with_its_update_cannot_do_is_said():
     dropping = lora.init(rounded(), jlora.LoraConfig(r=2, lora_dropout=0.1), jax.random.key(0))
-    with pytest.raises(ValueError, match="goes without lora_dropout"):
+    with pytest.raises(ValueError, match="cannot have lora_dropout"):
         MODEL.hidden(dropping, TOKENS, key=jax.random.key(0))
     with pytest.raises(ValueError, match="is packed only when it is used"):
         hub.save_quantized("never-written", MODEL, rounded())

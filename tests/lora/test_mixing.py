@@ -149,7 +149,7 @@ def adapted_as(name, **settings):
 def test_one_adapter_with_weight_one_is_itself(kind):
     for method, settings in (("cat", {}), ("linear", {}), ("ties", {"density": 1.0}), ("dare_ties", {"density": 1.0})):
         if kind == "dora" and method == "cat":
-            with pytest.raises(ValueError, match="found DoRA, which is no plain product; use 'linear'"):
+            with pytest.raises(ValueError, match="found DoRA, which is not a plain product; use 'linear'"):
                 lora.mix(base(), [adapted(kind)], method=method)
             continue
         rank = {"rank": 1.0} if method not in ("cat", "linear") else {}
@@ -244,9 +244,7 @@ def test_a_copy_and_a_product_of_one_module_are_a_copy(tmp_path):
             | {"layers/mlp/down_proj/trained_kernel": parts[0]["layers"]["mlp"]["down_proj"]["trained_kernel"]}
         ),
     )
-    with pytest.raises(
-        ValueError, match=r"a trained copy of a module or factors; here are both: \['layers/mlp/down_proj"
-    ):
+    with pytest.raises(ValueError, match=r"a trained copy of a module or factors; found both: \['layers/mlp/down_proj"):
         jlora.save_adapter(tmp_path / "both", both)
     with pytest.raises(ValueError, match="down_proj: one adapter copies it or is DoRA, another adds a bias"):
         lora.mix(base(), [parts[0], adapted_as("bias", target_modules=["down_proj"], lora_bias=True)], method="linear")

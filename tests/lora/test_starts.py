@@ -159,7 +159,7 @@ def test_a_tied_embedding_has_one_adapter_in_both_places():
         (dict(r=25, init_lora_weights="pissa"), "rank 25 is more than a kernel"),
         (dict(bias="all"), "these modules have no biases"),
         (dict(modules_to_save=["classifier"]), "no module's name ends in classifier"),
-        (dict(modules_to_save=["layers.1.mlp.up_proj"]), "must mean all layers of a stack or none"),
+        (dict(modules_to_save=["layers.1.mlp.up_proj"]), "must select all layers of a stack or none"),
         (dict(trainable_token_indices=[61]), r"\[61\] are outside the vocabulary of 61"),
         (dict(trainable_token_indices={"proj": [1]}), "'proj' names 0 modules"),
         (dict(target_modules=["q_proj"], layers_to_transform=[7]), "layers_to_transform 7"),

@@ -240,7 +240,7 @@ def _problems(found: Mapping[str, Any]) -> list[str]:
         )
     problems += wrong_fields(_as_lora(found), ("r", "lora_alpha"))
     if found.get("use_dora") and found.get("lora_bias"):
-        problems.append("use_dora and lora_bias do not go together (PEFT opens no such adapter either)")
+        problems.append("use_dora and lora_bias do not go together (PEFT does not open such an adapter either)")
     return problems
 
 

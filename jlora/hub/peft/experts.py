@@ -89,8 +89,8 @@ def _fits(module: Module, found: Mapping[str, TensorInfo], config: AdapterConfig
 def _is_old(config: AdapterConfig, path: Path) -> bool:
     if config.peft_version is None:  # PEFT has written it since 0.18 and adapted parameters since 0.17
         warnings.warn(
-            f"{path}: peft_version is missing, as in PEFT 0.17, so the experts' A and B are taken for exchanged, which "
-            'they are before 0.19.1; if a later version wrote the file, enter it ("peft_version": "0.21.2")',
+            f"{path}: peft_version is missing, as in PEFT 0.17, so the experts' A and B are assumed to be swapped, as "
+            'they are before 0.19.1; if a later version wrote the file, add it ("peft_version": "0.21.2")',
             stacklevel=4,
         )
         return True

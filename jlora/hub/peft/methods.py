@@ -263,7 +263,7 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
         if not isinstance(fields.get(name, 0), int):
             problems.append(f"{name} is {fields[name]!r}; expected an integer")
     if fields.get("bias") not in (None, "none"):
-        problems.append(f"bias={fields['bias']!r} is not supported: trained biases are no low-rank update")
+        problems.append(f"bias={fields['bias']!r} is not supported: trained biases are not a low-rank update")
     if kind == "IA3" and not isinstance(fields.get("feedforward_modules"), str | list):
         problems.append("feedforward_modules is missing: without it, (IA)³ may scale a module's input or its output")
     return problems

@@ -86,7 +86,7 @@ class AdapterNames:
             last = path.rpartition("/")[2]
             items = [last] if last and not any(name.endswith(last) for name in others) else self.modules(path)
             if hit := sorted({name for name in others for item in items if name.endswith(item)}):
-                faults.append(f"{path!r}: the name means {', '.join(hit)} too")
+                faults.append(f"{path!r}: the name also means {', '.join(hit)}")
             chosen |= set(items)
         if faults:
             raise UserError(

@@ -242,6 +242,12 @@ def _mark_tied(leaves: Mapping[str, Any], made: Mapping[str, Any], config: Adapt
 
 
 def weights_file(folder: Path) -> Path:
+    """The file that holds the adapter's tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is a pickle, or split over several files.
+    """
     if (folder / WEIGHTS).is_file():
         say_left_over(folder, WEIGHTS)
         return folder / WEIGHTS

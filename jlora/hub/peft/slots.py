@@ -202,8 +202,9 @@ def _layers(
 
 
 def _kernel_axes(site: Site, flat: Mapping[str, Any], lora_a: TensorInfo | None) -> tuple[int, int]:
-    """How many axes of a kernel are inputs, and how many outputs: by the file's A, by the tree's own adapter, or else
-    as for a new one.
+    """How many axes of a kernel are inputs, and how many outputs.
+
+    The file's A decides, then the tree's own adapter, or else the rule for a new one.
     """
     shape, outputs = site.shape[site.stacked :], site.axes[1]
     if lora_a is not None and lora_a.shape[1] != math.prod(shape[:-outputs]):
@@ -407,8 +408,8 @@ def _require_plain_names(file: Path, found: Mapping[str, TensorInfo]) -> None:
         if marked := [name for name in found if re.search(mark, name)]:
             raise UserError(
                 f"{file}: {len(marked)} of {len(found)} tensors have a part in their names that {why}, such as "
-                f"{marked[0]}; PEFT reads no such names either. Save the adapter with PEFT's save_pretrained on the "
-                f"unwrapped model, or take that part out of the names"
+                f"{marked[0]}; PEFT does not read such names either. Save the adapter with PEFT's save_pretrained on "
+                f"the unwrapped model, or take that part out of the names"
             )
 
 

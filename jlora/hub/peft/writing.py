@@ -108,7 +108,7 @@ def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Sum
     flat = tree.flatten(params)
     modules = [module for module in find_modules(params) if f"{module.path}/{SCALE.name}" in flat]
     if both := {module.path for module in modules if copy_of(f"{module.path}/{module.site.leaf}") in flat}:
-        raise UserError(f"PEFT's format has a trained copy of a module or factors; here are both: {sorted(both)}")
+        raise UserError(f"PEFT's format holds either a trained copy of a module or factors; found both: {sorted(both)}")
     peft_type = _type(flat)
     plain = peft_type != PRODUCT.peft_type  # other types have neither scales nor ranks to pad
     settings = {module: found for module in modules if (found := _settings(flat, module))[1]}
@@ -137,7 +137,7 @@ def _type(flat: Mapping[str, Any]) -> str:
     names = {path.rpartition("/")[2] for path in flat}
     types = [name for name in TYPES if update_of(name).is_in(names)]
     if len(types) > 1:
-        raise UserError(f"PEFT's format has adapters of one type; here are {' and '.join(types)}")
+        raise UserError(f"PEFT's format has adapters of one type; found {' and '.join(types)}")
     return types[0] if types else PRODUCT.peft_type
 
 
@@ -216,7 +216,7 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
     def in_all(leaf: Leaf) -> bool:
         have = [f"{module.path}/{leaf.name}" in flat for module in adapted]
         if any(have) and not all(have):
-            raise UserError(f"PEFT's format has {leaf.name} in every adapted module or in none; here some have it")
+            raise UserError(f"PEFT's format has {leaf.name} in every adapted module or in none; found it in some")
         return any(have)
 
     bias, saved = _copies(flat, {module.path for module in adapted})
@@ -254,7 +254,7 @@ def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:
         return "none", saved
     if trained == every & adapted:
         return "lora_only", saved
-    raise UserError(f"PEFT's format trains all biases, or those of adapted modules; here are others: {sorted(trained)}")
+    raise UserError(f"PEFT's format trains all biases, or those of adapted modules; found others: {sorted(trained)}")
 
 
 def _token_ids(flat: Mapping[str, Any]) -> list[int] | dict[str, list[int]] | None:

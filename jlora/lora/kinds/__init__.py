@@ -35,8 +35,9 @@ def update_of(peft_type: Any) -> Kind | None:
 
 
 def check(config: "LoraConfig") -> None:
-    """Raises UserError if a config asks for a type of adapter that there is not, or for kinds that do not go together;
-    all faults are listed.
+    """Raises UserError if a config asks for an unknown type of adapter, or for kinds that do not go together.
+
+    All faults are listed.
     """
     if update_of(config.peft_type) is None:
         raise UserError(f"peft_type={config.peft_type!r}: expected one of {', '.join(TYPES)}")

@@ -20,8 +20,9 @@ TRAINED = "trained_"
 
 
 class Copies(Kind):
-    """trained_X takes the place of leaf X; where the base has no such leaf, it is the leaf itself
-    (`score/trained_kernel`).
+    """Trained copies: trained_X takes the place of leaf X.
+
+    Where the base has no such leaf, it is the leaf itself (`score/trained_kernel`).
     """
 
     title = "a trained copy"
@@ -72,7 +73,8 @@ def resolve(module: Params) -> Params:
 
 
 def saved_modules(leaves: Mapping[str, Any], config: "LoraConfig") -> dict[str, jax.Array]:
-    """The leaves of all modules selected by `modules_to_save`, unpacked and in float32, by the paths of their copies:
+    """The leaves of all modules selected by `modules_to_save`, unpacked and in float32, by their copies' paths.
+
     norm/scale → norm/trained_scale. Leaves that are not floating-point have no gradient and are not copied; nor are
     those of adapters.
 
@@ -91,7 +93,7 @@ def saved_modules(leaves: Mapping[str, Any], config: "LoraConfig") -> dict[str, 
         names = module_names(module, leaf.shape[0] if leaf.ndim else 1, stack_of)
         hits = [saves([full], items) for full in names]
         if any(hits) and not all(hits):
-            raise UserError(f"modules_to_save must mean all layers of a stack or none; of {module} it means some")
+            raise UserError(f"modules_to_save must select all layers of a stack or none; of {module} it selects some")
         if all(hits):
             copies[copy_of(path)] = quant.unpacked(leaf).astype(jnp.float32)
             used |= {item for item in items if names[0].endswith(item)}

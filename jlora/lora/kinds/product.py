@@ -55,8 +55,9 @@ class Product(Kind):
         return config.peft_type == self.peft_type
 
     def start(self, start: Start) -> dict[str, jax.Array]:
-        """A module's random key depends only on the key and its path, so adding a target never changes how another one
-        starts.
+        """New factors for a module.
+
+        Its random key depends only on the key and its path, so adding a target never changes how another one starts.
         """
         found = {}
         for target in start.targets:

@@ -86,7 +86,7 @@ class RolloutConfig:
 
 
 def faults(config: SharedConfig, completions: int) -> list[str]:
-    """What is wrong with the settings of an algorithm that samples so many completions in a rollout."""
+    """What is wrong with the settings of an algorithm that samples this many completions in a rollout."""
     settings, train = config.rollout, config.train
     found = []
     if completions % settings.num_generations:

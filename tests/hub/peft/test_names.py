@@ -214,7 +214,7 @@ def test_a_module_of_two_weights_has_no_adapter():
 def test_copies_that_names_cannot_tell_apart_are_refused(tmp_path):
     base = {"head": {"kernel": jnp.ones((4, 3))}, "inner": {"head": {"kernel": jnp.ones((4, 3))}}}
     params = base | {"head": {"kernel": jnp.ones((4, 3)), "trained_kernel": jnp.zeros((4, 3))}}
-    with pytest.raises(jlora.errors.UserError, match=r"'head': the name means inner\.head too"):
+    with pytest.raises(jlora.errors.UserError, match=r"'head': the name also means inner\.head"):
         jlora.save_adapter(tmp_path, params)
 
 

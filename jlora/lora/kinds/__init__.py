@@ -14,6 +14,7 @@ from jlora.lora.kinds.bias import BIAS
 from jlora.lora.kinds.copies import COPIES, describe
 from jlora.lora.kinds.dora import DORA
 from jlora.lora.kinds.kind import Kind, Leaf
+from jlora.lora.kinds.miss import MISS
 from jlora.lora.kinds.product import PRODUCT, TIED
 from jlora.lora.kinds.tokens import TOKENS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from jlora.lora.config import LoraConfig
 
 # In the order in which they act on a weight, and on an output.
-KINDS: tuple[Kind, ...] = (COPIES, PRODUCT, DORA, TOKENS, BIAS)
+KINDS: tuple[Kind, ...] = (COPIES, PRODUCT, MISS, DORA, TOKENS, BIAS)
 # This embedding or head is not the base's: the adapter's file holds it whole (`jlora.hub.peft`).
 CARRIED = Leaf("lora_carried")
 # PEFT's types of adapter.

@@ -2,7 +2,7 @@
 
 from jlora.losses.direct import DPO_LOSS_TYPES, check_dpo, dpo, dpo_rewards
 from jlora.losses.documents import by_document, last_token, rank, to_tokens
-from jlora.losses.likelihood import TokenSums, cross_entropy
+from jlora.losses.likelihood import Term, TokenSums, cross_entropy, unchanged
 from jlora.losses.log_probs import TokenScores, token_scores
 from jlora.losses.policy import (
     AGGREGATIONS,
@@ -37,6 +37,7 @@ __all__ = [
     "LEVELS",
     "POLICY_LOSS_TYPES",
     "Pairs",
+    "Term",
     "TokenScores",
     "TokenSums",
     "aggregate",
@@ -62,4 +63,5 @@ __all__ = [
     "reward_model",
     "to_tokens",
     "token_scores",
+    "unchanged",
 ]

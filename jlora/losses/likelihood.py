@@ -1,6 +1,7 @@
 """Next-token cross-entropy that never holds [B, T, V] logits and skips those of untrained tokens."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,20 @@ from jlora.lora import combine, split
 from jlora.losses.chunks import Chunks, Project, target_logits
 from jlora.types import Params
 
+# (negative log-likelihoods of tokens) → the tokens' terms of a loss
+Term = Callable[[jax.Array], jax.Array]
+
+
+def unchanged(nll: jax.Array) -> jax.Array:
+    """The term of maximum likelihood: the negative log-likelihood itself."""
+    return nll
+
 
 class TokenSums(NamedTuple):
     """Sums over trained tokens, float32 scalars.
 
     Attributes:
-        loss: weighted negative log-likelihood, in nats.
+        loss: weighted negative log-likelihood, in nats, or whatever terms were made of it.
         correct: total weight of the tokens whose target is the likeliest prediction.
         weight: total weight; with weights of 0 and 1 the number of trained tokens.
     """
@@ -33,9 +42,10 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    term: Term = unchanged,
     chunk: int = 512,
 ) -> TokenSums:
-    """Σ weight · -log softmax(project(head, hidden))[target], in float32, with sums of accuracy and weight.
+    """Σ weight · term(-log softmax(project(head, hidden))[target]), in float32, with sums of accuracy and weight.
 
     Chunks of about `chunk` tokens are projected one at a time, and only as many as hold trained tokens; if that saves
     chunks, every row's trained tokens are moved to its front first. A chunk's gradient is computed together with its
@@ -46,16 +56,18 @@ def cross_entropy(
         project: (head, hidden [..., D]) → float32 logits [..., V].
         head: the leaves that `project` takes; adapters among them get gradients, the rest is constant.
         weights: the tokens' weights in the sums, 0 where no loss is taken.
+        term: a loss that is taken instead of the likelihood, token by token; a function of a module.
         chunk: tokens whose logits exist at once on a device.
     """
     frozen, trainable = split(head)
-    sums = _sums(project, chunk, trainable, hidden, frozen, targets, weights)
+    sums = _sums(project, term, chunk, trainable, hidden, frozen, targets, weights)
     return TokenSums(sums[0], jax.lax.stop_gradient(sums[1]), jnp.sum(weights))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(
     project: Project,
+    term: Term,
     chunk: int,
     trainable: Params,
     hidden: jax.Array,
@@ -70,7 +82,7 @@ def _sums(
 
     def body(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, t, w = chunks.chunk(i, hidden, targets, chunks.weights)
-        return jax.tree.map(jnp.add, sums, _chunk(chunks.logits(project, head, h), t, w))
+        return jax.tree.map(jnp.add, sums, _chunk(term, chunks.logits(project, head, h), t, w))
 
     zero = jnp.float32(0)
     return jax.lax.fori_loop(0, chunks.count, body, (zero, zero))
@@ -78,6 +90,7 @@ def _sums(
 
 def _sums_forward(
     project: Project,
+    term: Term,
     chunk: int,
     trainable: Params,
     hidden: jax.Array,
@@ -94,7 +107,7 @@ def _sums_forward(
         h, t, w = chunks.chunk(i, hidden, targets, chunks.weights)
 
         def loss(trainable: Params, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _chunk(chunks.logits(project, combine(frozen, trainable), h), t, w)
+            return _chunk(term, chunks.logits(project, combine(frozen, trainable), h), t, w)
 
         value, pullback, correct = jax.vjp(loss, trainable, h, has_aux=True)
         chunk_trainable, chunk_hidden = pullback(jnp.float32(1))
@@ -107,7 +120,7 @@ def _sums_forward(
     return sums, (grad_trainable, chunks.back(grad_hidden))
 
 
-def _sums_backward(project: Project, chunk: int, grads: tuple, cotangents: tuple) -> tuple:
+def _sums_backward(project: Project, term: Term, chunk: int, grads: tuple, cotangents: tuple) -> tuple:
     scaled = jax.tree.map(lambda grad: grad * cotangents[0].astype(grad.dtype), grads)
     return *scaled, None, None, None
 
@@ -115,9 +128,9 @@ def _sums_backward(project: Project, chunk: int, grads: tuple, cotangents: tuple
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _chunk(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _chunk(term: Term, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(loss, correct) of one chunk's logits."""
     of_target = target_logits(logits, targets)
     correct = of_target >= jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     nll = jax.nn.logsumexp(logits, axis=-1) - of_target
-    return jnp.sum(nll * weights), jnp.sum(correct * weights)
+    return jnp.sum(term(nll) * weights), jnp.sum(correct * weights)

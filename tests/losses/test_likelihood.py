@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from jlora import lora
-from jlora.losses import cross_entropy
+from jlora.losses import cross_entropy, unchanged
 
 
 def project(head, hidden):
     return lora.linear(hidden, head).astype(jnp.float32)
 
 
-def plain(head, hidden, targets, weights):
+def plain(head, hidden, targets, weights, term):
     logp = jax.nn.log_softmax(project(head, hidden), axis=-1)
-    return -jnp.sum(jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0] * weights)
+    return jnp.sum(term(-jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]) * weights)
 
 
 def case(batch=3, tokens=13, width=8, vocabulary=37, seed=0):
@@ -32,16 +32,18 @@ def case(batch=3, tokens=13, width=8, vocabulary=37, seed=0):
     return head, hidden, targets, weights.at[0].set(0)
 
 
+@pytest.mark.parametrize("term", [unchanged, jnp.square])
 @pytest.mark.parametrize("chunk", [1, 6, 12, 1000])
-def test_value_and_gradients_equal_the_formula(chunk):
+def test_value_and_gradients_equal_the_formula(chunk, term):
     head, hidden, targets, weights = case()
     frozen, trainable = lora.split(head)
 
     def ours(trainable, hidden):
-        return cross_entropy(project, lora.combine(frozen, trainable), hidden, targets, weights, chunk=chunk).loss * 3
+        head = lora.combine(frozen, trainable)
+        return cross_entropy(project, head, hidden, targets, weights, term=term, chunk=chunk).loss * 3
 
     def formula(trainable, hidden):
-        return plain(lora.combine(frozen, trainable), hidden, targets, weights) * 3
+        return plain(lora.combine(frozen, trainable), hidden, targets, weights, term) * 3
 
     value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(trainable, hidden)
     expected, expected_grads = jax.value_and_grad(formula, argnums=(0, 1))(trainable, hidden)

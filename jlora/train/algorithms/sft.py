@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: cross-entropy on the tokens that the data marks as trained."""
+"""Supervised fine-tuning: cross-entropy on the tokens that the data marks as trained.
+
+Losses of the same data that are made of tokens' likelihoods differ only in their term: see `algorithm`.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import data, lora
-from jlora.losses import cross_entropy
+from jlora.losses import Term, cross_entropy, unchanged
 from jlora.models import Model
 from jlora.train.algorithms import files
 from jlora.train.algorithms.algorithm import Algorithm, Base, Job, Note, Numbers, Plan
@@ -19,7 +22,18 @@ from jlora.train.step import Batch, Metrics, Objective, Report
 from jlora.types import Params
 
 
-def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
+def algorithm(term: Term) -> Algorithm:
+    """The algorithm that minimises the mean of the trained tokens' terms, which `cross_entropy` computes."""
+    return Algorithm(
+        functools.partial(_plan, term),
+        functools.partial(_fullest, term),
+        branches=False,
+        reads_once=True,
+        side_by_side=True,
+    )
+
+
+def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the records of `data.path`; each is an item of one document."""
     examples, encoded = data.encode(
         data.read_records(config.data.path, on_error=config.data.on_error, note=note),
@@ -31,21 +45,22 @@ def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
         note=note,
     )
     items = [data.Item((example,)) for example in examples]
-    start = functools.partial(_start, config, items, _held_out(config, tokenizer, note))
+    start = functools.partial(_start, term, config, items, _held_out(config, tokenizer, note))
     planned = files.plan(config, items, encoded, start, note, noun="examples")
     for remark in encoded.notes:
         note(remark)
     return planned
 
 
-def fullest(config: SharedConfig) -> Plan:
+def _fullest(term: Term, config: SharedConfig) -> Plan:
     """A plan of one step on rows without padding; no data needs more memory."""
     train = config.train
     items = [data.Item((data.filled(train.seq_len),))] * (train.batch_size * train.grad_accum)
-    return files.fullest(config, items, functools.partial(_start, config, items, ()))
+    return files.fullest(config, items, functools.partial(_start, term, config, items, ()))
 
 
 def _start(
+    term: Term,
     config: SharedConfig,
     items: Sequence[data.Item],
     held_out: Sequence[data.Record],
@@ -56,7 +71,7 @@ def _start(
     return Job(
         trainable=base.trainable,
         frozen=base.frozen,
-        objective=sft_loss(base.model, remat=config.train.remat),
+        objective=sft_loss(base.model, term=term, remat=config.train.remat),
         source=files.FileSource(batches, base.mesh),
         report=_report,
         adapters=lambda trainable: {"adapter": lora.combine(base.frozen, trainable)},
@@ -65,8 +80,8 @@ def _start(
     )
 
 
-def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Objective:
-    """The objective of the mean negative log-likelihood of a step's trained tokens.
+def sft_loss(model: Model, *, term: Term = unchanged, remat: bool | str = True, chunk: int = 512) -> Objective:
+    """The objective of the mean negative log-likelihood, or what `term` makes of it, of a step's trained tokens.
 
     It reports the sums that its metrics are computed from.
     """
@@ -78,7 +93,8 @@ def sft_loss(model: Model, *, remat: bool | str = True, chunk: int = 512) -> Obj
         hidden, _ = model.hidden(
             params, batch["tokens"], batch["positions"], batch["segment_ids"], key=key, remat=remat, branches=False
         )
-        sums = cross_entropy(model.project, model.head(params), hidden, batch["targets"], batch["weights"], chunk=chunk)
+        targets, weights = batch["targets"], batch["weights"]
+        sums = cross_entropy(model.project, model.head(params), hidden, targets, weights, term=term, chunk=chunk)
         return sums.loss / totals["tokens"], Report({"correct": sums.correct, "weight": sums.weight})
 
     return Objective(loss, lambda batch: {"tokens": jnp.maximum(jnp.sum(batch["weights"]), 1)})
@@ -104,4 +120,4 @@ def _evaluate(config: SharedConfig, base: Base, records: Sequence[data.Record], 
     )
 
 
-SFT = Algorithm(plan, fullest, branches=False, reads_once=True, side_by_side=True)
+SFT = algorithm(unchanged)

@@ -25,12 +25,14 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
 import record
 import rich.console
 import rich.progress
 import rich.table
 
 from jlora import kernels
+from jlora.cli.main import COMPILERS
 from jlora.devices import DEVICES, GIB
 from jlora.errors import UserError
 from jlora.models import decoder
@@ -231,7 +233,8 @@ def main() -> None:
     options = _parse()
     cases = [DRY] if options.dry else _wanted(options.only, options.cases)
     # For the child processes: they leave this machine's accelerators alone, and libtpu does not look for a cloud's.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(COMPILERS, JAX_PLATFORMS="cpu")
     console = rich.console.Console()
     with tempfile.TemporaryDirectory() as work:
         rows = _measured(cases, _write_models(pathlib.Path(work)), console, writes=not options.dry)

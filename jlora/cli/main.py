@@ -28,9 +28,15 @@ COMMANDS = {
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }
 
-# Variables that XLA's compilers read on import. Without them libtpu queries the TPU machine that it is not on, and all
-# compilers warn of programs that do not fit.
-ENVIRONMENT = {"plan": {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "2"}}
+# Variables that XLA's compilers read on import. Without them libtpu queries the TPU machine that it is not on, refuses
+# to compile while another process has it loaded, and all compilers warn of programs that do not fit.
+COMPILERS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+ENVIRONMENT = {"plan": COMPILERS}
 
 USAGE = """usage: jlora COMMAND [OPTIONS]
 

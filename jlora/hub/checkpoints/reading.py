@@ -81,7 +81,8 @@ def describe(
 ) -> tuple["Model", Params]:
     """What `load` returns, with shapes, dtypes and shardings instead of arrays.
 
-    The source needs only config.json; from a Hub id only it and generation_config.json are fetched.
+    The source needs only config.json; from a Hub id only it and generation_config.json are fetched, but the whole
+    snapshot if `vocab` is "tokenizer".
 
     Raises:
         FileNotFoundError, ValueError: as `load`.

@@ -1,10 +1,14 @@
 """Devices by name. The compilers' own answers need jlora[tpu] or jlora[cuda13]."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
+from jlora.cli.main import COMPILERS
 from jlora.devices import DEVICES
 from jlora.errors import UserError
 from jlora.train.planning.topology import parse
@@ -65,6 +69,19 @@ def test_tpu_shapes_are_described(name):
 def test_a_shape_that_the_compiler_does_not_have_is_one_message():
     with pytest.raises(UserError, match=r"XLA's compiler does not have it"):
         compiler("v5e:3x5").devices()
+
+
+@pytest.mark.slow
+def test_two_processes_compile_for_a_tpu_at_once():
+    compiler("v5e")
+    code = "from jlora.train.planning.topology import parse; print(len(parse('v5e').devices()), flush=True); input()"
+    settings = dict(env=os.environ | COMPILERS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([sys.executable, "-c", code], **settings) for _ in range(2)]
+    try:
+        assert [process.stdout.readline().strip() for process in processes] == ["1", "1"]
+    finally:
+        for process in processes:
+            process.communicate("\n")
 
 
 def test_stand_ins_have_to_be_there():

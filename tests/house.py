@@ -27,7 +27,7 @@ MODEL_TYPES = (
     *("llama", "internlm3", "iquestcoder", "mistral", "mixtral", "smollm3", "olmo2", "olmo3", "granite", "phi3"),
     *("qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox"),
 )
-ALGORITHMS = ("sft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")
+ALGORITHMS = ("sft", "dft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")
 
 
 def pattern(expression: str) -> Callable[[str], int]:

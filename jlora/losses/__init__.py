@@ -2,6 +2,7 @@
 
 from jlora.losses.direct import DPO_LOSS_TYPES, check_dpo, dpo, dpo_rewards
 from jlora.losses.documents import by_document, last_token, rank, to_tokens
+from jlora.losses.dynamic import dft
 from jlora.losses.likelihood import Term, TokenSums, cross_entropy, unchanged
 from jlora.losses.log_probs import TokenScores, token_scores
 from jlora.losses.policy import (
@@ -46,6 +47,7 @@ __all__ = [
     "cpo",
     "cpo_rewards",
     "cross_entropy",
+    "dft",
     "dpo",
     "dpo_rewards",
     "kl3",

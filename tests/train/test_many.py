@@ -172,7 +172,7 @@ def test_adapters_of_experts_are_what_they_are_alone(small, tmp_path, byte_token
             {"adapters": {"a": {"data": "a.jsonl"}}},
             r"adapters\['a'\]: data: found 'a.jsonl', expected a group of settings",
         ),
-        ({"algorithm": "dpo"}, "several are trained side by side by sft; train those of dpo alone"),
+        ({"algorithm": "dpo"}, "several are trained side by side by sft and dft; train those of dpo alone"),
         (
             {"adapters": {"a": {"lora": {"use_dora": True}}, "b": {}}},
             r"b: has no layers/self_attn/q_proj/lora_magnitude, which a trains: give all .* at the same modules",

@@ -5,6 +5,7 @@ Three families share code: `sft` and `judged` train on files (`files`), `rollout
 
 from jlora.train.algorithms.algorithm import Algorithm
 from jlora.train.algorithms.cpo import CPO
+from jlora.train.algorithms.dft import DFT
 from jlora.train.algorithms.dpo import DPO
 from jlora.train.algorithms.grpo import GRPO
 from jlora.train.algorithms.kto import KTO
@@ -16,6 +17,7 @@ from jlora.train.algorithms.sft import SFT
 # By the name that `algorithm` has in a run's settings.
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": SFT,
+    "dft": DFT,
     "dpo": DPO,
     "cpo": CPO,
     "orpo": ORPO,

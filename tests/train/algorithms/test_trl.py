@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -48,7 +48,10 @@ JUDGED = [
     for pair in PAIRS
     for side in ("chosen", "rejected")
 ]
+TEXTS = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
 CASES = {
+    "sft": (SFTTrainer, SFTConfig, TEXTS, {}, {}),
+    "dft": (SFTTrainer, SFTConfig, TEXTS, dict(loss_type="dft"), {}),
     "dpo": (DPOTrainer, DPOConfig, PAIRS, {}, {}),
     "dpo, chats": (DPOTrainer, DPOConfig, CHATS, {}, {}),
     "dpo, three terms": (
@@ -124,12 +127,12 @@ def test_the_first_step_is_trls(case, model_folder, adapters, byte_tokenizer, tm
         "data": {"path": str(path), "packing": False, "bucket": 8},
         "optim": {"learning_rate": 1e-3, "schedule": "constant", "max_grad_norm": 0.0},
         "train": {"steps": 1, "batch_size": len(records), "seq_len": 48},
-        algorithm: ours,
-    }
+    } | ({algorithm: ours} if ours else {})
     run(resolve(settings), tmp_path / "run")
     [found] = read_metrics(tmp_path / "run")
     # CPO's and ORPO's mean logits take in prompts and padding; TRL says that a term it does not use is 0.
     skipped = {"logits/chosen", "logits/rejected"} if algorithm in ("cpo", "orpo") else set()
+    skipped |= {"entropy"} if algorithm in ("sft", "dft") else set()  # which jlora does not compute there
     skipped |= {"nll_loss"} if ours.get("cpo_alpha") == 0 else set()
     names = sorted(set(expected) - OTHER - skipped)
     assert set(names) <= set(found), sorted(set(names) - set(found))

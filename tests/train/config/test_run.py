@@ -72,7 +72,8 @@ def test_everything_missing_is_named_at_once():
         ),
         (
             {"algorithm": "gpo"},
-            "algorithm: found 'gpo' (str), expected one of 'sft', 'dpo', 'cpo', 'orpo', 'kto', 'reward', 'grpo', 'ppo'",
+            "algorithm: found 'gpo' (str), "
+            "expected one of 'sft', 'dft', 'dpo', 'cpo', 'orpo', 'kto', 'reward', 'grpo', 'ppo'",
         ),
         ({"model__dtype": "fp8"}, "model.dtype: found 'fp8', expected one of float32, bfloat16, float16, or None"),
         ({"train__batch_size": 0}, "train.batch_size: found 0, expected at least 1"),

@@ -16,6 +16,7 @@ ROW = {"prompt": "1, 2", "completion": "3", "chosen": "3", "rejected": "4", "lab
 ROWS = [{**ROW, "prompt": f"{i}, {i + 1}", "chosen": f"{i}{i}a", "label": i % 2 == 0} for i in range(8)]
 KEYS = {
     "sft": ("prompt", "completion"),
+    "dft": ("prompt", "completion"),
     "kto": ("prompt", "completion", "label"),
     "grpo": ("prompt",),
     "ppo": ("prompt",),
@@ -61,6 +62,7 @@ def described(tree):
 
 CASES = {
     "sft": {},
+    "dft": {},
     "dpo": {},
     "cpo": {},
     "orpo": {},

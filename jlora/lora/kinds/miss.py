@@ -88,4 +88,4 @@ def _started(target: Target, start: Start) -> dict[str, jax.Array]:
         block = jax.random.uniform(start.key_of(target.path), shape, jnp.float32, -bound, bound)
     adapted = jnp.asarray(target.rank_array > 0)
     found = settings(target, start) | {SCALE.name: adapted.astype(jnp.float32)}
-    return found | {BLOCK.name: block * over(adapted, block.ndim)}
+    return {BLOCK.name: block * over(adapted, block.ndim)} | found

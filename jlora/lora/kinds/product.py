@@ -171,7 +171,7 @@ def _started(target: Target, start: Start) -> dict[str, jax.Array]:
         lora_a = lora_a * used.reshape(*stack, *[1] * (lora_a.ndim - 1 - len(stack)), rank)
         between = [1] * (lora_b.ndim - 1 - len(stack) - len(after))
         lora_b = lora_b * used.reshape(*stack, *between, rank, *[1] * len(after))
-    found = own | {A.name: lora_a, B.name: lora_b}
+    found = {A.name: lora_a, B.name: lora_b} | own
     if starts.shifts_base(config.init_lora_weights):
         found |= {START_A.name: lora_a, START_B.name: lora_b}
     return found

@@ -38,7 +38,7 @@ class Target:
     def require_linear(self, field: str) -> None:
         """Raises UserError, which names the config's field, unless the site is a linear with a weight of its own."""
         site = self.site
-        if site.leaf == "kernel" and site.axes == (1, 1) and not site.tied_to:
+        if site.is_linear:
             return
         what = "a head that is its embedding" if site.tied_to else f"a {site.leaf} of shape {site.shape}"
         raise UserError(f"{field} is for linears; {site.path}: {what} cannot have it")

@@ -17,6 +17,7 @@ from jlora.errors import UserError
 from jlora.hub.peft.config import AdapterConfig
 from jlora.hub.peft.fields import wrong_fields
 from jlora.hub.peft.slots import Module
+from jlora.lora.kinds import update_of
 from jlora.lora.low_rank import Change
 
 Shapes = dict[str, tuple[int, ...]]
@@ -253,8 +254,8 @@ def _adapter_config(fields: Mapping[str, Any]) -> AdapterConfig:
 
 def _problems(fields: Mapping[str, Any]) -> list[str]:
     kind = fields.get("peft_type")
-    if kind == "LORA":
-        return ["it is a LoRA already: open it with jlora.load_adapter"]
+    if update_of(kind) is not None:
+        return ["it needs no conversion: open it with jlora.load_adapter"]
     if not isinstance(kind, str) or kind not in METHODS:
         return [f"peft_type is {kind!r}; {', '.join(METHODS)} can be converted"]
     problems = []

@@ -35,6 +35,11 @@ MARKS = {
 }
 
 
+# How the ends of tensors' names begin: those of the kinds of adapter, and those of the methods that are converted.
+BEGINNINGS = tuple(dict.fromkeys(leaf.peft.partition("_")[0] for kind in KINDS for leaf in kind.leaves if leaf.peft))
+BEGINNINGS += ("hada", "lokr", "ia3", "vera")
+
+
 class Codec(NamedTuple):
     """Converts one layer's values between their layouts in the tree and in the file."""
 
@@ -420,7 +425,7 @@ def _labels(slot: Slot) -> str:
 def _why(tensor: str, there: set[str], prefix: str) -> str:
     if not tensor.startswith(prefix):
         return f": PEFT's names begin with {prefix!r}"
-    module = re.sub(r"\.((lora|hada|lokr|ia3|vera)_.*|m)$", "", tensor)
+    module = re.sub(rf"\.(({'|'.join(BEGINNINGS)})_.*|m)$", "", tensor)
     return f": {CONFIG} does not target this module" if module in there else ": the model has no such linear"
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from jlora import hub, lora, quant, tree
+from jlora import hub, lora, models, quant, tree
 from jlora.lora.kinds.miss import MISS
 
 TOKENS = np.array([[1, 5, 9, 100, 7, 3, 2, 11]], np.int32)
@@ -103,6 +103,19 @@ def test_what_it_cannot_be_is_said(llama_folder, tmp_path, edit_json):
     ):
         with pytest.raises(ValueError, match=message):
             lora.init(base, lora.LoraConfig(**settings), key)
+    experts = dict(model_type="qwen3_moe", vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    experts |= dict(
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    )
+    mixture = models.build(experts).random_params(key)
+    settings = miss | dict(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], r=2)
+    with pytest.raises(ValueError, match="for linears; layers/mlp/experts/down_proj"):
+        lora.init(mixture, lora.LoraConfig(**settings), key)
     params = lora.init(base, lora.LoraConfig(**miss, r=4, rank_pattern={"q_proj": 2}), key)
     with pytest.raises(ValueError, match=r"PEFT's MISS adapters have no .*rank_pattern"):
         hub.save_adapter(tmp_path / "ranks", params)

@@ -74,7 +74,8 @@ def changed_leaves(module: Mapping[str, Any]) -> set[str]:
 
 def changes_one_end(leaves: Mapping[str, Any], embedding: str) -> bool:
     """Whether adapters change the embedding, and would not act in a head that shares its weight unless marked so."""
-    inside = {path.removeprefix(f"{embedding}/"): leaf for path, leaf in leaves.items() if path.startswith(embedding)}
+    start = f"{embedding}/"
+    inside = {path.removeprefix(start): leaf for path, leaf in leaves.items() if path.startswith(start)}
     return any("embedding" in kind.changes(inside) for kind in KINDS if kind.marked)
 
 

@@ -62,8 +62,8 @@ class MiSS(Kind):
         return value.astype(jnp.float32) + jnp.take(block, rows, axis=-2) * over(module[SCALE.name], value.ndim)
 
     def as_product(self, module: Params) -> Params:
-        """With A written out: zeros and ones."""
-        if BLOCK.name not in module:
+        """With A written out: zeros and ones. Without the kernel beside it, nothing says how many inputs A has."""
+        if BLOCK.name not in module or "kernel" not in module:
             return module
         block, inputs = module[BLOCK.name], module["kernel"].shape[-2]
         lora_a = jax.nn.one_hot(jnp.arange(inputs) % block.shape[-2], block.shape[-2])

@@ -103,6 +103,9 @@ def test_what_it_cannot_be_is_said(llama_folder, tmp_path, edit_json):
     ):
         with pytest.raises(ValueError, match=message):
             lora.init(base, lora.LoraConfig(**settings), key)
+    elsewhere = {"nowhere": {"lora_miss_b": jnp.ones((4, 9)), "lora_scale": jnp.float32(1)}}
+    with pytest.raises(ValueError, match="nowhere/lora_miss_b is more than a bank holds"):
+        lora.Bank.of(base, {"elsewhere": elsewhere})
     experts = dict(model_type="qwen3_moe", vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
     experts |= dict(
         num_attention_heads=2,

@@ -79,14 +79,13 @@ def test_a_copy_takes_the_place_of_a_kernel(form):
     np.testing.assert_allclose(lora.linear(x, module), by_merging(x, module), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", ["Copies", "Product", "TokenRows"])
 def test_an_embedding_gives_the_rows_of_the_merged_one(name):
     kind, embedding = NAMED[name], jax.random.normal(jax.random.key(0), (64, 24))
     module = {"embedding": embedding} | leaves(kind, {"kernel": embedding})
     module |= {"lora_tokens": jnp.ones((3, 24))} if kind is TOKENS else {}
     module |= {"trained_embedding": embedding + 1} if kind is COPIES else {}
-    if "embedding" not in changed_leaves(module):
-        pytest.skip("linears alone have it")
+    assert "embedding" in changed_leaves(module)
     tokens = jnp.array([[0, 7, 5], [23, 1, 63]])
     expected = lora.merge({"embed": module})["embed"]["embedding"]
     np.testing.assert_allclose(lora.embed(tokens, module), expected[tokens], rtol=1e-5, atol=1e-5)

@@ -22,13 +22,16 @@ from jlora.types import BRANCH
 SCALE = 0.3
 
 
-def formula(queries, keys, values, marks, scale=SCALE, softcap=None):
+def formula(queries, keys, values, sinks=None, *, marks, scale=SCALE, softcap=None):
     groups = queries.shape[2] // keys.shape[2]
     keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
     scores = scale * jnp.einsum("bthf,bshf->bhts", queries, keys)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    weights = jax.nn.softmax(jnp.where(mask_of(marks)[:, None], scores, -1e30), axis=-1)
+    scores = jnp.where(mask_of(marks)[:, None], scores, -1e30)
+    if sinks is not None:  # a key whose value is zero
+        scores = jnp.pad(scores, [(0, 0)] * 3 + [(0, 1)]).at[..., -1].set(sinks[None, :, None])
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]]
     return jnp.einsum("bhts,bshf->bthf", weights, values)
 
 
@@ -52,6 +55,15 @@ def arrays(tokens, size, heads=6, kv_heads=3, width=10):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True)]
 
 
+def sinks_of(heads):
+    """Sinks that take nearly nothing from some heads, and nearly all from others."""
+    return jnp.linspace(-4.0, 6.0, heads)
+
+
+def by_form(form, marks, softcap, queries, keys, values, sinks=None):
+    return attend(queries, keys, values, marks, SCALE, softcap, form, sinks)
+
+
 def packed(tokens, branches=False, **settings):
     """Marks of rows that hold two documents and, in the second row, padding; or two branches off one beginning."""
     index = np.broadcast_to(np.arange(tokens), (2, tokens))
@@ -65,15 +77,17 @@ def packed(tokens, branches=False, **settings):
     return Marks(*own, *own, branches=branches, **settings)
 
 
-def same(form, marks, softcap=None, **sizes):
+def same(form, marks, softcap=None, sinks=False, **sizes):
     """Asserts that values and gradients are the formula's."""
     *inputs, weights = arrays(*marks.size, **sizes)
+    if sinks:
+        inputs.append(sinks_of(weights.shape[2]))
 
     def run(compute):
-        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=(0, 1, 2))(*inputs)
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=range(len(inputs)))(*inputs)
 
-    ours = jax.jit(functools.partial(run, lambda *x: attend(*x, marks, SCALE, softcap, form)))()
-    theirs = run(lambda *x: formula(*x, marks, SCALE, softcap))
+    ours = jax.jit(functools.partial(run, functools.partial(by_form, form, marks, softcap)))()
+    theirs = run(functools.partial(formula, marks=marks, softcap=softcap))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
 
 
@@ -182,6 +196,54 @@ def test_triton_kernels_take_fewer_queries_than_keys_and_those_that_see_none():
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("form", ["plain", "blocked", "splash_interpreted", "triton_interpreted"])
+def test_sinks_take_part_in_the_softmax_of_every_form(form, window, small_blocks):
+    same(form, packed(70, windows=(None, window), chosen=jnp.int32(1)), sinks=True, heads=4, kv_heads=2, width=16)
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked", "triton_interpreted"])
+def test_sinks_take_part_where_keys_lie_in_a_cache(form, small_blocks):
+    cached = packed(60)
+    queries = cached.positions[:, 30:50], cached.segment_ids[:, 30:50]
+    marks = Marks(*queries, cached.key_positions, cached.key_segment_ids, branches=form != "triton_interpreted")
+    same(form, marks, sinks=True, heads=4, kv_heads=2, width=16)
+
+
+def test_sinks_are_shared_by_branches_and_what_they_branch_off():
+    same("splash_interpreted", packed(70, branches=True), sinks=True, heads=4, kv_heads=2, width=16)
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked"])
+def test_a_query_that_sees_only_its_sink_gives_zeros(form, small_blocks):
+    marks = dataclasses.replace(packed(40), key_segment_ids=jnp.full((2, 40), 9))
+    *inputs, weights = arrays(40, 40)
+    y, pullback = jax.vjp(functools.partial(by_form, form, marks, None), *inputs, sinks_of(6))
+    for found in (y, *pullback(weights)):
+        np.testing.assert_array_equal(found, 0)
+
+
+def test_sinks_far_below_the_scores_change_nothing_and_far_above_take_all():
+    *inputs, weights = arrays(33, 33)
+    marks = packed(33)
+    plain = by_form("plain", marks, None, *inputs)
+    low, high = (by_form("plain", marks, None, *inputs, jnp.full(6, value)) for value in (-1e30, 1e30))
+    np.testing.assert_array_equal(low, plain)
+    np.testing.assert_array_equal(high, 0)
+
+
+def test_sinks_of_16_bits_are_scores_of_32():
+    *inputs, weights = (x.astype(jnp.bfloat16) for x in arrays(40, 40))
+    sinks = sinks_of(6).astype(jnp.bfloat16)
+    marks = packed(40)
+    y, pullback = jax.vjp(functools.partial(by_form, "plain", marks, None), *inputs, sinks)
+    wide = [x.astype(jnp.float32) for x in (*inputs, sinks, weights)]
+    expected, pulled = jax.vjp(functools.partial(formula, marks=marks), *wide[:-1])
+    for found, one in zip((y, *pullback(weights)), (expected, *pulled(wide[-1])), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found, one, rtol=0, atol=0.02 * float(jnp.abs(one).max()))
+
+
 blocks_visited = jax.jit(visits, static_argnums=(1, 2, 3))
 
 
@@ -272,20 +334,34 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("case", MESHES)
-def test_forms_are_the_formulas_on_a_mesh(case, small_blocks):
+WITH_SINKS = (
+    "splash_interpreted, a device has its own heads",
+    "triton_interpreted, a device has its own heads",
+    "blocked, heads that do not divide",
+    "plain, tokens and fewer heads of keys than ways",
+    "plain, tokens and heads that do not divide",
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "sinks"), [*((case, False) for case in MESHES), *((case, True) for case in WITH_SINKS)]
+)
+def test_forms_are_the_formulas_on_a_mesh(case, sinks, small_blocks):
     form, (sizes, heads) = case.partition(",")[0], MESHES[case]
     mesh = sharding.make_mesh(sharding.MeshConfig(**sizes), jax.devices()[:4])
     *inputs, weights = arrays(140, 140, *heads)
     marks = packed(140, windows=(None, 60), chosen=jnp.int32(1)) if "tokens" in case else packed(140)
-
-    def run(compute, *x):
-        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=(0, 1, 2))(*x)
-
     place = jax.NamedSharding(mesh, jax.P(sharding.ROWS, sharding.TOKENS))
     placed = jax.device_put(inputs, place)
-    ours = sharding.jit(functools.partial(run, lambda *x: attend(*x, marks, SCALE, None, form)))(*placed)
-    theirs = run(lambda *x: formula(*x, marks), *inputs)
+    if sinks:
+        inputs, placed = ([*x, sinks_of(heads[0])] for x in (inputs, placed))
+        placed[-1] = jax.device_put(placed[-1], jax.NamedSharding(mesh, jax.P()))
+
+    def run(compute, *x):
+        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=range(len(x)))(*x)
+
+    ours = sharding.jit(functools.partial(run, functools.partial(by_form, form, marks, None)))(*placed)
+    theirs = run(functools.partial(formula, marks=marks), *inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
 
 

@@ -80,6 +80,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     form: str = AUTO,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H F"]:
     """softmax(scale · q·k) @ v over the keys that `marks` let a query see; scores and softmax are float32.
 
@@ -88,15 +89,24 @@ def attend(
     Args:
         softcap: scores become softcap · tanh(scores / softcap) (Gemma 2).
         form: a name of FORMS, or "auto" for the best form on the device.
+        sinks: a score for each query head that takes part in the softmax, as that of a key whose value is zero
+            (gpt-oss). A query that sees no key then gives zeros.
 
     Raises:
         UserError: the form cannot be used here.
     """
-    return spread.run(functools.partial(_on_rows, Scores(scale, softcap), form), queries, keys, values, marks)
+    rule = Scores(scale, softcap)
+    return spread.run(functools.partial(_on_rows, rule, form), queries, keys, values, marks, sinks)
 
 
 def _on_rows(
-    rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
+    rule: Scores,
+    form: str,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    marks: Marks,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     batch, tokens, heads, width = queries.shape
     grouped = queries.reshape(batch, tokens, keys.shape[2], heads // keys.shape[2], width).transpose(0, 2, 3, 1, 4)
@@ -106,7 +116,9 @@ def _on_rows(
         # Keeps what depends on marks alone from being computed once for all layers: the blocks' masks together would be
         # the whole mask.
         marks, grouped = jax.lax.optimization_barrier((marks, grouped))
-    y = _attend(rule, name, grouped, keys, values, marks)
+    if sinks is not None:
+        sinks = sinks.reshape(grouped.shape[1:3])
+    y = _attend(rule, name, grouped, keys, values, marks, sinks)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, width)
 
 
@@ -148,21 +160,55 @@ def _scores(marks: Marks, heads: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
-    """[B, K, G, T, F] from queries [B, K, G, T, F], keys and values [B, K, S, F]."""
-    return FORMS[form].forward(rule, queries, keys, values, marks)[0]
+def _attend(
+    rule: Scores,
+    form: str,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    marks: Marks,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """[B, K, G, T, F] from queries [B, K, G, T, F], keys and values [B, K, S, F], and sinks [K, G]."""
+    return _computed(rule, form, queries, keys, values, marks, sinks)[0]
+
+
+def _computed(rule: Scores, form: str, *arrays: jax.Array | Marks | None) -> tuple[jax.Array, Float[Array, "B K G T"]]:
+    """(the output, the log of each query's sum of weights, that of the sink included).
+
+    No form knows of sinks: one more weight divides the output, and the forms' backward passes take their weights from
+    the sum. That the sink's value is zero leaves their sum of output times gradient as it is.
+    """
+    *seen, sinks = arrays
+    y, log_totals = FORMS[form].forward(rule, *seen)
+    if sinks is None:
+        return y, log_totals
+    sinks = sinks.astype(jnp.float32)[None, :, :, None]
+    share = jax.nn.sigmoid(log_totals - sinks)[..., None]
+    return (y * share).astype(y.dtype), jnp.logaddexp(log_totals, sinks)
 
 
 def _attend_forward(
-    rule: Scores, form: str, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks
-) -> tuple[jax.Array, Kept]:
-    y, log_totals = FORMS[form].forward(rule, queries, keys, values, marks)
+    rule: Scores, form: str, *arrays: jax.Array | Marks | None
+) -> tuple[jax.Array, tuple[Kept, jax.Array | None]]:
+    y, log_totals = _computed(rule, form, *arrays)
     y, log_totals = checkpoint_name(y, SAVED), checkpoint_name(log_totals, SAVED)
-    return y, Kept(queries, keys, values, marks, y, log_totals)
+    *seen, sinks = arrays
+    return y, (Kept(*seen, y, log_totals), sinks)
 
 
-def _attend_backward(rule: Scores, form: str, kept: Kept, grad: jax.Array) -> tuple:
-    return *FORMS[form].backward(rule, kept, grad), None
+def _attend_backward(rule: Scores, form: str, residuals: tuple[Kept, jax.Array | None], grad: jax.Array) -> tuple:
+    kept, sinks = residuals
+    return *FORMS[form].backward(rule, kept, grad), None, _grad_sinks(kept, sinks, grad)
+
+
+def _grad_sinks(kept: Kept, sinks: jax.Array | None, grad: jax.Array) -> jax.Array | None:
+    """-Σ weight of the sink · output · gradient: a higher score takes from the output, and gives nothing for it."""
+    if sinks is None:
+        return None
+    weights = jnp.exp(sinks.astype(jnp.float32)[None, :, :, None] - kept.log_totals)
+    products = jnp.sum(grad.astype(jnp.float32) * kept.y.astype(jnp.float32), axis=-1)
+    return -jnp.sum(weights * products, axis=(0, 3)).astype(sinks.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -16,11 +16,13 @@ from jlora.kernels.attention.marks import Marks
 TOKENS_SPLIT = (sharding.ROWS, sharding.TOKENS, sharding.FEATURES, None)
 HEADS_SPLIT = (sharding.ROWS, None, sharding.HEADS, None)
 
-# (queries [B, T, H, F], keys and values [B, S, K, F], marks) → the output [B, T, H, F].
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Marks], jax.Array]
+# (queries [B, T, H, F], keys and values [B, S, K, F], marks, sinks [H] or None) → the output [B, T, H, F].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Marks, jax.Array | None], jax.Array]
 
 
-def run(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
+def run(
+    attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, sinks: jax.Array | None
+) -> jax.Array:
     """The result of `attend`, computed by each device for its own part.
 
     If tensor × sequence divides the heads, every device gets all tokens of some heads and returns the result in the
@@ -33,10 +35,11 @@ def run(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, 
         marks = dataclasses.replace(
             marks, **{name: sharding.constrain(getattr(marks, name), sharding.ROWS, None) for name in OF_TOKENS}
         )
-        return _moved(attend(*whole, marks), HEADS_SPLIT, TOKENS_SPLIT)
+        sinks = None if sinks is None else sharding.constrain(sinks, sharding.HEADS)
+        return _moved(attend(*whole, marks, sinks), HEADS_SPLIT, TOKENS_SPLIT)
     if gathers(marks, heads):
-        return _gathered(attend, queries, keys, values, marks)
-    return attend(queries, keys, values, marks)
+        return _gathered(attend, queries, keys, values, marks, sinks)
+    return attend(queries, keys, values, marks, sinks)
 
 
 OF_TOKENS = ("positions", "segment_ids", "key_positions", "key_segment_ids")
@@ -75,7 +78,9 @@ def _enough(x: jax.Array, heads: int) -> jax.Array:
     return x if times == 1 else jnp.repeat(sharding.constrain(x, *TOKENS_SPLIT), times, axis=2)
 
 
-def _gathered(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
+def _gathered(
+    attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, sinks: jax.Array | None
+) -> jax.Array:
     tokens, everywhere = PartitionSpec(None, sharding.TOKENS), PartitionSpec()
     places = dataclasses.replace(
         marks,
@@ -88,14 +93,16 @@ def _gathered(attend: Attend, queries: jax.Array, keys: jax.Array, values: jax.A
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(tokens, tokens, tokens, places),
+        in_specs=(tokens, tokens, tokens, places, None if sinks is None else everywhere),
         out_specs=tokens,
         axis_names={sharding.TOKENS},
         check_vma=False,  # kernels do not pass that check
     )
-    def on_each(queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks) -> jax.Array:
+    def on_each(
+        queries: jax.Array, keys: jax.Array, values: jax.Array, marks: Marks, sinks: jax.Array | None
+    ) -> jax.Array:
         # In the backward pass, gradients are summed on the device that has the tokens and go to no other.
         keys, values = (jax.lax.all_gather(x, sharding.TOKENS, axis=1, tiled=True) for x in (keys, values))
-        return attend(queries, keys, values, marks)
+        return attend(queries, keys, values, marks, sinks)
 
-    return on_each(queries, keys, values, marks)
+    return on_each(queries, keys, values, marks, sinks)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 from jlora.families import (
+    arcee,
+    exaone4,
     gemma,
     gemma2,
     gemma3,
@@ -21,6 +23,7 @@ from jlora.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from jlora.families.family import Family
@@ -34,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
     for module in (
         *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
+        *(arcee, seed_oss, exaone4),
         *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
     )
     for model_type in module.FAMILY.model_types

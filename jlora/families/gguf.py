@@ -165,7 +165,8 @@ class Gguf(NamedTuple):
         architecture: GGUF's name, which several families may share.
         reading: from a file to config.json; None: such files are read as another family's.
         writes: key → its value for a model, besides what the files of every family say.
-        modules: GGUF's names of a layer's modules → the Hub's, besides those that are in `Names`.
+        modules: GGUF's names of a layer's modules → the Hub's, besides those that are in `Names`; None takes one of
+            these out.
         layouts: (pattern of GGUF's tensor names, how these differ from the Hub's).
         period: one layer in this many has no window, unless the file says which; None: llama.cpp computes no windows.
         all_biases: whether llama.cpp has biases of attention's output and the MLP.
@@ -176,7 +177,7 @@ class Gguf(NamedTuple):
     architecture: str
     reading: Reading | None = Reading()
     writes: Mapping[str, Callable[["ModelConfig"], Any]] = {}
-    modules: Mapping[str, str] = {}
+    modules: Mapping[str, str | None] = {}
     layouts: tuple[tuple[str, Layout], ...] = ()
     period: int | None = None
     all_biases: bool = False

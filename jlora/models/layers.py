@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu_fast": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
 }
 
 

@@ -31,6 +31,14 @@ SIZES = dict(
     max_position_embeddings=64,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=1e4)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+    rope_theta=5e5,
+)
 GPT_SIZES = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64)
 NEOX_SIZES = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 MOE = SIZES | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=12)
@@ -56,11 +64,7 @@ CASES = {
     "iquestcoder": ("IQuestCoderConfig", SIZES | dict(head_dim=10)),
     "llama-3": (
         "LlamaConfig",
-        SIZES
-        | dict(
-            rope_parameters=dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
-            | dict(original_max_position_embeddings=16, rope_theta=5e5)
-        ),
+        SIZES | dict(rope_parameters=LLAMA3),
     ),
     "llama-yarn": ("LlamaConfig", SIZES | dict(head_dim=20, rope_parameters=YARN)),
     "llama-yarn-mscale": (
@@ -133,6 +137,20 @@ CASES = {
         SIZES
         | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
         | dict(attention_bias=True),
+    ),
+    "arcee": ("ArceeConfig", SIZES | dict(head_dim=10)),
+    "arcee-biases": ("ArceeConfig", SIZES | dict(attention_bias=True, mlp_bias=True, rope_parameters=YARN)),
+    "seed_oss": ("SeedOssConfig", SIZES | dict(head_dim=20)),
+    "seed_oss-biases": (
+        "SeedOssConfig",
+        SIZES | dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+    ),
+    "exaone4": ("Exaone4Config", SIZES | dict(num_hidden_layers=5, sliding_window=6)),
+    "exaone4-full": (
+        "Exaone4Config",
+        SIZES
+        | dict(sliding_window=None, layer_types=["full_attention"] * 4, tie_word_embeddings=True)
+        | dict(rope_parameters=LLAMA3),
     ),
     "gpt2": ("GPT2Config", GPT_SIZES),
     "gpt2-scaled": (

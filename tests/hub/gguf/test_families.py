@@ -131,6 +131,18 @@ CASES = {
         | dict(rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4))),
         False,
     ),
+    "arcee": ("arcee", "ArceeConfig", SIZES | dict(head_dim=20), False),
+    "seed_oss": ("seed_oss", "SeedOssConfig", SIZES | dict(head_dim=20), False),
+    "exaone4": ("exaone4", "Exaone4Config", SIZES | dict(num_hidden_layers=5, sliding_window=6), False),
+    "exaone4-full": (
+        "exaone4",
+        "Exaone4Config",
+        SIZES
+        | dict(sliding_window=None, layer_types=["full_attention"] * 4, tie_word_embeddings=True)
+        | dict(max_position_embeddings=16384)
+        | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192)),
+        False,
+    ),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
     "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.5), False),
@@ -226,6 +238,13 @@ def write_olmo2(writer, config):
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 
 
+def write_exaone4(writer, config):
+    write_common(writer, config)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
 def write_granite(writer, config):
     write_llama(writer, config)
     writer.add_attention_scale(config.attention_multiplier)
@@ -278,6 +297,8 @@ def write_gptneox(writer, config):
 
 METADATA = {
     "llama": write_llama,
+    "arcee": write_llama,
+    "exaone4": write_exaone4,
     "smollm3": write_llama,
     "olmo2": write_olmo2,
     "granite": write_granite,
@@ -298,7 +319,7 @@ def interleaved(array, heads):
 def laid_out(architecture, config, name, array):
     """[(name, array)] with what llama.cpp's converter changes about a tensor."""
     module = name.split(".")[-2] if "." in name else name
-    if architecture in ("llama", "granite", "smollm3") and module in ("q_proj", "k_proj"):
+    if architecture in ("llama", "granite", "smollm3", "arcee") and module in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
         return [(name, interleaved(array, heads))]
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -318,7 +339,7 @@ def laid_out(architecture, config, name, array):
 
 def llama3_divisors(config):
     """What Llama 3's rule divides each rotary frequency by."""
-    rope, dim = rope_parameters(config), config.head_dim
+    rope, dim = rope_parameters(config), getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     smooth = (context / wavelengths - low) / (high - low)
@@ -845,6 +866,7 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path):
 # Cases that llama.cpp computes otherwise than transformers, with the reason.
 ELSEWISE = {
     "phi3": "it has switched Phi-3's window off",
+    "exaone4": "it tells by the 64 layers of the 32B whether there are windows, and layers without positions",
 }
 
 

@@ -224,7 +224,7 @@ def test_a_query_that_sees_only_its_sink_gives_zeros(form, small_blocks):
 
 
 def test_sinks_far_below_the_scores_change_nothing_and_far_above_take_all():
-    *inputs, weights = arrays(33, 33)
+    *inputs, _ = arrays(33, 33)
     marks = packed(33)
     plain = by_form("plain", marks, None, *inputs)
     low, high = (by_form("plain", marks, None, *inputs, jnp.full(6, value)) for value in (-1e30, 1e30))

@@ -5,6 +5,7 @@ from jlora.quant.formats import FORMATS, quantize
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.mixed import candidates, choose, weight_damage
+from jlora.quant.mxfp4 import PackedMxfp4
 from jlora.quant.packed import PackedArray, dequantize, is_packed, packs_update, stored, unpacked
 from jlora.quant.products import grouped_matmul, matmul
 from jlora.quant.rounded import Rounded
@@ -14,6 +15,7 @@ __all__ = [
     "Packed4bit",
     "PackedArray",
     "PackedInt8",
+    "PackedMxfp4",
     "QuantConfig",
     "Rounded",
     "as_config",

@@ -111,7 +111,7 @@ def pack(array: Float[Array, "*stack D N"], format: str, *, double_quant: bool) 
 def unpack(leaf: Packed4bit, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
     """The kernels that a packed value stands for: codebook · scale in float32, rounded once to the leaf's dtype."""
     leaf, shifts = after(leaf, jnp.asarray(_SHIFTS))
-    values = _lookup(_nibbles(leaf.codes, shifts), CODEBOOKS[leaf.format])
+    values = lookup(nibbles(leaf.codes, shifts), CODEBOOKS[leaf.format])
     values = values * jnp.repeat(block_scales(leaf), BLOCK, axis=-2)
     return rounded_to(_from_blocks(values, leaf.matrix), leaf.dtype, dtype)
 
@@ -161,7 +161,7 @@ def _nearest(scaled: jax.Array, codebook: np.ndarray) -> jax.Array:
     order = np.argsort(codebook, kind="stable").astype(np.uint8)
     ascending = codebook[order]
     rank = sum((scaled > middle).astype(jnp.uint8) for middle in (ascending[:-1] + ascending[1:]) / np.float32(2))
-    return rank if np.array_equal(order, np.arange(16)) else _lookup(rank, order)
+    return rank if np.array_equal(order, np.arange(16)) else lookup(rank, order)
 
 
 def _nearest_host(value: np.float32, codebook: np.ndarray) -> np.uint8:
@@ -196,14 +196,14 @@ def _from_blocks(columns: jax.Array, matrix: tuple[int, int]) -> jax.Array:
     return jnp.swapaxes(flat.reshape(*flat.shape[:-1], outputs, inputs), -1, -2)
 
 
-def _nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
+def nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
     """uint8 codes [..., D, N] from bytes [..., D/2, N].
 
     Each byte is repeated and then shifted by 4 or 0, which XLA vectorises; for stacked halves it would branch.
 
     Args:
-        shifts: 4 and 0, from a barrier with a part of the packed value. Otherwise JAX would compute every code's shift
-            once, before a loop over layers, and keep it.
+        shifts: 4 and 0 (or 0 and 4, if the first is in the low nibble), from a barrier with a part of the packed value.
+            Otherwise JAX would compute every code's shift once, before a loop over layers, and keep it.
     """
     *stack, half, outputs = codes.shape
     twice = jnp.broadcast_to(codes[..., :, None, :], (*stack, half, 2, outputs))
@@ -211,7 +211,7 @@ def _nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
     return ((twice >> shift) & 15).reshape(*stack, 2 * half, outputs)
 
 
-def _lookup(index: jax.Array, table: np.ndarray) -> jax.Array:
+def lookup(index: jax.Array, table: np.ndarray) -> jax.Array:
     """The table's values at 4-bit indices, in the form that is fastest on the device that is compiled for."""
     by_platform = {platform: functools.partial(LOOKUPS[name], table=table) for platform, name in LOOKUP.items()}
     return jax.lax.platform_dependent(index, **by_platform)

@@ -25,7 +25,7 @@ class ModelSource:
         path: a Hugging Face folder, a Hub id, or a GGUF file.
         dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
             keeps the one it began with.
-        quant: "nf4", "fp4", "int4", "int8", a QuantConfig, or None for the weights as the checkpoint has them.
+        quant: "nf4", "fp4", "int4", "int8", "mxfp4", a QuantConfig, or None for the weights as the checkpoint has them.
         adapter: a PEFT folder to continue from; its settings replace the group `lora`.
         resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
             are the mean of the others; lora.trainable_token_indices or modules_to_save train them.

@@ -8,7 +8,13 @@ import pytest
 from jlora import quant, tree
 
 # Format → relative root mean square error on normal weights, and bits a weight (of a kernel of 1024 × 256).
-PINNED = {"nf4": (0.0922, 4.127), "fp4": (0.1220, 4.127), "int4": (0.0994, 4.127), "int8": (0.0079, 8.031)}
+PINNED = {
+    "nf4": (0.0922, 4.127),
+    "fp4": (0.1220, 4.127),
+    "int4": (0.0994, 4.127),
+    "int8": (0.0079, 8.031),
+    "mxfp4": (0.1151, 4.25),
+}
 
 
 def kernel(*shape, seed=0):
@@ -79,7 +85,7 @@ def test_rules_mix_formats_by_path():
 
 
 def test_errors_name_what_was_found():
-    with pytest.raises(ValueError, match="'int3' is unknown; expected one of nf4, fp4, int4, int8"):
+    with pytest.raises(ValueError, match="'int3' is unknown; expected one of nf4, fp4, int4, int8, mxfp4"):
         quant.quantize(kernel(64, 4), "int3")
     with pytest.raises(ValueError, match=r"found shape \(64,\)"):
         quant.quantize(jnp.zeros(64))

@@ -24,6 +24,8 @@ STACK = re.compile(
 OUTSIDE = re.compile(rf"({'|'.join((SCORE, *every(lambda family: family.names.outside)))})/[^/]+")
 # The least number of axes of a stacked leaf with this name. In a single module it has one less.
 STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2}
+# The most layers of a pattern that repeats (`stack_ranges`).
+PERIOD = 12
 # How the names of all leaves of adapters begin (`jlora.lora.kinds`).
 ADDED = ("lora_", "trained_")
 
@@ -226,13 +228,33 @@ def stack_key(name: str, layers: range, total: int) -> str:
 
 
 def stack_ranges(signatures: Sequence[Hashable]) -> list[range]:
-    """The layers of each stack, if only layers with equal signatures can share one: all, every n-th, or equal runs."""
+    """The layers of each stack, if only layers with equal signatures can share one.
+
+    The layers are cut into pieces that repeat a pattern of up to PERIOD layers, so that there are as few stacks (one
+    for every place in a pattern), and then as few pieces, as possible.
+
+    a a a  →  0-2        a b a b a b  →  0-4:2, 1-5:2        a b b b  →  0-0, 1-3
+    """
     total = len(signatures)
-    for period in range(1, min(8, total // 2) + 1):
-        if total % period == 0 and all(signatures[i] == signatures[i % period] for i in range(total)):
-            return [range(first, total, period) for first in range(period)]
-    edges = [i for i in range(total) if i == 0 or signatures[i] != signatures[i - 1]]
-    return [range(first, last) for first, last in zip(edges, [*edges[1:], total], strict=True)]
+    # For each first layer: (stacks and pieces from here to the end, -layers that the first piece covers, its period).
+    best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * (total + 1)
+    equal = [0] * (PERIOD + 1)  # for each period, how many layers from here on equal the one that many further on
+    for first in reversed(range(total)):
+        options = []
+        for period in range(1, min(PERIOD, total - first) + 1):
+            alike = first + period < total and signatures[first] == signatures[first + period]
+            equal[period] = equal[period] + 1 if alike else 0
+            times = equal[period] // period + 1
+            if period == 1 or times > 1:
+                stacks, pieces, *_ = best[first + period * times]
+                options.append((period + stacks, 1 + pieces, -period * times, period))
+        best[first] = min(options)
+    found, first = [], 0
+    while first < total:
+        *_, covered, period = best[first]
+        found += [range(first + place, first - covered, period) for place in range(period)]
+        first -= covered
+    return found
 
 
 def subtree(tree: dict, path: str) -> dict:

@@ -1,5 +1,7 @@
 """Trees, paths and rules."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,3 +81,30 @@ def test_parts_of_a_stack_have_their_own_number_of_layers():
     assert list(found("layers@3-7:4/a").indices(2)) == [3, 7]
     assert tree.is_own(leaves | {"embed_tokens/embedding": np.zeros((9, 4))})
     assert not tree.is_own(leaves | {"head/kernel": np.zeros((4, 9))})
+
+
+def test_layers_with_equal_signatures_share_a_stack_if_they_repeat_a_pattern():
+    def stacks(layers):
+        found = [tree.stack_key("h", layers, -1) for layers in tree.stack_ranges(layers)]
+        return [name.partition("@")[2] for name in found]
+
+    assert stacks("aaa") == ["0-2"]
+    assert stacks("ababab") == ["0-4:2", "1-5:2"]
+    assert stacks("abbb") == ["0-0", "1-3"]
+    assert stacks("dddaddda") == ["0-4:4", "1-5:4", "2-6:4", "3-7:4"]
+    assert stacks("sfsfsxyvwvw") == ["0-2:2", "1-3:2", "4-4", "5-5", "6-6", "7-9:2", "8-10:2"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stacks_hold_every_layer_once_in_stacks_of_one_signature(seed):
+    rng = np.random.default_rng(seed)
+    layers = "".join(rng.choice(list("ab")) for _ in range(rng.integers(1, 30)))
+    stacks = tree.stack_ranges(layers)
+    assert sorted(i for stack in stacks for i in stack) == list(range(len(layers)))
+    assert all(len({layers[i] for i in stack}) == 1 for stack in stacks)
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(layers))
+    assert len(stacks) <= runs
+    # Never more than the best single pattern.
+    for period in range(1, min(8, len(layers) // 2) + 1):
+        if len(layers) % period == 0 and layers == layers[:period] * (len(layers) // period):
+            assert len(stacks) <= period

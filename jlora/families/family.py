@@ -22,6 +22,8 @@ class Names(NamedTuple):
     norm: str = "norm"
     head: str = "lm_head"
     attention: str = "self_attn"
+    # (kind of layer, the name of what mixes tokens in it), where that is not `attention`
+    mixers: tuple[tuple[str, str], ...] = ()
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -29,6 +31,14 @@ class Names(NamedTuple):
     # (norm before, norm after) of attention and of the MLP
     attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
+
+    def mixer(self, kind: str) -> str:
+        """The name of a layer's module that mixes tokens.
+
+        Args:
+            kind: a name of `jlora.models.mixers.MIXERS`.
+        """
+        return dict(self.mixers).get(kind, self.attention)
 
     @property
     def outside(self) -> tuple[str, ...]:
@@ -97,11 +107,22 @@ class Layer(NamedTuple):
         window: keys this many or more positions back are not seen; None: all are seen.
         rope: the index in `ModelConfig.ropes` of the rotation of its queries and keys; None: they are not rotated.
         experts: whether its MLP is a mixture of experts.
+        mixer: what mixes tokens, a name of `jlora.models.mixers.MIXERS`.
+        head_dim, num_key_value_heads, intermediate_size: None: the model's.
     """
 
     window: int | None = None
     rope: int | None = 0
     experts: bool = False
+    mixer: str = "attention"
+    head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+
+    @property
+    def structure(self) -> "Layer":
+        """The layer without what is only data to the program that computes it; equal ones can share a stack."""
+        return self._replace(window=None, rope=None)
 
 
 @dataclasses.dataclass(frozen=True)

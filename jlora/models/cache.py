@@ -1,51 +1,80 @@
-"""The cache of keys and values, for texts that grow token by token."""
+"""The cache of what layers keep of earlier tokens, for texts that grow token by token."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class Shape(NamedTuple):
+    """The shape of one array that a layer keeps for a row.
+
+    Attributes:
+        sizes: None stands for the room for tokens, S; an array without it is a state, which each token changes.
+        dtype: None: that of the activations.
+    """
+
+    sizes: tuple[int | None, ...]
+    dtype: str | None = None
+
+
+Room = Mapping[str, Shape]  # what a layer keeps of a row's earlier tokens, by name
+Kept = dict[str, jax.Array]
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "positions", "segment_ids", "length"],
-    meta_fields=[],
+    jax.tree_util.register_dataclass, data_fields=["stacks", "positions", "segment_ids", "length"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of earlier tokens, stacked over layers, with room for S tokens a row.
+    """What layers keep of earlier tokens, with room for S tokens a row.
 
     Attributes:
-        keys, values: [L, B, K, S, F], the order in which attention reads them.
+        stacks: arrays by name, for the layers that keep the same, stacked: {"attention": {"keys": [L, B, K, S, F], …}}.
         positions, segment_ids: int32 [B, S]; segment 0 marks places that are padding or not yet written.
         length: int32, how many of the S places are written: a scalar if all rows have the same length (shorter prompts
             are padded on the left), [B] if they differ. A row must not be read once its length exceeds S.
     """
 
-    keys: Any
-    values: Any
+    stacks: dict[str, Kept]
     positions: Any
     segment_ids: Any
     length: Any
 
     @classmethod
-    def empty(cls, layers: int, batch: int, size: int, heads: int, width: int, dtype: jax.typing.DTypeLike) -> "Cache":
+    def empty(
+        cls, rooms: Mapping[str, tuple[int, Room]], batch: int, size: int, dtype: jax.typing.DTypeLike
+    ) -> "Cache":
         """A cache with nothing written, for all rows of the same length.
 
         Args:
+            rooms: for each stack, how many layers it has, and what one of them keeps of a row.
             size: S, the room for tokens.
-            heads: K, key heads.
-            width: F, values of a head.
+            dtype: the dtype of the activations.
         """
-        shape = (layers, batch, heads, size, width)
+
+        def zeros(layers: int, shape: Shape) -> jax.Array:
+            sizes = [size if length is None else length for length in shape.sizes]
+            return jnp.zeros((layers, batch, *sizes), shape.dtype or dtype)
+
+        stacks = {
+            name: {array: zeros(layers, shape) for array, shape in room.items()}
+            for name, (layers, room) in rooms.items()
+        }
         marks = jnp.zeros((batch, size), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), marks, marks, jnp.int32(0))
+        return cls(stacks, marks, marks, jnp.int32(0))
+
+    @property
+    def size(self) -> int:
+        """S, the room for tokens."""
+        return self.positions.shape[1]
 
     def mark(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> "Cache":
-        """The cache with the marks of T new tokens, whose keys and values the layers then `write` at `length`."""
+        """The cache with the marks of T new tokens, whose keys and values the layers then `extend` at `length`."""
 
         def write(marks: jax.Array, new: jax.Array) -> jax.Array:
             if self.length.ndim:
@@ -56,38 +85,57 @@ class Cache:
             self, positions=write(self.positions, positions), segment_ids=write(self.segment_ids, segment_ids)
         )
 
-    def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "B T K F"], values: Float[Array, "B T K F"]
-    ) -> tuple["Cache", Float[Array, "B S K F"], Float[Array, "B S K F"]]:
-        """(the cache with a layer's new keys and values at `length`, all of that layer's keys, all of its values)."""
+    def extend(
+        self, stack: str, layer: Int[Array, ""], new: Mapping[str, Float[Array, "B T K F"]]
+    ) -> tuple["Cache", dict[str, Float[Array, "B S K F"]]]:
+        """(the cache with a layer's values of T new tokens at `length`, its values of all tokens).
 
-        def write(stack: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(stack.dtype)
+        Args:
+            stack, layer: the name of the layer's stack, and its number there.
+            new: arrays by name, which are kept as [B, K, S, F].
+        """
+
+        def write(kept: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(kept.dtype)
             if self.length.ndim:
                 rows, columns = self._places(new.shape[1])
-                return stack.at[layer, rows, :, columns].set(new, mode="drop", unique_indices=True)
+                return kept.at[layer, rows, :, columns].set(new, mode="drop", unique_indices=True)
             new = jnp.swapaxes(new, 1, 2)[None]
-            return jax.lax.dynamic_update_slice(stack, new, (layer, 0, 0, self.length, 0))
+            return jax.lax.dynamic_update_slice(kept, new, (layer, 0, 0, self.length, 0))
 
-        def read(stack: jax.Array) -> jax.Array:
-            return jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), 1, 2)
+        kept = self.stacks[stack]
+        kept = kept | {name: write(kept[name], array) for name, array in new.items()}
+        read = {name: jnp.swapaxes(_of_layer(kept[name], layer), 1, 2) for name in new}
+        return self._with(stack, kept), read
 
-        cache = dataclasses.replace(self, keys=write(self.keys, keys), values=write(self.values, values))
-        return cache, read(cache.keys), read(cache.values)
+    def state(self, stack: str, layer: Int[Array, ""]) -> Kept:
+        """A layer's arrays by name, each [B, …]."""
+        return {name: _of_layer(kept, layer) for name, kept in self.stacks[stack].items()}
+
+    def with_state(self, stack: str, layer: Int[Array, ""], state: Kept) -> "Cache":
+        """The cache with these arrays [B, …] of a layer."""
+
+        def write(kept: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(kept, new.astype(kept.dtype), layer, 0)
+
+        kept = self.stacks[stack]
+        return self._with(stack, kept | {name: write(kept[name], new) for name, new in state.items()})
 
     def put(self, rows: Int[Array, "R"], other: "Cache") -> "Cache":
         """The cache with `rows` replaced by those of `other`, which may have less room; rows out of range are dropped.
 
         A cache with one length for all rows takes that of `other`, so all of its rows must be replaced at once.
         """
-        size = other.keys.shape[3]
-        room = [(0, 0), (0, self.keys.shape[3] - size)]
+        room = [(0, 0), (0, self.size - other.size)]
         length = other.length
         if self.length.ndim:
             length = self.length.at[rows].set(length, mode="drop")
+
+        def put(kept: jax.Array, new: jax.Array) -> jax.Array:
+            return kept.at[:, rows, *(slice(0, size) for size in new.shape[2:])].set(new, mode="drop")
+
         return Cache(
-            self.keys.at[:, rows, :, :size].set(other.keys, mode="drop"),
-            self.values.at[:, rows, :, :size].set(other.values, mode="drop"),
+            jax.tree.map(put, self.stacks, other.stacks),
             self.positions.at[rows].set(jnp.pad(other.positions, room), mode="drop"),
             self.segment_ids.at[rows].set(jnp.pad(other.segment_ids, room), mode="drop"),
             length,
@@ -97,13 +145,19 @@ class Cache:
         """The cache with these rows of this one, which must have one length; a row may be taken several times."""
         return dataclasses.replace(
             self,
-            keys=self.keys.at[:, rows].get(mode="clip"),
-            values=self.values.at[:, rows].get(mode="clip"),
+            stacks=jax.tree.map(lambda kept: kept.at[:, rows].get(mode="clip"), self.stacks),
             positions=self.positions.at[rows].get(mode="clip"),
             segment_ids=self.segment_ids.at[rows].get(mode="clip"),
         )
+
+    def _with(self, stack: str, kept: Kept) -> "Cache":
+        return dataclasses.replace(self, stacks=self.stacks | {stack: kept})
 
     def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
         """(rows [B, 1], columns [B, T]) of every row's next tokens, if rows differ in length."""
         rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
         return rows, self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
+
+
+def _of_layer(kept: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)

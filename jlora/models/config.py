@@ -1,13 +1,22 @@
 """Everything that a decoder's computation depends on, in one frozen dataclass for every family's config.json."""
 
+import collections
 import dataclasses
 import json
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families.family import Experts, Layer, Names, Rope
+
+
+class Heads(NamedTuple):
+    """The numbers of heads of queries and of keys (there are as many of values), and the width of all of them."""
+
+    queries: int
+    keys: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +105,33 @@ class ModelConfig:
                 stacklevel=3,
             )
 
+    def heads(self, layer: Layer) -> Heads:
+        """The numbers of heads of a layer's attention, and their width."""
+        keys = layer.num_key_value_heads or self.num_key_value_heads
+        return Heads(self.num_attention_heads, keys, layer.head_dim or self.head_dim)
+
+    def cache_stack(self, layer: Layer) -> str:
+        """The name of the layer's stack in the cache: layers that keep the same share one."""
+        if layer.mixer != "attention":
+            return layer.mixer
+        heads = self.heads(layer)
+        return f"attention {heads.keys}x{heads.width}"
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The number of every layer among those that share its stack in the cache."""
+        counts: collections.Counter[str] = collections.Counter()
+        found = []
+        for layer in self.layers:
+            stack = self.cache_stack(layer)
+            found.append(counts[stack])
+            counts[stack] += 1
+        return tuple(found)
+
     @property
     def stacks(self) -> tuple[range, ...]:
         """The layers of each stack: those with the same structure share one."""
-        return tuple(tree.stack_ranges([layer.experts for layer in self.layers]))
+        return tuple(tree.stack_ranges([layer.structure for layer in self.layers]))
 
     def require_same(self, other: "ModelConfig", ours: str, theirs: str) -> None:
         """Raises UserError unless both compute the same from the same weights.

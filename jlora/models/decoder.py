@@ -1,6 +1,5 @@
 """The decoder layer of every family; how families differ is data in the ModelConfig."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,34 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from jlora import sharding
-from jlora.kernels.attention import AUTO, TOKENS_SPLIT, Marks, attend
+from jlora.families.family import Layer
+from jlora.kernels.attention import AUTO
 from jlora.kernels.order import in_turn
 from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
+from jlora.models.context import Context
 from jlora.models.experts import Mixture
 from jlora.models.layers import ACTIVATIONS, Linear, Norm
-from jlora.models.rope import rotate
+from jlora.models.mixers import MIXERS
 
-# The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. If `tensor` does
-# not divide the key heads, every device has all of them.
-CACHED = (sharding.ROWS, None, sharding.FEATURES, None)
 TILES = (None, sharding.ROWS, sharding.TOKENS, None)  # of an MLP's inputs [count, B, T/count, D]
 # The most inner values of an MLP that a tile has on one device.
 TILE = 1 << 23
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """The positions and masks of one layer in a forward pass.
-
-    Attributes:
-        cos, sin: RoPE tables [B, T, F]; None if nothing is rotated.
-        marks: which keys a query may see.
-    """
-
-    cos: jax.Array | None
-    sin: jax.Array | None
-    marks: Marks
 
 
 def _tiles(shape: tuple[int, int, int], width: int) -> int:
@@ -74,68 +58,17 @@ def _joined(tiles: jax.Array) -> jax.Array:
     return jnp.moveaxis(tiles.reshape(count, batch, sharding.ways(sharding.TOKENS), -1, width), 0, 2)
 
 
-class Attention(nn.Module):
-    """Self-attention; with a cache, it writes the layer's T new keys and values and attends to all S."""
-
-    config: ModelConfig
-    form: str = AUTO
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
-        config, (batch, tokens, _) = self.config, x.shape
-        queries, keys, values = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
-        if context.cos is not None:
-            queries, keys = (rotate(heads, context.cos, context.sin) for heads in (queries, keys))
-        if config.inverse_layer_scale:
-            queries = queries / (layer + 1).astype(queries.dtype)
-        if cache is not None:
-            cache, keys, values = cache.write(layer, keys, values)
-        settings = config.attention_scale, config.attention_softcap, self.form
-        y = attend(queries, keys, values, context.marks, *settings)
-        y = y.reshape(batch, tokens, -1)
-        return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
-
-    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that."""
-        config, names = self.config, self.config.names.queries_keys_values
-        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        widths = [count * config.head_dim for count in heads]
-        if len(names) == 3:
-            parts = [Linear(width, config.qkv_bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
-        else:
-            parts = self._split(Linear(sum(widths), config.qkv_bias, name=names[0])(x), widths)
-        if config.qk_norm == "all":
-            parts = [self._norm("q_norm", parts[0]), self._norm("k_norm", parts[1]), parts[2]]
-        queries, keys, values = (
-            sharding.constrain(part.reshape(*x.shape[:2], count, config.head_dim), *axes)
-            for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
-        )
-        if config.qk_norm == "head":
-            queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)
-        return queries, keys, values
-
-    def _split(self, fused: jax.Array, widths: list[int]) -> list[jax.Array]:
-        if not self.config.qkv_by_head:
-            return jnp.split(fused, [widths[0], widths[0] + widths[1]], axis=-1)
-        by_head = fused.reshape(*fused.shape[:-1], self.config.num_attention_heads, -1)
-        return [part.reshape(*fused.shape[:-1], -1) for part in jnp.split(by_head, 3, axis=-1)]
-
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return Norm(self.config.norm, self.config.norm_eps, name=name)(x)
-
-
 class MLP(nn.Module):
     """down(act(gate(x)) · up(x)), with gate and up separate or in one product, or down(act(up(x)))."""
 
     config: ModelConfig
+    width: int
     gathered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config, names = self.config, self.config.names
-        width = config.intermediate_size * (2 if config.gated else 1) // len(names.mlp_up)
+        width = self.width * (2 if config.gated else 1) // len(names.mlp_up)
         parts = []
         for name in names.mlp_up:
             # In sequence, in both passes, so that only one of the two kernels is dequantised at a time.
@@ -152,13 +85,14 @@ class Feedforward(nn.Module):
     """The half of a layer that works on each token alone: norm, MLP, norm, added to the attention half's output."""
 
     config: ModelConfig
-    experts: bool = False
+    layer: Layer = Layer()
     gathered: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array | None, attended: jax.Array) -> jax.Array:
         config, norms = self.config, self.config.names.mlp_norms
-        mlp = Mixture(config, name="mlp") if self.experts else MLP(config, self.gathered, name="mlp")
+        width = self.layer.intermediate_size or config.intermediate_size
+        mlp = Mixture(config, name="mlp") if self.layer.experts else MLP(config, width, self.gathered, name="mlp")
         y = mlp(_norm(config, norms[0], x if config.parallel else attended))
         return attended + _scaled(config, _norm(config, norms[1], y))
 
@@ -176,7 +110,7 @@ class Feedforward(nn.Module):
         norms = {name: params[name] for name in self.config.names.mlp_norms if name is not None}
         variables, alone = (
             {"params": norms | {"mlp": mlp}},
-            Feedforward(self.config, self.experts, gathered=True, parent=None),
+            Feedforward(self.config, self.layer, gathered=True, parent=None),
         )
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -199,20 +133,18 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    experts: bool = False
+    layer: Layer = Layer()
     attention: str = AUTO
     lean: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, context: Context, cache: Cache | None, layer: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, names = self.config, self.config.names
         x = sharding.held(x)
-        attention = Attention(config, self.attention, name=names.attention)
-        y, cache = attention(_norm(config, names.attention_norms[0], x), context, cache, layer)
+        mixer = MIXERS[self.layer.mixer].module(config, self.layer, self.attention, name=names.mixer(self.layer.mixer))
+        y, cache = mixer(_norm(config, names.attention_norms[0], x), context, cache)
         attended = x + _scaled(config, _norm(config, names.attention_norms[1], y))
-        feedforward = Feedforward(config, self.experts)
+        feedforward = Feedforward(config, self.layer)
         nn.share_scope(self, feedforward)
         tiles = _tiles(x.shape, self._inner()) if self.lean else 1
         if tiles == 1 or self.is_mutable_collection("inputs"):
@@ -227,8 +159,8 @@ class Block(nn.Module):
         that many times more tokens to be worth it.
         """
         experts = self.config.experts
-        if not self.experts or experts is None:
-            return self.config.intermediate_size
+        if not self.layer.experts or experts is None:
+            return self.layer.intermediate_size or self.config.intermediate_size
         if sharding.sizes():  # each device sorts its own tokens, all together
             return 0
         return max(1, experts.top_k**2 * experts.intermediate_size // experts.count)

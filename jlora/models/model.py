@@ -13,28 +13,80 @@ from jaxtyping import Array, Float, Int
 
 from jlora import lora, sharding, tree
 from jlora.errors import UserError, first_few
-from jlora.families.family import SCORE
+from jlora.families.family import SCORE, Layer
 from jlora.kernels.attention import AUTO, Marks
 from jlora.lora.kinds.copies import copy_of
-from jlora.models.cache import Cache
+from jlora.models.cache import Cache, Room
 from jlora.models.config import ModelConfig
-from jlora.models.decoder import Block, Context
+from jlora.models.context import Context
+from jlora.models.decoder import Block
 from jlora.models.layers import Embed, Linear, Norm
+from jlora.models.mixers import MIXERS
 from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
 from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
 from jlora.types import BRANCH, Params
 
 
 class Tables(NamedTuple):
-    """All rotations, of which each layer takes one, and the marks that tell which keys a query may see.
+    """All rotations, of which each layer takes one or none, and the marks that tell which keys a query may see.
 
     Attributes:
-        cos, sin: [rotations, B, T, F]; None if no layer rotates.
+        rotations: (cos, sin) [B, T, F] of each of the config's ropes.
+    """
+
+    rotations: tuple[tuple[jax.Array, jax.Array], ...]
+    marks: Marks
+
+    def of_stack(self, ropes: Sequence[int | None], windows: Sequence[int | None]) -> "Choices":
+        """The rotations and windows that the layers of one stack choose from.
+
+        Args:
+            ropes, windows: those of each layer.
+        """
+        used = tuple(dict.fromkeys(ropes))
+        found = [None if rope is None else self.rotations[rope] for rope in used]
+        some = next((rotation for rotation in found if rotation is not None), None)
+        if some is None:
+            return Choices(None, None, self.marks.among(windows), used)
+        cos, sin = some
+        identity = jnp.ones_like(cos), jnp.zeros_like(sin)
+        cos, sin = (jnp.stack(parts) for parts in zip(*(rotation or identity for rotation in found), strict=True))
+        return Choices(cos, sin, self.marks.among(windows), used)
+
+
+class Choices(NamedTuple):
+    """What the layers of one stack choose from, by number.
+
+    Attributes:
+        cos, sin: [rotations, B, T, F]; None if no layer of the stack rotates.
+        marks: with the windows of the stack.
+        ropes: the indices in `ModelConfig.ropes` of the rotations; None is the identity.
     """
 
     cos: jax.Array | None
     sin: jax.Array | None
     marks: Marks
+    ropes: tuple[int | None, ...]
+
+    def of_layer(self, numbers: "Numbers") -> Context:
+        """The Context of one layer."""
+
+        def pick(stack: jax.Array | None) -> jax.Array | None:
+            if stack is None or len(stack) == 1:
+                return None if stack is None else stack[0]
+            return jax.lax.dynamic_index_in_dim(stack, numbers.rotation, keepdims=False)
+
+        marks = self.marks.of_layer(numbers.window)
+        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot)
+
+
+class Numbers(NamedTuple):
+    """Numbers of a layer, or of all layers of a stack: its own, and those of what it chooses."""
+
+    layer: jax.Array
+    slot: jax.Array
+    rotation: jax.Array
+    window: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +299,12 @@ class Model:
         config = self.config
         self.require_positions(size)
         dtype = tree.subtree(params, config.names.embedding)["embedding"].dtype
-        return Cache.empty(config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim, dtype)
+        rooms: dict[str, tuple[int, Room]] = {}
+        for layer in config.layers:
+            stack = config.cache_stack(layer)
+            count, _ = rooms.get(stack, (0, {}))
+            rooms[stack] = count + 1, MIXERS[layer.mixer].room(config, layer)
+        return Cache.empty(rooms, batch, size, dtype)
 
     def abstract_params(
         self, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
@@ -277,11 +334,10 @@ class Model:
             flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
         tables, _ = self._tables(tokens, tokens, None)
         for layers in stacks or config.stacks:
-            block = Block(config, config.layers[layers[0]].experts)
-            first = _context(tables, jnp.int32(0), jnp.int32(0))
-            init = jax.vmap(
-                lambda key, block=block, first=first: block.init(key, x, first, None, jnp.int32(0))["params"]
-            )
+            block = Block(config, config.layers[layers[0]].structure)
+            choices, numbers = self._choices(layers, tables)
+            first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers))
+            init = jax.vmap(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
             key_of_stack = tree.stack_key(names.stack, layers, config.num_hidden_layers)
             flat[key_of_stack] = init(keys[4 + np.asarray(layers)])
         return tree.map_with_path(lambda _, leaf: leaf.astype(dtype), tree.unflatten(flat))
@@ -317,19 +373,12 @@ class Model:
             key_positions, key_segments = cache.positions, cache.segment_ids
         windows = tuple(dict.fromkeys(layer.window for layer in config.layers))
         seen = Marks(positions, segment_ids, key_positions, key_segments, windows=windows, branches=branches)
-        if all(layer.rope is None for layer in config.layers):
-            return Tables(None, None, seen), cache
         lengths = None
         if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
             # Tokens that branches share are rotated for the longest branch.
             same = segment_ids[:, :, None] % BRANCH == key_segments[:, None, :] % BRANCH
             lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
-        rotations = [rope_tables(rope, positions, lengths) for rope in config.ropes]
-        if any(layer.rope is None for layer in config.layers):  # an identity rotation, for layers without one
-            cos, sin = rotations[0]
-            rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)))
-        cos, sin = (jnp.stack(parts) for parts in zip(*rotations, strict=True))
-        return Tables(cos, sin, seen), cache
+        return Tables(tuple(rope_tables(rope, positions, lengths) for rope in config.ropes), seen), cache
 
     def _layers(
         self,
@@ -352,45 +401,53 @@ class Model:
         """
         config = self.config
 
-        def block(experts: bool) -> Callable:
-            module = Block(config, experts, self.attention, lean=is_lean(remat))
+        def block(layer: Layer, choices: Choices) -> Callable:
+            module = Block(config, layer, self.attention, lean=is_lean(remat))
 
-            def apply(x: jax.Array, cache: Cache | None, layer: tuple) -> tuple[jax.Array, Cache | None, Params]:
+            def apply(
+                x: jax.Array, cache: Cache | None, numbers: Numbers, leaves: Params
+            ) -> tuple[jax.Array, Cache | None, Params]:
                 x = checkpoint_name(x, LAYER_INPUT)
-                index, rotation, window, leaves = layer
-                rngs = None if key is None else {"dropout": jax.random.fold_in(key, index)}
-                context = _context(tables, rotation, window)
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, numbers.layer)}
+                context = choices.of_layer(numbers)
                 collections = ["inputs"] if observe else []
-                (x, cache), sown = module.apply(
-                    {"params": leaves}, x, context, cache, index, rngs=rngs, mutable=collections
-                )
+                (x, cache), sown = module.apply({"params": leaves}, x, context, cache, rngs=rngs, mutable=collections)
                 return x, cache, _observed(sown, observe)
 
             return rematerialised(apply, remat)
 
         seen: Params = {}
         for group in self._groups(params):
-            blocks = [block(config.layers[layers[0]].experts) for _, _, layers in group]
+            chosen = [self._choices(layers, tables) for _, _, layers in group]
+            blocks = [
+                block(config.layers[layers[0]].structure, choices)
+                for (_, _, layers), (choices, _) in zip(group, chosen, strict=True)
+            ]
 
             def body(carry: tuple, members: tuple, blocks: list = blocks) -> tuple[tuple, tuple]:
                 found = []
                 for apply, member in zip(blocks, members, strict=True):
-                    *carry, observed = apply(*carry, member)
+                    *carry, observed = apply(*carry, *member)
                     found.append(observed)
                 return tuple(carry), tuple(found)
 
-            members = tuple((*self._numbers(layers, tables), leaves) for _, leaves, layers in group)
+            members = tuple((numbers, leaves) for (_, leaves, _), (_, numbers) in zip(group, chosen, strict=True))
             (x, cache), found = jax.lax.scan(body, (x, cache), members)
             for (path, _, _), observed in zip(group, found, strict=True):
                 seen |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(observed).items()}
         return x, cache, tree.unflatten(seen)
 
-    def _numbers(self, layers: range, tables: Tables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(index, index of the rotation, index of the window) of every layer."""
+    def _choices(self, layers: range, tables: Tables) -> tuple[Choices, Numbers]:
+        """(what these layers choose from, the numbers of every layer)."""
         chosen = [self.config.layers[i] for i in layers]
-        rotations = [len(self.config.ropes) if layer.rope is None else layer.rope for layer in chosen]
-        windows = [tables.marks.windows.index(layer.window) for layer in chosen]
-        return tuple(jnp.asarray(np.array(values, np.int32)) for values in (layers, rotations, windows))
+        choices = tables.of_stack([layer.rope for layer in chosen], [layer.window for layer in chosen])
+        numbers = (
+            layers,
+            [self.config.slots[i] for i in layers],
+            [choices.ropes.index(layer.rope) for layer in chosen],
+            [choices.marks.windows.index(layer.window) for layer in chosen],
+        )
+        return choices, Numbers(*(jnp.asarray(np.array(values, np.int32)) for values in numbers))
 
     def _groups(self, params: Params) -> list[list[tuple[str, Params, range]]]:
         """(path, leaves, layers) of the stacks in the order of their layers; alternating stacks form one group."""
@@ -419,14 +476,3 @@ def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Pa
         module = path.rpartition("/")[0]
         flat |= {f"{module}/{name}": value for name, value in observe(calls[0]).items()}
     return tree.unflatten(flat)
-
-
-def _context(tables: Tables, rotation: jax.Array, window: jax.Array) -> Context:
-    """The Context of one layer, with its rotation and window."""
-
-    def pick(stack: jax.Array | None, index: jax.Array) -> jax.Array | None:
-        if stack is None or len(stack) == 1:
-            return None if stack is None else stack[0]
-        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-
-    return Context(pick(tables.cos, rotation), pick(tables.sin, rotation), tables.marks.of_layer(window))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,10 @@ class Marks:
         """The distance at and beyond which keys are not seen."""
         limits = [FAR if window is None else window for window in self.windows]
         return limits[0] if self.chosen is None else jnp.asarray(np.array(limits, np.int32))[self.chosen]
+
+    def among(self, windows: Sequence[int | None]) -> "Marks":
+        """The marks for layers that have only these windows."""
+        return dataclasses.replace(self, windows=tuple(dict.fromkeys(windows)), chosen=None)
 
     def of_layer(self, window: Int[Array, ""]) -> "Marks":
         """The marks of a layer with window number `window`."""

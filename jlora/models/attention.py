@@ -1,0 +1,79 @@
+"""Self-attention: projections, norms and rotations around `jlora.kernels.attention`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora import sharding
+from jlora.families.family import Layer
+from jlora.kernels.attention import AUTO, TOKENS_SPLIT, attend
+from jlora.models.cache import Cache, Room, Shape
+from jlora.models.config import ModelConfig
+from jlora.models.context import Context
+from jlora.models.layers import Linear, Norm
+from jlora.models.rope import rotate
+
+# The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. If `tensor` does
+# not divide the key heads, every device has all of them.
+CACHED = (sharding.ROWS, None, sharding.FEATURES, None)
+
+
+def room(config: ModelConfig, layer: Layer) -> Room:
+    """What a layer keeps of earlier tokens: their keys and values, in the order in which attention reads them."""
+    heads = config.heads(layer)
+    shape = Shape((heads.keys, None, heads.width))
+    return {"keys": shape, "values": shape}
+
+
+class Attention(nn.Module):
+    """Self-attention; with a cache, it writes the layer's T new keys and values and attends to all S."""
+
+    config: ModelConfig
+    layer: Layer = Layer()
+    form: str = AUTO
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        config, (batch, tokens, _) = self.config, x.shape
+        queries, keys, values = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
+        if context.cos is not None:
+            queries, keys = (rotate(heads, context.cos, context.sin) for heads in (queries, keys))
+        if config.inverse_layer_scale:
+            queries = queries / (context.layer + 1).astype(queries.dtype)
+        if cache is not None:
+            place = config.cache_stack(self.layer), context.slot
+            cache, found = cache.extend(*place, {"keys": keys, "values": values})
+            keys, values = found["keys"], found["values"]
+        settings = config.attention_scale, config.attention_softcap, self.form
+        y = attend(queries, keys, values, context.marks, *settings)
+        y = y.reshape(batch, tokens, -1)
+        return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
+
+    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that."""
+        config, names = self.config, self.config.names.queries_keys_values
+        sizes = config.heads(self.layer)
+        heads = (sizes.queries, sizes.keys, sizes.keys)
+        widths = [count * sizes.width for count in heads]
+        if len(names) == 3:
+            parts = [Linear(width, config.qkv_bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
+        else:
+            parts = self._split(Linear(sum(widths), config.qkv_bias, name=names[0])(x), widths)
+        if config.qk_norm == "all":
+            parts = [self._norm("q_norm", parts[0]), self._norm("k_norm", parts[1]), parts[2]]
+        queries, keys, values = (
+            sharding.constrain(part.reshape(*x.shape[:2], count, sizes.width), *axes)
+            for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
+        )
+        if config.qk_norm == "head":
+            queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)
+        return queries, keys, values
+
+    def _split(self, fused: jax.Array, widths: list[int]) -> list[jax.Array]:
+        if not self.config.qkv_by_head:
+            return jnp.split(fused, [widths[0], widths[0] + widths[1]], axis=-1)
+        by_head = fused.reshape(*fused.shape[:-1], self.config.num_attention_heads, -1)
+        return [part.reshape(*fused.shape[:-1], -1) for part in jnp.split(by_head, 3, axis=-1)]
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return Norm(self.config.norm, self.config.norm_eps, name=name)(x)

@@ -1,0 +1,26 @@
+"""What mixes tokens in a layer: a table of the modules, and of what each keeps of earlier tokens."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jlora.families.family import Layer
+from jlora.models import attention
+from jlora.models.cache import Room
+from jlora.models.config import ModelConfig
+
+
+class Mixer(NamedTuple):
+    """One way to mix tokens.
+
+    Attributes:
+        module: (config, layer, the form of attention) → a Flax module that maps (x [B, T, D], context, cache or None)
+            to (y [B, T, D], the cache with these tokens).
+        room: (config, layer) → what a layer keeps of a row's earlier tokens.
+    """
+
+    module: Callable
+    room: Callable[[ModelConfig, Layer], Room]
+
+
+# `jlora.families.family.Layer.mixer` → the mixer.
+MIXERS = {"attention": Mixer(attention.Attention, attention.room)}

@@ -25,7 +25,18 @@ LEAVES = (
 )
 MODEL_TYPES = (
     *("llama", "internlm3", "iquestcoder", "mistral", "mixtral", "smollm3", "olmo2", "olmo3", "granite", "phi3"),
-    *("arcee", "seed_oss", "exaone4"),
+    *(
+        "arcee",
+        "seed_oss",
+        "exaone4",
+        "hunyuan_v1_dense",
+        "ernie4_5",
+        "nanochat",
+        "glm",
+        "glm4",
+        "helium",
+        "starcoder2",
+    ),
     *("qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox"),
 )
 ALGORITHMS = ("sft", "dft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")

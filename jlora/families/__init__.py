@@ -5,18 +5,24 @@ from typing import TypeVar
 
 from jlora.families import (
     arcee,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neox,
     granite,
+    helium,
+    hunyuan_v1_dense,
     internlm3,
     iquestcoder,
     llama,
     mistral,
     mixtral,
+    nanochat,
     olmo2,
     olmo3,
     phi3,
@@ -25,6 +31,7 @@ from jlora.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 from jlora.families.family import Family
 
@@ -37,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     model_type: module.FAMILY
     for module in (
         *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
-        *(arcee, seed_oss, exaone4),
+        *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
     )
     for model_type in module.FAMILY.model_types

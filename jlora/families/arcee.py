@@ -11,7 +11,7 @@ RELU2 = {"hidden_act": "relu2"}
 
 def read(fields: Fields) -> Values:
     bias = fields.get("attention_bias", False)
-    return common(fields, norm_eps=1e-5, activation=("hidden_act", "relu2")) | {
+    return common(fields, norm_eps=1e-5, activation=tuple(*RELU2.items())) | {
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": fields.get("mlp_bias", False),

@@ -6,8 +6,8 @@ from jlora.families import olmo2
 from jlora.families.family import Family, Layer, Values
 from jlora.families.fields import Fields
 from jlora.families.gguf import QK_NORMS, Config, Gguf, Metadata, Reading, heads, windows
-from jlora.families.kinds import SIZE
-from jlora.families.reading import common, read_windows
+from jlora.families.kinds import LENGTH, SIZE
+from jlora.families.reading import common, nullable, read_windows
 
 PERIOD = 4  # layers
 
@@ -15,8 +15,7 @@ PERIOD = 4  # layers
 def read(fields: Fields) -> Values:
     values = common(fields, norm_eps=1e-5)
     count = values["num_hidden_layers"]
-    # null means none, and absence the default
-    window = fields.get("sliding_window", None if "sliding_window" in fields.config else 4096)
+    window = nullable(fields, "sliding_window", 4096, LENGTH)
 
     def usual() -> list[bool]:
         period = fields.get("sliding_window_pattern", PERIOD, SIZE) if window else 1

@@ -19,13 +19,14 @@ class Names(NamedTuple):
     stack: str = "layers"
     embedding: str = "embed_tokens"
     positions: str | None = None
-    norm: str = "norm"
+    norm: str | None = "norm"  # None: it has no weights
     head: str = "lm_head"
     attention: str = "self_attn"
     # (kind of layer, the name of what mixes tokens in it), where that is not `attention`
     mixers: tuple[tuple[str, str], ...] = ()
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_down: str = "down_proj"
     # (norm before, norm after) of attention and of the MLP
@@ -133,6 +134,8 @@ class Rope:
         dim: how many values of a head are rotated.
         attention_factor: factor of cos and sin.
         max_position_embeddings: the length beyond which "dynamic" stretches.
+        interleaved: whether neighbouring values are rotated together, rather than those of a head's two halves.
+        clockwise: whether the angles are negative.
     """
 
     dim: int
@@ -149,6 +152,8 @@ class Rope:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    interleaved: bool = False
+    clockwise: bool = False
 
     def without_idle_lengths(self) -> "Rope":
         """The same rotation, without the lengths that its type does not use."""

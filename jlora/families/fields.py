@@ -14,7 +14,7 @@ HARMLESS = frozenset(
         *("initializer_range", "is_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "problem_type"),
         *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params"),
         *("id2label", "label2id", "num_labels", "attention_dropout", "hidden_dropout", "classifier_dropout"),
-        "residual_dropout",
+        *("residual_dropout", "embedding_dropout", "eod_token_id"),
         *("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout"),
         *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),

@@ -8,7 +8,7 @@ from jlora.families.gemma import read_common
 from jlora.families.gguf import SOFT_CAPS, Config, Gguf, Metadata, Reading, heads, windows
 from jlora.families.kinds import NUMBER, POSITIVE
 from jlora.families.layouts import PLUS_ONE
-from jlora.families.reading import read_windows
+from jlora.families.reading import nullable, read_windows
 
 NAMES = Names(
     attention_norms=("input_layernorm", "post_attention_layernorm"),
@@ -25,19 +25,14 @@ def read(fields: Fields) -> Values:
     windows = read_windows(fields, window, count, lambda: [i % PERIOD == 0 for i in range(count)])
     return values | {
         "attention_scale": read_scale(fields),
-        "attention_softcap": _nullable(fields, "attn_logit_softcapping", 50.0),
-        "final_softcap": _nullable(fields, "final_logit_softcapping", 30.0),
+        "attention_softcap": nullable(fields, "attn_logit_softcapping", 50.0, NUMBER),
+        "final_softcap": nullable(fields, "final_logit_softcapping", 30.0, NUMBER),
         "layers": tuple(Layer(window=window) for window in windows),
     }
 
 
 def read_scale(fields: Fields) -> float:
     return fields.get("query_pre_attn_scalar", 256, POSITIVE) ** -0.5
-
-
-def _nullable(fields: Fields, name: str, default: float) -> float | None:
-    """The field's value, for fields where null means none and only absence means the default."""
-    return fields.get(name, None if name in fields.config else default, NUMBER)
 
 
 def from_gguf(metadata: Metadata, config: Config, *, window: int | None, period: int, largest: int) -> Config:

@@ -41,7 +41,7 @@ FLAG = Kind("true or false", lambda value: isinstance(value, bool) or (isinstanc
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 NUMBERS = list_of(NUMBER, "numbers")
-SIZE, TOKEN = whole(1, LARGEST), whole(-1, LARGEST)  # some files have -1 for "none"
+SIZE, LENGTH, TOKEN = whole(1, LARGEST), whole(0, LARGEST), whole(-1, LARGEST)  # some files have -1 for "none"
 
 WHOLES = list_of(whole(0, LARGEST), "whole numbers")
 WHOLES_OR_FLAGS = Kind(
@@ -57,7 +57,7 @@ FIELDS: dict[str, Kind] = {
         (SIZE, "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim"),
         (whole(1, LAYERS), "num_hidden_layers"),
         (whole(0, EXPERTS), "num_local_experts num_experts num_experts_per_tok"),
-        (whole(0, LARGEST), "sliding_window"),
+        (LENGTH, "sliding_window"),
         (POSITIVE, "max_position_embeddings original_max_position_embeddings rope_theta partial_rotary_factor"),
         (NUMBER, "rms_norm_eps"),
         (FLAG, "attention_bias mlp_bias tie_word_embeddings use_sliding_window"),

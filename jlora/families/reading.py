@@ -1,9 +1,12 @@
 """What many families read alike from config.json."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from jlora.families.family import Layer, Values
 from jlora.families.fields import Fields
+from jlora.families.kinds import Kind
 from jlora.families.rope import read_rope
 
 
@@ -40,6 +43,16 @@ def common(
         "ropes": (read_rope(fields, rope, theta=theta, head_dim=head_dim, partial=partial),),
         "layers": (Layer(),) * fields.require("num_hidden_layers"),
     }
+
+
+def interleaved(values: Values) -> Values:
+    """The values with rotations of neighbouring values rather than of a head's two halves."""
+    return values | {"ropes": tuple(dataclasses.replace(rope, interleaved=True) for rope in values["ropes"])}
+
+
+def nullable(fields: Fields, name: str, default: float | int, kind: Kind) -> Any:
+    """The field's value, for fields where null means none and only absence means the default."""
+    return fields.get(name, None if name in fields.config else default, kind)
 
 
 def sizes(fields: Fields, *, heads: int, head_dim: int, num_key_value_heads: int | None) -> Values:

@@ -37,7 +37,10 @@ class Attention(nn.Module):
         config, (batch, tokens, _) = self.config, x.shape
         queries, keys, values = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
         if context.cos is not None:
-            queries, keys = (rotate(heads, context.cos, context.sin) for heads in (queries, keys))
+            rotation = context.cos, context.sin, config.interleaved
+            queries, keys = (rotate(heads, *rotation) for heads in (queries, keys))
+        if config.qk_norm == "rotated":
+            queries, keys = self._norms(queries, keys)
         if config.inverse_layer_scale:
             queries = queries / (context.layer + 1).astype(queries.dtype)
         if cache is not None:
@@ -60,13 +63,13 @@ class Attention(nn.Module):
         else:
             parts = self._split(Linear(sum(widths), config.qkv_bias, name=names[0])(x), widths)
         if config.qk_norm == "all":
-            parts = [self._norm("q_norm", parts[0]), self._norm("k_norm", parts[1]), parts[2]]
+            parts = [*self._norms(*parts[:2]), parts[2]]
         queries, keys, values = (
             sharding.constrain(part.reshape(*x.shape[:2], count, sizes.width), *axes)
             for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
         )
         if config.qk_norm == "head":
-            queries, keys = self._norm("q_norm", queries), self._norm("k_norm", keys)
+            queries, keys = self._norms(queries, keys)
         return queries, keys, values
 
     def _split(self, fused: jax.Array, widths: list[int]) -> list[jax.Array]:
@@ -75,5 +78,7 @@ class Attention(nn.Module):
         by_head = fused.reshape(*fused.shape[:-1], self.config.num_attention_heads, -1)
         return [part.reshape(*fused.shape[:-1], -1) for part in jnp.split(by_head, 3, axis=-1)]
 
-    def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return Norm(self.config.norm, self.config.norm_eps, name=name)(x)
+    def _norms(self, *parts: jax.Array) -> list[jax.Array]:
+        """Queries and keys, normalised."""
+        config, names = self.config, self.config.names.qk_norms
+        return [Norm(config.norm, config.norm_eps, name=name)(part) for name, part in zip(names, parts, strict=True)]

@@ -27,12 +27,15 @@ class ModelConfig:
         layers: one entry for each layer.
         hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS`.
         gated: whether the MLP is down(act(gate) · up), not down(act(up)).
-        norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight) or "layer".
-        qk_norm: the norm of queries and keys: None, "head" (each head by itself) or "all" (all heads together).
+        norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight), "rms_bare" (not scaled)
+            or "layer".
+        qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation)
+            or "all" (all heads together).
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
         parallel: whether attention and MLP read the same input.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
         attention_softcap, final_softcap: s → cap · tanh(s / cap) of scores and logits.
+        embedding_norm: whether embeddings are normed, with a norm that has no weights.
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
         logits_divisor: what logits are divided by.
         source: the whole config.json, to write it back.
@@ -65,6 +68,7 @@ class ModelConfig:
     inverse_layer_scale: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    embedding_norm: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
@@ -80,6 +84,11 @@ class ModelConfig:
         """The config with another value of a field that has the same name in config.json, there too."""
         written = json.dumps(self.to_hf() | {name: value}, sort_keys=True)
         return dataclasses.replace(self, source=written, **{name: value})
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rotations turn neighbouring values together."""
+        return any(rope.interleaved for rope in self.ropes)
 
     def positions_before(self, new_tokens: int) -> int | None:
         """The longest text that this many new tokens can follow (the last is never read); None: any length."""

@@ -107,7 +107,7 @@ class Feedforward(nn.Module):
         """
         params = self.variables["params"]
         mlp = {name: sharding.gathered(f"mlp/{name}", linear) for name, linear in params["mlp"].items()}
-        norms = {name: params[name] for name in self.config.names.mlp_norms if name is not None}
+        norms = {name: params[name] for name in self.config.names.mlp_norms if name in params}
         variables, alone = (
             {"params": norms | {"mlp": mlp}},
             Feedforward(self.config, self.layer, gathered=True, parent=None),

@@ -61,7 +61,7 @@ class Norm(nn.Module):
 
     "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019). "rms" scales after rounding to x's
     dtype, the others before; "rms_plus_one" scales by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et
-    al. 2016).
+    al. 2016). "rms_bare": x / rms(x), without leaves.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_initializing():
+        if self.is_initializing() and self.kind != "rms_bare":
             start = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
             self.param("scale", start, (x.shape[-1],))
             if self.kind == "layer":
@@ -78,6 +78,8 @@ class Norm(nn.Module):
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        if self.kind == "rms_bare":
+            return normal.astype(x.dtype)
         weights = lora.resolve(leaves(self))
         scale = weights["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
         if self.kind == "rms":

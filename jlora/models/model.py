@@ -160,7 +160,7 @@ class Model:
         x, cache, _ = self._layers(params, x, tables, cache, key, remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
-        norm = tree.subtree(params, config.names.norm)
+        norm = tree.subtree(params, config.names.norm) if config.names.norm else {}
         return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
 
     @functools.partial(sharding.jit, static_argnums=0)
@@ -325,8 +325,9 @@ class Model:
         keys = jax.random.split(key, config.num_hidden_layers + 4)
         flat = {
             names.embedding: Embed(config.vocab_size, config.hidden_size).init(keys[0], tokens)["params"],
-            names.norm: Norm(config.norm, config.norm_eps).init(keys[1], x)["params"],
         }
+        if names.norm:
+            flat[names.norm] = Norm(config.norm, config.norm_eps).init(keys[1], x)["params"]
         if names.positions:
             positions = Embed(config.max_position_embeddings, config.hidden_size)
             flat[names.positions] = positions.init(keys[2], tokens)["params"]
@@ -356,6 +357,8 @@ class Model:
         config = self.config
         embed = Embed(config.vocab_size, config.hidden_size)
         x = embed.apply({"params": tree.subtree(params, config.names.embedding)}, tokens)
+        if config.embedding_norm:
+            x = Norm("rms_bare", config.norm_eps).apply({}, x)
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.names.positions:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in Hugging Face's half-split layout (RoFormer, Su et al. 2021)."""
+"""Rotary position embeddings (RoFormer, Su et al. 2021), of a head's two halves or of neighbouring values."""
 
 import math
 
@@ -16,7 +16,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 def rope_tables(
     rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | None = None
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """(cos, sin) of every position's angles, float32; the two halves of F are equal.
+    """(cos, sin) of every position's angles, float32: each angle twice, in the places of the values that it rotates.
 
     Args:
         lengths: the length of each token's document; needed by the types in LENGTH_DEPENDENT.
@@ -29,8 +29,8 @@ def rope_tables(
         frequencies = jnp.where(is_long, long[None, None], short[None, None])
     else:
         frequencies = jnp.asarray(inverse_frequencies(rope))[None, None]
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    angles = jnp.concatenate([angles, angles], axis=-1)
+    angles = positions[..., None].astype(jnp.float32) * (-frequencies if rope.clockwise else frequencies)
+    angles = jnp.repeat(angles, 2, axis=-1) if rope.interleaved else jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
@@ -95,14 +95,24 @@ def _dynamic(rope: Rope, lengths: jax.Array) -> jax.Array:
 
 
 def rotate(
-    x: Float[Array, "B T heads F"], cos: Float[Array, "B T dim"], sin: Float[Array, "B T dim"]
+    x: Float[Array, "B T heads F"],
+    cos: Float[Array, "B T dim"],
+    sin: Float[Array, "B T dim"],
+    interleaved: bool = False,
 ) -> Float[Array, "B T heads F"]:
     """x with the first `dim` values of every head rotated by its position's angles, in x's dtype.
 
     As transformers' `apply_rotary_pos_emb`.
+
+    Args:
+        interleaved: whether neighbouring values are rotated together, rather than those of the two halves.
     """
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = jnp.split(turned, 2, axis=-1)
-    crossed = jnp.concatenate([-second, first], axis=-1)
+    if interleaved:  # without a reshape to pairs, whose last axis of two would fill a tile by itself
+        is_first = jax.lax.broadcasted_iota(jnp.int32, turned.shape, 3) % 2 == 0
+        crossed = jnp.where(is_first, -jnp.roll(turned, -1, axis=-1), jnp.roll(turned, 1, axis=-1))
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        crossed = jnp.concatenate([-second, first], axis=-1)
     turned = turned * cos[:, :, None, :].astype(x.dtype) + crossed * sin[:, :, None, :].astype(x.dtype)
     return jnp.concatenate([turned, kept], axis=-1) if kept.shape[-1] else turned

@@ -22,6 +22,7 @@ from jlora.lora.sites import TIED_HEADS
 from jlora.models import ModelConfig
 
 EVERY = pytest.mark.parametrize("model_type", FAMILIES)
+IN_GGUF = pytest.mark.parametrize("model_type", [kind for kind, family in FAMILIES.items() if family.gguf])
 HEADS = Heads(queries=6, keys=2)
 
 
@@ -73,7 +74,7 @@ def test_every_leaf_has_its_part_and_its_name(model_type):
     assert all(name.startswith((family.prefix, f"{family.names.head}.")) for name in found)
 
 
-@EVERY
+@IN_GGUF
 def test_gguf_names_every_tensor_and_back(model_type):
     tensors = [
         tensor.name
@@ -87,7 +88,7 @@ def test_gguf_names_every_tensor_and_back(model_type):
     assert {name: found.replace("{expert}", "1") for name, found in read.items()} == written
 
 
-@EVERY
+@IN_GGUF
 @pytest.mark.filterwarnings("ignore:llama.cpp has no window")
 def test_gguf_metadata_says_the_same_model_and_back(model_type):
     model = model_of(model_type)
@@ -103,7 +104,7 @@ def test_gguf_metadata_says_the_same_model_and_back(model_type):
     assert found["architectures"] == [FAMILIES[found["model_type"]].class_name]
 
 
-@EVERY
+@IN_GGUF
 def test_layouts_are_undone(model_type):
     values = np.arange(6 * 4 * 3 * 6.0).reshape(-1, 6)
     for pattern, layout in FAMILIES[model_type].gguf.layouts:

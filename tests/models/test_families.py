@@ -152,6 +152,33 @@ CASES = {
         | dict(sliding_window=None, layer_types=["full_attention"] * 4, tie_word_embeddings=True)
         | dict(rope_parameters=LLAMA3),
     ),
+    "hunyuan_v1_dense": (
+        "HunYuanDenseV1Config",
+        SIZES | dict(head_dim=10, rope_parameters=dict(rope_type="dynamic", alpha=50.0, factor=1.0, rope_theta=1e4)),
+    ),
+    "hunyuan_v1_dense-bias": (
+        "HunYuanDenseV1Config",
+        SIZES | dict(head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    ),
+    "ernie4_5": ("Ernie4_5Config", SIZES | dict(head_dim=10)),
+    "ernie4_5-biases": (
+        "Ernie4_5Config",
+        SIZES | dict(head_dim=8, use_bias=True, tie_word_embeddings=False, rope_parameters=YARN),
+    ),
+    "nanochat": ("NanoChatConfig", SIZES),
+    "nanochat-bias": ("NanoChatConfig", SIZES | dict(attention_bias=True, final_logit_softcapping=None)),
+    "glm": ("GlmConfig", SIZES | dict(head_dim=12, pad_token_id=0)),
+    "glm-whole": (
+        "GlmConfig",
+        SIZES
+        | dict(head_dim=10, pad_token_id=0, attention_bias=False)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=1.0)),
+    ),
+    "glm4": ("Glm4Config", SIZES | dict(head_dim=12, pad_token_id=0, tie_word_embeddings=True)),
+    "helium": ("HeliumConfig", SIZES | dict(head_dim=8)),
+    "helium-biases": ("HeliumConfig", SIZES | dict(head_dim=8, attention_bias=True, mlp_bias=True)),
+    "starcoder2": ("Starcoder2Config", SIZES | dict(sliding_window=6)),
+    "starcoder2-plain": ("Starcoder2Config", SIZES | dict(use_bias=False, tie_word_embeddings=False)),
     "gpt2": ("GPT2Config", GPT_SIZES),
     "gpt2-scaled": (
         "GPT2Config",

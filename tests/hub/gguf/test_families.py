@@ -143,6 +143,16 @@ CASES = {
         | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=8192)),
         False,
     ),
+    "hunyuan-dense": (
+        "hunyuan-dense",
+        "HunYuanDenseV1Config",
+        SIZES | dict(head_dim=10, rope_parameters=dict(rope_type="dynamic", alpha=16.0, factor=1.0, rope_theta=1e4)),
+        False,
+    ),
+    "ernie4_5": ("ernie4_5", "Ernie4_5Config", SIZES | dict(head_dim=10), False),
+    "chatglm": ("chatglm", "GlmConfig", SIZES | dict(head_dim=12, pad_token_id=0), False),
+    "glm4": ("glm4", "Glm4Config", SIZES | dict(head_dim=12, pad_token_id=0), False),
+    "starcoder2": ("starcoder2", "Starcoder2Config", SIZES, False),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
     "gptneox": ("gptneox", "GPTNeoXConfig", NEOX | dict(rotary_pct=0.5), False),
@@ -185,7 +195,8 @@ def write_common(writer, config):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -236,6 +247,25 @@ def write_olmo2(writer, config):
     if window := getattr(config, "sliding_window", None):  # OLMo 3's
         writer.add_sliding_window(window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def write_hunyuan(writer, config):
+    rope = rope_parameters(config)
+    dim = config.head_dim
+    stretched = {"rope_type": "default", "rope_theta": rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))}
+    write_common(writer, type(config)(**config.to_dict() | {"rope_parameters": stretched}))
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(1)
+
+
+def write_glm(writer, config):
+    write_common(writer, config)
+    writer.add_rope_dimension_count(int(config.head_dim * rope_parameters(config)["partial_rotary_factor"]))
+
+
+def write_starcoder2(writer, config):
+    write_common(writer, config)
+    writer.add_layer_norm_eps(config.norm_epsilon)
 
 
 def write_exaone4(writer, config):
@@ -299,6 +329,10 @@ METADATA = {
     "llama": write_llama,
     "arcee": write_llama,
     "exaone4": write_exaone4,
+    "hunyuan-dense": write_hunyuan,
+    "chatglm": write_glm,
+    "glm4": write_glm,
+    "starcoder2": write_starcoder2,
     "smollm3": write_llama,
     "olmo2": write_olmo2,
     "granite": write_granite,

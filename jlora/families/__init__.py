@@ -1,4 +1,7 @@
-"""Families of models. Each is one file that says everything about it; everything else follows from this table."""
+"""Families of models. Each is one file that says everything about it; everything else follows from this table.
+
+A file has a FAMILY, and in MULTIMODAL those whose language model it is (`jlora.families.multimodal`).
+"""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
@@ -41,13 +44,14 @@ Value = TypeVar("Value", bound=Hashable)
 
 # config.json's model_type → the family.
 FAMILIES: dict[str, Family] = {
-    model_type: module.FAMILY
+    model_type: family
     for module in (
         *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
     )
-    for model_type in module.FAMILY.model_types
+    for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
+    for model_type in family.model_types
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from jlora.families.fields import Fields
     from jlora.families.gguf import Gguf
+    from jlora.families.multimodal import TextHalf
 
 Values = dict[str, Any]
 # The module of a reward or value model's scalar head, in every family; in an adapter its only leaf is `trained_kernel`.
@@ -46,6 +47,11 @@ class Names(NamedTuple):
         """The modules outside of the stack."""
         return tuple(path for path in (self.embedding, self.positions, self.norm, self.head) if path)
 
+    def below(self, module: str) -> "Names":
+        """The same parts inside of a module, but for the head, which stays outside."""
+        inside = ("stack", "embedding", "positions", "norm")
+        return self._replace(**{part: f"{module}/{path}" for part in inside if (path := getattr(self, part))})
+
 
 class Older(NamedTuple):
     """What transformers 4 calls fields of config.json for which transformers 5 has other names.
@@ -80,6 +86,7 @@ class Family:
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
         older: what transformers 4 needs in config.json.
         gguf: how llama.cpp's files hold such a model; None: they cannot.
+        half: where its language model is, if it has other parts too.
     """
 
     model_types: tuple[str, ...]
@@ -94,6 +101,15 @@ class Family:
     mlx_names: tuple[tuple[str, str], ...] = ()
     older: Older = Older()
     gguf: "Gguf | None" = None
+    half: "TextHalf | None" = None
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The language model's settings in a parsed config.json: all of it, unless there are other parts."""
+        return self.half.settings(config) if self.half else dict(config)
+
+    def with_field(self, config: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+        """config.json with another value of one of the language model's settings."""
+        return self.half.with_field(config, name, value) if self.half else {**config, name: value}
 
     def hub_name(self, path: str) -> str:
         """transformers' name of the stack or of the module outside of it at `path`: layers → model.layers."""

@@ -1,5 +1,6 @@
 """Reads config.json's fields, each checked where it is read, and all problems reported together."""
 
+import re
 from typing import Any
 
 from jlora.errors import UserError, describe_faults
@@ -34,11 +35,23 @@ class Fields:
         self.missing: dict[str, None] = {}  # in order, each once
         self.wrong: dict[str, None] = {}
         self.problems: list[str] = []
+        self.parts: dict[str, Fields] = {}
+
+    @property
+    def text(self) -> "Fields":
+        """The language model's fields: those of an object inside, in a model of several parts."""
+        return next(iter(self.parts.values()), self)
+
+    def inside(self, name: str, config: dict[str, Any]) -> "Fields":
+        """The fields of an object inside; what is found there is reported here, as NAME.field."""
+        self.parts[name] = Fields(config)
+        return self.parts[name]
 
     def replaced(self, **values: Any) -> "Fields":
         """The same fields with other values; what is found is recorded in this object too."""
         other = Fields(self.config | values)
         other.seen, other.missing, other.wrong, other.problems = self.seen, self.missing, self.wrong, self.problems
+        other.parts = self.parts
         return other
 
     def get(self, name: str, default: Any = None, kind: kinds.Kind | None = None) -> Any:
@@ -90,8 +103,16 @@ class Fields:
 
     def finish(self) -> None:
         """Raises ValueError if anything is wrong, with a list of everything."""
+        for name, part in self.parts.items():
+            self.missing |= {f"{name}.{field}": None for field in part.missing}
+            self.wrong |= {f"{name}.{line}": None for line in part.wrong}
+            self.problems += [f"{name}.{line}" if part.names(line) else f"{name}: {line}" for line in part.problems]
         if self.missing and not self.wrong:
             raise UserError(f"config.json lacks {', '.join(self.missing)}")
         # Other problems are reported only if no value is missing or wrong: stand-ins may have caused them.
         if problems := [f"{name} is missing" for name in self.missing] + [*self.wrong] or self.problems:
             raise UserError(describe_faults("config.json", problems))
+
+    def names(self, line: str) -> bool:
+        """Whether a line for the message begins with the name of one of the fields."""
+        return re.split(r"[^\w]", line, maxsplit=1)[0] in self.seen

@@ -1,4 +1,4 @@
-"""Gemma 3's text model: five layers with a window and a rotation of their own for each without; query-key norms."""
+"""Gemma 3, alone or with a vision tower: layers with a window and a rotation of their own, every sixth without."""
 
 from jlora.families import gemma2
 from jlora.families.family import Family, Layer, Values
@@ -7,6 +7,7 @@ from jlora.families.gemma import read_common
 from jlora.families.gguf import QK_NORMS, SOFT_CAPS, Config, Gguf, Metadata, Reading
 from jlora.families.kinds import NUMBER, POSITIVE, SIZE
 from jlora.families.layouts import PLUS_ONE
+from jlora.families.multimodal import LLAVA_NAMES, LLAVA_OTHERS, TextHalf, multimodal
 from jlora.families.reading import read_windows
 from jlora.families.rope import read_rope
 
@@ -57,5 +58,29 @@ FAMILY = Family(
         layouts=PLUS_ONE,
         period=PERIOD,
         soft_caps=False,
+    ),
+)
+
+MULTIMODAL = (
+    multimodal(
+        TextHalf(
+            families=(FAMILY,),
+            others=LLAVA_OTHERS,
+            fields=("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
+            defaults={
+                "vocab_size": 262_208,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "head_dim": 256,
+                "max_position_embeddings": 131_072,
+            },
+            older=LLAVA_NAMES,
+        ),
+        model_types=("gemma3",),
+        class_name="Gemma3ForConditionalGeneration",
+        score="Gemma3",
     ),
 )

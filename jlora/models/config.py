@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
+from jlora.families import FAMILIES
 from jlora.families.family import Experts, Layer, Names, Rope
 
 
@@ -39,6 +40,7 @@ class ModelConfig:
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
         logits_divisor: what logits are divided by.
         source: the whole config.json, to write it back.
+        folder: where the other parts of a model that also sees or hears are, to copy them when it is written.
     """
 
     model_type: str
@@ -75,6 +77,7 @@ class ModelConfig:
     experts: Experts | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)
+    folder: str | None = None
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that this was made from, with every key."""
@@ -82,8 +85,8 @@ class ModelConfig:
 
     def with_field(self, name: str, value: Any) -> "ModelConfig":
         """The config with another value of a field that has the same name in config.json, there too."""
-        written = json.dumps(self.to_hf() | {name: value}, sort_keys=True)
-        return dataclasses.replace(self, source=written, **{name: value})
+        written = FAMILIES[self.model_type].with_field(self.to_hf(), name, value)
+        return dataclasses.replace(self, source=json.dumps(written, sort_keys=True), **{name: value})
 
     @property
     def interleaved(self) -> bool:
@@ -163,7 +166,7 @@ class ModelConfig:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["ropes"] = tuple(rope.without_idle_lengths() for rope in self.ropes)
         values["max_position_embeddings"] *= self.names.positions is not None
-        return {name: value for name, value in values.items() if name not in ("source", "eos_token_ids")}
+        return {name: value for name, value in values.items() if name not in ("source", "folder", "eos_token_ids")}
 
 
 def _differences(name: str, one: Any, other: Any) -> list[str]:

@@ -27,10 +27,10 @@ def build(hf_config: dict[str, Any]) -> Model:
     family = FAMILIES[model_type]
     values = family.read(fields)
     if values["hidden_act"] not in ACTIVATIONS:
-        fields.problems.append(
+        fields.text.problems.append(
             f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(ACTIVATIONS)})"
         )
-    ends = fields.get("eos_token_id", ())
+    ends = fields.get("eos_token_id", fields.text.get("eos_token_id", ()))
     fields.finish()
     return Model(
         ModelConfig(

@@ -8,6 +8,7 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -36,7 +37,7 @@ def leaves_of(model_type):
 
 
 def test_each_lists_a_value_once_in_order():
-    assert each(lambda family: family.names.stack) == ("layers", "h", "gpt_neox/layers")
+    assert each(lambda family: family.names.stack) == ("layers", "h", "gpt_neox/layers", "language_model/layers")
     assert called("head") == ("lm_head", "embed_out")
     assert called("positions") == ("wpe",)
 
@@ -45,7 +46,8 @@ def test_each_lists_a_value_once_in_order():
 def test_a_family_is_found_by_its_own_model_types_and_classes(model_type):
     family = FAMILIES[model_type]
     assert isinstance(family, Family) and model_type in family.model_types
-    assert family.class_name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if family.half else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert family.class_name == classes[model_type]
     scored = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model_type)
     assert scored == (family.score and f"{family.score}ForSequenceClassification")
 
@@ -59,6 +61,16 @@ def test_reading_gives_what_a_model_needs_and_leaves_the_names_to_the_table(mode
     needed = {field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING}
     assert needed <= given <= {field.name for field in dataclasses.fields(ModelConfig)}
     assert not {"model_type", "names"} & values.keys()
+
+
+@pytest.mark.parametrize("model_type", [kind for kind, family in FAMILIES.items() if family.half])
+def test_the_families_of_a_text_half_have_all_names_in_common(model_type):
+    family = FAMILIES[model_type]
+    for text in family.half.families:
+        assert family.names == text.names.below(family.half.module)
+        shared = ("prefix", "checkpoint_names", "untransposed", "buffers")
+        assert [getattr(family, name) for name in shared] == [getattr(text, name) for name in shared]
+        assert all(family.half.is_other(f"{prefix}vision_tower.a.weight") for prefix in ("", "model."))
 
 
 @EVERY

@@ -51,6 +51,10 @@ LONGROPE = dict(
     partial_rotary_factor=0.5,
 )
 
+VISION = dict(
+    hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
+
 # (transformers' config class, its fields)
 CASES = {
     "llama": ("LlamaConfig", SIZES | dict(tie_word_embeddings=True)),
@@ -106,6 +110,22 @@ CASES = {
         SIZES
         | dict(head_dim=12, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
         | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+    ),
+    "gemma3": (
+        "Gemma3Config",
+        dict(
+            text_config=SIZES | dict(num_hidden_layers=7, head_dim=12, sliding_window=6, query_pre_attn_scalar=10),
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+        ),
+    ),
+    "gemma3-untied": (
+        "Gemma3Config",
+        dict(
+            text_config=SIZES | dict(num_hidden_layers=2, head_dim=12, sliding_window=6, attention_bias=True),
+            vision_config=VISION,
+            tie_word_embeddings=False,
+        ),
     ),
     "phi3": ("Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3-longrope": (
@@ -192,13 +212,24 @@ CASES = {
 }
 
 
+def auto_class(config):
+    """transformers' class for models of this kind with a head for logits."""
+    sees = FAMILIES[config.model_type].half
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def opened(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return auto_class(config).from_pretrained(folder, attn_implementation="eager").eval()
+
+
 @functools.cache
 def reference(case):
     """transformers' model with random weights everywhere, norms and biases too."""
     name, fields = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**fields, attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = auto_class(config).from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, value in model.named_parameters():
             center = 1.0 if "norm" in key or "ln_" in key else 0.0
@@ -303,9 +334,11 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     """The gradients of a LoRA step on all linears, and the export's tensors, are PEFT's."""
     model, params = load(case)
     torch.manual_seed(2)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folders(case), attn_implementation="eager")
+    base = opened(folders(case))
     # Of mixtures PEFT takes "all-linear" to mean the experts' fused parameters as well.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "mix" in case or "moe" in case else "all-linear"
+    if half := FAMILIES[base.config.model_type].half:  # and of models that see, the tower's linears
+        targets = rf".*\.{half.module}\..*_proj"
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, fan_in_fan_out="gpt2" in case
     )
@@ -346,13 +379,12 @@ def test_export(case, load, parity, tmp_path):
     """transformers opens what jlora saves, with the same tensors and logits."""
     model, params = load(case)
     jlora.save_model(tmp_path / "out", model, params)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    state = reference(case).state_dict()
-    assert opened.state_dict().keys() == state.keys()
-    for name, value in opened.state_dict().items():
+    written, state = opened(tmp_path / "out"), reference(case).state_dict()
+    assert written.state_dict().keys() == state.keys()
+    for name, value in written.state_dict().items():
         assert torch.equal(value, state[name]), name
     ids = tokens()
-    found = difference(logits_of(opened.eval(), ids), np.asarray(model(params, jnp.asarray(ids))))
+    found = difference(logits_of(written, ids), np.asarray(model(params, jnp.asarray(ids))))
     parity("family", case.partition("-")[0], "export", found)
     assert found < 1e-4
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,7 +16,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.families.kinds import NUMBER
-from jlora.hub.checkpoints.weights import SafetensorsFolder, TensorInfo, read_tensor, read_unchecked
+from jlora.hub.checkpoints.weights import TensorInfo, read_tensor, read_unchecked
 from jlora.quant import Packed4bit, PackedArray, PackedInt8, QuantConfig, as_config, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
 
@@ -91,7 +92,7 @@ def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
     return dataclasses.replace(form, double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
 
 
-def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:
+def stored_tensors(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Stored]:
     """Name → tensor, for every packed one; the small tensors beside them (states, code books) are read and checked.
 
     Raises:
@@ -100,14 +101,14 @@ def stored_tensors(checkpoint: SafetensorsFolder) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     problems: list[str] = []
-    for weight, parts in _groups(checkpoint.tensors).items():
+    for weight, parts in _groups(tensors).items():
         faults: list[str] = []
         stored = _int8(parts, faults) if "SCB" in parts else _four_bit(parts, faults)
         problems += [f"{weight}: {fault}" for fault in faults]
         if stored is not None:
             found[weight] = stored
     if problems:
-        raise UserError(f"{checkpoint.folder} holds packed tensors that cannot be opened:\n  " + "\n  ".join(problems))
+        raise UserError(f"{folder} holds packed tensors that cannot be opened:\n  " + "\n  ".join(problems))
     return found
 
 

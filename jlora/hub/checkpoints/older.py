@@ -21,6 +21,9 @@ ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", 
 
 def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with its dtype, rotary positions and experts under the names of transformers 4 and 5."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family and family.half and isinstance(inner := config.get(family.half.field), Mapping):
+        config = {**config, family.half.field: for_every_reader(inner)}
     renamed = {**RENAMED, **_older(config).renamed}
     named = {before: config[now] for now, before in renamed.items() if config.get(now) is not None}
     return {**config, **named, **_rope(config)}

@@ -12,7 +12,8 @@ import numpy as np
 from jlora import lora, quant, tree
 from jlora.errors import UserError
 from jlora.hub.checkpoints import names
-from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors
+from jlora.hub.checkpoints.beside import Beside, beside, part_of
+from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors, stored_tensors
 from jlora.hub.checkpoints.score import only_scored
 from jlora.hub.checkpoints.writing import (
     SHARD_BYTES,
@@ -20,6 +21,7 @@ from jlora.hub.checkpoints.writing import (
     Piece,
     configs,
     pieces_of,
+    spelled,
     tensors_of,
     untied,
     write_folder,
@@ -54,19 +56,20 @@ def save_quantized(
     """
     params = only_scored(model, params) if SCORE in params else params
     model = untied(model, params)
-    pieces = pieces_of(model, params)
+    pieces, others = pieces_of(model, params), beside(model)
     leaves = tree.flatten(params)
     packed = {piece.name: leaves[piece.path] for piece in pieces if quant.is_packed(leaves[piece.path])}
     format = _one_format(pieces, leaves)
     config, generation = configs(model, pieces, tokenizer)
-    config["quantization_config"] = _settings(format, packed, config["dtype"], _skipped(model, pieces, packed))
+    skipped = _skipped(model, pieces, packed) + (_unpacked_beside(others, format) if others else [])
+    config["quantization_config"] = _settings(format, packed, config["dtype"], skipped)
     entries = [
         Entry(_nbytes(piece, leaves[piece.path]), functools.partial(_packed, piece, leaves[piece.path]))
-        if piece.name in packed
+        if quant.is_packed(leaves[piece.path])
         else Entry(piece.nbytes, functools.partial(tensors_of, params, piece))
-        for piece in pieces
+        for piece in spelled(pieces, others)
     ]
-    write_folder(path, (config, generation), entries, tokenizer, shard_bytes)
+    write_folder(path, (config, generation), entries, tokenizer, shard_bytes, others)
 
 
 def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
@@ -119,6 +122,29 @@ def _skipped(model: "Model", pieces: Sequence[Piece], packed: Mapping[str, Any])
     ]
     head = names.module_names(model.config.names.head, 1)
     return sorted({*unpacked, *(name for name in head if f"{name}.weight" not in packed)})
+
+
+def _unpacked_beside(others: Beside, format: str) -> list[str]:
+    """Names of the modules of the other parts that are not packed.
+
+    Raises:
+        UserError: some are packed in another format.
+    """
+    parts = stored_tensors(others.folder, others.tensors)
+    if wrong := sorted(name for name, stored in parts.items() if stored.format != format):
+        found = parts[wrong[0]].format
+        raise UserError(
+            f"{others.folder}: parts beside the language model are packed in {found} ({wrong[0]}, …), and a folder "
+            f"has one format, here {format}"
+        )
+    kinds: dict[str, list[str]] = {}
+    for name in others.tensors:
+        kinds.setdefault(part_of(name), []).append(name)
+    whole = [part for part, names in kinds.items() if not parts.keys() & set(names)]
+    # transformers' names of modules, and older ones; in a part with packed tensors, each module by itself.
+    single = [name for part in kinds.keys() - set(whole) for name in kinds[part] if name not in parts]
+    modules = [name.removesuffix(".weight") for name in single if name.endswith(".weight")]
+    return sorted({*(prefix + part for part in whole for prefix in ("", "model.")), *modules})
 
 
 def _settings(format: str, packed: Mapping[str, Any], dtype: str, skipped: list[str]) -> dict[str, Any]:

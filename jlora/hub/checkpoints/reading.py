@@ -17,6 +17,7 @@ from jlora import models, sharding, tree
 from jlora.errors import UserError, describe_faults
 from jlora.families import kinds
 from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.beside import half_of, say_left_alone
 from jlora.hub.checkpoints.bitsandbytes import Stored, read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
 from jlora.hub.checkpoints.resize import Vocab, grown, resized
@@ -67,7 +68,10 @@ def load(
         FileNotFoundError: the checkpoint or some of its files are missing.
         ValueError: files are broken, the kind of model is unknown, or tensors do not fit it; all are listed.
     """
-    contents = _contents(source, open_source(source), float_dtype(dtype, mesh), as_config(quant), vocab)
+    checkpoint = open_source(source)
+    contents = _contents(source, checkpoint, float_dtype(dtype, mesh), as_config(quant), vocab)
+    if isinstance(checkpoint, SafetensorsFolder):
+        say_left_alone(checkpoint)
     return contents.model, tree.unflatten({path: contents.load(path, mesh) for path in contents.leaves})
 
 
@@ -221,7 +225,8 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
     method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
     if settings and method != "bitsandbytes":
         raise UserError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
-    stored = stored_tensors(checkpoint) if isinstance(checkpoint, SafetensorsFolder) else {}
+    packable = isinstance(checkpoint, SafetensorsFolder)
+    stored = stored_tensors(checkpoint.folder, checkpoint.tensors) if packable else {}
     if settings and not stored:
         raise UserError(
             f"{source}: config.json says that it is quantised ({method}), but no tensor is packed: delete the entry "
@@ -239,9 +244,12 @@ def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -
 def _build(checkpoint: Source | Description) -> "Model":
     """The model, with the end tokens of generation_config.json if it has some: chat models often have several."""
     generation = checkpoint.generation_config
+    model = models.build(checkpoint.config | ({"generation_config": generation} if generation else {}))
+    if half_of(checkpoint.config):
+        folder = str(checkpoint.folder.resolve())
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, folder=folder))
     if not generation:
-        return models.build(checkpoint.config)
-    model = models.build(checkpoint.config | {"generation_config": generation})
+        return model
     ends = generation.get("eos_token_id")
     if wrong := kinds.wrong(kinds.TOKENS, "eos_token_id", ends):
         raise UserError(describe_faults("generation_config.json", wrong))

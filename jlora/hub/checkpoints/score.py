@@ -94,11 +94,13 @@ def scored_config(
             f"adapter instead (save_adapter). Families with such a class: {', '.join(CLASSES)}"
         )
     ends = (None, None if tokenizer is None else tokenizer.eos_token_id, *model.config.eos_token_ids)
-    pads = (None if tokenizer is None else tokenizer.pad_token_id, config.get("pad_token_id"))
+    family = FAMILIES[kind]
+    settings = {**config, **family.settings(config)}
+    pads = (None if tokenizer is None else tokenizer.pad_token_id, settings.get("pad_token_id"))
+    pad = next((token for token in pads if token not in ends and token < model.config.vocab_size), None)
     return {
-        **config,
+        **family.with_field(config, "pad_token_id", pad),
         "architectures": [CLASSES[kind]],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
-        "pad_token_id": next((token for token in pads if token not in ends and token < model.config.vocab_size), None),
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jlora.errors import MissingFileError, UserError, describe_faults
+from jlora.hub.checkpoints.beside import set_aside
 from jlora.hub.checkpoints.tied import settle_head
 from jlora.hub.checkpoints.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo, read_json
 from jlora.hub.gguf.reading import GGUFFile
@@ -39,7 +40,7 @@ def open_source(location: str | Path) -> Source:
         ValueError: files are broken or of a kind that jlora does not read.
     """
     path = locate(location)
-    return GGUFFile(path) if path.suffix == ".gguf" else settle_head(SafetensorsFolder(path))
+    return GGUFFile(path) if path.suffix == ".gguf" else settle_head(set_aside(SafetensorsFolder(path)))
 
 
 class Description:

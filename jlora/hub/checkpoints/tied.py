@@ -2,15 +2,18 @@
 
 import functools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jlora import models
 from jlora.errors import UserError
+from jlora.families import FAMILIES
 from jlora.families.family import Names
+from jlora.families.multimodal import TIED
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder, TensorInfo, read_blocks
 
@@ -45,14 +48,19 @@ def settle_head(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
     elif _is_copy(checkpoint, pair):
         checkpoint.tensors.pop(pair.head)
     else:
-        checkpoint.config["tie_word_embeddings"] = False
+        checkpoint.config |= _untied(checkpoint.config)
     return checkpoint
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family.with_field(config, TIED, False) if family else {**config, TIED: False}
 
 
 def _tied_pair(checkpoint: SafetensorsFolder) -> Pair | None:
     """Head and embedding if config.json or the family's default ties them, else None."""
     modules = OF_OTHERS
-    tied = checkpoint.config.get("tie_word_embeddings") is True
+    tied = checkpoint.config.get(TIED) is True
     try:
         config = models.build(checkpoint.config).config
     except UserError:  # reported when the model is built; `jlora merge --recipe` accepts models that jlora cannot build

@@ -32,15 +32,29 @@ CHUNK = 1 << 15  # values that are checked together: few enough to stay in the p
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header says about a tensor; `dtype` is the file format's name for it."""
+    """What a file's header says about a tensor; `dtype` is the file format's name for it.
+
+    Attributes:
+        span: where its bytes are in a safetensors file: (first, last + 1).
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    span: tuple[int, int] = (0, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has in a safetensors file."""
+        return self.span[1] - self.span[0]
 
 
 class SafetensorsFolder:
     """A folder with config.json and safetensors files; all but the tensors' data is read and checked on creation.
+
+    Attributes:
+        tensors: what can be read.
+        aside: tensors of a model's other parts, which are never read (`jlora.hub.checkpoints.beside`).
 
     Raises:
         FileNotFoundError: config.json, all weights, or shards that the index names are missing.
@@ -53,6 +67,7 @@ class SafetensorsFolder:
         generation = folder / "generation_config.json"
         self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
         self.tensors: dict[str, TensorInfo] = tensor_infos(weight_files(folder))
+        self.aside: dict[str, TensorInfo] = {}
         self._stored: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
@@ -63,7 +78,7 @@ class SafetensorsFolder:
         """Renames tensors: `names` gives new name → present name."""
         for name, stored in names.items():
             self.tensors[name] = self.tensors.pop(stored)
-            self._stored[name] = stored
+            self._stored[name] = self._stored.pop(stored, stored)
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:
@@ -252,7 +267,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        infos = {name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file) for name, entry in entries.items()}
+        infos = {name: _info(entry, file, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is not safetensors: its header cannot be read ({error})") from error
     if size != expected:
@@ -262,3 +277,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             return infos
     except SafetensorError as error:
         raise UserError(f"{file} is damaged: {error}") from error
+
+
+def _info(entry: Mapping[str, Any], file: Path, start: int) -> TensorInfo:
+    first, last = entry["data_offsets"]
+    return TensorInfo(tuple(entry["shape"]), entry["dtype"], file, (start + first, start + last))

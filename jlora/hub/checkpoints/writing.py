@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from jlora import lora, quant, tree
 from jlora.ends import end_ids
 from jlora.errors import UserError
+from jlora.families import FAMILIES
 from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.beside import PROCESSOR, Beside, beside
+from jlora.hub.checkpoints.bitsandbytes import COMPANION
 from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.older import for_every_reader, save_tokenizer
 from jlora.hub.checkpoints.score import KERNEL, only_scored, scored_config, scored_leaves
-from jlora.hub.checkpoints.weights import INDEX, SINGLE, require_finite
+from jlora.hub.checkpoints.shards import save_shard
+from jlora.hub.checkpoints.weights import INDEX, SINGLE, TensorInfo, require_finite
 from jlora.lora.kinds import BIAS, leaf_of
 from jlora.lora.kinds.kind import SETTINGS
 from jlora.models.model import SCORE
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from jlora.models import Model
 
 SHARD_BYTES = 5_000_000_000
-STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json")
+STALE = ("*.safetensors", INDEX, "pytorch_model*", "generation_config.json", *PROCESSOR)
 # All files that transformers may write for a tokenizer, or read as part of one, so that an old one is not mixed with
 # the new one.
 TOKENIZER = (
@@ -60,11 +63,11 @@ class Entry(NamedTuple):
 
     Attributes:
         nbytes: about how many bytes they have.
-        tensors: makes the tensors, by name; called when their file is written.
+        tensors: makes the tensors, by name; called when their file is written. A TensorInfo is copied.
     """
 
     nbytes: int
-    tensors: Callable[[], Mapping[str, np.ndarray]]
+    tensors: Callable[[], Mapping[str, np.ndarray | TensorInfo]]
 
 
 def save_model(
@@ -78,18 +81,21 @@ def save_model(
     """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
     Params with a score head are written as a reward model (…ForSequenceClassification), which has no head for logits.
+    Of a model that also sees or hears, the other parts are copied from the folder that it was loaded from.
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
 
     Raises:
-        ValueError: `params` are not those of `model`, or have a score head that transformers has no class for.
+        ValueError: `params` are not those of `model`, have a score head that transformers has no class for, or the
+            other parts of the model are not where they were.
         FileExistsError: `path` holds something other than a model.
     """
     model, params = as_written(model, params)
-    pieces = pieces_of(model, params)
-    entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
-    write_folder(path, configs(model, pieces, tokenizer), entries, tokenizer, shard_bytes)
+    pieces, others = pieces_of(model, params), _unpacked(beside(model))
+    config = configs(model, pieces, tokenizer)
+    entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in spelled(pieces, others)]
+    write_folder(path, config, entries, tokenizer, shard_bytes, others)
 
 
 def require_writable(model: "Model", params: Params) -> None:
@@ -98,7 +104,27 @@ def require_writable(model: "Model", params: Params) -> None:
     Raises:
         ValueError: as `save_model`.
     """
-    pieces_of(*as_written(model, params))
+    model, params = as_written(model, params)
+    pieces_of(model, params)
+    _unpacked(beside(model))
+
+
+def spelled(pieces: Sequence[Piece], others: Beside | None) -> list[Piece]:
+    """The pieces by the names of the folder that their model was loaded from."""
+    if others is None:
+        return list(pieces)
+    return [piece._replace(tensor=piece.tensor._replace(name=others.name(piece.name))) for piece in pieces]
+
+
+def _unpacked(others: Beside | None) -> Beside | None:
+    """The same. Raises UserError if some of its tensors are packed, which only a packed folder can hold."""
+    packed = [name for name in others.tensors if COMPANION.fullmatch(name)] if others else []
+    if packed:
+        raise UserError(
+            f"{others.folder}: parts beside the language model are packed ({packed[0]}, …), and are only copied: "
+            "merge into the original model"
+        )
+    return others
 
 
 def write_folder(
@@ -107,9 +133,16 @@ def write_folder(
     entries: Sequence[Entry],
     tokenizer: "PreTrainedTokenizerBase | None",
     shard_bytes: int,
+    others: Beside | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json, the tensors and the tokenizer, complete or not at all."""
+    """Writes config.json, generation_config.json, the tensors and the tokenizer, complete or not at all.
+
+    Args:
+        others: what is copied: tensors, the settings of processors, and the tokenizer if there is no other.
+    """
     config, generation = configs
+    copied = others.tensors if others else {}
+    entries = [*entries, *(Entry(info.nbytes, lambda name=name: {name: copied[name]}) for name, info in copied.items())]
     shards = _shards(entries, shard_bytes)
     stale = STALE if tokenizer is None else STALE + TOKENIZER
     with replacing(path, marker="config.json", stale=stale) as folder:
@@ -119,14 +152,17 @@ def write_folder(
         weight_map, total = {}, 0
         for name, members in shards.items():
             tensors = {key: value for entry in members for key, value in entry.tensors().items()}
-            require_finite(tensors)
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            made = {key: value for key, value in tensors.items() if key not in copied}
+            require_finite(made)
+            save_shard(folder / name, made, {key: value for key, value in tensors.items() if key in copied})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(value.nbytes for value in tensors.values())
         if len(shards) > 1:
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+        if others:
+            others.copy_files(folder, PROCESSOR if tokenizer is not None else PROCESSOR + TOKENIZER)
 
 
 def as_written(model: "Model", params: Params) -> tuple["Model", Params]:
@@ -232,13 +268,21 @@ def configs(
     """(config.json, generation_config.json or None)."""
     config = dict(model.config.to_hf())
     generation = config.pop("generation_config", None)
-    for outdated in ("torch_dtype", "quantization_config"):
-        config.pop(outdated, None)
-    generation = _generation_config(model, config, generation, tokenizer)
-    config["dtype"] = max(pieces, key=lambda piece: piece.nbytes).dtype.name
+    config.pop("quantization_config", None)
+    settings = config | FAMILIES[model.config.model_type].settings(config)
+    generation = _generation_config(model, settings, generation, tokenizer)
+    config = _with_dtype(model, config, max(pieces, key=lambda piece: piece.nbytes).dtype.name)
     if any(piece.path == KERNEL for piece in pieces):
         config = scored_config(model, config, tokenizer)
     return config, generation
+
+
+def _with_dtype(model: "Model", config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with this dtype, also for the language model inside."""
+    half, outdated = FAMILIES[model.config.model_type].half, ("torch_dtype", "dtype")
+    parts = {half.field: config.get(half.field) or {}} if half else {}
+    own = {field: {key: part[key] for key in part if key not in outdated} for field, part in parts.items()}
+    return {key: config[key] for key in config if key not in outdated} | own | {"dtype": dtype}
 
 
 def _generation_config(

@@ -13,6 +13,7 @@ from jlora.ends import template_end
 from jlora.errors import UserError
 from jlora.families.layouts import Heads
 from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints.beside import alone
 from jlora.hub.checkpoints.source import locate
 from jlora.hub.checkpoints.writing import Piece, as_written, pieces_of, tensors_of
 from jlora.hub.gguf.file import Progress, Tensor, require_name, write_file
@@ -54,6 +55,8 @@ def save_gguf(
 ) -> None:
     """Writes the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
 
+    Of a model that also sees or hears, the file holds the language model, as llama.cpp's own files do.
+
     Merged weights are computed in float32 and rounded once. Vectors, routers and learned positions stay in float32;
     matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window
     (Mistral's, Phi-3's) that llama.cpp ignores, which changes its results for longer texts.
@@ -73,7 +76,7 @@ def save_gguf(
     require_gguf(path, dtype)
     if SCORE in params:
         raise UserError("GGUF has no score heads for jlora's models: save a reward model with jlora.save_model")
-    model, params = as_written(model, params)
+    model, params = alone(*as_written(model, params))
     tensors = _tensors(model, params, dtype)
     metadata, divisors = describe(model.config)
     tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
@@ -111,7 +114,7 @@ def save_gguf_adapter(
         ImportError: the package gguf is not installed.
     """
     require_gguf(path, dtype, adapter=True)
-    params = lora.with_starts(params)
+    model, params = alone(model, lora.with_starts(params))
     factors = _factors(model, params)
     ranks = {name: b.shape[-1] for name, (_, b, _) in factors.items()}
     scales = {name: scale for name, (_, _, scale) in factors.items()}

@@ -159,6 +159,7 @@ class Summary(NamedTuple):
         targets, parameters: the adapted modules, and the adapted parameters that are not modules.
         tokens: as `trainable_token_indices`.
         tied: whether the embedding's adapter acts in the head too.
+        whole: whether names must be whole, because the model has other parts, whose modules may end in the same way.
         task_type: PEFT's; "SEQ_CLS" for reward models, whose score head is one of `modules_to_save`.
     """
 
@@ -176,12 +177,13 @@ class Summary(NamedTuple):
     tied: bool
     fan_in_fan_out: bool
     task_type: str
+    whole: bool = False
 
 
 def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
     ranks, alphas = summary.ranks, summary.alphas
-    targets = _target_names(summary.targets, summary.linears)
+    targets = sorted(summary.targets) if summary.whole else _target_names(summary.targets, summary.linears)
     only_saved = summary.modules_to_save and not targets and not summary.parameters
     r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
     fields = {

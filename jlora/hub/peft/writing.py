@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from jlora import lora, tree
 from jlora.errors import UserError, first_few
+from jlora.families import FAMILIES, each
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.score import has_score
@@ -96,9 +97,11 @@ def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
     if base is None or not file.is_file():
         return False
     try:
-        rows = read_json(file).get("vocab_size")
+        config = read_json(file)
     except UserError:  # `base` is only a name for adapter_config.json and need not be a model
         return False
+    family = FAMILIES.get(str(config.get("model_type")))
+    rows = (family.settings(config) if family else config).get("vocab_size")
     pair = tie(flat)
     return isinstance(rows, int) and pair is not None and flat[pair.weight].shape[0] > rows
 
@@ -231,12 +234,26 @@ def _summary(params: Params, ranks: dict[str, int], alphas: dict[str, int | floa
         kinds={kind.peft_field: in_all(kind.leaves[0]) for kind in (DORA, BIAS)},
         peft_type=peft_type,
         bias=bias,
-        modules_to_save=AdapterNames(flat).shortest(saved),
+        modules_to_save=_saved_names(flat, saved),
         tokens=_token_ids(flat),
         tied=pair is not None,
         fan_in_fan_out=any(re.fullmatch(names.UNTRANSPOSED, f"{module.path}/kernel") for module in adapted),
         task_type="SEQ_CLS" if has_score(params) else "CAUSAL_LM",
+        whole=_has_other_parts(flat),
     )
+
+
+def _has_other_parts(flat: Mapping[str, Any]) -> bool:
+    """Whether this is the language model of one that has other parts too."""
+    stacks = {stack.name for path in flat if (stack := tree.stack_of(path))}
+    return tree.is_own(flat) and bool(stacks & {*each(lambda family: family.names.stack if family.half else None)})
+
+
+def _saved_names(flat: Mapping[str, Any], saved: set[str]) -> list[str]:
+    called = AdapterNames(flat)
+    if _has_other_parts(flat):
+        return sorted(name for module in saved for name in called.modules(module))
+    return called.shortest(saved)
 
 
 def _copies(flat: Mapping[str, Any], adapted: set[str]) -> tuple[str, set[str]]:

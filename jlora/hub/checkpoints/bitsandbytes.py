@@ -120,7 +120,7 @@ def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
     """
     parts = {part: _read(entry) for part, entry in stored.parts.items() if part in VALUES}
     name, info = stored.parts["weight"]
-    parts["weight"] = read_unchecked(info.file, name)  # bytes, in whatever dtype
+    parts["weight"] = read_unchecked(info.file, info.stored or name)  # bytes, in whatever dtype
     return FORMATS[stored.format].read(stored, parts, np.dtype(dtype))
 
 
@@ -151,7 +151,7 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, tuple[str,
 
 def _read(entry: tuple[str, TensorInfo]) -> np.ndarray:
     name, info = entry
-    return read_tensor(info.file, name)
+    return read_tensor(info.file, info.stored or name)
 
 
 def _int8(parts: Mapping[str, tuple[str, TensorInfo]], faults: list[str]) -> Stored | None:

@@ -120,7 +120,7 @@ def _equal(head: _Stored, embedding: _Stored) -> bool:
         return False
     dtypes = [DTYPES[info.dtype] for info in infos]
     narrow = min(dtypes, key=lambda dtype: (dtype.itemsize, ml_dtypes.finfo(dtype).nmant))
-    blocks = (read_blocks(tensor.info.file, tensor.name, BLOCK) for tensor in (head, embedding))
+    blocks = (read_blocks(tensor.info.file, tensor.info.stored or tensor.name, BLOCK) for tensor in (head, embedding))
     return all(_same(one, other, narrow) for one, other in zip(*blocks, strict=True))
 
 

@@ -36,12 +36,14 @@ class TensorInfo(NamedTuple):
 
     Attributes:
         span: where its bytes are in a safetensors file: (first, last + 1).
+        stored: its name in the file, if it was given another (`SafetensorsFolder.rename`).
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
     span: tuple[int, int] = (0, 0)
+    stored: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -68,17 +70,17 @@ class SafetensorsFolder:
         self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
         self.tensors: dict[str, TensorInfo] = tensor_infos(weight_files(folder))
         self.aside: dict[str, TensorInfo] = {}
-        self._stored: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the file's dtype, bfloat16 included."""
-        return read_tensor(self.tensors[name].file, self._stored.get(name, name))
+        info = self.tensors[name]
+        return read_tensor(info.file, info.stored or name)
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Renames tensors: `names` gives new name → present name."""
         for name, stored in names.items():
-            self.tensors[name] = self.tensors.pop(stored)
-            self._stored[name] = self._stored.pop(stored, stored)
+            info = self.tensors.pop(stored)
+            self.tensors[name] = info._replace(stored=info.stored or stored)
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:

@@ -21,12 +21,20 @@ SIZES = dict(
     vocab_size=101, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=3, eos_token_id=6
 )
 GPT_SIZES = dict(vocab_size=101, n_embd=48, n_layer=2, n_head=3, n_positions=64, eos_token_id=6, bos_token_id=1)
+VISION = dict(
+    hidden_size=20, intermediate_size=28, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
 # (transformers' config class, its fields, linears to adapt)
 CASES = {
     "llama": ("LlamaConfig", SIZES | dict(num_key_value_heads=1, head_dim=20), ["q_proj", "down_proj"]),
     "llama, tied": ("LlamaConfig", SIZES | dict(tie_word_embeddings=True), ["v_proj", "up_proj"]),
     "qwen2, tied": ("Qwen2Config", SIZES | dict(num_key_value_heads=3, tie_word_embeddings=True), ["k_proj"]),
     "qwen3": ("Qwen3Config", SIZES | dict(num_key_value_heads=1, head_dim=10), ["o_proj", "gate_proj"]),
+    "gemma3": (
+        "Gemma3Config",
+        dict(text_config=SIZES | dict(num_key_value_heads=1, head_dim=10), vision_config=VISION, eos_token_id=6),
+        ["q_proj", "up_proj"],
+    ),
     "gpt2": ("GPT2Config", GPT_SIZES, ["c_attn", "c_fc"]),
     "gpt_neox": ("GPTNeoXConfig", SIZES | dict(bos_token_id=1), ["query_key_value"]),
 }

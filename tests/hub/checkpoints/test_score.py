@@ -33,7 +33,7 @@ CASES = {
     "gemma3": (
         "Gemma3Config",
         dict(text_config=SIZES | dict(num_key_value_heads=1, head_dim=10), vision_config=VISION, eos_token_id=6),
-        ["q_proj", "up_proj"],
+        ["o_proj", "up_proj"],  # the tower has no linears of these names, which PEFT would adapt too
     ),
     "gpt2": ("GPT2Config", GPT_SIZES, ["c_attn", "c_fc"]),
     "gpt_neox": ("GPTNeoXConfig", SIZES | dict(bos_token_id=1), ["query_key_value"]),

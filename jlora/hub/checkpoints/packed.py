@@ -58,14 +58,15 @@ def save_quantized(
     model = untied(model, params)
     pieces, others = pieces_of(model, params), beside(model)
     leaves = tree.flatten(params)
-    packed = {piece.name: leaves[piece.path] for piece in pieces if quant.is_packed(leaves[piece.path])}
+    kept = {path for path, leaf in leaves.items() if quant.is_packed(leaf)}
+    packed = {piece.name: leaves[piece.path] for piece in pieces if piece.path in kept}
     format = _one_format(pieces, leaves)
     config, generation = configs(model, pieces, tokenizer)
     skipped = _skipped(model, pieces, packed) + (_unpacked_beside(others, format) if others else [])
     config["quantization_config"] = _settings(format, packed, config["dtype"], skipped)
     entries = [
         Entry(_nbytes(piece, leaves[piece.path]), functools.partial(_packed, piece, leaves[piece.path]))
-        if quant.is_packed(leaves[piece.path])
+        if piece.path in kept
         else Entry(piece.nbytes, functools.partial(tensors_of, params, piece))
         for piece in spelled(pieces, others)
     ]

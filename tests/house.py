@@ -37,7 +37,7 @@ MODEL_TYPES = (
         "helium",
         "starcoder2",
     ),
-    *("qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox"),
+    *("qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox", "gpt_oss"),
 )
 ALGORITHMS = ("sft", "dft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")
 

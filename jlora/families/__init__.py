@@ -17,6 +17,7 @@ from jlora.families import (
     glm4,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     helium,
     hunyuan_v1_dense,
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
+        gpt_oss,
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

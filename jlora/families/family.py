@@ -28,6 +28,7 @@ class Names(NamedTuple):
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    router: str = "gate"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_down: str = "down_proj"
     # (norm before, norm after) of attention and of the MLP
@@ -82,6 +83,8 @@ class Family:
         score: the beginning of the name of transformers' …ForSequenceClassification; None: there is no such class.
         checkpoint_names: (pattern in transformers' names, what checkpoints have instead).
         untransposed: whether linears are stored as [in, out] (transformers' Conv1D).
+        stacked_experts: whether checkpoints have a layer's experts in one tensor [E, in, out], as transformers does in
+            memory, and not one by one.
         buffers: patterns of tensors in old checkpoints that every loader computes itself.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
         older: what transformers 4 needs in config.json.
@@ -97,6 +100,7 @@ class Family:
     score: str | None = None
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     untransposed: bool = False
+    stacked_experts: bool = False
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     mlx_names: tuple[tuple[str, str], ...] = ()
     older: Older = Older()
@@ -178,6 +182,16 @@ class Rope:
         return dataclasses.replace(self, **dict.fromkeys(idle, 0))
 
 
+class Clamped(NamedTuple):
+    """The gated product gate · sigmoid(alpha · gate) · (up + 1), of gate up to `limit` and up between -limit and limit.
+
+    It is gpt-oss's.
+    """
+
+    alpha: float
+    limit: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """A mixture of experts: every token goes to the `top_k` experts that the router finds likeliest.
@@ -185,10 +199,19 @@ class Experts:
     Attributes:
         count: number of experts.
         intermediate_size: inner width of one expert.
-        normalize: whether the chosen experts' probabilities are scaled to a sum of 1.
+        normalize: whether the chosen experts' probabilities are scaled to a sum of 1. (A softmax over the chosen ones
+            alone is the same.)
+        router_bias: whether the router has a bias.
+        bias: whether the experts' linears have biases.
+        interleaved: whether gate and up alternate in the columns of `gate_up_proj`, instead of one following the other.
+        clamped: the gated product; None: act(gate) · up.
     """
 
     count: int
     top_k: int
     intermediate_size: int
     normalize: bool
+    router_bias: bool = False
+    bias: bool = False
+    interleaved: bool = False
+    clamped: "Clamped | None" = None

@@ -39,7 +39,7 @@ def grouped_linear(x: Float[Array, "rows D"], sizes: Int[Array, "E"], module: Pa
     Args:
         sizes: how many rows each group has.
     """
-    return _computed(Call(x, resolve(module), None, functools.partial(quant.grouped_matmul, sizes=sizes)))
+    return _computed(Call(x, resolve(module), None, functools.partial(quant.grouped_matmul, sizes=sizes), sizes))
 
 
 def update(x: Float[Array, "*batch D"], module: Params, *, key: jax.Array | None = None) -> Float[Array, "*batch N"]:
@@ -96,8 +96,16 @@ def _computed(call: Call) -> jax.Array:
         output = kind.output(output, call)
     y = output.total().astype(x.dtype)
     if "bias" in module:
-        y = y + row(module["bias"], y.ndim).astype(y.dtype)
+        y = y + _bias(call, y.ndim).astype(y.dtype)
     return checkpoint_name(y, SAVED)
+
+
+def _bias(call: Call, ndim: int) -> jax.Array:
+    """The bias, to be added to outputs with this many axes: one for all rows, or one for each row's group."""
+    if call.sizes is None:
+        return row(call.module["bias"], ndim)
+    groups = jnp.arange(call.sizes.shape[0], dtype=jnp.int32)
+    return call.module["bias"][jnp.repeat(groups, call.sizes, total_repeat_length=call.x.shape[0])]
 
 
 def _packed_sum(call: Call) -> jax.Array:

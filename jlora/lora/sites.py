@@ -153,7 +153,7 @@ def split_axes(
     Args:
         bias_axes: how many axes the module's bias has, or None if it has no bias.
         input_axes: pairs (regular expression for the module's path, number of input axes).
-        stacked: whether the shape, and the bias's with it, begins with an axis of layers.
+        stacked: whether the shape, and the bias's with it, begins with an axis of layers (and one of experts).
 
     Raises:
         ValueError: the matching pair leaves the kernel no input or no output axis.
@@ -164,7 +164,8 @@ def split_axes(
             if not 0 < count < own:
                 raise UserError(f"input_axes: {module} has {own} axes; {count} of them cannot be inputs")
             return count, own - count
-    outputs = 1 if bias_axes is None else bias_axes - stacked
+    leading = len(shape) - own
+    outputs = 1 if bias_axes is None else bias_axes - leading
     return own - outputs, outputs
 
 

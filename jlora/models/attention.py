@@ -4,13 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora import sharding
+from jlora import lora, sharding
 from jlora.families.family import Layer
 from jlora.kernels.attention import AUTO, TOKENS_SPLIT, attend
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
-from jlora.models.layers import Linear, Norm
+from jlora.models.layers import Linear, Norm, leaves
 from jlora.models.rope import rotate
 
 # The mesh axes of keys and values [B, T, K, F] that go to a cache, of which a device has all tokens. If `tensor` does
@@ -48,9 +48,17 @@ class Attention(nn.Module):
             cache, found = cache.extend(*place, {"keys": keys, "values": values})
             keys, values = found["keys"], found["values"]
         settings = config.attention_scale, config.attention_softcap, self.form
-        y = attend(queries, keys, values, context.marks, *settings)
+        y = attend(queries, keys, values, context.marks, *settings, self._sinks())
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
+
+    def _sinks(self) -> jax.Array | None:
+        """The heads' scores that take part in every softmax, if the family has them."""
+        if not self.config.attention_sinks:
+            return None
+        if self.is_initializing():
+            self.param("sinks", nn.initializers.normal(0.02), (self.config.num_attention_heads,))
+        return lora.resolve(leaves(self))["sinks"]
 
     def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that."""

@@ -35,6 +35,7 @@ class ModelConfig:
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
         parallel: whether attention and MLP read the same input.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
+        attention_sinks: whether each head has a score, `sinks`, that takes part in every query's softmax.
         attention_softcap, final_softcap: s → cap · tanh(s / cap) of scores and logits.
         embedding_norm: whether embeddings are normed, with a norm that has no weights.
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
@@ -68,6 +69,7 @@ class ModelConfig:
     parallel: bool = False
     attention_scale: float = 1.0
     inverse_layer_scale: bool = False
+    attention_sinks: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_norm: bool = False

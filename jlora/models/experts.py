@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import lora, sharding, tree
+from jlora.families.family import Clamped
 from jlora.models.config import ModelConfig
 from jlora.models.layers import ACTIVATIONS, leaves, used
 
@@ -16,11 +17,14 @@ class Router(nn.Module):
     """
 
     count: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.is_initializing():
             self.param("router", nn.initializers.lecun_normal(), (x.shape[-1], self.count))
+            if self.use_bias:
+                self.param("bias", nn.initializers.zeros, (self.count,))
         weights = leaves(self)
         logits = lora.linear(
             x, {name: leaf for name, leaf in weights.items() if name != "router"} | {"kernel": weights["router"]}
@@ -29,31 +33,43 @@ class Router(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Rows, sorted by expert, times their experts' kernels [E, D, N]."""
+    """Rows, sorted by expert, times their experts' kernels [E, D, N] (+ biases [E, N])."""
 
     count: int
     features: int
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         if self.is_initializing():
             initialise = nn.initializers.lecun_normal(batch_axis=0)
             self.param("kernel", initialise, (self.count, x.shape[-1], self.features))
+            if self.use_bias:
+                self.param("bias", nn.initializers.zeros, (self.count, self.features))
         return lora.grouped_linear(x, sizes, used(self))
 
 
 class GatedExperts(nn.Module):
-    """down(act(gate) · up) in every expert, with gate and up in one product."""
+    """down(act(gate) · up), or `Clamped`, in every expert, with gate and up in one product."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         experts = self.config.experts
-        joined = Grouped(experts.count, 2 * experts.intermediate_size, name="gate_up_proj")(x, sizes)
-        gate, up = jnp.split(joined, 2, axis=-1)
-        y = ACTIVATIONS[self.config.hidden_act](gate) * up
-        return Grouped(experts.count, self.config.hidden_size, name="down_proj")(y, sizes)
+        width = 2 * experts.intermediate_size
+        joined = Grouped(experts.count, width, experts.bias, name="gate_up_proj")(x, sizes)
+        if experts.interleaved:
+            gate, up = joined[..., 0::2], joined[..., 1::2]
+        else:
+            gate, up = jnp.split(joined, 2, axis=-1)
+        y = _clamped(gate, up, experts.clamped) if experts.clamped else ACTIVATIONS[self.config.hidden_act](gate) * up
+        return Grouped(experts.count, self.config.hidden_size, experts.bias, name="down_proj")(y, sizes)
+
+
+def _clamped(gate: jax.Array, up: jax.Array, rule: Clamped) -> jax.Array:
+    gate, up = jnp.minimum(gate, rule.limit), jnp.clip(up, -rule.limit, rule.limit)
+    return (up + 1) * (gate * nn.sigmoid(gate * rule.alpha))
 
 
 class Mixture(nn.Module):
@@ -70,7 +86,8 @@ class Mixture(nn.Module):
             return sharding.apart(lambda params, x: alone.apply({"params": params}, x), tree.unflatten(flat), x)
         experts = self.config.experts
         rows = x.reshape(-1, x.shape[-1])
-        weights, chosen = jax.lax.top_k(Router(experts.count, name="gate")(rows), experts.top_k)
+        router = Router(experts.count, experts.router_bias, name=self.config.names.router)
+        weights, chosen = jax.lax.top_k(router(rows), experts.top_k)
         if experts.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         order = jnp.argsort(chosen.reshape(-1), stable=True)

@@ -204,6 +204,19 @@ CASES = {
         "GPT2Config",
         GPT_SIZES | dict(n_inner=50, scale_attn_by_inverse_layer_idx=True, activation_function="relu"),
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SIZES
+        | dict(num_local_experts=5, num_experts_per_tok=2, head_dim=10, sliding_window=6, swiglu_limit=1.5)
+        | dict(rope_parameters=YARN | dict(truncate=False)),
+    ),
+    "gpt_oss-odd": (
+        "GptOssConfig",
+        SIZES
+        | dict(num_hidden_layers=3, num_local_experts=3, num_experts_per_tok=3, head_dim=12, sliding_window=5)
+        | dict(swiglu_alpha=1.2, attention_bias=False, tie_word_embeddings=True)
+        | dict(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    ),
     "gpt_neox": ("GPTNeoXConfig", NEOX_SIZES | dict(rotary_pct=0.5)),
     "gpt_neox-serial": (
         "GPTNeoXConfig",
@@ -336,7 +349,7 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     torch.manual_seed(2)
     base = opened(folders(case))
     # Of mixtures PEFT takes "all-linear" to mean the experts' fused parameters as well.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "mix" in case or "moe" in case else "all-linear"
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if model.config.experts else "all-linear"
     if half := FAMILIES[base.config.model_type].half:  # and of models that see, the tower's linears
         targets = rf".*\.{half.module}\..*_proj"
     config = peft.LoraConfig(

@@ -28,12 +28,14 @@ LEAVES: dict[str, tuple[str, bool]] = {
     "scale": ("weight", False),
     "bias": ("bias", False),
     "router": ("weight", True),
+    "sinks": ("sinks", False),
 }
 # Linears that are transformers' `Conv1D`, which store [in, out].
 _STACKS = "|".join(each(lambda family: family.names.stack if family.untransposed else None))
 UNTRANSPOSED = rf"({_STACKS})(@[^/]+)?/.*/kernel"
 
-# Kernels of experts, which the Hub stores one by one and unfused. EXPERT_PARTS: the parts of their columns, in order.
+# Kernels of experts, which the Hub stores one by one and unfused, but in some families as transformers has them
+# (`Family.stacked_experts`). EXPERT_PARTS: the parts of their columns, in order.
 EXPERTS = r"(?P<stack>.+)/mlp/experts/(?P<kernel>gate_up_proj|down_proj)"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # model_type → GGUF's name of a module → the Hub's.
@@ -100,7 +102,12 @@ def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list
     transposed = transposed and not re.fullmatch(UNTRANSPOSED, path)
     stacked = tree.stack_of(path) is not None
     names = module_names(module, shape[0] if stacked else 1)
-    if experts := re.fullmatch(EXPERTS, module):
+    family = FAMILIES.get(model_type)
+    experts = re.fullmatch(EXPERTS, module)
+    if experts and (leaf == "bias" or (family and family.stacked_experts)):
+        end = "_bias" if leaf == "bias" else ""
+        tensors = [HubTensor(f"{name}{end}", shape[1:], False, (layer,)) for layer, name in enumerate(names)]
+    elif experts:
         tensors = _expert_tensors(names, shape, EXPERT_PARTS[experts["kernel"]])
     else:
         inner = shape[1:] if stacked else shape

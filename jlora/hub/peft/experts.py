@@ -1,7 +1,8 @@
 """Adapters of experts as earlier versions wrote them: one expert at a time, or with A and B exchanged.
 
 Up to transformers 4 each expert of a mixture has its own linears, and these have their own adapters. Up to PEFT 0.19.0
-the adapter of the experts' stacked parameters takes their axes in the wrong order, so that its A is what B is later.
+the adapter of the experts' stacked parameters takes their axes in the wrong order, so that its A is what B is later;
+for gpt-oss, which alone stores its experts' kernels as [E, in, out], that order is the right one.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,11 +59,18 @@ class OneByOne(NamedTuple):
 
 
 def exchanged(
-    modules: list[Module], found: Mapping[str, TensorInfo], config: AdapterConfig, path: Path
+    modules: list[Module],
+    found: Mapping[str, TensorInfo],
+    config: AdapterConfig,
+    path: Path,
+    leaves: Mapping[str, Any],
 ) -> list[Module]:
     """The modules, with experts marked as exchanged if the file has their A and B the other way round.
 
     The shapes decide; if they fit both ways (a model twice as wide as its experts), the PEFT version does.
+
+    Args:
+        leaves: the base's.
 
     Raises:
         UserError: the version is malformed.
@@ -72,7 +80,8 @@ def exchanged(
     certain = fits - {(True, True)}
     if not wanted or len(certain) > 1 or (False, False) in fits:  # `check_fits` names tensors that fit neither
         return modules
-    swapped = certain.pop() == (False, True) if certain else _is_old(config, path)
+    turned = any(f"{module.path}/bias" in leaves for module in wanted)  # only gpt-oss's experts have biases
+    swapped = certain.pop() == (False, True) if certain else not turned and _is_old(config, path)
     return [module._replace(exchanged=swapped) if module in wanted else module for module in modules]
 
 

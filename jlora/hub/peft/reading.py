@@ -76,7 +76,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     if single:
         found, made = stack_experts(file, modules, found, single)
     else:
-        modules = exchanged(modules, found, config, folder / CONFIG)
+        modules = exchanged(modules, found, config, folder / CONFIG, leaves)
     adapted = [module for module in modules if is_wanted(module, found, config)]
     slots = factor_slots(adapted, config) | config_slots(leaves, config, adapted)
     mirrored = _mirrored(file, found, leaves, config)

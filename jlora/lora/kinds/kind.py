@@ -69,12 +69,14 @@ class Call(NamedTuple):
         module: its leaves, with trained copies in place of what they were copied from.
         key: turns on dropout.
         matmul: the product of rows with a kernel or a factor.
+        sizes: how many rows each group has, if kernels come in groups (experts).
     """
 
     x: jax.Array
     module: Params
     key: jax.Array | None
     matmul: Callable[[jax.Array, Any], jax.Array]
+    sizes: jax.Array | None = None
 
     @property
     def drops(self) -> bool:

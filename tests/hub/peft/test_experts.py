@@ -130,6 +130,35 @@ def test_the_same_file_of_a_later_version_is_pefts(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2", None])
+@pytest.mark.parametrize(
+    ("inner", "targets"), [(WIDTH // 2, PARAMETERS[:1]), (WIDTH, PARAMETERS[1:]), (40, PARAMETERS)], ids=str
+)
+def test_experts_of_gpt_oss_were_never_exchanged(inner, targets, version, tmp_path):
+    """Their kernels are [E, in, out], the order that early versions of PEFT assumed of all experts."""
+    torch.manual_seed(0)
+    fields = dict(hidden_size=WIDTH, intermediate_size=inner, num_local_experts=EXPERTS, head_dim=16, **SIZES)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    plain = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_parameters=targets, target_modules=[])).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "new")
+    expected = logits(adapted)
+    assert np.abs(expected - plain).max() > 0.05
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text()) | {"peft_version": version}
+    (tmp_path / "new" / "adapter_config.json").write_text(json.dumps(config))
+    mine, params = hub.load(tmp_path / "base")
+    found = mine(hub.load_adapter(params, tmp_path / "new"), TOKENS)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def single_tensors(name, inner=40, router=False, seed=0):
     """Adapters of every expert's linears by themselves, as transformers 4 names them."""
     rng, tensors = np.random.default_rng(seed), {}

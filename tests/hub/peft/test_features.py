@@ -218,14 +218,18 @@ PARAMETERS = {
     "both": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     "down": ["experts.down_proj"],
     "up": ["experts.gate_up_proj"],
-    "router too": ["gate.weight", "down_proj", "gate_up_proj"],
+    "router too": ["gate.weight", "router.weight", "down_proj", "gate_up_proj"],
 }
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_experts(name, tmp_path, quiet, parity):
+def test_experts(name, kind, tmp_path, quiet, parity):
     torch.manual_seed(0)
-    reference = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE)).eval()
+    reference = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MOE)).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
     reference.save_pretrained(tmp_path / "base")
     adapted = make_peft(reference, dict(target_modules=["q_proj"], target_parameters=PARAMETERS[name]))
     adapted.save_pretrained(tmp_path / "peft")

@@ -1,0 +1,53 @@
+"""gpt-oss: attention sinks, windows in every second layer, and mixtures whose gates are clamped."""
+
+from jlora.families.family import Clamped, Experts, Family, Layer, Names, Values
+from jlora.families.fields import Fields
+from jlora.families.kinds import FLAG, NUMBER, POSITIVE
+from jlora.families.reading import common, read_windows
+
+# What transformers takes where config.json says nothing of rotary positions.
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def read(fields: Fields) -> Values:
+    if not fields.rope():
+        fields = fields.replaced(rope_parameters=ROPE)
+    values = common(fields, num_key_value_heads=8, head_dim=64, norm_eps=1e-5, rope_theta=150000.0)
+    count, bias = values["num_hidden_layers"], fields.get("attention_bias", True, FLAG)
+    windows = read_windows(fields, fields.get("sliding_window", 128), count, lambda: [i % 2 == 0 for i in range(count)])
+    experts = Experts(
+        count=fields.get("num_local_experts", fields.get("num_experts", 128)),
+        top_k=fields.get("num_experts_per_tok", fields.get("experts_per_token", 4)),
+        intermediate_size=values["intermediate_size"],
+        normalize=True,
+        router_bias=True,
+        bias=True,
+        interleaved=True,
+        clamped=Clamped(fields.get("swiglu_alpha", 1.702, NUMBER), fields.get("swiglu_limit", 7.0, POSITIVE)),
+    )
+    fields.only("hidden_act", "silu")  # the gates' own, whatever it says, but nothing else is ever said
+    return values | {
+        "norm": "rms_wide",
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "attention_sinks": True,
+        "experts": experts,
+        "layers": tuple(Layer(window=window, experts=True) for window in windows),
+    }
+
+
+FAMILY = Family(
+    model_types=("gpt_oss",),
+    class_name="GptOssForCausalLM",
+    read=read,
+    names=Names(router="router"),
+    score="GptOss",
+    stacked_experts=True,
+)

@@ -42,10 +42,9 @@ def test_what_is_not_read_may_be_anything_and_changes_nothing(model_type, value)
     unread -= fields.seen | {"eos_token_id"}
     added = plain | dict.fromkeys(unread, value)
     if rope := plain.get("rope_parameters"):
-        own = {
-            name: given | {"mrope_section": value, "factor": value} for name, given in rope.items() if name in LAYERS
-        }
-        added["rope_parameters"] = own or rope | {"mrope_section": value, "factor": value}
+        unknown = {"mrope_section": value, "factor": value}
+        own = {name: unknown | given for name, given in rope.items() if name in LAYERS}
+        added["rope_parameters"] = own or unknown | rope
     assert resolved(added) == resolved(plain)
 
 

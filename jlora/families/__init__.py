@@ -32,7 +32,10 @@ from jlora.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     starcoder2,
@@ -49,7 +52,8 @@ FAMILIES: dict[str, Family] = {
     for module in (
         *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
-        *(qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox),
+        *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
+        *(gemma, gemma2, gemma3, gpt2, gpt_neox),
         gpt_oss,
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))

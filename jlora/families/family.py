@@ -27,6 +27,8 @@ class Names(NamedTuple):
     mixers: tuple[tuple[str, str], ...] = ()
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
+    # what `output` is called in layers of other kinds
+    mixer_outputs: tuple[str, ...] = ()
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     router: str = "gate"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -47,6 +49,11 @@ class Names(NamedTuple):
     def outside(self) -> tuple[str, ...]:
         """The modules outside of the stack."""
         return tuple(path for path in (self.embedding, self.positions, self.norm, self.head) if path)
+
+    @property
+    def row_parallel(self) -> tuple[str, ...]:
+        """The linears of a layer whose inputs are the outputs of others, and whose outputs are added to the layer's."""
+        return self.output, *self.mixer_outputs, self.mlp_down
 
     def below(self, module: str) -> "Names":
         """The same parts inside of a module, but for the head, which stays outside."""
@@ -85,6 +92,7 @@ class Family:
         untransposed: whether linears are stored as [in, out] (transformers' Conv1D).
         stacked_experts: whether checkpoints have a layer's experts in one tensor [E, in, out], as transformers does in
             memory, and not one by one.
+        unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
         buffers: patterns of tensors in old checkpoints that every loader computes itself.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
         older: what transformers 4 needs in config.json.
@@ -101,6 +109,7 @@ class Family:
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     untransposed: bool = False
     stacked_experts: bool = False
+    unpacked: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     mlx_names: tuple[tuple[str, str], ...] = ()
     older: Older = Older()
@@ -205,6 +214,8 @@ class Experts:
         bias: whether the experts' linears have biases.
         interleaved: whether gate and up alternate in the columns of `gate_up_proj`, instead of one following the other.
         clamped: the gated product; None: act(gate) · up.
+        shared_intermediate_size: inner width of an MLP for every token beside the experts; 0: there is none.
+        shared_gate: whether the output of that MLP is scaled by a sigmoid of its own for each token.
     """
 
     count: int
@@ -215,3 +226,30 @@ class Experts:
     bias: bool = False
     interleaved: bool = False
     clamped: "Clamped | None" = None
+    shared_intermediate_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """Gated delta nets (Yang et al. 2024): layers with a matrix of state for each head in place of attention.
+
+    Attributes:
+        key_heads, value_heads: each of the first serves several neighbours of the second.
+        key_dim, value_dim: the widths of their heads.
+        conv_kernel: how many tokens the convolution of queries, keys and values sees.
+        fused: whether one linear gives queries, keys, values and gates, key head by key head, and another rates and
+            decays; otherwise there are four, with all heads of a kind together.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    fused: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many values the convolution mixes: queries, keys and values of all heads."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim

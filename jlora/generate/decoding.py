@@ -207,7 +207,7 @@ class _Decoder:
         prompts = self.tokens.at[numbers].get(mode="clip")
         cache = self.model.empty_cache(self.params, len(numbers), width)
         params = self._params_of(numbers)
-        hidden, cache = self.model.hidden(params, prompts, positions, segment_ids, cache=cache)
+        hidden, cache = self.model.hidden(params, prompts, positions, segment_ids, cache=cache, branches=False)
         return hidden[:, -1], cache
 
     def step(self, state: _State) -> _State:
@@ -216,7 +216,7 @@ class _Decoder:
         positions = (lengths + state.steps - 1)[:, None]
         params = self._params_of(state.owners)
         hidden, cache = self.model.hidden(
-            params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache
+            params, state.last[:, None], positions, jnp.ones_like(positions), cache=state.cache, branches=False
         )
         token, done, found = self._draw(state.found, state.owners, state.steps, hidden[:, 0])
         # A free row's steps do not advance, so that its positions stay within the model's.

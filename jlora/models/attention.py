@@ -35,7 +35,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, (batch, tokens, _) = self.config, x.shape
-        queries, keys, values = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
+        queries, keys, values, gate = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
         if context.cos is not None:
             rotation = context.cos, context.sin, config.interleaved
             queries, keys = (rotate(heads, *rotation) for heads in (queries, keys))
@@ -49,6 +49,7 @@ class Attention(nn.Module):
             keys, values = found["keys"], found["values"]
         settings = config.attention_scale, config.attention_softcap, self.form
         y = attend(queries, keys, values, context.marks, *settings, self._sinks())
+        y = y if gate is None else y * nn.sigmoid(gate)
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache
 
@@ -60,12 +61,16 @@ class Attention(nn.Module):
             self.param("sinks", nn.initializers.normal(0.02), (self.config.num_attention_heads,))
         return lora.resolve(leaves(self))["sinks"]
 
-    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that."""
+    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that.
+
+        The last of the four is the gate of each head's output [B, T, H, F], or None.
+        """
         config, names = self.config, self.config.names.queries_keys_values
         sizes = config.heads(self.layer)
         heads = (sizes.queries, sizes.keys, sizes.keys)
         widths = [count * sizes.width for count in heads]
+        widths[0] *= 2 if config.attention_gate else 1
         if len(names) == 3:
             parts = [Linear(width, config.qkv_bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
         else:
@@ -73,12 +78,13 @@ class Attention(nn.Module):
         if config.qk_norm == "all":
             parts = [*self._norms(*parts[:2]), parts[2]]
         queries, keys, values = (
-            sharding.constrain(part.reshape(*x.shape[:2], count, sizes.width), *axes)
+            sharding.constrain(part.reshape(*x.shape[:2], count, -1), *axes)
             for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
         )
+        queries, gate = jnp.split(queries, 2, axis=-1) if config.attention_gate else (queries, None)
         if config.qk_norm == "head":
             queries, keys = self._norms(queries, keys)
-        return queries, keys, values
+        return queries, keys, values, gate
 
     def _split(self, fused: jax.Array, widths: list[int]) -> list[jax.Array]:
         if not self.config.qkv_by_head:

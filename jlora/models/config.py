@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.families.family import Experts, Layer, Names, Rope
+from jlora.families.family import Delta, Experts, Layer, Names, Rope
 
 
 class Heads(NamedTuple):
@@ -32,6 +32,8 @@ class ModelConfig:
             or "layer".
         qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation)
             or "all" (all heads together).
+        attention_gate: whether the projection of queries gives, for each head, a gate after the query, whose sigmoid
+            scales what the head gives.
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
         parallel: whether attention and MLP read the same input.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
@@ -65,6 +67,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    attention_gate: bool = False
     qkv_by_head: bool = False
     parallel: bool = False
     attention_scale: float = 1.0
@@ -77,6 +80,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     experts: Experts | None = None
+    delta: Delta | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)
     folder: str | None = None

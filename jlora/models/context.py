@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from jlora.kernels.attention import Marks
+from jlora.kernels.recurrence import Runs
 
 Shared = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -18,6 +19,7 @@ class Context:
         marks: which keys a query may see.
         layer: int32, the layer's number, from 0.
         slot: int32, the layer's number among those that share its stack in the cache.
+        runs: which token precedes which, for recurrences; None if no layer is one.
         shared: keys and values [B, S, K, F] of earlier layers that later ones use, by name.
     """
 
@@ -26,4 +28,5 @@ class Context:
     marks: Marks
     layer: jax.Array
     slot: jax.Array
+    runs: Runs | None = None
     shared: Shared = dataclasses.field(default_factory=dict)

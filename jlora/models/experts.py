@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jlora import lora, sharding, tree
 from jlora.families.family import Clamped
 from jlora.models.config import ModelConfig
-from jlora.models.layers import ACTIVATIONS, leaves, used
+from jlora.models.layers import ACTIVATIONS, Linear, leaves, used
+from jlora.models.mlp import MLP
 
 
 class Router(nn.Module):
@@ -94,4 +95,11 @@ class Mixture(nn.Module):
         sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
         y = GatedExperts(self.config, name="experts")(rows[order // experts.top_k], sizes)
         y = y[jnp.argsort(order)].reshape(-1, experts.top_k, x.shape[-1])  # back in the tokens' order
-        return jnp.sum(y * weights.astype(x.dtype)[..., None], axis=1).reshape(x.shape)
+        y = jnp.sum(y * weights.astype(x.dtype)[..., None], axis=1)
+        return (y + self._shared(rows) if experts.shared_intermediate_size else y).reshape(x.shape)
+
+    def _shared(self, rows: jax.Array) -> jax.Array:
+        """What the MLP for every token adds."""
+        experts = self.config.experts
+        y = MLP(self.config, experts.shared_intermediate_size, name="shared_expert")(rows)
+        return nn.sigmoid(Linear(1, name="shared_expert_gate")(rows)) * y if experts.shared_gate else y

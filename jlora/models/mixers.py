@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jlora.families.family import Layer
-from jlora.models import attention
+from jlora.models import attention, delta
 from jlora.models.cache import Room
 from jlora.models.config import ModelConfig
 
@@ -16,11 +16,16 @@ class Mixer(NamedTuple):
         module: (config, layer, the form of attention) → a Flax module that maps (x [B, T, D], context, cache or None)
             to (y [B, T, D], the cache with these tokens).
         room: (config, layer) → what a layer keeps of a row's earlier tokens.
+        recurrent: whether it needs `Context.runs`.
     """
 
     module: Callable
     room: Callable[[ModelConfig, Layer], Room]
+    recurrent: bool = False
 
 
 # `jlora.families.family.Layer.mixer` → the mixer.
-MIXERS = {"attention": Mixer(attention.Attention, attention.room)}
+MIXERS = {
+    "attention": Mixer(attention.Attention, attention.room),
+    "delta": Mixer(delta.DeltaNet, delta.room, recurrent=True),
+}

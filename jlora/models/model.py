@@ -15,6 +15,7 @@ from jlora import lora, sharding, tree
 from jlora.errors import UserError, first_few
 from jlora.families.family import SCORE, Layer
 from jlora.kernels.attention import AUTO, Marks
+from jlora.kernels.recurrence import Runs, last_segment
 from jlora.lora.kinds.copies import copy_of
 from jlora.models.cache import Cache, Room
 from jlora.models.config import ModelConfig
@@ -32,10 +33,12 @@ class Tables(NamedTuple):
 
     Attributes:
         rotations: (cos, sin) [B, T, F] of each of the config's ropes.
+        runs: which token precedes which; None if no layer is a recurrence.
     """
 
     rotations: tuple[tuple[jax.Array, jax.Array], ...]
     marks: Marks
+    runs: Runs | None
 
     def of_stack(self, ropes: Sequence[int | None], windows: Sequence[int | None]) -> "Choices":
         """The rotations and windows that the layers of one stack choose from.
@@ -47,11 +50,11 @@ class Tables(NamedTuple):
         found = [None if rope is None else self.rotations[rope] for rope in used]
         some = next((rotation for rotation in found if rotation is not None), None)
         if some is None:
-            return Choices(None, None, self.marks.among(windows), used)
+            return Choices(None, None, self.marks.among(windows), used, self.runs)
         cos, sin = some
         identity = jnp.ones_like(cos), jnp.zeros_like(sin)
         cos, sin = (jnp.stack(parts) for parts in zip(*(rotation or identity for rotation in found), strict=True))
-        return Choices(cos, sin, self.marks.among(windows), used)
+        return Choices(cos, sin, self.marks.among(windows), used, self.runs)
 
 
 class Choices(NamedTuple):
@@ -61,12 +64,14 @@ class Choices(NamedTuple):
         cos, sin: [rotations, B, T, F]; None if no layer of the stack rotates.
         marks: with the windows of the stack.
         ropes: the indices in `ModelConfig.ropes` of the rotations; None is the identity.
+        runs: as in `Tables`.
     """
 
     cos: jax.Array | None
     sin: jax.Array | None
     marks: Marks
     ropes: tuple[int | None, ...]
+    runs: Runs | None
 
     def of_layer(self, numbers: "Numbers") -> Context:
         """The Context of one layer."""
@@ -77,7 +82,7 @@ class Choices(NamedTuple):
             return jax.lax.dynamic_index_in_dim(stack, numbers.rotation, keepdims=False)
 
         marks = self.marks.of_layer(numbers.window)
-        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot)
+        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot, self.runs)
 
 
 class Numbers(NamedTuple):
@@ -370,7 +375,10 @@ class Model:
         self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, branches: bool = True
     ) -> tuple[Tables, Cache | None]:
         config = self.config
-        key_positions, key_segments = positions, segment_ids
+        key_positions, key_segments, runs = positions, segment_ids, None
+        if any(MIXERS[layer.mixer].recurrent for layer in config.layers):
+            previous = None if cache is None else last_segment(cache.segment_ids)
+            runs = Runs.of(segment_ids, previous, branches)
         if cache is not None:
             cache = cache.mark(positions, segment_ids)
             key_positions, key_segments = cache.positions, cache.segment_ids
@@ -381,7 +389,7 @@ class Model:
             # Tokens that branches share are rotated for the longest branch.
             same = segment_ids[:, :, None] % BRANCH == key_segments[:, None, :] % BRANCH
             lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
-        return Tables(tuple(rope_tables(rope, positions, lengths) for rope in config.ropes), seen), cache
+        return Tables(tuple(rope_tables(rope, positions, lengths) for rope in config.ropes), seen, runs), cache
 
     def _layers(
         self,

@@ -5,12 +5,18 @@ import re
 
 from jlora import tree
 from jlora.errors import UserError
-from jlora.families import each
+from jlora.families import each, every
 from jlora.quant.formats import FORMATS
 
-# Every linear inside the stack; embeddings, the head and norms keep their precision (as is usual with bitsandbytes).
+# Every linear inside the stack, except those that a family leaves out; embeddings, the head and norms keep their
+# precision (as is usual with bitsandbytes).
 _STACKS = "|".join(each(lambda family: family.names.stack))
-DEFAULT_RULES: tuple[tuple[str, str | None], ...] = ((rf"({_STACKS})/.*/kernel", "nf4"), (r".*", None))
+_UNPACKED = tuple((rf"({_STACKS})/(.*/)?{module}/kernel", None) for module in every(lambda family: family.unpacked))
+DEFAULT_RULES: tuple[tuple[str, str | None], ...] = (
+    *_UNPACKED,
+    (rf"({_STACKS})/.*/kernel", "nf4"),
+    (r".*", None),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import tree
-from jlora.families import called
+from jlora.families import called, every
 from jlora.sharding.mesh import FEATURES, WEIGHTS
 
 Sizes = Mapping[str, int]
@@ -33,7 +33,7 @@ def _modules(*parts: str) -> str:
     return rf"(.*/)?({'|'.join(called(*parts))})"
 
 
-_ROW_PARALLEL = _modules("output", "mlp_down")
+_ROW_PARALLEL = rf"(.*/)?({'|'.join(every(lambda family: family.names.row_parallel))})"
 _HEAD, _EMBEDDING, _POSITIONS = _modules("head"), _modules("embedding"), _modules("positions")
 
 Axes = tuple[str | tuple[str, ...] | None, ...]

@@ -42,6 +42,15 @@ LLAMA3 = dict(
 GPT_SIZES = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64)
 NEOX_SIZES = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 MOE = SIZES | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=12)
+HYBRID = SIZES | dict(
+    head_dim=20,
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    linear_key_head_dim=10,
+    linear_value_head_dim=14,
+    rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.3),
+)
+SHARED = MOE | dict(shared_expert_intermediate_size=28)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=1e4,
@@ -90,6 +99,26 @@ CASES = {
     "qwen3_moe": ("Qwen3MoeConfig", MOE | dict(norm_topk_prob=True)),
     "qwen3_moe-sparse-step": ("Qwen3MoeConfig", MOE | dict(decoder_sparse_step=2)),
     "qwen3_moe-dense-first": ("Qwen3MoeConfig", MOE | dict(mlp_only_layers=[0])),
+    "qwen3_next": ("Qwen3NextConfig", SHARED | HYBRID),
+    "qwen3_next-dense-first": (
+        "Qwen3NextConfig",
+        SHARED
+        | HYBRID
+        | dict(num_hidden_layers=5, mlp_only_layers=[0], norm_topk_prob=False, attention_bias=True)
+        | dict(layer_types=["full_attention"] + ["linear_attention", "full_attention"] * 2, linear_conv_kernel_dim=3),
+    ),
+    "qwen3_5_text": ("Qwen3_5TextConfig", HYBRID),
+    "qwen3_5_text-period": (
+        "Qwen3_5TextConfig",
+        HYBRID
+        | dict(num_hidden_layers=7, full_attention_interval=3, tie_word_embeddings=True, linear_num_value_heads=2)
+        | dict(
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e6, mrope_section=[2, 2, 1], partial_rotary_factor=0.5
+            )
+        ),
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", SHARED | HYBRID),
     "gemma": ("GemmaConfig", SIZES | dict(head_dim=20)),
     "gemma2": (
         "Gemma2Config",
@@ -349,7 +378,10 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     torch.manual_seed(2)
     base = opened(folders(case))
     # Of mixtures PEFT takes "all-linear" to mean the experts' fused parameters as well.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if model.config.experts else "all-linear"
+    linears = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    # Of most mixtures PEFT takes names of the MLP's linears to mean the experts.
+    mlp = set() if "qwen3_5_moe" in case else {"gate_proj", "up_proj", "down_proj"}
+    targets = sorted(linears - {"lm_head"} - mlp) if model.config.experts else "all-linear"
     if half := FAMILIES[base.config.model_type].half:  # and of models that see, the tower's linears
         targets = rf".*\.{half.module}\..*_proj"
     config = peft.LoraConfig(

@@ -29,6 +29,8 @@ LEAVES: dict[str, tuple[str, bool]] = {
     "bias": ("bias", False),
     "router": ("weight", True),
     "sinks": ("sinks", False),
+    "value": ("", False),  # of a parameter that is no module: its name is the tensor's
+    "filter": ("weight", True),
 }
 # Linears that are transformers' `Conv1D`, which store [in, out].
 _STACKS = "|".join(each(lambda family: family.names.stack if family.untransposed else None))
@@ -113,7 +115,7 @@ def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list
         inner = shape[1:] if stacked else shape
         inner = inner[::-1] if transposed else inner
         tensors = [
-            HubTensor(f"{name}.{suffix}", inner, transposed, (layer,) if stacked else ())
+            HubTensor(f"{name}.{suffix}" if suffix else name, inner, transposed, (layer,) if stacked else ())
             for layer, name in enumerate(names)
         ]
     return [tensor._replace(name=_checkpoint_name(tensor.name, model_type)) for tensor in tensors]

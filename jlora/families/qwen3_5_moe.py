@@ -1,0 +1,21 @@
+"""Qwen 3.5's text models with experts in every layer."""
+
+import dataclasses
+
+from jlora.families.family import Family, Values
+from jlora.families.fields import Fields
+from jlora.families.qwen3_next import FAMILY as NEXT
+from jlora.families.qwen3_next import read_common, read_experts
+
+
+def read(fields: Fields) -> Values:
+    # There is no field for the width of dense layers, of which there are none.
+    width = fields.get("moe_intermediate_size", 512)
+    values = read_common(fields.replaced(intermediate_size=width), fused=False)
+    layers = tuple(layer._replace(experts=True) for layer in values["layers"])
+    return values | {"experts": read_experts(fields, normalize=True), "layers": layers}
+
+
+FAMILY: Family = dataclasses.replace(
+    NEXT, model_types=("qwen3_5_moe_text",), class_name="Qwen3_5MoeForCausalLM", read=read, score=None
+)

@@ -37,7 +37,8 @@ MODEL_TYPES = (
         "helium",
         "starcoder2",
     ),
-    *("qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox", "gpt_oss"),
+    *("qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox", "gpt_oss"),
 )
 ALGORITHMS = ("sft", "dft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")
 

@@ -253,3 +253,8 @@ class Delta:
     def channels(self) -> int:
         """How many values the convolution mixes: queries, keys and values of all heads."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> int:
+        """How many values the state of a layer has."""
+        return self.value_heads * self.key_dim * self.value_dim

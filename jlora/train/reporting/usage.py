@@ -86,7 +86,8 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
     These are products with weights and in attention, but not recomputation by remat, reference policies or rollouts.
 
     A frozen weight takes part in two products, in the forward pass and for the gradient of its input; a trained one in
-    three. All of attention's scores are counted, although half of them are masked.
+    three. All of attention's scores are counted, although half of them are masked; of a delta net, two readings of the
+    state and one writing.
     """
     tied = config.tie_word_embeddings
 
@@ -101,8 +102,9 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
         return count
 
     width = config.num_attention_heads * config.head_dim
-    seen = sum(min(seq_len, layer.window or seq_len) for layer in config.layers)
-    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * width * seen
+    seen = sum(min(seq_len, layer.window or seq_len) for layer in config.layers if layer.mixer == "attention")
+    states = sum(layer.mixer == "delta" for layer in config.layers) * (config.delta.state if config.delta else 0)
+    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * width * seen + 18 * states
 
 
 def process_peak() -> int:

@@ -24,7 +24,9 @@ from jlora.families import (
     internlm3,
     iquestcoder,
     llama,
+    ministral3,
     mistral,
+    mistral3,
     mixtral,
     nanochat,
     olmo2,
@@ -50,7 +52,7 @@ Value = TypeVar("Value", bound=Hashable)
 FAMILIES: dict[str, Family] = {
     model_type: family
     for module in (
-        *(llama, internlm3, iquestcoder, mistral, mixtral, smollm3, olmo2, olmo3, granite, phi3),
+        *(llama, internlm3, iquestcoder, mistral, mistral3, ministral3, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gpt2, gpt_neox),

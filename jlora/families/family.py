@@ -201,6 +201,13 @@ class Clamped(NamedTuple):
     limit: float
 
 
+class QueryGrowth(NamedTuple):
+    """Queries at position p are multiplied by 1 + beta · log(1 + floor(p / length)) (Llama 4's temperature)."""
+
+    beta: float
+    length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """A mixture of experts: every token goes to the `top_k` experts that the router finds likeliest.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import lora, sharding
-from jlora.families.family import Layer
+from jlora.families.family import Layer, QueryGrowth
 from jlora.kernels.attention import AUTO, TOKENS_SPLIT, attend
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
@@ -43,6 +43,8 @@ class Attention(nn.Module):
             queries, keys = self._norms(queries, keys)
         if config.inverse_layer_scale:
             queries = queries / (context.layer + 1).astype(queries.dtype)
+        if config.query_growth:
+            queries = queries * _growth(config.query_growth, context.marks.positions).astype(queries.dtype)
         if cache is not None:
             place = config.cache_stack(self.layer), context.slot
             cache, found = cache.extend(*place, {"keys": keys, "values": values})
@@ -96,3 +98,9 @@ class Attention(nn.Module):
         """Queries and keys, normalised."""
         config, names = self.config, self.config.names.qk_norms
         return [Norm(config.norm, config.norm_eps, name=name)(part) for name, part in zip(names, parts, strict=True)]
+
+
+def _growth(growth: QueryGrowth, positions: jax.Array) -> jax.Array:
+    """The factor [B, T, 1, 1] of queries at these positions."""
+    beyond = (positions // growth.length).astype(jnp.float32)
+    return (1 + growth.beta * jnp.log1p(beyond))[:, :, None, None]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.families.family import Delta, Experts, Layer, Names, Rope
+from jlora.families.family import Delta, Experts, Layer, Names, QueryGrowth, Rope
 
 
 class Heads(NamedTuple):
@@ -38,6 +38,7 @@ class ModelConfig:
         parallel: whether attention and MLP read the same input.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
         attention_sinks: whether each head has a score, `sinks`, that takes part in every query's softmax.
+        query_growth: how queries grow with their position; None: they do not.
         attention_softcap, final_softcap: s → cap · tanh(s / cap) of scores and logits.
         embedding_norm: whether embeddings are normed, with a norm that has no weights.
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
@@ -73,6 +74,7 @@ class ModelConfig:
     attention_scale: float = 1.0
     inverse_layer_scale: bool = False
     attention_sinks: bool = False
+    query_growth: QueryGrowth | None = None
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_norm: bool = False

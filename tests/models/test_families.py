@@ -39,6 +39,10 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
     rope_theta=5e5,
 )
+VISION = dict(
+    hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
+GROWING = YARN | dict(original_max_position_embeddings=5, mscale=1.0, mscale_all_dim=0.8, llama_4_scaling_beta=0.4)
 GPT_SIZES = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=64)
 NEOX_SIZES = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 MOE = SIZES | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=12)
@@ -58,10 +62,6 @@ LONGROPE = dict(
     long_factor=[1.5, 3.0],
     original_max_position_embeddings=16,
     partial_rotary_factor=0.5,
-)
-
-VISION = dict(
-    hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
 )
 
 # (transformers' config class, its fields)
@@ -90,6 +90,27 @@ CASES = {
     ),
     "mistral": ("MistralConfig", SIZES | dict(head_dim=10, sliding_window=5)),
     "mistral-full": ("MistralConfig", SIZES | dict(sliding_window=None)),
+    "ministral3": ("Ministral3Config", SIZES | dict(head_dim=10, rope_parameters=GROWING)),
+    "ministral3-window": (
+        "Ministral3Config",
+        SIZES
+        | dict(head_dim=20, sliding_window=7, tie_word_embeddings=True, rope_parameters=GROWING | dict(mscale=0.7)),
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        dict(
+            text_config=SIZES | dict(model_type="ministral3", head_dim=10, rope_parameters=GROWING),
+            vision_config=VISION | dict(model_type="pixtral", head_dim=10),
+            tie_word_embeddings=False,
+        ),
+    ),
+    "mistral3-mistral": (
+        "Mistral3Config",
+        dict(
+            text_config=SIZES | dict(model_type="mistral", head_dim=20, sliding_window=None),
+            vision_config=VISION | dict(model_type="pixtral", head_dim=10),
+        ),
+    ),
     "mixtral": ("MixtralConfig", SIZES | dict(num_local_experts=5, num_experts_per_tok=2)),
     "mixtral-window": ("MixtralConfig", SIZES | dict(num_local_experts=3, num_experts_per_tok=3, sliding_window=6)),
     "qwen2": ("Qwen2Config", SIZES | dict(tie_word_embeddings=True)),

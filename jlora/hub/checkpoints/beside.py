@@ -110,10 +110,14 @@ def beside(model: "Model") -> Beside | None:
             f"{what} must be copied from {folder}, which has changed since the model was loaded "
             f"({', '.join(changed)} in config.json): put the folder back, or load the model again"
         )
-    names = set(checkpoint.tensors)
-    checkpoint = set_aside(checkpoint)
-    older = any(half.formerly(name) in names for name in checkpoint.tensors)
-    return Beside(folder, half, checkpoint.aside, older)
+    return beside_of(set_aside(checkpoint))
+
+
+def beside_of(checkpoint: SafetensorsFolder) -> Beside:
+    """What is to be copied from a checkpoint of several parts."""
+    half = half_of(checkpoint.config)
+    older = any(info.stored == half.formerly(name) for name, info in checkpoint.tensors.items() if info.stored)
+    return Beside(checkpoint.folder, half, checkpoint.aside, older)
 
 
 def alone(model: "Model", params: Params) -> tuple["Model", Params]:

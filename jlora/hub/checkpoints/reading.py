@@ -20,6 +20,7 @@ from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.beside import half_of, say_left_alone
 from jlora.hub.checkpoints.bitsandbytes import Stored, read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
+from jlora.hub.checkpoints.fp8 import is_fp8, say_unscaled
 from jlora.hub.checkpoints.resize import Vocab, grown, resized
 from jlora.hub.checkpoints.score import is_scored, scored_leaves
 from jlora.hub.checkpoints.source import Description, Source, check_tensors, open_description, open_source
@@ -72,6 +73,7 @@ def load(
     contents = _contents(source, checkpoint, float_dtype(dtype, mesh), as_config(quant), vocab)
     if isinstance(checkpoint, SafetensorsFolder):
         say_left_alone(checkpoint)
+        say_unscaled(checkpoint)
     return contents.model, tree.unflatten({path: contents.load(path, mesh) for path in contents.leaves})
 
 
@@ -129,7 +131,8 @@ def _contents(
 ) -> Contents:
     described = isinstance(checkpoint, Description)
     stored = {} if described else _stored(source, checkpoint, config)
-    config = config or (said_quant(checkpoint.config) if described else None)
+    if described and not is_fp8(checkpoint.config):
+        config = config or said_quant(checkpoint.config)
     model = _build(checkpoint)
     leaves = _leaves(model, checkpoint, dtype)
     tensors = _hub_tensors(model, leaves)

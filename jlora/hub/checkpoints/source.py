@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from jlora.errors import MissingFileError, UserError, describe_faults
 from jlora.hub.checkpoints.beside import set_aside
+from jlora.hub.checkpoints.fp8 import unscaled
 from jlora.hub.checkpoints.tied import settle_head
 from jlora.hub.checkpoints.weights import DTYPES, INDEX, SINGLE, SafetensorsFolder, TensorInfo, read_json
 from jlora.hub.gguf.reading import GGUFFile
@@ -40,7 +41,12 @@ def open_source(location: str | Path) -> Source:
         ValueError: files are broken or of a kind that jlora does not read.
     """
     path = locate(location)
-    return GGUFFile(path) if path.suffix == ".gguf" else settle_head(set_aside(SafetensorsFolder(path)))
+    return GGUFFile(path) if path.suffix == ".gguf" else _settled(SafetensorsFolder(path))
+
+
+def _settled(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
+    """The checkpoint with its language model's tensors only, and with what config.json does not say settled."""
+    return settle_head(unscaled(set_aside(checkpoint)))
 
 
 class Description:

@@ -4,7 +4,7 @@ import json
 import math
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class SafetensorsFolder:
     Attributes:
         tensors: what can be read.
         aside: tensors of a model's other parts, which are never read (`jlora.hub.checkpoints.beside`).
+        scaled: name → what reads a tensor that is stored in 8 bits (`jlora.hub.checkpoints.fp8`).
 
     Raises:
         FileNotFoundError: config.json, all weights, or shards that the index names are missing.
@@ -70,9 +71,12 @@ class SafetensorsFolder:
         self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
         self.tensors: dict[str, TensorInfo] = tensor_infos(weight_files(folder))
         self.aside: dict[str, TensorInfo] = {}
+        self.scaled: dict[str, Callable[[], np.ndarray]] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's values in the file's dtype, bfloat16 included."""
+        """The tensor's values in the file's dtype, bfloat16 included; in float32 if they are stored in 8 bits."""
+        if name in self.scaled:
+            return self.scaled[name]()
         info = self.tensors[name]
         return read_tensor(info.file, info.stored or name)
 
@@ -81,6 +85,8 @@ class SafetensorsFolder:
         for name, stored in names.items():
             info = self.tensors.pop(stored)
             self.tensors[name] = info._replace(stored=info.stored or stored)
+            if stored in self.scaled:
+                self.scaled[name] = self.scaled.pop(stored)
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.families import called
 from jlora.families.fields import HARMLESS
+from jlora.hub.checkpoints.beside import beside_of, half_of
 from jlora.hub.checkpoints.folder import refuse_inputs
 from jlora.hub.checkpoints.names import is_harmless
 from jlora.hub.checkpoints.source import Source
@@ -90,6 +91,9 @@ def merge_models(
 
     If a slice does not list base_model, changes are relative to the base's layers with the same numbers as the slice's.
 
+    Of models that also see or hear, the language models are combined. The other parts are copied from base_model, or
+    from the first model; other models' are not read.
+
     Memory holds one tensor of each model and the file that is being written, which `shard_bytes` bounds.
 
     Args:
@@ -114,6 +118,8 @@ def merge_models(
     _require_same_shapes(tensors, plan.base, sources)
     method = METHODS[plan.method]
     fixed = _settings(tensors, plan, method)
+    reference = sources[_reference(plan)]
+    others = beside_of(reference) if half_of(reference.config) else None
 
     def make(number: int, tensor: _Tensor, of_models: list[dict], of_all: dict) -> dict[str, np.ndarray]:
         given = {input.model: sources[input.model].read(name) for input, name in tensor.members}
@@ -123,7 +129,7 @@ def merge_models(
         whole = None if base is None else base.astype(np.float32)
         made = method.combine(arrays, whole, of_models, of_all, draws).astype(_dtype(tensor, plan, sources))
         progress(number, len(tensors))
-        return {tensor.name: made}
+        return {others.name(tensor.name) if others else tensor.name: made}
 
     entries = [
         Entry(int(np.prod(_shape(chosen[0], sources))) * 4, functools.partial(make, number, *chosen))
@@ -133,7 +139,7 @@ def merge_models(
     set_template(tokenizer, plan.chat_template, models_of(settings))
     largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
     config = config | {"dtype": _dtype(largest, plan, sources).name}
-    write_folder(out, (config, sources[_reference(plan)].generation_config), entries, tokenizer, shard_bytes)
+    write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, others)
 
 
 def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: Mapping[str, Source]) -> None:
@@ -359,7 +365,8 @@ def _reference(plan: Recipe) -> str:
 def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
     """The result's config.json, except for its dtype."""
     model = _reference(plan)
-    config = dict(sources[model].config)
+    whole = {key: value for key, value in sources[model].config.items() if key != "torch_dtype"}
+    config = dict(_settings_of(sources[model]))
     config.pop("torch_dtype", None)
     count = count_layers(sources[model])
     inputs = [_input_of(part, model) for part in plan.slices]
@@ -368,14 +375,21 @@ def _config(plan: Recipe, sources: Mapping[str, Source]) -> dict[str, Any]:
         if key in ("num_hidden_layers", "n_layer"):
             config[key] = sum(len(input.layers) for input in inputs)
         elif isinstance(value, list) and len(value) == count:  # one entry per layer
-            own = {input.model: sources[input.model].config.get(key) for input in inputs}
+            own = {input.model: _settings_of(sources[input.model]).get(key) for input in inputs}
             if lacking := [name for name in own if not _has_layers(own[name], count_layers(sources[name]))]:
                 faults.append(f"{key}: {model} has one entry a layer, {', '.join(lacking)} does not")
             else:
                 config[key] = [own[input.model][layer] for input in inputs for layer in input.layers]
     if faults:
         raise UserError("the models' config.json differ in what they hold:\n  " + "\n  ".join(faults))
-    return config
+    half = half_of(whole)
+    return {**whole, half.field: config} if half else config
+
+
+def _settings_of(source: Source) -> Mapping[str, Any]:
+    """What config.json says of the language model."""
+    half = half_of(source.config)
+    return source.config.get(half.field) or {} if half else source.config
 
 
 def _has_layers(found: Any, count: int) -> bool:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -30,6 +31,14 @@ CASES = {
     "gemma3": (
         "Gemma3Config",
         dict(text_config=TEXT | dict(sliding_window=5, query_pre_attn_scalar=16), vision_config=VISION),
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        dict(
+            text_config=TEXT | dict(model_type="ministral3"),
+            vision_config=VISION | dict(model_type="pixtral", head_dim=10),
+            tie_word_embeddings=False,
+        ),
     ),
 }
 EVERY = pytest.mark.parametrize("kind", CASES)
@@ -165,7 +174,8 @@ def test_names_of_either_age_are_read_and_written_back(save, tmp_path, kind, ren
     expected = hub.load(folder)[1]
     model = opened(folder)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    state.pop("lm_head.weight" if model.config.tie_word_embeddings else "")
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     names = {name: getattr(half, renamed)(name) for name in state}
     if renamed == "formerly":
         names = {name: new.removeprefix("model.") if half.is_other(new) else new for name, new in names.items()}
@@ -333,3 +343,28 @@ def test_settings_that_the_file_leaves_out_are_transformers():
     theirs = transformers.Gemma3Config(**config).to_dict()
     assert ours == models.build(theirs).config.__class__(**{**vars(models.build(theirs).config), "source": ours.source})
     assert (ours.vocab_size, ours.num_attention_heads, ours.head_dim) == (262_208, 8, 256)
+
+
+@EVERY
+def test_a_recipe_combines_the_language_models(save, tmp_path, kind):
+    """And copies the rest from the first; of layers taken from both, config.json gets the new number."""
+    folder = save(kind)
+    model, params = hub.load(folder)
+    hub.save_model(tmp_path / "other", model, with_adapter(params))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer.save_pretrained(folder)
+    recipe = {"merge_method": "linear", "models": [], "dtype": "float32"}
+    for path, weight in ((folder, 0.25), (tmp_path / "other", 0.75)):
+        recipe["models"].append({"model": str(path), "parameters": {"weight": weight}})
+    hub.merge_models(recipe, tmp_path / "mixed")
+    one, other, mixed = (contents(path) for path in (folder, tmp_path / "other", tmp_path / "mixed"))
+    assert mixed.keys() == one.keys() and others(kind, mixed) == others(kind, one)
+    for name in mixed.keys() - others(kind, mixed).keys():
+        values = (np.frombuffer(found[name][2], np.float32) for found in (one, other, mixed))
+        first, second, third = values
+        np.testing.assert_allclose(third, 0.25 * first + 0.75 * second, atol=1e-6)
+    slices = [{"sources": [{"model": str(folder), "layer_range": [0, 2]}]}] * 2
+    hub.merge_models({"merge_method": "passthrough", "slices": slices}, tmp_path / "deep")
+    assert hub.load(tmp_path / "deep")[0].config.num_hidden_layers == 4
+    assert others(kind, contents(tmp_path / "deep")) == others(kind, one)

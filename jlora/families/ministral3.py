@@ -1,0 +1,44 @@
+"""Ministral 3: Mistral with YaRN, and with queries that grow beyond the length that it was first trained at."""
+
+from jlora.families.family import Family, Layer, QueryGrowth, Values
+from jlora.families.fields import Fields
+from jlora.families.kinds import NUMBER
+from jlora.families.reading import common
+
+# What transformers takes if config.json says nothing about rotary positions.
+ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+BETA = "llama_4_scaling_beta"
+
+
+def read(fields: Fields) -> Values:
+    fields.only("layer_types")
+    parameters = fields.rope() or ROTARY
+    values = common(
+        fields.replaced(rope_parameters=parameters, rope_scaling=None),
+        num_key_value_heads=8,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+    )
+    beta = fields.of_kind(NUMBER, f"rotary parameter {BETA}", parameters.get(BETA), 0.0)
+    growth = QueryGrowth(beta, values["ropes"][0].original_max_position_embeddings)
+    return values | {
+        "query_growth": growth if beta else None,
+        "layers": (Layer(window=fields.get("sliding_window")),) * values["num_hidden_layers"],
+    }
+
+
+FAMILY = Family(
+    model_types=("ministral3",),
+    class_name="Ministral3ForCausalLM",
+    read=read,
+    score="Ministral3",
+)

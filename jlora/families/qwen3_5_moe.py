@@ -1,9 +1,11 @@
-"""Qwen 3.5's text models with experts in every layer."""
+"""Qwen 3.5 with experts in every layer, alone or with its vision tower."""
 
 import dataclasses
 
 from jlora.families.family import Family, Values
 from jlora.families.fields import Fields
+from jlora.families.multimodal import TextHalf, multimodal
+from jlora.families.qwen3_5 import ONLY_SEEING, OTHERS
 from jlora.families.qwen3_next import FAMILY as NEXT
 from jlora.families.qwen3_next import read_common, read_experts
 
@@ -18,4 +20,12 @@ def read(fields: Fields) -> Values:
 
 FAMILY: Family = dataclasses.replace(
     NEXT, model_types=("qwen3_5_moe_text",), class_name="Qwen3_5MoeForCausalLM", read=read, score=None
+)
+
+MULTIMODAL = (
+    multimodal(
+        TextHalf(families=(FAMILY,), others=OTHERS, fields=ONLY_SEEING, tied=False),
+        model_types=("qwen3_5_moe",),
+        class_name="Qwen3_5MoeForConditionalGeneration",
+    ),
 )

@@ -70,7 +70,9 @@ def test_the_families_of_a_text_half_have_all_names_in_common(model_type):
         assert family.names == text.names.below(family.half.module)
         shared = ("prefix", "checkpoint_names", "untransposed", "buffers")
         assert [getattr(family, name) for name in shared] == [getattr(text, name) for name in shared]
-        assert all(family.half.is_other(f"{prefix}vision_tower.a.weight") for prefix in ("", "model."))
+    for path, leaf in leaves_of(model_type).items():
+        names = [tensor.name for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)]
+        assert not any(family.half.is_other(found) for name in names for found in (name, family.half.formerly(name)))
 
 
 @EVERY

@@ -55,6 +55,8 @@ HYBRID = SIZES | dict(
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.3),
 )
 SHARED = MOE | dict(shared_expert_intermediate_size=28)
+QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
+QWEN_VISION |= dict(num_position_embeddings=16)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=1e4,
@@ -140,6 +142,8 @@ CASES = {
         ),
     ),
     "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", SHARED | HYBRID),
+    "qwen3_5": ("Qwen3_5Config", dict(text_config=HYBRID, vision_config=QWEN_VISION)),
+    "qwen3_5_moe": ("Qwen3_5MoeConfig", dict(text_config=SHARED | HYBRID, vision_config=QWEN_VISION)),
     "gemma": ("GemmaConfig", SIZES | dict(head_dim=20)),
     "gemma2": (
         "Gemma2Config",
@@ -399,12 +403,15 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     torch.manual_seed(2)
     base = opened(folders(case))
     # Of mixtures PEFT takes "all-linear" to mean the experts' fused parameters as well.
-    linears = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    half = FAMILIES[base.config.model_type].half
+    whole = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = {name.split(".")[-1] for name in whole if half is None or f".{half.module}." in name}
     # Of most mixtures PEFT takes names of the MLP's linears to mean the experts.
     mlp = set() if "qwen3_5_moe" in case else {"gate_proj", "up_proj", "down_proj"}
     targets = sorted(linears - {"lm_head"} - mlp) if model.config.experts else "all-linear"
-    if half := FAMILIES[base.config.model_type].half:  # and of models that see, the tower's linears
-        targets = rf".*\.{half.module}\..*_proj"
+    if half:  # and of models that see, the tower's linears
+        chosen = linears - (mlp if model.config.experts else set())
+        targets = rf".*\.{half.module}\..*\.({'|'.join(chosen)})"
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, fan_in_fan_out="gpt2" in case
     )

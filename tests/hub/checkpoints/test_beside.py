@@ -17,6 +17,7 @@ import jlora
 from jlora import hub, lora, models, quant, tree
 from jlora.families import FAMILIES
 from jlora.hub.checkpoints.beside import alone
+from jlora.hub.checkpoints.names import hub_tensors
 from jlora.hub.checkpoints.weights import SafetensorsFolder
 
 TOKENS = np.array([[1, 5, 9, 100, 7, 3, 2], [4, 8, 15, 16, 23, 42, 99]], np.int32)
@@ -26,6 +27,11 @@ TEXT = dict(
 TEXT |= dict(num_key_value_heads=1, max_position_embeddings=64, sliding_window=None, eos_token_id=6)
 VISION = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
 VISION |= dict(image_size=28)
+HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=10, linear_value_head_dim=14)
+HYBRID |= dict(full_attention_interval=2)
+MIXTURE = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=28)
+QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
+QWEN_VISION |= dict(num_position_embeddings=16)
 # model_type → (transformers' config class, its fields)
 CASES = {
     "gemma3": (
@@ -39,6 +45,11 @@ CASES = {
             vision_config=VISION | dict(model_type="pixtral", head_dim=10),
             tie_word_embeddings=False,
         ),
+    ),
+    "qwen3_5": ("Qwen3_5Config", dict(text_config=TEXT | HYBRID, vision_config=QWEN_VISION)),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeConfig",
+        dict(text_config=TEXT | HYBRID | MIXTURE, vision_config=QWEN_VISION, tie_word_embeddings=True),
     ),
 }
 EVERY = pytest.mark.parametrize("kind", CASES)
@@ -95,6 +106,14 @@ def with_adapter(params, targets="all-linear", **settings):
     config = lora.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **settings)
     params = lora.init(params, config, jax.random.key(0))
     return tree.map_with_path(lambda path, leaf: 3 * leaf if path.endswith("lora_b") else leaf, params)
+
+
+def adapted_weights(kind, params):
+    """The names of the adapted weights in the file of transformers."""
+    flat = tree.flatten(params)
+    paths = [path.removesuffix("lora_a") + "kernel" for path in flat if path.endswith("/lora_a")]
+    names = {tensor.name for path in paths for tensor in hub_tensors(path, flat[path].shape, kind)}
+    return {FAMILIES[kind].half.formerly(name) for name in names}
 
 
 def test_every_such_family_is_tried_here():
@@ -192,7 +211,7 @@ def test_a_folder_that_is_gone_or_changed_is_an_error_before_anything_is_written
     folder = save(kind)
     model, params = hub.load(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_hidden_layers"] += 1
+    config["vision_config"]["hidden_size"] += 1
     (folder / "config.json").write_text(json.dumps(config))
     for check in (lambda: hub.save_model(tmp_path / "out", model, params), lambda: hub.require_writable(model, params)):
         with pytest.raises(
@@ -216,8 +235,8 @@ def test_an_adapter_has_pefts_names_and_leaves_the_tower_alone(save, tmp_path, k
     hub.save_adapter(tmp_path / "adapter", params, base=str(folder))
     theirs = peft.PeftModel.from_pretrained(opened(folder), tmp_path / "adapter").eval()
     adapted = {name.split(".lora_")[0] for name, _ in theirs.named_parameters() if ".lora_" in name}
-    layers = f"base_model.model.{FAMILIES[kind].hub_name(model.config.names.stack)}."
-    assert len(adapted) == 7 * 2 and all(name.startswith(layers) for name in adapted)
+    prefix, half = "base_model.model.", FAMILIES[kind].half
+    assert {half.formerly(f"{name.removeprefix(prefix)}.weight") for name in adapted} == adapted_weights(kind, params)
     np.testing.assert_allclose(logits_of(theirs), model(params, TOKENS), atol=1e-3)
     again = hub.load_adapter(lora.strip(params), tmp_path / "adapter")
     for path, leaf in tree.flatten(params).items():

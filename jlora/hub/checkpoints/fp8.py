@@ -79,7 +79,8 @@ def unscaled(checkpoint: SafetensorsFolder) -> SafetensorsFolder:
             problems.append(f"{name}: {fault}")
             continue
         blocks = tuple(block) if block and scale.shape else tensors[name].shape
-        checkpoint.scaled[name] = Scaled(name, tensors[name], scale, blocks).read
+        checkpoint.made[name] = Scaled(name, tensors[name], scale, blocks).read
+        checkpoint.scaled += 1
         tensors[name] = tensors[name]._replace(dtype=VALUES)
     if problems:
         raise UserError(describe_faults(f"{checkpoint.folder}: weights in 8 bits that cannot be read", problems))
@@ -90,7 +91,7 @@ def say_unscaled(checkpoint: SafetensorsFolder) -> None:
     """Warns that weights in 8 bits were read as the values that they stand for."""
     if checkpoint.scaled:
         warnings.warn(
-            f"{checkpoint.folder}: {len(checkpoint.scaled)} weights are stored in 8 bits (fp8); they were read as the "
+            f"{checkpoint.folder}: {checkpoint.scaled} weights are stored in 8 bits (fp8); they were read as the "
             "values that they stand for, and a model that is written has them unpacked",
             stacklevel=3,
         )

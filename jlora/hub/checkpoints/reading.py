@@ -24,6 +24,7 @@ from jlora.hub.checkpoints.fp8 import is_fp8, say_unscaled
 from jlora.hub.checkpoints.resize import Vocab, grown, resized
 from jlora.hub.checkpoints.score import is_scored, scored_leaves
 from jlora.hub.checkpoints.source import Description, Source, check_tensors, open_description, open_source
+from jlora.hub.checkpoints.stacked import take_apart
 from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder, TensorInfo
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
@@ -298,6 +299,8 @@ def _check(
     members = {tensor.name: tensor for tensors_of_leaf in tensors.values() for tensor in tensors_of_leaf}
     renamed = names.without_prefix(members, checkpoint.tensors)
     checkpoint.rename(renamed)
+    if isinstance(checkpoint, SafetensorsFolder):
+        take_apart(checkpoint, members)
     stored = {name: stored[renamed.get(name, name)] for name in checkpoint.tensors if renamed.get(name, name) in stored}
     companions = {name for packed in stored.values() for name in packed.names} - stored.keys() - set(renamed.values())
     found = {name: info for name, info in checkpoint.tensors.items() if name not in companions}

@@ -57,7 +57,8 @@ class SafetensorsFolder:
     Attributes:
         tensors: what can be read.
         aside: tensors of a model's other parts, which are never read (`jlora.hub.checkpoints.beside`).
-        scaled: name → what reads a tensor that is stored in 8 bits (`jlora.hub.checkpoints.fp8`).
+        made: name → what makes a tensor that is stored in another form.
+        scaled: how many are stored in 8 bits (`jlora.hub.checkpoints.fp8`).
 
     Raises:
         FileNotFoundError: config.json, all weights, or shards that the index names are missing.
@@ -71,12 +72,13 @@ class SafetensorsFolder:
         self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
         self.tensors: dict[str, TensorInfo] = tensor_infos(weight_files(folder))
         self.aside: dict[str, TensorInfo] = {}
-        self.scaled: dict[str, Callable[[], np.ndarray]] = {}
+        self.made: dict[str, Callable[[], np.ndarray]] = {}
+        self.scaled = 0
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the file's dtype, bfloat16 included; in float32 if they are stored in 8 bits."""
-        if name in self.scaled:
-            return self.scaled[name]()
+        if name in self.made:
+            return self.made[name]()
         info = self.tensors[name]
         return read_tensor(info.file, info.stored or name)
 
@@ -85,8 +87,8 @@ class SafetensorsFolder:
         for name, stored in names.items():
             info = self.tensors.pop(stored)
             self.tensors[name] = info._replace(stored=info.stored or stored)
-            if stored in self.scaled:
-                self.scaled[name] = self.scaled.pop(stored)
+            if stored in self.made:
+                self.made[name] = self.made.pop(stored)
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:
@@ -111,6 +113,21 @@ def read_unchecked(file: Path, name: str) -> np.ndarray:
             return handle.get_tensor(name)
     except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: dtypes that NumPy lacks
         raise UserError(f"{file}: {name} cannot be read ({error})") from error
+
+
+def read_part(file: Path, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+    """tensor[index] of one tensor of a safetensors file; nothing else of it is read.
+
+    Raises:
+        UserError: as `read_tensor`.
+    """
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            values = handle.get_slice(name)[index]
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: {name} cannot be read ({error})") from error
+    require_finite({f"{file}: {name}": values})
+    return values
 
 
 def read_blocks(file: Path, name: str, values: int) -> Iterator[np.ndarray]:

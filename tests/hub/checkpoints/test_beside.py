@@ -18,6 +18,7 @@ from jlora import hub, lora, models, quant, tree
 from jlora.families import FAMILIES
 from jlora.hub.checkpoints.beside import alone
 from jlora.hub.checkpoints.names import hub_tensors
+from jlora.hub.checkpoints.packed import quantizable
 from jlora.hub.checkpoints.weights import SafetensorsFolder
 
 TOKENS = np.array([[1, 5, 9, 100, 7, 3, 2], [4, 8, 15, 16, 23, 42, 99]], np.int32)
@@ -203,7 +204,9 @@ def test_names_of_either_age_are_read_and_written_back(save, tmp_path, kind, ren
     for path, leaf in tree.flatten(params).items():
         np.testing.assert_array_equal(leaf, tree.flatten(expected)[path])
     hub.save_model(tmp_path / "copy", model, params)
-    assert contents(tmp_path / "copy") == contents(folder)
+    if not model.config.experts:  # which transformers has in one tensor in memory
+        assert contents(tmp_path / "copy") == contents(folder)
+    assert others(kind, contents(tmp_path / "copy")) == others(kind, contents(folder))
 
 
 @EVERY
@@ -264,7 +267,7 @@ def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
 def test_packed_folders(save, tmp_path, kind):
     """Packed by jlora or bitsandbytes, the language model only; nothing of the rest is packed by a reader."""
     folder = save(kind)
-    model, params = hub.load(folder, quant="nf4")
+    model, params = hub.load(folder, quant=jlora.QuantConfig(rules=quantizable("nf4")))
     assert any(map(quant.is_packed, tree.flatten(params).values()))
     hub.save_quantized(tmp_path / "packed", model, params)
     before, after = contents(folder), contents(tmp_path / "packed")

@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora import quant, tree
 from jlora.errors import UserError, describe_faults
+from jlora.families import FAMILIES
 from jlora.hub.checkpoints.score import KERNEL
 from jlora.hub.checkpoints.weights import DTYPES, TensorInfo, read_tensor, read_unchecked, require_finite
 from jlora.hub.peft.config import CONFIG, AdapterConfig
@@ -426,7 +427,12 @@ def _why(tensor: str, there: set[str], prefix: str) -> str:
     if not tensor.startswith(prefix):
         return f": PEFT's names begin with {prefix!r}"
     module = re.sub(rf"\.(({'|'.join(BEGINNINGS)})_.*|m)$", "", tensor)
-    return f": {CONFIG} does not target this module" if module in there else ": the model has no such linear"
+    if module in there:
+        return f": {CONFIG} does not target this module"
+    name = module.removeprefix(prefix)
+    if any(family.half and family.half.is_other(f"{name}.weight") for family in FAMILIES.values()):
+        return ": it belongs to a part beside the language model, which is not trained here"
+    return ": the model has no such linear"
 
 
 def optional_tensors(

@@ -246,6 +246,15 @@ def test_an_adapter_has_pefts_names_and_leaves_the_tower_alone(save, tmp_path, k
         np.testing.assert_array_equal(tree.flatten(again)[path], leaf, err_msg=path)
 
 
+def test_an_adapter_that_reaches_into_the_tower_is_refused_by_name(save, tmp_path):
+    """As PEFT makes for "all-linear", or for q_proj, which the tower has too."""
+    folder = save("gemma3")
+    theirs = peft.get_peft_model(opened(folder), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"vision_tower.*q_proj\.lora_A.*belongs to a part beside the language model"):
+        hub.load_adapter(hub.load(folder)[1], tmp_path / "adapter")
+
+
 @EVERY
 def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
     folder = save(kind)

@@ -6,7 +6,8 @@ from typing import Any
 from jlora import hub, quant, tree
 from jlora.cli.model import add_on_error_option, add_source_option, add_vocab_option, command, encodable, read_records
 from jlora.errors import UserError
-from jlora.hub.checkpoints.packed import FORMATS, quantizable
+from jlora.hub.checkpoints.methods import BY_FORMAT
+from jlora.hub.checkpoints.packed import quantizable
 from jlora.train.evaluation.sensitivity import measure
 
 
@@ -47,11 +48,11 @@ def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, t
 def _parser() -> argparse.ArgumentParser:
     parser = command(
         "quantize",
-        "Pack the linears of every layer; embeddings, head and norms stay as they are.",
+        "Pack the linears of every layer (mxfp4: gpt-oss's experts); embeddings, head and norms stay as they are.",
         epilog="The folder opens in transformers with bitsandbytes and in jlora, with the same values.",
     )
     add_source_option(parser)
-    parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(FORMATS)} (default: nf4)")
+    parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(BY_FORMAT)} (default: nf4)")
     parser.add_argument(
         "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"
     )

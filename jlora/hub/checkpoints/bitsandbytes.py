@@ -16,6 +16,7 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.families.kinds import NUMBER
+from jlora.hub.checkpoints.stored import Stored
 from jlora.hub.checkpoints.weights import TensorInfo, read_tensor, read_unchecked
 from jlora.quant import Packed4bit, PackedArray, PackedInt8, QuantConfig, as_config, four_bit
 from jlora.quant.scales import NESTED_BLOCK, dynamic_map
@@ -45,49 +46,14 @@ class Layout(NamedTuple):
     """
 
     bits: int
-    read: Callable[["Stored", Mapping[str, np.ndarray], np.dtype], PackedArray]
+    read: Callable[[Stored, Mapping[str, np.ndarray], np.dtype], PackedArray]
     write: Callable[[str, Any], dict[str, np.ndarray]]
 
 
-class Stored(NamedTuple):
-    """A packed tensor as its files have it.
-
-    Attributes:
-        format: a name in FORMATS.
-        matrix: the kernel's (D, N).
-        dtype: the dtype that dequantised values are rounded to; None if the files do not say (int8).
-        parts: part ("weight", "absmax", …) → (name of its tensor, that tensor's info).
-        offset: the offset of nested block scales; None if they are not nested.
-    """
-
-    format: str
-    matrix: tuple[int, int]
-    dtype: np.dtype | None
-    parts: dict[str, tuple[str, TensorInfo]]
-    offset: float | None = None
-
-    @property
-    def names(self) -> set[str]:
-        return {name for name, _ in self.parts.values()}
-
-
-def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
-    """How a checkpoint is packed according to its config.json; None if it is not.
-
-    Raises:
-        UserError: it is quantised in a way that jlora does not read.
-    """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return None
+def said_quant(settings: Mapping[str, Any]) -> QuantConfig:
+    """How a checkpoint with this quantization_config is packed."""
     if settings.get("load_in_8bit"):
         return as_config("int8")
-    if not settings.get("load_in_4bit"):
-        method = settings.get("quant_method", "by an unnamed method")
-        raise UserError(
-            f"config.json says that the weights are quantised ({method}), which jlora does not read; "
-            "give the original model, and model.quant"
-        )
     form = as_config(settings.get("bnb_4bit_quant_type", "fp4"))
     return dataclasses.replace(form, double_quant=bool(settings.get("bnb_4bit_use_double_quant")))
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from jlora import tree
 from jlora.errors import UserError
-from jlora.hub.checkpoints.bitsandbytes import Stored
 from jlora.hub.checkpoints.names import HubTensor
+from jlora.hub.checkpoints.stored import Stored
 from jlora.quant import QuantConfig, leaf_format
 
 

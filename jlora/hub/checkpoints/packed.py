@@ -1,4 +1,4 @@
-"""Writes packed models as transformers with bitsandbytes does; packed parts are the same bit by bit."""
+"""Writes packed models as transformers does, with bitsandbytes or in MXFP4; packed parts are the same bit by bit."""
 
 import functools
 import re
@@ -11,9 +11,11 @@ import numpy as np
 
 from jlora import lora, quant, tree
 from jlora.errors import UserError
-from jlora.hub.checkpoints import names
+from jlora.families import FAMILIES
+from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import Beside, beside, part_of
 from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors, stored_tensors
+from jlora.hub.checkpoints.methods import BY_FORMAT
 from jlora.hub.checkpoints.score import only_scored
 from jlora.hub.checkpoints.writing import (
     SHARD_BYTES,
@@ -21,6 +23,7 @@ from jlora.hub.checkpoints.writing import (
     Piece,
     configs,
     pieces_of,
+    save_model,
     spelled,
     tensors_of,
     untied,
@@ -45,7 +48,8 @@ def save_quantized(
 ) -> None:
     """Writes the model as transformers and bitsandbytes write a packed one, complete or not at all.
 
-    Packed kernels are written as they are, all others in 16 or 32 bits and named in llm_int8_skip_modules.
+    Packed kernels are written as they are, all others in 16 or 32 bits and named in llm_int8_skip_modules. Experts in
+    MXFP4 are written as gpt-oss's are, without bitsandbytes.
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
@@ -54,6 +58,11 @@ def save_quantized(
         ValueError: `params` are not those of `model`, or bitsandbytes' format cannot hold them; all is listed.
         FileExistsError: `path` holds something other than a model.
     """
+    leaves = tree.flatten(params)
+    if any(quant.is_packed(leaf) and leaf.format == mxfp4.METHOD for leaf in leaves.values()):
+        _require_mxfp4(model, leaves)
+        save_model(path, model, params, tokenizer, shard_bytes=shard_bytes)
+        return
     params = only_scored(model, params) if SCORE in params else params
     model = untied(model, params)
     pieces, others = pieces_of(model, params), beside(model)
@@ -76,12 +85,39 @@ def save_quantized(
 def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:
     """QuantConfig's rules for what such a folder can hold in `format`: the linears of every layer, but not experts.
 
+    In MXFP4 it is the other way round.
+
     Raises:
-        ValueError: bitsandbytes has no such format.
+        ValueError: no such folder can hold the format.
     """
-    if format not in FORMATS:
-        raise UserError(f"bitsandbytes has no format {format!r}; expected one of {', '.join(FORMATS)}")
+    if format not in BY_FORMAT:
+        raise UserError(
+            f"bitsandbytes has no format {format!r}; expected one of {', '.join(FORMATS)}, or {mxfp4.METHOD} for the "
+            "experts of gpt-oss"
+        )
+    if format == mxfp4.METHOD:
+        return mxfp4.RULES
     return ((r".*/experts/.*", None), *quant.as_config(format).rules)
+
+
+def _require_mxfp4(model: "Model", leaves: Mapping[str, Any]) -> None:
+    """Checks that transformers can open the packed leaves, of which some are in MXFP4.
+
+    Raises:
+        UserError: it cannot; all problems are listed.
+    """
+    problems = [f"{path}: an adapter; merge it and quantise again" for path in leaves if lora.is_adapter(path)]
+    if not FAMILIES[model.config.model_type].stacked_experts:
+        problems.append(f"transformers has MXFP4 only for the experts of gpt-oss, not for {model.config.model_type}")
+    fit = mxfp4.written_packed(model.config.model_type, leaves, ())
+    problems += [
+        f"{path}: is packed ({leaf.format}); such a folder has both kernels of a layer's experts packed, with inputs "
+        f"that are a multiple of {mxfp4.BLOCK}, and nothing else"
+        for path, leaf in leaves.items()
+        if quant.is_packed(leaf) and path not in fit
+    ]
+    if problems:
+        raise UserError("no folder in MXFP4 can hold these params:\n  " + "\n  ".join(problems))
 
 
 def _one_format(pieces: Sequence[Piece], leaves: Mapping[str, Any]) -> str:

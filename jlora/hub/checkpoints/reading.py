@@ -18,14 +18,15 @@ from jlora.errors import UserError, describe_faults
 from jlora.families import kinds
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.beside import half_of, say_left_alone
-from jlora.hub.checkpoints.bitsandbytes import Stored, read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
 from jlora.hub.checkpoints.fp8 import is_fp8, say_unscaled
+from jlora.hub.checkpoints.methods import read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.resize import Vocab, grown, resized
 from jlora.hub.checkpoints.score import is_scored, scored_leaves
 from jlora.hub.checkpoints.source import Description, Source, check_tensors, open_description, open_source
 from jlora.hub.checkpoints.stacked import take_apart
-from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder, TensorInfo
+from jlora.hub.checkpoints.stored import Stored
+from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jlora.models import Model
 
 FLOATS = ("bfloat16", "float16", "float32")
-BYTES = ("U8", "I8")  # dtypes that bitsandbytes packs into
+BYTES = ("U8", "I8")  # dtypes of packed tensors
 MANY = 100
 
 
@@ -60,8 +61,8 @@ def load(
 
     Args:
         dtype: the dtype of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
-        quant: which leaves to pack, from their values rounded to `dtype`. Must be None for a checkpoint that
-            bitsandbytes packed: its packed tensors are kept as they are.
+        quant: which leaves to pack, from their values rounded to `dtype`. Must be None for a checkpoint that is packed
+            already (by bitsandbytes, or gpt-oss's MXFP4): its packed tensors are kept as they are.
         mesh: places every leaf by `jlora.sharding`; None leaves them on the default device.
         vocab: the number of rows of embedding and head, or "tokenizer" for as many as the source's tokenizer needs. New
             rows are the mean of the others. None leaves them as they are.
@@ -131,7 +132,7 @@ def _contents(
     source: str | Path, checkpoint: Source | Description, dtype: np.dtype, config: QuantConfig | None, vocab: Vocab
 ) -> Contents:
     described = isinstance(checkpoint, Description)
-    stored = {} if described else _stored(source, checkpoint, config)
+    stored = {} if described else stored_tensors(source, checkpoint, config)
     if described and not is_fp8(checkpoint.config):
         config = config or said_quant(checkpoint.config)
     model = _build(checkpoint)
@@ -147,7 +148,7 @@ def _contents(
     tensors = _hub_tensors(model, leaves)
 
     def read(name: str) -> Any:
-        return read_packed(stored[name], stored[name].dtype or dtype) if name in stored else checkpoint.read(name)
+        return read_packed(stored[name], dtype) if name in stored else checkpoint.read(name)
 
     return Contents(model, leaves, tensors, forms, stored, _grown(read, model, tensors, stored))
 
@@ -221,30 +222,6 @@ def _stored_in(checkpoint: Source) -> np.dtype | None:
     return found if found.name in FLOATS else jnp.dtype(jnp.float32)
 
 
-def _stored(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
-    """Name → tensor, for those that are already packed."""
-    settings = checkpoint.config.get("quantization_config") or {}
-    settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)[:60]}
-    ours = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # early versions wrote these without a method
-    method = settings.get("quant_method", "bitsandbytes" if ours else "an unnamed method")
-    if settings and method != "bitsandbytes":
-        raise UserError(f"{source} is already quantised ({method}); give the original checkpoint and quant='nf4'")
-    packable = isinstance(checkpoint, SafetensorsFolder)
-    stored = stored_tensors(checkpoint.folder, checkpoint.tensors) if packable else {}
-    if settings and not stored:
-        raise UserError(
-            f"{source}: config.json says that it is quantised ({method}), but no tensor is packed: delete the entry "
-            "quantization_config from config.json to load it as it is (quant= packs it)"
-        )
-    if stored and quant is not None:
-        formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
-        raise UserError(
-            f"{source} is already quantised ({formats}) and is loaded as it is: leave quant out, or give the "
-            "original checkpoint"
-        )
-    return stored
-
-
 def _build(checkpoint: Source | Description) -> "Model":
     """The model, with the end tokens of generation_config.json if it has some: chat models often have several."""
     generation = checkpoint.generation_config
@@ -297,18 +274,18 @@ def _check(
 ) -> dict[str, Stored]:
     """The packed tensors by the model's names for them. Raises UserError unless the checkpoint fits the model."""
     members = {tensor.name: tensor for tensors_of_leaf in tensors.values() for tensor in tensors_of_leaf}
-    renamed = names.without_prefix(members, checkpoint.tensors)
-    checkpoint.rename(renamed)
+    renamed = names.without_prefix(members, checkpoint.tensors.keys() | stored.keys())
+    checkpoint.rename({new: old for new, old in renamed.items() if old in checkpoint.tensors})
     if isinstance(checkpoint, SafetensorsFolder):
         take_apart(checkpoint, members)
-    stored = {name: stored[renamed.get(name, name)] for name in checkpoint.tensors if renamed.get(name, name) in stored}
+    ours = {old: new for new, old in renamed.items()}
+    stored = {ours.get(name, name): packed for name, packed in stored.items()}
     companions = {name for packed in stored.values() for name in packed.names} - stored.keys() - set(renamed.values())
     found = {name: info for name, info in checkpoint.tensors.items() if name not in companions}
     expected = {name: tensor.shape for name, tensor in members.items()}
     for name, packed in stored.items():
-        # bitsandbytes stores [out, in] whatever the layer's class.
-        found[name] = TensorInfo(packed.matrix[::-1], "F32", found[name].file)
-        if name in members and not members[name].transposed:
+        found[name] = packed.info
+        if name in members and not members[name].transposed and not packed.stack:
             expected[name] = expected[name][::-1]
     check_tensors(found, expected, harmless=set(filter(names.is_harmless, found)))
     return stored

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +16,7 @@ from jlora import lora, quant, tree
 from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.hub.checkpoints import names
+from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import PROCESSOR, Beside, beside
 from jlora.hub.checkpoints.bitsandbytes import COMPANION
 from jlora.hub.checkpoints.folder import replacing
@@ -22,7 +24,7 @@ from jlora.hub.checkpoints.older import for_every_reader, save_tokenizer
 from jlora.hub.checkpoints.score import KERNEL, only_scored, scored_config, scored_leaves
 from jlora.hub.checkpoints.shards import save_shard
 from jlora.hub.checkpoints.weights import INDEX, SINGLE, TensorInfo, require_finite
-from jlora.lora.kinds import BIAS, leaf_of
+from jlora.lora.kinds import BIAS, changed_leaves, leaf_of
 from jlora.lora.kinds.kind import SETTINGS
 from jlora.models.model import SCORE
 from jlora.types import Params
@@ -80,7 +82,9 @@ def save_model(
 ) -> None:
     """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
-    Params with a score head are written as a reward model (…ForSequenceClassification), which has no head for logits.
+    Packed kernels are unpacked, except those of gpt-oss's experts in MXFP4 if no adapter changes them, which
+    transformers opens as they are. Params with a score head are written as a reward model
+    (…ForSequenceClassification), which has no head for logits.
     Of a model that also sees or hears, the other parts are copied from the folder that it was loaded from.
 
     Args:
@@ -93,9 +97,58 @@ def save_model(
     """
     model, params = as_written(model, params)
     pieces, others = pieces_of(model, params), _unpacked(beside(model))
-    config = configs(model, pieces, tokenizer)
-    entries = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in spelled(pieces, others)]
-    write_folder(path, config, entries, tokenizer, shard_bytes, others)
+    config, generation = configs(model, pieces, tokenizer)
+    entries, packing = _entries(model, params, spelled(pieces, others))
+    write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, others)
+
+
+def _entries(model: "Model", params: Params, pieces: Sequence[Piece]) -> tuple[list[Entry], dict[str, Any]]:
+    """(what to write of the pieces, what config.json says more of it): experts in MXFP4 as they are, all else dense."""
+    flat = tree.flatten(params)
+    packed = mxfp4.written_packed(model.config.model_type, flat, _changed(params))
+    _say_unpacked(flat, packed)
+    dense = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
+    if not packed:
+        return dense, {}
+    entries = [
+        Entry(tree.nbytes(flat[piece.path]) // flat[piece.path].shape[0], functools.partial(_packed, flat, piece))
+        if piece.path in packed
+        else entry
+        for piece, entry in zip(pieces, dense, strict=True)
+    ]
+    kernels = [piece for piece in pieces if re.fullmatch(mxfp4.KERNELS, piece.path)]
+    others = {piece.name.rpartition(".")[0] for piece in kernels if piece.path not in packed}
+    before = model.config.to_hf().get("quantization_config")
+    return entries, {"quantization_config": mxfp4.settings(before, others)}
+
+
+def _packed(flat: Mapping[str, Any], piece: Piece) -> dict[str, np.ndarray]:
+    return mxfp4.packed_tensors(piece.name, jax.tree.map(np.asarray, flat[piece.path][piece.tensor.index]))
+
+
+def _changed(params: Params) -> set[str]:
+    """The paths of the base's leaves that the adapter changes."""
+    found: set[str] = set()
+
+    def note(path: str, module: Params) -> Params:
+        found.update(f"{path}/{name}" for name in changed_leaves(module))
+        return module
+
+    tree.map_modules(note, params)
+    return found
+
+
+def _say_unpacked(flat: Mapping[str, Any], packed: Collection[str]) -> None:
+    """Warns of experts in MXFP4 that are written in 16 or 32 bits."""
+    wide = [leaf for path, leaf in flat.items() if path not in packed and mxfp4.holds_experts(path, leaf)]
+    if wide:
+        before, after = tree.nbytes(wide), sum(leaf.size * leaf.dtype.itemsize for leaf in wide)
+        warnings.warn(
+            f"experts in MXFP4 ({before / 2**20:,.1f} MiB) are written as {wide[0].dtype} ({after / 2**20:,.1f} MiB): "
+            "the adapter changes them, or transformers has no such experts in MXFP4. `jlora merge --quant=mxfp4` packs "
+            "gpt-oss's again, and says how much of the update is left",
+            stacklevel=4,
+        )
 
 
 def require_writable(model: "Model", params: Params) -> None:

@@ -6,9 +6,10 @@ from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.mixed import candidates, choose, weight_damage
 from jlora.quant.mxfp4 import PackedMxfp4
-from jlora.quant.packed import PackedArray, dequantize, is_packed, packs_update, stored, unpacked
+from jlora.quant.packed import PackedArray, dequantize, format_of, is_packed, packs_update, stored, unpacked
 from jlora.quant.products import grouped_matmul, matmul
 from jlora.quant.rounded import Rounded
+from jlora.quant.summary import kept_in
 
 __all__ = [
     "FORMATS",
@@ -22,8 +23,10 @@ __all__ = [
     "candidates",
     "choose",
     "dequantize",
+    "format_of",
     "grouped_matmul",
     "is_packed",
+    "kept_in",
     "leaf_format",
     "matmul",
     "packs_update",

@@ -60,9 +60,14 @@ class PackedArray(abc.ABC):
         return jax.tree.map(lambda part: part[index], self)
 
 
+def format_of(leaf: Any) -> str | None:
+    """The format of a packed value; None for an array."""
+    return leaf.format if isinstance(leaf, PackedArray) else None
+
+
 def is_packed(leaf: Any) -> bool:
     """Whether the leaf is a packed value rather than an array."""
-    return isinstance(leaf, PackedArray)
+    return format_of(leaf) is not None
 
 
 def packs_update(leaf: Any) -> bool:

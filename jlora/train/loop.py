@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jlora import checkpoint, data, hub, lora, sharding, tree
+from jlora import checkpoint, data, hub, lora, quant, sharding, tree
 from jlora.errors import UserError
 from jlora.train import many, resume
 from jlora.train.adapt import adapt, based
@@ -170,6 +170,7 @@ def _describe_params(config: RunConfig, base: Base) -> str:
     mebibytes = tree.nbytes(frozen) / 2**20
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
     text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
+    text += f": {kinds}" if (kinds := quant.kept_in(frozen)) else ""
     return f"{text}; continuing from {config.model.adapter}" if config.model.adapter else text
 
 

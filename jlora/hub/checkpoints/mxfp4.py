@@ -130,9 +130,7 @@ def written_packed(model_type: str, leaves: Mapping[str, Any], changed: Collecti
 
 def holds_experts(path: str, leaf: Any) -> bool:
     """Whether the leaf is the kernel of experts, packed in this format (and not only when it is used)."""
-    return (
-        bool(re.fullmatch(KERNELS, path)) and quant.is_packed(leaf) and leaf.format == METHOD and not leaf.packs_update
-    )
+    return bool(re.fullmatch(KERNELS, path)) and quant.format_of(leaf) == METHOD and not quant.packs_update(leaf)
 
 
 def settings(before: Mapping[str, Any] | None, unpacked: Collection[str]) -> dict[str, Any]:

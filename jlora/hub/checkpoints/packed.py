@@ -59,7 +59,7 @@ def save_quantized(
         FileExistsError: `path` holds something other than a model.
     """
     leaves = tree.flatten(params)
-    if any(quant.is_packed(leaf) and leaf.format == mxfp4.METHOD for leaf in leaves.values()):
+    if mxfp4.METHOD in map(quant.format_of, leaves.values()):
         _require_mxfp4(model, leaves)
         save_model(path, model, params, tokenizer, shard_bytes=shard_bytes)
         return
@@ -114,7 +114,7 @@ def _require_mxfp4(model: "Model", leaves: Mapping[str, Any]) -> None:
         f"{path}: is packed ({leaf.format}); such a folder has both kernels of a layer's experts packed, with inputs "
         f"that are a multiple of {mxfp4.BLOCK}, and nothing else"
         for path, leaf in leaves.items()
-        if quant.is_packed(leaf) and path not in fit
+        if quant.format_of(leaf) and path not in fit
     ]
     if problems:
         raise UserError("no folder in MXFP4 can hold these params:\n  " + "\n  ".join(problems))

@@ -16,6 +16,8 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator
 
+from jlora.families import FAMILIES
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "jlora"
 
 LEAVES = (
@@ -23,23 +25,7 @@ LEAVES = (
     *("lora_dropout", "lora_start_a", "lora_start_b", "lora_base_norm", "lora_tied", "lora_carried", "lora_ids"),
     "lora_weights",
 )
-MODEL_TYPES = (
-    *("llama", "internlm3", "iquestcoder", "mistral", "mixtral", "smollm3", "olmo2", "olmo3", "granite", "phi3"),
-    *(
-        "arcee",
-        "seed_oss",
-        "exaone4",
-        "hunyuan_v1_dense",
-        "ernie4_5",
-        "nanochat",
-        "glm",
-        "glm4",
-        "helium",
-        "starcoder2",
-    ),
-    *("qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt-sw3", "gpt_neox", "gpt_oss"),
-)
+MODEL_TYPES = tuple(FAMILIES)
 ALGORITHMS = ("sft", "dft", "dpo", "cpo", "orpo", "kto", "reward", "grpo", "ppo")
 
 

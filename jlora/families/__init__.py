@@ -13,6 +13,7 @@ from jlora.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4,
     gpt2,
@@ -55,7 +56,7 @@ FAMILIES: dict[str, Family] = {
         *(llama, internlm3, iquestcoder, mistral, mistral3, ministral3, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
-        *(gemma, gemma2, gemma3, gpt2, gpt_neox),
+        *(gemma, gemma2, gemma3, gemma4, gpt2, gpt_neox),
         gpt_oss,
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))

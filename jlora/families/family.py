@@ -14,6 +14,23 @@ Values = dict[str, Any]
 SCORE = "score"
 
 
+class LayerInputs(NamedTuple):
+    """The names of what gives each layer an input of its own for every token (Gemma 3n's per-layer embeddings)."""
+
+    embedding: str = "embed_tokens_per_layer"
+    projection: str = "per_layer_model_projection"
+    norm: str = "per_layer_projection_norm"
+    # inside of a layer
+    gate: str = "per_layer_input_gate"
+    output: str = "per_layer_projection"
+    output_norm: str = "post_per_layer_input_norm"
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The modules outside of the stack."""
+        return self.embedding, self.projection, self.norm
+
+
 class Names(NamedTuple):
     """The paths of a model's parts in its tree, as Hugging Face names them."""
 
@@ -36,6 +53,7 @@ class Names(NamedTuple):
     # (norm before, norm after) of attention and of the MLP
     attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
+    layer_inputs: LayerInputs | None = None
 
     def mixer(self, kind: str) -> str:
         """The name of a layer's module that mixes tokens.
@@ -48,17 +66,23 @@ class Names(NamedTuple):
     @property
     def outside(self) -> tuple[str, ...]:
         """The modules outside of the stack."""
-        return tuple(path for path in (self.embedding, self.positions, self.norm, self.head) if path)
+        own = (self.embedding, self.positions, self.norm, self.head)
+        return tuple(path for path in (*own, *(self.layer_inputs.outside if self.layer_inputs else ())) if path)
 
     @property
     def row_parallel(self) -> tuple[str, ...]:
         """The linears of a layer whose inputs are the outputs of others, and whose outputs are added to the layer's."""
-        return self.output, *self.mixer_outputs, self.mlp_down
+        own = (self.layer_inputs.output,) if self.layer_inputs else ()
+        return self.output, *self.mixer_outputs, self.mlp_down, *own
 
     def below(self, module: str) -> "Names":
         """The same parts inside of a module, but for the head, which stays outside."""
-        inside = ("stack", "embedding", "positions", "norm")
-        return self._replace(**{part: f"{module}/{path}" for part in inside if (path := getattr(self, part))})
+
+        def moved(names: Any, parts: tuple[str, ...]) -> Any:
+            return names._replace(**{part: f"{module}/{path}" for part in parts if (path := getattr(names, part))})
+
+        own = moved(self.layer_inputs, ("embedding", "projection", "norm")) if self.layer_inputs else None
+        return moved(self, ("stack", "embedding", "positions", "norm"))._replace(layer_inputs=own)
 
 
 class Older(NamedTuple):
@@ -93,9 +117,9 @@ class Family:
         stacked_experts: whether checkpoints have a layer's experts in one tensor [E, in, out], as transformers does in
             memory, and not one by one.
         unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
-        buffers: patterns of tensors in old checkpoints that every loader computes itself.
+        buffers: patterns of tensors in checkpoints that no loader reads.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
-        older: what transformers 4 needs in config.json.
+        older: what transformers 4 needs in config.json; None: it does not know such models.
         gguf: how llama.cpp's files hold such a model; None: they cannot.
         half: where its language model is, if it has other parts too.
     """
@@ -112,7 +136,7 @@ class Family:
     unpacked: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     mlx_names: tuple[tuple[str, str], ...] = ()
-    older: Older = Older()
+    older: Older | None = Older()
     gguf: "Gguf | None" = None
     half: "TextHalf | None" = None
 
@@ -139,6 +163,9 @@ class Layer(NamedTuple):
         experts: whether its MLP is a mixture of experts.
         mixer: what mixes tokens, a name of `jlora.models.mixers.MIXERS`.
         head_dim, num_key_value_heads, intermediate_size: None: the model's.
+        keys_as_values: whether what the keys are made of serves as values too.
+        keeps, shares: a name under which the layer's keys and values are kept for later layers, and under which it
+            takes those of an earlier layer instead of its own; None: neither.
     """
 
     window: int | None = None
@@ -148,6 +175,9 @@ class Layer(NamedTuple):
     head_dim: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
+    keys_as_values: bool = False
+    keeps: str | None = None
+    shares: str | None = None
 
     @property
     def structure(self) -> "Layer":
@@ -165,6 +195,7 @@ class Rope:
         max_position_embeddings: the length beyond which "dynamic" stretches.
         interleaved: whether neighbouring values are rotated together, rather than those of a head's two halves.
         clockwise: whether the angles are negative.
+        partial_rotary_factor: the share of the frequencies that are not 0, for "proportional".
     """
 
     dim: int
@@ -179,6 +210,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    partial_rotary_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     interleaved: bool = False

@@ -15,6 +15,7 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
     "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+    "proportional": ((), ("factor", "partial_rotary_factor")),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
 }
 
@@ -39,7 +40,8 @@ def read_rope(
     theta = float(read("rope_theta", theta))
     if partial is not None:
         dim = int(head_dim * read("partial_rotary_factor", partial))
-    elif rope_type == "default":  # transformers then rotates whole heads, whatever the file says
+    elif rope_type in ("default", "proportional"):
+        # transformers then rotates whole heads, whatever the file says; some of them by nothing if "proportional"
         dim = head_dim
     else:
         dim = int(head_dim * read("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)))

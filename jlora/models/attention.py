@@ -18,6 +18,10 @@ from jlora.models.rope import rotate
 CACHED = (sharding.ROWS, None, sharding.FEATURES, None)
 
 
+# The collection of the keys and values that later layers share.
+KEPT = "kept"
+
+
 def room(config: ModelConfig, layer: Layer) -> Room:
     """What a layer keeps of earlier tokens: their keys and values, in the order in which attention reads them."""
     heads = config.heads(layer)
@@ -36,19 +40,19 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, (batch, tokens, _) = self.config, x.shape
         queries, keys, values, gate = self._project(x, TOKENS_SPLIT if cache is None else CACHED)
-        if context.cos is not None:
-            rotation = context.cos, context.sin, config.interleaved
-            queries, keys = (rotate(heads, *rotation) for heads in (queries, keys))
-        if config.qk_norm == "rotated":
-            queries, keys = self._norms(queries, keys)
+        queries, keys = self._placed(0, queries, context), None if keys is None else self._placed(1, keys, context)
         if config.inverse_layer_scale:
             queries = queries / (context.layer + 1).astype(queries.dtype)
         if config.query_growth:
             queries = queries * _growth(config.query_growth, context.marks.positions).astype(queries.dtype)
-        if cache is not None:
+        if self.layer.shares:
+            keys, values = context.shared[self.layer.shares]
+        elif cache is not None:
             place = config.cache_stack(self.layer), context.slot
             cache, found = cache.extend(*place, {"keys": keys, "values": values})
             keys, values = found["keys"], found["values"]
+        if self.layer.keeps:
+            self.sow(KEPT, self.layer.keeps, (keys, values))
         settings = config.attention_scale, config.attention_softcap, self.form
         y = attend(queries, keys, values, context.marks, *settings, self._sinks())
         y = y if gate is None else y * nn.sigmoid(gate)
@@ -63,30 +67,41 @@ class Attention(nn.Module):
             self.param("sinks", nn.initializers.normal(0.02), (self.config.num_attention_heads,))
         return lora.resolve(leaves(self))["sinks"]
 
-    def _project(self, x: jax.Array, axes: tuple) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    def _project(
+        self, x: jax.Array, axes: tuple
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
         """Queries [B, T, H, F], keys and values [B, T, K, F] on these mesh axes, normalised if the family does that.
 
-        The last of the four is the gate of each head's output [B, T, H, F], or None.
+        Keys and values are None if the layer shares those of another. The last of the four is the gate of each head's
+        output [B, T, H, F], or None.
         """
-        config, names = self.config, self.config.names.queries_keys_values
-        sizes = config.heads(self.layer)
-        heads = (sizes.queries, sizes.keys, sizes.keys)
-        widths = [count * sizes.width for count in heads]
+        config, sizes = self.config, self.config.heads(self.layer)
+
+        def heads(part: jax.Array, count: int, axes: tuple) -> jax.Array:
+            return sharding.constrain(part.reshape(*x.shape[:2], count, -1), *axes)
+
+        widths = [count * sizes.width for count in (sizes.queries, sizes.keys, sizes.keys)]
         widths[0] *= 2 if config.attention_gate else 1
-        if len(names) == 3:
-            parts = [Linear(width, config.qkv_bias, name=name)(x) for name, width in zip(names, widths, strict=True)]
-        else:
-            parts = self._split(Linear(sum(widths), config.qkv_bias, name=names[0])(x), widths)
+        queries, *rest = self._linears(x, widths)
         if config.qk_norm == "all":
-            parts = [*self._norms(*parts[:2]), parts[2]]
-        queries, keys, values = (
-            sharding.constrain(part.reshape(*x.shape[:2], count, -1), *axes)
-            for part, count, axes in zip(parts, heads, (TOKENS_SPLIT, axes, axes), strict=True)
-        )
+            queries, rest[0] = self._norm(0, queries), self._norm(1, rest[0])
+        queries = heads(queries, sizes.queries, TOKENS_SPLIT)
         queries, gate = jnp.split(queries, 2, axis=-1) if config.attention_gate else (queries, None)
-        if config.qk_norm == "head":
-            queries, keys = self._norms(queries, keys)
+        if self.layer.shares:
+            return queries, None, None, gate
+        keys, values = (heads(part, sizes.keys, axes) for part in rest)
+        if config.value_norm:
+            values = Norm("rms_bare", config.norm_eps)(values)
         return queries, keys, values, gate
+
+    def _linears(self, x: jax.Array, widths: list[int]) -> list[jax.Array]:
+        """The outputs of the linears for queries, keys and values, of these widths."""
+        config, names = self.config, self.config.names.queries_keys_values
+        if len(names) == 1:
+            return self._split(Linear(sum(widths), config.qkv_bias, name=names[0])(x), widths)
+        own = 1 if self.layer.shares else 2 if self.layer.keys_as_values else 3
+        parts = [Linear(width, config.qkv_bias, name=name)(x) for name, width in zip(names[:own], widths, strict=False)]
+        return [*parts, parts[1]] if self.layer.keys_as_values else parts
 
     def _split(self, fused: jax.Array, widths: list[int]) -> list[jax.Array]:
         if not self.config.qkv_by_head:
@@ -94,10 +109,16 @@ class Attention(nn.Module):
         by_head = fused.reshape(*fused.shape[:-1], self.config.num_attention_heads, -1)
         return [part.reshape(*fused.shape[:-1], -1) for part in jnp.split(by_head, 3, axis=-1)]
 
-    def _norms(self, *parts: jax.Array) -> list[jax.Array]:
-        """Queries and keys, normalised."""
-        config, names = self.config, self.config.names.qk_norms
-        return [Norm(config.norm, config.norm_eps, name=name)(part) for name, part in zip(names, parts, strict=True)]
+    def _placed(self, which: int, heads: jax.Array, context: Context) -> jax.Array:
+        """Queries (0) or keys (1), rotated, and normed before or after that."""
+        if self.config.qk_norm == "head":
+            heads = self._norm(which, heads)
+        if context.cos is not None:
+            heads = rotate(heads, context.cos, context.sin, self.config.interleaved)
+        return self._norm(which, heads) if self.config.qk_norm == "rotated" else heads
+
+    def _norm(self, which: int, x: jax.Array) -> jax.Array:
+        return Norm(self.config.norm, self.config.norm_eps, name=self.config.names.qk_norms[which])(x)
 
 
 def _growth(growth: QueryGrowth, positions: jax.Array) -> jax.Array:

@@ -43,6 +43,10 @@ class ModelConfig:
         embedding_norm: whether embeddings are normed, with a norm that has no weights.
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
         logits_divisor: what logits are divided by.
+        value_norm: whether values are normed, head by head, with a norm that has no weights.
+        layer_input_size: the width of what each layer reads of every token besides the layer before (Gemma 3n's
+            per-layer embeddings); 0: nothing. There are `layer_input_vocab_size` rows of it.
+        layer_scalar: whether each layer's output is multiplied by a number of its own.
         source: the whole config.json, to write it back.
         folder: where the other parts of a model that also sees or hears are, to copy them when it is written.
     """
@@ -81,6 +85,10 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    value_norm: bool = False
+    layer_input_size: int = 0
+    layer_input_vocab_size: int = 0
+    layer_scalar: bool = False
     experts: Experts | None = None
     delta: Delta | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -145,13 +153,18 @@ class ModelConfig:
         for layer in self.layers:
             stack = self.cache_stack(layer)
             found.append(counts[stack])
-            counts[stack] += 1
+            counts[stack] += layer.shares is None
         return tuple(found)
+
+    @property
+    def structures(self) -> tuple[Layer, ...]:
+        """What layers must agree in to share a stack."""
+        return tuple(layer.structure for layer in self.layers)
 
     @property
     def stacks(self) -> tuple[range, ...]:
         """The layers of each stack: those with the same structure share one."""
-        return tuple(tree.stack_ranges([layer.structure for layer in self.layers]))
+        return tuple(tree.stack_ranges(self.structures))
 
     def require_same(self, other: "ModelConfig", ours: str, theirs: str) -> None:
         """Raises UserError unless both compute the same from the same weights.

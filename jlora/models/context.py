@@ -20,6 +20,7 @@ class Context:
         layer: int32, the layer's number, from 0.
         slot: int32, the layer's number among those that share its stack in the cache.
         runs: which token precedes which, for recurrences; None if no layer is one.
+        own_input: what this layer reads of every token besides the layer before [B, T, P]; None: nothing.
         shared: keys and values [B, S, K, F] of earlier layers that later ones use, by name.
     """
 
@@ -29,4 +30,5 @@ class Context:
     layer: jax.Array
     slot: jax.Array
     runs: Runs | None = None
+    own_input: jax.Array | None = None
     shared: Shared = dataclasses.field(default_factory=dict)

@@ -13,7 +13,7 @@ from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
 from jlora.models.experts import Mixture
-from jlora.models.layers import Norm
+from jlora.models.layers import ACTIVATIONS, Linear, Norm, Scalar
 from jlora.models.mixers import MIXERS
 from jlora.models.mlp import MLP
 
@@ -125,9 +125,22 @@ class Block(nn.Module):
         nn.share_scope(self, feedforward)
         tiles = _tiles(x.shape, self._inner()) if self.lean else 1
         if tiles == 1 or self.is_mutable_collection("inputs"):
-            return feedforward(x, attended), cache
-        key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return feedforward.in_tiles(tiles, key, x, attended), cache
+            y = feedforward(x, attended)
+        else:
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            y = feedforward.in_tiles(tiles, key, x, attended)
+        return self._scaled(self._with_own_input(y, context.own_input)), cache
+
+    def _with_own_input(self, y: jax.Array, own: jax.Array | None) -> jax.Array:
+        """y + norm(output(act(gate(y)) · own)), if the layer has an input of its own."""
+        config, names = self.config, self.config.names.layer_inputs
+        if own is None:
+            return y
+        gate = ACTIVATIONS[config.hidden_act](Linear(config.layer_input_size, name=names.gate)(y))
+        return y + _norm(config, names.output_norm, Linear(config.hidden_size, name=names.output)(gate * own))
+
+    def _scaled(self, y: jax.Array) -> jax.Array:
+        return Scalar(name="layer_scalar")(y) if self.config.layer_scalar else y
 
     def _inner(self) -> int:
         """The MLP's inner values for a token.

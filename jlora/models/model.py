@@ -17,9 +17,10 @@ from jlora.families.family import SCORE, Layer
 from jlora.kernels.attention import AUTO, Marks
 from jlora.kernels.recurrence import Runs, last_segment
 from jlora.lora.kinds.copies import copy_of
+from jlora.models.attention import KEPT
 from jlora.models.cache import Cache, Room
 from jlora.models.config import ModelConfig
-from jlora.models.context import Context
+from jlora.models.context import Context, Shared
 from jlora.models.decoder import Block
 from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.mixers import MIXERS
@@ -57,6 +58,18 @@ class Tables(NamedTuple):
         return Choices(cos, sin, self.marks.among(windows), used, self.runs)
 
 
+class Inputs(NamedTuple):
+    """What goes into the layers.
+
+    Attributes:
+        x: [B, T, D], the embeddings.
+        own: [L, B, T, P], what each layer reads besides the layer before; None: nothing.
+    """
+
+    x: jax.Array
+    own: jax.Array | None
+
+
 class Choices(NamedTuple):
     """What the layers of one stack choose from, by number.
 
@@ -73,8 +86,8 @@ class Choices(NamedTuple):
     ropes: tuple[int | None, ...]
     runs: Runs | None
 
-    def of_layer(self, numbers: "Numbers") -> Context:
-        """The Context of one layer."""
+    def of_layer(self, numbers: "Numbers", own_input: jax.Array | None, shared: Shared) -> Context:
+        """The Context of one layer; the last two arguments are those of `Context`."""
 
         def pick(stack: jax.Array | None) -> jax.Array | None:
             if stack is None or len(stack) == 1:
@@ -82,7 +95,7 @@ class Choices(NamedTuple):
             return jax.lax.dynamic_index_in_dim(stack, numbers.rotation, keepdims=False)
 
         marks = self.marks.of_layer(numbers.window)
-        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot, self.runs)
+        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot, self.runs, own_input, shared)
 
 
 class Numbers(NamedTuple):
@@ -161,8 +174,8 @@ class Model:
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         config = self.config
         tables, cache = self._tables(positions, segment_ids, cache, branches)
-        x = self._embed(params, tokens, positions)
-        x, cache, _ = self._layers(params, x, tables, cache, key, remat)
+        inputs = self._inputs(params, tokens, positions, key)
+        x, cache, _ = self._layers(params, inputs, tables, cache, key, remat)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
         norm = tree.subtree(params, config.names.norm) if config.names.norm else {}
@@ -189,7 +202,8 @@ class Model:
             return {"count": jnp.sum(weights), "sum": jnp.sum(rows, axis=0), "gram": rows.T @ rows}
 
         tables, _ = self._tables(positions, segment_ids, None)
-        _, _, seen = self._layers(params, self._embed(params, tokens, positions), tables, None, None, True, moments)
+        inputs = self._inputs(params, tokens, positions)
+        _, _, seen = self._layers(params, inputs, tables, None, None, True, moments)
         return seen
 
     def head(self, params: Params) -> Params:
@@ -336,13 +350,21 @@ class Model:
         if names.positions:
             positions = Embed(config.max_position_embeddings, config.hidden_size)
             flat[names.positions] = positions.init(keys[2], tokens)["params"]
+        if layer_inputs := names.layer_inputs if config.layer_input_size else None:
+            width = config.num_hidden_layers * config.layer_input_size
+            embedding = Embed(config.layer_input_vocab_size, width)
+            flat[layer_inputs.embedding] = embedding.init(keys[2], tokens)["params"]
+            flat[layer_inputs.projection] = Linear(width).init(keys[2], x)["params"]
+            norm = Norm(config.norm, config.norm_eps)
+            flat[layer_inputs.norm] = norm.init(keys[2], x[..., : config.layer_input_size])["params"]
         if not config.tie_word_embeddings:
             flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
         tables, _ = self._tables(tokens, tokens, None)
         for layers in stacks or config.stacks:
-            block = Block(config, config.layers[layers[0]].structure)
+            block = Block(config, config.structures[layers[0]])
             choices, numbers = self._choices(layers, tables)
-            first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers))
+            own = jnp.zeros((1, 1, config.layer_input_size)) if config.layer_input_size else None
+            first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers), own, self._no_shared(x))
             init = jax.vmap(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
             key_of_stack = tree.stack_key(names.stack, layers, config.num_hidden_layers)
             flat[key_of_stack] = init(keys[4 + np.asarray(layers)])
@@ -371,6 +393,34 @@ class Model:
             x = x + learned.apply({"params": tree.subtree(params, config.names.positions)}, positions)
         return x
 
+    def _inputs(self, params: Params, tokens: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> Inputs:
+        """What goes into the layers."""
+        config, names = self.config, self.config.names.layer_inputs
+        x = self._embed(params, tokens, positions)
+        if not config.layer_input_size:
+            return Inputs(x, None)
+        count, width = config.num_hidden_layers, config.layer_input_size
+        rngs = None if key is None else {"dropout": jax.random.fold_in(key, count)}
+        embed, project = Embed(config.layer_input_vocab_size, count * width), Linear(count * width)
+        own = embed.apply({"params": tree.subtree(params, names.embedding)}, tokens)
+        projected = project.apply({"params": tree.subtree(params, names.projection)}, x, rngs=rngs)
+        own, projected = (part.reshape(*part.shape[:2], count, width) for part in (own, projected))
+        projected = projected * jnp.asarray(config.hidden_size**-0.5, x.dtype)
+        norm = Norm(config.norm, config.norm_eps)
+        projected = norm.apply({"params": tree.subtree(params, names.norm)}, projected)
+        own = (projected + own * jnp.asarray(width**0.5, own.dtype)) * jnp.asarray(2**-0.5, x.dtype)
+        return Inputs(x, jnp.moveaxis(own, 2, 0))
+
+    def _no_shared(self, x: jax.Array) -> Shared:
+        """Zeros in place of the keys and values that layers share, for the tokens of x [B, T, D]."""
+        found = {}
+        for layer in self.config.layers:
+            if layer.keeps:
+                heads = self.config.heads(layer)
+                zeros = jnp.zeros((*x.shape[:2], heads.keys, heads.width), x.dtype)
+                found[layer.keeps] = zeros, zeros
+        return found
+
     def _tables(
         self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, branches: bool = True
     ) -> tuple[Tables, Cache | None]:
@@ -394,7 +444,7 @@ class Model:
     def _layers(
         self,
         params: Params,
-        x: jax.Array,
+        inputs: Inputs,
         tables: Tables,
         cache: Cache | None,
         key: jax.Array | None,
@@ -411,27 +461,27 @@ class Model:
                 layers.
         """
         config = self.config
+        collections = ["inputs", KEPT] if observe else [KEPT]
 
-        def block(layer: Layer, choices: Choices) -> Callable:
+        def block(layer: Layer, choices: Choices, shared: Shared) -> Callable:
             module = Block(config, layer, self.attention, lean=is_lean(remat))
 
             def apply(
-                x: jax.Array, cache: Cache | None, numbers: Numbers, leaves: Params
-            ) -> tuple[jax.Array, Cache | None, Params]:
+                x: jax.Array, cache: Cache | None, numbers: Numbers, own: jax.Array | None, leaves: Params
+            ) -> tuple[jax.Array, Cache | None, tuple[Params, Shared]]:
                 x = checkpoint_name(x, LAYER_INPUT)
                 rngs = None if key is None else {"dropout": jax.random.fold_in(key, numbers.layer)}
-                context = choices.of_layer(numbers)
-                collections = ["inputs"] if observe else []
+                context = choices.of_layer(numbers, own, shared)
                 (x, cache), sown = module.apply({"params": leaves}, x, context, cache, rngs=rngs, mutable=collections)
-                return x, cache, _observed(sown, observe)
+                return x, cache, (_observed(sown, observe), _kept(sown))
 
             return rematerialised(apply, remat)
 
-        seen: Params = {}
+        seen, shared, x = {}, {}, inputs.x
         for group in self._groups(params):
             chosen = [self._choices(layers, tables) for _, _, layers in group]
             blocks = [
-                block(config.layers[layers[0]].structure, choices)
+                block(config.structures[layers[0]], choices, dict(shared))
                 for (_, _, layers), (choices, _) in zip(group, chosen, strict=True)
             ]
 
@@ -442,10 +492,14 @@ class Model:
                     found.append(observed)
                 return tuple(carry), tuple(found)
 
-            members = tuple((numbers, leaves) for (_, leaves, _), (_, numbers) in zip(group, chosen, strict=True))
+            members = tuple(
+                (numbers, None if inputs.own is None else inputs.own[np.asarray(layers)], leaves)
+                for (_, leaves, layers), (_, numbers) in zip(group, chosen, strict=True)
+            )
             (x, cache), found = jax.lax.scan(body, (x, cache), members)
-            for (path, _, _), observed in zip(group, found, strict=True):
+            for (path, _, _), (observed, kept) in zip(group, found, strict=True):
                 seen |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(observed).items()}
+                shared |= jax.tree.map(lambda stack: stack[0], kept)  # a layer that keeps has no like in its stack
         return x, cache, tree.unflatten(seen)
 
     def _choices(self, layers: range, tables: Tables) -> tuple[Choices, Numbers]:
@@ -476,6 +530,11 @@ class Model:
             else:
                 groups.append([stack])
         return groups
+
+
+def _kept(sown: Params) -> Shared:
+    """The keys and values that the layer kept for later ones."""
+    return {path.split("/")[-1]: calls[0] for path, calls in tree.flatten(sown.get(KEPT, {})).items()}
 
 
 def _observed(sown: Params, observe: Callable[[jax.Array], Params] | None) -> Params:

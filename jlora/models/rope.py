@@ -40,6 +40,8 @@ def inverse_frequencies(rope: Rope) -> np.ndarray:
     For rope_types that do not depend on the length.
     """
     frequencies = _frequencies(rope)
+    if rope.rope_type == "proportional":
+        return frequencies * (np.arange(rope.dim // 2) < int(rope.partial_rotary_factor * rope.dim // 2)) / rope.factor
     if rope.rope_type == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.rope_type == "llama3":

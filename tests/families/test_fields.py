@@ -42,9 +42,13 @@ def test_what_is_not_read_may_be_anything_and_changes_nothing(model_type, value)
     unread -= fields.seen | {"eos_token_id"}
     added = plain | dict.fromkeys(unread, value)
     if rope := plain.get("rope_parameters"):
-        unknown = {"mrope_section": value, "factor": value}
-        own = {name: unknown | given for name, given in rope.items() if name in LAYERS}
-        added["rope_parameters"] = own or unknown | rope
+
+        def with_unread(given):
+            unscaled = given.get("rope_type", "default") == "default"
+            return {"mrope_section": value} | ({"factor": value} if unscaled else {}) | given
+
+        own = {name: with_unread(given) for name, given in rope.items() if name in LAYERS}
+        added["rope_parameters"] = own or with_unread(rope)
     assert resolved(added) == resolved(plain)
 
 

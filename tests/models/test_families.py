@@ -20,6 +20,7 @@ from jlora.families.fields import HARMLESS, Fields
 from jlora.losses import cross_entropy
 
 LENGTH = 21
+WIDTH = 19  # of rows with padding or several texts
 # Sizes that nothing divides evenly.
 SIZES = dict(
     vocab_size=101,
@@ -181,6 +182,27 @@ CASES = {
             tie_word_embeddings=False,
         ),
     ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        SIZES
+        | dict(num_hidden_layers=11, head_dim=12, global_head_dim=20, sliding_window=6, pad_token_id=0)
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 3 + ["sliding_attention"] * 2)
+        | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=101, num_kv_shared_layers=5)
+        | dict(use_double_wide_mlp=True, final_logit_softcapping=3.0),
+    ),
+    "gemma4_text-same": (
+        "Gemma4TextConfig",
+        SIZES
+        | dict(num_hidden_layers=4, head_dim=12, global_head_dim=16, num_global_key_value_heads=1, sliding_window=6)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=True, attention_bias=True)
+        | dict(hidden_size_per_layer_input=0, pad_token_id=0, tie_word_embeddings=False)
+        | dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="proportional", partial_rotary_factor=0.4, rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+    ),
     "phi3": ("Phi3Config", SIZES | dict(pad_token_id=0, partial_rotary_factor=0.5, sliding_window=9)),
     "phi3-longrope": (
         "Phi3Config",
@@ -301,6 +323,9 @@ def reference(case):
         for key, value in model.named_parameters():
             center = 1.0 if "norm" in key or "ln_" in key else 0.0
             value.copy_(center + 0.3 * torch.randn_like(value))
+        for key, value in model.named_buffers():
+            if key.endswith("layer_scalar"):
+                value.copy_(1 + 0.3 * torch.randn_like(value))
     return model
 
 
@@ -359,21 +384,37 @@ def test_cache_token_by_token(case, load, parity):
     assert found < 1e-4
 
 
+def laid_out(model, params, *rows):
+    """The logits of rows of texts, each a list of texts and of numbers of places of padding.
+
+    All calls have one shape, so that a case is compiled once.
+    """
+    ids, positions, segments = np.zeros((3, 2, WIDTH), np.int32)
+    for row, texts in enumerate(rows):
+        place = 0
+        for number, text in enumerate(texts, start=1):
+            if isinstance(text, int):
+                place += text
+                continue
+            end = place + len(text)
+            ids[row, place:end], positions[row, place:end], segments[row, place:end] = text, range(len(text)), number
+            place = end
+    return np.asarray(model(params, *map(jnp.asarray, (ids, positions, segments))))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_padding(case, load, parity):
     """A row of its own, with padding on either side, and transformers with the same padding."""
     model, params = load(case)
     ids = tokens(rows=1, length=11)
+    pad = WIDTH - 11
     expected = logits_of(reference(case), ids)
-    left, right = np.pad(ids, ((0, 0), (5, 0))), np.pad(ids, ((0, 0), (0, 5)))
-    segments = np.pad(np.ones_like(ids), ((0, 0), (5, 0)))
-    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
-    ours_left = model(params, jnp.asarray(left), jnp.asarray(positions), jnp.asarray(segments))[:, 5:]
-    ours_right = model(params, jnp.asarray(right), None, jnp.asarray(segments[:, ::-1].copy()))[:, :11]
-    theirs = logits_of(
-        reference(case), left, attention_mask=torch.from_numpy(segments), position_ids=torch.from_numpy(positions)
-    )[:, 5:]
-    found = max(difference(ours, other) for ours in (ours_left, ours_right) for other in (expected, theirs))
+    left, right = laid_out(model, params, [pad, ids[0]], [ids[0]])
+    mask = np.pad(np.ones_like(ids), ((0, 0), (pad, 0)))
+    inputs = {"attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+    padded = np.pad(ids, ((0, 0), (pad, 0)))
+    theirs = logits_of(reference(case), padded, **{name: torch.from_numpy(x) for name, x in inputs.items()})[:, pad:]
+    found = max(difference(ours, other[0]) for ours in (left[pad:], right[:11]) for other in (expected, theirs))
     parity("family", case.partition("-")[0], "padding", found)
     assert found < 1e-4
 
@@ -381,19 +422,17 @@ def test_padding(case, load, parity):
 @pytest.mark.parametrize("case", CASES)
 def test_packing(case, load, parity):
     model, params = load(case)
-    first, second, other = (tokens(rows=1, length=n, seed=n) for n in (8, 10, 7))
-    positions = jnp.concatenate([jnp.arange(8), jnp.arange(10)])[None]
-    segments = jnp.asarray([[1] * 8 + [2] * 10])
-    packed = model(params, jnp.concatenate([first, second], axis=1), positions, segments)
+    first, second, other = (tokens(rows=1, length=n, seed=n)[0] for n in (8, 10, 7))
+    packed, _ = laid_out(model, params, [first, second], [second])
     found = max(
-        difference(packed[:, :8], logits_of(reference(case), first)),
-        difference(packed[:, 8:], logits_of(reference(case), second)),
+        difference(packed[:8], logits_of(reference(case), first[None])[0]),
+        difference(packed[8:18], logits_of(reference(case), second[None])[0]),
     )
     parity("family", case.partition("-")[0], "packing", found)
     assert found < 1e-4
-    changed = model(params, jnp.concatenate([first[:, :1], other, second], axis=1), positions, segments)
-    np.testing.assert_array_equal(changed[:, 8:], packed[:, 8:])
-    assert not np.array_equal(changed[:, :8], packed[:, :8])
+    changed, _ = laid_out(model, params, [np.concatenate([first[:1], other]), second], [second])
+    np.testing.assert_array_equal(changed[8:18], packed[8:18])
+    assert not np.array_equal(changed[:8], packed[:8])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,6 +1,6 @@
 """The form that each leaf of each layer is kept in, and the layers that can be stacked because their forms agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -81,13 +81,18 @@ def form_of(forms: Forms, path: str) -> Form:
     return forms[f"{stack.name}/{stack.rest}", stack.layers[0] if stack.layers else 0]
 
 
-def stack_layers(forms: Forms, total: int) -> tuple[range, ...]:
-    """The layers of each stack, which agree in structure and in the form of every leaf."""
-    signatures: list[dict[str, Form]] = [{} for _ in range(total)]
+def stack_layers(forms: Forms, structures: Sequence[Hashable]) -> tuple[range, ...]:
+    """The layers of each stack, which agree in structure and in the form of every leaf.
+
+    Args:
+        structures: each layer's.
+    """
+    signatures: list[dict[str, Form]] = [{} for _ in structures]
     for (path, layer), form in forms.items():
         if layer is not None:
             signatures[layer][path] = form
-    return tuple(tree.stack_ranges([tuple(sorted(signature.items(), key=str)) for signature in signatures]))
+    found = (tuple(sorted(signature.items(), key=str)) for signature in signatures)
+    return tuple(tree.stack_ranges(list(zip(structures, found, strict=True))))
 
 
 def _layers(path: str, count: int) -> list[tuple[str, int | None]]:

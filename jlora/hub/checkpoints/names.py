@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
-from jlora.families import FAMILIES, called, each, every
+from jlora.families import FAMILIES, called, each
 from jlora.families.family import SCORE
 from jlora.families.gguf import modules_of
 
@@ -44,9 +44,6 @@ EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pr
 GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
 # The number of a layer in the Hub's names.
 LAYER = "|".join(rf"(?<=\.{name}\.)\d+" for name in called("stack"))
-
-# Buffers that old checkpoints have and every loader recomputes.
-HARMLESS = every(lambda family: family.buffers)
 
 
 class HubTensor(NamedTuple):
@@ -151,9 +148,14 @@ def without_prefix(expected: Iterable[str], found: Collection[str]) -> dict[str,
     return {name: short for name, short in stripped.items() if name not in found and short in found}
 
 
-def is_harmless(name: str) -> bool:
-    """Whether a checkpoint may hold the tensor `name` although the model has no such leaf."""
-    return any(re.fullmatch(pattern, name) for pattern in HARMLESS)
+def is_harmless(name: str, model_type: str | None = None) -> bool:
+    """Whether a checkpoint may hold the tensor `name` although the model has no such leaf.
+
+    Args:
+        model_type: the model's family; None: any.
+    """
+    families = FAMILIES.values() if model_type is None else [FAMILIES[model_type]]
+    return any(re.fullmatch(pattern, name) for family in families for pattern in family.buffers)
 
 
 def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:

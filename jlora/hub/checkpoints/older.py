@@ -21,38 +21,32 @@ ADDS_BY_SETTING = ("CodeLlamaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer", 
 
 def for_every_reader(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with its dtype, rotary positions and experts under the names of transformers 4 and 5."""
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = FAMILIES.get(str(config.get("model_type")))  # a model that only recipes merge may be of another family
     if family and family.half and isinstance(inner := config.get(family.half.field), Mapping):
         config = {**config, family.half.field: for_every_reader(inner)}
-    renamed = {**RENAMED, **_older(config).renamed}
+    older = family.older if family else Older()
+    renamed = {**RENAMED, **(older.renamed if older else {})}
     named = {before: config[now] for now, before in renamed.items() if config.get(now) is not None}
-    return {**config, **named, **_rope(config)}
+    return {**config, **named, **(_rope(config, older) if older else {})}
 
 
-def _older(config: Mapping[str, Any]) -> Older:
-    """What the family needs; a model that only recipes merge may be of another family."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    return family.older if family else Older()
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], older: Older) -> dict[str, Any]:
     """transformers 4's fields for what `rope_parameters` says in 5."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}
     scaled = bool(config.get("rope_scaling"))
     if isinstance(full := rope.get("full_attention"), Mapping):  # layers with windows have other positions
-        found = _flat(full, config)
-        local, name = rope.get("sliding_attention"), _older(config).local_theta
+        found = _flat(full, config, older)
+        local, name = rope.get("sliding_attention"), older.local_theta
         if name and isinstance(local, Mapping) and "rope_theta" in local:
             found[name] = local["rope_theta"]
         return {key: value for key, value in found.items() if not (scaled and key == "rope_scaling")}
     # transformers 5 ignores `rope_parameters` if there is a `rope_scaling`.
-    return {} if scaled else _flat(rope, config)
+    return {} if scaled else _flat(rope, config, older)
 
 
-def _flat(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    older = _older(config)
+def _flat(rope: Mapping[str, Any], config: Mapping[str, Any], older: Older) -> dict[str, Any]:
     found = {name: rope[key] for key, name in older.rotary.items() if rope.get(key) is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -144,7 +144,7 @@ def _contents(
     model = resized(model, source, vocab)
     leaves = _leaves(model, checkpoint, dtype)
     forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
-    leaves = _leaves(model, checkpoint, dtype, stack_layers(forms, model.config.num_hidden_layers))
+    leaves = _leaves(model, checkpoint, dtype, stack_layers(forms, model.config.structures))
     tensors = _hub_tensors(model, leaves)
 
     def read(name: str) -> Any:
@@ -287,7 +287,9 @@ def _check(
         found[name] = packed.info
         if name in members and not members[name].transposed and not packed.stack:
             expected[name] = expected[name][::-1]
-    check_tensors(found, expected, harmless=set(filter(names.is_harmless, found)))
+    kind = checkpoint.config.get("model_type")
+    harmless = {name for name in found if names.is_harmless(name, kind)}
+    check_tensors(found, expected, harmless=harmless)
     return stored
 
 

@@ -23,7 +23,15 @@ STACK = re.compile(
 # What jlora's own models hold outside their stacks.
 OUTSIDE = re.compile(rf"({'|'.join((SCORE, *every(lambda family: family.names.outside)))})/[^/]+")
 # The least number of axes of a stacked leaf with this name. In a single module it has one less.
-STACKED_AXES = {"kernel": 3, "embedding": 3, "router": 3, "scale": 2, "bias": 2, "sinks": 2}
+STACKED_AXES = {
+    "kernel": 3,
+    "embedding": 3,
+    "router": 3,
+    "scale": 2,
+    "bias": 2,
+    "sinks": 2,
+    "e_score_correction_bias": 2,
+}
 # The most layers of a pattern that repeats (`stack_ranges`).
 PERIOD = 12
 # How the names of all leaves of adapters begin (`jlora.lora.kinds`).

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from jlora.families import (
     arcee,
+    deepseek_v3,
     ernie4_5,
     exaone4,
     gemma,
@@ -16,6 +17,7 @@ from jlora.families import (
     gemma4,
     glm,
     glm4,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -57,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gpt2, gpt_neox),
+        *(deepseek_v3, glm4_moe_lite),
         gpt_oss,
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))

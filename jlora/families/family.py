@@ -50,6 +50,9 @@ class Names(NamedTuple):
     router: str = "gate"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_down: str = "down_proj"
+    shared_expert: str = "shared_expert"
+    # linears to something narrow that all heads share, which every device has whole
+    latents: tuple[str, ...] = ()
     # (norm before, norm after) of attention and of the MLP
     attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
@@ -255,6 +258,10 @@ class Experts:
         clamped: the gated product; None: act(gate) · up.
         shared_intermediate_size: inner width of an MLP for every token beside the experts; 0: there is none.
         shared_gate: whether the output of that MLP is scaled by a sigmoid of its own for each token.
+        sigmoid: whether scores are sigmoids of float32 logits, rather than a softmax over all experts.
+        correction: whether the router has numbers that are added to scores to choose experts, but not to weigh them.
+        groups, top_groups: experts are chosen from the `top_groups` best of so many equal groups.
+        scaling: factor of the weights.
     """
 
     count: int
@@ -267,6 +274,34 @@ class Experts:
     clamped: "Clamped | None" = None
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    sigmoid: bool = False
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """The sizes of latent attention (MLA), as config.json calls them.
+
+    Attributes:
+        q_lora_rank: width of what queries are made from; None: they are made at once.
+        kv_lora_rank: width of what keys and values are made from.
+        qk_nope_head_dim, qk_rope_head_dim: widths of the parts of a query and a key that are not rotated and that are.
+        v_head_dim: width of a value.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """The width of a query and a key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 @dataclasses.dataclass(frozen=True)

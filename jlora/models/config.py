@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.families.family import Delta, Experts, Layer, Names, QueryGrowth, Rope
+from jlora.families.family import Delta, Experts, Latent, Layer, Names, QueryGrowth, Rope
 
 
 class Heads(NamedTuple):
@@ -91,6 +91,7 @@ class ModelConfig:
     layer_scalar: bool = False
     experts: Experts | None = None
     delta: Delta | None = None
+    latent: Latent | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)
     folder: str | None = None

@@ -5,32 +5,37 @@ import jax
 import jax.numpy as jnp
 
 from jlora import lora, sharding, tree
-from jlora.families.family import Clamped
+from jlora.families.family import Clamped, Experts
 from jlora.models.config import ModelConfig
 from jlora.models.layers import ACTIVATIONS, Linear, leaves, used
 from jlora.models.mlp import MLP
+from jlora.models.routing import choose
+
+CORRECTION = "e_score_correction_bias"
 
 
 class Router(nn.Module):
-    """float32 probabilities of the experts.
+    """(float32 weights, numbers) of every token's experts.
 
     The leaf is not called `kernel`, so that by default it is neither adapted nor packed.
     """
 
-    count: int
-    use_bias: bool = False
+    experts: Experts
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        experts = self.experts
         if self.is_initializing():
-            self.param("router", nn.initializers.lecun_normal(), (x.shape[-1], self.count))
-            if self.use_bias:
-                self.param("bias", nn.initializers.zeros, (self.count,))
+            self.param("router", nn.initializers.lecun_normal(), (x.shape[-1], experts.count))
+            if experts.router_bias:
+                self.param("bias", nn.initializers.zeros, (experts.count,))
+            if experts.correction:
+                self.param(CORRECTION, nn.initializers.zeros, (experts.count,))
         weights = leaves(self)
-        logits = lora.linear(
-            x, {name: leaf for name, leaf in weights.items() if name != "router"} | {"kernel": weights["router"]}
-        )
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        own = {name: leaf for name, leaf in weights.items() if name not in ("router", CORRECTION)}
+        x = x.astype(jnp.float32) if experts.sigmoid else x
+        logits = lora.linear(x, own | {"kernel": weights["router"]})
+        return choose(logits, experts, weights[CORRECTION] if experts.correction else None)
 
 
 class Grouped(nn.Module):
@@ -87,10 +92,7 @@ class Mixture(nn.Module):
             return sharding.apart(lambda params, x: alone.apply({"params": params}, x), tree.unflatten(flat), x)
         experts = self.config.experts
         rows = x.reshape(-1, x.shape[-1])
-        router = Router(experts.count, experts.router_bias, name=self.config.names.router)
-        weights, chosen = jax.lax.top_k(router(rows), experts.top_k)
-        if experts.normalize:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights, chosen = Router(experts, name=self.config.names.router)(rows)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
         y = GatedExperts(self.config, name="experts")(rows[order // experts.top_k], sizes)
@@ -100,6 +102,6 @@ class Mixture(nn.Module):
 
     def _shared(self, rows: jax.Array) -> jax.Array:
         """What the MLP for every token adds."""
-        experts = self.config.experts
-        y = MLP(self.config, experts.shared_intermediate_size, name="shared_expert")(rows)
-        return nn.sigmoid(Linear(1, name="shared_expert_gate")(rows)) * y if experts.shared_gate else y
+        experts, name = self.config.experts, self.config.names.shared_expert
+        y = MLP(self.config, experts.shared_intermediate_size, name=name)(rows)
+        return nn.sigmoid(Linear(1, name=f"{name}_gate")(rows)) * y if experts.shared_gate else y

@@ -34,6 +34,7 @@ def _modules(*parts: str) -> str:
 
 
 _ROW_PARALLEL = rf"(.*/)?({'|'.join(every(lambda family: family.names.row_parallel))})"
+_LATENTS = rf"(.*/)?({'|'.join(every(lambda family: family.names.latents))})"
 _HEAD, _EMBEDDING, _POSITIONS = _modules("head"), _modules("embedding"), _modules("positions")
 
 Axes = tuple[str | tuple[str, ...] | None, ...]
@@ -49,6 +50,8 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (rf"{_ROW_PARALLEL}/(trained_)?kernel", ROW),
     (rf"{_ROW_PARALLEL}/lora_(start_)?a", (BOTH, None)),
     (rf"{_ROW_PARALLEL}/lora_(start_)?b", (None, WEIGHTS)),
+    (rf"{_LATENTS}/(trained_)?kernel", (WEIGHTS, None)),
+    (rf"{_LATENTS}/lora_(start_)?b", (None, WEIGHTS)),
     (r"(.*/)?(trained_)?kernel", COLUMN),
     (r"(.*/)?lora_(start_)?a", (WEIGHTS, None)),
     (r"(.*/)?lora_(start_)?b", (None, BOTH)),

@@ -58,6 +58,17 @@ HYBRID = SIZES | dict(
 SHARED = MOE | dict(shared_expert_intermediate_size=28)
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
 QWEN_VISION |= dict(num_position_embeddings=16)
+LATENT = SIZES | dict(
+    num_key_value_heads=6,
+    kv_lora_rank=18,
+    q_lora_rank=22,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=12,
+    moe_intermediate_size=20,
+    num_experts_per_tok=3,
+)
+YARN_LATENT = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=1e4,
@@ -275,6 +286,18 @@ CASES = {
     "helium-biases": ("HeliumConfig", SIZES | dict(head_dim=8, attention_bias=True, mlp_bias=True)),
     "starcoder2": ("Starcoder2Config", SIZES | dict(sliding_window=6)),
     "starcoder2-plain": ("Starcoder2Config", SIZES | dict(use_bias=False, tie_word_embeddings=False)),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        LATENT
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=2, rope_parameters=YARN_LATENT),
+    ),
+    "deepseek_v3-plain": (
+        "DeepseekV3Config",
+        LATENT
+        | dict(n_routed_experts=5, n_group=1, topk_group=1, first_k_dense_replace=0, q_lora_rank=None)
+        | dict(attention_bias=True, rope_interleave=False, v_head_dim=20, norm_topk_prob=False),
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT | dict(n_routed_experts=5, v_head_dim=14, n_shared_experts=2)),
     "gpt2": ("GPT2Config", GPT_SIZES),
     "gpt2-scaled": (
         "GPT2Config",
@@ -326,6 +349,8 @@ def reference(case):
         for key, value in model.named_buffers():
             if key.endswith("layer_scalar"):
                 value.copy_(1 + 0.3 * torch.randn_like(value))
+            if key.endswith("e_score_correction_bias"):
+                value.copy_(0.3 * torch.randn_like(value))
     return model
 
 

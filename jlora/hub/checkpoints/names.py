@@ -31,6 +31,7 @@ LEAVES: dict[str, tuple[str, bool]] = {
     "sinks": ("sinks", False),
     "value": ("", False),  # of a parameter that is no module: its name is the tensor's
     "filter": ("weight", True),
+    "e_score_correction_bias": ("e_score_correction_bias", False),
 }
 # Linears that are transformers' `Conv1D`, which store [in, out].
 _STACKS = "|".join(each(lambda family: family.names.stack if family.untransposed else None))

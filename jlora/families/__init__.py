@@ -15,6 +15,7 @@ from jlora.families import (
     gemma2,
     gemma3,
     gemma4,
+    gemma4_unified,
     glm,
     glm4,
     glm4_moe_lite,
@@ -26,6 +27,7 @@ from jlora.families import (
     hunyuan_v1_dense,
     internlm3,
     iquestcoder,
+    lfm2,
     llama,
     ministral3,
     mistral,
@@ -58,9 +60,9 @@ FAMILIES: dict[str, Family] = {
         *(llama, internlm3, iquestcoder, mistral, mistral3, ministral3, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
-        *(gemma, gemma2, gemma3, gemma4, gpt2, gpt_neox),
+        *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite),
-        gpt_oss,
+        *(gpt_oss, lfm2),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

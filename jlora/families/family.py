@@ -48,6 +48,7 @@ class Names(NamedTuple):
     mixer_outputs: tuple[str, ...] = ()
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     router: str = "gate"
+    mlp: str = "mlp"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_down: str = "down_proj"
     shared_expert: str = "shared_expert"
@@ -120,7 +121,8 @@ class Family:
         stacked_experts: whether checkpoints have a layer's experts in one tensor [E, in, out], as transformers does in
             memory, and not one by one.
         unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
-        buffers: patterns of tensors in checkpoints that no loader reads.
+        buffers: patterns of tensors in old checkpoints that every loader computes itself.
+        spare: patterns of tensors that a checkpoint may have of layers that do not use them.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
         older: what transformers 4 needs in config.json; None: it does not know such models.
         gguf: how llama.cpp's files hold such a model; None: they cannot.
@@ -138,6 +140,7 @@ class Family:
     stacked_experts: bool = False
     unpacked: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    spare: tuple[str, ...] = ()
     mlx_names: tuple[tuple[str, str], ...] = ()
     older: Older | None = Older()
     gguf: "Gguf | None" = None

@@ -12,6 +12,7 @@ from jlora.families.family import Family, Layer, LayerInputs, Values
 from jlora.families.fields import Fields
 from jlora.families.gemma import read_common
 from jlora.families.kinds import FLAG, LAYERS, NUMBER, OBJECT, SIZE, Kind, whole
+from jlora.families.multimodal import TextHalf, multimodal
 from jlora.families.reading import read_windows
 from jlora.families.rope import read_rope
 
@@ -26,6 +27,8 @@ LAYER_CONFIG = Kind(
 
 
 def read(fields: Fields) -> Values:
+    if fields.get("use_bidirectional_attention") == "vision":  # only tokens of images see later ones
+        fields = fields.replaced(use_bidirectional_attention=None)
     full, local = fields.ropes()
     fields.only("enable_moe_block", False)
     values = read_common(fields, "hidden_activation", own_rope=True)
@@ -116,5 +119,21 @@ FAMILY = Family(
     older=None,
     names=gemma2.NAMES._replace(layer_inputs=LayerInputs()),
     # Some files have keys and values also for layers that take those of others.
-    buffers=(r".*\.self_attn\.(k|v)_(proj|norm)\.weight",),
+    spare=(r".*\.self_attn\.(k|v)_(proj|norm)\.weight",),
+)
+
+PERCEIVING = (
+    *("vision_config", "audio_config", "boi_token_id", "eoi_token_id", "image_token_id", "video_token_id"),
+    *("boa_token_id", "eoa_token_index", "audio_token_id"),
+)
+MULTIMODAL = (
+    multimodal(
+        TextHalf(
+            families=(FAMILY,),
+            others=r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\..+",
+            fields=PERCEIVING,
+        ),
+        model_types=("gemma4",),
+        class_name="Gemma4ForConditionalGeneration",
+    ),
 )

@@ -207,7 +207,7 @@ def modules_of(family: "Family") -> dict[str, str]:
     mlp = dict(zip(mlp_up, names.mlp_up, strict=True)) | {"ffn_down": names.mlp_down}
     inside = {
         **{name: f"{names.attention}.{own}" for name, own in attention.items()},
-        **{name: f"mlp.{own}" for name, own in mlp.items()},
+        **{name: f"{names.mlp}.{own}" for name, own in mlp.items()},
         **dict(zip(("attn_norm", "post_attention_norm"), names.attention_norms, strict=True)),
         **dict(zip(("ffn_norm", "post_ffw_norm"), names.mlp_norms, strict=True)),
         **(family.gguf.modules if family.gguf else {}),

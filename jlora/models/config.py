@@ -32,6 +32,8 @@ class ModelConfig:
             or "layer".
         qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation)
             or "all" (all heads together).
+        conv_kernel, conv_bias: how many tokens short convolutions see, and whether these and the linears around them
+            have biases.
         attention_gate: whether the projection of queries gives, for each head, a gate after the query, whose sigmoid
             scales what the head gives.
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
@@ -91,6 +93,8 @@ class ModelConfig:
     layer_scalar: bool = False
     experts: Experts | None = None
     delta: Delta | None = None
+    conv_kernel: int = 0
+    conv_bias: bool = False
     latent: Latent | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)

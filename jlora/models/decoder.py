@@ -67,9 +67,9 @@ class Feedforward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | None, attended: jax.Array) -> jax.Array:
-        config, norms = self.config, self.config.names.mlp_norms
+        config, norms, name = self.config, self.config.names.mlp_norms, self.config.names.mlp
         width = self.layer.intermediate_size or config.intermediate_size
-        mlp = Mixture(config, name="mlp") if self.layer.experts else MLP(config, width, self.gathered, name="mlp")
+        mlp = Mixture(config, name=name) if self.layer.experts else MLP(config, width, self.gathered, name=name)
         y = mlp(_norm(config, norms[0], x if config.parallel else attended))
         return attended + _scaled(config, _norm(config, norms[1], y))
 
@@ -82,11 +82,11 @@ class Feedforward(nn.Module):
             count: the number of tiles.
             key: the key of dropout, from which each tile gets its own.
         """
-        params = self.variables["params"]
-        mlp = {name: sharding.gathered(f"mlp/{name}", linear) for name, linear in params["mlp"].items()}
+        params, own = self.variables["params"], self.config.names.mlp
+        mlp = {name: sharding.gathered(f"{own}/{name}", linear) for name, linear in params[own].items()}
         norms = {name: params[name] for name in self.config.names.mlp_norms if name in params}
         variables, alone = (
-            {"params": norms | {"mlp": mlp}},
+            {"params": norms | {own: mlp}},
             Feedforward(self.config, self.layer, gathered=True, parent=None),
         )
 

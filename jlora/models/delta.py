@@ -10,7 +10,7 @@ from jlora.kernels.recurrence import convolve, recur
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
-from jlora.models.layers import ACTIVATIONS, Linear, Norm, leaves
+from jlora.models.layers import ACTIVATIONS, Filter, Linear, Norm, leaves
 
 UNIT_EPS = 1e-6  # of the norms of queries and keys
 
@@ -40,7 +40,7 @@ class DeltaNet(nn.Module):
         config, sizes, place = self.config, self.config.delta, (self.config.cache_stack(self.layer), context.slot)
         mixed, gates, rates, decays = self._project(x)
         before = {} if cache is None else cache.state(*place)
-        kernel = Filter(sizes.conv_kernel, name="conv1d")(mixed.shape[-1])
+        kernel, _ = Filter(sizes.conv_kernel, name="conv1d")(mixed.shape[-1])
         mixed, tail = convolve(mixed, kernel, context.runs, tail=before.get("tail"))
         queries, keys, values = self._heads(ACTIVATIONS[config.hidden_act](mixed))
         decays = -jnp.exp(self._parameter("A_log")) * nn.softplus(
@@ -99,22 +99,6 @@ class Parameter(nn.Module):
         if self.is_initializing():
             self.param("value", nn.initializers.ones, (self.features,))
         return leaves(self)["value"].astype(jnp.float32)
-
-
-class Filter(nn.Module):
-    """The taps [W, D] of a convolution of each channel by itself.
-
-    The leaf is not called `kernel`, so that it is neither adapted nor packed: it has only W numbers a channel, each of
-    which counts for every token.
-    """
-
-    width: int
-
-    @nn.compact
-    def __call__(self, channels: int) -> jax.Array:
-        if self.is_initializing():
-            self.param("filter", nn.initializers.lecun_normal(in_axis=0), (self.width, 1, channels))
-        return leaves(self)["filter"][:, 0]
 
 
 def _unit(x: jax.Array, scale: float = 1.0) -> jax.Array:

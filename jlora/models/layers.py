@@ -101,6 +101,26 @@ class Scalar(nn.Module):
         return x * value.astype(x.dtype).reshape((1,) * x.ndim)
 
 
+class Filter(nn.Module):
+    """(the taps [W, D], the bias [D] or None) of a convolution of each channel by itself.
+
+    The leaf is not called `kernel`, so that it is neither adapted nor packed: it has only W numbers a channel, each of
+    which counts for every token.
+    """
+
+    width: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        if self.is_initializing():
+            self.param("filter", nn.initializers.lecun_normal(in_axis=0), (self.width, 1, channels))
+            if self.use_bias:
+                self.param("bias", nn.initializers.zeros, (channels,))
+        weights = lora.resolve(leaves(self))
+        return weights["filter"][:, 0], weights.get("bias")
+
+
 def leaves(module: nn.Module) -> Params:
     """The leaves at a bound module's path, adapters included."""
     return module.variables["params"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jlora.families.family import Layer
-from jlora.models import attention, delta, latent
+from jlora.models import attention, delta, latent, shortconv
 from jlora.models.cache import Room
 from jlora.models.config import ModelConfig
 
@@ -28,5 +28,6 @@ class Mixer(NamedTuple):
 MIXERS = {
     "attention": Mixer(attention.Attention, attention.room),
     "delta": Mixer(delta.DeltaNet, delta.room, recurrent=True),
+    "conv": Mixer(shortconv.ShortConv, shortconv.room, recurrent=True),
     "latent": Mixer(latent.LatentAttention, latent.room),
 }

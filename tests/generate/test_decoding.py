@@ -32,6 +32,11 @@ FAMILIES = {
     # as many positions as the longest row has places: one more would not be a number
     "gpt2": transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=2, n_head=3, n_positions=WIDTH + NEW),
     "gemma2": transformers.Gemma2Config(**SIZES, head_dim=10, sliding_window=6, query_pre_attn_scalar=12),
+    "qwen3_5_text": transformers.Qwen3_5TextConfig(
+        **SIZES,
+        **dict(head_dim=16, layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4),
+        **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=10, linear_value_head_dim=14),
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jlora import tree
 from jlora.errors import UserError
-from jlora.families import FAMILIES, called, each
+from jlora.families import FAMILIES, called, each, every
 from jlora.families.family import SCORE
 from jlora.families.gguf import modules_of
 
@@ -45,6 +45,10 @@ EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pr
 GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
 # The number of a layer in the Hub's names.
 LAYER = "|".join(rf"(?<=\.{name}\.)\d+" for name in called("stack"))
+
+
+# Buffers that old checkpoints have and every loader recomputes.
+HARMLESS = every(lambda family: family.buffers)
 
 
 class HubTensor(NamedTuple):
@@ -153,10 +157,10 @@ def is_harmless(name: str, model_type: str | None = None) -> bool:
     """Whether a checkpoint may hold the tensor `name` although the model has no such leaf.
 
     Args:
-        model_type: the model's family; None: any.
+        model_type: the model's family; None: any, and the tensors that a family's layers may leave unused are kept.
     """
-    families = FAMILIES.values() if model_type is None else [FAMILIES[model_type]]
-    return any(re.fullmatch(pattern, name) for family in families for pattern in family.buffers)
+    patterns = HARMLESS if model_type is None else FAMILIES[model_type].buffers + FAMILIES[model_type].spare
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:

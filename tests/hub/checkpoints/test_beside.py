@@ -33,6 +33,9 @@ HYBRID |= dict(full_attention_interval=2)
 MIXTURE = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=28)
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
 QWEN_VISION |= dict(num_position_embeddings=16)
+GEMMA4 = dict(global_head_dim=20, sliding_window=5, num_hidden_layers=2, pad_token_id=0)
+AUDIO = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=24)
+AUDIO |= dict(subsampling_conv_channels=[4, 2])
 # model_type → (transformers' config class, its fields)
 CASES = {
     "gemma3": (
@@ -51,6 +54,22 @@ CASES = {
     "qwen3_5_moe": (
         "Qwen3_5MoeConfig",
         dict(text_config=TEXT | HYBRID | MIXTURE, vision_config=QWEN_VISION, tie_word_embeddings=True),
+    ),
+    "gemma4": (
+        "Gemma4Config",
+        dict(
+            text_config=TEXT | GEMMA4 | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=107),
+            vision_config=VISION | dict(head_dim=10, num_key_value_heads=2, position_embedding_size=8),
+            audio_config=AUDIO,
+        ),
+    ),
+    "gemma4_unified": (
+        "Gemma4UnifiedConfig",
+        dict(
+            text_config=TEXT | GEMMA4,
+            vision_config=dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=20, mm_posemb_size=6, hidden_size=20),
+            audio_config=dict(audio_embed_dim=18),
+        ),
     ),
 }
 EVERY = pytest.mark.parametrize("kind", CASES)
@@ -214,7 +233,7 @@ def test_a_folder_that_is_gone_or_changed_is_an_error_before_anything_is_written
     folder = save(kind)
     model, params = hub.load(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["hidden_size"] += 1
+    config["vision_config"]["patch_size"] += 1
     (folder / "config.json").write_text(json.dumps(config))
     for check in (lambda: hub.save_model(tmp_path / "out", model, params), lambda: hub.require_writable(model, params)):
         with pytest.raises(
@@ -396,6 +415,11 @@ def test_a_recipe_combines_the_language_models(save, tmp_path, kind):
         first, second, third = values
         np.testing.assert_allclose(third, 0.25 * first + 0.75 * second, atol=1e-6)
     slices = [{"sources": [{"model": str(folder), "layer_range": [0, 2]}]}] * 2
-    hub.merge_models({"merge_method": "passthrough", "slices": slices}, tmp_path / "deep")
+    stacked = {"merge_method": "passthrough", "slices": slices}
+    if "per_layer_config" in json.loads((folder / "config.json").read_text())["text_config"]:
+        with pytest.raises(ValueError, match="not models of one architecture"):  # its layers' sizes go by number
+            hub.merge_models(stacked, tmp_path / "deep")
+        return
+    hub.merge_models(stacked, tmp_path / "deep")
     assert hub.load(tmp_path / "deep")[0].config.num_hidden_layers == 4
     assert others(kind, contents(tmp_path / "deep")) == others(kind, one)

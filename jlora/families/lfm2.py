@@ -1,0 +1,56 @@
+"""LFM2: gated short convolutions, with attention in a few layers."""
+
+from jlora.families.family import Family, Layer, Names, Values
+from jlora.families.fields import Fields
+from jlora.families.kinds import FLAG, NUMBER, POSITIVE, SIZE, WHOLES
+from jlora.families.reading import common, require_length
+
+KINDS = {"conv": "conv", "full_attention": "attention"}
+
+
+def read(fields: Fields) -> Values:
+    tied = fields.get("tie_embedding", True, FLAG)
+    values = common(fields.replaced(intermediate_size=read_width(fields)), rope_theta=1e6, tied=tied)
+    count, width = values["num_hidden_layers"], fields.get("conv_L_cache", 3, SIZE)
+    if width < 2:
+        fields.problems.append(f"conv_L_cache {width} is not supported: a convolution sees 2 or more tokens")
+    attends = fields.get("full_attn_idxs", list(range(count)), WHOLES)
+    kinds = fields.get("layer_types", ["full_attention" if i in attends else "conv" for i in range(count)])
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        fields.problems.append(f"layer_types: {', '.join(unknown)} is not supported")
+    require_length(fields, "layer_types", kinds, count)
+    return values | {
+        "norm_eps": fields.get("norm_eps", 1e-5, NUMBER),
+        "qk_norm": "head",
+        "conv_kernel": width,
+        "conv_bias": fields.get("conv_bias", False, FLAG),
+        "layers": tuple(Layer(mixer=KINDS.get(kind, "attention")) for kind in kinds),
+    }
+
+
+def read_width(fields: Fields) -> int:
+    """The MLP's width, which config.json gives before it is cut by a third and rounded up."""
+    width = fields.get("block_ff_dim", fields.get("intermediate_size", 12288), SIZE)
+    multiple, factor = fields.get("block_multiple_of", 256, SIZE), fields.get("block_ffn_dim_multiplier", 1.0, POSITIVE)
+    if not fields.get("block_auto_adjust_ff_dim", True, FLAG):
+        return width
+    return -(-int(factor * int(2 * width / 3)) // multiple) * multiple
+
+
+FAMILY = Family(
+    model_types=("lfm2",),
+    class_name="Lfm2ForCausalLM",
+    read=read,
+    names=Names(
+        norm="embedding_norm",
+        mixers=(("conv", "conv"),),
+        output="out_proj",
+        mixer_outputs=("out_proj",),
+        qk_norms=("q_layernorm", "k_layernorm"),
+        mlp="feed_forward",
+        mlp_up=("w1", "w3"),
+        mlp_down="w2",
+        attention_norms=("operator_norm", None),
+        mlp_norms=("ffn_norm", None),
+    ),
+)

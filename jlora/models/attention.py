@@ -54,7 +54,9 @@ class Attention(nn.Module):
         if self.layer.keeps:
             self.sow(KEPT, self.layer.keeps, (keys, values))
         settings = config.attention_scale, config.attention_softcap, self.form
-        y = attend(queries, keys, values, context.marks, *settings, self._sinks())
+        sinks = self._sinks()
+        # Attention itself has no weights, and tracing it takes longer than all the rest.
+        y = queries if self.is_initializing() else attend(queries, keys, values, context.marks, *settings, sinks)
         y = y if gate is None else y * nn.sigmoid(gate)
         y = y.reshape(batch, tokens, -1)
         return Linear(config.hidden_size, config.output_bias, name=config.names.output)(y), cache

@@ -333,7 +333,8 @@ class Model:
         Args:
             stacks: the layers of each stack; default: as few stacks as the architecture allows.
         """
-        return jax.eval_shape(lambda: self.random_params(jax.random.key(0), dtype, stacks))
+        found = _abstract(self, jnp.dtype(dtype), stacks or self.config.stacks)
+        return tree.map_with_path(lambda _, leaf: leaf, found)  # a tree of the caller's own
 
     def random_params(
         self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
@@ -530,6 +531,11 @@ class Model:
             else:
                 groups.append([stack])
         return groups
+
+
+@functools.lru_cache(maxsize=16)  # a checkpoint is described several times while it is opened
+def _abstract(model: Model, dtype: np.dtype, stacks: tuple[range, ...]) -> Params:
+    return jax.eval_shape(lambda: model.random_params(jax.random.key(0), dtype, stacks))
 
 
 def _kept(sown: Params) -> Shared:

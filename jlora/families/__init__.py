@@ -23,6 +23,7 @@ from jlora.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    granitemoe,
     helium,
     hunyuan_v1_dense,
     internlm3,
@@ -62,7 +63,7 @@ FAMILIES: dict[str, Family] = {
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite),
-        *(gpt_oss, lfm2),
+        *(gpt_oss, lfm2, granitemoe),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

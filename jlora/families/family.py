@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 # The module of a reward or value model's scalar head, in every family; in an adapter its only leaf is `trained_kernel`.
 SCORE = "score"
+# How an expert's kernel lies in a tensor of all experts (`Family.stacked_experts`).
+IN_OUT, OUT_IN = "in_out", "out_in"
 
 
 class LayerInputs(NamedTuple):
@@ -118,8 +120,8 @@ class Family:
         score: the beginning of the name of transformers' …ForSequenceClassification; None: there is no such class.
         checkpoint_names: (pattern in transformers' names, what checkpoints have instead).
         untransposed: whether linears are stored as [in, out] (transformers' Conv1D).
-        stacked_experts: whether checkpoints have a layer's experts in one tensor [E, in, out], as transformers does in
-            memory, and not one by one.
+        stacked_experts: the order of the axes, IN_OUT or OUT_IN, in the one tensor [E, …] that checkpoints have for a
+            layer's experts; None: they have them one by one.
         unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
         buffers: patterns of tensors in old checkpoints that every loader computes itself.
         spare: patterns of tensors that a checkpoint may have of layers that do not use them.
@@ -137,7 +139,7 @@ class Family:
     score: str | None = None
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     untransposed: bool = False
-    stacked_experts: bool = False
+    stacked_experts: str | None = None
     unpacked: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     spare: tuple[str, ...] = ()

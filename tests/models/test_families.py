@@ -278,6 +278,16 @@ CASES = {
         | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
         | dict(attention_bias=True),
     ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        SIZES
+        | dict(embedding_multiplier=12.0, logits_scaling=6.0, residual_multiplier=0.22, attention_multiplier=0.2)
+        | dict(num_local_experts=5, num_experts_per_tok=3, tie_word_embeddings=True),
+    ),
+    "granitemoe-biases": (
+        "GraniteMoeConfig",
+        SIZES | dict(num_local_experts=3, num_experts_per_tok=2, attention_bias=True, rope_parameters=YARN),
+    ),
     "arcee": ("ArceeConfig", SIZES | dict(head_dim=10)),
     "arcee-biases": ("ArceeConfig", SIZES | dict(attention_bias=True, mlp_bias=True, rope_parameters=YARN)),
     "seed_oss": ("SeedOssConfig", SIZES | dict(head_dim=20)),

@@ -14,6 +14,7 @@ import numpy as np
 from jlora import quant
 from jlora.errors import UserError
 from jlora.families import FAMILIES
+from jlora.families.family import IN_OUT
 from jlora.hub.checkpoints.stored import Stored
 from jlora.hub.checkpoints.weights import TensorInfo, read_unchecked
 from jlora.quant import PackedMxfp4, QuantConfig
@@ -115,7 +116,7 @@ def written_packed(model_type: str, leaves: Mapping[str, Any], changed: Collecti
         leaves: the base's.
         changed: the leaves that an adapter changes.
     """
-    if not FAMILIES[model_type].stacked_experts:
+    if FAMILIES[model_type].stacked_experts != IN_OUT:
         return set()
     groups: dict[str, set[str]] = {}
     for path in leaves:

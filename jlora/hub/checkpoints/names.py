@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES, called, each, every
-from jlora.families.family import SCORE
+from jlora.families.family import OUT_IN, SCORE
 from jlora.families.gguf import modules_of
 
 # jlora's path of a stack → its name in transformers; the same for modules outside of stacks.
@@ -39,7 +39,7 @@ UNTRANSPOSED = rf"({_STACKS})(@[^/]+)?/.*/kernel"
 
 # Kernels of experts, which the Hub stores one by one and unfused, but in some families as transformers has them
 # (`Family.stacked_experts`). EXPERT_PARTS: the parts of their columns, in order.
-EXPERTS = r"(?P<stack>.+)/mlp/experts/(?P<kernel>gate_up_proj|down_proj)"
+EXPERTS = r"(?P<stack>.+)/[^/]+/experts/(?P<kernel>gate_up_proj|down_proj)"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # model_type → GGUF's name of a module → the Hub's.
 GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
@@ -57,6 +57,7 @@ class HubTensor(NamedTuple):
     Attributes:
         name, shape: the Hub's.
         transposed: whether it is the transpose of jlora's.
+        by_expert: whether it holds all experts' matrices, each of which is transposed by itself.
         index: its index in the leaf's leading axes: (), (layer,) or (layer, expert).
         columns: (start, stop) of its part of the leaf's last axis; None for all.
     """
@@ -66,6 +67,15 @@ class HubTensor(NamedTuple):
     transposed: bool
     index: tuple[int, ...] = ()
     columns: tuple[int, int] | None = None
+    by_expert: bool = False
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The order of the axes in jlora's layout; the same order leads back."""
+        axes = tuple(range(len(self.shape)))
+        if not self.transposed:
+            return axes
+        return (0, 2, 1) if self.by_expert else axes[::-1]
 
 
 def module_names(module: str, count: int) -> list[str]:
@@ -109,8 +119,12 @@ def hub_tensors(path: str, shape: tuple[int, ...], model_type: str = "") -> list
     family = FAMILIES.get(model_type)
     experts = re.fullmatch(EXPERTS, module)
     if experts and (leaf == "bias" or (family and family.stacked_experts)):
-        end = "_bias" if leaf == "bias" else ""
-        tensors = [HubTensor(f"{name}{end}", shape[1:], False, (layer,)) for layer, name in enumerate(names)]
+        turned = leaf == "kernel" and family is not None and family.stacked_experts == OUT_IN
+        inner = (shape[1], shape[3], shape[2]) if turned else shape[1:]
+        tensors = [
+            HubTensor(f"{name}{'_bias' if leaf == 'bias' else ''}", inner, turned, (layer,), by_expert=True)
+            for layer, name in enumerate(names)
+        ]
     elif experts:
         tensors = _expert_tensors(names, shape, EXPERT_PARTS[experts["kernel"]])
     else:

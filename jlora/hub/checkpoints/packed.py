@@ -12,6 +12,7 @@ import numpy as np
 from jlora import lora, quant, tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
+from jlora.families.family import IN_OUT
 from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import Beside, beside, part_of
 from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors, stored_tensors
@@ -107,7 +108,7 @@ def _require_mxfp4(model: "Model", leaves: Mapping[str, Any]) -> None:
         UserError: it cannot; all problems are listed.
     """
     problems = [f"{path}: an adapter; merge it and quantise again" for path in leaves if lora.is_adapter(path)]
-    if not FAMILIES[model.config.model_type].stacked_experts:
+    if FAMILIES[model.config.model_type].stacked_experts != IN_OUT:
         problems.append(f"transformers has MXFP4 only for the experts of gpt-oss, not for {model.config.model_type}")
     fit = mxfp4.written_packed(model.config.model_type, leaves, ())
     problems += [

@@ -39,9 +39,9 @@ MANY = 100
 
 
 class Packing(NamedTuple):
-    """How one tensor of the checkpoint becomes (a layer of) a leaf."""
+    """How one tensor of the checkpoint becomes (a layer of) a leaf; without an order, its axes stay as they are."""
 
-    transposed: bool
+    order: tuple[int, ...] | None
     form: Form
     shardings: tuple[NamedSharding, ...] | None
 
@@ -318,7 +318,7 @@ def _load_leaf(
     mesh: Mesh | None,
 ) -> Any:
     """One leaf; its layers are written one at a time into a buffer that each write donates and returns."""
-    packing = Packing(tensors[0].transposed, form, None)
+    packing = Packing(tensors[0].order, form, None)
     whole = _abstract(leaf, form)
     leading = len(tensors[0].index)
     if mesh is not None:
@@ -330,7 +330,7 @@ def _load_leaf(
         if is_packed(values):
             return _put(values, [NamedSharding(mesh, PartitionSpec(*s.spec[leading:])) for s in packing.shardings])
         values = values.astype(np.float32) if values.dtype == np.float64 else values
-        return _put(values, [_placement(path, leaf, mesh, leading=leading, transposed=packing.transposed)])
+        return _put(values, [_placement(path, leaf, mesh, leading=leading, order=tensors[0].order)])
 
     if not leading:
         return _convert(put(read(tensors[0].name)), packing)
@@ -339,18 +339,20 @@ def _load_leaf(
     for index, members in itertools.groupby(tensors, lambda tensor: tensor.index):
         # Some leaves are several tensors on the Hub, each with some of the columns.
         pieces = [read(tensor.name) for tensor in members]
-        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if packing.transposed else -1)
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if tensors[0].transposed else -1)
         # Wait, or reading would run ahead of the device and the host would hold many tensors.
         buffer = jax.block_until_ready(_write(buffer, put(values), index, packing))
     return buffer
 
 
-def _placement(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: int, transposed: bool) -> NamedSharding:
+def _placement(
+    path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh, *, leading: int, order: Sequence[int]
+) -> NamedSharding:
     """The sharding of a checkpoint tensor by which each device is sent only the part that it will keep."""
     axes = list(sharding.leaf_sharding(path, leaf, mesh).spec)
     axes += [None] * (len(leaf.shape) - len(axes))
     axes = axes[leading:]
-    return NamedSharding(mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
+    return NamedSharding(mesh, PartitionSpec(*(axes[i] for i in order)))
 
 
 def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
@@ -365,13 +367,13 @@ def _put(values: Any, placements: Sequence[NamedSharding]) -> Any:
 
 def _abstract(leaf: jax.ShapeDtypeStruct, form: Form) -> Any:
     """The shapes and dtypes of the packed leaf."""
-    return jax.eval_shape(functools.partial(_pack, packing=Packing(False, form, None)), leaf)
+    return jax.eval_shape(functools.partial(_pack, packing=Packing(None, form, None)), leaf)
 
 
 def _pack(values: Any, packing: Packing) -> Any:
     if is_packed(values):
         return values
-    values = values.T if packing.transposed else values
+    values = values if packing.order is None else values.transpose(packing.order)
     values = values.astype(packing.form.dtype)
     if packing.form.format is None:
         return values

@@ -235,3 +235,31 @@ def test_the_present_form_stays_as_it_is(tmp_path):
     mine, params = hub.load(tmp_path / "base")
     found = mine(hub.load_adapter(params, tmp_path / "new"), TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_experts_that_a_file_has_in_one_tensor(tmp_path):
+    """Granite's: adapters of all that PEFT takes by `target_parameters`, in and out."""
+    torch.manual_seed(0)
+    fields = SIZES | dict(hidden_size=WIDTH, intermediate_size=40, num_local_experts=EXPERTS)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.GraniteMoeConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    names = ("experts.gate_up_proj", "experts.down_proj", "router.weight")
+    settings = peft.LoraConfig(
+        r=RANK, target_modules=["q_proj"], target_parameters=[f"block_sparse_moe.{name}" for name in names]
+    )
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "theirs")
+    mine, params = hub.load(tmp_path / "base")
+    params = hub.load_adapter(params, tmp_path / "theirs")
+    np.testing.assert_allclose(mine(params, TOKENS), expected, atol=1e-4 * np.abs(expected).max())
+    hub.save_adapter(tmp_path / "ours", params, base=str(tmp_path / "base"))
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits(opened), expected, atol=1e-4 * np.abs(expected).max())

@@ -1,0 +1,34 @@
+"""Granite 3's mixtures: Granite with experts in every layer, which its files hold in one tensor each."""
+
+import dataclasses
+
+from jlora.families import granite
+from jlora.families.family import OUT_IN, Experts, Layer, Names, Values
+from jlora.families.fields import Fields
+
+
+def read(fields: Fields) -> Values:
+    values = granite.read(fields)
+    experts = Experts(
+        count=fields.get("num_local_experts", 8),
+        top_k=fields.get("num_experts_per_tok", 2),
+        intermediate_size=values["intermediate_size"],
+        normalize=True,
+    )
+    return values | {"experts": experts, "layers": (Layer(experts=True),) * values["num_hidden_layers"]}
+
+
+FAMILY = dataclasses.replace(
+    granite.FAMILY,
+    model_types=("granitemoe",),
+    class_name="GraniteMoeForCausalLM",
+    read=read,
+    names=Names(router="router", mlp="block_sparse_moe"),
+    checkpoint_names=(
+        (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
+        (r"\.experts\.down_proj$", ".output_linear.weight"),
+        (r"\.router\.weight$", ".router.layer.weight"),
+    ),
+    stacked_experts=OUT_IN,
+    gguf=None,
+)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 from jlora.families import (
+    apertus,
     arcee,
     deepseek_v3,
     ernie4_5,
@@ -63,7 +64,7 @@ FAMILIES: dict[str, Family] = {
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite),
-        *(gpt_oss, lfm2, granitemoe),
+        *(gpt_oss, lfm2, granitemoe, apertus),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

@@ -53,6 +53,7 @@ class Names(NamedTuple):
     mlp: str = "mlp"
     mlp_up: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_down: str = "down_proj"
+    activation: str | None = None  # of the MLP, if it may have parameters
     shared_expert: str = "shared_expert"
     # linears to something narrow that all heads share, which every device has whole
     latents: tuple[str, ...] = ()

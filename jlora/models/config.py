@@ -26,7 +26,7 @@ class ModelConfig:
 
     Attributes:
         layers: one entry for each layer.
-        hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS`.
+        hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS` or LEARNED.
         gated: whether the MLP is down(act(gate) · up), not down(act(up)).
         norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight), "rms_bare" (not scaled)
             or "layer".

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora import sharding
+from jlora import sharding, tree
 from jlora.families.family import Layer
 from jlora.kernels.attention import AUTO
 from jlora.models.cache import Cache
@@ -83,7 +83,7 @@ class Feedforward(nn.Module):
             key: the key of dropout, from which each tile gets its own.
         """
         params, own = self.variables["params"], self.config.names.mlp
-        mlp = {name: sharding.gathered(f"{own}/{name}", linear) for name, linear in params[own].items()}
+        mlp = tree.unflatten(sharding.gathered(own, tree.flatten(params[own])))
         norms = {name: params[name] for name in self.config.names.mlp_norms if name in params}
         variables, alone = (
             {"params": norms | {own: mlp}},

@@ -10,7 +10,7 @@ from jlora.kernels.recurrence import convolve, recur
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
-from jlora.models.layers import ACTIVATIONS, Filter, Linear, Norm, leaves
+from jlora.models.layers import ACTIVATIONS, Filter, Linear, Norm, Parameter
 
 UNIT_EPS = 1e-6  # of the norms of queries and keys
 
@@ -86,19 +86,7 @@ class DeltaNet(nn.Module):
         return _unit(queries, sizes.key_dim**-0.5), _unit(keys), values
 
     def _parameter(self, name: str) -> jax.Array:
-        return Parameter(self.config.delta.value_heads, name=name)()[None, None]
-
-
-class Parameter(nn.Module):
-    """A vector of learned numbers, float32."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        if self.is_initializing():
-            self.param("value", nn.initializers.ones, (self.features,))
-        return leaves(self)["value"].astype(jnp.float32)
+        return Parameter((self.config.delta.value_heads,), name=name)()[None, None]
 
 
 def _unit(x: jax.Array, scale: float = 1.0) -> jax.Array:

@@ -1,6 +1,7 @@
 """The Flax modules that every family is built from. A module computes with whatever leaves are at its path."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -99,6 +100,45 @@ class Scalar(nn.Module):
             self.param("value", nn.initializers.ones, (1,))
         value = lora.resolve(leaves(self))["value"]
         return x * value.astype(x.dtype).reshape((1,) * x.ndim)
+
+
+class XIELU(nn.Module):
+    """An activation with learned slopes (Huang and Schlag 2024), computed in float32.
+
+    p · x² + beta · x where x is positive, and (exp(min(x, eps)) - 1 - x) · (beta + n) + beta · x elsewhere; p and n are
+    the softplus of `alpha_p` and `alpha_n`.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # As they start in transformers; beta and eps are not trained there, but files have them too.
+        starts = {"alpha_p": math.log(math.expm1(0.8)), "alpha_n": math.log(math.expm1(0.3)), "beta": 0.5, "eps": -1e-6}
+        shapes = {"alpha_p": (1,), "alpha_n": (1,)}
+        numbers = {
+            name: Parameter(shapes.get(name, ()), start, name=name)().reshape((1,) * x.ndim)
+            for name, start in starts.items()
+        }
+        wide, beta = x.astype(jnp.float32), numbers["beta"]
+        above = nn.softplus(numbers["alpha_p"]) * wide * wide
+        below = (jnp.expm1(jnp.minimum(wide, numbers["eps"])) - wide) * (beta + nn.softplus(numbers["alpha_n"]))
+        return (jnp.where(wide > 0, above, below) + beta * wide).astype(x.dtype)
+
+
+class Parameter(nn.Module):
+    """Learned numbers that belong to no linear and no norm, float32."""
+
+    shape: tuple[int, ...]
+    start: float = 1.0
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        if self.is_initializing():
+            self.param("value", nn.initializers.constant(self.start), self.shape)
+        return lora.resolve(leaves(self))["value"].astype(jnp.float32)
+
+
+# Those with parameters of their own.
+LEARNED = {"xielu": XIELU}
 
 
 class Filter(nn.Module):

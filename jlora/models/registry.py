@@ -7,7 +7,7 @@ from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.families.fields import Fields
 from jlora.models.config import ModelConfig
-from jlora.models.layers import ACTIVATIONS
+from jlora.models.layers import ACTIVATIONS, LEARNED
 from jlora.models.model import Model
 
 
@@ -26,9 +26,10 @@ def build(hf_config: dict[str, Any]) -> Model:
     fields = Fields(hf_config)
     family = FAMILIES[model_type]
     values = family.read(fields)
-    if values["hidden_act"] not in ACTIVATIONS:
+    activations = (*ACTIVATIONS, *(LEARNED if family.names.activation else ()))
+    if values["hidden_act"] not in activations:
         fields.text.problems.append(
-            f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(ACTIVATIONS)})"
+            f"hidden_act {values['hidden_act']!r} is not supported (supported: {', '.join(activations)})"
         )
     ends = fields.get("eos_token_id", fields.text.get("eos_token_id", ()))
     fields.finish()

@@ -288,6 +288,11 @@ CASES = {
         "GraniteMoeConfig",
         SIZES | dict(num_local_experts=3, num_experts_per_tok=2, attention_bias=True, rope_parameters=YARN),
     ),
+    "apertus": ("ApertusConfig", SIZES | dict(tie_word_embeddings=True)),
+    "apertus-relu": (
+        "ApertusConfig",
+        SIZES | dict(hidden_act="relu2", attention_bias=True, rope_parameters=YARN, head_dim=10),
+    ),
     "arcee": ("ArceeConfig", SIZES | dict(head_dim=10)),
     "arcee-biases": ("ArceeConfig", SIZES | dict(attention_bias=True, mlp_bias=True, rope_parameters=YARN)),
     "seed_oss": ("SeedOssConfig", SIZES | dict(head_dim=20)),
@@ -392,6 +397,8 @@ def reference(case):
         for key, value in model.named_buffers():
             if key.endswith("layer_scalar"):
                 value.copy_(1 + 0.3 * torch.randn_like(value))
+            if key.endswith("act_fn.beta"):
+                value.copy_(0.5 + 0.1 * torch.randn_like(value))
             if key.endswith("e_score_correction_bias"):
                 value.copy_(0.3 * torch.randn_like(value))
     return model

@@ -305,7 +305,8 @@ def tensors_of(params: Params, piece: Piece, dtype: jax.typing.DTypeLike | None 
     wanted = {k: _at(leaf, tensor.index, k) for k, leaf in module.items() if k == name or lora.is_adapter(k)}
     values = np.asarray(lora.merged_leaf(wanted, name, dtype))
     values = values if tensor.columns is None else values[..., slice(*tensor.columns)]
-    return {piece.name: np.ascontiguousarray(values.transpose(tensor.order))}
+    turned = values.transpose(tensor.order)
+    return {piece.name: np.ascontiguousarray(turned).reshape(turned.shape)}  # the first would give a number an axis
 
 
 def _at(leaf: Any, index: tuple[int, ...], name: str) -> Any:

@@ -249,6 +249,14 @@ class QueryGrowth(NamedTuple):
     length: int
 
 
+class Beside(NamedTuple):
+    """The names of norms: of the dense MLP's outputs, of the experts' inputs, and of their outputs."""
+
+    dense: str
+    before: str
+    after: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """A mixture of experts: every token goes to the `top_k` experts that the router finds likeliest.
@@ -268,6 +276,9 @@ class Experts:
         correction: whether the router has numbers that are added to scores to choose experts, but not to weigh them.
         groups, top_groups: experts are chosen from the `top_groups` best of so many equal groups.
         scaling: factor of the weights.
+        beside: the norms around the experts where these are beside the dense MLP, and read the same values; None: the
+            experts take the MLP's place.
+        scaled: whether the router norms its inputs and multiplies them, and the weights, by learned numbers.
     """
 
     count: int
@@ -285,6 +296,8 @@ class Experts:
     groups: int = 1
     top_groups: int = 1
     scaling: float = 1.0
+    beside: "Beside | None" = None
+    scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

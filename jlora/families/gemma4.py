@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.families import gemma2, gemma3
-from jlora.families.family import Family, Layer, LayerInputs, Values
+from jlora.families.family import OUT_IN, Beside, Experts, Family, Layer, LayerInputs, Values
 from jlora.families.fields import Fields
 from jlora.families.gemma import read_common
 from jlora.families.kinds import FLAG, LAYERS, NUMBER, OBJECT, SIZE, Kind, whole
@@ -30,7 +30,6 @@ def read(fields: Fields) -> Values:
     if fields.get("use_bidirectional_attention") == "vision":  # only tokens of images see later ones
         fields = fields.replaced(use_bidirectional_attention=None)
     full, local = fields.ropes()
-    fields.only("enable_moe_block", False)
     values = read_common(fields, "hidden_activation", own_rope=True)
     count, heads = values["num_hidden_layers"], values["num_attention_heads"]
     found = read_windows(
@@ -43,9 +42,11 @@ def read(fields: Fields) -> Values:
         if heads % keys:
             fields.problems.append(f"layer {layer}: num_attention_heads {heads} is not a multiple of {keys} key heads")
     width = next((own["head_dim"] for own in sizes if "head_dim" in own), values["head_dim"])
+    experts = _experts(fields)
     own_input = fields.get("hidden_size_per_layer_input", 256, COUNT)
     layers = [
-        Layer(window=window, rope=0 if window is None else 1, **own) for window, own in zip(windows, sizes, strict=True)
+        Layer(window=window, rope=0 if window is None else 1, experts=experts is not None, **own)
+        for window, own in zip(windows, sizes, strict=True)
     ]
     return values | {
         "norm": "rms_wide",
@@ -54,6 +55,7 @@ def read(fields: Fields) -> Values:
         "attention_scale": 1.0,
         "final_softcap": fields.get("final_logit_softcapping", kind=NUMBER),
         "layer_scalar": True,
+        "experts": experts,
         "layer_input_size": own_input,
         "layer_input_vocab_size": fields.get("vocab_size_per_layer_input", 262144, SIZE) if own_input else 0,
         "ropes": (
@@ -62,6 +64,19 @@ def read(fields: Fields) -> Values:
         ),
         "layers": tuple(_shared(fields, layers, values["intermediate_size"])),
     }
+
+
+def _experts(fields: Fields) -> Experts | None:
+    if not fields.get("enable_moe_block", False, FLAG):
+        return None
+    return Experts(
+        count=fields.require("num_experts", SIZE),
+        top_k=fields.require("top_k_experts", SIZE),
+        intermediate_size=fields.require("moe_intermediate_size", SIZE),
+        normalize=True,
+        beside=Beside("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
+        scaled=True,
+    )
 
 
 def _sizes(fields: Fields, windows: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -117,7 +132,9 @@ FAMILY = Family(
     class_name="Gemma4ForCausalLM",
     read=read,
     older=None,
-    names=gemma2.NAMES._replace(layer_inputs=LayerInputs()),
+    names=gemma2.NAMES._replace(layer_inputs=LayerInputs(), router="router"),
+    stacked_experts=OUT_IN,
+    unpacked=(r"router/proj",),  # it decides for whole experts, and is small
     # Some files have keys and values also for layers that take those of others.
     spare=(r".*\.self_attn\.(k|v)_(proj|norm)\.weight",),
 )

@@ -12,8 +12,8 @@ from jlora.kernels.attention import AUTO
 from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
-from jlora.models.experts import Mixture
-from jlora.models.layers import ACTIVATIONS, Linear, Norm, Scalar
+from jlora.models.experts import Mixture, mixture_leaves
+from jlora.models.layers import ACTIVATIONS, Linear, Norm, Parameter
 from jlora.models.mixers import MIXERS
 from jlora.models.mlp import MLP
 
@@ -69,8 +69,15 @@ class Feedforward(nn.Module):
     def __call__(self, x: jax.Array | None, attended: jax.Array) -> jax.Array:
         config, norms, name = self.config, self.config.names.mlp_norms, self.config.names.mlp
         width = self.layer.intermediate_size or config.intermediate_size
-        mlp = Mixture(config, name=name) if self.layer.experts else MLP(config, width, self.gathered, name=name)
+        beside = config.experts.beside if self.layer.experts else None
+        mixes = self.layer.experts and not beside
+        mlp = Mixture(config, name=name) if mixes else MLP(config, width, self.gathered, name=name)
         y = mlp(_norm(config, norms[0], x if config.parallel else attended))
+        if beside:
+            mixture = Mixture(config)
+            nn.share_scope(self, mixture)
+            routed = mixture(_norm(config, beside.before, attended), attended)
+            y = _norm(config, beside.dense, y) + _norm(config, beside.after, routed)
         return attended + _scaled(config, _norm(config, norms[1], y))
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -84,9 +91,12 @@ class Feedforward(nn.Module):
         """
         params, own = self.variables["params"], self.config.names.mlp
         mlp = tree.unflatten(sharding.gathered(own, tree.flatten(params[own])))
-        norms = {name: params[name] for name in self.config.names.mlp_norms if name in params}
+        others = (*self.config.names.mlp_norms, *(self.config.experts.beside or () if self.layer.experts else ()))
+        rest = {name: params[name] for name in others if name in params}
+        if self.layer.experts:
+            rest |= mixture_leaves(self.config, params)
         variables, alone = (
-            {"params": norms | {own: mlp}},
+            {"params": rest | {own: mlp}},
             Feedforward(self.config, self.layer, gathered=True, parent=None),
         )
 
@@ -140,7 +150,9 @@ class Block(nn.Module):
         return y + _norm(config, names.output_norm, Linear(config.hidden_size, name=names.output)(gate * own))
 
     def _scaled(self, y: jax.Array) -> jax.Array:
-        return Scalar(name="layer_scalar")(y) if self.config.layer_scalar else y
+        if not self.config.layer_scalar:
+            return y
+        return y * Parameter((1,), name="layer_scalar")().astype(y.dtype).reshape((1,) * y.ndim)
 
     def _inner(self) -> int:
         """The MLP's inner values for a token.
@@ -153,7 +165,8 @@ class Block(nn.Module):
             return self.layer.intermediate_size or self.config.intermediate_size
         if sharding.sizes():  # each device sorts its own tokens, all together
             return 0
-        return max(1, experts.top_k**2 * experts.intermediate_size // experts.count)
+        dense = self.layer.intermediate_size or self.config.intermediate_size
+        return max(dense if experts.beside else 1, experts.top_k**2 * experts.intermediate_size // experts.count)
 
 
 def _norm(config: ModelConfig, name: str | None, x: jax.Array) -> jax.Array:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jlora import lora, sharding, tree
 from jlora.families.family import Clamped, Experts
 from jlora.models.config import ModelConfig
-from jlora.models.layers import ACTIVATIONS, Linear, leaves, used
+from jlora.models.layers import ACTIVATIONS, Linear, Norm, Parameter, leaves, used
 from jlora.models.mlp import MLP
 from jlora.models.routing import choose
+from jlora.types import Params
 
 CORRECTION = "e_score_correction_bias"
 
@@ -36,6 +37,26 @@ class Router(nn.Module):
         x = x.astype(jnp.float32) if experts.sigmoid else x
         logits = lora.linear(x, own | {"kernel": weights["router"]})
         return choose(logits, experts, weights[CORRECTION] if experts.correction else None)
+
+
+class ScaledRouter(nn.Module):
+    """As Router, from normed inputs; these and the weights are multiplied by learned numbers (Gemma 4)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        experts, width = self.config.experts, x.shape[-1]
+        x = Norm("rms_bare", self.config.norm_eps)(x)
+        x = x * Parameter((width,), name="scale")().astype(x.dtype)[None] * jnp.asarray(width**-0.5, x.dtype)
+        weights, chosen = choose(Linear(experts.count, name="proj")(x), experts)
+        return weights * Parameter((experts.count,), name="per_expert_scale")()[chosen], chosen
+
+
+def mixture_leaves(config: ModelConfig, layer: Params) -> Params:
+    """The leaves of a mixture among those at its path, which may be those of the whole layer."""
+    shared = config.names.shared_expert
+    return {name: layer[name] for name in (config.names.router, "experts", shared, f"{shared}_gate") if name in layer}
 
 
 class Grouped(nn.Module):
@@ -84,15 +105,24 @@ class Mixture(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, routed: jax.Array | None = None) -> jax.Array:
+        """The experts' outputs [B, T, D].
+
+        Args:
+            routed: what the router reads; default: what the experts read.
+        """
+        experts, name = self.config.experts, self.config.names.router
         if sharding.is_spread(x) and not self.is_initializing():
             # Otherwise every device would compute all tokens, since sorting by expert mixes those of all devices.
-            flat = sharding.gathered("/".join(self.path), tree.flatten(leaves(self)))
-            alone = Mixture(self.config)
-            return sharding.apart(lambda params, x: alone.apply({"params": params}, x), tree.unflatten(flat), x)
-        experts = self.config.experts
+            flat = sharding.gathered("/".join(self.path), tree.flatten(mixture_leaves(self.config, leaves(self))))
+            alone, inputs = Mixture(self.config, parent=None), (x,) if routed is None else (x, routed)
+            return sharding.apart(
+                lambda params, *inputs: alone.apply({"params": params}, *inputs), tree.unflatten(flat), *inputs
+            )
         rows = x.reshape(-1, x.shape[-1])
-        weights, chosen = Router(experts, name=self.config.names.router)(rows)
+        read = rows if routed is None else routed.reshape(rows.shape)
+        router = ScaledRouter(self.config, name=name) if experts.scaled else Router(experts, name=name)
+        weights, chosen = router(read)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
         y = GatedExperts(self.config, name="experts")(rows[order // experts.top_k], sizes)

@@ -91,17 +91,6 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-class Scalar(nn.Module):
-    """x times one learned number."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.is_initializing():
-            self.param("value", nn.initializers.ones, (1,))
-        value = lora.resolve(leaves(self))["value"]
-        return x * value.astype(x.dtype).reshape((1,) * x.ndim)
-
-
 class XIELU(nn.Module):
     """An activation with learned slopes (Huang and Schlag 2024), computed in float32.
 

@@ -119,15 +119,16 @@ def is_spread(x: jax.Array) -> bool:
     return bool(found) and x.shape[0] % ways(*ROWS) == 0 == x.shape[1] % ways(TOKENS) and ways(*ROWS, TOKENS) > 1
 
 
-def apart(function: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array) -> jax.Array:
-    """function(params, x) [B, T, …] for an x that `is_spread`, computed by each device for its own tokens.
+def apart(function: Callable[..., jax.Array], params: Any, *inputs: jax.Array) -> jax.Array:
+    """function(params, *inputs) [B, T, …] for inputs that are `is_spread`, computed by each device for its own tokens.
 
     For functions that handle all tokens together (sort them, count them) but whose result for each token depends on
-    that token alone. x is [B, T, …].
+    that token alone. The inputs are [B, T, …].
     """
     place = PartitionSpec(ROWS, TOKENS)
     axes = {*ROWS, TOKENS}
-    return jax.shard_map(function, in_specs=(PartitionSpec(), place), out_specs=place, axis_names=axes)(params, x)
+    specs = (PartitionSpec(), *(place for _ in inputs))
+    return jax.shard_map(function, in_specs=specs, out_specs=place, axis_names=axes)(params, *inputs)
 
 
 def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

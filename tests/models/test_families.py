@@ -217,6 +217,13 @@ CASES = {
         | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=101, num_kv_shared_layers=5)
         | dict(use_double_wide_mlp=True, final_logit_softcapping=3.0),
     ),
+    "gemma4_text-experts": (
+        "Gemma4TextConfig",
+        SIZES
+        | dict(num_hidden_layers=4, head_dim=12, global_head_dim=20, sliding_window=6, pad_token_id=0)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=0)
+        | dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=20),
+    ),
     "gemma4_text-same": (
         "Gemma4TextConfig",
         SIZES

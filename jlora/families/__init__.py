@@ -34,6 +34,7 @@ from jlora.families import (
     ministral3,
     mistral,
     mistral3,
+    mistral4,
     mixtral,
     nanochat,
     olmo2,
@@ -63,7 +64,7 @@ FAMILIES: dict[str, Family] = {
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
-        *(deepseek_v3, glm4_moe_lite),
+        *(deepseek_v3, glm4_moe_lite, mistral4),
         *(gpt_oss, lfm2, granitemoe, apertus),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))

@@ -1,6 +1,8 @@
 """Ministral 3: Mistral with YaRN, and with queries that grow beyond the length that it was first trained at."""
 
-from jlora.families.family import Family, Layer, QueryGrowth, Values
+from typing import Any
+
+from jlora.families.family import Family, Layer, QueryGrowth, Rope, Values
 from jlora.families.fields import Fields
 from jlora.families.kinds import NUMBER
 from jlora.families.reading import common
@@ -28,12 +30,20 @@ def read(fields: Fields) -> Values:
         norm_eps=1e-5,
         rope_theta=1e6,
     )
-    beta = fields.of_kind(NUMBER, f"rotary parameter {BETA}", parameters.get(BETA), 0.0)
-    growth = QueryGrowth(beta, values["ropes"][0].original_max_position_embeddings)
     return values | {
-        "query_growth": growth if beta else None,
+        "query_growth": read_growth(fields, parameters, values["ropes"][0]),
         "layers": (Layer(window=fields.get("sliding_window")),) * values["num_hidden_layers"],
     }
+
+
+def read_growth(fields: Fields, parameters: dict[str, Any], rope: Rope) -> QueryGrowth | None:
+    """How queries grow beyond the length that the model was first trained at.
+
+    Args:
+        parameters: the rotary parameters, which say how much.
+    """
+    beta = fields.of_kind(NUMBER, f"rotary parameter {BETA}", parameters.get(BETA), 0.0)
+    return QueryGrowth(beta, rope.original_max_position_embeddings) if beta else None
 
 
 FAMILY = Family(

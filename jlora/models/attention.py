@@ -44,7 +44,7 @@ class Attention(nn.Module):
         if config.inverse_layer_scale:
             queries = queries / (context.layer + 1).astype(queries.dtype)
         if config.query_growth:
-            queries = queries * _growth(config.query_growth, context.marks.positions).astype(queries.dtype)
+            queries = queries * growth(config.query_growth, context.marks.positions).astype(queries.dtype)
         if self.layer.shares:
             keys, values = context.shared[self.layer.shares]
         elif cache is not None:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         return Norm(self.config.norm, self.config.norm_eps, name=self.config.names.qk_norms[which])(x)
 
 
-def _growth(growth: QueryGrowth, positions: jax.Array) -> jax.Array:
+def growth(rule: QueryGrowth, positions: jax.Array) -> jax.Array:
     """The factor [B, T, 1, 1] of queries at these positions."""
-    beyond = (positions // growth.length).astype(jnp.float32)
-    return (1 + growth.beta * jnp.log1p(beyond))[:, :, None, None]
+    beyond = (positions // rule.length).astype(jnp.float32)
+    return (1 + rule.beta * jnp.log1p(beyond))[:, :, None, None]

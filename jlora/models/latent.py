@@ -14,6 +14,7 @@ from jlora.families.family import Latent, Layer
 from jlora.kernels.attention import AUTO, TOKENS_SPLIT, attend
 from jlora.lora.kinds import changed_leaves
 from jlora.lora.kinds.banked import is_chosen
+from jlora.models.attention import growth
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
@@ -46,6 +47,8 @@ class LatentAttention(nn.Module):
         rotation = context.cos, context.sin, config.interleaved
         plain, turned = jnp.split(self._queries(x), [sizes.qk_nope_head_dim], axis=-1)
         queries = jnp.concatenate([plain, rotate(turned, *rotation)], axis=-1)
+        if config.query_growth:
+            queries = queries * growth(config.query_growth, context.marks.positions).astype(queries.dtype)
         latent, turned = self._latents(x)
         rotated = rotate(turned, *rotation)
         if cache is not None:

@@ -134,6 +134,14 @@ CASES = {
             vision_config=VISION | dict(model_type="pixtral", head_dim=10),
         ),
     ),
+    "mistral3-mistral4": (
+        "Mistral3Config",
+        dict(
+            text_config=LATENT | dict(model_type="mistral4", n_routed_experts=5, rope_parameters=GROWING),
+            vision_config=VISION | dict(model_type="pixtral", head_dim=10),
+            tie_word_embeddings=False,
+        ),
+    ),
     "mixtral": ("MixtralConfig", SIZES | dict(num_local_experts=5, num_experts_per_tok=2)),
     "mixtral-window": ("MixtralConfig", SIZES | dict(num_local_experts=3, num_experts_per_tok=3, sliding_window=6)),
     "qwen2": ("Qwen2Config", SIZES | dict(tie_word_embeddings=True)),
@@ -353,6 +361,18 @@ CASES = {
         | dict(attention_bias=True, rope_interleave=False, v_head_dim=20, norm_topk_prob=False),
     ),
     "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT | dict(n_routed_experts=5, v_head_dim=14, n_shared_experts=2)),
+    "mistral4": (
+        "Mistral4Config",
+        LATENT
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.7)
+        | dict(rope_parameters=YARN_LATENT | dict(llama_4_scaling_beta=0.4, original_max_position_embeddings=5)),
+    ),
+    "mistral4-plain": (
+        "Mistral4Config",
+        LATENT
+        | dict(n_routed_experts=5, q_lora_rank=None, attention_bias=True, rope_interleave=False, norm_topk_prob=False)
+        | dict(v_head_dim=20, tie_word_embeddings=True, rope_parameters=GROWING),
+    ),
     "gpt2": ("GPT2Config", GPT_SIZES),
     "gpt2-scaled": (
         "GPT2Config",
@@ -381,8 +401,9 @@ CASES = {
 
 def auto_class(config):
     """transformers' class for models of this kind with a head for logits."""
-    sees = FAMILIES[config.model_type].half
-    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    text = transformers.AutoModelForCausalLM
+    sees = FAMILIES[config.model_type].half or type(config) not in text._model_mapping  # Mistral 4 is only part of one
+    return transformers.AutoModelForImageTextToText if sees else text
 
 
 def opened(folder):

@@ -128,7 +128,7 @@ class Family:
         spare: patterns of tensors that a checkpoint may have of layers that do not use them.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
         older: what transformers 4 needs in config.json; None: it does not know such models.
-        gguf: how llama.cpp's files hold such a model; None: they cannot.
+        gguf: how llama.cpp's files hold such a model; None: jlora neither reads nor writes these.
         half: where its language model is, if it has other parts too.
     """
 

@@ -33,7 +33,7 @@ def gguf_of(config: ModelConfig) -> Gguf:
     """
     gguf = FAMILIES[config.model_type].gguf
     if gguf is None:
-        raise UserError(f"GGUF cannot hold this {config.model_type} model: llama.cpp has no such architecture")
+        raise UserError(f"jlora does not write {config.model_type} models as GGUF")
     return gguf
 
 

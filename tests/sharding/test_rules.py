@@ -131,7 +131,7 @@ def test_every_rule_matches_something_in_some_family():
     paths = set()
     for family in FAMILIES:
         names = models.build(transformers.CONFIG_MAPPING[family]().to_dict()).config.names
-        linears = (*names.queries_keys_values, names.output, *names.mlp_up, names.mlp_down)
+        linears = (*names.queries_keys_values, *names.latents, *names.mlp_up, *names.row_parallel)
         modules = (names.embedding, names.positions, names.head, *(f"{names.stack}/mlp/{linear}" for linear in linears))
         paths |= {f"{module}/{leaf}" for module in modules if module for leaf in LEAVES}
     tree.match_rules(RULES, paths)  # refuses a rule that matches nothing

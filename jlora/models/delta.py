@@ -47,7 +47,10 @@ class DeltaNet(nn.Module):
             decays.astype(jnp.float32) + self._parameter("dt_bias")
         )
         rates = nn.sigmoid(rates).astype(jnp.float32)
-        y, state = recur(queries, keys, values, decays, rates, context.runs, before.get("state"))
+        if self.is_initializing():  # the recurrence itself has no weights, and takes long to trace
+            y, state = values, None
+        else:
+            y, state = recur(queries, keys, values, decays, rates, context.runs, before.get("state"))
         if cache is not None:
             cache = cache.with_state(*place, {"tail": tail, "state": state})
         y = Norm("rms", config.norm_eps, name="norm")(y).astype(jnp.float32)

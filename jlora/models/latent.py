@@ -90,6 +90,8 @@ class LatentAttention(nn.Module):
         plain, values = jnp.split(made, [sizes.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(rotated, (*plain.shape[:-1], rotated.shape[-1]))
         keys = jnp.concatenate([plain, shared.astype(plain.dtype)], axis=-1)
+        if self.is_initializing():  # attention itself has no weights, and takes long to trace
+            return values
         return _attend_padded(queries, keys, values, context, config, self.form)
 
     def _absorbed(

@@ -399,6 +399,10 @@ CASES = {
 }
 
 
+# Each family's first case, and the others where `-m slow` runs them.
+FIRST_CASES = [case if "-" not in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
 def auto_class(config):
     """transformers' class for models of this kind with a head for logits."""
     text = transformers.AutoModelForCausalLM
@@ -505,7 +509,7 @@ def laid_out(model, params, *rows):
     return np.asarray(model(params, *map(jnp.asarray, (ids, positions, segments))))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_CASES)
 def test_padding(case, load, parity):
     """A row of its own, with padding on either side, and transformers with the same padding."""
     model, params = load(case)
@@ -524,7 +528,7 @@ def test_padding(case, load, parity):
     assert found < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_CASES)
 def test_packing(case, load, parity):
     model, params = load(case)
     first, second, other = (tokens(rows=1, length=n, seed=n)[0] for n in (8, 10, 7))
@@ -591,7 +595,7 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     assert largest < 1e-3
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_CASES)
 def test_export(case, load, parity, tmp_path):
     """transformers opens what jlora saves, with the same tensors and logits."""
     model, params = load(case)

@@ -44,6 +44,12 @@ def read(fields: Fields) -> Values:
     width = next((own["head_dim"] for own in sizes if "head_dim" in own), values["head_dim"])
     experts = _experts(fields)
     own_input = fields.get("hidden_size_per_layer_input", 256, COUNT)
+    own_rows = fields.get("vocab_size_per_layer_input", 262144, SIZE) if own_input else 0
+    if own_input and own_rows < values["vocab_size"]:
+        fields.problems.append(
+            f"vocab_size_per_layer_input {own_rows}: layers have no input of their own for the other tokens of "
+            f"vocab_size {values['vocab_size']}"
+        )
     layers = [
         Layer(window=window, rope=0 if window is None else 1, experts=experts is not None, **own)
         for window, own in zip(windows, sizes, strict=True)
@@ -57,7 +63,7 @@ def read(fields: Fields) -> Values:
         "layer_scalar": True,
         "experts": experts,
         "layer_input_size": own_input,
-        "layer_input_vocab_size": fields.get("vocab_size_per_layer_input", 262144, SIZE) if own_input else 0,
+        "layer_input_vocab_size": own_rows,
         "ropes": (
             read_rope(fields, full or FULL_ROPE, theta=1e6, head_dim=width),
             read_rope(fields, local, theta=gemma3.LOCAL_THETA, head_dim=values["head_dim"]),

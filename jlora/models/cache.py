@@ -40,7 +40,7 @@ class Cache:
             are padded on the left), [B] if they differ. A row must not be read once its length exceeds S.
     """
 
-    stacks: dict[str, Kept]
+    stacks: Any
     positions: Any
     segment_ids: Any
     length: Any

@@ -320,6 +320,8 @@ class Model:
         dtype = tree.subtree(params, config.names.embedding)["embedding"].dtype
         rooms: dict[str, tuple[int, Room]] = {}
         for layer in config.layers:
+            if layer.shares:  # it reads what another layer keeps
+                continue
             stack = config.cache_stack(layer)
             count, _ = rooms.get(stack, (0, {}))
             rooms[stack] = count + 1, MIXERS[layer.mixer].room(config, layer)

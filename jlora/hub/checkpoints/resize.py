@@ -40,6 +40,12 @@ def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
         raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and rows are never removed")
     if wanted == rows:
         return model
+    if model.config.layer_input_size:
+        found = model.config.layer_input_vocab_size
+        raise UserError(
+            f"vocab={wanted}: each layer of {source} has rows of its own for {found} tokens "
+            "(vocab_size_per_layer_input), to which jlora adds none"
+        )
     return dataclasses.replace(model, config=model.config.with_field("vocab_size", wanted))
 
 

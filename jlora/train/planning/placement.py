@@ -91,7 +91,8 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
     branches = ALGORITHMS[config.algorithm].branches
     marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=branches)
     with sharding.on(mesh):
-        attention.require(form, device, marks, model.num_attention_heads, model.head_dim)
+        for heads in {model.heads(layer) for layer in model.layers if layer.mixer == "attention"}:
+            attention.require(form, device, marks, heads.queries, heads.width)
 
 
 def _outputs(model: ModelConfig) -> dict[str, int]:

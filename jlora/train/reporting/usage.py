@@ -9,12 +9,11 @@ from typing import Any
 import jax
 
 from jlora import devices, tree
+from jlora.families.family import Layer
 from jlora.lora.kinds import multiplies
+from jlora.lora.sites import MAIN, is_expert
 from jlora.models import ModelConfig
 from jlora.types import Params
-
-# Leaves of the base that take part in no matrix product.
-_NARROW = ("scale", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +88,30 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
     three. All of attention's scores are counted, although half of them are masked; of a delta net, two readings of the
     state and one writing.
     """
-    tied = config.tie_word_embeddings
 
     def multiplied(params: Params) -> float:
         count = 0.0
         for path, leaf in tree.flatten(params).items():
             module, _, name = path.rpartition("/")
-            if (name == "embedding" and not tied) or leaf.ndim < 2 or name in _NARROW or not multiplies(name):
+            is_head = module == config.names.embedding and config.tie_word_embeddings
+            looked_up = name == "embedding" and not is_head
+            if looked_up or leaf.ndim < 2 or not (multiplies(name) if tree.is_added(name) else name in MAIN):
                 continue
-            share = config.experts.top_k / config.experts.count if config.experts and "/experts/" in path else 1.0
-            count += share * leaf.size * (module != config.names.positions)
+            share = config.experts.top_k / config.experts.count if config.experts and is_expert(path) else 1.0
+            count += share * leaf.size
         return count
 
-    width = config.num_attention_heads * config.head_dim
-    seen = sum(min(seq_len, layer.window or seq_len) for layer in config.layers if layer.mixer == "attention")
+    scores = sum(_score_width(config, layer) * min(seq_len, layer.window or seq_len) for layer in config.layers)
     states = sum(layer.mixer == "delta" for layer in config.layers) * (config.delta.state if config.delta else 0)
-    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * width * seen + 18 * states
+    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * scores + 18 * states
+
+
+def _score_width(config: ModelConfig, layer: Layer) -> float | int:
+    """How many values all heads multiply with one key and with its value, on average of the two."""
+    if layer.mixer == "latent" and config.latent:
+        return config.num_attention_heads * (config.latent.qk_head_dim + config.latent.v_head_dim) / 2
+    heads = config.heads(layer)
+    return heads.queries * heads.width if layer.mixer == "attention" else 0
 
 
 def process_peak() -> int:

@@ -237,19 +237,32 @@ def test_the_present_form_stays_as_it_is(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_experts_that_a_file_has_in_one_tensor(tmp_path):
-    """Granite's: adapters of all that PEFT takes by `target_parameters`, in and out."""
+GRANITE = transformers.GraniteMoeConfig, dict(intermediate_size=40, num_local_experts=EXPERTS)
+GEMMA = (
+    transformers.Gemma4TextConfig,
+    dict(intermediate_size=40, head_dim=16, global_head_dim=12, hidden_size_per_layer_input=0, pad_token_id=0)
+    | dict(enable_moe_block=True, num_experts=EXPERTS, top_k_experts=2, moe_intermediate_size=20),
+)
+KERNELS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        pytest.param(GRANITE, [f"block_sparse_moe.{name}" for name in (*KERNELS, "router.weight")], id="granitemoe"),
+        pytest.param(GEMMA, [*KERNELS], id="gemma4_text"),
+    ],
+)
+def test_experts_that_a_file_has_in_one_tensor(family, parameters, tmp_path):
+    """Adapters of all that PEFT takes by `target_parameters`, in and out."""
     torch.manual_seed(0)
-    fields = SIZES | dict(hidden_size=WIDTH, intermediate_size=40, num_local_experts=EXPERTS)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.GraniteMoeConfig(**fields)).eval()
+    kind, fields = family
+    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | dict(hidden_size=WIDTH) | fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "base")
-    names = ("experts.gate_up_proj", "experts.down_proj", "router.weight")
-    settings = peft.LoraConfig(
-        r=RANK, target_modules=["q_proj"], target_parameters=[f"block_sparse_moe.{name}" for name in names]
-    )
+    settings = peft.LoraConfig(r=RANK, target_modules=["q_proj"], target_parameters=parameters)
     adapted = peft.get_peft_model(model, settings)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

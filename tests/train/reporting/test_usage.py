@@ -50,10 +50,42 @@ def test_a_device_that_is_not_in_the_table_has_no_share():
     assert usage.summary(1, 1.0, 1e9, used=[fake("NVIDIA T4", 1)]).mfu is None
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_of_the_products_in_a_gradient(tied):
-    """A tied embedding is the head: the lookup multiplies nothing."""
-    model = models.build(LLAMA | {"tie_word_embeddings": tied})
+GEMMA = LLAMA | dict(
+    model_type="gemma4_text",
+    num_hidden_layers=6,
+    layer_types=["sliding_attention", "full_attention"] * 3,
+    sliding_window=64,
+    head_dim=16,
+    global_head_dim=64,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=4,
+    vocab_size_per_layer_input=4096,
+    tie_word_embeddings=True,
+)
+DEEPSEEK = LLAMA | dict(
+    model_type="deepseek_v3",
+    num_key_value_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=64,  # else attention pads values to the width of keys, which does not count
+    first_k_dense_replace=2,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LLAMA, id="llama"),
+        pytest.param(LLAMA | {"tie_word_embeddings": True}, id="tied"),
+        pytest.param(GEMMA, id="gemma4_text"),
+        pytest.param(DEEPSEEK, id="deepseek_v3"),
+    ],
+)
+def test_flops_are_those_of_the_products_in_a_gradient(config):
+    """A tied embedding is the head: the lookup multiplies nothing. Nor do the rows that layers have of their own."""
+    model = models.build(config)
     params = lora.init(model.random_params(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(0))
     frozen, trainable = lora.split(params)
     length = 32

@@ -62,8 +62,8 @@ def read(fields: Fields) -> Values:
         "final_softcap": fields.get("final_logit_softcapping", kind=NUMBER),
         "layer_scalar": True,
         "experts": experts,
-        "layer_input_size": own_input,
-        "layer_input_vocab_size": own_rows,
+        "hidden_size_per_layer_input": own_input,
+        "vocab_size_per_layer_input": own_rows,
         "ropes": (
             read_rope(fields, full or FULL_ROPE, theta=1e6, head_dim=width),
             read_rope(fields, local, theta=gemma3.LOCAL_THETA, head_dim=values["head_dim"]),

@@ -46,8 +46,8 @@ class ModelConfig:
         embedding_scale, residual_scale: factors of the embeddings and of what a block adds.
         logits_divisor: what logits are divided by.
         value_norm: whether values are normed, head by head, with a norm that has no weights.
-        layer_input_size: the width of what each layer reads of every token besides the layer before (Gemma 3n's
-            per-layer embeddings); 0: nothing. There are `layer_input_vocab_size` rows of it.
+        hidden_size_per_layer_input: the width of what each layer reads of every token besides the layer before
+            (Gemma 3n's per-layer embeddings); 0: nothing. There are `vocab_size_per_layer_input` rows of it.
         layer_scalar: whether each layer's output is multiplied by a number of its own.
         source: the whole config.json, to write it back.
         folder: where the other parts of a model that also sees or hears are, to copy them when it is written.
@@ -88,8 +88,8 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     value_norm: bool = False
-    layer_input_size: int = 0
-    layer_input_vocab_size: int = 0
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
     layer_scalar: bool = False
     experts: Experts | None = None
     delta: Delta | None = None

@@ -146,7 +146,7 @@ class Block(nn.Module):
         config, names = self.config, self.config.names.layer_inputs
         if own is None:
             return y
-        gate = ACTIVATIONS[config.hidden_act](Linear(config.layer_input_size, name=names.gate)(y))
+        gate = ACTIVATIONS[config.hidden_act](Linear(config.hidden_size_per_layer_input, name=names.gate)(y))
         return y + _norm(config, names.output_norm, Linear(config.hidden_size, name=names.output)(gate * own))
 
     def _scaled(self, y: jax.Array) -> jax.Array:

@@ -353,20 +353,20 @@ class Model:
         if names.positions:
             positions = Embed(config.max_position_embeddings, config.hidden_size)
             flat[names.positions] = positions.init(keys[2], tokens)["params"]
-        if layer_inputs := names.layer_inputs if config.layer_input_size else None:
-            width = config.num_hidden_layers * config.layer_input_size
-            embedding = Embed(config.layer_input_vocab_size, width)
+        if layer_inputs := names.layer_inputs if config.hidden_size_per_layer_input else None:
+            width = config.num_hidden_layers * config.hidden_size_per_layer_input
+            embedding = Embed(config.vocab_size_per_layer_input, width)
             flat[layer_inputs.embedding] = embedding.init(keys[2], tokens)["params"]
             flat[layer_inputs.projection] = Linear(width).init(keys[2], x)["params"]
             norm = Norm(config.norm, config.norm_eps)
-            flat[layer_inputs.norm] = norm.init(keys[2], x[..., : config.layer_input_size])["params"]
+            flat[layer_inputs.norm] = norm.init(keys[2], x[..., : config.hidden_size_per_layer_input])["params"]
         if not config.tie_word_embeddings:
             flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
         tables, _ = self._tables(tokens, tokens, None)
         for layers in stacks or config.stacks:
             block = Block(config, config.structures[layers[0]])
             choices, numbers = self._choices(layers, tables)
-            own = jnp.zeros((1, 1, config.layer_input_size)) if config.layer_input_size else None
+            own = jnp.zeros((1, 1, config.hidden_size_per_layer_input)) if config.hidden_size_per_layer_input else None
             first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers), own, self._no_shared(x))
             init = jax.vmap(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
             key_of_stack = tree.stack_key(names.stack, layers, config.num_hidden_layers)
@@ -400,11 +400,11 @@ class Model:
         """What goes into the layers."""
         config, names = self.config, self.config.names.layer_inputs
         x = self._embed(params, tokens, positions)
-        if not config.layer_input_size:
+        if not config.hidden_size_per_layer_input:
             return Inputs(x, None)
-        count, width = config.num_hidden_layers, config.layer_input_size
+        count, width = config.num_hidden_layers, config.hidden_size_per_layer_input
         rngs = None if key is None else {"dropout": jax.random.fold_in(key, count)}
-        embed, project = Embed(config.layer_input_vocab_size, count * width), Linear(count * width)
+        embed, project = Embed(config.vocab_size_per_layer_input, count * width), Linear(count * width)
         own = embed.apply({"params": tree.subtree(params, names.embedding)}, tokens)
         projected = project.apply({"params": tree.subtree(params, names.projection)}, x, rngs=rngs)
         own, projected = (part.reshape(*part.shape[:2], count, width) for part in (own, projected))

@@ -299,9 +299,10 @@ def _grown(
     tensors: dict[str, list[names.HubTensor]],
     stored: dict[str, Stored],
 ) -> Callable[[str], Any]:
-    """`read`, with embedding and head grown to the model's number of rows."""
+    """`read`, with embeddings and head grown to the model's number of rows."""
     of_model = model.config.names
-    paths = (f"{of_model.embedding}/embedding", f"{of_model.head}/kernel")
+    own = (of_model.layer_inputs.embedding,) if of_model.layer_inputs else ()
+    paths = (*(f"{path}/embedding" for path in (of_model.embedding, *own)), f"{of_model.head}/kernel")
     wide = {tensor.name for path in paths for tensor in tensors.get(path, ())}
     packed = sorted(wide & stored.keys())
     if packed and model.config.vocab_size != stored[packed[0]].matrix[-1]:

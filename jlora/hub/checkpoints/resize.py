@@ -40,13 +40,11 @@ def resized(model: "Model", source: str | Path, vocab: Vocab) -> "Model":
         raise UserError(f"vocab={wanted}: {source} has {rows} rows for tokens, and rows are never removed")
     if wanted == rows:
         return model
-    if model.config.layer_input_size:
-        found = model.config.layer_input_vocab_size
-        raise UserError(
-            f"vocab={wanted}: each layer of {source} has rows of its own for {found} tokens "
-            "(vocab_size_per_layer_input), to which jlora adds none"
-        )
-    return dataclasses.replace(model, config=model.config.with_field("vocab_size", wanted))
+    config = model.config.with_field("vocab_size", wanted)
+    if config.hidden_size_per_layer_input:
+        own = max(wanted, config.vocab_size_per_layer_input)
+        config = config.with_field("vocab_size_per_layer_input", own)
+    return dataclasses.replace(model, config=config)
 
 
 def check_vocab(vocab: Vocab, name: str) -> None:
@@ -56,7 +54,7 @@ def check_vocab(vocab: Vocab, name: str) -> None:
 
 
 def grown(read: Callable[[str], Any], names: Collection[str], rows: int) -> Callable[[str], Any]:
-    """`read`, with the tensors of these names (embedding and head, [V, D]) grown to this many rows.
+    """`read`, with the tensors of these names (embeddings and head, [V, D]) grown to at least this many rows.
 
     New rows are the mean of the others. transformers' `resize_token_embeddings` draws them closely around it; here they
     are not random, so that a resumed run has the base that it started with.
@@ -64,7 +62,7 @@ def grown(read: Callable[[str], Any], names: Collection[str], rows: int) -> Call
 
     def read_grown(name: str) -> Any:
         values = read(name)
-        if name not in names or len(values) == rows:
+        if name not in names or len(values) >= rows:
             return values
         mean = values.mean(axis=0, dtype=np.float64).astype(values.dtype)
         return np.concatenate([values, np.broadcast_to(mean, (rows - len(values), *mean.shape))])

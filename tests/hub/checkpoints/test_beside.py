@@ -289,6 +289,7 @@ def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
     written = opened(tmp_path / "merged")
     assert written.get_input_embeddings().weight.shape[0] == written.config.get_text_config().vocab_size == 107
     np.testing.assert_allclose(logits_of(written), model(params, TOKENS), atol=1e-3)
+    assert np.isfinite(model(params, np.array([[1, 106]]))).all()  # the new rows are everywhere
 
 
 @EVERY

@@ -1,5 +1,6 @@
 """What jlora writes opens in older transformers and PEFT, in environments that the tests make for themselves."""
 
+import copy
 import json
 import os
 import pathlib
@@ -115,7 +116,7 @@ def written(tmp_path_factory, byte_tokenizer):
     found = {}
     for name, (kind, fields) in MODELS.items():
         torch.manual_seed(0)
-        config = getattr(transformers, kind)(**fields)
+        config = getattr(transformers, kind)(**copy.deepcopy(fields))
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / "source")
         model, params = hub.load(root / "source", dtype="bfloat16")
         hub.save_model(root / name, model, params, byte_tokenizer)

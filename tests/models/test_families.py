@@ -1,5 +1,6 @@
 """Every family against transformers and PEFT, from random weights: the same logits, gradients and files."""
 
+import copy
 import functools
 import json
 import shutil
@@ -415,12 +416,17 @@ def opened(folder):
     return auto_class(config).from_pretrained(folder, attn_implementation="eager").eval()
 
 
+def configured(case):
+    """transformers' config of the case, of fields of its own: transformers writes into nested ones."""
+    name, fields = CASES[case]
+    return getattr(transformers, name)(**copy.deepcopy(fields), attn_implementation="eager")
+
+
 @functools.cache
 def reference(case):
     """transformers' model with random weights everywhere, norms and biases too."""
-    name, fields = CASES[case]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**fields, attn_implementation="eager")
+    config = configured(case)
     model = auto_class(config).from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -613,8 +619,7 @@ def test_export(case, load, parity, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_a_familys_tree_is_told_to_be_one_of_jloras_own(case):
     """By structure, which other models' trees are told by too: nothing in it is taken for a single module."""
-    kind, fields = CASES[case]
-    model = models.build(getattr(transformers, kind)(**fields).to_dict())
+    model = models.build(configured(case).to_dict())
     leaves = tree.flatten(jax.eval_shape(model.random_params, jax.random.key(0)))
     assert tree.is_own(leaves)
     stack_of = tree.stacks_of(leaves)

@@ -1,5 +1,6 @@
 """Models of several parts: the language model is loaded and tuned, and everything else is written back to the byte."""
 
+import copy
 import json
 import shutil
 
@@ -79,7 +80,7 @@ def reference(kind):
     """transformers' model with random weights."""
     name, fields = CASES[kind]
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(getattr(transformers, name)(**fields)).eval()
+    model = transformers.AutoModelForImageTextToText.from_config(getattr(transformers, name)(**copy.deepcopy(fields))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter.ndim == 1) + 0.2 * torch.randn_like(parameter))
@@ -380,7 +381,7 @@ def test_gguf_holds_the_language_model(save, tmp_path):
 )
 def test_what_is_not_supported_is_named_with_its_path(change, message):
     name, fields = CASES["gemma3"]
-    config = getattr(transformers, name)(**fields).to_dict()
+    config = getattr(transformers, name)(**copy.deepcopy(fields)).to_dict()
     config["text_config"] |= change
     with pytest.raises(ValueError, match=message):
         models.build(config)

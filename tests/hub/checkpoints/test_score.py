@@ -1,5 +1,6 @@
 """Score heads of reward models, with transformers' sequence classifiers and PEFT's adapters of them as judges."""
 
+import copy
 import functools
 import json
 import warnings
@@ -55,7 +56,7 @@ def randomise(model):
 
 def config_of(case, **changes):
     name, fields, _ = CASES[case]
-    return getattr(transformers, name)(**fields | changes)
+    return getattr(transformers, name)(**copy.deepcopy(fields | changes))
 
 
 @pytest.fixture

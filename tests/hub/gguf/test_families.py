@@ -3,6 +3,7 @@
 Names come from the gguf package; where transformers reads the architecture from GGUF, its reading is a second judge.
 """
 
+import copy
 import functools
 import math
 import warnings
@@ -172,7 +173,7 @@ def reference(case):
     """transformers' model with random weights everywhere, norms and biases too."""
     _, name, fields, _ = CASES[case]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**fields, attn_implementation="eager")
+    config = getattr(transformers, name)(**copy.deepcopy(fields), attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, value in model.named_parameters():

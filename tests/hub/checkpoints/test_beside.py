@@ -80,7 +80,8 @@ def reference(kind):
     """transformers' model with random weights."""
     name, fields = CASES[kind]
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(getattr(transformers, name)(**copy.deepcopy(fields))).eval()
+    config = getattr(transformers, name)(**copy.deepcopy(fields))
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter.ndim == 1) + 0.2 * torch.randn_like(parameter))

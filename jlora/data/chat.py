@@ -14,8 +14,8 @@ from jlora.data.template import (
     as_messages,
     common_prefix,
     end_with_eos,
-    stop_of_chats,
-    template_stop,
+    ending_of_chats,
+    template_ending,
     template_variables,
     text_tokens,
 )
@@ -89,10 +89,10 @@ def encode(
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    stop = stop_of_chats(tokenizer, [not _is_text(record) for record in records])
+    ending = ending_of_chats(tokenizer, [not _is_text(record) for record in records])
 
     def one(record: Record, remark: Remark) -> tuple[Example, ...]:
-        tokens, trained, held = _encode_record(record, tokenizer, stop, end, remark)
+        tokens, trained, held = _encode_record(record, tokenizer, ending, end, remark)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
         counted = trained | ~held if not completion_only else trained
         return (Example(tokens[:length], counted[:length]),)
@@ -195,9 +195,9 @@ def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
     """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
-    stop = stop_of_chats(tokenizer, [not _is_text(record) for record in records])
+    ending = ending_of_chats(tokenizer, [not _is_text(record) for record in records])
     found = encode_all(
-        records, lambda record: _encode_record(record, tokenizer, stop, True, str), on_error=on_error, note=note
+        records, lambda record: _encode_record(record, tokenizer, ending, True, str), on_error=on_error, note=note
     )
     return [records[index] for index, _ in found]
 
@@ -232,7 +232,7 @@ def answer_text(record: Record, tokenizer: Any) -> str:
     if not messages[last].get("tool_calls"):
         return text
     written = write(messages[: last + 1], tokenizer, template_variables(record))
-    turns = Turns(written, template_stop(tokenizer))
+    turns = Turns(written, template_ending(tokenizer))
     found = tokenizer.decode(turns.tokens[turns.places(last)], skip_special_tokens=True)
     return found.rpartition("</think>")[2].lstrip("\n") if "</think>" in found else found
 
@@ -254,7 +254,7 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
 
 
 def _encode_record(
-    record: Record, tokenizer: Any, stop: int | None, end: bool, remark: Remark
+    record: Record, tokenizer: Any, ending: tuple[int, ...], end: bool, remark: Remark
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The tokens, which of them are trained, and which belong to turns marked "train": false."""
     if _is_text(record):
@@ -266,10 +266,10 @@ def _encode_record(
     written = write(messages, tokenizer, template_variables(record), trained=learned)
     for what in written.remarks:
         remark(what)
-    turns = Turns(written, stop)
+    turns = Turns(written, ending)
     places = {index: turns.places(index) for index in answers}
     tokens = turns.tokens
-    if end and stop is None and messages[-1]["role"] == "assistant":
+    if end and not ending and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
         last = places[len(messages) - 1]
         places[len(messages) - 1] = np.union1d(last, np.arange(len(turns.tokens), len(tokens)))
@@ -277,7 +277,7 @@ def _encode_record(
     trained, held = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
     for index, of_turn in places.items():
         if index in learned:
-            _check_turn(index, tokens[of_turn], stop, remark)
+            _check_turn(index, tokens[of_turn], ending, remark)
             trained[of_turn] = True
         elif messages[index].get("train") is False:
             held[of_turn] = True
@@ -325,11 +325,11 @@ def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, 
     return found
 
 
-def _check_turn(index: int, tokens: np.ndarray, stop: int | None, remark: Remark) -> None:
+def _check_turn(index: int, tokens: np.ndarray, ending: tuple[int, ...], remark: Remark) -> None:
     """Raises UserError if nothing but its end is left of a turn; remarks on a turn with a stop token inside."""
-    if not len(tokens) or (len(tokens) == 1 and tokens[0] == stop):
+    if tuple(tokens) == ending[: len(tokens)]:
         raise UserError(f"messages[{index}]: the chat template writes none of its text, expected text to learn")
-    if stop is not None and (tokens[:-1] == stop).sum() > (tokens[-1] != stop):
+    if ending and (tokens == ending[0]).sum() > 1:
         remark(STOP_IN_WORDS)
 
 

@@ -13,12 +13,7 @@ from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS, Kind
 from jlora.data.records import Note, OnError, Record, warn
 from jlora.data.rendered import write
-from jlora.data.template import (
-    common_prefix,
-    stop_of_chats,
-    template_variables,
-    text_tokens,
-)
+from jlora.data.template import common_prefix, ending_of_chats, template_variables, text_tokens
 from jlora.data.turns import Turns
 from jlora.errors import UserError, describe_faults
 
@@ -60,10 +55,10 @@ def encode_preferences(
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
     sides, names = (("chosen", "rejected"), NUMBERS) if kind == "pairs" else (("completion",), ("label",))
-    stop = stop_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
+    ending = ending_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
     kept, report = select(
         records,
-        lambda record, remark: _encode_sides(record, sides, tokenizer, stop, remark),
+        lambda record, remark: _encode_sides(record, sides, tokenizer, ending, remark),
         seq_len=seq_len,
         overlong=overlong,
         on_error=on_error,
@@ -300,7 +295,7 @@ def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]
 
 
 def _encode_sides(
-    record: Record, sides: tuple[str, ...], tokenizer: Any, stop: int | None, remark: Remark
+    record: Record, sides: tuple[str, ...], tokenizer: Any, ending: tuple[int, ...], remark: Remark
 ) -> tuple[Example, ...]:
     prompt, answers = record["prompt"], [record[side] for side in sides]
     if isinstance(prompt, str):
@@ -309,7 +304,7 @@ def _encode_sides(
         starts = [common_prefix(before, tokens) for tokens in whole]
         held = [np.zeros(len(tokens), np.bool_) for tokens in whole]
     else:
-        found = [_encode_answer(record, prompt, answer, tokenizer, stop, remark) for answer in answers]
+        found = [_encode_answer(record, prompt, answer, tokenizer, ending, remark) for answer in answers]
         whole, starts, held = zip(*found, strict=True)
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
         raise UserError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
@@ -320,7 +315,7 @@ def _encode_sides(
 
 
 def _encode_answer(
-    record: Record, prompt: list, answer: list, tokenizer: Any, stop: int | None, remark: Remark
+    record: Record, prompt: list, answer: list, tokenizer: Any, ending: tuple[int, ...], remark: Remark
 ) -> tuple[np.ndarray, int, np.ndarray]:
     """The tokens of a prompt with its answer, where the answer starts, and which tokens are in untrained turns."""
     chat, first = prompt + answer, len(prompt)
@@ -330,7 +325,7 @@ def _encode_answer(
     written = write(chat, tokenizer, template_variables(record), trained=learned)
     for what in written.remarks:
         remark(what)
-    turns = Turns(written, stop)
+    turns = Turns(written, ending)
     held = np.zeros(len(turns.tokens), np.bool_)
     for index in untrained:
         held[turns.places(index)] = True

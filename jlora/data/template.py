@@ -1,5 +1,6 @@
 """From text and messages to tokens: the tokenizer, its chat template, and what the template writes after an answer."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,26 +119,30 @@ def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables
     return True
 
 
-def stop_of_chats(tokenizer: Any, chats: Sequence[bool]) -> int | None:
-    """`template_stop`, for records of which these are chats; None if none is.
+def ending_of_chats(tokenizer: Any, chats: Sequence[bool]) -> tuple[int, ...]:
+    """`template_ending`, for records of which these are chats; () if none is.
 
     Raises:
         UserError: there are chats and the tokenizer has no chat template.
     """
     if not any(chats):
-        return None
+        return ()
     if not tokenizer.chat_template:
         raise UserError(
             f"{sum(chats)} of {len(chats)} records are chats, but the tokenizer has no chat template; use a model "
             'whose tokenizer has one, or records with "prompt" and "completion" as plain text'
         )
-    return template_stop(tokenizer)
+    return template_ending(tokenizer)
 
 
-def template_stop(tokenizer: Any) -> int | None:
-    """The first special token that the template writes after an assistant's words; None if it writes none."""
+def template_ending(tokenizer: Any) -> tuple[int, ...]:
+    """The first special token that the template writes after an assistant's words; () if it writes none.
+
+    Special tokens that directly follow it belong to it: Command R7B ends its response and then its turn.
+    """
     tokens, stop = _behind_answer(tokenizer)
-    return tokens[stop] if stop < len(tokens) else None
+    special = special_tokens(tokenizer)
+    return tuple(itertools.takewhile(special.__contains__, tokens[stop:]))
 
 
 def template_tail(tokenizer: Any) -> list[int]:

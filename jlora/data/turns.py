@@ -36,12 +36,12 @@ class Turns:
 
     Args:
         written: the chat.
-        stop: the token that ends an answer, or None if the template writes none.
+        ending: the special tokens that end an answer, in order; () if the template writes none.
     """
 
-    def __init__(self, written: Written, stop: int | None) -> None:
+    def __init__(self, written: Written, ending: tuple[int, ...]) -> None:
         self.tokens, self._offsets = placed_tokens(written.text, written.tokenizer)
-        self._written, self._stop = written, stop
+        self._written, self._ending = written, ending
         self._special = special_tokens(written.tokenizer)
         self._known: dict[tuple, list[tuple[str, int]]] = {}
         self._closings: dict[tuple, int] = {}
@@ -70,11 +70,19 @@ class Turns:
     def _end(self, index: int, run: "_Run") -> int:
         """The end (exclusive) of a turn, after its stop token."""
         first, end = self._token(run.last), self._token(run.following)
-        if self._stop is not None and len(found := np.flatnonzero(self.tokens[first:end] == self._stop)):
-            return first + int(found[0]) + 1
+        if (ended := self._behind_ending(first, end)) is not None:
+            return ended
         if index + 1 == len(self._written.messages):
             return len(self.tokens)
         return self._token(self._closing(index, run))
+
+    def _behind_ending(self, first: int, end: int) -> int | None:
+        """The index after the tokens that end an answer, where these first are in a range; None if they are not."""
+        stops = np.flatnonzero(self.tokens[first:end] == self._ending[0]) if self._ending else ()
+        if not len(stops):
+            return None
+        place = first + int(stops[0])
+        return place + common_prefix(self.tokens[place:], np.array(self._ending))
 
     def _find_runs(self) -> dict[int, list["_Run"]]:
         """For each message, the runs of its words in the text: mostly just one."""
@@ -230,9 +238,8 @@ class Turns:
         else:  # what comes before is written differently without the rest: the turn is what changes with its words
             start, end = self._by_change(index)
         later = [runs[0].first for other, runs in self._runs.items() if other > index]
-        behind = self.tokens[start : self._token(min(later, default=len(text)))]
-        if self._stop is not None and len(stops := np.flatnonzero(behind == self._stop)):
-            return start, start + int(stops[0]) + 1
+        if (ended := self._behind_ending(start, self._token(min(later, default=len(text))))) is not None:
+            return start, ended
         if index + 1 == len(written.messages):
             return start, len(self.tokens)
         if end is None:

@@ -3,6 +3,7 @@
 Each word of a chat is there once, so that what is trained can be read off it.
 """
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -15,6 +16,7 @@ import tokenizers
 import transformers
 
 from jlora.data import encode, encode_preferences, encode_prompt
+from jlora.data.template import template_ending
 from jlora.errors import UserError
 
 FOLDER = pathlib.Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -40,6 +42,12 @@ KINDS = (
 )
 # Templates that write the words of a chat in lists of parts alone.
 PARTS = ("idefics3", "smolvlm", "llava_next")
+MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
+# Of a chat that begins with an answer, the words alone are trained; and TRL marks no token that ends a call of Gemma's.
+UNMARKED = dict.fromkeys(NAMES, ("first",)) | {
+    "diffusion_gemma_training": ("first", *(kind for kind in KINDS if "calls" in kind))
+}
+MARKED = [name for name in NAMES if MARK.search((FOLDER / f"{name}.jinja").read_text())]
 
 
 def build(name):
@@ -150,7 +158,7 @@ def check_sft(record, name, tokenizer):
         assert re.search("record 1: the chat template (leaves out|refuses)", str(error)), error
         return False
     messages, variables = as_transformers(record, name)
-    marks = "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template
+    marks = MARK.search(tokenizer.chat_template) is not None
     expected = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=marks, **variables
     )
@@ -183,6 +191,74 @@ def check_prompt(record, name, tokenizer):
     assert not rejected
 
 
+def spans(mask, offsets):
+    """(start, end) in the text of each run of masked tokens."""
+    edges = np.flatnonzero(np.diff(np.pad(mask.astype(int), 1)))
+    return [(int(offsets[first][0]), int(offsets[last - 1][1])) for first, last in edges.reshape(-1, 2)]
+
+
+def headers(messages, text, openings, render):
+    """The places in the text of what a prompt ends with, for each answer."""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or not index:
+            continue
+        before = render(messages[:index], add_generation_prompt=True)
+        if before.endswith(openings[0]):
+            start = len(before) - len(openings[0])
+            yield start, start + next((len(asked) for asked in openings if text.startswith(before[:start] + asked)), 0)
+
+
+def shown(start, text, openings):
+    """Where the marked words begin that a prompt does not end with: TRL marks "<think>" that Qwen's prompts have."""
+    for asked in openings:
+        if (place := text.find(asked, max(0, start - len(asked)), start + len(asked))) >= 0:
+            return max(start, place + len(asked))
+    return start
+
+
+def check_marks(record, name, marked, unmarked):
+    """Without its marks, what is trained of a template's chats is what they mark: of it, what a model has to write.
+
+    That leaves out what a prompt ends with, and what follows the tokens that end an answer.
+    """
+    try:
+        [example], _ = encode([record], unmarked, seq_len=10**6)
+    except UserError:
+        return False
+    messages, variables = as_transformers(record, name)
+    render = functools.partial(unmarked.apply_chat_template, tokenize=False, **variables)
+    found = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **variables)
+    text, user = render(messages), as_transformers({"messages": [{"role": "user", "content": "tide"}]}, name)[0]
+    offsets = np.array(unmarked(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+    opening = render(user, add_generation_prompt=True).removeprefix(render(user))
+    pieces = re.findall(r"<[^<>]*>|\s+|[^<\s]+", opening)
+    openings = ["".join(pieces[:count]) for count in range(len(pieces), 0, -1)] or [""]
+    ending = unmarked.decode(template_ending(unmarked))
+    expected = np.array(found["assistant_masks"], bool)
+    for start, end in headers(messages, text, openings, render):
+        expected &= (offsets[:, 1] <= start) | (offsets[:, 1] > end)
+    for start, end in spans(expected, offsets):
+        first, last = shown(start, text, openings), text.rfind(ending, start, end) if ending else -1
+        last = end if last < 0 else last + len(ending)
+        cut = (offsets[:, 1] > start) & (offsets[:, 1] <= end) & ((offsets[:, 1] <= first) | (offsets[:, 1] > last))
+        expected &= ~cut
+    trained = np.zeros_like(expected)
+    length = min(len(trained), len(example.trained))
+    trained[:length] = example.trained[:length]
+    np.testing.assert_array_equal(trained, expected)
+    return True
+
+
+def check_marked(name, kinds, seeds):
+    marked, unmarked, checked = build(name), build(name), {}
+    unmarked.chat_template = MARK.sub(
+        lambda mark: f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}", marked.chat_template
+    )
+    for kind, seed in itertools.product(kinds, seeds):
+        checked[kind] = check_marks(Chats(f"{name} {kind} {seed}").chat(kind), name, marked, unmarked)
+    return checked
+
+
 def check(name, kinds, seeds):
     tokenizer, trained = build(name), {}
     for kind, seed in itertools.product(kinds, seeds):
@@ -196,6 +272,18 @@ def check(name, kinds, seeds):
 def test_tokens_and_masks_are_those_of_transformers_or_the_record_is_refused(place, name):
     """A third of the templates, a third of the kinds with each."""
     check(name, KINDS[place % 4 :: 4], range(1))
+
+
+@pytest.mark.parametrize(("place", "name"), list(enumerate(MARKED)))
+def test_what_is_trained_without_marks_is_what_trls_marks_say(place, name):
+    kinds = [kind for kind in KINDS if kind not in UNMARKED[name]]
+    assert any(check_marked(name, {"plain", *kinds[place % 3 :: 3]}, range(1)).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MARKED)
+def test_what_is_trained_of_many_chats_is_what_trls_marks_say(name):
+    assert check_marked(name, [kind for kind in KINDS if kind not in UNMARKED[name]], range(10))["plain"]
 
 
 @pytest.mark.slow

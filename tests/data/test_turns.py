@@ -152,6 +152,12 @@ def test_an_answer_ends_where_another_token_stands_in_the_stops_place(make_token
     assert trained(chat("a?", "A.", "b?", "B."), tokenizer) == "A.<|end|>B.<|im_end|>"
 
 
+def test_all_special_tokens_that_end_a_turn_are_trained(make_tokenizer):
+    """Command R7B ends a response with one token and the turn with another, at which its model stops."""
+    tokenizer = make_tokenizer(PLAIN.replace("<|im_end|>", "<|end|><|im_end|>"), "<|im_end|>")
+    assert trained(chat("a?", "A.", "b?", "B."), tokenizer) == "A.<|end|><|im_end|>B.<|end|><|im_end|>"
+
+
 def test_a_turn_of_which_a_template_leaves_nothing_is_named(make_tokenizer):
     tokenizer = make_tokenizer(PLAIN.replace("m['content']", "m['content'] | trim"), "<|im_end|>")
     with pytest.raises(UserError, match=r"record 1: messages\[1\]: the chat template writes none of its text"):

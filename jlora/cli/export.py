@@ -6,8 +6,15 @@ from typing import Any
 
 from jlora import data, hub, lora
 from jlora.cli.kept import print_kept
-from jlora.cli.model import add_fold_option, add_gguf_option, command, say_adapter, tensor_bar
-from jlora.errors import UserError
+from jlora.cli.model import (
+    adapter_layout,
+    add_gguf_option,
+    add_layout_options,
+    command,
+    refuse_layout,
+    say_adapter,
+    tensor_bar,
+)
 from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
 
@@ -15,8 +22,8 @@ from jlora.train.restore import load_run, read_config
 def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
-    if options.fold and (options.merged or options.gguf):
-        raise UserError("--fold is for PEFT adapters; a merged model has no adapter, and GGUF keeps scales by itself")
+    if options.merged or options.gguf:
+        refuse_layout(options, "for PEFT adapters; a merged model has none, and GGUF has one layout and its own scales")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
     settings = read_config(options.workdir).model
@@ -34,8 +41,8 @@ def run(arguments: list[str]) -> int:
         hub.save_model(options.out, model, params, tokenizer=_tokenizer(config))
     else:
         resized = config.model.resize_vocab is not None
-        fold = options.fold or config.train.fold
-        hub.save_adapter(options.out, params, base=config.model.path, fold=fold, save_embedding_layers=resized)
+        layout = adapter_layout(options, config.train)
+        hub.save_adapter(options.out, params, base=config.model.path, save_embedding_layers=resized, **layout)
     if not options.merged:
         say_adapter(options.out, gguf=bool(options.gguf))
         return 0
@@ -73,6 +80,6 @@ def _parser() -> argparse.ArgumentParser:
         help="do not measure how much of the update --merged kept (saves the memory of a second model)",
     )
     add_gguf_option(parser)
-    add_fold_option(parser)
+    add_layout_options(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
     return parser

@@ -3,7 +3,7 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import add_fold_option, add_vocab_option, command, rank, say_adapter
+from jlora.cli.model import adapter_layout, add_layout_options, add_vocab_option, command, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
@@ -22,8 +22,8 @@ def run(arguments: list[str]) -> int:
         modules_to_save=options.modules_to_save,
     )
     print(report)
-    resized = options.vocab is not None
-    hub.save_adapter(options.out, params, base=options.base, fold=options.fold, save_embedding_layers=resized)
+    resized, layout = options.vocab is not None, adapter_layout(options)
+    hub.save_adapter(options.out, params, base=options.base, save_embedding_layers=resized, **layout)
     say_adapter(options.out)
     return 0
 
@@ -42,6 +42,6 @@ def _parser() -> argparse.ArgumentParser:
         "--modules_to_save", nargs="+", metavar="NAME", help="modules that the adapter holds as whole copies, as norm"
     )
     add_vocab_option(parser, of="the base's ")
-    add_fold_option(parser)
+    add_layout_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     return parser

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jlora import hub, lora, quant, tree
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
-    add_fold_option,
+    adapter_layout,
     add_gguf_option,
+    add_layout_options,
     add_on_error_option,
     add_source_option,
     add_vocab_option,
@@ -17,6 +18,7 @@ from jlora.cli.model import (
     encodable,
     rank,
     read_records,
+    refuse_layout,
     say_adapter,
     tensor_bar,
 )
@@ -35,8 +37,8 @@ def run(arguments: list[str]) -> int:
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
         raise UserError("--quant packs a merged model, and --adapter_only writes none")
-    if options.fold and (options.gguf or not options.adapter_only):
-        raise UserError("--fold is for the PEFT adapter that --adapter_only writes")
+    if options.gguf or not options.adapter_only:
+        refuse_layout(options, "for the PEFT adapter that --adapter_only writes")
     if options.gguf and options.dtype:
         raise UserError("--gguf sets the type of what is written, so --dtype has no effect")
     if options.gguf and options.quant:
@@ -85,8 +87,8 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
     if options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     else:
-        resized = options.vocab is not None
-        hub.save_adapter(options.out, params, base=options.model, fold=options.fold, save_embedding_layers=resized)
+        resized, layout = options.vocab is not None, adapter_layout(options)
+        hub.save_adapter(options.out, params, base=options.model, save_embedding_layers=resized, **layout)
     say_adapter(options.out, gguf=bool(options.gguf))
 
 
@@ -160,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of methods that draw at random (default: 0)")
     parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
     add_vocab_option(parser)
-    add_fold_option(parser)
+    add_layout_options(parser)
     add_gguf_option(parser)
     parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")

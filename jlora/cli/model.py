@@ -10,9 +10,11 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub
+from jlora.errors import UserError
 from jlora.hub.checkpoints.resize import TOKENIZER
 from jlora.models import Model
 from jlora.quant import FORMATS
+from jlora.train.config import TrainConfig
 from jlora.types import Params
 
 
@@ -82,13 +84,32 @@ def add_gguf_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_fold_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --fold."""
+def add_layout_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --fold and --experts: how an adapter for PEFT is written."""
     parser.add_argument(
         "--fold",
         action="store_true",
         help="write the adapter with one rank and one scale for all modules, for programs that read no others (vLLM)",
     )
+    parser.add_argument(
+        "--experts",
+        choices=get_args(hub.ExpertLayout),
+        help="write adapters of experts as PEFT does, stacked, or each by itself, as vLLM and SGLang read them",
+    )
+
+
+def adapter_layout(options: argparse.Namespace, train: TrainConfig | None = None) -> dict[str, Any]:
+    """What --fold and --experts say to `hub.save_adapter`; what they leave out, a run's settings do."""
+    return {
+        "fold": options.fold or (train is not None and train.fold),
+        "experts": options.experts or (train.experts if train else "stacked"),
+    }
+
+
+def refuse_layout(options: argparse.Namespace, why: str) -> None:
+    """Raises UserError if --fold or --experts is given."""
+    if given := [f"--{name}" for name in ("fold", "experts") if getattr(options, name)]:
+        raise UserError(f"{' and '.join(given)}: {why}")
 
 
 def say_adapter(path: str, *, gguf: bool = False) -> None:

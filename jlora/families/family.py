@@ -92,6 +92,21 @@ class Names(NamedTuple):
         return moved(self, ("stack", "embedding", "positions", "norm"))._replace(layer_inputs=own)
 
 
+class ExpertNames(NamedTuple):
+    """What programs that serve adapters of single experts (vLLM, SGLang) call a layer's router, experts and linears.
+
+    Attributes:
+        mixture: what holds router and experts; "": what does in transformers.
+        router: "": transformers' name.
+    """
+
+    mixture: str = ""
+    router: str = ""
+    gate_proj: str = "gate_proj"
+    up_proj: str = "up_proj"
+    down_proj: str = "down_proj"
+
+
 class Older(NamedTuple):
     """What transformers 4 calls fields of config.json for which transformers 5 has other names.
 
@@ -123,6 +138,7 @@ class Family:
         untransposed: whether linears are stored as [in, out] (transformers' Conv1D).
         stacked_experts: the order of the axes, IN_OUT or OUT_IN, in the one tensor [E, …] that checkpoints have for a
             layer's experts; None: they have them one by one.
+        single_experts: the names in adapters that have a layer's experts one by one.
         unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
         buffers: patterns of tensors in old checkpoints that every loader computes itself.
         spare: patterns of tensors that a checkpoint may have of layers that do not use them.
@@ -141,6 +157,7 @@ class Family:
     checkpoint_names: tuple[tuple[str, str], ...] = ()
     untransposed: bool = False
     stacked_experts: str | None = None
+    single_experts: ExpertNames = ExpertNames()
     unpacked: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     spare: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.families import gemma2, gemma3
-from jlora.families.family import OUT_IN, Beside, Experts, Family, Layer, LayerInputs, Values
+from jlora.families.family import OUT_IN, Beside, ExpertNames, Experts, Family, Layer, LayerInputs, Values
 from jlora.families.fields import Fields
 from jlora.families.gemma import read_common
 from jlora.families.kinds import FLAG, LAYERS, NUMBER, OBJECT, SIZE, Kind, whole
@@ -140,6 +140,7 @@ FAMILY = Family(
     older=None,
     names=gemma2.NAMES._replace(layer_inputs=LayerInputs(), router="router"),
     stacked_experts=OUT_IN,
+    single_experts=ExpertNames("moe"),
     unpacked=(r"router/proj",),  # it decides for whole experts, and is small
     # Some files have keys and values also for layers that take those of others.
     spare=(r".*\.self_attn\.(k|v)_(proj|norm)\.weight",),

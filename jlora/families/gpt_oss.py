@@ -1,6 +1,6 @@
 """gpt-oss: attention sinks, windows in every second layer, and mixtures whose gates are clamped."""
 
-from jlora.families.family import IN_OUT, Clamped, Experts, Family, Layer, Names, Values
+from jlora.families.family import IN_OUT, Clamped, ExpertNames, Experts, Family, Layer, Names, Values
 from jlora.families.fields import Fields
 from jlora.families.kinds import FLAG, NUMBER, POSITIVE
 from jlora.families.reading import common, read_windows
@@ -50,4 +50,5 @@ FAMILY = Family(
     names=Names(router="router"),
     score="GptOss",
     stacked_experts=IN_OUT,
+    single_experts=ExpertNames(gate_proj="w1", up_proj="w3", down_proj="w2"),
 )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jlora.families import granite
-from jlora.families.family import OUT_IN, Experts, Layer, Names, Values
+from jlora.families.family import OUT_IN, ExpertNames, Experts, Layer, Names, Values
 from jlora.families.fields import Fields
 
 
@@ -30,5 +30,6 @@ FAMILY = dataclasses.replace(
         (r"\.router\.weight$", ".router.layer.weight"),
     ),
     stacked_experts=OUT_IN,
+    single_experts=ExpertNames(router="gate", gate_proj="w1", up_proj="w3", down_proj="w2"),
     gguf=None,
 )

@@ -1,7 +1,7 @@
 """Mixtral (Jiang et al. 2024): a mixture of experts in every layer."""
 
 from jlora.families import llama
-from jlora.families.family import Experts, Family, Layer, Values
+from jlora.families.family import ExpertNames, Experts, Family, Layer, Values
 from jlora.families.fields import Fields
 from jlora.families.gguf import DECODER, EXPERTS, ROUTED, WINDOW, Reading
 from jlora.families.reading import common
@@ -30,6 +30,7 @@ FAMILY = Family(
         (r"\.up_proj\b", ".w3"),
         (r"\.down_proj\b", ".w2"),
     ),
+    single_experts=ExpertNames("block_sparse_moe", gate_proj="w1", up_proj="w3", down_proj="w2"),
     gguf=llama.FAMILY.gguf._replace(
         reading=Reading(
             required={**DECODER, **ROUTED, "num_local_experts": "expert_count"}, optional=WINDOW, mark="expert_count"

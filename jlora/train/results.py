@@ -63,6 +63,7 @@ def save_results(workdir: pathlib.Path, config: RunConfig, job: Job, state: Trai
                 params,
                 base=config.model.path,
                 fold=config.train.fold,
+                experts=config.train.experts,
                 save_embedding_layers=config.model.resize_vocab is not None,
             )
             if remark := hub.scales_note(workdir / name):

@@ -28,7 +28,7 @@ FREE = {
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
         *("profile",),
-        *("fold", "on_nonfinite", "on_changed_files", "steps", "epochs"),
+        *("fold", "experts", "on_nonfinite", "on_changed_files", "steps", "epochs"),
     ),
     "data": ("eval_path", "on_error"),
 }

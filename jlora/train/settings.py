@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jlora.data import DataConfig
 from jlora.errors import UserError, raise_all
+from jlora.hub import ExpertLayout
 from jlora.hub.checkpoints.resize import check_vocab
 from jlora.kernels.attention import AUTO, FORMS
 from jlora.lora import LoraConfig
@@ -87,6 +88,7 @@ class TrainConfig:
         tensorboard: also write TensorBoard files (needs the extra of that name).
         profile: number of steps to trace, after the first two; see `jlora.train.reporting.tracing`.
         fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
+        experts: save adapters of experts as PEFT does ("stacked") or each by itself, as vLLM and SGLang read them.
     """
 
     steps: int | None = None
@@ -104,6 +106,7 @@ class TrainConfig:
     tensorboard: bool = False
     profile: int = 0
     fold: bool = False
+    experts: ExpertLayout = "stacked"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     on_changed_files: Literal["refuse", "note"] = "refuse"
 

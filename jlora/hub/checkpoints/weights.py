@@ -115,6 +115,23 @@ def read_unchecked(file: Path, name: str) -> np.ndarray:
         raise UserError(f"{file}: {name} cannot be read ({error})") from error
 
 
+def read_tensors(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Several tensors of a safetensors file, which is opened once: one with many has a long header.
+
+    Raises:
+        UserError: as `read_tensor`.
+    """
+    read = {}
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            for name in names:
+                read[name] = handle.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: {name} cannot be read ({error})") from error
+    require_finite({f"{file}: {name}": values for name, values in read.items()})
+    return read
+
+
 def read_part(file: Path, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
     """tensor[index] of one tensor of a safetensors file; nothing else of it is read.
 

@@ -159,6 +159,8 @@ class Summary(NamedTuple):
         targets, parameters: the adapted modules, and the adapted parameters that are not modules.
         tokens: as `trainable_token_indices`.
         tied: whether the embedding's adapter acts in the head too.
+        experts: what the names of adapted linears of single experts end in, if they are adapted one by one; ranks and
+            alphas may then have patterns for names.
         whole: whether names must be whole, because the model has other parts, whose modules may end in the same way.
         task_type: PEFT's; "SEQ_CLS" for reward models, whose score head is one of `modules_to_save`.
     """
@@ -178,12 +180,14 @@ class Summary(NamedTuple):
     fan_in_fan_out: bool
     task_type: str
     whole: bool = False
+    experts: Sequence[str] = ()
 
 
 def to_json(summary: Summary, *, base: str | None) -> dict[str, Any]:
     """The adapter_config.json of an adapter."""
     ranks, alphas = summary.ranks, summary.alphas
     targets = sorted(summary.targets) if summary.whole else _target_names(summary.targets, summary.linears)
+    targets = sorted({*targets, *summary.experts})
     only_saved = summary.modules_to_save and not targets and not summary.parameters
     r, alpha = (_commonest(values.values()) if values else 8 for values in (ranks, alphas))
     fields = {

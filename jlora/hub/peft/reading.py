@@ -23,8 +23,9 @@ from jlora.hub.checkpoints.weights import (
     tensor_infos,
 )
 from jlora.hub.peft.config import CONFIG, AdapterConfig
-from jlora.hub.peft.experts import exchanged, find_one_by_one, stack_experts
+from jlora.hub.peft.experts import exchanged
 from jlora.hub.peft.names import AdapterNames
+from jlora.hub.peft.single import stack_experts
 from jlora.hub.peft.slots import (
     PLAIN,
     PREFIX,
@@ -69,13 +70,11 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)
-    modules = find_modules(base, found)
-    single, made = find_one_by_one(file, modules, found, config), {}
-    config = single.config if single else config
+    modules, made = find_modules(base, found), {}
+    if stacked := stack_experts(file, modules, found, config, leaves):
+        config, found, made = stacked
     modules = outermost(modules, found, config)
-    if single:
-        found, made = stack_experts(file, modules, found, single)
-    else:
+    if not stacked:
         modules = exchanged(modules, found, config, folder / CONFIG, leaves)
     adapted = [module for module in modules if is_wanted(module, found, config)]
     slots = factor_slots(adapted, config) | config_slots(leaves, config, adapted)

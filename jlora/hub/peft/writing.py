@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,6 +19,7 @@ from jlora.hub.checkpoints.weights import read_json, require_finite
 from jlora.hub.peft.config import CONFIG, NO_TARGETS, Summary, to_json
 from jlora.hub.peft.names import AdapterNames, copied_modules
 from jlora.hub.peft.reading import WEIGHTS
+from jlora.hub.peft.single import separate_experts
 from jlora.hub.peft.slots import PREFIX, Module, base_weight, extra_slots, find_modules, input_embedding
 from jlora.hub.peft.vocabulary import vocabulary_copies
 from jlora.lora.kinds import BIAS, DORA, KINDS, LEAVES, PRODUCT, TIED, TYPES, update_of, width
@@ -31,6 +32,8 @@ from jlora.models.model import SCORE
 from jlora.types import Params
 
 STALE = ("adapter_model*",)
+# How adapters of experts are written.
+ExpertLayout = Literal["stacked", "each"]
 
 
 def save_adapter(
@@ -39,6 +42,7 @@ def save_adapter(
     base: str | None = None,
     *,
     fold: bool = False,
+    experts: str = "stacked",
     save_embedding_layers: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
@@ -51,6 +55,9 @@ def save_adapter(
         base: the Hub id or path of the base model, for adapter_config.json.
         fold: pad all modules with zeros to the largest rank and multiply their scales into B, which leaves a scale of
             1, so that readers without rank_pattern and alpha_pattern, such as vLLM, compute the same.
+        experts: "stacked" writes the adapters of experts as PEFT does, one for all experts of a layer; "each" one by
+            one, with factors for every linear of every expert, as vLLM and SGLang read them. The names are then those
+            of the family, which `base` tells. `load_adapter` opens both.
         save_embedding_layers: also write the base's embedding and head, as PEFT does for a base that was given more
             rows for tokens (`jlora.load(..., vocab=…)`): readers must resize their base to as many, and then get the
             same rows. Without it, those that came with an adapter (`jlora.load_adapter`) are still written, and both
@@ -58,12 +65,17 @@ def save_adapter(
             be told from the base's.
 
     Raises:
-        ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite.
+        ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite; or
+            `base` is needed for names and does not tell the family.
         FileExistsError: `path` holds something other than an adapter.
     """
     params = _whole_score(tree.map_modules(lambda _, module: PRODUCT.as_product(module), params))
+    if experts not in get_args(ExpertLayout):
+        raise UserError(f"experts={experts!r}: expected one of {', '.join(get_args(ExpertLayout))}")
     tensors, summary = _contents(params, fold=fold)
     flat = tree.flatten(params)
+    if experts == "each":
+        tensors, summary = separate_experts(tensors, summary, find_modules(params), flat, base)
     tensors |= vocabulary_copies(flat, tensors, every=save_embedding_layers or _has_more_rows(flat, base))
     require_finite(tensors)
     config = to_json(summary, base=base)
@@ -303,7 +315,7 @@ def _card(config: Mapping[str, Any]) -> str:
         "---",
     ]
     targets = config["modules_to_save" if config["target_modules"] == NO_TARGETS else "target_modules"]
-    on = ", ".join(f"`{name}`" for name in targets)
+    on = ", ".join(dict.fromkeys(re.sub(r"^`experts\.\d+\.", "`experts.*.", f"`{name}`") for name in targets))
     scored = config["task_type"] == "SEQ_CLS"
     auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
     by_module = config.get("rank_pattern") or config.get("alpha_pattern")

@@ -25,6 +25,7 @@ from jlora.families import (
     gpt_oss,
     granite,
     granitemoe,
+    granitemoehybrid,
     helium,
     hunyuan_v1_dense,
     internlm3,
@@ -65,7 +66,7 @@ FAMILIES: dict[str, Family] = {
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite, mistral4),
-        *(gpt_oss, lfm2, granitemoe, apertus),
+        *(gpt_oss, lfm2, granitemoe, granitemoehybrid, apertus),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

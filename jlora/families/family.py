@@ -1,6 +1,7 @@
 """What there is to say about a family of models, and what its config.json is read into."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -267,11 +268,17 @@ class QueryGrowth(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """The names of norms: of the dense MLP's outputs, of the experts' inputs, and of their outputs."""
+    """The names of norms: of the dense MLP's outputs, of the experts' inputs, and of their outputs.
 
-    dense: str
-    before: str
-    after: str
+    Attributes:
+        before: None: the experts and their router read what the MLP reads.
+        module: the name of the experts' module; None: router and experts are the layer's own.
+    """
+
+    dense: str | None = None
+    before: str | None = None
+    after: str | None = None
+    module: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,8 +300,7 @@ class Experts:
         correction: whether the router has numbers that are added to scores to choose experts, but not to weigh them.
         groups, top_groups: experts are chosen from the `top_groups` best of so many equal groups.
         scaling: factor of the weights.
-        beside: the norms around the experts where these are beside the dense MLP, and read the same values; None: the
-            experts take the MLP's place.
+        beside: what is around the experts where these are beside the dense MLP; None: they take the MLP's place.
         scaled: whether the router norms its inputs and multiplies them, and the weights, by learned numbers.
     """
 
@@ -368,3 +374,39 @@ class Delta:
     def state(self) -> int:
         """How many values the state of a layer has."""
         return self.value_heads * self.key_dim * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 mixers (Dao and Gu 2024): a matrix of state for each head, that decays at every token by its own step.
+
+    Attributes:
+        heads, head_dim: of the inputs.
+        groups: how many keys and queries (Mamba's B and C) there are; each serves several neighbouring heads, and the
+            norm of what these give has statistics of its own.
+        state_size: the width of a key and a query.
+        conv_kernel: how many tokens the convolution of inputs, keys and queries sees.
+        conv_bias, bias: whether the convolution and the linears have biases.
+        step_limits: the shortest and the longest step.
+        activation: of what the convolution gives.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    conv_kernel: int
+    conv_bias: bool = True
+    bias: bool = False
+    step_limits: tuple[float, float] = (0.0, math.inf)
+    activation: str = "silu"
+
+    @property
+    def inner(self) -> int:
+        """How many inputs all heads have."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """How many values the convolution mixes: inputs, keys and queries."""
+        return self.inner + 2 * self.groups * self.state_size

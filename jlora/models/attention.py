@@ -29,6 +29,12 @@ def room(config: ModelConfig, layer: Layer) -> Room:
     return {"keys": shape, "values": shape}
 
 
+def products(config: ModelConfig, layer: Layer, tokens: int) -> int:
+    """Products for a token of a row besides those with weights: with all keys, masked ones too, and values."""
+    heads = config.heads(layer)
+    return 2 * heads.queries * heads.width * min(tokens, layer.window or tokens)
+
+
 class Attention(nn.Module):
     """Self-attention; with a cache, it writes the layer's T new keys and values and attends to all S."""
 

@@ -72,12 +72,14 @@ class Feedforward(nn.Module):
         beside = config.experts.beside if self.layer.experts else None
         mixes = self.layer.experts and not beside
         mlp = Mixture(config, name=name) if mixes else MLP(config, width, self.gathered, name=name)
-        y = mlp(_norm(config, norms[0], x if config.parallel else attended))
+        inputs = _norm(config, norms[0], x if config.parallel else attended)
+        y = mlp(inputs)
         if beside:
-            mixture = Mixture(config)
-            nn.share_scope(self, mixture)
-            routed = mixture(_norm(config, beside.before, attended), attended)
-            y = _norm(config, beside.dense, y) + _norm(config, beside.after, routed)
+            mixture = Mixture(config, name=beside.module)
+            if beside.module is None:
+                nn.share_scope(self, mixture)
+            read = (_norm(config, beside.before, attended), attended) if beside.before else (inputs,)
+            y = _norm(config, beside.dense, y) + _norm(config, beside.after, mixture(*read))
         return attended + _scaled(config, _norm(config, norms[1], y))
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:

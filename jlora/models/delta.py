@@ -24,6 +24,11 @@ def room(config: ModelConfig, layer: Layer) -> Room:
     }
 
 
+def products(config: ModelConfig, layer: Layer, tokens: int) -> int:
+    """Products for a token besides those with weights: two readings of the state and one writing."""
+    return 3 * config.delta.state
+
+
 class DeltaNet(nn.Module):
     """A gated delta net; with a cache, it continues from the state there.
 

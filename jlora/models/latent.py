@@ -33,6 +33,12 @@ def room(config: ModelConfig, layer: Layer) -> Room:
     return {"latent": Shape((1, None, sizes.kv_lora_rank)), "rotated": Shape((1, None, sizes.qk_rope_head_dim))}
 
 
+def products(config: ModelConfig, layer: Layer, tokens: int) -> int:
+    """As for attention, where keys and values are made for every head."""
+    sizes = _sizes(config)
+    return config.num_attention_heads * (sizes.qk_head_dim + sizes.v_head_dim) * min(tokens, layer.window or tokens)
+
+
 class LatentAttention(nn.Module):
     """Self-attention whose keys and values are `kv_b_proj` of a latent, and of one rotated key that all heads share."""
 

@@ -62,11 +62,12 @@ class Norm(nn.Module):
 
     "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019). "rms" scales after rounding to x's
     dtype, the others before; "rms_plus_one" scales by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et
-    al. 2016). "rms_bare": x / rms(x), without leaves.
+    al. 2016). "rms_bare": x / rms(x), without leaves. Each of the `groups` equal parts of x has statistics of its own.
     """
 
     kind: str
     epsilon: float
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,10 +76,11 @@ class Norm(nn.Module):
             self.param("scale", start, (x.shape[-1],))
             if self.kind == "layer":
                 self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32).reshape(self._grouped(x.shape))
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        normal = normal.reshape(x.shape)
         if self.kind == "rms_bare":
             return normal.astype(x.dtype)
         weights = lora.resolve(leaves(self))
@@ -89,6 +91,9 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y + weights["bias"].astype(jnp.float32).reshape(scale.shape)
         return y.astype(x.dtype)
+
+    def _grouped(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.groups == 1 else (*shape[:-1], self.groups, shape[-1] // self.groups)
 
 
 class XIELU(nn.Module):

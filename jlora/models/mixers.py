@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jlora.families.family import Layer
-from jlora.models import attention, delta, latent, shortconv
+from jlora.models import attention, delta, latent, mamba, shortconv
 from jlora.models.cache import Room
 from jlora.models.config import ModelConfig
 
@@ -16,18 +16,21 @@ class Mixer(NamedTuple):
         module: (config, layer, the form of attention) → a Flax module that maps (x [B, T, D], context, cache or None)
             to (y [B, T, D], the cache with these tokens).
         room: (config, layer) → what a layer keeps of a row's earlier tokens.
+        products: (config, layer, length of a row) → the products for a token besides those with linears' weights.
         recurrent: whether it needs `Context.runs`.
     """
 
     module: Callable
     room: Callable[[ModelConfig, Layer], Room]
+    products: Callable[[ModelConfig, Layer, int], int]
     recurrent: bool = False
 
 
 # `jlora.families.family.Layer.mixer` → the mixer.
 MIXERS = {
-    "attention": Mixer(attention.Attention, attention.room),
-    "delta": Mixer(delta.DeltaNet, delta.room, recurrent=True),
-    "conv": Mixer(shortconv.ShortConv, shortconv.room, recurrent=True),
-    "latent": Mixer(latent.LatentAttention, latent.room),
+    "attention": Mixer(attention.Attention, attention.room, attention.products),
+    "delta": Mixer(delta.DeltaNet, delta.room, delta.products, recurrent=True),
+    "conv": Mixer(shortconv.ShortConv, shortconv.room, shortconv.products, recurrent=True),
+    "latent": Mixer(latent.LatentAttention, latent.room, latent.products),
+    "mamba": Mixer(mamba.Mamba, mamba.room, mamba.products, recurrent=True),
 }

@@ -18,6 +18,11 @@ def room(config: ModelConfig, layer: Layer) -> Room:
     return {"tail": Shape((config.conv_kernel - 1, config.hidden_size))}
 
 
+def products(config: ModelConfig, layer: Layer, tokens: int) -> int:
+    """Products for a token besides those with linears: those of the convolution, which are few, are not counted."""
+    return 0
+
+
 class ShortConv(nn.Module):
     """output(c · convolution(b · x)), where b, c and x are the thirds of one linear's output."""
 

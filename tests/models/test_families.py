@@ -57,6 +57,7 @@ HYBRID = SIZES | dict(
     linear_value_head_dim=14,
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.3),
 )
+MAMBA = dict(mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=10, mamba_chunk_size=8)
 SHARED = MOE | dict(shared_expert_intermediate_size=28)
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
 QWEN_VISION |= dict(num_position_embeddings=16)
@@ -304,6 +305,22 @@ CASES = {
         "GraniteMoeConfig",
         SIZES | dict(num_local_experts=3, num_experts_per_tok=2, attention_bias=True, rope_parameters=YARN),
     ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        SIZES
+        | MAMBA
+        | dict(embedding_multiplier=12.0, logits_scaling=6.0, residual_multiplier=0.22, attention_multiplier=0.2)
+        | dict(shared_intermediate_size=28, num_local_experts=5, num_experts_per_tok=3, num_hidden_layers=3)
+        | dict(layer_types=["mamba", "mamba", "attention"]),
+    ),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybridConfig",
+        SIZES
+        | MAMBA
+        | dict(shared_intermediate_size=40, num_local_experts=0, position_embedding_type="rope", mamba_n_groups=1)
+        | dict(layer_types=["mamba", "attention"] * 2, time_step_limit=(0.2, 0.9), mamba_conv_bias=False)
+        | dict(mamba_proj_bias=True, tie_word_embeddings=True, attention_bias=True, mamba_d_conv=3),
+    ),
     "apertus": ("ApertusConfig", SIZES | dict(tie_word_embeddings=True)),
     "apertus-relu": (
         "ApertusConfig",
@@ -527,8 +544,9 @@ def test_padding(case, load, parity):
     inputs = {"attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
     padded = np.pad(ids, ((0, 0), (pad, 0)))
     theirs = logits_of(reference(case), padded, **{name: torch.from_numpy(x) for name, x in inputs.items()})[:, pad:]
-    # In transformers, padding enters short convolutions through their biases.
-    others = (expected,) if model.config.conv_bias else (expected, theirs)
+    # In transformers, padding enters convolutions through the biases of the linears before them.
+    mamba = model.config.mamba
+    others = (expected,) if model.config.conv_bias or (mamba and mamba.bias) else (expected, theirs)
     found = max(difference(ours, other[0]) for ours in (left[pad:], right[:11]) for other in others)
     parity("family", case.partition("-")[0], "padding", found)
     assert found < 1e-4
@@ -647,7 +665,7 @@ def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
     assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid"])
 def test_branches_continue_from_what_they_share(case, load):
     """A shared prompt and two answers in one row, and each pair of prompt and answer by itself."""
     model, params = load(case)

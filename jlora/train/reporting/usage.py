@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from jlora import devices, tree
-from jlora.families.family import Layer
 from jlora.lora.kinds import multiplies
 from jlora.lora.sites import MAIN, is_expert
 from jlora.models import ModelConfig
+from jlora.models.mixers import MIXERS
 from jlora.types import Params
 
 
@@ -85,8 +85,8 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
     These are products with weights and in attention, but not recomputation by remat, reference policies or rollouts.
 
     A frozen weight takes part in two products, in the forward pass and for the gradient of its input; a trained one in
-    three. All of attention's scores are counted, although half of them are masked; of a delta net, two readings of the
-    state and one writing.
+    three. All of attention's scores are counted, although half of them are masked; of recurrences, every reading and
+    writing of the state (`jlora.models.mixers.Mixer.products`).
     """
 
     def multiplied(params: Params) -> float:
@@ -101,17 +101,8 @@ def flops_per_token(config: ModelConfig, frozen: Params, trainable: Params, seq_
             count += share * leaf.size
         return count
 
-    scores = sum(_score_width(config, layer) * min(seq_len, layer.window or seq_len) for layer in config.layers)
-    states = sum(layer.mixer == "delta" for layer in config.layers) * (config.delta.state if config.delta else 0)
-    return 4 * multiplied(frozen) + 6 * multiplied(trainable) + 12 * scores + 18 * states
-
-
-def _score_width(config: ModelConfig, layer: Layer) -> float | int:
-    """How many values all heads multiply with one key and with its value, on average of the two."""
-    if layer.mixer == "latent" and config.latent:
-        return config.num_attention_heads * (config.latent.qk_head_dim + config.latent.v_head_dim) / 2
-    heads = config.heads(layer)
-    return heads.queries * heads.width if layer.mixer == "attention" else 0
+    mixed = sum(MIXERS[layer.mixer].products(config, layer, seq_len) for layer in config.layers)
+    return 4 * multiplied(frozen) + 6 * (multiplied(trainable) + mixed)
 
 
 def process_peak() -> int:

@@ -238,6 +238,11 @@ def test_the_present_form_stays_as_it_is(tmp_path):
 
 
 GRANITE = transformers.GraniteMoeConfig, dict(intermediate_size=40, num_local_experts=EXPERTS)
+HYBRID = (
+    transformers.GraniteMoeHybridConfig,
+    dict(intermediate_size=40, num_local_experts=EXPERTS, shared_intermediate_size=20, layer_types=["attention"] * 2)
+    | dict(mamba_n_heads=4),
+)
 GEMMA = (
     transformers.Gemma4TextConfig,
     dict(intermediate_size=40, head_dim=16, global_head_dim=12, hidden_size_per_layer_input=0, pad_token_id=0)
@@ -250,6 +255,7 @@ KERNELS = ("experts.gate_up_proj", "experts.down_proj")
     ("family", "parameters"),
     [
         pytest.param(GRANITE, [f"block_sparse_moe.{name}" for name in (*KERNELS, "router.weight")], id="granitemoe"),
+        pytest.param(HYBRID, [f"block_sparse_moe.{name}" for name in KERNELS], id="granitemoehybrid"),
         pytest.param(GEMMA, [*KERNELS], id="gemma4_text"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jlora.errors import UserError
-from jlora.families.layouts import Layout
+from jlora.families.layouts import Joined, Layout
 
 if TYPE_CHECKING:
     from jlora.families.family import Family
@@ -144,6 +144,7 @@ class Reading(NamedTuple):
         biases: config.json's name → a tensor that exists if the field is true.
         theta, share: config.json's names of the rotary base (None: no rotary positions) and of the share of a head that
             is rotated (None: always all of it).
+        scaling: what `rope_scaling` has besides, in all of the family's files that scale rotations.
         mark: a key that is there and not 0 in this family's files, but not in those of earlier families with the same
             architecture.
     """
@@ -155,6 +156,7 @@ class Reading(NamedTuple):
     biases: Mapping[str, str] = {}
     theta: str | None = "rope_theta"
     share: str | None = None
+    scaling: Mapping[str, Any] = {}
     mark: str | None = None
 
 
@@ -168,6 +170,8 @@ class Gguf(NamedTuple):
         modules: GGUF's names of a layer's modules → the Hub's, besides those that are in `Names`; None takes one of
             these out.
         layouts: (pattern of GGUF's tensor names, how these differ from the Hub's).
+        joined: the tensors of a layer whose names do not follow from a module's, or that GGUF has in several. Of those
+            for the same tensor, the first is written.
         period: one layer in this many has no window, unless the file says which; None: llama.cpp computes no windows.
         all_biases: whether llama.cpp has biases of attention's output and the MLP.
         soft_caps: whether llama.cpp caps attention's scores.
@@ -179,6 +183,7 @@ class Gguf(NamedTuple):
     writes: Mapping[str, Callable[["ModelConfig"], Any]] = {}
     modules: Mapping[str, str | None] = {}
     layouts: tuple[tuple[str, Layout], ...] = ()
+    joined: tuple[Joined, ...] = ()
     period: int | None = None
     all_biases: bool = False
     soft_caps: bool = True
@@ -217,6 +222,18 @@ def modules_of(family: "Family") -> dict[str, str]:
         **{name: family.hub_name(path) for name, path in outside.items() if path},
         **{f"blk.{{layer}}.{name}": f"{stack}.{{layer}}.{own}" for name, own in inside.items() if own},
     }
+
+
+def joined_of(family: "Family") -> tuple[Joined, ...]:
+    """The tensors of a layer with names of their own, by their whole names; `{layer}` stands for its number."""
+    stack = family.hub_name(family.names.stack)
+    return tuple(
+        joined._replace(
+            name=f"{stack}.{{layer}}.{joined.name}",
+            parts=tuple(f"blk.{{layer}}.{part}" for part in joined.parts),
+        )
+        for joined in (family.gguf.joined if family.gguf else ())
+    )
 
 
 def shortest(value: float) -> float:

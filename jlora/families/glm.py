@@ -2,7 +2,7 @@
 
 from jlora.families.family import Family, Names, Values
 from jlora.families.fields import Fields
-from jlora.families.gguf import ATTENTION_BIAS, SILU, Config, Gguf, Metadata, Reading
+from jlora.families.gguf import ATTENTION_BIAS, SILU, Config, Gguf, Metadata, Reading, require_even_heads
 from jlora.families.reading import common, interleaved
 
 SHARE = "partial_rotary_factor"
@@ -22,6 +22,11 @@ def from_gguf(metadata: Metadata, config: Config) -> Config:
     return {"head_dim": head_dim, "num_key_value_heads": metadata.number("attention.head_count_kv", count)}
 
 
+def from_chatglm(metadata: Metadata, config: Config) -> Config:
+    require_even_heads(metadata, config["hidden_size"], config["num_attention_heads"])
+    return from_gguf(metadata, config)
+
+
 READING = Reading(constants=SILU, biases=ATTENTION_BIAS, more=from_gguf, share=SHARE)
 FAMILY = Family(
     model_types=("glm",),
@@ -29,5 +34,5 @@ FAMILY = Family(
     read=read,
     names=Names(mlp_up=("gate_up_proj",)),
     score="Glm",
-    gguf=Gguf("chatglm", READING),
+    gguf=Gguf("chatglm", READING._replace(more=from_chatglm)),
 )

@@ -2,7 +2,9 @@
 
 from jlora.families.family import IN_OUT, Clamped, ExpertNames, Experts, Family, Layer, Names, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import DECODER, ROUTED, SILU, Config, Gguf, Metadata, Reading, heads, windows
 from jlora.families.kinds import FLAG, NUMBER, POSITIVE
+from jlora.families.layouts import Joined, stacked_experts
 from jlora.families.reading import common, read_windows
 
 # What transformers takes where config.json says nothing of rotary positions.
@@ -43,6 +45,15 @@ def read(fields: Fields) -> Values:
     }
 
 
+PERIOD = 2  # layers, of which the first has a window
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    metadata.only("feed_forward_length", config["intermediate_size"])
+    metadata.only("rope.freq_base_swa", metadata.get("rope.freq_base", 10000.0))
+    return heads(metadata, config) | windows(metadata, config, window=128, period=PERIOD)
+
+
 FAMILY = Family(
     model_types=("gpt_oss",),
     class_name="GptOssForCausalLM",
@@ -51,4 +62,38 @@ FAMILY = Family(
     score="GptOss",
     stacked_experts=IN_OUT,
     single_experts=ExpertNames(gate_proj="w1", up_proj="w3", down_proj="w2"),
+    gguf=Gguf(
+        "gpt-oss",
+        Reading(
+            required={
+                **DECODER,
+                **ROUTED,
+                "num_local_experts": "expert_count",
+                "intermediate_size": "expert_feed_forward_length",
+            },
+            # What config.json would say if nothing, and what llama.cpp computes whatever the file says.
+            constants={
+                **SILU,
+                "attention_bias": True,
+                "swiglu_alpha": 1.702,
+                "swiglu_limit": 7.0,
+                "rope_parameters": {"rope_type": "default"},
+            },
+            scaling={"truncate": False},
+            more=from_gguf,
+        ),
+        writes={"expert_feed_forward_length": lambda config: config.intermediate_size},
+        modules={
+            "ffn_norm": None,
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        joined=(
+            Joined("self_attn.sinks", ("attn_sinks.weight",)),
+            *stacked_experts("mlp.experts", turned=True, biased=True),
+        ),
+        period=PERIOD,
+        all_biases=True,
+        own_head=True,
+    ),
 )

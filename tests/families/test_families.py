@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from jlora import families, models, tree
 from jlora.families import FAMILIES, Family, called, each
 from jlora.families.fields import Fields
-from jlora.families.layouts import Heads
+from jlora.families.layouts import Sizes
 from jlora.hub.checkpoints import names as hub_names
 from jlora.hub.gguf.config import read_config
 from jlora.hub.gguf.metadata import check, describe
@@ -24,12 +24,20 @@ from jlora.models import ModelConfig
 
 EVERY = pytest.mark.parametrize("model_type", FAMILIES)
 IN_GGUF = pytest.mark.parametrize("model_type", [kind for kind, family in FAMILIES.items() if family.gguf])
-HEADS = Heads(queries=6, keys=2)
+SIZES = Sizes(queries=6, keys=2)
 
 
 def model_of(model_type):
     """A model with the settings that the family has if config.json says nothing, except for what GGUF cannot say."""
     return models.build(transformers.CONFIG_MAPPING[model_type]().to_dict() | {"norm_topk_prob": True})
+
+
+JOINED_SHAPES = {"experts": (6, 12, 6)}
+
+
+def joined_shape(joined):
+    """A shape of 432 values that the tensor can have."""
+    return next((shape for part, shape in JOINED_SHAPES.items() if part in joined.name), (-1, 6))
 
 
 def leaves_of(model_type):
@@ -102,10 +110,13 @@ def test_gguf_names_every_tensor_and_back(model_type):
         for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
         if ".experts." not in tensor.name or ".experts.1." in tensor.name
     ]
-    written = {hub_names.to_gguf(name, model_type): name for name in tensors}
-    assert len(written) == len(tensors)
-    read = hub_names.from_gguf(written, model_type)
-    assert {name: found.replace("{expert}", "1") for name, found in read.items()} == written
+    written = {name: hub_names.to_gguf(name, model_type) for name in tensors}
+    parts = [part for there in written.values() for part in there.names]
+    assert len(parts) == len(set(parts))
+    read = hub_names.from_gguf(parts, model_type)
+    assert {name.replace("{expert}", "1"): there.names for name, there in read.items()} == {
+        name: there.names for name, there in written.items()
+    }
 
 
 @IN_GGUF
@@ -128,9 +139,13 @@ def test_gguf_metadata_says_the_same_model_and_back(model_type):
 def test_layouts_are_undone(model_type):
     values = np.arange(6 * 4 * 3 * 6.0).reshape(-1, 6)
     for pattern, layout in FAMILIES[model_type].gguf.layouts:
-        written = layout.to_gguf(values, HEADS)
-        np.testing.assert_array_equal(layout.from_gguf(written, HEADS), values, err_msg=pattern)
+        written = layout.to_gguf(values, SIZES)
+        np.testing.assert_array_equal(layout.from_gguf(written, SIZES), values, err_msg=pattern)
         assert written.shape != values.shape or np.any(written != values)
+    for joined in FAMILIES[model_type].gguf.joined:
+        parts = joined.taken(values.reshape(joined_shape(joined)), SIZES)
+        assert len(parts) == len(joined.parts)
+        np.testing.assert_array_equal(joined.made(parts, SIZES).reshape(values.shape), values, err_msg=joined.name)
 
 
 @EVERY

@@ -66,16 +66,19 @@ def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
 def stored_tensors(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
     """Name → tensor, for those that are already packed.
 
+    Tensors of a GGUF file are packed again if `quant` asks for it.
+
     Raises:
         UserError: they are packed in a way that jlora does not read, or `quant` asks to pack them again.
     """
+    if not isinstance(checkpoint, SafetensorsFolder):
+        return checkpoint.stored if quant is None else {}
     settings = checkpoint.config.get("quantization_config") or {}
     settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)[:60]}
     name = _method(settings) if settings else "bitsandbytes"
     if name not in METHODS:
         raise UserError(f"{source} is already quantised ({name}); give the original checkpoint and quant='nf4'")
-    packable = isinstance(checkpoint, SafetensorsFolder)
-    stored = METHODS[name].find(checkpoint.folder, checkpoint.tensors) if packable else {}
+    stored = METHODS[name].find(checkpoint.folder, checkpoint.tensors)
     if settings and not stored:
         raise UserError(
             f"{source}: config.json says that it is quantised ({name}), but no tensor is packed: delete the entry "
@@ -96,7 +99,8 @@ def read_packed(stored: Stored, dtype: np.dtype) -> PackedArray:
     Args:
         dtype: the dtype that dequantised values are rounded to, if the files do not say.
     """
-    return BY_FORMAT[stored.format].read(stored, stored.dtype or dtype)
+    dtype = stored.dtype or dtype
+    return stored.read(dtype) if stored.read else BY_FORMAT[stored.format].read(stored, dtype)
 
 
 def _method(settings: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES, called, each, every
 from jlora.families.family import OUT_IN, SCORE
-from jlora.families.gguf import modules_of
+from jlora.families.gguf import joined_of, modules_of
+from jlora.families.layouts import Joined
 
 # jlora's path of a stack → its name in transformers; the same for modules outside of stacks.
 STACKS = dict(each(lambda family: (family.names.stack, family.hub_name(family.names.stack))))
@@ -43,6 +44,8 @@ EXPERTS = r"(?P<stack>.+)/experts/(?P<kernel>gate_up_proj|down_proj)"
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # model_type → GGUF's name of a module → the Hub's.
 GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
+# The same of single tensors.
+GGUF_JOINED = {kind: joined_of(family) for kind, family in FAMILIES.items() if family.gguf}
 # The number of a layer in the Hub's names.
 LAYER = "|".join(rf"(?<=\.{name}\.)\d+" for name in called("stack"))
 
@@ -177,33 +180,57 @@ def is_harmless(name: str, model_type: str | None = None) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, str]:
-    """GGUF tensor name → Hub tensor name; tensors that are not weights of such a model are left out.
+class InGGUF(NamedTuple):
+    """What GGUF has for one of the Hub's tensors.
 
-    "blk.3.attn_q.weight" → "model.layers.3.self_attn.q_proj.weight"
-    "blk.3.ffn_up_exps.weight" → "model.layers.3.mlp.experts.{expert}.up_proj.weight", for one tensor [E, F, D]
+    Attributes:
+        names: GGUF's tensors.
+        joined: how they are put together; None if there is one, named after its module.
     """
-    found: dict[str, str] = {}
-    for name in names:
-        module, _, suffix = name.rpartition(".")
-        template, layer = _numbers_out(module, layer=r"(?<=^blk\.)\d+")
-        if hub_name := GGUF_MODULES[model_type].get(template):
-            hub_name = hub_name.replace("{layer}", layer.get("layer", ""))
-            found[name] = _checkpoint_name(f"{hub_name}.{suffix}", model_type)
+
+    names: tuple[str, ...]
+    joined: Joined | None = None
+
+
+def from_gguf(names: Iterable[str], model_type: str = "llama") -> dict[str, InGGUF]:
+    """Hub tensor name → the GGUF tensors among `names` that it is made of; those of no such model are left out.
+
+    "model.layers.3.self_attn.q_proj.weight" → "blk.3.attn_q.weight"
+    "model.layers.3.mlp.experts.{expert}.up_proj.weight" → "blk.3.ffn_up_exps.weight", one tensor [E, F, D]
+    """
+    there = dict.fromkeys(names)
+    found: dict[str, InGGUF] = {}
+    for name in there:
+        template, numbers = _numbers_out(name, layer=r"(?<=^blk\.)\d+")
+        layer = numbers.get("layer", "")
+        named = [joined for joined in GGUF_JOINED[model_type] if template in joined.parts]
+        for joined in named:
+            parts = tuple(part.replace("{layer}", layer) for part in joined.parts)
+            if set(parts) <= there.keys():
+                hub_name = _checkpoint_name(joined.name.replace("{layer}", layer), model_type)
+                found.setdefault(hub_name, InGGUF(parts, joined))
+        module, _, suffix = template.rpartition(".")
+        if not named and (hub_name := GGUF_MODULES[model_type].get(module)):
+            hub_name = hub_name.replace("{layer}", layer)
+            found[_checkpoint_name(f"{hub_name}.{suffix}", model_type)] = InGGUF((name,))
     return found
 
 
-def to_gguf(name: str, model_type: str) -> str:
-    """GGUF's name for one of the Hub's tensors; for one expert's, the name of the tensor of all experts.
+def to_gguf(name: str, model_type: str) -> InGGUF:
+    """What GGUF has for one of the Hub's tensors; for one expert's, the tensor of all experts.
 
     Raises:
         ValueError: GGUF has no such tensor.
     """
-    module, _, suffix = name.rpartition(".")
-    template, numbers = _numbers_out(module, layer=LAYER, expert=r"(?<=\.experts\.)\d+")
+    template, numbers = _numbers_out(name, layer=LAYER, expert=r"(?<=\.experts\.)\d+")
+    layer = numbers.get("layer", "")
+    for joined in GGUF_JOINED[model_type]:
+        if _checkpoint_name(joined.name, model_type) == template:
+            return InGGUF(tuple(part.replace("{layer}", layer) for part in joined.parts), joined)
+    suffix = template.rpartition(".")[2]
     for gguf_name, hub_name in GGUF_MODULES[model_type].items():
-        if _checkpoint_name(hub_name, model_type) == template:
-            return f"{gguf_name.replace('{layer}', numbers.get('layer', ''))}.{suffix}"
+        if _checkpoint_name(f"{hub_name}.{suffix}", model_type) == template:
+            return InGGUF((f"{gguf_name.replace('{layer}', layer)}.{suffix}",))
     raise UserError(f"{name} has no name in GGUF: {model_type} has no such module there")
 
 

@@ -1,10 +1,12 @@
 """A tensor that its checkpoint has packed, whatever packed it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from jlora.hub.checkpoints.weights import TensorInfo
+from jlora.quant import PackedArray
 
 
 class Stored(NamedTuple):
@@ -17,6 +19,7 @@ class Stored(NamedTuple):
         parts: part ("weight", "absmax", …) → (name of its tensor, that tensor's info).
         offset: the offset of nested block scales; None if they are not nested.
         stack: the axes before the kernel's own, of a tensor that holds several.
+        read: (the dequantised values' dtype) → the kernel; None: the format's own way reads the parts.
     """
 
     format: str
@@ -25,6 +28,7 @@ class Stored(NamedTuple):
     parts: dict[str, tuple[str, TensorInfo]]
     offset: float | None = None
     stack: tuple[int, ...] = ()
+    read: Callable[[np.dtype], PackedArray] | None = None
 
     @property
     def names(self) -> set[str]:

@@ -105,7 +105,7 @@ def save_model(
 def _entries(model: "Model", params: Params, pieces: Sequence[Piece]) -> tuple[list[Entry], dict[str, Any]]:
     """(what to write of the pieces, what config.json says more of it): experts in MXFP4 as they are, all else dense."""
     flat = tree.flatten(params)
-    packed = mxfp4.written_packed(model.config.model_type, flat, _changed(params))
+    packed = mxfp4.written_packed(model.config.model_type, flat, changed_paths(params))
     _say_unpacked(flat, packed)
     dense = [Entry(piece.nbytes, functools.partial(tensors_of, params, piece)) for piece in pieces]
     if not packed:
@@ -126,7 +126,7 @@ def _packed(flat: Mapping[str, Any], piece: Piece) -> dict[str, np.ndarray]:
     return mxfp4.packed_tensors(piece.name, jax.tree.map(np.asarray, flat[piece.path][piece.tensor.index]))
 
 
-def _changed(params: Params) -> set[str]:
+def changed_paths(params: Params) -> set[str]:
     """The paths of the base's leaves that the adapter changes."""
     found: set[str] = set()
 

@@ -113,7 +113,10 @@ def _rotary(metadata: Metadata, config: Config, reading: Reading, values: Callab
             f"{metadata.name('rope.dimension_count')}: {turned} of {head_dim} values of a head are rotated; "
             f"partial rotation is not supported for {metadata.architecture}"
         )
-    return found | _rope_scaling(metadata, config, values, theta=theta, turned=turned)
+    scaled = _rope_scaling(metadata, config, values, theta=theta, turned=turned)
+    if "rope_scaling" in scaled:
+        scaled["rope_scaling"] |= reading.scaling
+    return found | scaled
 
 
 def _share(part: int, whole: int) -> float:

@@ -25,7 +25,7 @@ class Tensor(NamedTuple):
     Attributes:
         shape: slowest axis first.
         type: llama.cpp's name of the type it is written in.
-        values: makes its float32 values.
+        values: makes its float32 values, or its bytes if these are packed already.
     """
 
     name: str
@@ -95,6 +95,8 @@ def _kind(gguf: Any, value: Any) -> Any:
 
 
 def _packed(gguf: Any, tensor: Tensor, values: np.ndarray, type: Any) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
     largest = float(np.abs(values).max(initial=0))
     if tensor.type == "F16" and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")

@@ -16,6 +16,7 @@ from jlora import models
 from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.families.gguf import Gguf
+from jlora.families.layouts import Sizes
 from jlora.hub.gguf.config import FREQUENCIES, LONG, SHORT, YARN, read_config, yarn_attention
 from jlora.models.config import ModelConfig, Rope
 from jlora.models.rope import inverse_frequencies
@@ -35,6 +36,11 @@ def gguf_of(config: ModelConfig) -> Gguf:
     if gguf is None:
         raise UserError(f"jlora does not write {config.model_type} models as GGUF")
     return gguf
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    """The sizes that layouts depend on."""
+    return Sizes(config.num_attention_heads, config.num_key_value_heads, config.delta, config.latent)
 
 
 def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -2,22 +2,25 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jlora import lora, tree
 from jlora.ends import template_end
 from jlora.errors import UserError
-from jlora.families.layouts import Heads
-from jlora.hub.checkpoints import names
+from jlora.families.layouts import Layout, Sizes
+from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import alone
 from jlora.hub.checkpoints.source import locate
-from jlora.hub.checkpoints.writing import Piece, as_written, pieces_of, tensors_of
+from jlora.hub.checkpoints.writing import Piece, as_written, changed_paths, pieces_of, tensors_of
 from jlora.hub.gguf.file import Progress, Tensor, require_name, write_file
-from jlora.hub.gguf.metadata import HEAD, check, describe, gguf_of
+from jlora.hub.gguf.metadata import HEAD, check, describe, gguf_of, sizes_of
+from jlora.hub.gguf.mxfp4 import TYPE, packed
 from jlora.hub.gguf.reading import tokenizer_fields
 from jlora.hub.gguf.tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
 from jlora.hub.tokenizer import is_byte_level, load_tokenizer
@@ -58,8 +61,9 @@ def save_gguf(
     Of a model that also sees or hears, the file holds the language model, as llama.cpp's own files do.
 
     Merged weights are computed in float32 and rounded once. Vectors, routers and learned positions stay in float32;
-    matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. Warns of a window
-    (Mistral's, Phi-3's) that llama.cpp ignores, which changes its results for longer texts.
+    matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. gpt-oss's experts
+    in MXFP4 stay as they are if no adapter changes them. Warns if they do not, and of a window (Mistral's, Phi-3's)
+    that llama.cpp ignores, which changes its results for longer texts.
 
     Args:
         tokenizer: one of transformers', or the folder, Hub id or GGUF file of a model that has one (a GGUF file's is
@@ -161,20 +165,50 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
 
 def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
     """GGUF's name → the tensor to write."""
-    gguf, kind, heads = gguf_of(model.config), model.config.model_type, _heads(model)
+    gguf, kind, sizes = gguf_of(model.config), model.config.model_type, sizes_of(model.config)
+    flat = tree.flatten(params)
+    kept = mxfp4.written_packed(kind, flat, changed_paths(params))
+    if any(path not in kept and mxfp4.holds_experts(path, leaf) for path, leaf in flat.items()):
+        warnings.warn(
+            f"experts in MXFP4 are written as {dtype}: the adapter changes them, or GGUF cannot hold them as MXFP4",
+            stacklevel=3,
+        )
     members: dict[str, list[Piece]] = {}
+    tensors: dict[str, Tensor] = {}
     for piece in pieces_of(model, params):
-        members.setdefault(names.to_gguf(piece.name, kind), []).append(piece)
-    tensors = {}
+        there = names.to_gguf(piece.name, kind)
+        if there.joined:
+            tensors |= _joined(params, piece, there, sizes, TYPE if piece.path in kept else TYPES[dtype][0])
+        else:
+            members.setdefault(there.names[0], []).append(piece)
     for name, pieces in members.items():
         pieces.sort(key=lambda piece: piece.tensor.index)
         layout = gguf.layout_of(name)
         shape = pieces[0].tensor.shape[::-1] if layout and layout.transposed else pieces[0].tensor.shape
         shape = (len(pieces), *shape) if _is_expert(name) else shape
-        reorder = functools.partial(layout.to_gguf, heads=heads) if layout else None
+        reorder = functools.partial(layout.to_gguf, sizes=sizes) if layout else None
         values = functools.partial(_values, params, pieces, shape, reorder)
         tensors[name] = Tensor(name, shape, _type(name, shape, TYPES[dtype][0]), values)
     return tensors
+
+
+def _joined(params: Params, piece: Piece, there: names.InGGUF, sizes: Sizes, type: str) -> dict[str, Tensor]:
+    """GGUF's tensors that the Hub has in one."""
+    take = functools.partial(there.joined.taken, sizes=sizes)
+    shapes = jax.eval_shape(take, jax.ShapeDtypeStruct(piece.tensor.shape, np.float32))
+
+    def values(part: int) -> np.ndarray:
+        if type == TYPE:
+            leaf = tree.flatten(params)[piece.path][piece.tensor.index]
+            return packed(jax.tree.map(np.asarray, leaf), there.joined, sizes)[part]
+        return np.ascontiguousarray(take(tensors_of(params, piece, np.float32)[piece.name])[part])
+
+    return {
+        name: Tensor(
+            name, shape.shape, type if type == TYPE else _type(name, shape.shape, type), functools.partial(values, part)
+        )
+        for part, (name, shape) in enumerate(zip(there.names, shapes, strict=True))
+    }
 
 
 def _values(
@@ -194,10 +228,6 @@ def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
     if len(shape) < 2 or re.fullmatch(WHOLE, name):
         return "F32"
     return "F16" if wanted == "Q8_0" and shape[-1] % BLOCK else wanted
-
-
-def _heads(model: "Model") -> Heads:
-    return Heads(model.config.num_attention_heads, model.config.num_key_value_heads)
 
 
 def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model", name: str) -> dict[str, Any]:
@@ -249,31 +279,46 @@ def _name(path: Path) -> str:
 def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """The base tensor's GGUF name → (A [R, inputs], B [outputs, R], scale), in llama.cpp's layout."""
     flat, gguf, kind = tree.flatten(params), gguf_of(model.config), model.config.model_type
-    if problems := _not_plain(flat):
-        raise UserError("llama.cpp cannot apply this adapter to a model:\n  " + "\n  ".join(problems))
+    sizes, problems = sizes_of(model.config), _not_plain(flat)
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     for path in [path.rpartition("/")[0] for path in flat if path.endswith(f"/{A.name}")]:
         leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
         for tensor in names.hub_tensors(f"{path}/{leaf}", tuple(flat[f"{path}/{leaf}"].shape), kind):
-            name, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
+            there, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
             a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in (A.name, B.name))
             rank = int(flat[f"{path}/{RANK.name}"][layer]) if f"{path}/{RANK.name}" in flat else a.shape[-1]
             if not rank:
                 continue
-            b = b[:rank] if tensor.columns is None else b[:rank, slice(*tensor.columns)]
-            layout = gguf.layout_of(name)
-            rows = layout.to_gguf(b.T, _heads(model)) if layout and layout.outputs_only else b.T
-            a = a[..., :rank]
-            scale = float(flat[f"{path}/{SCALE.name}"][layer])
-            found.setdefault(name, []).append((tensor.index, a if leaf == "embedding" else a.T, rows, scale))
+            if there.joined and not there.joined.rows:
+                problems.append(f"{path}: llama.cpp has it in other matrices; merge the adapter and write the model")
+                break
+            b = b[..., :rank, :] if tensor.columns is None else b[..., :rank, slice(*tensor.columns)]
+            a, b = a[..., :rank], np.swapaxes(b, -1, -2)
+            a, scale = a if leaf == "embedding" else np.swapaxes(a, -1, -2), float(flat[f"{path}/{SCALE.name}"][layer])
+            for name, (own_a, own_b) in _sorted(there, gguf.layout_of(there.names[0]), a, b, sizes).items():
+                found.setdefault(name, []).append((tensor.index, own_a, own_b, scale))
+    if problems:
+        raise UserError("llama.cpp cannot apply this adapter to a model:\n  " + "\n  ".join(problems))
     if not found:
         raise UserError("there is no adapter in these params (no lora_a leaf); make one with jlora.lora.init")
     factors = {}
     for name, members in found.items():
         members = sorted(members, key=lambda member: member[0])
         a, b = ([member[side] for member in members] for side in (1, 2))
-        factors[name] = (*((np.stack(a), np.stack(b)) if _is_expert(name) else (a[0], b[0])), members[0][3])
+        one_by_one = _is_expert(name) and a[0].ndim == 2
+        factors[name] = (*((np.stack(a), np.stack(b)) if one_by_one else (a[0], b[0])), members[0][3])
     return factors
+
+
+def _sorted(
+    there: names.InGGUF, layout: Layout | None, a: np.ndarray, b: np.ndarray, sizes: Sizes
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """GGUF's name → (A [R, inputs], B [outputs, R]), with inputs and outputs in its order."""
+    if there.joined:
+        return {name: (a, own) for name, own in zip(there.names, there.joined.split(b, sizes), strict=True)}
+    b = layout.to_gguf(b, sizes) if layout and layout.outputs_only else b
+    a = layout.to_gguf(a, sizes) if layout and layout.inputs_only else a
+    return {there.names[0]: (a, b)}
 
 
 def _not_plain(flat: Mapping[str, Any]) -> list[str]:

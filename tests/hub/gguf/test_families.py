@@ -40,6 +40,7 @@ LONGROPE = dict(
     partial_rotary_factor=0.5,
 )
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
+GPT_OSS = dict(num_local_experts=5, num_experts_per_tok=2, head_dim=12, sliding_window=6, num_hidden_layers=3)
 NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=1024, tie_word_embeddings=True)
 
@@ -151,8 +152,15 @@ CASES = {
         False,
     ),
     "ernie4_5": ("ernie4_5", "Ernie4_5Config", SIZES | dict(head_dim=10), False),
-    "chatglm": ("chatglm", "GlmConfig", SIZES | dict(head_dim=12, pad_token_id=0), False),
+    "chatglm": ("chatglm", "GlmConfig", SIZES | dict(head_dim=8, pad_token_id=0), False),
     "glm4": ("glm4", "Glm4Config", SIZES | dict(head_dim=12, pad_token_id=0), False),
+    "gpt_oss": ("gpt-oss", "GptOssConfig", SIZES | GPT_OSS | dict(rope_parameters=YARN | dict(truncate=False)), False),
+    "gpt_oss-unscaled": (
+        "gpt-oss",
+        "GptOssConfig",
+        SIZES | GPT_OSS | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+        False,
+    ),
     "starcoder2": ("starcoder2", "Starcoder2Config", SIZES, False),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
@@ -229,6 +237,14 @@ def write_qwen3moe(writer, config):
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def write_gpt_oss(writer, config):
+    write_common(writer, config)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
 
 
 def write_gemma2(writer, config):
@@ -337,6 +353,7 @@ METADATA = {
     "smollm3": write_llama,
     "olmo2": write_olmo2,
     "granite": write_granite,
+    "gpt-oss": write_gpt_oss,
     "qwen3moe": write_qwen3moe,
     "gemma2": write_gemma2,
     "gemma3": write_gemma3,
@@ -364,12 +381,26 @@ def laid_out(architecture, config, name, array):
     if architecture == "gptneox" and module == "query_key_value":
         heads = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
         return [(name, np.concatenate([heads[:, i].reshape(-1, *array.shape[1:]) for i in range(3)]))]
+    if architecture == "gpt-oss":
+        return of_gpt_oss(name, array)
     if name.endswith("experts.gate_up_proj"):
         stem, (gate, up) = name.removesuffix("gate_up_proj"), np.split(array, 2, axis=1)
         return [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]
     if name.endswith("experts.down_proj"):
         return [(f"{name}.weight", array)]
     return [(name, array)]
+
+
+def of_gpt_oss(name, array):
+    """Rows of gate and up alternate, and kernels are [E, in, out]."""
+    array = array.swapaxes(1, 2) if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else array
+    stem, _, last = name.rpartition(".")
+    kind = "bias" if last.endswith("_bias") else "weight"
+    if last.startswith("gate_up_proj"):
+        return [(f"{stem}.{part}_proj.{kind}", array[:, i::2]) for i, part in enumerate(("gate", "up"))]
+    if last in ("down_proj", "down_proj_bias"):
+        return [(f"{stem}.down_proj.{kind}", array)]
+    return [(f"{name}.weight" if last == "sinks" else name, array)]
 
 
 def llama3_divisors(config):
@@ -842,6 +873,7 @@ ADAPTERS = {
     "mistral": dict(target_modules=["k_proj", "up_proj"], rank_pattern={"k_proj": 2}, layers_to_transform=[1, 3]),
     "mixtral": dict(target_modules=["v_proj"], **EXPERTS),
     "qwen3moe": dict(target_modules="all-linear", **EXPERTS),
+    "gpt_oss-unscaled": dict(target_modules="all-linear", target_parameters=EXPERTS["target_parameters"][:2]),
     "gemma2": dict(target_modules="all-linear"),
     "phi3-plain": dict(target_modules="all-linear", init_lora_weights="pissa"),
     "gpt2": dict(target_modules="all-linear"),
@@ -901,6 +933,7 @@ def test_an_adapter_that_is_switched_off_adds_nothing(tmp_path):
 # Cases that llama.cpp computes otherwise than transformers, with the reason.
 ELSEWISE = {
     "phi3": "it has switched Phi-3's window off",
+    "gpt_oss": "it rounds the bounds of YaRN's ramp",
     "exaone4": "it tells by the 64 layers of the 32B whether there are windows, and layers without positions",
 }
 

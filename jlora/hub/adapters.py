@@ -12,13 +12,17 @@ from jlora.hub.peft.config import CONFIG
 from jlora.types import Params
 
 
-def load_adapter(params: Params, path: str | Path, base: str | Path | None = None) -> Params:
+def load_adapter(
+    params: Params, path: str | Path, base: str | Path | None = None, *, peft_version: str | None = None
+) -> Params:
     """The params with the adapter of a PEFT or mlx-lm folder (or Hub id) in place of any adapter they had.
 
     Layers that the adapter leaves out get rank 0: zero leaves, and a `lora_rank` leaf beside them.
 
     Args:
         base: where the params come from; a warning is given if the adapter's config names another model.
+        peft_version: the version of PEFT that wrote the folder, if its config says another or none. The order of A and
+            B in adapters of experts depends on it (`jlora.hub.peft.experts`).
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
@@ -31,7 +35,7 @@ def load_adapter(params: Params, path: str | Path, base: str | Path | None = Non
         _say_other_base(fields.get("base_model_name_or_path") or fields.get("model"), folder, str(base))
     if mlx.is_mlx(fields):
         return mlx.load_adapter(params, folder)
-    return peft.load_adapter(params, folder)
+    return peft.load_adapter(params, folder, peft_version=peft_version)
 
 
 def check_adapter(path: str | Path) -> None:

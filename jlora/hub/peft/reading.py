@@ -1,5 +1,6 @@
 """Reads PEFT adapter folders strictly: either all of an adapter fits the model, or nothing is loaded."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,13 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 
-def load_adapter(params: Params, path: str | Path) -> Params:
+def load_adapter(params: Params, path: str | Path, *, peft_version: str | None = None) -> Params:
     """The params with the adapter of a PEFT folder (or Hub id) in place of any adapter they had.
 
     Layers that the adapter leaves out get rank 0: zero leaves, and a `lora_rank` leaf beside them.
+
+    Args:
+        peft_version: the version of PEFT that wrote the folder, if its config says another or none.
 
     Raises:
         FileNotFoundError: the folder or its files are missing.
@@ -67,6 +71,7 @@ def load_adapter(params: Params, path: str | Path) -> Params:
     """
     folder = locate_adapter(path)
     config, file = open_adapter(folder)
+    config = dataclasses.replace(config, peft_version=peft_version or config.peft_version)
     found = tensor_infos([file])
     base = lora.strip(params)
     leaves = tree.flatten(base)

@@ -31,12 +31,14 @@ from jlora.families import (
     internlm3,
     iquestcoder,
     lfm2,
+    lfm2_moe,
     llama,
     ministral3,
     mistral,
     mistral3,
     mistral4,
     mixtral,
+    muse_glimmer,
     nanochat,
     olmo2,
     olmo3,
@@ -66,7 +68,7 @@ FAMILIES: dict[str, Family] = {
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite, mistral4),
-        *(gpt_oss, lfm2, granitemoe, granitemoehybrid, apertus),
+        *(gpt_oss, lfm2, lfm2_moe, granitemoe, granitemoehybrid, apertus, muse_glimmer),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

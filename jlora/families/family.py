@@ -47,6 +47,8 @@ class Names(NamedTuple):
     mixers: tuple[tuple[str, str], ...] = ()
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
+    # the linear that gives gates of what heads give, if these have one of their own
+    output_gate: str | None = None
     # what `output` is called in layers of other kinds
     mixer_outputs: tuple[str, ...] = ()
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
@@ -299,6 +301,7 @@ class Experts:
         sigmoid: whether scores are sigmoids of float32 logits, rather than a softmax over all experts.
         correction: whether the router has numbers that are added to scores to choose experts, but not to weigh them.
         groups, top_groups: experts are chosen from the `top_groups` best of so many equal groups.
+        least: what a sum of weights is kept away from zero by, where weights are divided by it.
         scaling: factor of the weights.
         beside: what is around the experts where these are beside the dense MLP; None: they take the MLP's place.
         scaled: whether the router norms its inputs and multiplies them, and the weights, by learned numbers.
@@ -318,6 +321,7 @@ class Experts:
     correction: bool = False
     groups: int = 1
     top_groups: int = 1
+    least: float = 1e-20
     scaling: float = 1.0
     beside: "Beside | None" = None
     scaled: bool = False

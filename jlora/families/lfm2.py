@@ -9,16 +9,25 @@ KINDS = {"conv": "conv", "full_attention": "attention"}
 
 
 def read(fields: Fields) -> Values:
-    tied = fields.get("tie_embedding", True, FLAG)
-    values = common(fields.replaced(intermediate_size=read_width(fields)), rope_theta=1e6, tied=tied)
-    count, width = values["num_hidden_layers"], fields.get("conv_L_cache", 3, SIZE)
-    if width < 2:
-        fields.problems.append(f"conv_L_cache {width} is not supported: a convolution sees 2 or more tokens")
+    count = fields.require("num_hidden_layers")
     attends = fields.get("full_attn_idxs", list(range(count)), WHOLES)
     kinds = fields.get("layer_types", ["full_attention" if i in attends else "conv" for i in range(count)])
+    return read_common(fields.replaced(intermediate_size=read_width(fields)), kinds)
+
+
+def read_common(fields: Fields, kinds: list[str]) -> Values:
+    """What LFM2 reads with experts and without.
+
+    Args:
+        kinds: what mixes tokens in each layer, a key of KINDS.
+    """
+    tied = fields.get("tie_embedding", True, FLAG)
+    values, width = common(fields, rope_theta=1e6, tied=tied), fields.get("conv_L_cache", 3, SIZE)
+    if width < 2:
+        fields.problems.append(f"conv_L_cache {width} is not supported: a convolution sees 2 or more tokens")
     if unknown := sorted(set(kinds) - set(KINDS)):
         fields.problems.append(f"layer_types: {', '.join(unknown)} is not supported")
-    require_length(fields, "layer_types", kinds, count)
+    require_length(fields, "layer_types", kinds, values["num_hidden_layers"])
     return values | {
         "norm_eps": fields.get("norm_eps", 1e-5, NUMBER),
         "qk_norm": "head",

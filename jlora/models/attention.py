@@ -89,12 +89,16 @@ class Attention(nn.Module):
             return sharding.constrain(part.reshape(*x.shape[:2], count, -1), *axes)
 
         widths = [count * sizes.width for count in (sizes.queries, sizes.keys, sizes.keys)]
-        widths[0] *= 2 if config.attention_gate else 1
+        gate, own_gate = None, config.names.output_gate if config.attention_gate else None
+        widths[0] *= 2 if config.attention_gate and own_gate is None else 1
         queries, *rest = self._linears(x, widths)
         if config.qk_norm == "all":
             queries, rest[0] = self._norm(0, queries), self._norm(1, rest[0])
         queries = heads(queries, sizes.queries, TOKENS_SPLIT)
-        queries, gate = jnp.split(queries, 2, axis=-1) if config.attention_gate else (queries, None)
+        if own_gate:
+            gate = heads(Linear(widths[0], name=own_gate)(x), sizes.queries, TOKENS_SPLIT)
+        elif config.attention_gate:
+            queries, gate = jnp.split(queries, 2, axis=-1)
         if self.layer.shares:
             return queries, None, None, gate
         keys, values = (heads(part, sizes.keys, axes) for part in rest)
@@ -121,6 +125,8 @@ class Attention(nn.Module):
         """Queries (0) or keys (1), rotated, and normed before or after that."""
         if self.config.qk_norm == "head":
             heads = self._norm(which, heads)
+        if self.config.qk_norm == "bare":
+            heads = Norm("rms_bare", self.config.norm_eps)(heads)
         if context.cos is not None:
             heads = rotate(heads, context.cos, context.sin, self.config.interleaved)
         return self._norm(which, heads) if self.config.qk_norm == "rotated" else heads

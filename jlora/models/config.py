@@ -30,12 +30,14 @@ class ModelConfig:
         gated: whether the MLP is down(act(gate) · up), not down(act(up)).
         norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight), "rms_bare" (not scaled)
             or "layer".
-        qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation)
-            or "all" (all heads together).
+        final_norm: the norm before the head, one of the same; None: `norm`.
+        post_norm_eps: what norms after attention and MLP have for `norm_eps`; None: the same.
+        qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation),
+            "bare" (each head, without weights) or "all" (all heads together).
         conv_kernel, conv_bias: how many tokens short convolutions see, and whether these and the linears around them
             have biases.
-        attention_gate: whether the projection of queries gives, for each head, a gate after the query, whose sigmoid
-            scales what the head gives.
+        attention_gate: whether sigmoids of gates scale what the heads give. Gates come from `Names.output_gate`, or, if
+            that is None, from the projection of queries, which gives each head's after its query.
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
         parallel: whether attention and MLP read the same input.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
@@ -70,6 +72,8 @@ class ModelConfig:
     hidden_act: str = "silu"
     gated: bool = True
     norm: str = "rms"
+    final_norm: str | None = None
+    post_norm_eps: float | None = None
     qk_norm: str | None = None
     qkv_bias: bool = False
     output_bias: bool = False

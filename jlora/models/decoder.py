@@ -80,7 +80,7 @@ class Feedforward(nn.Module):
                 nn.share_scope(self, mixture)
             read = (_norm(config, beside.before, attended), attended) if beside.before else (inputs,)
             y = _norm(config, beside.dense, y) + _norm(config, beside.after, mixture(*read))
-        return attended + _scaled(config, _norm(config, norms[1], y))
+        return attended + _scaled(config, _norm(config, norms[1], y, config.post_norm_eps))
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The same, tile by tile of tokens, each recomputed in the backward pass.
@@ -132,7 +132,7 @@ class Block(nn.Module):
         x = sharding.held(x)
         mixer = MIXERS[self.layer.mixer].module(config, self.layer, self.attention, name=names.mixer(self.layer.mixer))
         y, cache = mixer(_norm(config, names.attention_norms[0], x), context, cache)
-        attended = x + _scaled(config, _norm(config, names.attention_norms[1], y))
+        attended = x + _scaled(config, _norm(config, names.attention_norms[1], y, config.post_norm_eps))
         feedforward = Feedforward(config, self.layer)
         nn.share_scope(self, feedforward)
         tiles = _tiles(x.shape, self._inner()) if self.lean else 1
@@ -171,8 +171,9 @@ class Block(nn.Module):
         return max(dense if experts.beside else 1, experts.top_k**2 * experts.intermediate_size // experts.count)
 
 
-def _norm(config: ModelConfig, name: str | None, x: jax.Array) -> jax.Array:
-    return x if name is None else sharding.held(Norm(config.norm, config.norm_eps, name=name)(x))
+def _norm(config: ModelConfig, name: str | None, x: jax.Array, epsilon: float | None = None) -> jax.Array:
+    epsilon = config.norm_eps if epsilon is None else epsilon
+    return x if name is None else sharding.held(Norm(config.norm, epsilon, name=name)(x))
 
 
 def _scaled(config: ModelConfig, y: jax.Array) -> jax.Array:

@@ -179,7 +179,7 @@ class Model:
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + tokens.shape[1])
         norm = tree.subtree(params, config.names.norm) if config.names.norm else {}
-        return Norm(config.norm, config.norm_eps).apply({"params": norm}, x), cache
+        return Norm(config.final_norm or config.norm, config.norm_eps).apply({"params": norm}, x), cache
 
     @functools.partial(sharding.jit, static_argnums=0)
     def input_moments(
@@ -349,7 +349,7 @@ class Model:
             names.embedding: Embed(config.vocab_size, config.hidden_size).init(keys[0], tokens)["params"],
         }
         if names.norm:
-            flat[names.norm] = Norm(config.norm, config.norm_eps).init(keys[1], x)["params"]
+            flat[names.norm] = Norm(config.final_norm or config.norm, config.norm_eps).init(keys[1], x)["params"]
         if names.positions:
             positions = Embed(config.max_position_embeddings, config.hidden_size)
             flat[names.positions] = positions.init(keys[2], tokens)["params"]

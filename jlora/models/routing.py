@@ -6,9 +6,6 @@ from jaxtyping import Array, Float, Int
 
 from jlora.families.family import Experts
 
-# What a sum of weights is kept away from zero by, as in transformers.
-LEAST = 1e-20
-
 
 def choose(
     logits: Float[Array, "N E"], experts: Experts, correction: Float[Array, "E"] | None = None
@@ -27,7 +24,7 @@ def choose(
     _, chosen = jax.lax.top_k(ranked, experts.top_k)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if experts.normalize:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + LEAST)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + experts.least)
     return weights if experts.scaling == 1 else weights * experts.scaling, chosen
 
 

@@ -80,6 +80,11 @@ LATENT = SIZES | dict(
     num_experts_per_tok=3,
 )
 YARN_LATENT = YARN | dict(mscale=1.0, mscale_all_dim=0.7)
+MUSE = SIZES | dict(num_hidden_layers=5, head_dim=10, sliding_window=6, pad_token_id=0, final_logit_softcapping=3.0)
+MUSE |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
+MUSE_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=4)
+MUSE_VISION |= dict(pos_emb_height=4, pos_emb_width=4)
+MUSE_SIZES = dict(out_hidden_size=64, projector_hidden_size=20)
 LONGROPE = dict(
     rope_type="longrope",
     rope_theta=1e4,
@@ -181,6 +186,31 @@ CASES = {
         SIZES
         | dict(num_hidden_layers=5, conv_bias=True, conv_L_cache=4, block_auto_adjust_ff_dim=False)
         | dict(full_attn_idxs=[1, 3], tie_word_embeddings=False),
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        SIZES
+        | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, num_dense_layers=1)
+        | dict(num_hidden_layers=3, layer_types=["conv", "conv", "full_attention"], routed_scaling_factor=1.3),
+    ),
+    "lfm2_moe-plain": (
+        "Lfm2MoeConfig",
+        SIZES
+        | dict(num_experts=3, num_experts_per_tok=3, moe_intermediate_size=20, num_dense_layers=0, conv_bias=True)
+        | dict(use_expert_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
+        | dict(layer_types=["full_attention", "conv"] * 2),
+    ),
+    "muse_glimmer": ("MuseGlimmerConfig", dict(text_config=MUSE, vision_config=MUSE_VISION, **MUSE_SIZES)),
+    "muse_glimmer-layers": (
+        "MuseGlimmerConfig",
+        dict(
+            text_config=MUSE
+            | dict(num_hidden_layers=4, attention_bias=True, qk_scale_factor=1.3, output_multiplier=0.7)
+            | dict(layer_types=["full_attention", "sliding_attention"] * 2, layer_rope_theta=[1e4, 0, 0, 1e4])
+            | dict(post_norm_eps=0.1),
+            vision_config=MUSE_VISION,
+            **MUSE_SIZES,
+        ),
     ),
     "gemma": ("GemmaConfig", SIZES | dict(head_dim=20)),
     "gemma2": (
@@ -454,7 +484,7 @@ def reference(case):
                 value.copy_(1 + 0.3 * torch.randn_like(value))
             if key.endswith("act_fn.beta"):
                 value.copy_(0.5 + 0.1 * torch.randn_like(value))
-            if key.endswith("e_score_correction_bias"):
+            if key.endswith(("e_score_correction_bias", "expert_bias")):
                 value.copy_(0.3 * torch.randn_like(value))
     return model
 

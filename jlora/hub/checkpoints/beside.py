@@ -124,12 +124,20 @@ def alone(model: "Model", params: Params) -> tuple["Model", Params]:
     """The language model without the other parts, as a model of its own family; the same if there are none.
 
     language_model/layers/self_attn/q_proj/kernel  →  layers/self_attn/q_proj/kernel
+
+    Raises:
+        UserError: there is no such family: transformers has the language model only beside the other parts.
     """
     config = model.config
     if (half := half_of({"model_type": config.model_type})) is None:
         return model, params
     settings = half.settings(config.to_hf()) | {TIED: config.tie_word_embeddings}
     family = half.family(settings)
+    if family not in FAMILIES.values():
+        raise UserError(
+            f"the language model of a {config.model_type} model cannot be written alone: transformers has no such "
+            "model; write the whole one with jlora.save_model"
+        )
     settings |= {"architectures": [family.class_name], "eos_token_id": list(config.eos_token_ids)}
     own = dataclasses.replace(
         config,

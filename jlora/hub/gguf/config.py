@@ -1,7 +1,7 @@
 """Turns a GGUF file's metadata into the config.json that the same model has on the Hub."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,26 @@ def read_config(
         metadata.problems.append(f"split.count is {fields['split.count']}: merge the parts with llama-gguf-split first")
     metadata.finish()
     return config
+
+
+def without_ahead(fields: Mapping[str, Any], tensors: Collection[str]) -> tuple[dict[str, Any], set[str]]:
+    """(metadata, the names of tensors) without the last layers, if these only predict tokens further ahead.
+
+    transformers leaves such layers out too.
+    """
+    prefix = f"{fields.get('general.architecture')}."
+    ahead, count = fields.get(f"{prefix}nextn_predict_layers"), fields.get(f"{prefix}block_count")
+    if not isinstance(ahead, int) or not isinstance(count, int) or not 0 < ahead < count:
+        return dict(fields), set(tensors)
+    kept = {
+        name: value[: count - ahead]
+        if name.startswith(prefix) and isinstance(value, list) and len(value) == count
+        else value
+        for name, value in fields.items()
+        if name != f"{prefix}nextn_predict_layers"
+    }
+    dropped = tuple(f"blk.{layer}." for layer in range(count - ahead, count))
+    return kept | {f"{prefix}block_count": count - ahead}, {name for name in tensors if not name.startswith(dropped)}
 
 
 def special_tokens(fields: Mapping[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.stored import Stored
 from jlora.hub.checkpoints.weights import TensorInfo, require_finite
 from jlora.hub.gguf import mxfp4
-from jlora.hub.gguf.config import ROTARY, generation_config, read_config
+from jlora.hub.gguf.config import ROTARY, generation_config, read_config, without_ahead
 from jlora.hub.gguf.metadata import sizes_of
 from jlora.types import require
 
@@ -40,7 +40,8 @@ class GGUFFile:
         self.path = path
         self._reader = _open(path)
         fields = {name: field.contents() for name, field in self._reader.fields.items() if _is_small(name)}
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        fields, own = without_ahead(fields, [tensor.name for tensor in self._reader.tensors])
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors if tensor.name in own}
         shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
         self.config: dict[str, Any] = read_config(
             path, fields, shapes, lambda name: _dequantize(tensors[name], tensors[name].data)

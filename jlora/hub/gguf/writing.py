@@ -43,7 +43,7 @@ TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q
 HOLDS, ENDS = (PRODUCT,), ("lora_a", "lora_b")
 BLOCK = 32  # Q8_0 packs this many values of a row together
 # Matrices that llama.cpp needs in float32.
-WHOLE = r"position_embd\.weight|blk\.\d+\.ffn_gate_inp\.weight"
+WHOLE = r"position_embd\.weight|blk\.\d+\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_conv1d|shortconv\.conv)\.weight"
 EMBEDDING = "token_embd.weight"
 
 

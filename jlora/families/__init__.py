@@ -9,9 +9,11 @@ from typing import TypeVar
 from jlora.families import (
     apertus,
     arcee,
+    bamba,
     deepseek_v3,
     ernie4_5,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3,
@@ -68,7 +70,7 @@ FAMILIES: dict[str, Family] = {
         *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite, mistral4),
-        *(gpt_oss, lfm2, lfm2_moe, granitemoe, granitemoehybrid, apertus, muse_glimmer),
+        *(gpt_oss, lfm2, lfm2_moe, granitemoe, granitemoehybrid, bamba, falcon_h1, apertus, muse_glimmer),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

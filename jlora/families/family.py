@@ -43,8 +43,8 @@ class Names(NamedTuple):
     norm: str | None = "norm"  # None: it has no weights
     head: str = "lm_head"
     attention: str = "self_attn"
-    # (kind of layer, the name of what mixes tokens in it), where that is not `attention`
-    mixers: tuple[tuple[str, str], ...] = ()
+    # (kind of layer, the name of what mixes tokens in it), where that is not `attention`; None: the layer's own modules
+    mixers: tuple[tuple[str, str | None], ...] = ()
     queries_keys_values: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
     # the linear that gives gates of what heads give, if these have one of their own
@@ -65,8 +65,8 @@ class Names(NamedTuple):
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
     layer_inputs: LayerInputs | None = None
 
-    def mixer(self, kind: str) -> str:
-        """The name of a layer's module that mixes tokens.
+    def mixer(self, kind: str) -> str | None:
+        """The name of a layer's module that mixes tokens; None: its parts are modules of the layer itself.
 
         Args:
             kind: a name of `jlora.models.mixers.MIXERS`.
@@ -143,6 +143,7 @@ class Family:
             layer's experts; None: they have them one by one.
         single_experts: the names in adapters that have a layer's experts one by one.
         unpacked: patterns of modules of a layer whose kernels `quant="nf4"` and the like leave as they are.
+        refused: the last names of modules for which PEFT opens no adapter (their fused kernels take the weight alone).
         buffers: patterns of tensors in old checkpoints that every loader computes itself.
         spare: patterns of tensors that a checkpoint may have of layers that do not use them.
         mlx_names: (pattern at the beginning of transformers' names, what mlx-lm has instead); the first match counts.
@@ -162,6 +163,7 @@ class Family:
     stacked_experts: str | None = None
     single_experts: ExpertNames = ExpertNames()
     unpacked: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     buffers: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     spare: tuple[str, ...] = ()
     mlx_names: tuple[tuple[str, str], ...] = ()
@@ -380,6 +382,23 @@ class Delta:
         return self.value_heads * self.key_dim * self.value_dim
 
 
+class Scales(NamedTuple):
+    """Factors of what goes into parts of a layer, and of what comes out (the multipliers of µP, Yang et al. 2022).
+
+    Attributes:
+        projected: of the gates, inputs, keys, queries and steps of Mamba-2 mixers.
+        gate: of what an MLP's activation reads.
+    """
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    mamba_in: float = 1.0
+    mamba_out: float = 1.0
+    projected: tuple[float, ...] = (1.0,) * 5
+    gate: float = 1.0
+    mlp_out: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Mamba:
     """Mamba-2 mixers (Dao and Gu 2024): a matrix of state for each head, that decays at every token by its own step.
@@ -390,9 +409,10 @@ class Mamba:
             norm of what these give has statistics of its own.
         state_size: the width of a key and a query.
         conv_kernel: how many tokens the convolution of inputs, keys and queries sees.
-        conv_bias, bias: whether the convolution and the linears have biases.
+        conv_bias, bias, output_bias: whether the convolution and the linears before and after have biases.
         step_limits: the shortest and the longest step.
         activation: of what the convolution gives.
+        norm: what is normed of what heads give: "gated", "ungated" (before the gate) or None.
     """
 
     heads: int
@@ -402,8 +422,10 @@ class Mamba:
     conv_kernel: int
     conv_bias: bool = True
     bias: bool = False
+    output_bias: bool = False
     step_limits: tuple[float, float] = (0.0, math.inf)
     activation: str = "silu"
+    norm: str | None = "gated"
 
     @property
     def inner(self) -> int:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from jlora.families.family import Layer, Mamba
+from jlora.families.family import Layer, Mamba, Names
 from jlora.families.fields import Fields
 from jlora.families.kinds import FLAG, SIZE, Kind
 from jlora.families.reading import require_length
@@ -13,6 +13,14 @@ KINDS = {
     **dict.fromkeys(("mamba", "linear_attention"), "mamba"),
     **dict.fromkeys(("attention", "full_attention"), "attention"),
 }
+# Bamba's and Falcon-H1's names.
+NAMES = Names(
+    norm="final_layernorm",
+    mixers=(("mamba", "mamba"), ("parallel", None)),
+    mixer_outputs=("out_proj",),
+    mlp="feed_forward",
+    mlp_norms=("pre_ff_layernorm", None),
+)
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it
 
 
@@ -33,14 +41,24 @@ def read_mamba(fields: Fields, width: int) -> Mamba:
     Args:
         width: of the model.
     """
-    inner = fields.get("mamba_expand", 2, SIZE) * width
+    return sizes(fields, fields.get("mamba_expand", 2, SIZE) * width)
+
+
+def sizes(fields: Fields, inner: int, *, output_bias: bool | None = None, norm: str | None = "gated") -> Mamba:
+    """The sizes of mixers whose heads together have `inner` values.
+
+    Args:
+        output_bias: whether the last linear has a bias; None: if the first has one.
+        norm: `Mamba.norm`.
+    """
     heads, groups = fields.get("mamba_n_heads", 128, SIZE), fields.get("mamba_n_groups", 1, SIZE)
     head_dim = fields.get("mamba_d_head", "auto", SIZE_OR_AUTO)
     head_dim = max(1, inner // heads) if head_dim == "auto" else head_dim
     if heads * head_dim != inner:
         fields.problems.append(
-            f"mamba_n_heads {heads} × mamba_d_head {head_dim} is not mamba_expand × hidden_size = {inner}"
+            f"mamba_n_heads {heads} × mamba_d_head {head_dim} is not {inner}, the width of the mixers"
         )
+    bias = fields.get("mamba_proj_bias", False, FLAG)
     return checked(
         fields,
         Mamba(
@@ -50,9 +68,11 @@ def read_mamba(fields: Fields, width: int) -> Mamba:
             state_size=fields.get("mamba_d_state", 256, SIZE),
             conv_kernel=fields.get("mamba_d_conv", 4, SIZE),
             conv_bias=fields.get("mamba_conv_bias", True, FLAG),
-            bias=fields.get("mamba_proj_bias", False, FLAG),
+            bias=bias,
+            output_bias=bias if output_bias is None else output_bias,
             step_limits=read_limits(fields),
             activation=fields.get("hidden_act", "silu"),
+            norm=norm,
         ),
     )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jlora import tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.families.family import Delta, Experts, Latent, Layer, Mamba, Names, QueryGrowth, Rope
+from jlora.families.family import Delta, Experts, Latent, Layer, Mamba, Names, QueryGrowth, Rope, Scales
 
 
 class Heads(NamedTuple):
@@ -101,6 +101,7 @@ class ModelConfig:
     conv_bias: bool = False
     latent: Latent | None = None
     mamba: Mamba | None = None
+    scales: Scales = Scales()
     eos_token_ids: tuple[int, ...] = ()
     source: str = dataclasses.field(default="{}", repr=False)
     folder: str | None = None

@@ -13,7 +13,7 @@ from jlora.models.cache import Cache
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
 from jlora.models.experts import Mixture, mixture_leaves
-from jlora.models.layers import ACTIVATIONS, Linear, Norm, Parameter
+from jlora.models.layers import ACTIVATIONS, Linear, Norm, Parameter, scaled
 from jlora.models.mixers import MIXERS
 from jlora.models.mlp import MLP
 
@@ -80,7 +80,7 @@ class Feedforward(nn.Module):
                 nn.share_scope(self, mixture)
             read = (_norm(config, beside.before, attended), attended) if beside.before else (inputs,)
             y = _norm(config, beside.dense, y) + _norm(config, beside.after, mixture(*read))
-        return attended + _scaled(config, _norm(config, norms[1], y, config.post_norm_eps))
+        return attended + scaled(_norm(config, norms[1], y, config.post_norm_eps), config.residual_scale)
 
     def in_tiles(self, count: int, key: jax.Array | None, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The same, tile by tile of tokens, each recomputed in the backward pass.
@@ -130,9 +130,12 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, names = self.config, self.config.names
         x = sharding.held(x)
-        mixer = MIXERS[self.layer.mixer].module(config, self.layer, self.attention, name=names.mixer(self.layer.mixer))
+        name = names.mixer(self.layer.mixer)
+        mixer = MIXERS[self.layer.mixer].module(config, self.layer, self.attention, name=name)
+        if name is None:
+            nn.share_scope(self, mixer)
         y, cache = mixer(_norm(config, names.attention_norms[0], x), context, cache)
-        attended = x + _scaled(config, _norm(config, names.attention_norms[1], y, config.post_norm_eps))
+        attended = x + scaled(_norm(config, names.attention_norms[1], y, config.post_norm_eps), config.residual_scale)
         feedforward = Feedforward(config, self.layer)
         nn.share_scope(self, feedforward)
         tiles = _tiles(x.shape, self._inner()) if self.lean else 1
@@ -174,8 +177,3 @@ class Block(nn.Module):
 def _norm(config: ModelConfig, name: str | None, x: jax.Array, epsilon: float | None = None) -> jax.Array:
     epsilon = config.norm_eps if epsilon is None else epsilon
     return x if name is None else sharding.held(Norm(config.norm, epsilon, name=name)(x))
-
-
-def _scaled(config: ModelConfig, y: jax.Array) -> jax.Array:
-    scale = config.residual_scale
-    return y if scale == 1 else y * jnp.asarray(scale, y.dtype)

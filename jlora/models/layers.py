@@ -155,6 +155,11 @@ class Filter(nn.Module):
         return weights["filter"][:, 0], weights.get("bias")
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor that is part of the architecture."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
 def leaves(module: nn.Module) -> Params:
     """The leaves at a bound module's path, adapters included."""
     return module.variables["params"]

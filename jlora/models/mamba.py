@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.families.family import Layer
 from jlora.kernels.attention import AUTO
@@ -10,7 +11,7 @@ from jlora.kernels.recurrence import convolve, recur
 from jlora.models.cache import Cache, Room, Shape
 from jlora.models.config import ModelConfig
 from jlora.models.context import Context
-from jlora.models.layers import ACTIVATIONS, Filter, Linear, Norm, Parameter
+from jlora.models.layers import ACTIVATIONS, Filter, Linear, Norm, Parameter, scaled
 
 
 def room(config: ModelConfig, layer: Layer) -> Room:
@@ -32,7 +33,7 @@ class Mamba(nn.Module):
     """A Mamba-2 mixer; with a cache, it continues from the state there.
 
     A head's step at a token is softplus(dt + dt_bias), within limits, and its decay exp(-exp(A_log) · step). What it
-    reads, plus D times its input, is scaled by silu of the gate and normed.
+    reads, plus D times its input, is scaled by silu of the gate, and may be normed.
     """
 
     config: ModelConfig
@@ -42,10 +43,7 @@ class Mamba(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         config, sizes, place = self.config, self.config.mamba, (self.config.cache_stack(self.layer), context.slot)
-        width = sizes.inner + sizes.channels + sizes.heads
-        gates, mixed, steps = jnp.split(
-            Linear(width, sizes.bias, name="in_proj")(x), [sizes.inner, sizes.inner + sizes.channels], axis=-1
-        )
+        gates, mixed, steps = jnp.split(self._project(x), [sizes.inner, sizes.inner + sizes.channels], axis=-1)
         before = {} if cache is None else cache.state(*place)
         kernel, offset = Filter(sizes.conv_kernel, sizes.conv_bias, name="conv1d")(sizes.channels)
         mixed, tail = convolve(mixed, kernel, context.runs, offset, before.get("tail"))
@@ -63,7 +61,17 @@ class Mamba(nn.Module):
             cache = cache.with_state(*place, {"tail": tail, "state": state})
         y = self._gated((y.astype(jnp.float32) + skip * wide).reshape(gates.shape), gates).astype(x.dtype)
         (output,) = config.names.mixer_outputs
-        return Linear(config.hidden_size, sizes.bias, name=output)(y), cache
+        return scaled(Linear(config.hidden_size, sizes.output_bias, name=output)(y), config.scales.mamba_out), cache
+
+    def _project(self, x: jax.Array) -> jax.Array:
+        """Gates, inputs, keys, queries and steps [B, T, …], in this order, before the convolution."""
+        sizes, scales = self.config.mamba, self.config.scales
+        shared = sizes.groups * sizes.state_size
+        widths = (sizes.inner, sizes.inner, shared, shared, sizes.heads)
+        y = Linear(sum(widths), sizes.bias, name="in_proj")(scaled(x, scales.mamba_in))
+        if set(scales.projected) == {1}:
+            return y
+        return y * jnp.asarray(np.repeat(scales.projected, widths), y.dtype)[None, None]
 
     def _heads(self, mixed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Inputs [B, T, H, F], keys and queries [B, T, G, N] (Mamba's x, B and C)."""
@@ -73,9 +81,12 @@ class Mamba(nn.Module):
         return tuple(part.reshape(*part.shape[:2], count, -1) for part, count in zip(parts, heads, strict=True))
 
     def _gated(self, y: jax.Array, gates: jax.Array) -> jax.Array:
-        """The norm of y · silu(gates), group by group."""
-        y = y * nn.silu(gates.astype(jnp.float32))
-        return Norm("rms", self.config.norm_eps, self.config.mamba.groups, name="norm")(y)
+        """y · silu(gates), normed before or after that, group by group, or not at all."""
+        sizes, gates = self.config.mamba, nn.silu(gates.astype(jnp.float32))
+        if sizes.norm is None:
+            return y * gates
+        norm = Norm("rms", self.config.norm_eps, sizes.groups, name="norm")
+        return norm(y * gates) if sizes.norm == "gated" else norm(y) * gates
 
     def _parameter(self, name: str) -> jax.Array:
         return Parameter((self.config.mamba.heads,), name=name)()[None, None]

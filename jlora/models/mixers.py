@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jlora.families.family import Layer
-from jlora.models import attention, delta, latent, mamba, shortconv
+from jlora.models import attention, delta, latent, mamba, parallel, shortconv
 from jlora.models.cache import Room
 from jlora.models.config import ModelConfig
 
@@ -18,19 +18,22 @@ class Mixer(NamedTuple):
         room: (config, layer) → what a layer keeps of a row's earlier tokens.
         products: (config, layer, length of a row) → the products for a token besides those with linears' weights.
         recurrent: whether it needs `Context.runs`.
+        attends: whether its heads are those of `ModelConfig.heads`, with `jlora.kernels.attention`.
     """
 
     module: Callable
     room: Callable[[ModelConfig, Layer], Room]
     products: Callable[[ModelConfig, Layer, int], int]
     recurrent: bool = False
+    attends: bool = False
 
 
 # `jlora.families.family.Layer.mixer` → the mixer.
 MIXERS = {
-    "attention": Mixer(attention.Attention, attention.room, attention.products),
+    "attention": Mixer(attention.Attention, attention.room, attention.products, attends=True),
     "delta": Mixer(delta.DeltaNet, delta.room, delta.products, recurrent=True),
     "conv": Mixer(shortconv.ShortConv, shortconv.room, shortconv.products, recurrent=True),
     "latent": Mixer(latent.LatentAttention, latent.room, latent.products),
     "mamba": Mixer(mamba.Mamba, mamba.room, mamba.products, recurrent=True),
+    "parallel": Mixer(parallel.Parallel, parallel.room, parallel.products, recurrent=True, attends=True),
 }

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jlora.kernels.order import in_turn
 from jlora.models.config import ModelConfig
-from jlora.models.layers import ACTIVATIONS, LEARNED, Linear
+from jlora.models.layers import ACTIVATIONS, LEARNED, Linear, scaled
 
 
 class MLP(nn.Module):
@@ -27,7 +27,9 @@ class MLP(nn.Module):
             parts.append(y)
         if config.gated and len(parts) == 1:
             parts = jnp.split(parts[0], 2, axis=-1)
+        parts[0] = scaled(parts[0], config.scales.gate)
         learned = LEARNED.get(config.hidden_act)
         y = learned(name=names.activation)(parts[0]) if learned else ACTIVATIONS[config.hidden_act](parts[0])
         y = y * parts[1] if config.gated else y
-        return Linear(config.hidden_size, config.mlp_bias, self.gathered, name=names.mlp_down)(y)
+        y = Linear(config.hidden_size, config.mlp_bias, self.gathered, name=names.mlp_down)(y)
+        return scaled(y, config.scales.mlp_out)

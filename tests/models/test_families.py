@@ -351,6 +351,37 @@ CASES = {
         | dict(layer_types=["mamba", "attention"] * 2, time_step_limit=(0.2, 0.9), mamba_conv_bias=False)
         | dict(mamba_proj_bias=True, tie_word_embeddings=True, attention_bias=True, mamba_d_conv=3),
     ),
+    "bamba": (
+        "BambaConfig",
+        SIZES | MAMBA | dict(head_dim=12, num_hidden_layers=3, attn_layer_indices=[1]),
+    ),
+    "bamba-biases": (
+        "BambaConfig",
+        SIZES
+        | MAMBA
+        | dict(num_hidden_layers=2, attn_layer_indices=[0], attention_bias=True, mlp_bias=True, mamba_proj_bias=True)
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e5, partial_rotary_factor=1.0)),
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        SIZES
+        | MAMBA
+        | dict(num_hidden_layers=2, mamba_d_ssm=72, mamba_d_head=12, key_multiplier=0.6, embedding_multiplier=3.0)
+        | dict(lm_head_multiplier=0.3, mlp_multipliers=[0.7, 1.4], ssm_multipliers=[0.8, 1.2, 0.9, 1.3, 0.7])
+        | dict(ssm_in_multiplier=1.1, ssm_out_multiplier=0.6, attention_in_multiplier=0.9)
+        | dict(attention_out_multiplier=1.3),
+    ),
+    "falcon_h1-norm": (
+        "FalconH1Config",
+        SIZES
+        | MAMBA
+        | dict(num_hidden_layers=2, head_dim=10, mamba_d_ssm=None, mamba_rms_norm=True, projectors_bias=True)
+        | dict(attention_bias=True, mlp_bias=True, attention_in_multiplier=0.9, tie_word_embeddings=True),
+    ),
+    "falcon_h1-gated": (
+        "FalconH1Config",
+        SIZES | MAMBA | dict(num_hidden_layers=2, mamba_d_ssm=96, mamba_rms_norm=True, mamba_norm_before_gate=False),
+    ),
     "apertus": ("ApertusConfig", SIZES | dict(tie_word_embeddings=True)),
     "apertus-relu": (
         "ApertusConfig",
@@ -610,9 +641,10 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     linears = {name.split(".")[-1] for name in whole if half is None or f".{half.module}." in name}
     # Of most mixtures PEFT takes names of the MLP's linears to mean the experts.
     mlp = set() if "qwen3_5_moe" in case else {"gate_proj", "up_proj", "down_proj"}
-    targets = sorted(linears - {"lm_head"} - mlp) if model.config.experts else "all-linear"
+    refused = set(FAMILIES[base.config.model_type].refused)
+    chosen = linears - {"lm_head"} - refused - (mlp if model.config.experts else set())
+    targets = sorted(chosen) if model.config.experts or refused else "all-linear"
     if half:  # and of models that see, the tower's linears
-        chosen = linears - (mlp if model.config.experts else set())
         targets = rf".*\.{half.module}\..*\.({'|'.join(chosen)})"
     config = peft.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, fan_in_fan_out="gpt2" in case
@@ -647,6 +679,15 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     largest = max(difference(found[name], expected[name]) for name in expected)
     parity("family", case.partition("-")[0], "LoRA gradients", largest)
     assert largest < 1e-3
+
+
+def test_what_peft_does_not_adapt_is_said_where_an_adapter_is_written(folders, load, tmp_path):
+    folder, config = folders("falcon_h1"), peft.LoraConfig(target_modules=["out_proj"])
+    with pytest.raises(ValueError, match="'out_proj' is incompatible"):
+        peft.get_peft_model(opened(folder), config)
+    adapted = jlora.lora.init(load("falcon_h1")[1], jlora.LoraConfig(r=2), jax.random.key(0))
+    with pytest.warns(UserWarning, match="PEFT opens no adapter of out_proj in models of the type falcon_h1"):
+        jlora.save_adapter(tmp_path, adapted, base=str(folder))
 
 
 @pytest.mark.parametrize("case", FIRST_CASES)
@@ -695,7 +736,7 @@ def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
     assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid"])
+@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "falcon_h1"])
 def test_branches_continue_from_what_they_share(case, load):
     """A shared prompt and two answers in one row, and each pair of prompt and answer by itself."""
     model, params = load(case)

@@ -139,7 +139,7 @@ def test_work_does_not_grow_with_the_length(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(mamba_n_heads=5), "mamba_n_heads 5 × mamba_d_head 8 is not mamba_expand × hidden_size = 48"),
+        (dict(mamba_n_heads=5), "mamba_n_heads 5 × mamba_d_head 8 is not 48, the width of the mixers"),
         (dict(mamba_n_groups=4), "6 Mamba heads are not a multiple of 4 groups"),
         (dict(mamba_d_conv=1), "a Mamba convolution of 1 token is not supported"),
         (dict(time_step_limit=[0.1]), r"time_step_limit is \[0\.1\], expected a list of two numbers from 0"),

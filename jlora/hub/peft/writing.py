@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 
 from jlora import lora, tree
 from jlora.errors import UserError, first_few
-from jlora.families import FAMILIES, each
+from jlora.families import FAMILIES, Family, each
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.score import has_score
@@ -78,6 +79,7 @@ def save_adapter(
         tensors, summary = separate_experts(tensors, summary, find_modules(params), flat, base)
     tensors |= vocabulary_copies(flat, tensors, every=save_embedding_layers or _has_more_rows(flat, base))
     require_finite(tensors)
+    _warn_of_refused(summary.targets, base)
     config = to_json(summary, base=base)
     with replacing(path, marker=CONFIG, stale=STALE) as folder:
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -105,17 +107,33 @@ def scales_note(path: str | Path) -> str | None:
 
 def _has_more_rows(flat: Mapping[str, Any], base: str | None) -> bool:
     """Whether the embedding has more rows than the base's config.json says; False if there is no such file."""
-    file = Path(base or "") / "config.json"
-    if base is None or not file.is_file():
-        return False
-    try:
-        config = read_json(file)
-    except UserError:  # `base` is only a name for adapter_config.json and need not be a model
-        return False
-    family = FAMILIES.get(str(config.get("model_type")))
+    family, config = _described(base)
     rows = (family.settings(config) if family else config).get("vocab_size")
     pair = tie(flat)
     return isinstance(rows, int) and pair is not None and flat[pair.weight].shape[0] > rows
+
+
+def _warn_of_refused(targets: Iterable[str], base: str | None) -> None:
+    """Warns of adapted modules whose adapters PEFT does not open for the base's family."""
+    family, config = _described(base)
+    if found := sorted({name.rpartition(".")[2] for name in targets} & set(family.refused if family else ())):
+        warnings.warn(
+            f"{base}: PEFT opens no adapter of {', '.join(found)} in models of the type {config['model_type']}; "
+            f"LoraConfig(exclude_modules={found}) leaves them out, merging keeps them",
+            stacklevel=3,
+        )
+
+
+def _described(base: str | None) -> tuple[Family | None, dict[str, Any]]:
+    """(the family, config.json) of the base if it is a folder with such a file."""
+    file = Path(base or "") / "config.json"
+    if base is None or not file.is_file():
+        return None, {}
+    try:
+        config = read_json(file)
+    except UserError:  # `base` is only a name for adapter_config.json and need not be a model
+        return None, {}
+    return FAMILIES.get(str(config.get("model_type"))), config
 
 
 def _contents(params: Params, *, fold: bool) -> tuple[dict[str, np.ndarray], Summary]:

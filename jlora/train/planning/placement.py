@@ -13,6 +13,7 @@ from jlora.errors import UserError, raise_all
 from jlora.kernels import attention
 from jlora.kernels.device import kind_of
 from jlora.models import ModelConfig
+from jlora.models.mixers import MIXERS
 from jlora.sharding import MeshConfig
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import RunConfig
@@ -91,7 +92,7 @@ def _require_form(config: RunConfig, mesh: jax.sharding.Mesh | None, device: str
     branches = ALGORITHMS[config.algorithm].branches
     marks = attention.Marks(rows, rows, rows, rows, windows=windows, branches=branches)
     with sharding.on(mesh):
-        for heads in {model.heads(layer) for layer in model.layers if layer.mixer == "attention"}:
+        for heads in {model.heads(layer) for layer in model.layers if MIXERS[layer.mixer].attends}:
             attention.require(form, device, marks, heads.queries, heads.width)
 
 

@@ -2,6 +2,7 @@
 
 from jlora.hub.adapters import load_adapter
 from jlora.hub.checkpoints.folder import refuse_inputs
+from jlora.hub.checkpoints.mxfp4 import can_hold as can_hold_packed_experts
 from jlora.hub.checkpoints.packed import save_quantized
 from jlora.hub.checkpoints.reading import (
     checkpoint_dtype,
@@ -25,6 +26,7 @@ __all__ = [
     "GGUF_TYPES",
     "ExpertLayout",
     "Source",
+    "can_hold_packed_experts",
     "checkpoint_dtype",
     "convert_adapter",
     "describe",

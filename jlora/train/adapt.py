@@ -13,7 +13,7 @@ from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
 from jlora.lora.kinds import COPIES
 from jlora.models import Model
-from jlora.quant import packs_update
+from jlora.quant import packs_update, stored
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Base
 from jlora.train.config import RunConfig
@@ -32,7 +32,7 @@ def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None 
             are longer than the model's positions; `fixed` does not fit the adapter.
     """
     model.require_positions(config.train.seq_len, "train.seq_len")
-    _warn_of_experts(params)
+    _warn_of_experts(model, params)
     return _with_fixed(_adapted(model, params, config), fixed or {})
 
 
@@ -92,13 +92,18 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
     return params
 
 
-def _warn_of_experts(params: Params) -> None:
-    """Warns before the run, rather than after it, that no transformers folder can hold what it trains."""
-    if any("/experts/" in path and packs_update(leaf) for path, leaf in tree.flatten(params).items()):
+def _warn_of_experts(model: Model, params: Params) -> None:
+    """Warns before the run, rather than after it, if no transformers folder can hold what it trains."""
+    flat = tree.flatten(params)
+    if not any(map(packs_update, flat.values())):
+        return
+    merged = jax.eval_shape(lambda leaves: {path: stored(leaf) for path, leaf in leaves.items()}, flat)
+    if not hub.can_hold_packed_experts(model.config.model_type, merged):
         warnings.warn(
-            "experts are trained to be packed (merge_aware), which no folder for transformers can hold: export this "
-            'run as GGUF, or leave them out with model.quant = {"merge_aware": True, "rules": '
-            '[[".*/experts/.*", None], [".*layers/.*/kernel", "nf4"]]}',
+            "no folder for transformers can hold what this run is trained to be (merge_aware), because experts are "
+            "packed: it holds only gpt-oss's, in MXFP4, and nothing else that is packed. Export this run as GGUF, or "
+            'leave experts out with model.quant = {"merge_aware": True, "rules": [[".*/experts/.*", None], '
+            '[".*layers/.*/kernel", "nf4"]]}',
             stacklevel=2,
         )
 

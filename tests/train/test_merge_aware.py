@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from jlora import hub, tree
+from jlora import hub, lora, tree
 from jlora.cli.main import main
+from jlora.errors import UserError
 from jlora.quant import Rounded
 from jlora.train import resolve, run
 from jlora.train.adapt import adapt
@@ -45,18 +46,32 @@ def test_a_run_ends_in_a_folder_that_bitsandbytes_opens_with_the_trained_outputs
     np.testing.assert_allclose(model(again, tokens), expected, atol=1e-4)
 
 
-def test_packed_experts_are_warned_of_before_the_run(tmp_path):
-    sizes = dict(vocab_size=37, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
-    transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, head_dim=8)
-    ).save_pretrained(tmp_path)
+SIZES = dict(vocab_size=37, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+SIZES |= dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=2, head_dim=8)
+NO_EXPERTS = [[".*/experts/.*", None], [".*layers/.*/kernel", "nf4"]]
+ONLY_EXPERTS = [[".*/experts/.*/kernel", "mxfp4"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules", "warns"),
+    [
+        ("Mixtral", None, True),
+        ("Mixtral", NO_EXPERTS, False),
+        ("Mixtral", ONLY_EXPERTS, True),
+        ("GptOss", ONLY_EXPERTS, False),
+        ("GptOss", [*ONLY_EXPERTS, *NO_EXPERTS[1:]], True),
+    ],
+)
+def test_packed_experts_are_warned_of_before_the_run(kind, rules, warns, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "base")
+    quant = {"merge_aware": True} | ({"rules": rules} if rules else {})
     settings = {"data": {"path": "x.jsonl"}, "train": {"steps": 1, "seq_len": 8}}
-    for quant, warns in (
-        ({"merge_aware": True}, True),
-        ({"merge_aware": True, "rules": [[".*/experts/.*", None], [".*layers/.*/kernel", "nf4"]]}, False),
-    ):
-        config = resolve(settings | {"model": {"path": str(tmp_path), "quant": quant}})
-        model, params = hub.load(tmp_path, quant=config.model.quant)
-        with pytest.warns(UserWarning, match="experts are trained to be packed") if warns else nullcontext():
-            adapted = adapt(model, params, config)
-        assert any(isinstance(leaf, Rounded) for leaf in tree.flatten(adapted).values())
+    config = resolve(settings | {"model": {"path": str(tmp_path / "base"), "quant": quant}})
+    model, params = hub.load(tmp_path / "base", quant=config.model.quant)
+    with pytest.warns(UserWarning, match="no folder for transformers can hold") if warns else nullcontext():
+        adapted = adapt(model, params, config)
+    assert any(isinstance(leaf, Rounded) for leaf in tree.flatten(adapted).values())
+    if kind == "GptOss":  # it is as was said
+        with pytest.raises(UserError, match="nothing else") if warns else nullcontext():
+            hub.save_quantized(tmp_path / "out", model, lora.merge(adapted))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jlora import tree
-from jlora.errors import UserError
+from jlora.errors import UserError, describe_faults
 from jlora.hub.checkpoints.names import HubTensor
 from jlora.hub.checkpoints.stored import Stored
 from jlora.quant import QuantConfig, leaf_format
@@ -71,6 +71,19 @@ def stored_forms(
     if problems:
         raise UserError("packed tensors do not fit the model:\n  " + "\n  ".join(problems))
     return forms
+
+
+def laid_over(chosen: Forms, packed: Forms) -> Forms:
+    """The forms of `packed` for what is packed there, and those of `chosen` for the rest.
+
+    Raises:
+        UserError: by `chosen`, something that is packed there would be packed with its update; all is listed.
+    """
+    over = {key: form for key, form in packed.items() if form.format}
+    if clash := sorted({key[0] for key in over if chosen[key].format and chosen[key].merge_aware}):
+        title = "merge_aware packs values with their update, and these are packed already: give the original checkpoint"
+        raise UserError(describe_faults(f"{title}, or leave them out by rules with None", clash))
+    return chosen | over
 
 
 def form_of(forms: Forms, path: str) -> Form:

@@ -23,6 +23,7 @@ class Method(NamedTuple):
         read: (a packed tensor, the dequantised values' dtype) → the kernel.
         write: (the weight's name, the kernel) → tensors.
         said: (quantization_config) → how the checkpoint is packed.
+        partly: whether it is meant for some kernels only, so that the others may be packed in another way.
     """
 
     formats: tuple[str, ...]
@@ -30,6 +31,7 @@ class Method(NamedTuple):
     read: Callable[[Stored, np.dtype], PackedArray]
     write: Callable[[str, Any], dict[str, np.ndarray]]
     said: Callable[[Mapping[str, Any]], QuantConfig]
+    partly: bool = False
 
 
 METHODS = {
@@ -40,7 +42,9 @@ METHODS = {
         bitsandbytes.packed_tensors,
         bitsandbytes.said_quant,
     ),
-    mxfp4.METHOD: Method(("mxfp4",), mxfp4.stored_tensors, mxfp4.read_packed, mxfp4.packed_tensors, mxfp4.said_quant),
+    mxfp4.METHOD: Method(
+        ("mxfp4",), mxfp4.stored_tensors, mxfp4.read_packed, mxfp4.packed_tensors, mxfp4.said_quant, partly=True
+    ),
 }
 BY_FORMAT = {format: method for method in METHODS.values() for format in method.formats}
 
@@ -66,13 +70,11 @@ def said_quant(config: Mapping[str, Any]) -> QuantConfig | None:
 def stored_tensors(source: str | Path, checkpoint: Source, quant: QuantConfig | None) -> dict[str, Stored]:
     """Name → tensor, for those that are already packed.
 
-    Tensors of a GGUF file are packed again if `quant` asks for it.
-
     Raises:
-        UserError: they are packed in a way that jlora does not read, or `quant` asks to pack them again.
+        UserError: they are packed in a way that jlora does not read, or one of which `quant` cannot pack the rest.
     """
     if not isinstance(checkpoint, SafetensorsFolder):
-        return checkpoint.stored if quant is None else {}
+        return checkpoint.stored
     settings = checkpoint.config.get("quantization_config") or {}
     settings = settings if isinstance(settings, dict) else {"quant_method": str(settings)[:60]}
     name = _method(settings) if settings else "bitsandbytes"
@@ -84,7 +86,7 @@ def stored_tensors(source: str | Path, checkpoint: Source, quant: QuantConfig | 
             f"{source}: config.json says that it is quantised ({name}), but no tensor is packed: delete the entry "
             "quantization_config from config.json to load it as it is (quant= packs it)"
         )
-    if stored and quant is not None:
+    if stored and quant is not None and not METHODS[name].partly:
         formats = ", ".join(sorted({tensor.format for tensor in stored.values()}))
         raise UserError(
             f"{source} is already quantised ({formats}) and is loaded as it is: leave quant out, or give the "

@@ -129,6 +129,12 @@ def written_packed(model_type: str, leaves: Mapping[str, Any], changed: Collecti
     return {path for paths in groups.values() if all(map(holds, paths)) for path in paths}
 
 
+def can_hold(model_type: str, leaves: Mapping[str, Any]) -> bool:
+    """Whether a folder for transformers can hold the packed experts among the leaves, if any, and all else packed."""
+    packed = {path for path in leaves if quant.format_of(leaves[path])}
+    return packed == written_packed(model_type, leaves, ()) or not any(re.fullmatch(KERNELS, path) for path in packed)
+
+
 def holds_experts(path: str, leaf: Any) -> bool:
     """Whether the leaf is the kernel of experts, packed in this format (and not only when it is used)."""
     return bool(re.fullmatch(KERNELS, path)) and quant.format_of(leaf) == METHOD and not quant.packs_update(leaf)

@@ -18,7 +18,7 @@ from jlora.errors import UserError, describe_faults
 from jlora.families import kinds
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.beside import half_of, say_left_alone
-from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, stack_layers, stored_forms
+from jlora.hub.checkpoints.forms import Form, Forms, chosen_forms, form_of, laid_over, stack_layers, stored_forms
 from jlora.hub.checkpoints.fp8 import is_fp8, say_unscaled
 from jlora.hub.checkpoints.methods import read_packed, said_quant, stored_tensors
 from jlora.hub.checkpoints.resize import Vocab, grown, resized
@@ -61,8 +61,8 @@ def load(
 
     Args:
         dtype: the dtype of every leaf; None is bfloat16 on TPU and GPU, float32 on CPU.
-        quant: which leaves to pack, from their values rounded to `dtype`. Must be None for a checkpoint that is packed
-            already (by bitsandbytes, or gpt-oss's MXFP4): its packed tensors are kept as they are.
+        quant: which leaves to pack, from their values rounded to `dtype`. Experts that are in MXFP4 stay as they are,
+            bit by bit, whatever it says of them. Must be None for a checkpoint that bitsandbytes has packed.
         mesh: places every leaf by `jlora.sharding`; None leaves them on the default device.
         vocab: the number of rows of embedding and head, or "tokenizer" for as many as the source's tokenizer needs. New
             rows are the mean of the others. None leaves them as they are.
@@ -133,8 +133,7 @@ def _contents(
 ) -> Contents:
     described = isinstance(checkpoint, Description)
     stored = {} if described else stored_tensors(source, checkpoint, config)
-    if described and not is_fp8(checkpoint.config):
-        config = config or said_quant(checkpoint.config)
+    said = said_quant(checkpoint.config) if described and not is_fp8(checkpoint.config) else None
     model = _build(checkpoint)
     leaves = _leaves(model, checkpoint, dtype)
     tensors = _hub_tensors(model, leaves)
@@ -143,7 +142,8 @@ def _contents(
         stored = _check(checkpoint, tensors, stored)
     model = resized(model, source, vocab)
     leaves = _leaves(model, checkpoint, dtype)
-    forms = stored_forms(leaves, tensors, stored, dtype) if stored else chosen_forms(leaves, config, dtype)
+    packed = chosen_forms(leaves, said, dtype) if described else stored_forms(leaves, tensors, stored, dtype)
+    forms = laid_over(chosen_forms(leaves, config, dtype), packed)
     leaves = _leaves(model, checkpoint, dtype, stack_layers(forms, model.config.structures))
     tensors = _hub_tensors(model, leaves)
 

@@ -279,10 +279,50 @@ def test_what_is_wrong_is_named(change, message, packed, tmp_path):
         hub.load(tmp_path)
 
 
+def test_the_rest_can_be_nf4(packed, tmp_path):
+    """Experts keep their bits; the description, with and without weights, says the same."""
+    folder, _ = packed
+    _, plain = hub.load(folder)
+    model, params = hub.load(folder, quant="nf4")
+    for kernel in KERNELS:
+        expected, found = (tree["layers"]["mlp"]["experts"][kernel]["kernel"] for tree in (plain, params))
+        np.testing.assert_array_equal(found.codes, expected.codes)
+        np.testing.assert_array_equal(found.scales, expected.scales)
+    q_proj = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert q_proj.format == "nf4"
+    expected = quant.quantize(plain["layers"]["self_attn"]["q_proj"]["kernel"], "nf4", double_quant=True)
+    jax.tree.map(np.testing.assert_array_equal, q_proj, expected)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    for source in (folder, tmp_path):
+        _, described = hub.describe(source, quant="nf4")
+        assert jax.tree.structure(described) == jax.tree.structure(shapes)
+        assert jax.tree.leaves(described) == jax.tree.leaves(shapes)
+    dense = tree.map_with_path(lambda _, leaf: quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, params)
+    near(model(params, TOKENS), model(dense, TOKENS))
+    hub.save_model(tmp_path / "out", model, params)
+    near(theirs(tmp_path / "out"), model(params, TOKENS))
+
+
+def test_experts_in_mxfp4_cannot_be_merge_aware(packed):
+    folder, _ = packed
+    rules = ((r".*/experts/.*", None), (r".*layers/.*/kernel", "nf4"))
+    for config, fits in ((quant.QuantConfig(merge_aware=True), False), (quant.QuantConfig(rules, True, True), True)):
+        for read in (hub.load, hub.describe):
+            if not fits:
+                with pytest.raises(
+                    UserError, match=r"leave them out by rules with None:\n  layers/mlp/experts/down_pr"
+                ):
+                    read(folder, quant=config)
+                continue
+            _, params = read(folder, quant=config)
+            formats = {path: quant.format_of(leaf) for path, leaf in tree.flatten(params).items()}
+            assert formats["layers/mlp/experts/down_proj/kernel"] == "mxfp4"
+            assert quant.packs_update(tree.flatten(params)["layers/self_attn/q_proj/kernel"])
+
+
 def test_other_requests_are_refused(packed, tmp_path):
     folder, _ = packed
-    with pytest.raises(UserError, match=r"already quantised \(mxfp4\) and is loaded as it is: leave quant out"):
-        hub.load(folder, quant="nf4")
     broken(folder, tmp_path, lambda t: None, {"quantization_config": {"quant_method": "awq"}})
     with pytest.raises(UserError, match=r"already quantised \(awq\); give the original checkpoint"):
         hub.load(tmp_path)

@@ -74,14 +74,11 @@ def test_codes_and_scales_come_back(written):
     assert jax.tree.map(lambda leaf: leaf.shape, described) == jax.tree.map(lambda leaf: leaf.shape, read)
 
 
-def test_other_formats_are_packed_from_the_values(written):
+def test_all_else_can_be_packed_in_another_format(written):
     _, params, path = written
     read = jlora.load(path, quant="int8")[1]
-    assert experts(read, "down_proj").format == "int8"
-    expected = quant.dequantize(experts(params, "down_proj"))
-    np.testing.assert_allclose(
-        quant.dequantize(experts(read, "down_proj")), expected, atol=0.02 * jnp.abs(expected).max()
-    )
+    np.testing.assert_array_equal(experts(read, "down_proj").codes, experts(params, "down_proj").codes)
+    assert read["layers"]["self_attn"]["q_proj"]["kernel"].format == "int8"
 
 
 def test_experts_that_an_adapter_changes_are_not_packed(written, tmp_path):

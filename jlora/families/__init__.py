@@ -12,8 +12,10 @@ from jlora.families import (
     bamba,
     deepseek_v3,
     ernie4_5,
+    ernie4_5_moe,
     exaone4,
     falcon_h1,
+    flex_olmo,
     gemma,
     gemma2,
     gemma3,
@@ -30,6 +32,7 @@ from jlora.families import (
     granitemoehybrid,
     helium,
     hunyuan_v1_dense,
+    hunyuan_v1_moe,
     internlm3,
     iquestcoder,
     lfm2,
@@ -44,8 +47,10 @@ from jlora.families import (
     nanochat,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_5,
     qwen3_5_moe,
@@ -67,10 +72,11 @@ FAMILIES: dict[str, Family] = {
     for module in (
         *(llama, internlm3, iquestcoder, mistral, mistral3, ministral3, mixtral, smollm3, olmo2, olmo3, granite, phi3),
         *(arcee, seed_oss, exaone4, hunyuan_v1_dense, ernie4_5, nanochat, glm, glm4, helium, starcoder2),
-        *(qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
+        *(qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite, mistral4),
         *(gpt_oss, lfm2, lfm2_moe, granitemoe, granitemoehybrid, bamba, falcon_h1, apertus, muse_glimmer),
+        *(olmoe, flex_olmo, ernie4_5_moe, hunyuan_v1_moe),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

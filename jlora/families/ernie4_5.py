@@ -9,9 +9,10 @@ from jlora.families.reading import common, interleaved
 BIAS = "use_bias"
 
 
-def read(fields: Fields) -> Values:
-    bias = fields.get(BIAS, False, FLAG)
-    values = common(fields, num_key_value_heads=2, head_dim=128, norm_eps=1e-5, rope_theta=5e5, tied=True)
+def read(fields: Fields, *, num_key_value_heads: int = 2, head_dim: int | None = 128) -> Values:
+    """Ernie 4.5's values; the arguments are defaults."""
+    bias, sizes = fields.get(BIAS, False, FLAG), dict(num_key_value_heads=num_key_value_heads, head_dim=head_dim)
+    values = common(fields, **sizes, norm_eps=1e-5, rope_theta=5e5, tied=True)
     return interleaved(values) | {"qkv_bias": bias, "output_bias": bias, "mlp_bias": bias}
 
 

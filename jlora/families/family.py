@@ -302,6 +302,7 @@ class Experts:
         shared_gate: whether the output of that MLP is scaled by a sigmoid of its own for each token.
         sigmoid: whether scores are sigmoids of float32 logits, rather than a softmax over all experts.
         correction: whether the router has numbers that are added to scores to choose experts, but not to weigh them.
+        correction_row: whether files have these numbers as the row of a matrix.
         groups, top_groups: experts are chosen from the `top_groups` best of so many equal groups.
         least: what a sum of weights is kept away from zero by, where weights are divided by it.
         scaling: factor of the weights.
@@ -321,6 +322,7 @@ class Experts:
     shared_gate: bool = False
     sigmoid: bool = False
     correction: bool = False
+    correction_row: bool = False
     groups: int = 1
     top_groups: int = 1
     least: float = 1e-20

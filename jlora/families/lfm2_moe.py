@@ -3,7 +3,7 @@
 import dataclasses
 
 from jlora.families import lfm2
-from jlora.families.family import Experts, Values
+from jlora.families.family import ExpertNames, Experts, Values
 from jlora.families.fields import Fields
 from jlora.families.kinds import FLAG, LENGTH, NUMBER, SIZE
 
@@ -31,6 +31,7 @@ FAMILY = dataclasses.replace(
     model_types=("lfm2_moe",),
     class_name="Lfm2MoeForCausalLM",
     read=read,
+    single_experts=ExpertNames(gate_proj="w1", up_proj="w3", down_proj="w2"),
     checkpoint_names=(
         (r"\.gate\.e_score_correction_bias$", ".expert_bias"),
         (r"(\.experts\.\d+)\.gate_proj\b", r"\1.w1"),

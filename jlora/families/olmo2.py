@@ -6,9 +6,10 @@ from jlora.families.gguf import ATTENTION_BIAS, QK_NORMS, Gguf, Reading
 from jlora.families.reading import common
 
 
-def read(fields: Fields) -> Values:
+def read(fields: Fields, *, norm_eps: float = 1e-5, rope_theta: float = 1e4) -> Values:
+    """OLMo 2's values; the arguments are defaults."""
     bias = fields.get("attention_bias", False)
-    return common(fields, norm_eps=1e-5) | {
+    return common(fields, norm_eps=norm_eps, rope_theta=rope_theta) | {
         "norm": "rms_wide",
         "qk_norm": "all",
         "qkv_bias": bias,

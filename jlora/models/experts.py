@@ -31,12 +31,13 @@ class Router(nn.Module):
             if experts.router_bias:
                 self.param("bias", nn.initializers.zeros, (experts.count,))
             if experts.correction:
-                self.param(CORRECTION, nn.initializers.zeros, (experts.count,))
+                shape = (1, experts.count) if experts.correction_row else (experts.count,)
+                self.param(CORRECTION, nn.initializers.zeros, shape)
         weights = leaves(self)
         own = {name: leaf for name, leaf in weights.items() if name not in ("router", CORRECTION)}
         x = x.astype(jnp.float32) if experts.sigmoid else x
         logits = lora.linear(x, own | {"kernel": weights["router"]})
-        return choose(logits, experts, weights[CORRECTION] if experts.correction else None)
+        return choose(logits, experts, weights[CORRECTION].reshape(-1) if experts.correction else None)
 
 
 class ScaledRouter(nn.Module):

@@ -200,6 +200,37 @@ CASES = {
         | dict(use_expert_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
         | dict(layer_types=["full_attention", "conv"] * 2),
     ),
+    "olmoe": (
+        "OlmoeConfig",
+        SIZES
+        | dict(num_experts=5, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, intermediate_size=20),
+    ),
+    "flex_olmo": (
+        "FlexOlmoConfig",
+        SIZES | dict(num_experts=5, num_experts_per_tok=3, pad_token_id=0, intermediate_size=20),
+    ),
+    "qwen2_moe": ("Qwen2MoeConfig", SHARED | dict(num_hidden_layers=3)),
+    "qwen2_moe-window": (
+        "Qwen2MoeConfig",
+        SHARED
+        | dict(use_sliding_window=True, sliding_window=6, max_window_layers=3, qkv_bias=False, norm_topk_prob=True)
+        | dict(decoder_sparse_step=2, tie_word_embeddings=True),
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        SIZES | dict(moe_num_experts=5, moe_k=2, moe_intermediate_size=20, moe_num_shared_experts=1, head_dim=10),
+    ),
+    "ernie4_5_moe-layers": (
+        "Ernie4_5_MoeConfig",
+        SIZES
+        | dict(moe_num_experts=3, moe_k=2, moe_intermediate_size=20, moe_num_shared_experts=0)
+        | dict(num_hidden_layers=6, moe_layer_interval=2, moe_layer_end_index=4, tie_word_embeddings=False),
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        SIZES
+        | dict(num_experts=5, moe_topk=[2] * 4, head_dim=10, intermediate_size=20, pad_token_id=0, attention_bias=True),
+    ),
     "muse_glimmer": ("MuseGlimmerConfig", dict(text_config=MUSE, vision_config=MUSE_VISION, **MUSE_SIZES)),
     "muse_glimmer-layers": (
         "MuseGlimmerConfig",
@@ -641,6 +672,7 @@ def test_lora_gradients(case, folders, load, parity, tmp_path):
     linears = {name.split(".")[-1] for name in whole if half is None or f".{half.module}." in name}
     # Of most mixtures PEFT takes names of the MLP's linears to mean the experts.
     mlp = set() if "qwen3_5_moe" in case else {"gate_proj", "up_proj", "down_proj"}
+    mlp |= {"wg"}  # Hunyuan's router, which is a linear in transformers alone
     refused = set(FAMILIES[base.config.model_type].refused)
     chosen = linears - {"lm_head"} - refused - (mlp if model.config.experts else set())
     targets = sorted(chosen) if model.config.experts or refused else "all-linear"
@@ -842,6 +874,9 @@ def test_rotary_fields_are_those_that_transformers_takes(case, change, folders, 
     ("case", "change", "message"),
     [
         ("internlm3", {"attention_bias": False}, "qkv_bias False with bias True is not supported"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2, 1, 2]}, r"moe_topk \[1, 2, 1, 2\] is not supported"),
+        ("muse_glimmer", {"text_config": {"layer_rope_theta": [5.0] * 52}}, r"layer_rope_theta: 5\.0 is not supported"),
         ("iquestcoder", {"clip_qkv": 8.0}, r"clip_qkv 8\.0 is not supported"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not supported"),

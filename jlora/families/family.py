@@ -58,6 +58,8 @@ class Names(NamedTuple):
     mlp_down: str = "down_proj"
     activation: str | None = None  # of the MLP, if it may have parameters
     shared_expert: str = "shared_expert"
+    # before and after the experts, if these compute in a narrower space (`Experts.latent_size`)
+    expert_latents: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")
     # linears to something narrow that all heads share, which every device has whole
     latents: tuple[str, ...] = ()
     # (norm before, norm after) of attention and of the MLP
@@ -193,6 +195,7 @@ class Layer(NamedTuple):
         rope: the index in `ModelConfig.ropes` of the rotation of its queries and keys; None: they are not rotated.
         experts: whether its MLP is a mixture of experts.
         mixer: what mixes tokens, a name of `jlora.models.mixers.MIXERS`.
+        mlp: whether there is an MLP, or a mixture of experts, after that.
         head_dim, num_key_value_heads, intermediate_size: None: the model's.
         keys_as_values: whether what the keys are made of serves as values too.
         keeps, shares: a name under which the layer's keys and values are kept for later layers, and under which it
@@ -203,6 +206,7 @@ class Layer(NamedTuple):
     rope: int | None = 0
     experts: bool = False
     mixer: str = "attention"
+    mlp: bool = True
     head_dim: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
@@ -308,6 +312,8 @@ class Experts:
         scaling: factor of the weights.
         beside: what is around the experts where these are beside the dense MLP; None: they take the MLP's place.
         scaled: whether the router norms its inputs and multiplies them, and the weights, by learned numbers.
+        latent_size: the width of what linears make of the experts' inputs, and of their outputs before another; 0: the
+            model's.
     """
 
     count: int
@@ -329,6 +335,7 @@ class Experts:
     scaling: float = 1.0
     beside: "Beside | None" = None
     scaled: bool = False
+    latent_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

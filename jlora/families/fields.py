@@ -18,7 +18,8 @@ HARMLESS = frozenset(
         *("residual_dropout", "embedding_dropout", "eod_token_id"),
         *("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout"),
         *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
-        *("mamba_chunk_size", "num_logits_to_keep", "z_loss_coefficient"),
+        *("mamba_chunk_size", "num_logits_to_keep", "z_loss_coefficient", "use_mamba_kernels"),
+        *("mamba_ssm_cache_dtype", "rescale_prenorm_residual", "residual_in_fp32"),
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
     )
 )

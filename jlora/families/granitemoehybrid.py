@@ -47,5 +47,6 @@ FAMILY = dataclasses.replace(
     ),
     checkpoint_names=granitemoe.FAMILY.checkpoint_names,
     stacked_experts=granitemoe.FAMILY.stacked_experts,
+    single_experts=granitemoe.FAMILY.single_experts,
     gguf=None,
 )

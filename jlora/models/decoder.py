@@ -114,7 +114,7 @@ class Feedforward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, with norms before, after, or both.
+    """One decoder layer: attention and MLP, or only one of them, with norms before, after, or both.
 
     Attributes:
         attention: the form that computes attention (`jlora.kernels.attention`).
@@ -128,23 +128,33 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        config, names = self.config, self.config.names
         x = sharding.held(x)
-        name = names.mixer(self.layer.mixer)
-        mixer = MIXERS[self.layer.mixer].module(config, self.layer, self.attention, name=name)
-        if name is None:
+        y, cache = self._mixed(x, context, cache)
+        y = self._fed(x, y) if self.layer.mlp else y
+        return self._scaled(self._with_own_input(y, context.own_input)), cache
+
+    def _mixed(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """The half of the layer that mixes tokens: norm, mixer, norm, added to its input."""
+        config, names, kind = self.config, self.config.names, self.layer.mixer
+        if MIXERS[kind].module is None:
+            return x, cache
+        mixer = MIXERS[kind].module(config, self.layer, self.attention, name=names.mixer(kind))
+        if names.mixer(kind) is None:
             nn.share_scope(self, mixer)
         y, cache = mixer(_norm(config, names.attention_norms[0], x), context, cache)
-        attended = x + scaled(_norm(config, names.attention_norms[1], y, config.post_norm_eps), config.residual_scale)
+        y = _norm(config, names.attention_norms[1], y, config.post_norm_eps)
+        return x + scaled(y, config.residual_scale), cache
+
+    def _fed(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The other half, at once or in tiles."""
+        config = self.config
         feedforward = Feedforward(config, self.layer)
         nn.share_scope(self, feedforward)
         tiles = _tiles(x.shape, self._inner()) if self.lean else 1
         if tiles == 1 or self.is_mutable_collection("inputs"):
-            y = feedforward(x, attended)
-        else:
-            key = self.make_rng("dropout") if self.has_rng("dropout") else None
-            y = feedforward.in_tiles(tiles, key, x, attended)
-        return self._scaled(self._with_own_input(y, context.own_input)), cache
+            return feedforward(x, attended)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return feedforward.in_tiles(tiles, key, x, attended)
 
     def _with_own_input(self, y: jax.Array, own: jax.Array | None) -> jax.Array:
         """y + norm(output(act(gate(y)) · own)), if the layer has an input of its own."""

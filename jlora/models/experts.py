@@ -56,8 +56,9 @@ class ScaledRouter(nn.Module):
 
 def mixture_leaves(config: ModelConfig, layer: Params) -> Params:
     """The leaves of a mixture among those at its path, which may be those of the whole layer."""
-    shared = config.names.shared_expert
-    return {name: layer[name] for name in (config.names.router, "experts", shared, f"{shared}_gate") if name in layer}
+    names, shared = config.names, config.names.shared_expert
+    own = (names.router, "experts", shared, f"{shared}_gate", *names.expert_latents)
+    return {name: layer[name] for name in own if name in layer}
 
 
 class Grouped(nn.Module):
@@ -77,22 +78,22 @@ class Grouped(nn.Module):
         return lora.grouped_linear(x, sizes, used(self))
 
 
-class GatedExperts(nn.Module):
-    """down(act(gate) · up), or `Clamped`, in every expert, with gate and up in one product."""
+class ExpertMLPs(nn.Module):
+    """down(act(gate) · up), or `Clamped`, in every expert, with gate and up in one product; or down(act(up))."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        experts = self.config.experts
-        width = 2 * experts.intermediate_size
-        joined = Grouped(experts.count, width, experts.bias, name="gate_up_proj")(x, sizes)
-        if experts.interleaved:
-            gate, up = joined[..., 0::2], joined[..., 1::2]
+        experts, gated, activation = self.config.experts, self.config.gated, ACTIVATIONS[self.config.hidden_act]
+        width, name = experts.intermediate_size * (2 if gated else 1), "gate_up_proj" if gated else "up_proj"
+        joined = Grouped(experts.count, width, experts.bias, name=name)(x, sizes)
+        if not gated:
+            y = activation(joined)
         else:
-            gate, up = jnp.split(joined, 2, axis=-1)
-        y = _clamped(gate, up, experts.clamped) if experts.clamped else ACTIVATIONS[self.config.hidden_act](gate) * up
-        return Grouped(experts.count, self.config.hidden_size, experts.bias, name="down_proj")(y, sizes)
+            parts = (joined[..., 0::2], joined[..., 1::2]) if experts.interleaved else jnp.split(joined, 2, axis=-1)
+            y = _clamped(*parts, experts.clamped) if experts.clamped else activation(parts[0]) * parts[1]
+        return Grouped(experts.count, x.shape[-1], experts.bias, name="down_proj")(y, sizes)
 
 
 def _clamped(gate: jax.Array, up: jax.Array, rule: Clamped) -> jax.Array:
@@ -126,10 +127,16 @@ class Mixture(nn.Module):
         weights, chosen = router(read)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=experts.count).astype(jnp.int32)
-        y = GatedExperts(self.config, name="experts")(rows[order // experts.top_k], sizes)
-        y = y[jnp.argsort(order)].reshape(-1, experts.top_k, x.shape[-1])  # back in the tokens' order
-        y = jnp.sum(y * weights.astype(x.dtype)[..., None], axis=1)
+        inputs = self._narrow(rows, 0, experts.latent_size)
+        y = ExpertMLPs(self.config, name="experts")(inputs[order // experts.top_k], sizes)
+        y = y[jnp.argsort(order)].reshape(-1, experts.top_k, y.shape[-1])  # back in the tokens' order
+        y = self._narrow(jnp.sum(y * weights.astype(x.dtype)[..., None], axis=1), 1, x.shape[-1])
         return (y + self._shared(rows) if experts.shared_intermediate_size else y).reshape(x.shape)
+
+    def _narrow(self, rows: jax.Array, which: int, width: int) -> jax.Array:
+        """The rows as the experts' inputs (0), or the experts' outputs as the mixture's (1)."""
+        name = self.config.names.expert_latents[which]
+        return Linear(width, self.config.mlp_bias, name=name)(rows) if self.config.experts.latent_size else rows
 
     def _shared(self, rows: jax.Array) -> jax.Array:
         """What the MLP for every token adds."""

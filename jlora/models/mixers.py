@@ -14,14 +14,14 @@ class Mixer(NamedTuple):
 
     Attributes:
         module: (config, layer, the form of attention) → a Flax module that maps (x [B, T, D], context, cache or None)
-            to (y [B, T, D], the cache with these tokens).
+            to (y [B, T, D], the cache with these tokens); None: the layer mixes no tokens.
         room: (config, layer) → what a layer keeps of a row's earlier tokens.
         products: (config, layer, length of a row) → the products for a token besides those with linears' weights.
         recurrent: whether it needs `Context.runs`.
         attends: whether its heads are those of `ModelConfig.heads`, with `jlora.kernels.attention`.
     """
 
-    module: Callable
+    module: Callable | None
     room: Callable[[ModelConfig, Layer], Room]
     products: Callable[[ModelConfig, Layer, int], int]
     recurrent: bool = False
@@ -34,6 +34,7 @@ MIXERS = {
     "delta": Mixer(delta.DeltaNet, delta.room, delta.products, recurrent=True),
     "conv": Mixer(shortconv.ShortConv, shortconv.room, shortconv.products, recurrent=True),
     "latent": Mixer(latent.LatentAttention, latent.room, latent.products),
+    "none": Mixer(None, lambda config, layer: {}, lambda config, layer, tokens: 0),
     "mamba": Mixer(mamba.Mamba, mamba.room, mamba.products, recurrent=True),
     "parallel": Mixer(parallel.Parallel, parallel.room, parallel.products, recurrent=True, attends=True),
 }

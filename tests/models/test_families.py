@@ -58,6 +58,8 @@ HYBRID = SIZES | dict(
     rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.3),
 )
 MAMBA = dict(mamba_n_heads=6, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=10, mamba_chunk_size=8)
+NEMOTRON = {name: value for name, value in SIZES.items() if name != "num_hidden_layers"}
+NEMOTRON |= dict(head_dim=10, mamba_num_heads=6, mamba_head_dim=14, n_groups=2, ssm_state_size=10)
 SHARED = MOE | dict(shared_expert_intermediate_size=28)
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48)
 QWEN_VISION |= dict(num_position_embeddings=16)
@@ -412,6 +414,17 @@ CASES = {
     "falcon_h1-gated": (
         "FalconH1Config",
         SIZES | MAMBA | dict(num_hidden_layers=2, mamba_d_ssm=96, mamba_rms_norm=True, mamba_norm_before_gate=False),
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        NEMOTRON | dict(layers_block_type=["mamba", "mlp", "attention", "mamba"], time_step_min=0.3),
+    ),
+    "nemotron_h-experts": (
+        "NemotronHConfig",
+        NEMOTRON
+        | dict(layers_block_type=["moe", "mamba", "moe", "attention"], use_bias=True, conv_kernel=3, mlp_bias=True)
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=3, moe_intermediate_size=20)
+        | dict(moe_shared_expert_intermediate_size=28, moe_latent_size=28, routed_scaling_factor=1.7, n_groups=1),
     ),
     "apertus": ("ApertusConfig", SIZES | dict(tie_word_embeddings=True)),
     "apertus-relu": (
@@ -768,7 +781,7 @@ def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
     assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "falcon_h1"])
+@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h"])
 def test_branches_continue_from_what_they_share(case, load):
     """A shared prompt and two answers in one row, and each pair of prompt and answer by itself."""
     model, params = load(case)
@@ -805,6 +818,13 @@ def test_the_compiled_program_does_not_grow_with_depth(case, folders):
         return len(jax.jit(lambda params, ids: model(params, ids)).lower(params, ids).as_text())
 
     assert size(80) < 1.5 * size(8)
+
+
+def test_letters_stand_for_layers_in_older_files(folders):
+    config = json.loads((folders("nemotron_h") / "config.json").read_text())
+    expected = models.build(config).config.layers
+    del config["layers_block_type"]
+    assert models.build(config | {"hybrid_override_pattern": "M-*M"}).config.layers == expected
 
 
 def test_more_tokens_than_learned_positions_are_refused(load):
@@ -893,6 +913,13 @@ def test_rotary_fields_are_those_that_transformers_takes(case, change, folders, 
         ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_type": "axial"}}}, "rope_type 'axial' is not supp"),
         ("olmo3", {"rope_parameters": None, "rope_theta": 1e4}, r"rope_theta 10000\.0 is that of all layers in"),
         ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "found 1"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "rwkv"]}, "layers_block_type: rwkv is not supported"),
+        (
+            "nemotron_h",
+            {"attention_bias": True, "sliding_window": 9},
+            "(?s)attention_bias True .*sliding_window 9",
+        ),
+        ("falcon_h1", {"ssm_multipliers": [1.0, 0.5]}, "ssm_multipliers has 2 entries, expected 5"),
         ("gpt_neox", {"hidden_size": 50}, "the width 50 is not a multiple of the 6 attention heads"),
         ("gpt2", {"n_layer": None}, "config.json lacks n_layer"),
         ("llama", {"hidden_size": None, "num_hidden_layers": None}, "lacks hidden_size, num_hidden_layers"),

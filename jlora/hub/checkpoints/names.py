@@ -40,8 +40,8 @@ UNTRANSPOSED = rf"({_STACKS})(@[^/]+)?/.*/kernel"
 
 # Kernels of experts, which the Hub stores one by one and unfused, but in some families as transformers has them
 # (`Family.stacked_experts`). EXPERT_PARTS: the parts of their columns, in order.
-EXPERTS = r"(?P<stack>.+)/experts/(?P<kernel>gate_up_proj|down_proj)"
-EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+EXPERTS = r"(?P<stack>.+)/experts/(?P<kernel>gate_up_proj|up_proj|down_proj)"
+EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 # model_type → GGUF's name of a module → the Hub's.
 GGUF_MODULES = {kind: modules_of(family) for kind, family in FAMILIES.items() if family.gguf}
 # The same of single tensors.

@@ -26,6 +26,8 @@ from jlora.models.model import SCORE
 from jlora.types import Params
 
 PREFIX = "base_model.model."
+# What the names of experts' first kernels end in: PEFT wraps the experts once for each parameter, for down_proj last.
+INNER = (".gate_up_proj", ".up_proj")
 # Parts of names that occur only in a model in memory → where they come from.
 MARKS = {
     r"(^|\.)_orig_mod\.": "torch.compile puts there (_orig_mod)",
@@ -194,11 +196,7 @@ def _layers(
         return
     for i, name in enumerate(called.modules(site.path)):
         tensors = f"{PREFIX}{name.rpartition('.')[0] if site.experts else name}"
-        if (
-            site.experts
-            and name.endswith("gate_up_proj")
-            and f"{site.path.rpartition('/')[0]}/down_proj/{A.name}" in flat
-        ):
+        if site.experts and name.endswith(INNER) and f"{site.path.rpartition('/')[0]}/down_proj/{A.name}" in flat:
             tensors += ".base_layer"  # PEFT wraps the experts' module once for each parameter
         full = f"{name}.weight" if site.leaf == "router" else name
         own = site
@@ -226,9 +224,9 @@ def outermost(modules: list[Module], found: Mapping[str, TensorInfo], config: Ad
     wanted = {module.name for module in modules if module.site.experts and is_wanted(module, found, config)}
 
     def rename(module: Module) -> Module:
-        if not module.name.endswith(".gate_up_proj") or not module.site.experts:
+        if not module.name.endswith(INNER) or not module.site.experts:
             return module
-        outer = module.name.removesuffix("gate_up_proj") + "down_proj"
+        outer = f"{module.name.rpartition('.')[0]}.down_proj"
         return module._replace(tensors=f"{module.tensors}.base_layer") if outer in wanted else module
 
     return [rename(module) for module in modules]

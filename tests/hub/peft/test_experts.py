@@ -296,6 +296,11 @@ GEMMA = (
     dict(intermediate_size=40, head_dim=16, global_head_dim=12, hidden_size_per_layer_input=0, pad_token_id=0)
     | dict(enable_moe_block=True, num_experts=EXPERTS, top_k_experts=2, moe_intermediate_size=20),
 )
+NEMOTRON = (
+    transformers.NemotronHConfig,
+    dict(layers_block_type=["attention", "moe"], n_routed_experts=EXPERTS, moe_intermediate_size=40, head_dim=16)
+    | dict(moe_shared_expert_intermediate_size=20, moe_latent_size=20, intermediate_size=20),
+)
 KERNELS = ("experts.gate_up_proj", "experts.down_proj")
 
 
@@ -305,6 +310,9 @@ KERNELS = ("experts.gate_up_proj", "experts.down_proj")
         pytest.param(GRANITE, [f"block_sparse_moe.{name}" for name in (*KERNELS, "router.weight")], id="granitemoe"),
         pytest.param(HYBRID, [f"block_sparse_moe.{name}" for name in KERNELS], id="granitemoehybrid"),
         pytest.param(GEMMA, [*KERNELS], id="gemma4_text"),
+        pytest.param(
+            NEMOTRON, [f"mixer.{name}" for name in ("experts.up_proj", KERNELS[1], "gate.weight")], id="nemotron_h"
+        ),
     ],
 )
 def test_experts_that_a_file_has_in_one_tensor(family, parameters, tmp_path):

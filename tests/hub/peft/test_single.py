@@ -53,6 +53,13 @@ FAMILIES = {
         "block_sparse_moe.experts.0.w1",
         "block_sparse_moe.gate",
     ),
+    "nemotron_h": (
+        transformers.NemotronHConfig,
+        dict(layers_block_type=["attention", "moe"], n_routed_experts=EXPERTS, moe_intermediate_size=INNER)
+        | dict(head_dim=16, moe_shared_expert_intermediate_size=20),
+        "mixer.experts.0.up_proj",
+        "mixer.gate",
+    ),
     "gemma4_text": (
         transformers.Gemma4TextConfig,
         GEMMA | dict(num_experts=EXPERTS, top_k_experts=2, moe_intermediate_size=20),
@@ -77,7 +84,8 @@ def adapted(base, name, **fields):
     """(model, params with a random adapter of the experts, the router and q_proj, with ranks of their own)"""
     model, params = hub.load(base)
     router = FAMILIES[name][3] and f"{model.config.names.router}.weight"
-    targets = ["experts.gate_up_proj", "experts.down_proj", *([router] if router else [])]
+    first = "gate_up_proj" if model.config.gated else "up_proj"
+    targets = [f"experts.{first}", "experts.down_proj", *([router] if router else [])]
     config = LoraConfig(
         **dict(r=RANK, lora_alpha=6, rank_pattern={"q_proj": 3}, target_parameters=targets, target_modules=["q_proj"])
         | fields

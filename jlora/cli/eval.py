@@ -11,8 +11,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from jlora import data, hub, lora
-from jlora.cli.model import add_model_options, add_on_error_option, command, load_model, positive, print_note
+from jlora import data, lora
+from jlora.cli.model import (
+    add_model_options,
+    add_on_error_option,
+    command,
+    load_model,
+    open_model,
+    positive,
+    print_note,
+)
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
@@ -144,7 +152,8 @@ def _changes(options: argparse.Namespace, given: _Measured) -> list[forgetting.C
     model, params, tokenizer, records, sets, measure = given
     other, before = model, lora.strip(params)
     if options.against != "base":
-        other, before = hub.load(options.against, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
+        settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
+        other, before = open_model(options.against, quiet=options.json, **settings)
         other.config.require_same(model.config, options.against, options.model)
     changes = forgetting.compare(model, before, params, tokenizer, task=records, **sets)
     if options.loss_only:

@@ -13,6 +13,7 @@ from jlora.cli.model import (
     command,
     refuse_layout,
     say_adapter,
+    say_kept,
     tensor_bar,
 )
 from jlora.train.config import RunConfig
@@ -23,13 +24,14 @@ def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     if options.merged or options.gguf:
-        refuse_layout(options, "for PEFT adapters; a merged model has none, and GGUF has one layout and its own scales")
+        refuse_layout(options, "PEFT adapters; a merged model has none, and GGUF has one layout and its own scales")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
     settings = read_config(options.workdir).model
     inputs = {"--workdir": options.workdir, "the run's base": settings.path, "its first adapter": settings.adapter}
     hub.refuse_inputs(options.out, inputs)
     config, model, params = load_run(options.workdir, options.step)
+    say_kept(config.model.path, params)
     if options.gguf and options.merged:
         with tensor_bar() as bar:
             hub.save_gguf(options.out, model, params, config.model.path, dtype=options.gguf, progress=bar)

@@ -3,15 +3,15 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import adapter_layout, add_layout_options, add_vocab_option, command, rank, say_adapter
+from jlora.cli.model import adapter_layout, add_layout_options, add_vocab_option, command, open_model, rank, say_adapter
 
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
     hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
-    model, base = hub.load(options.base, dtype=hub.exact_dtype(options.base), vocab=options.vocab)
-    tuned_model, tuned = hub.load(options.model, dtype=hub.exact_dtype(options.model))
+    model, base = open_model(options.base, dtype=hub.exact_dtype(options.base), vocab=options.vocab)
+    tuned_model, tuned = open_model(options.model, dtype=hub.exact_dtype(options.model))
     # An adapter holds only weights: settings that differ would be lost.
     model.config.require_same(tuned_model.config, options.base, options.model)
     params, report = lora.extract(

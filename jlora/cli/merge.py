@@ -16,6 +16,7 @@ from jlora.cli.model import (
     add_vocab_option,
     command,
     encodable,
+    open_model,
     rank,
     read_records,
     refuse_layout,
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
     if options.adapter_only and options.quant:
         raise UserError("--quant packs a merged model, and --adapter_only writes none")
     if options.gguf or not options.adapter_only:
-        refuse_layout(options, "for the PEFT adapter that --adapter_only writes")
+        refuse_layout(options, "the PEFT adapter that --adapter_only writes")
     if options.gguf and options.dtype:
         raise UserError("--gguf sets the type of what is written, so --dtype has no effect")
     if options.gguf and options.quant:
@@ -49,7 +50,7 @@ def run(arguments: list[str]) -> int:
     records = read_records(options)
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     exact = hub.exact_dtype(options.model)  # so that sums are rounded only once
-    model, base = hub.load(options.model, dtype=exact, vocab=options.vocab)
+    model, base = open_model(options.model, dtype=exact, vocab=options.vocab)
     params = _adapted(base, adapters, options)
     if options.adapter_only:
         _save_adapter(model, params, options)

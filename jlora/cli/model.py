@@ -9,7 +9,7 @@ from typing import Any, get_args
 import rich.console
 import rich.progress
 
-from jlora import data, hub
+from jlora import data, hub, lora, quant
 from jlora.errors import UserError
 from jlora.hub.checkpoints.resize import TOKENIZER
 from jlora.models import Model
@@ -106,10 +106,10 @@ def adapter_layout(options: argparse.Namespace, train: TrainConfig | None = None
     }
 
 
-def refuse_layout(options: argparse.Namespace, why: str) -> None:
-    """Raises UserError if --fold or --experts is given."""
+def refuse_layout(options: argparse.Namespace, what: str) -> None:
+    """Raises UserError if --fold or --experts is given; `what` says what they are for."""
     if given := [f"--{name}" for name in ("fold", "experts") if getattr(options, name)]:
-        raise UserError(f"{' and '.join(given)}: {why}")
+        raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for {what}")
 
 
 def say_adapter(path: str, *, gguf: bool = False) -> None:
@@ -127,12 +127,32 @@ def tensor_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def open_model(source: str, *, quiet: bool = False, **settings: Any) -> tuple[Model, Params]:
+    """What `hub.load` returns; unless `quiet`, a note says what the weights are kept in.
+
+    Args:
+        settings: of `hub.load`.
+    """
+    model, params = hub.load(source, **settings)
+    if not quiet:
+        say_kept(source, params)
+    return model, params
+
+
+def say_kept(source: str, params: Params) -> None:
+    """Prints, to standard error, what the base's weights are kept in, if any are packed or those of experts."""
+    if kinds := quant.kept_in(lora.strip(params)):
+        print_note(f"{source}: {kinds}")
+
+
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """The model, its params with the adapter applied, and the tokenizer, fitted to the model.
 
-    With `several` adapters (see `add_model_options`), none is applied.
+    A note says what the weights are kept in, but not with --json. With `several` adapters (see `add_model_options`),
+    none is applied.
     """
-    model, params = hub.load(options.model, dtype=options.dtype, quant=options.quant, vocab=options.vocab)
+    settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
+    model, params = open_model(options.model, quiet=getattr(options, "json", False), **settings)
     if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter, options.model)
     tokenizer = data.fitted(_tokenizer(options), model.config.vocab_size)

@@ -4,7 +4,15 @@ import argparse
 from typing import Any
 
 from jlora import hub, quant, tree
-from jlora.cli.model import add_on_error_option, add_source_option, add_vocab_option, command, encodable, read_records
+from jlora.cli.model import (
+    add_on_error_option,
+    add_source_option,
+    add_vocab_option,
+    command,
+    encodable,
+    open_model,
+    read_records,
+)
 from jlora.errors import UserError
 from jlora.hub.checkpoints.methods import BY_FORMAT
 from jlora.hub.checkpoints.packed import quantizable
@@ -22,7 +30,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = hub.load_tokenizer(options.model)
     if options.bits is not None:
         config = _mixed(options, config, dtype, tokenizer)
-    model, params = hub.load(options.model, dtype=dtype, quant=config, vocab=options.vocab)
+    model, params = open_model(options.model, dtype=dtype, quant=config, vocab=options.vocab)
     hub.save_quantized(options.out, model, params, tokenizer=tokenizer)
     print(f"{options.quant} model: {options.out} ({8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight)")
     return 0

@@ -546,10 +546,14 @@ def configured(case):
 
 @functools.cache
 def reference(case):
-    """transformers' model with random weights everywhere, norms and biases too."""
-    torch.manual_seed(0)
+    """transformers' model, `randomised`."""
     config = configured(case)
-    model = auto_class(config).from_config(config, attn_implementation="eager").eval()
+    return randomised(auto_class(config).from_config(config, attn_implementation="eager"))
+
+
+def randomised(model):
+    """The model with random weights everywhere, norms and biases too."""
+    torch.manual_seed(0)
     with torch.no_grad():
         for key, value in model.named_parameters():
             center = 1.0 if "norm" in key or "ln_" in key else 0.0
@@ -561,7 +565,7 @@ def reference(case):
                 value.copy_(0.5 + 0.1 * torch.randn_like(value))
             if key.endswith(("e_score_correction_bias", "expert_bias")):
                 value.copy_(0.3 * torch.randn_like(value))
-    return model
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -748,6 +752,36 @@ def test_export(case, load, parity, tmp_path):
     found = difference(logits_of(written, ids), np.asarray(model(params, jnp.asarray(ids))))
     parity("family", case.partition("-")[0], "export", found)
     assert found < 1e-4
+
+
+# The first case of each family that transformers has classifiers of; tests/hub/checkpoints/test_score.py has the rest.
+COSTLY = ("qwen3_next", "qwen3_moe", "mixtral", "hunyuan_v1_moe")  # and like Qwen 3.5 and Qwen 2's mixture in this
+SCORED = [
+    pytest.param(case, marks=pytest.mark.slow) if case in COSTLY else case
+    for case in CASES
+    if "-" not in case
+    and FAMILIES[case].score
+    and case not in ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox")
+]
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_score_head(case, tmp_path):
+    """A reward model of transformers gives the same scores, and is written again tensor by tensor."""
+    config = configured(case)
+    for one in (config, config.get_text_config()):
+        one.num_labels, one.eos_token_id = 1, 6
+    classifier = randomised(transformers.AutoModelForSequenceClassification.from_config(config))
+    classifier.save_pretrained(tmp_path / "theirs")
+    model, params = jlora.load(tmp_path / "theirs")
+    ids = tokens(rows=1, length=5)
+    hidden, _ = model.hidden(params, jnp.asarray(ids))
+    assert difference(model.score(params, hidden[:, -1]), logits_of(classifier, ids)[:, 0]) < 1e-4
+    jlora.save_model(tmp_path / "ours", model, params)
+    state = classifier.state_dict()
+    written = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").state_dict()
+    assert written.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in written.items())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,7 @@
-"""Score heads of reward models, with transformers' sequence classifiers and PEFT's adapters of them as judges."""
+"""Score heads of reward models, with transformers' sequence classifiers and PEFT's adapters of them as judges.
+
+Here with a few families; `test_score_head` of tests/models/test_families.py has one case of each.
+"""
 
 import copy
 import functools

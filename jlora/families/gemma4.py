@@ -4,14 +4,16 @@ Layers with a window and without differ in their heads; the last layers take the
 layer may read an embedding of its own for every token, and multiplies its output by a number of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jlora.families import gemma2, gemma3
 from jlora.families.family import OUT_IN, Beside, ExpertNames, Experts, Family, Layer, LayerInputs, Values
 from jlora.families.fields import Fields
 from jlora.families.gemma import read_common
+from jlora.families.gguf import DECODER, QK_NORMS, Config, Gguf, Metadata, Reading
 from jlora.families.kinds import FLAG, LAYERS, NUMBER, OBJECT, SIZE, Kind, whole
+from jlora.families.layouts import Joined, stacked_experts
 from jlora.families.multimodal import TextHalf, multimodal
 from jlora.families.reading import read_windows
 from jlora.families.rope import read_rope
@@ -133,11 +135,142 @@ def _shared(fields: Fields, layers: Sequence[Layer], width: int) -> list[Layer]:
     ]
 
 
+# ---------------------------------------------------------------- GGUF
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    """What differs between layers with a window and without, and all that only some of these models have."""
+    count = config["num_hidden_layers"]
+    sliding = _each(metadata, "attention.sliding_window_pattern", count)
+    full_dim, local_dim = (metadata.require(f"attention.key_length{kind}") for kind in ("", "_swa"))
+    for part, kind, dim in (("value", "", full_dim), ("value", "_swa", local_dim)):
+        metadata.only(f"attention.{part}_length{kind}", dim)
+    for kind, dim in (("", full_dim), ("_swa", local_dim)):
+        metadata.only(f"rope.dimension_count{kind}", dim)
+    keys, widths = (_each(metadata, key, count) for key in ("attention.head_count_kv", "feed_forward_length"))
+    shared = metadata.number("attention.shared_kv_layers", 0)
+    first = count - shared
+    same = any(
+        f"blk.{i}.attn_k.weight" in metadata.tensors and f"blk.{i}.attn_v.weight" not in metadata.tensors
+        for i in range(first)
+    )
+    if len(set(widths[:first])) > 1 or len(set(widths[first:])) > 1:
+        metadata.problems.append(f"{metadata.name('feed_forward_length')} differs from layer to layer: {widths}")
+    if shared and (first < 2 or sliding[first - 2 : first] != [True, False]):
+        metadata.problems.append(
+            f"{metadata.name('attention.shared_kv_layers')} is {shared}; llama.cpp then expects a window in layer "
+            f"{first - 2} and none in layer {first - 1}"
+        )
+    found = {
+        # llama.cpp caps logits by this if the file says nothing, and by nothing if it says 0.
+        "final_logit_softcapping": metadata.get("final_logit_softcapping", 30.0) or None,
+        "head_dim": local_dim,
+        "global_head_dim": full_dim,
+        "num_key_value_heads": next((n for n, slides in zip(keys, sliding, strict=True) if slides), keys[0]),
+        "num_global_key_value_heads": next((n for n, slides in zip(keys, sliding, strict=True) if not slides), None),
+        "attention_k_eq_v": same,
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": bool(shared) and widths[-1] == 2 * widths[0],
+        "num_kv_shared_layers": shared,
+        "sliding_window": metadata.require("attention.sliding_window"),
+        "layer_types": [SLIDING if slides else FULL for slides in sliding],
+        "rope_parameters": {
+            FULL: {
+                "rope_type": "proportional",
+                "partial_rotary_factor": metadata.share_of_frequencies(),
+                "rope_theta": metadata.get("rope.freq_base", 1e6),
+            },
+            SLIDING: {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", gemma3.LOCAL_THETA)},
+        },
+    }
+    return found | _own_inputs(metadata) | _experts_in_gguf(metadata)
+
+
+def _each(metadata: Metadata, key: str, count: int) -> list[Any]:
+    """A value for every layer."""
+    found = metadata.get(key)
+    if found is None or (isinstance(found, list) and len(found) != count):
+        what = "is missing" if found is None else f"has {len(found)} entries for {count} layers"
+        metadata.problems.append(f"{metadata.name(key)} {what}")
+        return [1] * count
+    return found if isinstance(found, list) else [found] * count
+
+
+def _own_inputs(metadata: Metadata) -> Config:
+    width = metadata.number("embedding_length_per_layer_input", 0)
+    rows = metadata.tensors.get("per_layer_token_embd.weight", (0,))[0]
+    return {"hidden_size_per_layer_input": width} | ({"vocab_size_per_layer_input": rows} if width else {})
+
+
+def _experts_in_gguf(metadata: Metadata) -> Config:
+    count, keys = metadata.number("expert_count", 0), ("expert_used_count", "expert_feed_forward_length")
+    if not count:
+        return {"enable_moe_block": False}
+    top_k, width = (metadata.require(key) for key in keys)
+    return {"enable_moe_block": True, "num_experts": count, "top_k_experts": top_k, "moe_intermediate_size": width}
+
+
+def _in_full(name: str) -> Callable[[Any], Any]:
+    """Of the layers without a window."""
+    return lambda config: next(
+        (getattr(config.heads(layer), name) for layer in config.layers if layer.window is None),
+        getattr(config.heads(config.layers[0]), name),
+    )
+
+
+def _feed_forward(config: Any) -> Any:
+    widths = [layer.intermediate_size or config.intermediate_size for layer in config.layers]
+    return widths if len(set(widths)) > 1 else config.intermediate_size
+
+
+WRITES: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), _in_full("width")),
+    **dict.fromkeys(
+        ("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"),
+        lambda config: config.head_dim,
+    ),
+    "attention.head_count_kv": lambda config: [config.heads(layer).keys for layer in config.layers],
+    "attention.sliding_window_pattern": lambda config: [layer.window is not None for layer in config.layers],
+    "attention.shared_kv_layers": lambda config: sum(layer.shares is not None for layer in config.layers),
+    "embedding_length_per_layer_input": lambda config: config.hidden_size_per_layer_input,
+    "feed_forward_length": _feed_forward,
+    "final_logit_softcapping": lambda config: config.final_softcap or 0.0,
+    "expert_feed_forward_length": lambda config: config.experts.intermediate_size if config.experts else None,
+}
+GGUF = Gguf(
+    "gemma4",
+    Reading(
+        required={name: key for name, key in DECODER.items() if name != "intermediate_size"},
+        constants=gemma2.GELU,
+        more=from_gguf,
+        theta=None,
+    ),
+    writes=WRITES,
+    modules={
+        **QK_NORMS,
+        **{f"post_ffw_norm_{i}": f"post_feedforward_layernorm_{i}" for i in (1, 2)},
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+        "ffn_gate_inp": "router.proj",
+    },
+    joined=(
+        Joined("layer_scalar", ("layer_output_scale.weight",)),
+        Joined("router.scale", ("ffn_gate_inp.scale",)),
+        Joined("router.per_expert_scale", ("ffn_down_exps.scale",)),
+        Joined("experts.gate_up_proj", ("ffn_gate_up_exps.weight",)),
+        *stacked_experts("experts"),
+    ),
+    period=gemma3.PERIOD,
+    unadapted=r"per_layer_.*",
+)
 FAMILY = Family(
     model_types=("gemma4_text",),
     class_name="Gemma4ForCausalLM",
     read=read,
     older=None,
+    gguf=GGUF,
     names=gemma2.NAMES._replace(layer_inputs=LayerInputs(), router="router"),
     stacked_experts=OUT_IN,
     single_experts=ExpertNames("moe"),

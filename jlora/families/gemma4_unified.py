@@ -19,6 +19,7 @@ FAMILY: Family = dataclasses.replace(
     class_name="Gemma4UnifiedForCausalLM",
     read=read,
     names=gemma2.NAMES,
+    gguf=gemma4.GGUF._replace(reading=None),
 )
 MULTIMODAL = (
     multimodal(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Keys below the architecture's name that do not change what a causal language model computes.
 HARMLESS = frozenset(("vocab_size", "tensor_data_layout", "pooling_type", "rope.scaling.finetuned"))
+# GGUF's name for per-dimension divisors of the rotary frequencies, and the divisor of those that rotate nothing.
+FREQUENCIES, IDLE = "rope_freqs.weight", 1e30
 Config = dict[str, Any]
 
 
@@ -25,8 +27,14 @@ class Metadata:
     Keys are given without the architecture's name: "block_count" means "llama.block_count".
     """
 
-    def __init__(self, path: Path, fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
-        self.path, self.fields, self.tensors = path, fields, tensors
+    def __init__(
+        self,
+        path: Path,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, tuple[int, ...]],
+        values: Callable[[str], np.ndarray],
+    ) -> None:
+        self.path, self.fields, self.tensors, self.values = path, fields, tensors, values
         self.architecture = str(fields.get("general.architecture"))
         self.seen: set[str] = set()
         self.problems: list[str] = []
@@ -63,6 +71,17 @@ class Metadata:
         if value is not None and value not in supported:
             expected = " or ".join(map(str, supported))
             self.problems.append(f"{self.name(key)} is {value}; jlora computes only {expected}")
+
+    def share_of_frequencies(self) -> float:
+        """The share of the rotary frequencies that are not divided by so much that nothing is rotated."""
+        if FREQUENCIES not in self.tensors:
+            self.problems.append(f"no tensor {FREQUENCIES}")
+            return 1.0
+        divisors = self.values(FREQUENCIES)
+        kept = int(np.sum(divisors == 1))
+        if np.any(divisors[:kept] != 1) or np.any(divisors[kept:] < IDLE):
+            self.problems.append(f"{FREQUENCIES} does not keep the first frequencies and stop the others")
+        return kept / divisors.size
 
     def finish(self) -> None:
         """Raises ValueError with all problems: those noted, and keys that were never read."""
@@ -175,6 +194,7 @@ class Gguf(NamedTuple):
         period: one layer in this many has no window, unless the file says which; None: llama.cpp computes no windows.
         all_biases: whether llama.cpp has biases of attention's output and the MLP.
         soft_caps: whether llama.cpp caps attention's scores.
+        unadapted: a pattern of the names of modules whose adapters llama.cpp does not apply.
         own_head: False: llama.cpp knows no head but the embedding; True: it needs one even if that is the embedding.
     """
 
@@ -187,6 +207,7 @@ class Gguf(NamedTuple):
     period: int | None = None
     all_biases: bool = False
     soft_caps: bool = True
+    unadapted: str | None = None
     own_head: bool | None = None
 
     def layout_of(self, name: str) -> Layout | None:
@@ -217,6 +238,9 @@ def modules_of(family: "Family") -> dict[str, str]:
         **dict(zip(("ffn_norm", "post_ffw_norm"), names.mlp_norms, strict=True)),
         **(family.gguf.modules if family.gguf else {}),
     }
+    if own := names.layer_inputs:
+        parts = ("per_layer_token_embd", "per_layer_model_proj", "per_layer_proj_norm")
+        outside |= dict(zip(parts, own.outside, strict=True))
     stack = family.hub_name(names.stack)
     return {
         **{name: family.hub_name(path) for name, path in outside.items() if path},

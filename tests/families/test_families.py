@@ -127,10 +127,13 @@ def test_gguf_metadata_says_the_same_model_and_back(model_type):
     model = model_of(model_type)
     metadata, divisors = describe(model.config)
     metadata |= {"general.architecture": FAMILIES[model_type].gguf.architecture}
-    shapes = {"token_embd.weight": (model.config.vocab_size, model.config.hidden_size)}
-    shapes |= {} if model.config.tie_word_embeddings else {"output.weight": shapes["token_embd.weight"]}
-    biases = [name for name in ("attn_q.bias", "attn_qkv.bias") if model.config.qkv_bias]
-    shapes |= {f"blk.0.{name}": (1,) for name in biases}
+    shapes = {
+        part: tensor.shape
+        for path, leaf in leaves_of(model_type).items()
+        for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
+        for part in hub_names.to_gguf(tensor.name, model_type).names
+    }
+    shapes |= {name: array.shape for name, array in divisors.items()}
     check(model.config, metadata, shapes, divisors.__getitem__)
     found = read_config(pathlib.Path("a file"), metadata, shapes, divisors.__getitem__)
     assert FAMILIES[found["model_type"]].gguf.architecture == FAMILIES[model_type].gguf.architecture

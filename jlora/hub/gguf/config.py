@@ -9,10 +9,10 @@ import numpy as np
 
 from jlora.errors import UserError
 from jlora.families import FAMILIES, Family, each
-from jlora.families.gguf import Config, Metadata, Reading, shortest
+from jlora.families.gguf import FREQUENCIES, Config, Metadata, Reading, shortest
 
-# GGUF's names for per-dimension divisors of the rotary frequencies.
-FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+# GGUF's names for LongRoPE's divisors of the rotary frequencies.
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 ROTARY = frozenset((FREQUENCIES, SHORT, LONG))
 # Llama 3's rope scaling as Meta published it; GGUF keeps only the divisors it leads to.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
@@ -38,7 +38,7 @@ def read_config(
         ValueError: no family has the architecture, or keys are missing or ask for what jlora does not compute; all keys
             are listed.
     """
-    metadata = Metadata(path, fields, tensors)
+    metadata = Metadata(path, fields, tensors, values)
     family = _family(metadata)
     reading = family.gguf.reading
     config = {

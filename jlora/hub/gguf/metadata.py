@@ -15,15 +15,15 @@ import numpy as np
 from jlora import models
 from jlora.errors import UserError
 from jlora.families import FAMILIES
-from jlora.families.gguf import Gguf
+from jlora.families.gguf import FREQUENCIES, IDLE, Gguf
 from jlora.families.layouts import Sizes
-from jlora.hub.gguf.config import FREQUENCIES, LONG, SHORT, YARN, read_config, yarn_attention
+from jlora.hub.gguf.config import LONG, SHORT, YARN, read_config, yarn_attention
 from jlora.models.config import ModelConfig, Rope
 from jlora.models.rope import inverse_frequencies
 
 HEAD = "output.weight"
 # Fields of a model's config that do not affect what it computes.
-APART = ("model_type", "source", "eos_token_ids", "tie_word_embeddings")
+APART = ("model_type", "names", "source", "eos_token_ids", "tie_word_embeddings")
 
 
 def gguf_of(config: ModelConfig) -> Gguf:
@@ -127,6 +127,8 @@ def _rotary(rope: Rope) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if rope.rope_type == "llama3":
         plain = dataclasses.replace(rope, rope_type="default")
         return keys, {FREQUENCIES: (inverse_frequencies(plain) / inverse_frequencies(rope)).astype(np.float32)}
+    if rope.rope_type == "proportional":
+        return keys, {FREQUENCIES: np.where(inverse_frequencies(rope) == 0, IDLE, 1).astype(np.float32)}
     if rope.rope_type == "longrope":
         divisors = {SHORT: rope.short_factor, LONG: rope.long_factor}
         keys |= original | {"rope.scaling.attn_factor": float(rope.attention_factor)}

@@ -289,8 +289,9 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
             rank = int(flat[f"{path}/{RANK.name}"][layer]) if f"{path}/{RANK.name}" in flat else a.shape[-1]
             if not rank:
                 continue
-            if there.joined and not there.joined.rows:
-                problems.append(f"{path}: llama.cpp has it in other matrices; merge the adapter and write the model")
+            in_other = there.joined and not there.joined.rows
+            if in_other or re.fullmatch(gguf.unadapted or "", _in_layer(there.names[0])):
+                problems.append(f"{path}: llama.cpp does not apply adapters there; merge it and write the model")
                 break
             b = b[..., :rank, :] if tensor.columns is None else b[..., :rank, slice(*tensor.columns)]
             a, b = a[..., :rank], np.swapaxes(b, -1, -2)
@@ -308,6 +309,11 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
         one_by_one = _is_expert(name) and a[0].ndim == 2
         factors[name] = (*((np.stack(a), np.stack(b)) if one_by_one else (a[0], b[0])), members[0][3])
     return factors
+
+
+def _in_layer(name: str) -> str:
+    """The module's name in its layer."""
+    return re.sub(r"^blk\.\d+\.", "", name).rpartition(".")[0]
 
 
 def _sorted(

@@ -6,6 +6,8 @@ Names come from the gguf package; where transformers reads the architecture from
 import copy
 import functools
 import math
+import re
+import types
 import warnings
 
 import gguf
@@ -52,6 +54,7 @@ DELTA = SIZES | dict(
     partial_rotary_factor=0.5,
 )
 SHARED = MOE | dict(shared_expert_intermediate_size=12)
+GEMMA4 = SIZES | dict(head_dim=12, global_head_dim=16, sliding_window=6, pad_token_id=0, final_logit_softcapping=3.0)
 NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=1024, tie_word_embeddings=True)
 
@@ -115,6 +118,43 @@ CASES = {
         SIZES
         | dict(num_hidden_layers=7, head_dim=12, query_pre_attn_scalar=12, sliding_window=6)
         | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+        False,
+    ),
+    "gemma4": (
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA4
+        | dict(num_hidden_layers=7, layer_types=["sliding_attention", "full_attention"] * 3 + ["full_attention"])
+        | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=101, num_kv_shared_layers=3)
+        | dict(use_double_wide_mlp=True),
+        False,
+    ),
+    "gemma4-experts": (
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA4
+        | dict(layer_types=["sliding_attention"] * 3 + ["full_attention"], hidden_size_per_layer_input=0)
+        | dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=20),
+        False,
+    ),
+    "gemma4-same": (
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA4
+        | dict(num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=False)
+        | dict(
+            rope_parameters=dict(
+                full_attention=dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=1e5),
+                sliding_attention=dict(rope_type="default", rope_theta=1e3),
+            )
+        ),
+        False,
+    ),
+    "gemma4-unified": (
+        "gemma4",
+        "Gemma4UnifiedTextConfig",
+        GEMMA4 | dict(layer_types=["sliding_attention", "full_attention"] * 2),
         False,
     ),
     "phi3": ("phi3", "Phi3Config", SIZES | dict(pad_token_id=0, sliding_window=9), False),
@@ -202,7 +242,7 @@ CASES = {
     ),
 }
 # What jlora's config may say otherwise than transformers' config, which computes the same.
-EQUIVALENT = {"mistral": "llama"}
+EQUIVALENT = {"mistral": "llama", "gemma4_unified_text": "gemma4_text"}
 
 
 @functools.cache
@@ -213,8 +253,10 @@ def reference(case):
     config = getattr(transformers, name)(**copy.deepcopy(fields), attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for key, value in model.named_parameters():
-            center = 0.0 if "gemma" in case or not ("norm" in key or "ln_" in key) else 1.0
+        scalars = [(key, value) for key, value in model.named_buffers() if key.endswith("layer_scalar")]
+        for key, value in (*model.named_parameters(), *scalars):
+            plus_one = "gemma" in case and "gemma4" not in case
+            center = 1.0 if not plus_one and ("norm" in key or "ln_" in key or "scal" in key) else 0.0
             value.copy_(center + 0.3 * torch.randn_like(value))
     return model
 
@@ -320,6 +362,37 @@ def write_gemma3(writer, config):
     writer.add_sliding_window(config.sliding_window)
 
 
+def write_gemma4(writer, config):
+    """Sizes without a suffix are those of layers without a window."""
+    config = types.SimpleNamespace(**config.to_dict())  # the config itself refuses to tell what differs by layer
+    write_gemma3(writer, config)
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    full = config.per_layer_config.get(str(sliding.index(False)), {})
+    full_dim, full_keys = full.get("head_dim", config.head_dim), full.get("num_key_value_heads")
+    shared = config.num_kv_shared_layers
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(getattr(config, "hidden_size_per_layer_input", 0))
+    writer.add_sliding_window_pattern(sliding)
+    for dim, suffix in ((full_dim, ""), (config.head_dim, "_swa")):
+        for name in ("key_length", "value_length", "rope_dimension_count"):
+            getattr(writer, f"add_{name}{suffix}")(dim)
+    if getattr(config, "use_double_wide_mlp", False):
+        width = config.intermediate_size
+        writer.add_feed_forward_length([width] * (len(sliding) - shared) + [2 * width] * shared)
+    if full_keys is not None:
+        writer.add_head_count_kv([config.num_key_value_heads if slides else full_keys for slides in sliding])
+    if getattr(config, "enable_moe_block", False):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.top_k_experts)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    turned = int(full_dim * config.rope_parameters["full_attention"]["partial_rotary_factor"] / 2)
+    divisors = [1.0] * turned + [1e30] * (full_dim // 2 - turned)
+    writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
+
+
 def write_olmo2(writer, config):
     write_common(writer, config)
     if window := getattr(config, "sliding_window", None):  # OLMo 3's
@@ -419,6 +492,7 @@ METADATA = {
     "qwen3moe": write_qwen3moe,
     "gemma2": write_gemma2,
     "gemma3": write_gemma3,
+    "gemma4": write_gemma4,
     "phi3": write_phi3,
     "gpt2": write_gpt2,
     "gptneox": write_gptneox,
@@ -436,6 +510,12 @@ def laid_out(architecture, config, name, array):
     if architecture in ("llama", "granite", "smollm3", "arcee") and module in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
         return [(name, interleaved(array, heads))]
+    if architecture == "gemma4":
+        names = {"layer_scalar": "layer_scalar.weight", "router.scale": "router.proj.scale"}
+        names |= {"router.per_expert_scale": "experts.down_proj.scale"}
+        names |= {f"experts.{kernel}": f"experts.{kernel}.weight" for kernel in ("gate_up_proj", "down_proj")}
+        own = re.sub(r"^model\.layers\.\d+\.", "", name)
+        return [(name.removesuffix(own) + names.get(own, own), array)]
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return [(name, array + 1)]
     if architecture == "gpt2" and module in ("c_attn", "c_proj", "c_fc") and name.endswith("weight"):
@@ -534,7 +614,7 @@ def write(path, case, *, change=lambda writer: None):
         if config.tie_word_embeddings and hub_name in ("lm_head.weight", "embed_out.weight"):
             continue
         for name, array in laid_out(architecture, config, hub_name, value.numpy()):
-            target = table.get_name(name, try_suffixes=(".weight", ".bias"))
+            target = table.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
             assert target, name
             writer.add_tensor(target, np.ascontiguousarray(array))
     change(writer)
@@ -590,7 +670,8 @@ def test_config_is_read_as_the_one_it_was_written_from(case, files, tmp_path):
     reference(case).save_pretrained(tmp_path)
     expected, found = jlora.load(tmp_path)[0].config, jlora.load(files(case))[0].config
     fields = {name: value for name, value in vars(expected).items() if name not in ("source", "eos_token_ids")}
-    fields["model_type"] = EQUIVALENT.get(fields["model_type"], fields["model_type"])
+    if fields["model_type"] in EQUIVALENT:
+        fields |= {"model_type": EQUIVALENT[fields["model_type"]], "names": found.names}
     for name, value in fields.items():
         assert getattr(found, name) == value, name
 
@@ -765,7 +846,7 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
         ("gptneox", {}, r"no metadata gptneox\.attention\.layer_norm_epsilon\n.*gptneox\.use_parallel_residual"),
         ("qwen3moe", {}, r"no metadata qwen3moe\.expert_used_count"),
         ("granite", {}, r"no metadata granite\.attention\.scale\n.*granite\.logit_scale"),
-        ("gemma4", {}, "has architecture 'gemma4'; GGUF is read for llama, smollm3"),
+        ("mamba", {}, "has architecture 'mamba'; GGUF is read for llama, smollm3"),
         ("llama", {"rope.scaling.type": "su"}, r"llama\.rope\.scaling\.type is 'su'; linear, yarn"),
         ("llama", {"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type is 'longrope'; linear, yarn"),
         ("llama", {"rope.scaling.type": "yarn"}, r"no metadata llama\.rope\.scaling\.original_context_length"),
@@ -896,6 +977,12 @@ def built(**changes):
             | dict(linear_key_head_dim=4, linear_value_head_dim=8),
             r"qwen35\.ssm\.inner_size is 16; jlora computes only 8",
         ),
+        (
+            dict(model_type="gemma4_text", head_dim=4, global_head_dim=4, num_key_value_heads=2, sliding_window=6)
+            | dict(layer_types=["full_attention", "sliding_attention", "full_attention"], num_kv_shared_layers=1)
+            | dict(hidden_size_per_layer_input=0),
+            r"shared_kv_layers is 1; llama\.cpp then expects a window in layer 0 and none in layer 1",
+        ),
         # llama.cpp's defaults are jlora's, and it has no way to cap nothing in Gemma 2 and scores in Gemma 3.
         (GEMMA | dict(model_type="gemma2", attn_logit_softcapping=None), "attention_softcap None would come .* 50.0"),
         (GEMMA | dict(model_type="gemma2", final_logit_softcapping=None), "final_softcap None would come .* 30.0"),
@@ -906,6 +993,15 @@ def test_what_the_format_cannot_say_is_not_written(changes, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         hub.save_gguf(tmp_path / "model.gguf", *built(**changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gemma_4_says_that_logits_are_not_capped(tmp_path):
+    """Without a word, llama.cpp caps them by 30."""
+    sizes = dict(num_key_value_heads=2, head_dim=4, global_head_dim=8, num_hidden_layers=4, sliding_window=6)
+    model, params = built(model_type="gemma4_text", hidden_size_per_layer_input=0, **sizes)
+    hub.save_gguf(tmp_path / "model.gguf", model, params)
+    field = gguf.GGUFReader(tmp_path / "model.gguf").fields["gemma4.final_logit_softcapping"]
+    assert field.contents() == 0 and jlora.load(tmp_path / "model.gguf")[0].config.final_softcap is None
 
 
 @pytest.mark.parametrize(
@@ -996,6 +1092,14 @@ def test_an_adapter_of_more_than_a_and_b_is_not_written(settings, said, tmp_path
             hub.save_gguf_adapter(tmp_path / "adapter.gguf", tied, lora.init(params, config, jax.random.key(0)))
 
 
+def test_an_adapter_where_llama_cpp_applies_none_is_not_written(tmp_path):
+    sizes = dict(num_key_value_heads=2, head_dim=4, global_head_dim=4, sliding_window=6)
+    model, params = built(model_type="gemma4_text", hidden_size_per_layer_input=6, **sizes)
+    adapted = lora.init(params, jlora.LoraConfig(target_modules=["per_layer_model_projection"]), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"per_layer_model_projection: llama\.cpp does not apply adapters there"):
+        hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, adapted)
+
+
 EXPERTS = dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"])
 # case → what is adapted
 ADAPTERS = {
@@ -1008,6 +1112,7 @@ ADAPTERS = {
     "qwen3_next": dict(target_modules="all-linear"),
     "qwen3_5_moe": dict(target_modules="all-linear", **EXPERTS),
     "gemma2": dict(target_modules="all-linear"),
+    "gemma4-experts": dict(target_modules="all-linear"),
     "phi3-plain": dict(target_modules="all-linear", init_lora_weights="pissa"),
     "gpt2": dict(target_modules="all-linear"),
     "gptneox": dict(target_modules="all-linear"),
@@ -1090,7 +1195,7 @@ def test_llama_cpp_gives_the_same_logits(case, tmp_path, llama_cpp, parity):
     ids = tokens()
     found = difference(model(params, jnp.asarray(ids)), logits_of_llama_cpp(llama_cpp(tmp_path / "model.gguf"), ids))
     parity("format", f"GGUF, {case.partition('-')[0]}", "out", found)
-    assert found < 2e-3  # llama.cpp looks GELU up in a table of float16 (Gemma's, GPT-2's)
+    assert found < 3e-3  # llama.cpp looks GELU up in a table of float16 (Gemma's, GPT-2's)
 
 
 @pytest.mark.slow

@@ -46,8 +46,10 @@ def base(model):
 
 
 def adapted(base, **settings):
+    """An adapter that changes something everywhere: biases, which start as zeros, too."""
     config = jlora.LoraConfig(r=3, target_modules=["kv_b_proj", "q_b_proj"], init_lora_weights=False, **settings)
-    return lora.init(base, config, jax.random.key(1))
+    params = lora.init(base, config, jax.random.key(1))
+    return tree.map_with_path(lambda path, leaf: leaf + 0.3 * path.endswith("lora_bias"), params)
 
 
 def decoded(model, params, prompt):

@@ -163,7 +163,7 @@ class Reading(NamedTuple):
         biases: config.json's name → a tensor that exists if the field is true.
         theta, share: config.json's names of the rotary base (None: no rotary positions) and of the share of a head that
             is rotated (None: always all of it).
-        scaling: what `rope_scaling` has besides, in all of the family's files that scale rotations.
+        scaling: (metadata) → what `rope_scaling` has besides, in files that scale rotations.
         mark: a key that is there and not 0 in this family's files, but not in those of earlier families with the same
             architecture.
     """
@@ -175,7 +175,7 @@ class Reading(NamedTuple):
     biases: Mapping[str, str] = {}
     theta: str | None = "rope_theta"
     share: str | None = None
-    scaling: Mapping[str, Any] = {}
+    scaling: Callable[[Metadata], Config] = lambda metadata: {}
     mark: str | None = None
 
 
@@ -194,6 +194,7 @@ class Gguf(NamedTuple):
         period: one layer in this many has no window, unless the file says which; None: llama.cpp computes no windows.
         all_biases: whether llama.cpp has biases of attention's output and the MLP.
         soft_caps: whether llama.cpp caps attention's scores.
+        norm: GGUF's name of the last norm.
         unadapted: a pattern of the names of modules whose adapters llama.cpp does not apply.
         own_head: False: llama.cpp knows no head but the embedding; True: it needs one even if that is the embedding.
     """
@@ -207,6 +208,7 @@ class Gguf(NamedTuple):
     period: int | None = None
     all_biases: bool = False
     soft_caps: bool = True
+    norm: str = "output_norm"
     unadapted: str | None = None
     own_head: bool | None = None
 
@@ -224,7 +226,7 @@ def modules_of(family: "Family") -> dict[str, str]:
     outside = {
         "token_embd": names.embedding,
         "position_embd": names.positions,
-        "output_norm": names.norm,
+        family.gguf.norm if family.gguf else "output_norm": names.norm,
         "output": names.head,
     }
     queries_keys_values = ("attn_q", "attn_k", "attn_v") if len(names.queries_keys_values) == 3 else ("attn_qkv",)

@@ -79,7 +79,7 @@ FAMILY = Family(
                 "swiglu_limit": 7.0,
                 "rope_parameters": {"rope_type": "default"},
             },
-            scaling={"truncate": False},
+            scaling=lambda metadata: {"truncate": False},
             more=from_gguf,
         ),
         writes={"expert_feed_forward_length": lambda config: config.intermediate_size},

@@ -5,6 +5,8 @@ import dataclasses
 from jlora.families import granite
 from jlora.families.family import OUT_IN, ExpertNames, Experts, Layer, Names, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import ATTENTION_BIAS, ROUTED
+from jlora.families.layouts import stacked_experts
 
 
 def read(fields: Fields) -> Values:
@@ -18,6 +20,7 @@ def read(fields: Fields) -> Values:
     return values | {"experts": experts, "layers": (Layer(experts=True),) * values["num_hidden_layers"]}
 
 
+READING = granite.FAMILY.gguf.reading
 FAMILY = dataclasses.replace(
     granite.FAMILY,
     model_types=("granitemoe",),
@@ -31,5 +34,13 @@ FAMILY = dataclasses.replace(
     ),
     stacked_experts=OUT_IN,
     single_experts=ExpertNames(router="gate", gate_proj="w1", up_proj="w3", down_proj="w2"),
-    gguf=None,
+    gguf=granite.FAMILY.gguf._replace(
+        architecture="granitemoe",
+        reading=READING._replace(
+            required={**READING.required, **ROUTED, "num_local_experts": "expert_count"},
+            biases=ATTENTION_BIAS,
+        ),
+        modules={"ffn_gate_inp": "block_sparse_moe.router"},
+        joined=stacked_experts("block_sparse_moe.experts"),
+    ),
 )

@@ -1,10 +1,14 @@
 """Ministral 3: Mistral with YaRN, and with queries that grow beyond the length that it was first trained at."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.families.family import Family, Layer, QueryGrowth, Rope, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import SILU, Config, Gguf, Metadata, Reading
 from jlora.families.kinds import NUMBER
+from jlora.families.layouts import INTERLEAVED
 from jlora.families.reading import common
 
 # What transformers takes if config.json says nothing about rotary positions.
@@ -46,9 +50,43 @@ def read_growth(fields: Fields, parameters: dict[str, Any], rope: Rope) -> Query
     return QueryGrowth(beta, rope.original_max_position_embeddings) if beta else None
 
 
+# ---------------------------------------------------------------- GGUF
+
+OVER = "rope.scaling.yarn_log_multiplier"
+
+
+def scaling(metadata: Metadata) -> Config:
+    """How queries grow, and what YaRN's usual factor of cos and sin is divided by."""
+    over = {"mscale": 1.0, "mscale_all_dim": metadata.get(OVER)} if metadata.get(OVER) else {}
+    beta = metadata.get("attention.temperature_scale")
+    return over | ({BETA: beta} if beta else {})
+
+
+def log_multiplier(config: Any) -> float | None:
+    """`mscale_all_dim`, if mscale is 1: of the factor of cos and sin, a quotient of two logarithms, the lower one's."""
+    rope = config.ropes[0]
+    if rope.rope_type != "yarn" or rope.factor <= 1:
+        return None
+    usual = 0.1 * math.log(rope.factor)
+    found = ((usual + 1) / rope.attention_factor - 1) / usual
+    return None if math.isclose(found, 0, abs_tol=1e-6) else found
+
+
+WRITES: Mapping[str, Callable[[Any], Any]] = {
+    "attention.temperature_scale": lambda config: config.query_growth.beta if config.query_growth else None,
+    OVER: log_multiplier,
+    "rope.scaling.attn_factor": lambda config: None,
+}
+
 FAMILY = Family(
     model_types=("ministral3",),
     class_name="Ministral3ForCausalLM",
     read=read,
     score="Ministral3",
+    gguf=Gguf(
+        "mistral3",
+        Reading(constants={**SILU, "rope_parameters": {"rope_type": "default"}}, scaling=scaling),
+        writes=WRITES,
+        layouts=INTERLEAVED,
+    ),
 )

@@ -19,7 +19,7 @@ LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 # YaRN's settings: config.json's name → GGUF's.
 YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
 
-# Key → the only values that jlora computes: causal attention, and softmax routing without a factor.
+# Key → the only values that most families compute: causal attention, and softmax routing without a factor.
 ONLY = {"attention.causal": (True,), "expert_gating_func": (0, 1), "expert_weights_scale": (0.0, 1.0)}
 
 
@@ -56,7 +56,8 @@ def read_config(
     if reading.theta:
         config |= _rotary(metadata, config, reading, values)
     for key, supported in ONLY.items():
-        metadata.only(key, *supported)
+        if key not in metadata.seen:
+            metadata.only(key, *supported)
     if fields.get("split.count", 0) > 1:
         metadata.problems.append(f"split.count is {fields['split.count']}: merge the parts with llama-gguf-split first")
     metadata.finish()
@@ -135,7 +136,7 @@ def _rotary(metadata: Metadata, config: Config, reading: Reading, values: Callab
         )
     scaled = _rope_scaling(metadata, config, values, theta=theta, turned=turned)
     if "rope_scaling" in scaled:
-        scaled["rope_scaling"] |= reading.scaling
+        scaled["rope_scaling"] |= reading.scaling(metadata)
     return found | scaled
 
 

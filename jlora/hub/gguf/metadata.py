@@ -63,13 +63,13 @@ def describe(config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]
     }
     if config.experts:
         keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.top_k}
-    keys |= {key: value(config) for key, value in gguf.writes.items()}
     tensors: dict[str, np.ndarray] = {}
     if config.ropes:
         rotary, tensors = _rotary(config.ropes[0])
         keys |= rotary
     if len(config.ropes) > 1:
         keys["rope.freq_base_swa"] = float(config.ropes[1].rope_theta)
+    keys |= {key: value(config) for key, value in gguf.writes.items()}
     return {f"{gguf.architecture}.{key}": value for key, value in keys.items() if value is not None}, tensors
 
 

@@ -41,6 +41,7 @@ LONGROPE = dict(
     original_max_position_embeddings=16,
     partial_rotary_factor=0.5,
 )
+GROWING = YARN | dict(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.4, original_max_position_embeddings=5)
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True)
 GPT_OSS = dict(num_local_experts=5, num_experts_per_tok=2, head_dim=12, sliding_window=6, num_hidden_layers=3)
 DELTA = SIZES | dict(
@@ -85,6 +86,13 @@ CASES = {
         False,
     ),
     "mistral": ("llama", "MistralConfig", SIZES | dict(head_dim=10, sliding_window=None), True),
+    "ministral3": ("mistral3", "Ministral3Config", SIZES | dict(head_dim=10, rope_parameters=GROWING), False),
+    "ministral3-plain": (
+        "mistral3",
+        "Ministral3Config",
+        SIZES | dict(head_dim=20, rope_parameters=GROWING | dict(mscale=None, mscale_all_dim=0.0)),
+        False,
+    ),
     "mixtral": (
         "llama",
         "MixtralConfig",
@@ -172,6 +180,14 @@ CASES = {
         SIZES
         | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
         | dict(attention_bias=True),
+        False,
+    ),
+    "granitemoe": (
+        "granitemoe",
+        "GraniteMoeConfig",
+        SIZES
+        | dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.2)
+        | dict(num_local_experts=5, num_experts_per_tok=2),
         False,
     ),
     "smollm3": ("smollm3", "SmolLM3Config", SIZES | dict(num_hidden_layers=5, pad_token_id=0), False),
@@ -301,6 +317,13 @@ def write_llama(writer, config):
     if hasattr(config, "num_local_experts"):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def write_mistral3(writer, config):
+    write_llama(writer, config)
+    if over := config.rope_parameters.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(over)
+    writer.add_attn_temperature_scale(config.rope_parameters["llama_4_scaling_beta"])
 
 
 def write_qwen3moe(writer, config):
@@ -487,6 +510,8 @@ METADATA = {
     "smollm3": write_llama,
     "olmo2": write_olmo2,
     "granite": write_granite,
+    "granitemoe": write_granite,
+    "mistral3": write_mistral3,
     "gpt-oss": write_gpt_oss,
     **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), write_delta),
     "qwen3moe": write_qwen3moe,
@@ -507,7 +532,10 @@ def interleaved(array, heads):
 def laid_out(architecture, config, name, array):
     """[(name, array)] with what llama.cpp's converter changes about a tensor."""
     module = name.split(".")[-2] if "." in name else name
-    if architecture in ("llama", "granite", "smollm3", "arcee") and module in ("q_proj", "k_proj"):
+    if architecture in ("llama", "granite", "granitemoe", "smollm3", "arcee", "mistral3") and module in (
+        "q_proj",
+        "k_proj",
+    ):
         heads = config.num_attention_heads if module == "q_proj" else config.num_key_value_heads
         return [(name, interleaved(array, heads))]
     if architecture == "gemma4":
@@ -529,6 +557,8 @@ def laid_out(architecture, config, name, array):
         found = of_delta(config, name, array)
         if found is not None:
             return found
+    if architecture == "granitemoe" and "block_sparse_moe" in name:
+        name = name.replace("router", "router.layer").replace("block_sparse_moe.experts", "mlp.experts")
     if name.endswith("experts.gate_up_proj"):
         stem, (gate, up) = name.removesuffix("gate_up_proj"), np.split(array, 2, axis=1)
         return [(f"{stem}gate_proj.weight", gate), (f"{stem}up_proj.weight", up)]

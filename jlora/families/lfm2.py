@@ -1,8 +1,13 @@
 """LFM2: gated short convolutions, with attention in a few layers."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from jlora.families.family import Family, Layer, Names, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import SIZES, Config, Gguf, Metadata, Reading
 from jlora.families.kinds import FLAG, NUMBER, POSITIVE, SIZE, WHOLES
+from jlora.families.layouts import Joined
 from jlora.families.reading import common, require_length
 
 KINDS = {"conv": "conv", "full_attention": "attention"}
@@ -46,6 +51,60 @@ def read_width(fields: Fields) -> int:
     return -(-int(factor * int(2 * width / 3)) // multiple) * multiple
 
 
+# ---------------------------------------------------------------- GGUF
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    """The layers' kinds: those with convolutions have no heads of keys."""
+    heads, count = metadata.get("attention.head_count_kv"), config["num_hidden_layers"]
+    keys = heads if isinstance(heads, list) else [heads] * count
+    attending = {own for own in keys if own}
+    if len(keys) != count or len(attending) > 1:
+        metadata.problems.append(
+            f"{metadata.name('attention.head_count_kv')} is {heads}; expected 0 or one number each"
+        )
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        metadata.only(key, head_dim)
+    return {
+        "num_key_value_heads": next(iter(attending), config["num_attention_heads"]),
+        "layer_types": ["full_attention" if own else "conv" for own in keys],
+    }
+
+
+WRITES: Mapping[str, Callable[[Any], Any]] = {
+    "attention.head_count_kv": lambda config: [
+        0 if layer.mixer == "conv" else config.num_key_value_heads for layer in config.layers
+    ],
+    "shortconv.l_cache": lambda config: config.conv_kernel,
+}
+GGUF = Gguf(
+    "lfm2",
+    Reading(
+        required={**SIZES, "norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"},
+        # The file has the width that is computed with.
+        constants={"conv_bias": False, "block_auto_adjust_ff_dim": False},
+        more=from_gguf,
+    ),
+    writes=WRITES,
+    modules={
+        "attn_q_norm": "self_attn.q_layernorm",
+        "attn_k_norm": "self_attn.k_layernorm",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+    },
+    joined=(
+        Joined(
+            "conv.conv.weight",
+            ("shortconv.conv.weight",),
+            lambda parts, sizes: parts[0][:, None],
+            lambda values, sizes: (values[:, 0],),
+            rows=False,
+        ),
+    ),
+    norm="token_embd_norm",
+)
+
 FAMILY = Family(
     model_types=("lfm2",),
     class_name="Lfm2ForCausalLM",
@@ -62,4 +121,5 @@ FAMILY = Family(
         attention_norms=("operator_norm", None),
         mlp_norms=("ffn_norm", None),
     ),
+    gguf=GGUF,
 )

@@ -28,6 +28,7 @@ def read(fields: Fields) -> Values:
 
 FAMILY = dataclasses.replace(
     lfm2.FAMILY,
+    gguf=None,
     model_types=("lfm2_moe",),
     class_name="Lfm2MoeForCausalLM",
     read=read,

@@ -246,6 +246,12 @@ CASES = {
         },
         False,
     ),
+    "lfm2": (
+        "lfm2",
+        "Lfm2Config",
+        SIZES | dict(layer_types=["conv", "conv", "full_attention", "conv"], block_multiple_of=20, conv_L_cache=4),
+        False,
+    ),
     "starcoder2": ("starcoder2", "Starcoder2Config", SIZES, False),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
@@ -371,6 +377,18 @@ def write_delta(writer, config):
     writer.add_rope_dimension_count(int(config.head_dim * rope_parameters(config)["partial_rotary_factor"]))
     if config.model_type != "qwen3_next":
         writer.add_rope_dimension_sections([11, 11, 10, 0])
+
+
+def write_lfm2(writer, config):
+    """Layers with convolutions have no heads of keys, and the MLP's width is the one that config.json leads to."""
+    write_common(writer, config)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_head_count_kv([config.num_key_value_heads if kind != "conv" else 0 for kind in config.layer_types])
+    writer.add_feed_forward_length(
+        -(-int(2 * config.intermediate_size / 3) // config.block_multiple_of) * config.block_multiple_of
+    )
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_shortconv_l_cache(config.conv_L_cache)
 
 
 def write_gemma2(writer, config):
@@ -517,6 +535,7 @@ METADATA = {
     "qwen3moe": write_qwen3moe,
     "gemma2": write_gemma2,
     "gemma3": write_gemma3,
+    "lfm2": write_lfm2,
     "gemma4": write_gemma4,
     "phi3": write_phi3,
     "gpt2": write_gpt2,
@@ -544,6 +563,8 @@ def laid_out(architecture, config, name, array):
         names |= {f"experts.{kernel}": f"experts.{kernel}.weight" for kernel in ("gate_up_proj", "down_proj")}
         own = re.sub(r"^model\.layers\.\d+\.", "", name)
         return [(name.removesuffix(own) + names.get(own, own), array)]
+    if architecture == "lfm2" and module == "conv":
+        return [(name, array.squeeze(1))]
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return [(name, array + 1)]
     if architecture == "gpt2" and module in ("c_attn", "c_proj", "c_fc") and name.endswith("weight"):
@@ -1143,6 +1164,7 @@ ADAPTERS = {
     "qwen3_5_moe": dict(target_modules="all-linear", **EXPERTS),
     "gemma2": dict(target_modules="all-linear"),
     "gemma4-experts": dict(target_modules="all-linear"),
+    "lfm2": dict(target_modules="all-linear"),
     "phi3-plain": dict(target_modules="all-linear", init_lora_weights="pissa"),
     "gpt2": dict(target_modules="all-linear"),
     "gptneox": dict(target_modules="all-linear"),

@@ -116,12 +116,12 @@ def read_unchecked(file: Path, name: str) -> np.ndarray:
 
 
 def read_tensors(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Several tensors of a safetensors file, which is opened once: one with many has a long header.
+    """Name → tensor, for several of a safetensors file, which is opened once: with many tensors that takes long.
 
     Raises:
-        UserError: as `read_tensor`.
+        UserError: a tensor cannot be read, or some hold values that are not finite; the first such are named.
     """
-    read = {}
+    read, name = {}, "its header"
     try:
         with safe_open(file, framework="numpy") as handle:
             for name in names:

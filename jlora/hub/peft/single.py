@@ -102,11 +102,12 @@ def stack_experts(
     problems = [line for name, parts in singles.items() for line in _misfits(experts[name], parts, found)]
     if problems:
         raise UserError(describe_faults(f"{file} does not fit the model; nothing was loaded", sorted(problems)))
-    factors = {name: _joined(file, experts[name], parts, leaves) for name, parts in singles.items()}
+    taken = [_tensor(part.name, factor) for parts in singles.values() for part in parts for factor in (A, B)]
+    read = read_tensors(file, taken)
+    factors = {name: _joined(read, experts[name], parts, leaves) for name, parts in singles.items()}
     routers = _routers(modules, found, config)
     whole = _of_stacked(config, singles, {name: a.shape[-1] for name, (a, _) in factors.items()}, routers)
-    gone = {_tensor(part.name, factor) for parts in singles.values() for part in parts for factor in (A, B)}
-    infos, values = {name: info for name, info in found.items() if name not in gone}, {}
+    infos, values = {name: info for name, info in found.items() if name not in read}, {}
     for module in outermost(modules, found, whole):
         for leaf, value in zip((A, B), factors.get(module.name, ()), strict=False):
             name, shape, codec = module.tensor(leaf, whole.rank(module.name))
@@ -149,10 +150,9 @@ def _routers(modules: Sequence[Module], found: Mapping[str, TensorInfo], config:
 
 
 def _joined(
-    file: Path, module: Module, parts: Sequence[Single], leaves: Mapping[str, Any]
+    read: Mapping[str, np.ndarray], module: Module, parts: Sequence[Single], leaves: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """lora_a [E, D, R] and lora_b [E, R, N] of all experts and parts."""
-    read = read_tensors(file, [_tensor(part.name, factor) for part in parts for factor in (A, B)])
     rank, order = parts[0].rank, list(dict.fromkeys(part.part for part in parts))
     first = {part.expert: read[_tensor(part.name, A)] for part in reversed(parts)}
     shared = all(np.array_equal(read[_tensor(part.name, A)], first[part.expert]) for part in parts)

@@ -13,7 +13,7 @@ from jlora import quant, tree
 from jlora.errors import UserError, describe_faults
 from jlora.families import FAMILIES
 from jlora.hub.checkpoints.score import KERNEL
-from jlora.hub.checkpoints.weights import DTYPES, TensorInfo, read_tensor, read_unchecked, require_finite
+from jlora.hub.checkpoints.weights import DTYPES, TensorInfo, read_tensor, read_tensors, require_finite
 from jlora.hub.peft.config import CONFIG, AdapterConfig
 from jlora.hub.peft.names import AdapterNames
 from jlora.lora.kinds import COPIES, KINDS
@@ -357,8 +357,9 @@ def read_slots(
     Raises:
         UserError: some values are not finite; the first such tensors are named, with their counts.
     """
-    raw = {name: made[name] if made and name in made else read_unchecked(file, name) for name in slots}
-    require_finite({f"{file}: {name}": value for name, value in raw.items()})
+    made = {name: value for name, value in (made or {}).items() if name in slots}
+    require_finite({f"{file}: {name}": value for name, value in made.items()})
+    raw = read_tensors(file, [name for name in slots if name not in made]) | made
     return {name: slot.codec.from_file(raw[name].astype(np.float32)) for name, slot in slots.items()}
 
 

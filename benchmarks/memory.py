@@ -30,6 +30,7 @@ import record
 import rich.console
 import rich.progress
 import rich.table
+import transformers
 
 from jlora import kernels
 from jlora.cli.main import COMPILERS
@@ -93,6 +94,48 @@ MODELS["Qwen3-30B-A3B"] = LLAMA | dict(
     rms_norm_eps=1e-6,
     rope_parameters=dict(rope_type="default", rope_theta=1e6),
 )
+
+
+def _published(kind: str, **changes: Any) -> dict[str, Any]:
+    """The config of transformers' class for this model_type, whose defaults are the sizes of a published model."""
+    return transformers.CONFIG_MAPPING[kind](**changes).to_dict() | dict(torch_dtype="bfloat16")
+
+
+# A model for each way of mixing tokens, or of keeping weights, that Llama lacks.
+MECHANISMS = {
+    "Qwen3.5-9B": _published("qwen3_5_text"),
+    "Qwen3.5-35B-A3B": _published("qwen3_5_moe_text"),
+    "Gemma-4-E2B": _published(
+        "gemma4_text",
+        hidden_size=1536,
+        intermediate_size=6144,
+        num_hidden_layers=35,
+        num_key_value_heads=1,
+        layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7,
+        num_kv_shared_layers=20,
+        use_double_wide_mlp=True,
+    ),
+    "Gemma-4-31B": _published(
+        "gemma4_text",
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=60,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        num_global_key_value_heads=4,
+        attention_k_eq_v=True,
+        sliding_window=1024,
+        hidden_size_per_layer_input=0,
+    ),
+    "gpt-oss-20b": _published("gpt_oss", num_hidden_layers=24, num_local_experts=32)
+    | dict(quantization_config=dict(quant_method="mxfp4")),
+    "Ministral-3-8B": _published("ministral3"),
+    "LFM2-1.2B": _published(
+        "lfm2", hidden_size=2048, num_hidden_layers=16, full_attn_idxs=[2, 5, 8, 10, 12, 14], layer_types=None
+    ),
+    "GLM-4.7-Flash": _published("glm4_moe_lite"),
+}
+MODELS |= MECHANISMS
 DEPTHS = (8, 20, 80)  # layers of the 8B's size: one body is compiled for any number of them
 MODELS |= {f"{layers} layers": _llama(4096, 14336, layers, 32) for layers in DEPTHS}
 
@@ -208,6 +251,25 @@ TPU = (
         cost=200,
     ),
 )
+# gpt-oss keeps the packing that it is published in.
+AS_PUBLISHED = {"model": {"quant": None}}
+FAMILIES = tuple(
+    case
+    for model in MECHANISMS
+    for settings in [(AS_PUBLISHED,) if "gpt-oss" in model else ()]
+    for case in (
+        Case(f"{model}-1x8192", "h100", model, 1, 8192, settings=settings, cost=30),
+        Case(
+            f"v5e-{model}-8x2048-fsdp8",
+            "v5e:2x4",
+            model,
+            8,
+            2048,
+            settings=(*settings, {"mesh": {"fsdp": 8}}),
+            cost=200,
+        ),
+    )
+)
 BF16, KEPT = {"model": {"quant": None}}, {"train": {"remat": "none"}}
 
 
@@ -225,7 +287,7 @@ TECHNIQUES = (
     _technique("5-offload", OFFLOAD),
 )
 COMPILING = tuple(Case(f"{layers}-layers", "h100", f"{layers} layers", 2, 2048) for layers in DEPTHS)
-CASES = (*H100, *TECHNIQUES, *COMPILING, *TPU)
+CASES = (*H100, *TECHNIQUES, *COMPILING, *TPU, *FAMILIES)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +37,17 @@ SIZES = dict(
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
 
 
-def tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (batch, length))
+LLAMA = SIZES | dict(model_type="llama", rope_theta=1e5)
 
 
-def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Callable[[], None]:
-    """A function that runs one optimizer step in jlora."""
+def tokens(batch: int, length: int, vocab_size: int = SIZES["vocab_size"]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab_size, (batch, length))
+
+
+def jlora_step(
+    quant: str | None, batch: int, length: int, remat: bool, fields: dict[str, Any] = LLAMA
+) -> Callable[[], None]:
+    """A function that runs one optimizer step in jlora, of the model that the fields of a config.json describe."""
     import jax
 
     import jlora
@@ -52,7 +58,7 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     from jlora.train.step import make_step
 
     allocator.keep_freed_pages()  # as `jlora train` does
-    model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
+    model = models.build(fields)
     params = model.random_params(jax.random.key(0))
     config = jlora.quant.as_config(quant)
     params = tree.map_with_path(
@@ -65,7 +71,7 @@ def jlora_step(quant: str | None, batch: int, length: int, remat: bool) -> Calla
     state = create_state(trainable, optimizer, 0, mesh)
     del params, trainable
     step = make_step(sft_loss(model, remat=remat), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
-    ids = tokens(batch, length).astype(np.int32)[None]
+    ids = tokens(batch, length, model.config.vocab_size).astype(np.int32)[None]
     arrays = {
         "tokens": ids,
         "targets": np.roll(ids, -1, axis=2),

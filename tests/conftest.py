@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = (
 # 0.12 has them no more, and XLA ends a process that gives it a flag it does not know.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# torch's threads wait for each other by spinning: on cores that other processes want too, the small models of the tests
+# take thirty times as long with two threads as with one.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

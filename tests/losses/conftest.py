@@ -33,15 +33,6 @@ LOADERS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Of torch's, which wait for each other longer than these sizes take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def tokenizer(byte_tokenizer):
     """The byte tokenizer with padding of its own, not shared: trainers change theirs."""

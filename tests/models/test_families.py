@@ -677,7 +677,7 @@ def test_packing(case, load, parity):
     assert not np.array_equal(changed[:8], packed[:8])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_CASES)
 def test_lora_gradients(case, folders, load, parity, tmp_path):
     """The gradients of a LoRA step on all linears, and the export's tensors, are PEFT's."""
     model, params = load(case)

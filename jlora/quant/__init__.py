@@ -4,7 +4,7 @@ from jlora.quant.config import QuantConfig, as_config, leaf_format
 from jlora.quant.formats import FORMATS, quantize
 from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
-from jlora.quant.mixed import candidates, choose, weight_damage
+from jlora.quant.mixed import bits_of, candidates, choose, weight_damage
 from jlora.quant.mxfp4 import PackedMxfp4
 from jlora.quant.packed import PackedArray, dequantize, format_of, is_packed, packs_update, stored, unpacked
 from jlora.quant.products import grouped_matmul, matmul
@@ -20,6 +20,7 @@ __all__ = [
     "QuantConfig",
     "Rounded",
     "as_config",
+    "bits_of",
     "candidates",
     "choose",
     "dequantize",

@@ -51,6 +51,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=["conv", "conv", ATTENTION, "conv", "conv", ATTENTION, "conv", ATTENTION],
         ),
     ),
+    "mamba": (  # Granite 4.0 H 350M, with attention twice as often
+        "granitemoehybrid",
+        dict(
+            hidden_size=768,
+            shared_intermediate_size=2048,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            mamba_n_heads=48,
+            mamba_d_head=32,
+            mamba_d_state=128,
+            layer_types=(["linear_attention"] * 4 + [ATTENTION]) * 2,
+        ),
+    ),
 }
 
 

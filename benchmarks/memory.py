@@ -101,6 +101,7 @@ def _published(kind: str, **changes: Any) -> dict[str, Any]:
     return transformers.CONFIG_MAPPING[kind](**changes).to_dict() | dict(torch_dtype="bfloat16")
 
 
+ATTENTION = "full_attention"
 # A model for each way of mixing tokens, or of keeping weights, that Llama lacks.
 MECHANISMS = {
     "Qwen3.5-9B": _published("qwen3_5_text"),
@@ -111,7 +112,7 @@ MECHANISMS = {
         intermediate_size=6144,
         num_hidden_layers=35,
         num_key_value_heads=1,
-        layer_types=[*["sliding_attention"] * 4, "full_attention"] * 7,
+        layer_types=[*["sliding_attention"] * 4, ATTENTION] * 7,
         num_kv_shared_layers=20,
         use_double_wide_mlp=True,
     ),
@@ -132,6 +133,20 @@ MECHANISMS = {
     "Ministral-3-8B": _published("ministral3"),
     "LFM2-1.2B": _published(
         "lfm2", hidden_size=2048, num_hidden_layers=16, full_attn_idxs=[2, 5, 8, 10, 12, 14], layer_types=None
+    ),
+    "Granite-4.0-H-Micro": _published(
+        "granitemoehybrid",
+        vocab_size=100352,
+        hidden_size=2048,
+        shared_intermediate_size=8192,
+        num_hidden_layers=40,
+        num_key_value_heads=8,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=64,
+        mamba_d_state=128,
+        layer_types=[ATTENTION if layer % 10 == 5 else "linear_attention" for layer in range(40)],
+        tie_word_embeddings=True,
     ),
     "GLM-4.7-Flash": _published("glm4_moe_lite"),
 }

@@ -128,37 +128,36 @@ def _group(states: tuple[jax.Array, ...], chunks: _Chunks) -> tuple[tuple[jax.Ar
     """(the states after N chunks, the output [N, B, K, G, C, V]): all at once what does not depend on the states."""
     product = functools.partial(_product, chunks.values.dtype)
     queries, keys, values = (x.astype(jnp.float32) for x in (chunks.queries, chunks.keys, chunks.values))
-    queries, keys = queries[:, :, :, None], keys[:, :, :, None]  # [N, B, K, 1, C, F]
     sees = _sees(chunks, len(states) == 2)
     # Sums over the tokens of one document, not differences of sums over several: what others hold changes no bit.
     logs = _exact("nbij,nbkgj->nbkgi", sees.astype(jnp.float32), chunks.decays)
     decays = _masked_exp(logs[..., :, None] - logs[..., None, :], sees[:, :, None, None])
-    seen = product("nbkzif,nbkzjf->nbkzij", queries, keys) * decays
+    seen = product("nbkif,nbkjf->nbkij", queries, keys)[:, :, :, None] * decays
     roots = _roots(chunks, len(states) == 2)
-    reads = [queries * _masked_exp(logs, root[:, :, None, None])[..., None] for root in roots]
-    writes = values
+    fades = [_masked_exp(logs, root[:, :, None, None])[..., None] for root in roots]
+    writes, known = values, []
     if chunks.rates is not None:
-        overlaps = product("nbkzif,nbkzjf->nbkzij", keys, keys) * decays * chunks.rates[..., None]
+        overlaps = product("nbkif,nbkjf->nbkij", keys, keys)[:, :, :, None] * decays * chunks.rates[..., None]
         solved = inverse(jnp.tril(overlaps, -1)) * chunks.rates[..., None, :]
         writes = product("nbkgij,nbkgjv->nbkgiv", solved, values)
-        wide = [keys * _masked_exp(logs, root[:, :, None, None])[..., None] for root in roots]
-        known = [product("nbkgij,nbkgjf->nbkgif", solved, x) for x in wide]
-        reads = [jnp.concatenate(pair, axis=-2) for pair in zip(known, reads, strict=True)]
+        known = [product("nbkgij,nbkgjf->nbkgif", solved, keys[:, :, :, None] * fade) for fade in fades]
     leaves = _leaves(chunks, sees, roots, logs)
-    size = chunks.run.shape[-1]
 
     def step(states: tuple[jax.Array, ...], chunk: tuple) -> tuple[tuple[jax.Array, ...], tuple]:
-        reads, writes, keys, leaves = chunk
-        read = sum(product("bkgif,bkgfv->bkgiv", *pair) for pair in zip(reads, states, strict=True))
+        queries, fades, known, writes, keys, leaves = chunk
+        # Heads share queries and keys: what differs between heads is applied to what has their values' width.
+        read = sum(
+            fade * product("bkif,bkgfv->bkgiv", queries, state) for fade, state in zip(fades, states, strict=True)
+        )
         if chunks.rates is not None:
-            writes, read = writes - read[..., :size, :], read[..., size:, :]
+            writes -= sum(product("bkgif,bkgfv->bkgiv", *pair) for pair in zip(known, states, strict=True))
         after = []
         for leaf in leaves:
             kept = sum(keep * state for keep, state in zip(leaf.kept, states, strict=True))
-            after.append(kept + product("bkgif,bkgiv->bkgfv", keys * leaf.written[..., None], writes))
+            after.append(kept + product("bkif,bkgiv->bkgfv", keys, leaf.written[..., None] * writes))
         return tuple(after), (read, writes)
 
-    states, (read, writes) = jax.lax.scan(step, states, (reads, writes, keys, leaves))
+    states, (read, writes) = jax.lax.scan(step, states, (queries, fades, known, writes, keys, leaves))
     return states, read + product("nbkgij,nbkgjv->nbkgiv", seen, writes)
 
 

@@ -10,6 +10,8 @@ from jlora.families import (
     apertus,
     arcee,
     bamba,
+    cohere,
+    cohere2,
     deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
@@ -77,7 +79,7 @@ FAMILIES: dict[str, Family] = {
         *(gemma, gemma2, gemma3, gemma4, gemma4_unified, gpt2, gpt_neox),
         *(deepseek_v3, glm4_moe_lite, mistral4),
         *(gpt_oss, lfm2, lfm2_moe, granitemoe, granitemoehybrid, bamba, falcon_h1, apertus, muse_glimmer),
-        *(nemotron_h, olmoe, flex_olmo, ernie4_5_moe, hunyuan_v1_moe),
+        *(nemotron_h, olmoe, flex_olmo, ernie4_5_moe, hunyuan_v1_moe, cohere, cohere2),
     )
     for family in (module.FAMILY, *getattr(module, "MULTIMODAL", ()))
     for model_type in family.model_types

@@ -29,7 +29,7 @@ class ModelConfig:
         hidden_act: the MLP's activation, one of `jlora.models.layers.ACTIVATIONS` or LEARNED.
         gated: whether the MLP is down(act(gate) · up), not down(act(up)).
         norm: "rms", "rms_wide" (scaled before rounding), "rms_plus_one" (scaled by 1 + weight), "rms_bare" (not scaled)
-            or "layer".
+            "layer" or "layer_unbiased" (without its bias).
         final_norm: the norm before the head, one of the same; None: `norm`.
         post_norm_eps: what norms after attention and MLP have for `norm_eps`; None: the same.
         qk_norm: the norm of queries and keys: None, "head" (each head by itself), "rotated" (the same, after rotation),
@@ -39,7 +39,7 @@ class ModelConfig:
         attention_gate: whether sigmoids of gates scale what the heads give. Gates come from `Names.output_gate`, or, if
             that is None, from the projection of queries, which gives each head's after its query.
         qkv_by_head: whether a fused projection is laid out head by head, each with its query, key and value.
-        parallel: whether attention and MLP read the same input.
+        parallel: whether attention and MLP read the same input, also normed alike if the MLP has no norm of its own.
         attention_scale: factor of the scores; `inverse_layer_scale` divides it by the layer's number, from 1.
         attention_sinks: whether each head has a score, `sinks`, that takes part in every query's softmax.
         query_growth: how queries grow with their position; None: they do not.

@@ -129,21 +129,22 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         x = sharding.held(x)
-        y, cache = self._mixed(x, context, cache)
-        y = self._fed(x, y) if self.layer.mlp else y
+        y, inputs, cache = self._mixed(x, context, cache)
+        y = self._fed(inputs if self.config.names.mlp_norms[0] is None else x, y) if self.layer.mlp else y
         return self._scaled(self._with_own_input(y, context.own_input)), cache
 
-    def _mixed(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """The half of the layer that mixes tokens: norm, mixer, norm, added to its input."""
+    def _mixed(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """The half of the layer that mixes tokens (norm, mixer, norm, added to its input), and what the mixer reads."""
         config, names, kind = self.config, self.config.names, self.layer.mixer
         if MIXERS[kind].module is None:
-            return x, cache
+            return x, x, cache
         mixer = MIXERS[kind].module(config, self.layer, self.attention, name=names.mixer(kind))
         if names.mixer(kind) is None:
             nn.share_scope(self, mixer)
-        y, cache = mixer(_norm(config, names.attention_norms[0], x), context, cache)
+        inputs = _norm(config, names.attention_norms[0], x)
+        y, cache = mixer(inputs, context, cache)
         y = _norm(config, names.attention_norms[1], y, config.post_norm_eps)
-        return x + scaled(y, config.residual_scale), cache
+        return x + scaled(y, config.residual_scale), inputs, cache
 
     def _fed(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The other half, at once or in tiles."""

@@ -62,7 +62,8 @@ class Norm(nn.Module):
 
     "rms", "rms_wide", "rms_plus_one": x / rms(x) · scale (Zhang and Sennrich 2019). "rms" scales after rounding to x's
     dtype, the others before; "rms_plus_one" scales by 1 + scale. "layer": (x - mean) / deviation · scale + bias (Ba et
-    al. 2016). "rms_bare": x / rms(x), without leaves. Each of the `groups` equal parts of x has statistics of its own.
+    al. 2016); "layer_unbiased": without the bias. "rms_bare": x / rms(x), without leaves. Each of the `groups` equal
+    parts of x has statistics of its own.
     """
 
     kind: str
@@ -77,7 +78,7 @@ class Norm(nn.Module):
             if self.kind == "layer":
                 self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         wide = x.astype(jnp.float32).reshape(self._grouped(x.shape))
-        if self.kind == "layer":
+        if self.kind.startswith("layer"):
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         normal = normal.reshape(x.shape)

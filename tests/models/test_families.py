@@ -233,6 +233,8 @@ CASES = {
         SIZES
         | dict(num_experts=5, moe_topk=[2] * 4, head_dim=10, intermediate_size=20, pad_token_id=0, attention_bias=True),
     ),
+    "cohere": ("CohereConfig", SIZES | dict(num_hidden_layers=2, logit_scale=0.3, attention_bias=True)),
+    "cohere2": ("Cohere2Config", SIZES | dict(num_hidden_layers=5, sliding_window=6, tie_word_embeddings=False)),
     "muse_glimmer": ("MuseGlimmerConfig", dict(text_config=MUSE, vision_config=MUSE_VISION, **MUSE_SIZES)),
     "muse_glimmer-layers": (
         "MuseGlimmerConfig",
@@ -928,6 +930,7 @@ def test_rotary_fields_are_those_that_transformers_takes(case, change, folders, 
     ("case", "change", "message"),
     [
         ("internlm3", {"attention_bias": False}, "qkv_bias False with bias True is not supported"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True is not supported"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias True is not supported"),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2, 1, 2]}, r"moe_topk \[1, 2, 1, 2\] is not supported"),
         ("muse_glimmer", {"text_config": {"layer_rope_theta": [5.0] * 52}}, r"layer_rope_theta: 5\.0 is not supported"),

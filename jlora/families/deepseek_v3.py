@@ -1,11 +1,15 @@
 """DeepSeek-V3 and R1, Kimi K2: latent attention, and experts chosen by sigmoids with corrections, in groups."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jlora.families.family import Experts, Family, Latent, Layer, Names, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import DECODER, ROUTED, SILU, Config, Gguf, Metadata, Reading
+from jlora.families.gguf import EXPERTS as EXPERT_MODULES
 from jlora.families.kinds import EXPERTS, FLAG, LENGTH, NUMBER, SIZE, whole
+from jlora.families.layouts import Joined, Sizes
 from jlora.families.reading import interleaved
 from jlora.families.rope import read_rope
 
@@ -124,6 +128,128 @@ def read_ropes(fields: Fields, values: Values, *, share: float | None) -> tuple:
     return (interleaved(turned) if fields.get("rope_interleave", True, FLAG) else turned)["ropes"]
 
 
+# ---------------------------------------------------------------- GGUF
+
+SIGMOID = 2  # llama.cpp's number of how scores become weights
+OVER = "rope.scaling.yarn_log_multiplier"
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    metadata.only("expert_gating_func", SIGMOID)
+    if metadata.get("expert_gating_func") is None and metadata.number("vocab_size") != GLM_VOCAB:
+        metadata.problems.append(f"no metadata {metadata.name('expert_gating_func')}: the scores would be a softmax")
+    return read_sizes(metadata, config)
+
+
+GLM_VOCAB = 154880  # by which llama.cpp knows GLM 4.7 Flash, whose files do not say
+
+
+def read_sizes(metadata: Metadata, config: Config) -> Config:
+    """The sizes of latent attention, which llama.cpp computes with one head of keys, and of the experts."""
+    rank, rotated = metadata.require("attention.kv_lora_rank"), metadata.require("rope.dimension_count")
+    keys, values = (metadata.require(f"attention.{part}_length_mla") for part in ("key", "value"))
+    metadata.only("attention.head_count_kv", 1)
+    metadata.only("attention.key_length", rank + rotated)
+    metadata.only("attention.value_length", rank)
+    return {
+        "num_key_value_heads": config["num_attention_heads"],
+        "head_dim": rotated,
+        "kv_lora_rank": rank,
+        "q_lora_rank": metadata.number("attention.q_lora_rank") or None,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": values,
+        "n_shared_experts": metadata.number("expert_shared_count", 0),
+        "first_k_dense_replace": metadata.number("leading_dense_block_count", 0),
+        "n_group": metadata.number("expert_group_count") or 1,
+        "topk_group": metadata.number("expert_group_used_count") or 1,
+        "routed_scaling_factor": float(metadata.number("expert_weights_scale") or 1.0),
+        "norm_topk_prob": bool(metadata.number("expert_weights_norm", False)),
+    }
+
+
+def scaling(metadata: Metadata) -> Config:
+    """YaRN's `mscale_all_dim`, of which the file has a tenth; llama.cpp takes `mscale` for the same number."""
+    over = metadata.get(OVER)
+    if not over:
+        metadata.problems.append(f"no metadata {metadata.name(OVER)}: llama.cpp scales scores as no model does")
+        return {}
+    over = round(10 * over, 6)
+    return {"mscale": over, "mscale_all_dim": over}
+
+
+def _log_multiplier(config: Any) -> float | None:
+    rope = config.ropes[0]
+    if rope.rope_type != "yarn" or rope.factor <= 1:
+        return None
+    mscale = math.sqrt(config.attention_scale * math.sqrt(config.latent.qk_head_dim))
+    return (mscale - 1) / math.log(rope.factor)
+
+
+def _split(values: Any, sizes: Sizes) -> tuple[Any, ...]:
+    """What makes keys [H, R, …] and values [H, …, R] of the latents, of rows head by head."""
+    heads = values.reshape(sizes.queries, -1, values.shape[-1])
+    keys = sizes.latent.qk_nope_head_dim
+    return heads[:, :keys].swapaxes(1, 2), heads[:, keys:]
+
+
+def _join(parts: Sequence[Any], sizes: Sizes) -> Any:
+    keys, values = parts
+    heads = keys.__array_namespace__().concat([keys.swapaxes(1, 2), values], axis=1)
+    return heads.reshape(-1, heads.shape[-1])
+
+
+WRITES: Mapping[str, Callable[[Any], Any]] = {
+    "attention.head_count_kv": lambda config: 1,
+    "attention.key_length": lambda config: config.latent.kv_lora_rank + config.latent.qk_rope_head_dim,
+    "attention.value_length": lambda config: config.latent.kv_lora_rank,
+    "attention.key_length_mla": lambda config: config.latent.qk_head_dim,
+    "attention.value_length_mla": lambda config: config.latent.v_head_dim,
+    "attention.q_lora_rank": lambda config: config.latent.q_lora_rank or 0,  # llama.cpp needs it
+    "attention.kv_lora_rank": lambda config: config.latent.kv_lora_rank,
+    "expert_feed_forward_length": lambda config: config.experts.intermediate_size,
+    "expert_shared_count": lambda config: config.experts.shared_intermediate_size // config.experts.intermediate_size,
+    "expert_weights_scale": lambda config: config.experts.scaling,
+    "expert_weights_norm": lambda config: config.experts.normalize or None,
+    "expert_gating_func": lambda config: SIGMOID if config.experts.sigmoid else 1,
+    "expert_group_count": lambda config: config.experts.groups if config.experts.groups > 1 else None,
+    "expert_group_used_count": lambda config: config.experts.top_groups if config.experts.groups > 1 else None,
+    "leading_dense_block_count": lambda config: next(
+        (i for i, layer in enumerate(config.layers) if layer.experts), len(config.layers)
+    ),
+    OVER: _log_multiplier,
+    "rope.scaling.attn_factor": lambda config: None,
+}
+READING = Reading(
+    required={
+        **DECODER,
+        **ROUTED,
+        "n_routed_experts": "expert_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    },
+    constants={**SILU, "attention_bias": False, "rope_interleave": True},
+    more=from_gguf,
+    scaling=scaling,
+)
+GGUF = Gguf(
+    "deepseek2",
+    READING,
+    writes=WRITES,
+    modules={
+        **EXPERT_MODULES,
+        **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+        **{f"attn_q_{part}": f"self_attn.q_{part}_proj" for part in ("a", "b")},
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    },
+    joined=(
+        Joined("self_attn.kv_b_proj.weight", ("attn_k_b.weight", "attn_v_b.weight"), _join, _split, rows=False),
+        Joined("mlp.gate.e_score_correction_bias", ("exp_probs_b.bias",)),
+    ),
+    unadapted=r"attn_(q|q_a|q_b|kv_a_mqa)",
+)
+
 FAMILY = Family(
     model_types=("deepseek_v3",),
     class_name="DeepseekV3ForCausalLM",
@@ -132,4 +258,5 @@ FAMILY = Family(
     score="DeepseekV3",
     # the layer that predicts a token further ahead
     buffers=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.61\..*"),
+    gguf=GGUF,
 )

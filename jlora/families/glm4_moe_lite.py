@@ -44,4 +44,5 @@ FAMILY = Family(
     names=deepseek_v3.NAMES,
     # the layer that predicts a token further ahead
     buffers=(r".*\.rotary_emb\.inv_freq", r"model\.layers\.47\..*"),
+    gguf=deepseek_v3.GGUF._replace(reading=None),
 )

@@ -52,13 +52,13 @@ def read_growth(fields: Fields, parameters: dict[str, Any], rope: Rope) -> Query
 
 # ---------------------------------------------------------------- GGUF
 
-OVER = "rope.scaling.yarn_log_multiplier"
+OVER, GROWTH = "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"
 
 
 def scaling(metadata: Metadata) -> Config:
     """How queries grow, and what YaRN's usual factor of cos and sin is divided by."""
     over = {"mscale": 1.0, "mscale_all_dim": metadata.get(OVER)} if metadata.get(OVER) else {}
-    beta = metadata.get("attention.temperature_scale")
+    beta = metadata.get(GROWTH)
     return over | ({BETA: beta} if beta else {})
 
 
@@ -73,7 +73,7 @@ def log_multiplier(config: Any) -> float | None:
 
 
 WRITES: Mapping[str, Callable[[Any], Any]] = {
-    "attention.temperature_scale": lambda config: config.query_growth.beta if config.query_growth else None,
+    GROWTH: lambda config: config.query_growth.beta if config.query_growth else None,
     OVER: log_multiplier,
     "rope.scaling.attn_factor": lambda config: None,
 }

@@ -6,8 +6,10 @@ from typing import Any
 from jlora.families import deepseek_v3
 from jlora.families.family import OUT_IN, Family, Layer, Values
 from jlora.families.fields import Fields
+from jlora.families.gguf import Config, Metadata
 from jlora.families.kinds import LENGTH, ROTARY
-from jlora.families.ministral3 import BETA, read_growth
+from jlora.families.layouts import Joined, stacked_experts
+from jlora.families.ministral3 import BETA, GROWTH, read_growth
 
 DEFAULTS: dict[str, Any] = {
     "moe_intermediate_size": 2048,
@@ -58,6 +60,40 @@ def read(fields: Fields) -> Values:
     }
 
 
+# ---------------------------------------------------------------- GGUF
+
+
+def from_gguf(metadata: Metadata, config: Config) -> Config:
+    metadata.only("expert_gating_func", 1)
+    metadata.only("attention.temperature_length", metadata.get("rope.scaling.original_context_length"))
+    return deepseek_v3.read_sizes(metadata, config)
+
+
+def scaling(metadata: Metadata) -> Config:
+    """Only for DeepSeek's files does llama.cpp take `mscale` for another number than 1."""
+    metadata.only(deepseek_v3.OVER, 0.1)
+    beta = metadata.get(GROWTH)
+    return deepseek_v3.scaling(metadata) | ({BETA: beta} if beta else {})
+
+
+READING = deepseek_v3.READING
+GGUF = deepseek_v3.GGUF._replace(
+    architecture="mistral4",
+    reading=READING._replace(
+        constants={**READING.constants, "rope_parameters": {"rope_type": "default"}}, more=from_gguf, scaling=scaling
+    ),
+    writes={
+        **deepseek_v3.WRITES,
+        GROWTH: lambda config: config.query_growth.beta if config.query_growth else None,
+        "attention.temperature_length": lambda config: config.query_growth.length if config.query_growth else None,
+    },
+    joined=(
+        deepseek_v3.GGUF.joined[0],
+        Joined("mlp.experts.gate_up_proj", ("ffn_gate_up_exps.weight",)),
+        *stacked_experts("mlp.experts"),
+    ),
+)
+
 FAMILY = Family(
     model_types=("mistral4",),
     class_name="Mistral4ForCausalLM",
@@ -66,4 +102,5 @@ FAMILY = Family(
     score="Mistral4",
     stacked_experts=OUT_IN,
     older=None,
+    gguf=GGUF,
 )

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from jlora import families, models, tree
 from jlora.families import FAMILIES, Family, called, each
-from jlora.families.family import Delta
+from jlora.families.family import Delta, Latent
 from jlora.families.fields import Fields
 from jlora.families.layouts import Sizes
 from jlora.hub.checkpoints import names as hub_names
@@ -26,7 +26,12 @@ from jlora.models import ModelConfig
 
 EVERY = pytest.mark.parametrize("model_type", FAMILIES)
 IN_GGUF = pytest.mark.parametrize("model_type", [kind for kind, family in FAMILIES.items() if family.gguf])
-SIZES = Sizes(queries=6, keys=2, delta=Delta(2, 6, key_dim=6, value_dim=8, conv_kernel=3))
+SIZES = Sizes(
+    queries=6,
+    keys=2,
+    delta=Delta(2, 6, key_dim=6, value_dim=8, conv_kernel=3),
+    latent=Latent(None, 5, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3),
+)
 
 
 def model_of(model_type):
@@ -42,6 +47,7 @@ JOINED_SHAPES = {
     "dt_bias": (6,),
     "conv1d": (72, 1, 3),
     "conv.conv": (6, 1, 3),
+    "kv_b": (42, 5),
 }
 
 

@@ -20,6 +20,7 @@ import transformers
 
 import jlora
 from jlora import hub, lora, models, tree
+from jlora.families import FAMILIES
 from jlora.hub.gguf.reading import GGUFFile
 
 SIZES = dict(
@@ -56,6 +57,17 @@ DELTA = SIZES | dict(
 )
 SHARED = MOE | dict(shared_expert_intermediate_size=12)
 GEMMA4 = SIZES | dict(head_dim=12, global_head_dim=16, sliding_window=6, pad_token_id=0, final_logit_softcapping=3.0)
+LATENT = SIZES | dict(
+    num_key_value_heads=6,
+    kv_lora_rank=18,
+    q_lora_rank=22,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=12,
+    moe_intermediate_size=20,
+    num_experts_per_tok=3,
+    routed_scaling_factor=1.7,
+)
 NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
 GPT2 = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=3, n_positions=1024, tie_word_embeddings=True)
 
@@ -252,6 +264,34 @@ CASES = {
         SIZES | dict(layer_types=["conv", "conv", "full_attention", "conv"], block_multiple_of=20, conv_L_cache=4),
         False,
     ),
+    "deepseek_v3": (
+        "deepseek2",
+        "DeepseekV3Config",
+        LATENT
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=2)
+        | dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.7)),
+        False,
+    ),
+    "deepseek_v3-plain": (
+        "deepseek2",
+        "DeepseekV3Config",
+        LATENT | dict(n_routed_experts=5, n_group=1, topk_group=1, first_k_dense_replace=0, q_lora_rank=None),
+        False,
+    ),
+    "glm4_moe_lite": (
+        "deepseek2",
+        "Glm4MoeLiteConfig",
+        LATENT | dict(n_routed_experts=5, v_head_dim=14, n_shared_experts=2),
+        False,
+    ),
+    "mistral4": (
+        "mistral4",
+        "Mistral4Config",
+        LATENT
+        | dict(n_routed_experts=8, n_group=4, topk_group=2, first_k_dense_replace=1)
+        | dict(rope_parameters=GROWING),
+        False,
+    ),
     "starcoder2": ("starcoder2", "Starcoder2Config", SIZES, False),
     "gpt2": ("gpt2", "GPT2Config", GPT2, True),
     "gpt2-untied": ("gpt2", "GPT2Config", GPT2 | dict(n_inner=50, tie_word_embeddings=False), False),
@@ -264,7 +304,7 @@ CASES = {
     ),
 }
 # What jlora's config may say otherwise than transformers' config, which computes the same.
-EQUIVALENT = {"mistral": "llama", "gemma4_unified_text": "gemma4_text"}
+EQUIVALENT = {"mistral": "llama", "gemma4_unified_text": "gemma4_text", "glm4_moe_lite": "deepseek_v3"}
 
 
 @functools.cache
@@ -273,7 +313,12 @@ def reference(case):
     _, name, fields, _ = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**copy.deepcopy(fields), attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # Of Mistral 4, transformers' auto classes know only the model that also sees.
+    model = (
+        getattr(transformers, FAMILIES[config.model_type].class_name)
+        ._from_config(config, attn_implementation="eager")
+        .eval()
+    )
     with torch.no_grad():
         scalars = [(key, value) for key, value in model.named_buffers() if key.endswith("layer_scalar")]
         for key, value in (*model.named_parameters(), *scalars):
@@ -389,6 +434,39 @@ def write_lfm2(writer, config):
     )
     writer.add_vocab_size(config.vocab_size)
     writer.add_shortconv_l_cache(config.conv_L_cache)
+
+
+def write_latent(writer, config):
+    """Of Mistral 4's, how queries grow is said as the converter for Mistral's own files says it."""
+    fields = config.to_dict() | {"num_key_value_heads": 1, "head_dim": None}
+    config = types.SimpleNamespace(**fields)
+    write_common(writer, config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_leading_dense_block_count(fields.get("first_k_dense_replace", 1))
+    if config.q_lora_rank:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+    if config.model_type != "mistral4":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    rope = rope_parameters(config)
+    if rope.get("mscale_all_dim") is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if beta := rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(beta)
+        writer.add_attn_temperature_length(rope["original_max_position_embeddings"])
 
 
 def write_gemma2(writer, config):
@@ -535,6 +613,8 @@ METADATA = {
     "qwen3moe": write_qwen3moe,
     "gemma2": write_gemma2,
     "gemma3": write_gemma3,
+    "deepseek2": write_latent,
+    "mistral4": write_latent,
     "lfm2": write_lfm2,
     "gemma4": write_gemma4,
     "phi3": write_phi3,
@@ -563,6 +643,14 @@ def laid_out(architecture, config, name, array):
         names |= {f"experts.{kernel}": f"experts.{kernel}.weight" for kernel in ("gate_up_proj", "down_proj")}
         own = re.sub(r"^model\.layers\.\d+\.", "", name)
         return [(name.removesuffix(own) + names.get(own, own), array)]
+    if module == "kv_b_proj":  # transposed keys, and values
+        heads = array.reshape(config.num_attention_heads, -1, array.shape[1])
+        keys, values = np.split(heads, [config.qk_nope_head_dim], axis=1)
+        return [(name.replace("kv_b", "k_b"), keys.swapaxes(1, 2)), (name.replace("kv_b", "v_b"), values)]
+    if architecture == "mistral4" and "experts." in name and not name.endswith(".weight"):
+        return [(f"{name}.weight", array)]
+    if name.endswith("e_score_correction_bias"):
+        return [(name.replace("_bias", ".bias"), array)]
     if architecture == "lfm2" and module == "conv":
         return [(name, array.squeeze(1))]
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
@@ -732,7 +820,8 @@ def test_transformers_reads_the_config(case, files, tmp_path):
     """What jlora saves of a model that came from GGUF, transformers opens, with the same logits."""
     model, params = jlora.load(files(case))
     jlora.save_model(tmp_path, model, params)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    (name,) = transformers.AutoConfig.from_pretrained(tmp_path).architectures
+    opened = getattr(transformers, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
     ids = tokens()
     assert difference(logits_of(opened, ids), logits_of(reference(case), ids)) < 1e-4
 
@@ -1165,6 +1254,8 @@ ADAPTERS = {
     "gemma2": dict(target_modules="all-linear"),
     "gemma4-experts": dict(target_modules="all-linear"),
     "lfm2": dict(target_modules="all-linear"),
+    "deepseek_v3": dict(target_modules=["o_proj", "gate_proj", "up_proj", "down_proj"]),
+    "mistral4": dict(target_modules=["o_proj", "down_proj"]),
     "phi3-plain": dict(target_modules="all-linear", init_lora_weights="pissa"),
     "gpt2": dict(target_modules="all-linear"),
     "gptneox": dict(target_modules="all-linear"),

@@ -131,6 +131,11 @@ def apart(function: Callable[..., jax.Array], params: Any, *inputs: jax.Array) -
     return jax.shard_map(function, in_specs=specs, out_specs=place, axis_names=axes)(params, *inputs)
 
 
+def is_apart() -> bool:
+    """Whether this is traced inside of `apart`, where a device has only its own tokens."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def logits_axes(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(mesh axes of the rows, mesh axes of the vocabulary) of logits.
 

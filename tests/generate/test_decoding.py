@@ -37,6 +37,9 @@ FAMILIES = {
         **dict(head_dim=16, layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4),
         **dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=10, linear_value_head_dim=14),
     ),
+    "falcon_h1": transformers.FalconH1Config(
+        **SIZES, **dict(mamba_d_ssm=48, mamba_n_heads=4, mamba_n_groups=2, mamba_d_state=10, mamba_d_conv=3)
+    ),
 }
 
 
@@ -119,7 +122,9 @@ def test_greedy_tokens_are_transformers_up_to_the_stop_token(greedy, rows):
         assert (log_probs[:end] < 0).all() and not log_probs[end:].any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name == "falcon_h1")) for name in FAMILIES]
+)
 def test_samples_do_not_depend_on_the_rows_and_log_probs_are_the_forward_pass(family):
     model, params = made(family)
     settings = dict(temperature=0.7, top_k=30, top_p=0.9, stop_ids=(*range(1, 20),))

@@ -1,10 +1,11 @@
 """Mixtures on a mesh, where every device sorts its own tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import models, sharding
+from jlora import lora, models, sharding
 
 SIZES = dict(
     vocab_size=101,
@@ -33,3 +34,23 @@ def test_a_mesh_gives_the_logits_of_one_device(case):
     with sharding.on(mesh):
         split = np.asarray(model(sharding.shard(params, mesh), tokens))
     np.testing.assert_allclose(split, alone, atol=1e-5 * np.abs(alone).max())
+
+
+def test_a_mesh_gives_the_gradients_of_one_device():
+    """Of adapters of the MLP for every token and of the linears around experts, which a device has for its tokens."""
+    fields = dict(n_routed_experts=4, moe_intermediate_size=20, moe_latent_size=12, num_experts_per_tok=2)
+    fields |= dict(moe_shared_expert_intermediate_size=28, layers_block_type=["moe"], model_type="nemotron_h")
+    model = models.build(SIZES | fields)
+    config = lora.LoraConfig(r=3, init_lora_weights=False)
+    frozen, trainable = lora.split(lora.init(model.random_params(jax.random.key(0)), config, jax.random.key(1)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 101, (4, 12)))
+
+    @jax.jit
+    def gradients(trainable, frozen):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(model.hidden(lora.combine(frozen, x), tokens)[0])))(trainable)
+
+    alone = gradients(trainable, frozen)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    with sharding.on(mesh):
+        split = gradients(sharding.shard(trainable, mesh), sharding.shard(frozen, mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), split, alone)

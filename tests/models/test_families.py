@@ -817,7 +817,13 @@ def test_dense_and_sparse_layers_lie_in_stacks_of_their_own(load):
     assert stacks["qwen3_moe-dense-first"] == {"layers@0-0", "layers@1-3"}
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3_next", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "nemotron_h"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("llama", "qwen3_next", "qwen3_5_text", "falcon_h1"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("granitemoehybrid", "nemotron_h")),
+    ],
+)
 def test_branches_continue_from_what_they_share(case, load):
     """A shared prompt and two answers in one row, and each pair of prompt and answer by itself."""
     model, params = load(case)

@@ -83,9 +83,29 @@ def test_tiles_on_a_mesh_hold_some_of_every_devices_tokens(halves, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), tiled, whole)
 
 
-def test_tiles_of_experts_give_the_gradients_of_the_whole(monkeypatch):
+MIXTURE = CONFIG | dict(num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MIXTURE | dict(model_type="mixtral"), id="alone"),
+        pytest.param(
+            MIXTURE
+            | dict(model_type="granitemoehybrid", layer_types=["attention"], mamba_n_heads=4)
+            | dict(shared_intermediate_size=80, intermediate_size=40),
+            id="beside an MLP",
+        ),
+        pytest.param(
+            MIXTURE
+            | dict(model_type="nemotron_h", layers_block_type=["moe"], moe_intermediate_size=80, moe_latent_size=20)
+            | dict(moe_shared_expert_intermediate_size=24, tie_word_embeddings=False),
+            id="in a narrower space",
+        ),
+    ],
+)
+def test_tiles_of_experts_give_the_gradients_of_the_whole(config, monkeypatch):
     """A tile holds the tokens of half of the experts' room: two of four are passed."""
-    config = CONFIG | dict(model_type="mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
     model = models.build(config)
     settings = lora.LoraConfig(r=3, target_modules="all-linear", target_parameters=["experts.down_proj"])
     params = lora.init(model.random_params(jax.random.key(0)), settings, jax.random.key(1))

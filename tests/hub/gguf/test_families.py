@@ -303,6 +303,21 @@ CASES = {
         False,
     ),
 }
+# Second cases of a family, which take the slow suite's time.
+SECOND = (
+    "qwen3_5-uneven",
+    "gemma4-same",
+    "gemma4-unified",
+    "ministral3-plain",
+    "deepseek_v3-plain",
+    "gpt_oss-unscaled",
+)
+
+
+def each(cases):
+    return [pytest.param(case, marks=pytest.mark.slow) if case in SECOND else case for case in cases]
+
+
 # What jlora's config may say otherwise than transformers' config, which computes the same.
 EQUIVALENT = {"mistral": "llama", "gemma4_unified_text": "gemma4_text", "glm4_moe_lite": "deepseek_v3"}
 
@@ -784,7 +799,7 @@ def difference(ours, theirs):
     return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES))
 def test_logits(case, files, parity):
     model, params = jlora.load(files(case))
     ids = tokens()
@@ -803,7 +818,7 @@ def test_logits_of_transformers_reading_the_same_file(case, files):
     assert difference(model(params, jnp.asarray(ids)), logits_of(theirs, ids)) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES))
 def test_config_is_read_as_the_one_it_was_written_from(case, files, tmp_path):
     """jlora reads the same ModelConfig from the GGUF file and from the folder that transformers saves."""
     reference(case).save_pretrained(tmp_path)
@@ -815,7 +830,7 @@ def test_config_is_read_as_the_one_it_was_written_from(case, files, tmp_path):
         assert getattr(found, name) == value, name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES))
 def test_transformers_reads_the_config(case, files, tmp_path):
     """What jlora saves of a model that came from GGUF, transformers opens, with the same logits."""
     model, params = jlora.load(files(case))
@@ -986,7 +1001,7 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
         ("gptneox", {}, r"no metadata gptneox\.attention\.layer_norm_epsilon\n.*gptneox\.use_parallel_residual"),
         ("qwen3moe", {}, r"no metadata qwen3moe\.expert_used_count"),
         ("granite", {}, r"no metadata granite\.attention\.scale\n.*granite\.logit_scale"),
-        ("mamba", {}, "has architecture 'mamba'; GGUF is read for llama, smollm3"),
+        ("mamba", {}, "has architecture 'mamba'; GGUF is read for llama, "),
         ("llama", {"rope.scaling.type": "su"}, r"llama\.rope\.scaling\.type is 'su'; linear, yarn"),
         ("llama", {"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type is 'longrope'; linear, yarn"),
         ("llama", {"rope.scaling.type": "yarn"}, r"no metadata llama\.rope\.scaling\.original_context_length"),
@@ -1018,6 +1033,11 @@ def test_longrope_with_a_factor_of_its_own(tmp_path):
         ("qwen3moe", {"expert_gating_func": 2}, r"qwen3moe\.expert_gating_func is 2; jlora computes only 0 or 1"),
         ("qwen3moe", {"expert_shared_count": 1}, r"qwen3moe\.expert_shared_count is 1, which is not supported"),
         ("qwen35", RECURRENT | {"ssm.inner_size": 64}, r"qwen35\.ssm\.inner_size is 64; jlora computes only 32"),
+        (
+            "deepseek2",
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 32},
+            r"no metadata deepseek2\.expert_gating_func: (.*\n)*.*\.key_length_mla(.*\n)*.*\.yarn_log_multiplier: ",
+        ),
         ("gptneox", {"attention.head_count_kv": 1}, r"gptneox\.attention\.head_count_kv is 1; jlora computes only 2"),
         ("gpt2", {"rope.freq_base": 1e4}, r"gpt2\.rope\.freq_base is 10000\.0, which is not supported"),
     ],
@@ -1062,7 +1082,7 @@ REFUSED = {
 
 
 @pytest.mark.filterwarnings("ignore:llama.cpp has no window")  # phi3's
-@pytest.mark.parametrize("case", [case for case in CASES if case not in REFUSED])
+@pytest.mark.parametrize("case", each(case for case in CASES if case not in REFUSED))
 def test_written_as_llama_cpp_lays_it_out(case, files, tmp_path):
     """What jlora writes of transformers' folder has the same tensors, and comes back as the same model."""
     reference(case).save_pretrained(tmp_path / "folder")
@@ -1232,11 +1252,27 @@ def test_an_adapter_of_more_than_a_and_b_is_not_written(settings, said, tmp_path
             hub.save_gguf_adapter(tmp_path / "adapter.gguf", tied, lora.init(params, config, jax.random.key(0)))
 
 
-def test_an_adapter_where_llama_cpp_applies_none_is_not_written(tmp_path):
-    sizes = dict(num_key_value_heads=2, head_dim=4, global_head_dim=4, sliding_window=6)
-    model, params = built(model_type="gemma4_text", hidden_size_per_layer_input=6, **sizes)
-    adapted = lora.init(params, jlora.LoraConfig(target_modules=["per_layer_model_projection"]), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"per_layer_model_projection: llama\.cpp does not apply adapters there"):
+LATENT_SIZES = dict(kv_lora_rank=4, q_lora_rank=4, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=4)
+LATENT_SIZES |= dict(model_type="deepseek_v3", n_routed_experts=2, n_group=1, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "fields"),
+    [
+        (
+            "per_layer_model_projection",
+            dict(model_type="gemma4_text", num_key_value_heads=2, head_dim=4, global_head_dim=4, sliding_window=6)
+            | dict(hidden_size_per_layer_input=6),
+        ),
+        ("q_a_proj", LATENT_SIZES),
+        ("kv_b_proj", LATENT_SIZES),  # which it has in two matrices
+    ],
+)
+def test_an_adapter_where_llama_cpp_applies_none_is_not_written(module, fields, tmp_path):
+    """llama.cpp would leave it out without a word."""
+    model, params = built(**fields)
+    adapted = lora.init(params, jlora.LoraConfig(target_modules=[module]), jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"{module}: llama\.cpp does not apply adapters there; merge it"):
         hub.save_gguf_adapter(tmp_path / "adapter.gguf", model, adapted)
 
 

@@ -53,6 +53,12 @@ FAMILIES = {
         "block_sparse_moe.experts.0.w1",
         "block_sparse_moe.gate",
     ),
+    "lfm2_moe": (
+        transformers.Lfm2MoeConfig,
+        dict(num_experts=EXPERTS, moe_intermediate_size=INNER, num_dense_layers=0, layer_types=["full_attention"] * 2),
+        "feed_forward.experts.0.w1",
+        "feed_forward.gate",
+    ),
     "nemotron_h": (
         transformers.NemotronHConfig,
         dict(layers_block_type=["attention", "moe"], n_routed_experts=EXPERTS, moe_intermediate_size=INNER)

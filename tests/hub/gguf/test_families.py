@@ -262,7 +262,7 @@ CASES = {
         "lfm2",
         "Lfm2Config",
         SIZES | dict(layer_types=["conv", "conv", "full_attention", "conv"], block_multiple_of=20, conv_L_cache=4),
-        False,
+        True,
     ),
     "deepseek_v3": (
         "deepseek2",

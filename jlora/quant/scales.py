@@ -59,14 +59,18 @@ def rounded_to(
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
-    """The 256 values of the signed 8-bit dynamic data type (Dettmers et al. 2021), float32, ascending."""
+def dynamic_map(signed: bool = True) -> np.ndarray:
+    """The 256 values of the 8-bit dynamic data type (Dettmers et al. 2021), float32, ascending.
+
+    Args:
+        signed: from -1 to 1; otherwise from 0 to 1, with fractions twice as fine.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = _linspace(0.1, 1.0, 2**exponent + 1)
+        edges = _linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (exponent - 6)) * means
-        values += [*scaled.tolist(), *(-scaled).tolist()]
+        values += [*scaled.tolist(), *((-scaled).tolist() if signed else [])]
     return np.sort(np.asarray(values, np.float32))
 
 

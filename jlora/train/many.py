@@ -1,13 +1,13 @@
 """Several adapters of one base, trained side by side in one jitted step, each as if it were trained alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jlora import data, lora, sharding, tree
 from jlora.optim import learning_rates, make_optimizer
@@ -118,10 +118,10 @@ def _start(
         return _named(found)
 
     def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
-        optimizer = make_optimizer(config.optim, total_steps)
+        optimizer = functools.partial(make_optimizer, config.optim, total_steps)
         seeds = [member.train.seed for member in members.values()]
-        # The same chain as in the step, where each adapter has its own scale.
-        state = create_states(trainable, optax.chain(optimizer, optax.scale(1.0)), seeds, base.mesh)
+        # Any factor: in the step each adapter has its own.
+        state = create_states(trainable, optimizer(1.0), seeds, base.mesh)
         dropout = lora.drops(settings)
         skip = config.train.on_nonfinite == "skip"
         rates = {name: learning_rates(member.optim, total_steps) for name, member in members.items()}

@@ -73,16 +73,31 @@ def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Me
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state's shardings: adapters and moments are split like their kernels; counters and keys are replicated."""
+    """The state's shardings: adapters are split like their kernels, and moments like their adapter.
+
+    Counters, keys, and moments of another shape that cannot be split so are replicated.
+    """
     adapters = sharding.tree_shardings(state.trainable, mesh)
-    places = tree.flatten(adapters)
+    places, weights = tree.flatten(adapters), tree.flatten(state.trainable)
     everywhere = sharding.replicated(mesh)
 
-    def moment(path: tuple, _: Any) -> NamedSharding:
-        # optax keeps moments in trees shaped like the params: the trailing dict keys of a moment's path are its
-        # parameter's path.
-        keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
-        return places.get("/".join(reversed([key.key for key in keys])), everywhere)
+    def moment(path: tuple, leaf: Any) -> NamedSharding:
+        # Optimizers keep moments in trees shaped like the params, each an array or several: the last dict keys of a
+        # moment's path are its parameter's path.
+        runs = itertools.groupby(path, lambda key: isinstance(key, jax.tree_util.DictKey))
+        keys = [[key.key for key in run] for is_dict, run in runs if is_dict]
+        name = "/".join(keys[-1]) if keys else ""
+        whole = name in places and len(leaf.shape) == len(weights[name].shape)
+        return places[name] if whole and _splits(places[name], leaf.shape) else everywhere
 
     moments = jax.tree_util.tree_map_with_path(moment, state.moments)
     return TrainState(everywhere, adapters, moments, everywhere)
+
+
+def _splits(place: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether the sharding cuts arrays of this shape into equal parts."""
+    try:
+        place.shard_shape(shape)
+    except ValueError:
+        return False
+    return True

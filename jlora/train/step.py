@@ -12,7 +12,7 @@ import optax
 
 from jlora import lora, sharding, tree
 from jlora.lora.sites import is_expert
-from jlora.optim import global_norm
+from jlora.optim import global_norm, gradient_point
 from jlora.train.state import TrainState
 from jlora.types import Params
 
@@ -79,7 +79,7 @@ def make_step(
 
 def make_steps(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Callable[[jax.Array], optax.GradientTransformation],
     shardings: TrainState,
     *,
     dropout: bool = False,
@@ -93,6 +93,9 @@ def make_steps(
 
     An adapter whose numbers are not finite does not hold up the others. Without `skip` it keeps the weights it had
     before that step from then on.
+
+    Args:
+        optimizer: factor of the learning rate → the optimizer.
     """
     spare = _skipping if skip else _freezing
 
@@ -100,8 +103,8 @@ def make_steps(
         def one(own: tuple[TrainState, Params, jax.Array, Batch]) -> tuple[TrainState, Metrics]:
             begun, settings, rate, part = own
             begun = dataclasses.replace(begun, step=state.step)
-            scaled = optax.chain(optimizer, optax.scale(rate))
-            after, metrics = _advance(objective, scaled, dropout, begun, lora.combine(frozen["base"], settings), part)
+            whole = lora.combine(frozen["base"], settings)
+            after, metrics = _advance(objective, optimizer(rate), dropout, begun, whole, part)
             return dataclasses.replace(spare(begun, after, metrics[FINITE]), step=None), metrics
 
         parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
@@ -124,6 +127,7 @@ def _advance(
 ) -> tuple[TrainState, Metrics]:
     totals = objective.totals(batch)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step) if dropout else None
+    point = gradient_point(state.trainable, state.moments)
 
     def micro(index: jax.Array, micro_batch: Batch) -> tuple[tuple[Params, jax.Array, Metrics], Metrics]:
         micro_key = None if key is None else jax.random.fold_in(key, index)
@@ -131,7 +135,7 @@ def _advance(
         def loss(trainable: Params) -> tuple[jax.Array, Report]:
             return objective.loss(trainable, frozen, micro_batch, totals, micro_key)
 
-        (value, report), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        (value, report), grads = jax.value_and_grad(loss, has_aux=True)(point)
         return (grads, value, report.sums), report.items
 
     (grads, value, sums), items = _accumulate(micro, batch)

@@ -117,8 +117,9 @@ def test_flat_parts_make_the_same_value_again(shape):
     jax.tree.map(np.testing.assert_array_equal, again, leaf)
 
 
-def test_dynamic_map_is_bitsandbytes():
-    np.testing.assert_array_equal(dynamic_map(), bnb.create_dynamic_map().numpy())
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_is_bitsandbytes(signed):
+    np.testing.assert_array_equal(dynamic_map(signed), bnb.create_dynamic_map(signed=signed).numpy())
 
 
 def test_a_stack_is_its_layers_one_by_one():

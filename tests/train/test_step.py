@@ -1,5 +1,7 @@
 """The step: PEFT's gradients and weights, accumulation, frozen weights, sharding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,10 +231,9 @@ def test_toy_every_micro_batch_of_every_step_has_a_key_of_its_own():
 
 def test_toy_adapters_side_by_side_are_what_they_are_alone():
     rates, seeds, firsts, micro = (1.0, 0.25), (3, 8), (1.0, -2.0), 2
-    optimizer = make_optimizer(TOY_OPTIM, 10)
-    scaled = optax.chain(optimizer, optax.scale(1.0))
+    optimizer = functools.partial(make_optimizer, TOY_OPTIM, 10)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(toy_trainable, firsts))
-    state = create_states(both, scaled, seeds, sharding.make_mesh(ONE_DEVICE))
+    state = create_states(both, optimizer(1.0), seeds, sharding.make_mesh(ONE_DEVICE))
     step = make_steps(toy_objective(), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state), dropout=True)
     frozen = {"base": TOY_FROZEN, "settings": {}, "rate": jnp.float32(rates)}
     seen = []

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from jlora.errors import UserError, raise_all
 from jlora.lora.kinds.banked import IDS, WEIGHTS
 from jlora.lora.kinds.bias import BIAS
-from jlora.lora.kinds.copies import COPIES, describe
+from jlora.lora.kinds.copies import COPIES, describe, original
 from jlora.lora.kinds.dora import DORA
 from jlora.lora.kinds.kind import Kind, Leaf
 from jlora.lora.kinds.miss import MISS
 from jlora.lora.kinds.product import PRODUCT, TIED
 from jlora.lora.kinds.tokens import TOKENS
+from jlora.tree import STACKED_AXES
 
 if TYPE_CHECKING:
     from jlora.lora.config import LoraConfig
@@ -59,6 +60,12 @@ def width(module: Mapping[str, Any]) -> int:
 def leaf_of(name: str) -> Leaf | None:
     """What is known of an adapter's leaf by its name; None for a leaf of the base."""
     return describe(name) if COPIES.holds(name) else LEAVES.get(name)
+
+
+def own_axes(name: str) -> int:
+    """How many axes a trained leaf of this name has in a single layer; those before are of stacks and experts."""
+    leaf = leaf_of(name)
+    return len(leaf.axes) if leaf and leaf.axes else STACKED_AXES.get(original(name), 2) - 1
 
 
 def multiplies(name: str) -> bool:

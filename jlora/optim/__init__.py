@@ -1,0 +1,15 @@
+"""The optimizer: adapters are updated by a rule that has a name, and nothing else is; schedules, clipping, LoRA+."""
+
+from jlora.optim.averaging import gradient_point
+from jlora.optim.config import OptimConfig
+from jlora.optim.optimizer import global_norm, make_optimizer
+from jlora.optim.schedules import learning_rate, learning_rates
+
+__all__ = [
+    "OptimConfig",
+    "global_norm",
+    "gradient_point",
+    "learning_rate",
+    "learning_rates",
+    "make_optimizer",
+]

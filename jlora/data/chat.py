@@ -1,13 +1,15 @@
 """From records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from jlora.data.layouts import Layouts
 from jlora.data.records import Note, OnError, Record, place_of, settle_faults, warn
 from jlora.data.rendered import Written, write
 from jlora.data.template import (
@@ -17,12 +19,10 @@ from jlora.data.template import (
     ending_of_chats,
     template_ending,
     template_variables,
-    text_tokens,
 )
+from jlora.data.tokens import Encoding, Text, encode_together, plain_text, tokenize
 from jlora.data.turns import Turns
 from jlora.errors import UserError, first_few
-
-Encoded = TypeVar("Encoded")
 
 Remark = Callable[[str], None]
 STOP_IN_WORDS = "the token that ends answers occurs inside an answer, where the model would learn to stop"
@@ -89,21 +89,22 @@ def encode(
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    ending = ending_of_chats(tokenizer, [not _is_text(record) for record in records])
+    layouts = _layouts(records, tokenizer)
 
-    def one(record: Record, remark: Remark) -> tuple[Example, ...]:
-        tokens, trained, held = _encode_record(record, tokenizer, ending, end, remark)
+    def one(record: Record, remark: Remark) -> Encoding:
+        tokens, trained, held = yield from _encode_record(record, layouts, end, remark)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
         counted = trained | ~held if not completion_only else trained
         return (Example(tokens[:length], counted[:length]),)
 
-    kept, report = select(records, one, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
+    kept, report = select(records, one, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
     return [example for _, (example,) in kept], report
 
 
 def select(
     records: Sequence[Record],
-    encode_record: Callable[[Record, Remark], tuple[Example, ...]],
+    encode_record: Callable[[Record, Remark], Encoding],
+    tokenizer: Any,
     *,
     seq_len: int,
     overlong: str,
@@ -115,15 +116,15 @@ def select(
     A record is kept or left out as a whole.
 
     Args:
-        encode_record: (record, function to call with a remark on it) → its documents.
+        encode_record: (record, function to call with a remark on it) → the generator of its documents.
 
     Raises:
         ValueError: a record cannot be encoded, a record is too long and `overlong` is "error", or nothing remains.
     """
 
-    def one(record: Record) -> tuple[tuple[Example, ...], dict[str, None]]:
+    def one(record: Record) -> Encoding:
         said: dict[str, None] = {}
-        documents = encode_record(record, said.setdefault)
+        documents = yield from encode_record(record, said.setdefault)
         if overlong == "error" and (longest := max(len(document.tokens) for document in documents)) > seq_len:
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
         return documents, said
@@ -131,7 +132,7 @@ def select(
     kept, places = [], []
     cut = dropped = untrained = 0
     remarks: dict[str, list[int]] = {}
-    for index, (documents, said) in encode_all(records, one, on_error=on_error, note=note):
+    for index, (documents, said) in encode_all(records, one, tokenizer, on_error=on_error, note=note):
         if too_long := max(len(document.tokens) for document in documents) > seq_len:
             if overlong == "drop":
                 dropped += 1
@@ -165,39 +166,44 @@ def select(
 
 def encode_all(
     records: Sequence[Record],
-    encode_record: Callable[[Record], Encoded],
+    encode_record: Callable[[Record], Encoding],
+    tokenizer: Any,
     *,
     noun: str = "records",
     on_error: OnError = "raise",
     note: Note = warn,
-) -> list[tuple[int, Encoded]]:
-    """(index, `encode_record` of it) for each record, in order.
+) -> Iterator[tuple[int, Any]]:
+    """(index, what `encode_record` makes of it) for each record, in order; what is wrong is told at the end.
 
     Args:
+        encode_record: record → the generator that encodes it, see `jlora.data.tokens`.
         on_error: "raise", or "skip" to leave out records that cannot be encoded.
         note: called with a message about the records that are left out.
 
     Raises:
         UserError: records cannot be encoded; all are named, each kind of fault once.
     """
-    found, faults = [], []
-    for index, record in enumerate(records):
-        try:
-            found.append((index, encode_record(record)))
-        except UserError as error:
-            faults.append((place_of(record, index), str(error)))
+    faults = []
+    for index, found in encode_together(range(len(records)), lambda index: encode_record(records[index]), tokenizer):
+        if isinstance(found, UserError):
+            faults.append((place_of(records[index], index), str(found)))
+        else:
+            yield index, found
     title = f"{len(faults)} of {len(records)} {noun} cannot be encoded"
-    settle_faults(title, faults, len(found), on_error, note)
-    return found
+    settle_faults(title, faults, len(records) - len(faults), on_error, note)
 
 
 def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
     """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
-    ending = ending_of_chats(tokenizer, [not _is_text(record) for record in records])
+    layouts = _layouts(records, tokenizer)
     found = encode_all(
-        records, lambda record: _encode_record(record, tokenizer, ending, True, str), on_error=on_error, note=note
+        records,
+        lambda record: _encode_record(record, layouts, True, str),
+        tokenizer,
+        on_error=on_error,
+        note=note,
     )
     return [records[index] for index, _ in found]
 
@@ -232,7 +238,8 @@ def answer_text(record: Record, tokenizer: Any) -> str:
     if not messages[last].get("tool_calls"):
         return text
     written = write(messages[: last + 1], tokenizer, template_variables(record))
-    turns = Turns(written, template_ending(tokenizer))
+    [tokens] = tokenize([Text(written.text)], tokenizer)
+    turns = Turns(written, tokens, template_ending(tokenizer))
     found = tokenizer.decode(turns.tokens[turns.places(last)], skip_special_tokens=True)
     return found.rpartition("</think>")[2].lstrip("\n") if "</think>" in found else found
 
@@ -245,6 +252,10 @@ def _is_text(record: Record) -> bool:
     return "messages" not in record and isinstance(record["prompt"], str) and isinstance(record["completion"], str)
 
 
+def _layouts(records: Sequence[Record], tokenizer: Any) -> Layouts:
+    return Layouts(tokenizer, ending_of_chats(tokenizer, [not _is_text(record) for record in records]))
+
+
 def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
     """All messages, and the index of the first one that may be trained."""
     if "messages" in record:
@@ -253,27 +264,23 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
     return prompt + as_messages(record["completion"], "assistant"), len(prompt)
 
 
-def _encode_record(
-    record: Record, tokenizer: Any, ending: tuple[int, ...], end: bool, remark: Remark
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encode_record(record: Record, layouts: Layouts, end: bool, remark: Remark) -> Encoding:
     """The tokens, which of them are trained, and which belong to turns marked "train": false."""
+    tokenizer, ending = layouts.tokenizer, layouts.ending
     if _is_text(record):
-        tokens, trained = _encode_text(record["prompt"], record["completion"], tokenizer, end)
+        tokens, trained = yield from _encode_text(record["prompt"], record["completion"], tokenizer, end)
         return tokens, trained, np.zeros_like(trained)
     messages, first = _conversation(record)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [index for index in answers if index >= first and messages[index].get("train") is not False]
-    written = write(messages, tokenizer, template_variables(record), trained=learned)
-    for what in written.remarks:
-        remark(what)
-    turns = Turns(written, ending)
+    turns = yield from layouts.turns(messages, template_variables(record), trained=learned, remark=remark)
     places = {index: turns.places(index) for index in answers}
     tokens = turns.tokens
     if end and not ending and messages[-1]["role"] == "assistant":
         tokens = end_with_eos(tokens, tokenizer)
         last = places[len(messages) - 1]
         places[len(messages) - 1] = np.union1d(last, np.arange(len(turns.tokens), len(tokens)))
-    places = _widen(places, _generation_mask(written, tokens))
+    places = _widen(places, _generation_mask(turns.written, tokens))
     trained, held = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.bool_)
     for index, of_turn in places.items():
         if index in learned:
@@ -284,10 +291,10 @@ def _encode_record(
     return tokens, trained, held
 
 
-def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> tuple[np.ndarray, np.ndarray]:
-    tokens = text_tokens(prompt + completion, tokenizer, end=end)
-    trained = np.arange(len(tokens)) >= common_prefix(text_tokens(prompt, tokenizer), tokens)
-    return tokens, trained
+def _encode_text(prompt: str, completion: str, tokenizer: Any, end: bool) -> Encoding:
+    before, whole = yield [plain_text(prompt, tokenizer), plain_text(prompt + completion, tokenizer)]
+    tokens = end_with_eos(whole.ids, tokenizer) if end else whole.ids
+    return tokens, np.arange(len(tokens)) >= common_prefix(before.ids, tokens)
 
 
 def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
@@ -296,7 +303,7 @@ def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = tokenizer.get_chat_template(None, written.variables.get("tools"))
-    if not _GENERATION.search(template) or not getattr(tokenizer, "is_fast", False):
+    if not _is_marked(template) or not getattr(tokenizer, "is_fast", False):
         return None
     found = tokenizer.apply_chat_template(
         written.messages, return_dict=True, return_assistant_tokens_mask=True, **written.variables
@@ -305,6 +312,12 @@ def _generation_mask(written: Written, tokens: np.ndarray) -> np.ndarray | None:
     mask[: len(found["assistant_masks"])] = found["assistant_masks"]
     mask[len(found["assistant_masks"]) :] = True  # an end-of-text token that the template does not write
     return mask if mask.any() else None
+
+
+@functools.lru_cache(maxsize=8)
+def _is_marked(template: str) -> bool:
+    """Whether a template marks what the model writes."""
+    return _GENERATION.search(template) is not None
 
 
 def _widen(places: dict[int, np.ndarray], mask: np.ndarray | None) -> dict[int, np.ndarray]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from jlora.data.batches import Batch, collate, common_start, lay_out
 from jlora.data.chat import EncodeReport, Example, Remark, select
+from jlora.data.layouts import Layouts
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS, Kind
 from jlora.data.records import Note, OnError, Record, warn
-from jlora.data.rendered import write
-from jlora.data.template import common_prefix, ending_of_chats, template_variables, text_tokens
-from jlora.data.turns import Turns
+from jlora.data.template import common_prefix, end_with_eos, ending_of_chats, template_variables
+from jlora.data.tokens import Encoding, plain_text
 from jlora.errors import UserError, describe_faults
 
 RESERVED = ("tokens", "targets", "weights", "positions", "segment_ids", "documents", "items")
@@ -55,10 +55,13 @@ def encode_preferences(
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
     sides, names = (("chosen", "rejected"), NUMBERS) if kind == "pairs" else (("completion",), ("label",))
-    ending = ending_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
+    layouts = Layouts(
+        tokenizer, ending_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
+    )
     kept, report = select(
         records,
-        lambda record, remark: _encode_sides(record, sides, tokenizer, ending, remark),
+        lambda record, remark: _encode_sides(record, sides, layouts, remark),
+        tokenizer,
         seq_len=seq_len,
         overlong=overlong,
         on_error=on_error,
@@ -294,17 +297,20 @@ def _slots(step: Step, sides: int, grad_accum: int) -> tuple[int, list[list[int]
     return 1 << (fullest - 1).bit_length(), slots
 
 
-def _encode_sides(
-    record: Record, sides: tuple[str, ...], tokenizer: Any, ending: tuple[int, ...], remark: Remark
-) -> tuple[Example, ...]:
+def _encode_sides(record: Record, sides: tuple[str, ...], layouts: Layouts, remark: Remark) -> Encoding:
+    """The record's documents."""
     prompt, answers = record["prompt"], [record[side] for side in sides]
     if isinstance(prompt, str):
-        before = text_tokens(prompt, tokenizer)
-        whole = [text_tokens(prompt + answer, tokenizer, end=True) for answer in answers]
-        starts = [common_prefix(before, tokens) for tokens in whole]
+        before, *found = yield [
+            plain_text(text, layouts.tokenizer) for text in (prompt, *(prompt + one for one in answers))
+        ]
+        whole = [end_with_eos(one.ids, layouts.tokenizer) for one in found]
+        starts = [common_prefix(before.ids, tokens) for tokens in whole]
         held = [np.zeros(len(tokens), np.bool_) for tokens in whole]
     else:
-        found = [_encode_answer(record, prompt, answer, tokenizer, ending, remark) for answer in answers]
+        found = []
+        for answer in answers:
+            found.append((yield from _encode_answer(record, prompt, answer, layouts, remark)))
         whole, starts, held = zip(*found, strict=True)
     if len(whole) > 1 and all(np.array_equal(whole[0], tokens) for tokens in whole[1:]):
         raise UserError(f"found the same tokens for {' and '.join(sides)}, expected different answers")
@@ -314,18 +320,13 @@ def _encode_sides(
     )
 
 
-def _encode_answer(
-    record: Record, prompt: list, answer: list, tokenizer: Any, ending: tuple[int, ...], remark: Remark
-) -> tuple[np.ndarray, int, np.ndarray]:
+def _encode_answer(record: Record, prompt: list, answer: list, layouts: Layouts, remark: Remark) -> Encoding:
     """The tokens of a prompt with its answer, where the answer starts, and which tokens are in untrained turns."""
     chat, first = prompt + answer, len(prompt)
     answers = [index for index in range(first, len(chat)) if chat[index]["role"] == "assistant"]
     untrained = [index for index in answers if chat[index].get("train") is False]
     learned = [index for index in answers if index not in untrained]
-    written = write(chat, tokenizer, template_variables(record), trained=learned)
-    for what in written.remarks:
-        remark(what)
-    turns = Turns(written, ending)
+    turns = yield from layouts.turns(chat, template_variables(record), trained=learned, remark=remark)
     held = np.zeros(len(turns.tokens), np.bool_)
     for index in untrained:
         held[turns.places(index)] = True

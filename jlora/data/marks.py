@@ -2,7 +2,8 @@
 
 A mark is a private-use character before a word, after the last word of a text, or after the name of an argument.
 Templates do not treat it specially, so it is written wherever its word is. Tags such as <think> are not marked, since
-templates look for them.
+templates look for them. Most templates write a text as it is, and then marks before its first word and after its last
+one say as much.
 """
 
 import dataclasses
@@ -30,15 +31,16 @@ class Leaf:
         path: where it is in the record.
         message: index of its message; -1 for a tool.
         kind: "content", "reasoning", "call" or "tool".
-        words: its marked words; all its words if the text has no marks.
-        first: number of the first word's mark, which the others follow in order; None if the text has no marks.
+        words: its marked words; all its words if the text has no marks. With marks at its edges, the text between them.
+        marks: numbers of the marks that are there if it is: one before each word, or both edges; None if the text has
+            no marks.
     """
 
     path: str
     message: int
     kind: str
     words: tuple[str, ...]
-    first: int | None
+    marks: range | None
 
 
 class Marked:
@@ -48,15 +50,18 @@ class Marked:
         messages: the chat's messages; their `arguments` are objects or text.
         tools: the record's tools, or None.
         calls: whether tools and calls are marked too, which not every template can read.
+        edges: whether a text is marked at its edges only, not before each word.
     """
 
-    def __init__(self, messages: Sequence[Mapping[str, Any]], tools: Any, *, calls: bool = True) -> None:
+    def __init__(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, *, calls: bool = True, edges: bool = False
+    ) -> None:
         self.leaves: list[Leaf] = []
         self.owners: list[int] = []  # index of each mark's message
         self.values: list[tuple[int, str, Any]] = []  # (message, path, value) of arguments that are not text
         self.sound = True  # no text of the chat contains a mark's character itself
-        self._calls = calls
-        self._every = 1 + _count_words(messages) // MOST
+        self._calls, self._edges = calls, edges
+        self._every = 1 if edges else 1 + _count_words(messages) // MOST
         self.messages = [self._message(index, message) for index, message in enumerate(messages)]
         self.tools = [self._tool(index, tool) for index, tool in enumerate(tools)] if isinstance(tools, list) else tools
 
@@ -120,7 +125,7 @@ class Marked:
         if not self._calls:
             self.leaves.append(Leaf(path, index, "call", (name,), None))
             return name
-        self.leaves.append(Leaf(path, index, "call", (name,), len(self.owners)))
+        self.leaves.append(Leaf(path, index, "call", (name,), range(len(self.owners), len(self.owners) + 1)))
         return name + self._mark(index)
 
     def _tool(self, index: int, tool: Any) -> Any:
@@ -138,13 +143,15 @@ class Marked:
 
     def _text(self, value: str, path: str, index: int, kind: str, *, plain: bool = False) -> str:
         """The text with marks before its words and one after the last; with `plain` it is noted but not marked."""
-        self.sound = self.sound and not MARK.search(value)
-        parts = _TAG.split(value)
+        self.sound = self.sound and (value.isascii() or not MARK.search(value))
+        parts = _TAG.split(value) if "<" in value or "[" in value else [value]
         if plain:
             words = [word for part in parts[::2] for word in _WORD.findall(part)]
             if words:
                 self.leaves.append(Leaf(path, index, kind, tuple(words), None))
             return value
+        if self._edges:
+            return self._between_marks(parts, path, index, kind)
         first, words, last = len(self.owners), [], None
 
         def mark(found: re.Match) -> str:
@@ -163,8 +170,24 @@ class Marked:
         if last is not None:
             kept = parts[last].rstrip()
             parts[last] = kept + self._mark(index) + parts[last][len(kept) :]
-            self.leaves.append(Leaf(path, index, kind, tuple(words), first))
+            self.leaves.append(Leaf(path, index, kind, tuple(words), range(first, first + len(words))))
         return "".join(parts)
+
+    def _between_marks(self, parts: list[str], path: str, index: int, kind: str) -> str:
+        """The text with a mark before its first word and one after its last, where `_text` has its outermost marks."""
+        wordy = [place for place in range(0, len(parts), 2) if parts[place] and not parts[place].isspace()]
+        if not wordy:
+            return "".join(parts)
+        if len(self.owners) + 2 > MOST:
+            self.sound = False
+            return "".join(parts)
+        first, last = wordy[0], wordy[-1]
+        before = "".join(parts[:first]) + parts[first][: len(parts[first]) - len(parts[first].lstrip())]
+        after = parts[last][len(parts[last].rstrip()) :] + "".join(parts[last + 1 :])
+        whole = "".join(parts)
+        text = whole[len(before) : len(whole) - len(after)]
+        self.leaves.append(Leaf(path, index, kind, (text,), range(len(self.owners), len(self.owners) + 2)))
+        return before + self._mark(index) + text + self._mark(index) + after
 
     def _mark(self, index: int) -> str:
         number = len(self.owners)

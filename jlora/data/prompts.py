@@ -19,7 +19,8 @@ from jlora.data.forms import (
 from jlora.data.messages import kind_of, message_faults, side_faults
 from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
 from jlora.data.rendered import write
-from jlora.data.template import rendered_tokens, template_variables, text_tokens
+from jlora.data.template import template_variables
+from jlora.data.tokens import Encoding, Text, encode_alone, plain_text
 from jlora.errors import UserError
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -72,13 +73,13 @@ def encode_prompts(
         UserError: a prompt cannot be encoded, a prompt is too long and `overlong` is "error", or none remains.
     """
 
-    def one(record: Record) -> list[int]:
-        tokens = encode_prompt(record["prompt"], tokenizer, template_variables(record))
+    def one(record: Record) -> Encoding:
+        tokens = yield from _encode_prompt(record["prompt"], tokenizer, template_variables(record))
         if overlong == "error" and len(tokens) > max_prompt_length:
             raise UserError(f"found {len(tokens)} tokens, expected at most {max_prompt_length}")
         return tokens
 
-    found = encode_all(records, one, noun="prompts", on_error=on_error, note=note)
+    found = list(encode_all(records, one, tokenizer, noun="prompts", on_error=on_error, note=note))
     encoded = [(index, tokens) for index, tokens in found if len(tokens) <= max_prompt_length]
     if not encoded:
         raise UserError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
@@ -112,15 +113,20 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
         UserError: the prompt is empty, it is messages and the tokenizer has no chat template, or the template refuses
             the messages or leaves out some of their words.
     """
+    return encode_alone(_encode_prompt(prompt, tokenizer, variables), tokenizer)
+
+
+def _encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None) -> Encoding:
     if isinstance(prompt, str):
-        tokens = text_tokens(prompt, tokenizer)
+        text = plain_text(prompt, tokenizer)
     elif not tokenizer.chat_template:
         raise UserError("found a list of messages, but the tokenizer has no chat template: give a text")
     else:
-        tokens = rendered_tokens(write(prompt, tokenizer, variables, ask=True).text, tokenizer) if prompt else []
-    if not len(tokens):
+        text = Text(write(prompt, tokenizer, variables, ask=True).text if prompt else "")
+    [found] = yield [text]
+    if not len(found.ids):
         raise UserError("found an empty prompt: there is nothing to continue")
-    return [int(token) for token in tokens]
+    return found.ids.tolist()
 
 
 def _accept(row: Any) -> Accepted:

@@ -1,7 +1,8 @@
 """Chats as templates write them, with nothing lost: one function renders chats for every objective and every answer.
 
-A chat is rendered twice, as it is and with marks on its words (`jlora.data.marks`), so that whatever the template
-leaves out can be named. Without the marks both texts must be equal; if they are not, the words are searched for.
+A chat is rendered twice, as it is and with marks on its texts (`jlora.data.marks`), which must be equal without the
+marks. What lies between two marks shows whether a text is whole. If one is not, each word is marked, so that whatever
+the template leaves out can be named. If marks change what it writes, the words are searched for.
 """
 
 import dataclasses
@@ -63,6 +64,7 @@ def write(
     *,
     trained: Sequence[int] = (),
     ask: bool = False,
+    text: str | None = None,
 ) -> Written:
     """The chat as the tokenizer's template writes it.
 
@@ -78,6 +80,7 @@ def write(
         variables: what else the template is given, such as tools.
         trained: indices of the messages that are trained.
         ask: whether the template asks for an answer at the end.
+        text: the messages as the template writes them, if that is known and their form is the documented one.
 
     Raises:
         UserError: the messages are malformed, the template refuses them, or it leaves something out; the error says
@@ -89,20 +92,22 @@ def write(
     variables, refused, lossy, spare = variables or {}, None, None, None
     for candidate in _spellings(messages):
         try:
-            text = render(candidate, tokenizer, add_generation_prompt=ask, variables=variables)
+            found, text = text, None
+            if found is None:
+                found = render(candidate, tokenizer, add_generation_prompt=ask, variables=variables)
         except UserError as error:
             refused = refused or error
             continue
-        if any(isinstance(message.get("content"), list) for message in candidate) and _PARTS.search(text):
+        if any(isinstance(message.get("content"), list) for message in candidate) and _PARTS.search(found):
             continue  # the parts are written as Python or JSON: the template expects text
-        written = _marked(text, candidate, tokenizer, variables, ask)
+        written = _marked(found, candidate, tokenizer, variables, ask)
         lost = _lost(written, set(trained))
         kept = _not_by_design(written, lost)
         if len(kept) < len(lost):
             written = dataclasses.replace(written, remarks=(BY_DESIGN,))
         if kept:
             lossy = lossy or (written, kept)
-        elif _writes_python(candidate, text):
+        elif _writes_python(candidate, found):
             spare = spare or written
         else:
             return written
@@ -190,10 +195,10 @@ def _with_tools(variables: Mapping[str, Any], marked: Marked | None) -> dict[str
 
 
 def _marked(text: str, messages: Messages, tokenizer: Any, variables: Mapping[str, Any], ask: bool) -> Written:
-    """The chat with marks on everything, or else on contents only, or else without marks."""
+    """The chat with marks at the edges of everything, or else on all words, or on contents only, or without marks."""
     written = functools.partial(Written, text, messages, variables, tokenizer)
-    for calls in (True, False):
-        marked = Marked(messages, variables.get("tools"), calls=calls)
+    for edges, calls in ((True, True), (False, True), (False, False)):
+        marked = Marked(messages, variables.get("tools"), calls=calls, edges=edges)
         try:
             again = render(
                 marked.messages,
@@ -204,9 +209,21 @@ def _marked(text: str, messages: Messages, tokenizer: Any, variables: Mapping[st
         except UserError:
             continue
         same, places = read_marks(again)
-        if marked.sound and same == text:
+        if marked.sound and same == text and (not edges or _as_they_are(marked, dict(places), text)):
             return written(marked, tuple(places))
     return written(None, ())
+
+
+def _as_they_are(marked: Marked, places: Mapping[int, int], text: str) -> bool:
+    """Whether each text between marks at its edges is written as it is, or as JSON, or not at all."""
+    for leaf in marked.leaves:
+        found = [places[number] for number in leaf.marks if number in places]
+        if len(leaf.marks) == 1 or not found:
+            continue
+        between = text[found[0] : found[-1]]
+        if len(found) == 1 or (between != leaf.words[0] and between not in _forms(leaf.words[0])):
+            return False
+    return True
 
 
 def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
@@ -215,14 +232,15 @@ def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
     seen = {number for number, _ in written.places}
     lost = []
     # Words between spaces are found at once; each of the others is searched for in the whole text.
-    present = set(written.text.split())
+    unmarked = written.marked is None or any(leaf.marks is None for leaf in marked.leaves)
+    present = set(written.text.split()) if unmarked else set()
     for leaf in marked.leaves:
         if leaf.kind == "reasoning" and leaf.message not in trained:
             continue
-        if written.marked is None or leaf.first is None:
+        if written.marked is None or leaf.marks is None:
             words = [word for word in leaf.words if word not in present and not _stands_in(word, written.text)]
-        else:
-            words = [word for number, word in enumerate(leaf.words, start=leaf.first) if number not in seen]
+        else:  # of two marks at the edges either both are there or none is
+            words = [word for number, word in zip(leaf.marks, leaf.words, strict=False) if number not in seen]
         if words:
             lost.append((leaf, words))
     lost += [
@@ -234,7 +252,12 @@ def _lost(written: Written, trained: set[int]) -> list[tuple[Leaf, list[str]]]:
 
 
 def _stands_in(word: str, text: str) -> bool:
-    return word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text
+    return any(form in text for form in _forms(word))
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    """A text as it is, and as JSON."""
+    return word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]
 
 
 def _not_by_design(written: Written, lost: list[tuple[Leaf, list[str]]]) -> list[tuple[Leaf, list[str]]]:
@@ -271,20 +294,20 @@ def _writes_alone(written: Written, leaf: Leaf, words: list[str], end: int) -> b
     """Whether the template writes a text if the chat ends at message `end`."""
     ask = written.messages[leaf.message]["role"] != "assistant"
     try:
-        if written.marked is None or leaf.first is None:
+        if written.marked is None or leaf.marks is None:
             text = written.again(written.messages[:end], ask=ask)
             return all(_stands_in(word, text) for word in words)
         _, places = read_marks(written.again(written.marked.messages[:end], ask=ask, marks=True))
     except UserError:
         return False
-    return set(range(leaf.first, leaf.first + len(leaf.words))) <= {number for number, _ in places}
+    return set(leaf.marks) <= {number for number, _ in places}
 
 
 def _describe_lost(written: Written, lost: list[tuple[Leaf, list[str]]]) -> str:
     """The error message: what the template leaves out, and what to do about it."""
     shown = []
     for leaf, words in lost[:SHOWN]:
-        found = " ".join(words)
+        found = " ".join(" ".join(words).split())
         shown.append(f"{leaf.path} ({found[:60] + '…' if len(found) > 60 else found!r})")
     rest = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     hints = {_hint(leaf, written.messages[leaf.message]["role"]): None for leaf, _ in lost}

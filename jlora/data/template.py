@@ -1,12 +1,12 @@
 """From text and messages to tokens: the tokenizer, its chat template, and what the template writes after an answer."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jlora.data.tokens import Text, plain_text, tokenize
 from jlora.data.vocabulary import require_rows, unfitted
 from jlora.ends import behind_words, chat_text
 from jlora.errors import UserError
@@ -48,13 +48,9 @@ def fold_system(tokenizer: Any) -> None:
 
 
 def text_tokens(text: str, tokenizer: Any, *, end: bool = False) -> np.ndarray:
-    """The tokens of plain text, int32 [T]; with `end`, the last one is the tokenizer's end-of-text token.
-
-    A text that begins with the beginning-of-text token, as a rendered chat does, does not get a second one.
-    """
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    tokens = np.asarray(_call(tokenizer, text, add_special_tokens=not begun)["input_ids"], np.int32)
-    return end_with_eos(tokens, tokenizer) if end else tokens
+    """The tokens of plain text, int32 [T]; with `end`, the last one is the tokenizer's end-of-text token."""
+    [found] = tokenize([plain_text(text, tokenizer)], tokenizer)
+    return end_with_eos(found.ids, tokenizer) if end else found.ids
 
 
 def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
@@ -68,15 +64,7 @@ def end_with_eos(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
 
 def rendered_tokens(text: str, tokenizer: Any) -> np.ndarray:
     """The tokens of a chat template's output, which contains its special tokens already."""
-    return np.asarray(_call(tokenizer, text, add_special_tokens=False)["input_ids"], np.int32)
-
-
-def placed_tokens(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tokens of a chat template's output, and [T, 2] where each begins and ends in it; None for slow tokenizers."""
-    if not getattr(tokenizer, "is_fast", False):
-        return rendered_tokens(text, tokenizer), None
-    found = _call(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
-    return np.asarray(found["input_ids"], np.int32), np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
+    return tokenize([Text(text)], tokenizer)[0].ids
 
 
 def render(
@@ -173,25 +161,6 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
 
 def _folding(template: str) -> str:
     return template if template.startswith(FOLD) else FOLD + template
-
-
-def _call(tokenizer: Any, text: str, **settings: Any) -> Mapping[str, Any]:
-    """The tokenizer's output for a text.
-
-    Raises:
-        UserError: the tokenizer fails on the text in any way; a lone surrogate, for instance, has no bytes.
-    """
-    try:
-        return tokenizer(text, **settings)
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:
-        if lone := re.search("[\ud800-\udfff]", text):
-            around = text[max(0, lone.start() - 20) : lone.end() + 20]
-            reason = f"found {lone[0]!r} near {around!r}, half of a character (a lone surrogate), expected whole ones"
-        else:
-            reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"the tokenizer cannot read the text: {reason}") from error
 
 
 def _behind_answer(tokenizer: Any) -> tuple[list[int], int]:

@@ -1,16 +1,20 @@
 """Training data: records from files, chat templates, packing plans and the loader that feeds the training step."""
 
 from jlora.data.batches import Batch, collate, describe, filled
-from jlora.data.chat import EncodeReport, Example, answer_text, encodable, encode, split_prompt
+from jlora.data.cache import cached
+from jlora.data.chat import EncodeReport, answer_text, encodable, encode, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
 from jlora.data.files import digest
 from jlora.data.items import (
     Item,
+    Singles,
     collate_items,
     count_tokens,
+    documents_of,
     encode_preferences,
     in_order,
+    lengths_of,
     loader,
     plan_items,
     with_mismatched,
@@ -19,6 +23,7 @@ from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers
 from jlora.data.records import OnError, Record, read_records
+from jlora.data.store import Example, Examples, Writer
 from jlora.data.template import fold_system, template_tail, template_variables
 from jlora.data.vocabulary import RESIZE, fitted, unfitted
 
@@ -28,18 +33,23 @@ __all__ = [
     "DataConfig",
     "EncodeReport",
     "Example",
+    "Examples",
     "Item",
     "OnError",
     "Prompt",
     "PromptReport",
     "Record",
+    "Singles",
     "Step",
+    "Writer",
     "answer_text",
+    "cached",
     "collate",
     "collate_items",
     "count_tokens",
     "describe",
     "digest",
+    "documents_of",
     "encodable",
     "encode",
     "encode_preferences",
@@ -49,6 +59,7 @@ __all__ = [
     "fitted",
     "fold_system",
     "in_order",
+    "lengths_of",
     "loader",
     "plan",
     "plan_items",

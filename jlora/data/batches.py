@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jlora.data.chat import EncodeReport, Example
+from jlora.data.chat import EncodeReport
 from jlora.data.packing import Step
+from jlora.data.store import Example
 from jlora.data.template import common_prefix
 from jlora.types import BRANCH
 

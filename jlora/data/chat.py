@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
 from jlora.data.layouts import Layouts
 from jlora.data.records import Note, OnError, Record, place_of, settle_faults, warn
 from jlora.data.rendered import Written, write
+from jlora.data.store import Example, Examples, Writer
 from jlora.data.template import (
     as_messages,
     common_prefix,
@@ -25,17 +25,10 @@ from jlora.data.turns import Turns
 from jlora.errors import UserError, first_few
 
 Remark = Callable[[str], None]
+Progress = Callable[[int, int], None]
 STOP_IN_WORDS = "the token that ends answers occurs inside an answer, where the model would learn to stop"
 # Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """One document: its tokens, and for each whether the loss counts predicting it."""
-
-    tokens: Int32[np.ndarray, " T"]
-    trained: Bool[np.ndarray, " T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +48,7 @@ class EncodeReport:
     examples: int
     tokens: int
     trained_tokens: int
-    kept: tuple[int, ...]
+    kept: Sequence[int]
     cut: int
     dropped: int
     untrained: int
@@ -72,7 +65,9 @@ def encode(
     end: bool = True,
     on_error: OnError = "raise",
     note: Note = warn,
-) -> tuple[list[Example], EncodeReport]:
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+) -> tuple[Examples, EncodeReport]:
     """Examples for the records that can be trained on, in order, and a report of what was left out.
 
     The loss counts every assistant turn of `messages`, or the completion of a prompt, each with the token that ends
@@ -85,6 +80,8 @@ def encode(
         completion_only: if False, prompts are counted too.
         end: whether an end-of-text token is added; what a chat template writes after a turn counts either way.
         on_error, note: see `encode_all`.
+        writer: takes the examples; by default they are in memory.
+        progress: called with (number of records encoded, number of all) again and again.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
@@ -97,8 +94,8 @@ def encode(
         counted = trained | ~held if not completion_only else trained
         return (Example(tokens[:length], counted[:length]),)
 
-    kept, report = select(records, one, tokenizer, seq_len=seq_len, overlong=overlong, on_error=on_error, note=note)
-    return [example for _, (example,) in kept], report
+    settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
+    return select(records, one, tokenizer, writer=writer, **settings)
 
 
 def select(
@@ -110,8 +107,10 @@ def select(
     overlong: str,
     on_error: OnError = "raise",
     note: Note = warn,
-) -> tuple[list[tuple[Record, tuple[Example, ...]]], EncodeReport]:
-    """(record, its documents) for each record that can be trained on, none longer than `seq_len`, and a report.
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+) -> tuple[Examples, EncodeReport]:
+    """The documents of each record that can be trained on, none longer than `seq_len`, and a report.
 
     A record is kept or left out as a whole.
 
@@ -129,10 +128,12 @@ def select(
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
         return documents, said
 
-    kept, places = [], []
-    cut = dropped = untrained = 0
+    writer, places = writer or Writer(), []
+    cut = dropped = untrained = tokens = trained_tokens = 0
     remarks: dict[str, list[int]] = {}
     for index, (documents, said) in encode_all(records, one, tokenizer, on_error=on_error, note=note):
+        if progress:
+            progress(index + 1, len(records))
         if too_long := max(len(document.tokens) for document in documents) > seq_len:
             if overlong == "drop":
                 dropped += 1
@@ -144,18 +145,20 @@ def select(
         cut += too_long
         for remark in said:
             remarks.setdefault(remark, []).append(index + 1)
-        kept.append((records[index], documents))
+        for document in documents:
+            writer.add(document)
+            tokens += len(document.tokens)
+            trained_tokens += int(document.trained[1:].sum())
         places.append(index)
-    if not kept:
+    if not places:
         raise UserError(
             f"no token to train on in {len(records)} records: {dropped} are longer than {seq_len} tokens and were "
             f"dropped, {untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
         )
-    documents = [document for _, documents in kept for document in documents]
-    return kept, EncodeReport(
-        examples=len(kept),
-        tokens=sum(len(document.tokens) for document in documents),
-        trained_tokens=sum(int(document.trained[1:].sum()) for document in documents),
+    return writer.finish(), EncodeReport(
+        examples=len(places),
+        tokens=tokens,
+        trained_tokens=trained_tokens,
         kept=tuple(places),
         cut=cut,
         dropped=dropped,

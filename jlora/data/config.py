@@ -26,6 +26,9 @@ class DataConfig:
         on_error: "raise" ends the run if records cannot be read or encoded, "skip" leaves them out and reports them.
         system: "template" leaves a system text to the chat template; "fold" puts it at the start of the first user's
             turn, for templates that do not write one. Exported merged models fold too.
+        cache: folder where encoded records are kept, so that the next run with the same data, tokenizer and settings
+            begins at once (files below 1 MiB are not); None: they are encoded each time. What is in it may be removed
+            whenever no run uses it.
 
     Raises:
         ValueError: settings are out of range; all are listed.
@@ -40,6 +43,7 @@ class DataConfig:
     bucket: int = 64
     on_error: OnError = "raise"
     system: Literal["template", "fold"] = "template"
+    cache: str | None = "~/.cache/jlora/tokens"
 
     def __post_init__(self) -> None:
         faults = []

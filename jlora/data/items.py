@@ -8,11 +8,12 @@ import grain
 import numpy as np
 
 from jlora.data.batches import Batch, collate, common_start, lay_out
-from jlora.data.chat import EncodeReport, Example, Remark, select
+from jlora.data.chat import EncodeReport, Remark, select
 from jlora.data.layouts import Layouts
 from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS, Kind
 from jlora.data.records import Note, OnError, Record, warn
+from jlora.data.store import Example, Examples
 from jlora.data.template import common_prefix, end_with_eos, ending_of_chats, template_variables
 from jlora.data.tokens import Encoding, plain_text
 from jlora.errors import UserError, describe_faults
@@ -26,6 +27,21 @@ class Item:
 
     documents: tuple[Example, ...]
     values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Singles(Sequence[Item]):
+    """Items of one document each, which exist only while somebody looks at them."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        """An item; of a slice, a list of them."""
+        found = self.examples[index]
+        return [Item((one,)) for one in found] if isinstance(index, slice) else Item((found,))
 
 
 def encode_preferences(
@@ -58,7 +74,7 @@ def encode_preferences(
     layouts = Layouts(
         tokenizer, ending_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
     )
-    kept, report = select(
+    documents, report = select(
         records,
         lambda record, remark: _encode_sides(record, sides, layouts, remark),
         tokenizer,
@@ -67,9 +83,11 @@ def encode_preferences(
         on_error=on_error,
         note=note,
     )
-    return [
-        Item(documents, {name: float(record[name]) for name in names if name in record}) for record, documents in kept
-    ], report
+    items = []
+    for place, index in enumerate(report.kept):
+        values = {name: float(records[index][name]) for name in names if name in records[index]}
+        items.append(Item(tuple(documents[place * len(sides) : (place + 1) * len(sides)]), values))
+    return items, report
 
 
 def with_mismatched(items: Sequence[Item], batch_size: int, *, seq_len: int) -> list[Item]:
@@ -133,7 +151,7 @@ def plan_items(
         lengths = np.array([length for _, length in units], np.int64)
     else:
         units = [((number,), 0) for number in range(len(items))]
-        of_documents = np.array([[len(document.tokens) for document in item.documents] for item in items], np.int64)
+        of_documents = lengths_of(documents_of(items)).reshape(len(items), sides)
         lengths = of_documents.sum(axis=1) if packing else of_documents.max(axis=1)
     whole = share or packing
     planned = plan(
@@ -196,7 +214,7 @@ def loader(
     if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
         raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
     sides, names = _check(items)
-    documents = _documents(items)
+    documents = documents_of(items)
 
     def batch(step: Step) -> Batch:
         if not by_item:
@@ -221,7 +239,7 @@ def collate_items(items: Sequence[Item], step: Step, grad_accum: int = 1) -> Bat
         UserError: the step was not planned for this `grad_accum`.
     """
     sides, names = _check(items)
-    return _collate(_documents(items), items, sides, names, step, grad_accum)
+    return _collate(documents_of(items), items, sides, names, step, grad_accum)
 
 
 def in_order(
@@ -335,14 +353,26 @@ def _encode_answer(record: Record, prompt: list, answer: list, layouts: Layouts,
     return turns.tokens, turns.start(first), held
 
 
-def _documents(items: Sequence[Item]) -> list[Example]:
+def documents_of(items: Sequence[Item]) -> Sequence[Example]:
+    """The documents of the items, those of an item one after another."""
+    if isinstance(items, Singles):
+        return items.examples
     return [document for item in items for document in item.documents]
+
+
+def lengths_of(documents: Sequence[Example]) -> np.ndarray:
+    """The number of tokens of each document, int64."""
+    if isinstance(documents, Examples):
+        return documents.lengths
+    return np.array([len(document.tokens) for document in documents], np.int64)
 
 
 def _check(items: Sequence[Item]) -> tuple[int, tuple[str, ...]]:
     """(number of documents of an item, names of its values); raises UserError unless all items agree on both."""
     if not items:
         raise UserError("found no items, expected at least one")
+    if isinstance(items, Singles):
+        return 1, ()
     sides, names = len(items[0].documents), tuple(sorted(items[0].values))
     faults = [
         f"item {number}: found {len(item.documents)} documents and the values {sorted(item.values)}, expected {sides} "

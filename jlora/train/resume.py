@@ -30,7 +30,7 @@ FREE = {
         *("profile",),
         *("fold", "experts", "on_nonfinite", "on_changed_files", "steps", "epochs"),
     ),
-    "data": ("eval_path", "on_error"),
+    "data": ("eval_path", "on_error", "cache"),
 }
 CONTENTS = "contents of "
 EVALUATION = f"{CONTENTS}data.eval_path"

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from jlora.errors import UserError
 from jlora.train.algorithms import ALGORITHMS
+from jlora.train.algorithms.files import Told
 from jlora.train.config import resolve
 
 ROW = {"instruction": "Add.", "input": "1, 2", "output": "3", "chosen": "3", "rejected": "4", "system": "s"}
@@ -67,3 +68,25 @@ def test_bad_rows_end_the_run_before_it_begins_or_are_left_out(plan, tmp_path, a
     for name in ("train", "eval"):
         assert f"{tmp_path / name}.jsonl: 1 of 5 records cannot be used and are left out" in notes
         assert f"{tmp_path / name}.jsonl:4: " in notes
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dft"])
+def test_a_second_run_takes_the_tokens_that_the_first_one_kept(plan, tmp_path, algorithm):
+    rows = [ROW, {**ROW, "metadata": "x" * 2**20}, 3, {**ROW, "output": "4"}]
+    settings = {"cache": str(tmp_path / "cache"), "on_error": "skip"}
+    first = plan(algorithm, rows, **settings).splitlines()
+    second = plan(algorithm, rows, **settings).splitlines()
+    [folder] = (tmp_path / "cache").iterdir()
+    assert f"the tokens come from {folder}" in second
+    assert [line for line in second if line != f"the tokens come from {folder}"] == first
+    assert plan(algorithm, rows, cache=None, on_error="skip").splitlines() == first
+
+
+def test_long_encodings_are_told_about_now_and_then():
+    notes, now = [], [0.0]
+    told = Told(notes.append, "records encoded", lambda: now[0])
+    for done in range(1, 101):
+        now[0] = done * 1.0
+        told(done, 100)
+    assert notes[:2] == ["15 of 100 records encoded, 1m25s left", "30 of 100 records encoded, 1m10s left"]
+    assert len(notes) == 6

@@ -1,6 +1,7 @@
 """Runs on files: their examples are items, planned into the batches of a run before it begins."""
 
 import functools
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from jlora import data, sharding
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.reporting.progress import LINE_EVERY_SECONDS, duration
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics
@@ -38,8 +40,8 @@ def plan(
     train = config.train
     steps = _steps(config, items, share, train.epochs, train.steps)
     note(f"{len(items)} {noun}, {data.describe(encoded, steps)}")
-    documents = _documents(items)
-    longest = max(len(one.tokens) for one in (*documents, *_documents(held_out)))
+    documents = data.documents_of(items)
+    longest = max(int(data.lengths_of(some).max(initial=0)) for some in (documents, data.documents_of(held_out)))
     return Plan(len(steps), functools.partial(start, steps), longest, checksum(documents))
 
 
@@ -74,17 +76,36 @@ def _steps(
     )
 
 
-def _documents(items: Sequence[data.Item]) -> list[data.Example]:
-    return [document for item in items for document in item.documents]
-
-
 def checksum(examples: Iterable[data.Example]) -> str:
     """A checksum of the examples' tokens, which of them are trained, and their order, as eight hex digits."""
+    if isinstance(examples, data.Examples):
+        return examples.checksum
     found = 0
     for example in examples:
         found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)
         found = zlib.crc32(np.asarray(example.trained, np.bool_).tobytes(), found)
     return f"{found:08x}"
+
+
+class Told:
+    """Notes every few seconds how much of something is done.
+
+    Args:
+        what: what is counted and what happens to it: "records encoded".
+        clock: returns seconds; for tests.
+    """
+
+    def __init__(self, note: Note, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._note, self._what, self._clock = note, what, clock
+        self._began = self._last = clock()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Notes that so many of all are done, if it is time to."""
+        now = self._clock()
+        if now - self._last >= LINE_EVERY_SECONDS and 0 < done < total:
+            self._last = now
+            left = duration((now - self._began) / done * (total - done))
+            self._note(f"{done:,} of {total:,} {self._what}, {left} left")
 
 
 class FileSource:

@@ -35,16 +35,20 @@ def algorithm(term: Term) -> Algorithm:
 
 def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the records of `data.path`; each is an item of one document."""
-    examples, encoded = data.encode(
-        data.read_records(config.data.path, on_error=config.data.on_error, note=note),
-        tokenizer,
+    settings = dict(
         seq_len=config.train.seq_len,
         overlong=config.data.overlong,
         completion_only=config.data.completion_only,
         on_error=config.data.on_error,
-        note=note,
     )
-    items = [data.Item((example,)) for example in examples]
+
+    def encode(writer: data.Writer, note: Note) -> tuple[data.Examples, data.EncodeReport]:
+        records = data.read_records(config.data.path, on_error=config.data.on_error, note=note)
+        return data.encode(records, tokenizer, note=note, writer=writer, progress=told, **settings)
+
+    told = files.Told(note, "records encoded")
+    examples, encoded = data.cached(config.data.cache, config.data.path, tokenizer, settings, encode, note)
+    items = data.Singles(examples)
     start = functools.partial(_start, term, config, items, _held_out(config, tokenizer, note))
     planned = files.plan(config, items, encoded, start, note, noun="examples")
     for remark in encoded.notes:

@@ -1,0 +1,206 @@
+"""Encoded records that are kept on disk, so that a run with the same data, tokenizer and settings begins at once."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jlora.data.chat import EncodeReport
+from jlora.data.records import Note
+from jlora.data.store import COLUMNS, Examples, Writer, map_columns
+from jlora.data.vocabulary import Fitted, unfitted
+
+FORMAT = 1  # to be raised when records are encoded otherwise
+FILES = (*COLUMNS, "bounds", "kept")
+STALE_SECONDS = 24 * 3600
+LEAST_BYTES = 2**20  # of data that are worth a folder
+
+Make = Callable[[Writer, Note], tuple[Examples, EncodeReport]]
+
+
+def cached(
+    root: str | pathlib.Path | None,
+    path: str | pathlib.Path,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    make: Make,
+    note: Note,
+    *,
+    least: int = LEAST_BYTES,
+) -> tuple[Examples, EncodeReport]:
+    """What `make` makes of the data at `path`, from the cache if it is there, or kept in it for the next time.
+
+    It is in a folder of `root` that is named by what it depends on. A folder that is damaged is made anew, and if
+    nothing can be written, the tokens are kept in memory; both are said.
+
+    Args:
+        root: the cache; None for no cache. Slow tokenizers have none either: what is in them cannot be told.
+        settings: what else the result depends on; JSON.
+        make: (what takes the documents, what takes notes) → the documents and the report. What it notes is noted again
+            when they come from the cache.
+        least: bytes of data; less is not kept.
+    """
+    if root is None or not getattr(tokenizer, "is_fast", False) or sum(map(_size, _files(path))) < max(least, 1):
+        return make(Writer(), note)
+    key = {"data": _digest_of_files(path), "tokenizer": _digest_of_tokenizer(tokenizer), "settings": _digest(settings)}
+    root = pathlib.Path(root).expanduser()
+    folder = root / f"{key['data'][:16]}-{_digest(key)[:16]}"
+    if folder.exists():
+        try:
+            examples, report, notes = _open(folder, key)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            note(f"the tokens kept in {folder} cannot be used ({error}): the data are encoded again")
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for message in notes:
+                note(message)
+            note(f"the tokens come from {folder}")
+            return examples, report
+    else:
+        _say_what_differs(root, key, note)
+    return _make(folder, key, make, note)
+
+
+def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) -> tuple[Examples, EncodeReport]:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    notes: list[str] = []
+
+    def noted(message: str) -> None:
+        notes.append(message)
+        note(message)
+
+    def fail(error: OSError) -> None:
+        note(f"the tokens cannot be kept in {folder} ({error}): the run goes on without a cache")
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    _remove_stale(folder.parent)
+    writer = Writer(temporary, fail)
+    try:
+        examples, report = make(writer, noted)
+        if writer.folder is not None:
+            try:
+                _close(temporary, key, examples, report, notes)
+                os.rename(temporary, folder)
+            except OSError as error:
+                if not folder.exists():  # as it may be by now, from another process
+                    fail(error)
+    finally:
+        writer.close()
+        shutil.rmtree(temporary, ignore_errors=True)  # what is mapped stays mapped
+    return examples, report
+
+
+def _close(
+    folder: pathlib.Path, key: Mapping[str, str], examples: Examples, report: EncodeReport, notes: list[str]
+) -> None:
+    """Writes what the folder lacks besides the documents."""
+    np.array(report.kept, np.int64).tofile(folder / "kept")
+    index = {
+        "key": dict(key),
+        "checksum": examples.checksum,
+        "files": {name: [(folder / name).stat().st_size, _checksum(folder / name)] for name in FILES},
+        "report": dataclasses.asdict(dataclasses.replace(report, kept=())),
+        "notes": notes,
+    }
+    with open(folder / "index.json", "w", encoding="utf-8") as stream:
+        json.dump(index, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Examples, EncodeReport, list[str]]:
+    """The documents of a folder, their report, and what was noted when they were made.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError: the folder is damaged, or of something else.
+    """
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if other := [name for name in key if index["key"].get(name) != key[name]]:
+        raise ValueError(f"they are of another {' and '.join(other)}")
+    for name, (size, checksum) in index["files"].items():
+        if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
+            raise ValueError(f"{name} is damaged")
+    bounds = np.fromfile(folder / "bounds", np.int64)
+    kept = np.memmap(folder / "kept", np.int64, "r")
+    report = EncodeReport(**index["report"] | {"kept": memoryview(kept), "notes": tuple(index["report"]["notes"])})
+    return Examples(map_columns(folder), bounds, index["checksum"]), report, index["notes"]
+
+
+def _say_what_differs(root: pathlib.Path, key: Mapping[str, str], note: Note) -> None:
+    """Notes that tokens are kept for the same data, but for another tokenizer or other settings."""
+    for path in sorted(root.glob(f"{key['data'][:16]}-*/index.json")):
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))["key"]
+            other = " and ".join(name for name in ("tokenizer", "settings") if kept[name] != key[name])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if other:
+            note(f"the tokens kept in {path.parent} are of another {other}: the data are encoded again")
+            return
+
+
+def _remove_stale(root: pathlib.Path) -> None:
+    """Removes what runs that were killed left behind."""
+    for path in root.glob(".*-*.*"):
+        try:
+            old = time.time() - path.stat().st_mtime > STALE_SECONDS
+        except OSError:
+            continue
+        if old:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    """A digest of all that a tokenizer makes of records, its template included."""
+    plain = unfitted(tokenizer)
+    template = plain.chat_template
+    parts = {
+        "tokenizer": plain.backend_tokenizer.to_str(),
+        "special": {name: str(token) for name, token in plain.special_tokens_map.items()},
+        "template": template,
+        "rows": tokenizer.rows if isinstance(tokenizer, Fitted) else None,
+        # Templates that tell the date.
+        "date": str(getattr(tokenizer, "date", None) or time.time()) if "strftime_now" in str(template) else "",
+        "versions": [importlib.metadata.version(name) for name in ("jlora", "transformers", "tokenizers", "jinja2")],
+        "format": FORMAT,
+    }
+    return _digest(parts)
+
+
+def _digest_of_files(path: str | pathlib.Path) -> str:
+    found = hashlib.sha256()
+    for file in _files(path):
+        found.update(f"{file}\n".encode())  # rows that are noted are named by their file
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()
+
+
+def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
+    path = pathlib.Path(path)
+    return [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+
+
+def _size(file: pathlib.Path) -> int:
+    return file.stat().st_size
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(path: pathlib.Path) -> int:
+    found = 0
+    with path.open("rb") as stream:
+        while block := stream.read(2**24):
+            found = zlib.crc32(block, found)
+    return found

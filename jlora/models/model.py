@@ -466,7 +466,7 @@ class Model:
         config = self.config
         collections = ["inputs", KEPT] if observe else [KEPT]
 
-        def block(layer: Layer, choices: Choices, shared: Shared) -> Callable:
+        def block(layer: Layer, choices: Choices, shared: Shared, looped: bool) -> Callable:
             module = Block(config, layer, self.attention, lean=is_lean(remat))
 
             def apply(
@@ -478,13 +478,14 @@ class Model:
                 (x, cache), sown = module.apply({"params": leaves}, x, context, cache, rngs=rngs, mutable=collections)
                 return x, cache, (_observed(sown, observe), _kept(sown))
 
-            return rematerialised(apply, remat)
+            return rematerialised(apply, remat, looped=looped)
 
         seen, shared, x = {}, {}, inputs.x
         for group in self._groups(params):
             chosen = [self._choices(layers, tables) for _, _, layers in group]
+            looped = len(group) == 1 and len(group[0][2]) > 1  # XLA unrolls loops of one turn
             blocks = [
-                block(config.structures[layers[0]], choices, dict(shared))
+                block(config.structures[layers[0]], choices, dict(shared), looped)
                 for (_, _, layers), (choices, _) in zip(group, chosen, strict=True)
             ]
 

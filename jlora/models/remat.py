@@ -42,10 +42,16 @@ def name_of(remat: bool | str) -> str:
     return name
 
 
-def rematerialised(apply: Callable, remat: bool | str) -> Callable:
-    """The layer's function, which recomputes values in the backward pass as the policy says."""
+def rematerialised(apply: Callable, remat: bool | str, *, looped: bool) -> Callable:
+    """The layer's function, which recomputes values in the backward pass as the policy says.
+
+    Args:
+        looped: whether the layer alone is the body of a loop. Where it is not, compilers see several layers at once:
+            they would recompute all of them before they need the last, or not at all, so that a barrier holds each
+            back until its turn.
+    """
     policy, _ = POLICIES[name_of(remat)]
-    return jax.checkpoint(apply, prevent_cse=False, policy=policy())
+    return jax.checkpoint(apply, prevent_cse=not looped, policy=policy())
 
 
 def is_lean(remat: bool | str) -> bool:

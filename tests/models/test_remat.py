@@ -1,6 +1,7 @@
 """What a layer keeps for the backward pass, by the name of the policy; and MLPs in tiles."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,31 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 24)), jnp.int3
 def test_every_policy_gives_the_same_gradients(halves, remat):
     ours, theirs = gradients(halves, remat, TOKENS), gradients(halves, "none", TOKENS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+ONE, TWO, FOUR = ["full_attention"] * 4, ["conv", "full_attention"] * 2, ["conv", "conv", "full_attention", "conv"]
+
+
+@pytest.mark.parametrize(("kinds", "barriers"), [(ONE, [False]), (TWO, [True] * 2), (FOUR, [False, True, True])])
+def test_layers_that_one_program_holds_are_recomputed_in_turn(kinds, barriers):
+    """A layer that is the whole body of a loop needs no barrier; of several, or outside of a loop, each has one."""
+    fields = {name: value for name, value in CONFIG.items() if name not in ("hidden_act", "rms_norm_eps")}
+    model = models.build(
+        fields | {"model_type": "lfm2", "num_hidden_layers": 4, "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+    )
+    params = jax.eval_shape(model.random_params, jax.random.key(0))
+    traced = jax.make_jaxpr(lambda params: model.hidden(params, TOKENS, remat="full")[0])(params)
+    assert [equation.params["prevent_cse"] for equation in layers_of(traced.jaxpr)] == barriers
+
+
+def layers_of(jaxpr):
+    """The outermost recomputed equations, in order."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("checkpoint", "remat", "remat2"):
+            yield equation
+        else:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from layers_of(inner)
 
 
 @pytest.mark.parametrize("tile", [1 << 10, 1 << 11])

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.lora import combine, split
 from jlora.losses.chunks import Chunks, Project, target_logits
+from jlora.losses.head import Gradients, is_given, whole
 from jlora.types import Params
 
 # (negative log-likelihoods of tokens) → the tokens' terms of a loss
@@ -54,13 +54,12 @@ def cross_entropy(
 
     Args:
         project: (head, hidden [..., D]) → float32 logits [..., V].
-        head: the leaves that `project` takes; adapters among them get gradients, the rest is constant.
+        head: the leaves that `project` takes; gradients are computed for those that are differentiated.
         weights: the tokens' weights in the sums, 0 where no loss is taken.
         term: a loss that is taken instead of the likelihood, token by token; a function of a module.
         chunk: tokens whose logits exist at once on a device.
     """
-    frozen, trainable = split(head)
-    sums = _sums(project, term, chunk, trainable, hidden, frozen, targets, weights)
+    sums = _sums(project, term, chunk, head, hidden, targets, weights)
     return TokenSums(sums[0], jax.lax.stop_gradient(sums[1]), jnp.sum(weights))
 
 
@@ -69,14 +68,12 @@ def _sums(
     project: Project,
     term: Term,
     chunk: int,
-    trainable: Params,
+    head: Params,
     hidden: jax.Array,
-    frozen: Params,
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(loss, correct) summed over chunks."""
-    head = combine(frozen, trainable)
     chunks = Chunks.of(project, head, hidden, weights, chunk)
     hidden, targets = chunks.front(hidden), chunks.front(targets)
 
@@ -89,43 +86,42 @@ def _sums(
 
 
 def _sums_forward(
-    project: Project,
-    term: Term,
-    chunk: int,
-    trainable: Params,
-    hidden: jax.Array,
-    frozen: Params,
-    targets: jax.Array,
-    weights: jax.Array,
+    project: Project, term: Term, chunk: int, head: Params, *rest: Any
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Params, jax.Array]]:
     """(the sums, residuals: the gradients of the loss)."""
-    chunks = Chunks.of(project, combine(frozen, trainable), hidden, weights, chunk)
+    grads, (hidden, targets, weights) = Gradients.of(head), (part.value for part in rest)
+    chunks = Chunks.of(project, whole(head), hidden, weights, chunk)
     hidden, targets = chunks.front(hidden), chunks.front(targets)
 
     def body(i: jax.Array, carry: tuple) -> tuple:
-        sums, grad_trainable, grad_hidden = carry
+        sums, grad_head, grad_hidden = carry
         h, t, w = chunks.chunk(i, hidden, targets, chunks.weights)
 
-        def loss(trainable: Params, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _chunk(term, chunks.logits(project, combine(frozen, trainable), h), t, w)
+        def loss(learned: Params, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _chunk(term, chunks.logits(project, grads.head(learned), h), t, w)
 
-        value, pullback, correct = jax.vjp(loss, trainable, h, has_aux=True)
-        chunk_trainable, chunk_hidden = pullback(jnp.float32(1))
-        grad_trainable = jax.tree.map(jnp.add, grad_trainable, chunk_trainable)
-        return (sums[0] + value, sums[1] + correct), grad_trainable, chunks.put(grad_hidden, chunk_hidden, i)
+        value, pullback, correct = jax.vjp(loss, grads.learned, h, has_aux=True)
+        chunk_head, chunk_hidden = pullback(jnp.float32(1))
+        return (
+            (sums[0] + value, sums[1] + correct),
+            grads.add(grad_head, chunk_head),
+            chunks.put(grad_hidden, chunk_hidden, i),
+        )
 
     zero = jnp.float32(0)
-    start = ((zero, zero), jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(hidden))
-    sums, grad_trainable, grad_hidden = jax.lax.fori_loop(0, chunks.count, body, start)
-    return sums, (grad_trainable, chunks.back(grad_hidden))
+    start = ((zero, zero), grads.zeros(), jnp.zeros_like(hidden))
+    sums, grad_head, grad_hidden = jax.lax.fori_loop(0, chunks.count, body, start)
+    return sums, (grads.whole(grad_head), chunks.back(grad_hidden))
 
 
 def _sums_backward(project: Project, term: Term, chunk: int, grads: tuple, cotangents: tuple) -> tuple:
+    if not is_given(cotangents[0]):
+        return None, None, None, None
     scaled = jax.tree.map(lambda grad: grad * cotangents[0].astype(grad.dtype), grads)
-    return *scaled, None, None, None
+    return *scaled, None, None
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_sums.defvjp(_sums_forward, _sums_backward, symbolic_zeros=True)
 
 
 def _chunk(term: Term, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.lora import combine, split
 from jlora.losses.chunks import Chunks, Project, target_logits
+from jlora.losses.head import Gradients, is_given, whole
 from jlora.types import Params
 
 
@@ -45,10 +45,9 @@ def token_scores(
 
     Args:
         project: (head, hidden [..., D]) → float32 logits [..., V].
-        head: the leaves that `project` takes; adapters among them get gradients, the rest is constant.
+        head: the leaves that `project` takes; gradients are computed for those that are differentiated.
     """
-    frozen, trainable = split(head)
-    log_probs, *rest = _scores(project, chunk, trainable, hidden, frozen, targets, weights, jnp.float32(temperature))
+    log_probs, *rest = _scores(project, chunk, head, hidden, targets, weights, jnp.float32(temperature))
     return TokenScores(log_probs, *map(jax.lax.stop_gradient, rest))
 
 
@@ -56,15 +55,13 @@ def token_scores(
 def _scores(
     project: Project,
     chunk: int,
-    trainable: Params,
+    head: Params,
     hidden: jax.Array,
-    frozen: Params,
     targets: jax.Array,
     weights: jax.Array,
     temperature: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The four scores."""
-    head = combine(frozen, trainable)
     chunks = Chunks.of(project, head, hidden, weights, chunk)
     hidden, targets = chunks.front(hidden), chunks.front(targets)
 
@@ -77,33 +74,38 @@ def _scores(
     return tuple(map(chunks.back, jax.lax.fori_loop(0, chunks.count, body, start)))
 
 
-def _scores_forward(project: Project, chunk: int, *inputs: Any) -> tuple[tuple[jax.Array, ...], tuple]:
-    return _scores(project, chunk, *inputs), inputs
+def _scores_forward(
+    project: Project, chunk: int, head: Params, *rest: Any
+) -> tuple[tuple[jax.Array, ...], tuple[Gradients, list[jax.Array]]]:
+    values = [part.value for part in rest]
+    return _scores(project, chunk, whole(head), *values), (Gradients.of(head), values)
 
 
-def _scores_backward(project: Project, chunk: int, inputs: tuple, cotangents: tuple[jax.Array, ...]) -> tuple:
-    trainable, hidden, frozen, targets, weights, temperature = inputs
-    chunks = Chunks.of(project, combine(frozen, trainable), hidden, weights, chunk)
+def _scores_backward(project: Project, chunk: int, residuals: tuple, cotangents: tuple) -> tuple:
+    grads, (hidden, targets, weights, temperature) = residuals
+    if not is_given(cotangents[0]):
+        return (None,) * 5
+    chunks = Chunks.of(project, grads.head(grads.learned), hidden, weights, chunk)
     cotangent = jnp.where(chunks.weights != 0, chunks.front(cotangents[0]), 0)
     hidden, targets = chunks.front(hidden), chunks.front(targets)
 
-    def body(i: jax.Array, grads: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
+    def body(i: jax.Array, sums: tuple[Params, jax.Array]) -> tuple[Params, jax.Array]:
         h, t, g = chunks.chunk(i, hidden, targets, cotangent)
 
-        def log_probs(trainable: Params, h: jax.Array) -> jax.Array:
-            logits = chunks.logits(project, combine(frozen, trainable), h) / temperature
+        def log_probs(learned: Params, h: jax.Array) -> jax.Array:
+            logits = chunks.logits(project, grads.head(learned), h) / temperature
             return target_logits(logits, t) - jax.nn.logsumexp(logits, axis=-1)
 
-        _, pullback = jax.vjp(log_probs, trainable, h)
-        chunk_trainable, chunk_hidden = pullback(g)
-        return jax.tree.map(jnp.add, grads[0], chunk_trainable), chunks.put(grads[1], chunk_hidden, i)
+        _, pullback = jax.vjp(log_probs, grads.learned, h)
+        chunk_head, chunk_hidden = pullback(g)
+        return grads.add(sums[0], chunk_head), chunks.put(sums[1], chunk_hidden, i)
 
-    start = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros_like(hidden))
-    grad_trainable, grad_hidden = jax.lax.fori_loop(0, chunks.count, body, start)
-    return grad_trainable, chunks.back(grad_hidden), None, None, None, None
+    start = (grads.zeros(), jnp.zeros_like(hidden))
+    grad_head, grad_hidden = jax.lax.fori_loop(0, chunks.count, body, start)
+    return grads.whole(grad_head), chunks.back(grad_hidden), None, None, None
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)
 
 
 def _chunk(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

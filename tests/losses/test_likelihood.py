@@ -52,6 +52,22 @@ def test_value_and_gradients_equal_the_formula(chunk, term):
     np.testing.assert_allclose(ours(trainable, hidden), expected, rtol=1e-5)
 
 
+def test_a_heads_own_weights_get_gradients_where_they_are_differentiated():
+    head, hidden, targets, weights = case()
+
+    def ours(kernel, hidden):
+        return cross_entropy(project, head | {"kernel": kernel}, hidden, targets, weights, chunk=6).loss
+
+    def formula(kernel, hidden):
+        return plain(head | {"kernel": kernel}, hidden, targets, weights, unchanged)
+
+    found, expected = (jax.grad(each, argnums=(0, 1))(head["kernel"], hidden) for each in (ours, formula))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    narrow = jax.grad(ours)(head["kernel"].astype(jnp.bfloat16), hidden)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), expected[0], rtol=0.02, atol=0.03)
+
+
 def test_counts():
     head, hidden, targets, weights = case()
     likeliest = jnp.argmax(project(head, hidden), axis=-1)

@@ -82,9 +82,11 @@ class Checkpoints:
         """
         if self.latest == step:
             return
+        # Orbax writes no empty tree: full fine-tuning has no adapter.
+        fixed = {"fixed": ocp.args.StandardSave(self._fixed)} if self._fixed else {}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            fixed=ocp.args.StandardSave(self._fixed),
+            **fixed,
             data=ocp.args.JsonSave(data),
             manifest=ocp.args.JsonSave(self._manifest),
         )
@@ -161,8 +163,14 @@ def read_manifest(saved: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def read_fixed(saved: ocp.CheckpointManager, step: int) -> Params:
-    """The `fixed` leaves (see `Checkpoints`) of a checkpoint, as host arrays, whatever devices they were saved from."""
-    held = dict(ocp.PyTreeCheckpointHandler().metadata(saved.directory / str(step) / "fixed"))
+    """The `fixed` leaves (see `Checkpoints`) of a checkpoint, as host arrays, whatever devices they were saved from.
+
+    {} if the run trains no adapter.
+    """
+    folder = saved.directory / str(step) / "fixed"
+    if not folder.exists():
+        return {}
+    held = dict(ocp.PyTreeCheckpointHandler().metadata(folder))
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held)
     args = ocp.args.Composite(fixed=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return saved.restore(step, args=args).fixed

@@ -2,9 +2,8 @@
 
 import argparse
 import warnings
-from typing import Any
 
-from jlora import data, hub, lora
+from jlora import hub, lora
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
@@ -16,18 +15,21 @@ from jlora.cli.model import (
     say_kept,
     tensor_bar,
 )
-from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
+from jlora.train.results import run_tokenizer
 
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
+    run_config = read_config(options.workdir)
+    full = run_config.lora is None
+    options.merged = options.merged or full  # there is no adapter to write alone
     if options.merged or options.gguf:
         refuse_layout(options, "PEFT adapters; a merged model has none, and GGUF has one layout and its own scales")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
-    settings = read_config(options.workdir).model
+    settings = run_config.model
     inputs = {"--workdir": options.workdir, "the run's base": settings.path, "its first adapter": settings.adapter}
     hub.refuse_inputs(options.out, inputs)
     config, model, params = load_run(options.workdir, options.step)
@@ -38,9 +40,9 @@ def run(arguments: list[str]) -> int:
     elif options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
     elif options.merged and config.model.merges_packed:
-        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=_tokenizer(config))
+        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=run_tokenizer(config))
     elif options.merged:
-        hub.save_model(options.out, model, params, tokenizer=_tokenizer(config))
+        hub.save_model(options.out, model, params, tokenizer=run_tokenizer(config))
     else:
         resized = config.model.resize_vocab is not None
         layout = adapter_layout(options, config.train)
@@ -48,8 +50,8 @@ def run(arguments: list[str]) -> int:
     if not options.merged:
         say_adapter(options.out, gguf=bool(options.gguf))
         return 0
-    print(f"merged model: {options.out}")
-    if not options.unmeasured:
+    print(f"{'' if full else 'merged '}model: {options.out}")
+    if not (options.unmeasured or full):
         try:
             _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))
             print_kept(model, params, written, hub.load_tokenizer(config.model.path))
@@ -58,20 +60,13 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _tokenizer(config: RunConfig) -> Any:
-    """The run's tokenizer, with the chat template that it trained with."""
-    tokenizer = hub.load_tokenizer(config.model.path)
-    if config.data.system == "fold":
-        data.fold_system(tokenizer)
-    return tokenizer
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = command(
         "export",
         "Write the adapter of a training run, or its model with the adapter merged in.",
         epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked; "
-        "base and adapter of a merge_aware run are packed together, as they were trained.",
+        "base and adapter of a merge_aware run are packed together, as they were trained. A run of full fine-tuning "
+        "has no adapter: it is always a whole model.",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of `jlora train`")
     parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")

@@ -14,6 +14,7 @@ from jlora.train.config import default_config
 from jlora.train.rewards.pyfile import call, load_function
 
 _SETTINGS = (".yaml", ".yml", ".json")
+_NO_GROUP = re.compile(r"--?config\.(\w+)=None")
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -110,6 +111,10 @@ def _merge(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:
 
 
 def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    # absl parses a group as a dict only. Without a group, settings of it that other overrides give have no effect.
+    without = {argument: found[1] for argument in overrides if (found := _NO_GROUP.fullmatch(argument))}
+    without = {argument: name for argument, name in without.items() if isinstance(config.get(name), ConfigDict)}
+    overrides = [argument for argument in overrides if argument not in without]
     for argument in overrides:
         path = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
         if path and "." in path[1] and path[1].split(".")[0] not in config:
@@ -127,6 +132,8 @@ def _apply(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(_explain(error)) from error
     if unused:
         raise UserError(f"unexpected {' '.join(unused)!r}; settings are given as --config.GROUP.KEY=VALUE")
+    for name in without.values():
+        holder.value[name] = None
     return holder.value
 
 

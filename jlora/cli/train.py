@@ -18,8 +18,9 @@ from jlora import allocator
 from jlora.cli.overrides import read_config
 from jlora.train import Interrupted, loop, many
 from jlora.train.config import RunConfig, resolve
-from jlora.train.config.typed import describe, is_required
+from jlora.train.config.typed import describe, group_of, is_required
 from jlora.train.reporting.progress import Progress
+from jlora.train.results import MODEL
 
 INTERRUPTED = 75
 
@@ -43,7 +44,8 @@ def run(arguments: list[str]) -> int:
             return INTERRUPTED
     if jax.process_index() == 0:
         folder = many.FOLDER if config.adapters else "adapter"
-        print(f"done: {workdir}/{folder} (PEFT), {workdir}/metrics.jsonl")
+        results = f"{folder} (PEFT)" if config.lora else f"{MODEL} (a whole model)"
+        print(f"done: {workdir}/{results}, {workdir}/metrics.jsonl")
     return 0
 
 
@@ -105,8 +107,10 @@ def _settings(cls: type, path: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _settings(hint, f"{path}{field.name}.")
+        if group := group_of(field, hint):
+            yield from _settings(group, f"{path}{field.name}.")
+            if group is not hint:
+                yield f"  --config.{path + field.name:<26} None: without"
             continue
         made = field.default_factory is not dataclasses.MISSING
         default = (

@@ -4,6 +4,7 @@ from jlora.lora.bank import Bank, choose
 from jlora.lora.binding import bind, from_nnx
 from jlora.lora.config import LoraConfig
 from jlora.lora.extraction import extract
+from jlora.lora.full import FullConfig
 from jlora.lora.kinds.copies import resolve
 from jlora.lora.kinds.dora import base_norms
 from jlora.lora.linears import embed, grouped_linear, linear, unembed, update
@@ -32,6 +33,7 @@ __all__ = [
     "Bank",
     "Fit",
     "Fits",
+    "FullConfig",
     "Kept",
     "LoraConfig",
     "adapter_leaves",

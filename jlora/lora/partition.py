@@ -1,7 +1,10 @@
 """The trained and the frozen half of a param tree.
 
-Which half a leaf belongs to follows from its name, by the table of `jlora.lora.kinds`.
+Which half a leaf belongs to follows from its name, by the table of `jlora.lora.kinds`; in full fine-tuning, from its
+path, by the patterns of `jlora.lora.full`.
 """
+
+from collections.abc import Callable
 
 from jlora import tree
 from jlora.errors import UserError
@@ -21,29 +24,36 @@ def is_adapter(path: str) -> bool:
     return leaf_of(path.rpartition("/")[2]) is not None
 
 
-def labels(params: Params) -> Params:
+def labels(params: Params, trained: Callable[[str], bool] = is_trainable) -> Params:
     """The tree with a label for each leaf, for `optax.partition`.
 
-    It is "frozen", or, for trainable leaves, "lora_a" or "lora_b", whose learning rates may differ.
+    It is "frozen", or, for trainable leaves, "lora_a" or "lora_b", whose learning rates may differ. Leaves of the base
+    that are trained learn like A.
+
+    Args:
+        trained: (path) → whether the leaf is trained.
     """
 
     def label(path: str, _: object) -> str:
         leaf = leaf_of(path.rpartition("/")[2])
-        if leaf is None or not leaf.trained:
+        if not trained(path):
             return "frozen"
-        return "lora_b" if leaf.like_b else "lora_a"
+        return "lora_b" if leaf is not None and leaf.like_b else "lora_a"
 
     return tree.map_with_path(label, params)
 
 
-def split(params: Params) -> tuple[Params, Params]:
+def split(params: Params, trained: Callable[[str], bool] = is_trainable) -> tuple[Params, Params]:
     """(frozen, trainable): two trees that share no leaf, such that combine(*split(params)) == params.
 
     {"q_proj": {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": s}}
       →  {"q_proj": {"kernel": w, "lora_scale": s}},  {"q_proj": {"lora_a": a, "lora_b": b}}
+
+    Args:
+        trained: (path) → whether the leaf is trained: an adapter's weight, or what `FullConfig.trains` chooses.
     """
     flat = tree.flatten(params)
-    trainable = {path: leaf for path, leaf in flat.items() if is_trainable(path)}
+    trainable = {path: leaf for path, leaf in flat.items() if trained(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
     return tree.unflatten(frozen), tree.unflatten(trainable)
 

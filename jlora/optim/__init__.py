@@ -1,4 +1,4 @@
-"""The optimizer: adapters are updated by a rule that has a name, and nothing else is; schedules, clipping, LoRA+."""
+"""The optimizer: what is trained is updated by a rule that has a name; schedules, clipping, LoRA+, 16-bit weights."""
 
 from jlora.optim.averaging import gradient_point
 from jlora.optim.config import OptimConfig

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.optim.narrow import Masters, Rounding, widened
 from jlora.types import Params
 
 
@@ -59,6 +60,9 @@ def averaged(inner: optax.GradientTransformation, schedule: optax.Schedule, b1: 
 
 def gradient_point(params: Params, state: optax.OptState) -> Params:
     """The weights at which an optimizer in this state wants gradients: `params` unless it averages."""
+    if isinstance(state, Masters | Rounding) and isinstance(state.inner, AveragedState):
+        point = gradient_point(widened(params, state), state.inner)
+        return jax.tree.map(lambda leaf, wide: wide.astype(leaf.dtype), params, point)
     if not isinstance(state, AveragedState):
         return params
     return jax.tree.map(lambda x, z: (1 - state.b1) * z + state.b1 * x, params, state.newest)

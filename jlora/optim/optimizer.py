@@ -1,5 +1,7 @@
 """The optimizer of a run: the named rule, and what is the same for all of them."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,18 +13,28 @@ from jlora.lora.kinds.copies import describe
 from jlora.lora.kinds.dora import MAGNITUDE
 from jlora.optim.averaging import averaged
 from jlora.optim.config import OptimConfig
+from jlora.optim.narrow import FORMS
 from jlora.optim.rules import OPTIMIZERS
 from jlora.optim.schedules import learning_rate
 from jlora.types import Params
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, rate: float | jax.Array | None = None
+    config: OptimConfig,
+    steps: int,
+    rate: float | jax.Array | None = None,
+    *,
+    trained: Callable[[str], bool] = lora.is_trainable,
+    weights: str | None = None,
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named rule for A and B; leaves that are not adapter weights are never updated.
+    """Clipping by global norm, then the named rule for what is trained; other leaves are never updated.
 
     Args:
         rate: factor of the learning rate, for adapters side by side; None leaves it and the state without one.
+        trained: (path) → whether the leaf is trained; default: adapters' weights.
+        weights: how 16-bit weights take updates (`jlora.lora.FullConfig.weights`); None: all are float32.
+        seed: of stochastic rounding.
 
     Returns:
         A transformation of gradients, taken at `gradient_point`, into updates.
@@ -46,10 +58,11 @@ def make_optimizer(
 
     by_label = {"lora_a": named(1.0), "lora_b": named(config.loraplus_lr_ratio), "frozen": optax.set_to_zero()}
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    optimizer = optax.chain(clip, optax.partition(by_label, lora.labels))
+    optimizer = optax.chain(clip, optax.partition(by_label, functools.partial(lora.labels, trained=trained)))
     if rate is not None:
         optimizer = optax.chain(optimizer, optax.scale(rate))
-    return averaged(optimizer, schedule, config.b1) if rule.averages else optimizer
+    optimizer = averaged(optimizer, schedule, config.b1) if rule.averages else optimizer
+    return FORMS[weights](optimizer, seed) if weights else optimizer
 
 
 def global_norm(tree: dict) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The adapter that a run starts with."""
+"""What a run starts with: a base with its adapter, or one whose own weights are trained."""
 
 import dataclasses
 import warnings
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from jlora import checkpoint, hub, lora, sharding, tree
 from jlora.errors import UserError
-from jlora.lora.kinds import COPIES
 from jlora.models import Model
 from jlora.quant import packs_update, stored
 from jlora.train.algorithms import ALGORITHMS
@@ -23,13 +22,16 @@ from jlora.types import Params
 def adapt(model: Model, params: Params, config: RunConfig, fixed: Params | None = None) -> Params:
     """The params with a new adapter or the one of `model.adapter`, and for a reward model with its score head.
 
+    Full fine-tuning adds no adapter.
+
     Args:
         fixed: for a resumed run, the adapter's frozen half as the run began; it replaces the new adapter's.
 
     Raises:
         ValueError: the model or `model.adapter` is a reward model but the algorithm trains a policy; a reward model's
             own head would not be trained; settings of the group `lora` would have no effect on `model.adapter`; rows
-            are longer than the model's positions; `fixed` does not fit the adapter.
+            are longer than the model's positions; `fixed` does not fit the adapter; weights that full fine-tuning is
+            to train are packed.
     """
     model.require_positions(config.train.seq_len, "train.seq_len")
     _warn_of_experts(model, params)
@@ -52,14 +54,17 @@ def based(
         params: with the adapter; for several adapters without, as their plan adds them to the base.
         place: see `Base`.
     """
-    frozen, trainable = lora.split(params)
+    frozen, trainable = lora.split(params, config.trains)
+    start = lora.adapter_leaves(params) if config.model.adapter else {}
+    if config.lora is None and ALGORITHMS[config.algorithm].refers:
+        start = trainable
     return Base(
         model=dataclasses.replace(model, attention=config.model.attention),
         tokenizer=tokenizer,
         mesh=mesh,
         frozen=place(frozen, mesh),
         trainable=trainable,
-        reference=place(lora.adapter_leaves(params), mesh) if config.model.adapter else {},
+        reference=place(start, mesh),
         workdir=workdir,
         place=place,
     )
@@ -67,7 +72,9 @@ def based(
 
 def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
     key = jax.random.key(config.train.seed)
-    if not config.model.adapter:
+    if config.lora is None:
+        config.full.check(params)
+    elif not config.model.adapter:
         params = lora.init(params, config.lora, key)
     else:
         if config.lora != lora.LoraConfig():
@@ -84,10 +91,10 @@ def _adapted(model: Model, params: Params, config: RunConfig) -> Params:
         return params
     if head is None:
         return model.add_score(params, jax.random.fold_in(key, 1))
-    if not COPIES.is_in(head):
+    if not any(config.trains(f"score/{name}") for name in head):
         raise UserError(
             f"{config.model.path} is a reward model already, whose head would stay as it is: set "
-            "lora.modules_to_save=('score',) to train a copy of it"
+            "lora.modules_to_save=('score',) to train a copy of it (with lora=None, have full.trainable choose it)"
         )
     return params
 

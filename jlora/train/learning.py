@@ -10,8 +10,11 @@ from jlora.train.step import Metrics, make_step
 
 def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
     """What advances one adapter, or several that are trained by one loss."""
-    optimizer = make_optimizer(config.optim, total_steps)
-    state = create_state(job.trainable, optimizer, config.train.seed, base.mesh)
+    full = config.lora is None
+    held = config.full.weights if full else None
+    optimizer = make_optimizer(config.optim, total_steps, trained=config.trains, weights=held, seed=config.train.seed)
+    # Weights that nothing else reads are the state's own: a second copy of a whole model would be too much.
+    state = create_state(job.trainable, optimizer, config.train.seed, base.mesh, donate=full and not base.reference)
     rates = learning_rates(config.optim, total_steps)
     dropout = lora.drops(base.frozen)
     skip = config.train.on_nonfinite == "skip"

@@ -44,8 +44,9 @@ def run(
 ) -> dict[str, float]:
     """Trains, writes the run's files to `workdir`, and returns the last step's metrics.
 
-    The files are config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/. If the workdir has checkpoints, the
-    run resumes from the newest one and computes what it would have computed without the pause.
+    The files are config.json, metrics.jsonl, curves.png, checkpoints/ and adapter/ (with lora=None, model/). If the
+    workdir has checkpoints, the run resumes from the newest one and computes what it would have computed without the
+    pause.
 
     Args:
         progress: is told about every step.
@@ -69,8 +70,18 @@ def run(
         with _log(this, start, progress) as log, profile as trace:
             _steps(this, start, log, saved, trace, stop)
     reads_once = ALGORITHMS[config.algorithm].reads_once
-    tell_usage(folder, this.base, this.job, this.state, this.timed, this.note, before=before, flops=reads_once)
-    save_results(folder, config, this.job, this.state, this.note)
+    tell_usage(
+        folder,
+        this.base,
+        this.job,
+        this.state,
+        this.timed,
+        this.note,
+        before=before,
+        trains=config.trains,
+        flops=reads_once,
+    )
+    save_results(folder, config, this.base, this.job, this.state, this.note)
     return log.last
 
 
@@ -171,7 +182,14 @@ def _describe_params(config: RunConfig, base: Base) -> str:
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
     text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
     text += f": {kinds}" if (kinds := quant.kept_in(frozen)) else ""
+    text += f"; {_describe_full(config)}" if config.lora is None else ""
     return f"{text}; continuing from {config.model.adapter}" if config.model.adapter else text
+
+
+def _describe_full(config: RunConfig) -> str:
+    how = {"masters": "with float32 copies for the optimizer", "stochastic": "rounded at random"}[config.full.weights]
+    held = config.model.dtype if config.model.dtype == "float32" else f"{config.model.dtype} {how}"
+    return f"full fine-tuning: weights in {held}, moments in float32"
 
 
 def _checkpoints(this: _Run) -> checkpoint.Checkpoints:

@@ -39,14 +39,11 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
         manifest = checkpoint.read_manifest(saved, found)
         settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
         model, params = hub.load(config.model.path, **settings)
-        same = manifest["base"] == checkpoint.fingerprint(params)
-        if not same and config.model.adapter:  # it may have brought its own embedding
-            opened = lora.strip(hub.load_adapter(params, config.model.adapter))
-            same = manifest["base"] == checkpoint.fingerprint(opened)
-        if not same:
-            raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         fixed = checkpoint.read_fixed(saved, found)
-        frozen, trainable = lora.split(adapt(model, params, config, fixed))
+        frozen, trainable = lora.split(adapt(model, params, config, fixed), config.trains)
+        # Of the frozen half, since an adapter may have brought its own embedding, and trained weights may be anything.
+        if manifest["base"] != checkpoint.fingerprint(lora.strip(frozen)):
+            raise UserError(f"{config.model.path} is not the model that {folder} was trained on: its weights differ")
         path = ALGORITHMS[config.algorithm].policy
         return config, model, lora.combine(frozen, _restore(saved, found, trainable, path))
 

@@ -1,20 +1,22 @@
-"""What a run leaves in its workdir once its steps are done: adapters, curves, and what it used."""
+"""What a run leaves in its workdir once its steps are done: adapters or a model, curves, and what it used."""
 
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from jlora import hub, lora, sharding, tree
+from jlora import data, hub, lora, sharding, tree
 from jlora.train.algorithms.algorithm import Base, Job, Note
 from jlora.train.config import RunConfig
 from jlora.train.reporting import usage
 from jlora.train.reporting.metrics import can_plot, plot_curves
 from jlora.train.state import TrainState
 from jlora.types import Params
+
+MODEL = "model"  # the folder of a fully tuned model
 
 
 def tell_usage(
@@ -26,6 +28,7 @@ def tell_usage(
     note: Note,
     *,
     before: int,
+    trains: Callable[[str], bool],
     flops: bool,
 ) -> None:
     """Reports the usage of the steps since the start and writes it to usage.json.
@@ -35,6 +38,7 @@ def tell_usage(
     Args:
         timed: tokens, seconds and row length of each step.
         before: the process's peak memory before the run.
+        trains: (path) → whether the run trains the leaf.
         flops: also report MFU, whose FLOPs are those of the trained weights reading each token once.
     """
     steps = sorted(timed[2:] or timed, key=lambda one: one[0] / one[1])
@@ -44,7 +48,7 @@ def tell_usage(
     per_token = None
     if flops:
         params = next(iter(job.adapters(state.trainable).values()))
-        per_token = usage.flops_per_token(base.model.config, *lora.split(params), length)
+        per_token = usage.flops_per_token(base.model.config, *lora.split(params, trains), length)
     devices = base.mesh.devices.ravel().tolist()
     used = usage.summary(tokens, seconds, per_token, used=devices, grown_from=before)
     note(f"{used} (median of {len(steps)} steps)")
@@ -53,21 +57,19 @@ def tell_usage(
         write_json(workdir / "usage.json", used.numbers() | about)
 
 
-def save_results(workdir: pathlib.Path, config: RunConfig, job: Job, state: TrainState, note: Note) -> None:
-    """Writes the adapters as PEFT folders and draws the curves, and lets the algorithm finish."""
-    adapters = {name: _gathered(params) for name, params in job.adapters(state.trainable).items()}
+def save_results(workdir: pathlib.Path, config: RunConfig, base: Base, job: Job, state: TrainState, note: Note) -> None:
+    """Writes the adapters as PEFT folders, or the fully tuned model as a Hugging Face folder, and draws the curves.
+
+    Then the algorithm may finish.
+    """
+    whole = config.lora is None
+    adapters = {name: _gathered(params, whole) for name, params in job.adapters(state.trainable).items()}
     if jax.process_index() == 0:
         for name, params in adapters.items():
-            hub.save_adapter(
-                workdir / name,
-                params,
-                base=config.model.path,
-                fold=config.train.fold,
-                experts=config.train.experts,
-                save_embedding_layers=config.model.resize_vocab is not None,
-            )
-            if remark := hub.scales_note(workdir / name):
-                note(f"{name}: {remark}")
+            if whole:
+                hub.save_model(workdir / MODEL, base.model, params, tokenizer=run_tokenizer(config))
+            else:
+                _save_adapter(workdir / name, config, params, note)
         if can_plot():
             plot_curves(workdir, job.panels)
         else:
@@ -75,8 +77,29 @@ def save_results(workdir: pathlib.Path, config: RunConfig, job: Job, state: Trai
     job.finish(state)
 
 
-def _gathered(params: Params) -> Params:
-    """The params with everything that an adapter's file holds on this host.
+def _save_adapter(folder: pathlib.Path, config: RunConfig, params: Params, note: Note) -> None:
+    hub.save_adapter(
+        folder,
+        params,
+        base=config.model.path,
+        fold=config.train.fold,
+        experts=config.train.experts,
+        save_embedding_layers=config.model.resize_vocab is not None,
+    )
+    if remark := hub.scales_note(folder):
+        note(f"{folder.name}: {remark}")
+
+
+def run_tokenizer(config: RunConfig) -> Any:
+    """The run's tokenizer for a whole model's folder, with the chat template that it trained with."""
+    tokenizer = hub.load_tokenizer(config.model.path)
+    if config.data.system == "fold":
+        data.fold_system(tokenizer)
+    return tokenizer
+
+
+def _gathered(params: Params, whole: bool) -> Params:
+    """The params with everything that is written on this host: all of a `whole` model, or what an adapter's file holds.
 
     That is the adapter's leaves, and the embedding and head if it adapts them.
     """
@@ -86,7 +109,7 @@ def _gathered(params: Params) -> Params:
 
     def gather(path: str, leaf: Any) -> Any:
         alone = path.rpartition("/")[0] in adapted and tree.stack_of(path) is None
-        return sharding.on_host(leaf) if alone or lora.is_adapter(path) else leaf
+        return sharding.on_host(leaf) if whole or alone or lora.is_adapter(path) else leaf
 
     return tree.map_with_path(gather, params)
 

@@ -97,7 +97,7 @@ def refuse_other_settings(begun: Begun, config: RunConfig) -> None:
         found, expected = _fixed(begun.settings), _fixed(expected)
     else:  # without config.json, compare what the checkpoint itself says about the adapter
         found = {"lora": begun.manifest.get("lora", {})}
-        expected = {"lora": {name: expected["lora"].get(name) for name in found["lora"]}}
+        expected = {"lora": {name: (expected["lora"] or {}).get(name) for name in found["lora"]}}
     if differences := checkpoint.compare(found, expected):
         raise UserError(
             f"{begun.folder} belongs to a run with other settings; choose another workdir, or give the same settings:"
@@ -169,7 +169,7 @@ def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datet
         for setting, paths in named.items()
     }
     return contents | {
-        "lora": dataclasses.asdict(config.lora),
+        "lora": to_dict(config)["lora"] or {},
         "chat template": _checksum(tokenizer.chat_template),
         "vocabulary": _checksum([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]),
         "tokens of the data": plan.tokens,

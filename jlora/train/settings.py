@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from jlora.data import DataConfig
@@ -9,7 +10,7 @@ from jlora.errors import UserError, raise_all
 from jlora.hub import ExpertLayout
 from jlora.hub.checkpoints.resize import check_vocab
 from jlora.kernels.attention import AUTO, FORMS
-from jlora.lora import LoraConfig
+from jlora.lora import FullConfig, LoraConfig, is_trainable
 from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
 from jlora.sharding import MeshConfig
@@ -131,15 +132,24 @@ class SharedConfig:
 
     `jlora.train.config.RunConfig` adds those of the algorithms, under the names that `Algorithm.groups` gives them, so
     that the code of an algorithm reads its own as `config.dpo`.
+
+    Attributes:
+        lora: the adapter; None: no adapter, but weights of the base itself, which `full` chooses.
     """
 
     algorithm: str = "sft"
     model: ModelSource
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig | None = LoraConfig()
+    full: FullConfig = FullConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def trains(self) -> Callable[[str], bool]:
+        """(path) → whether the run trains the leaf."""
+        return self.full.trains if self.lora is None else is_trainable
 
 
 def at_least(group: str, settings: Any, **bounds: int | float) -> list[str]:

@@ -1,4 +1,4 @@
-"""The state of training: adapters, moments, step counter and random key. Frozen weights are not part of it."""
+"""The state of training: trained weights, moments, step counter and random key. Frozen weights are not part of it."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class TrainState:
 
     Attributes:
         step: int32, optimizer steps done.
-        trainable: the adapters' trained half.
+        trainable: the trained half of the params.
         moments: the optimizer's state.
         key: random key data (uint32) that each step's dropout key is derived from.
     """
@@ -35,16 +35,21 @@ class TrainState:
     key: Any
 
 
-def create_state(trainable: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+def create_state(
+    trainable: Params, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, donate: bool = False
+) -> TrainState:
     """The state before the first step, with the shardings that every step returns it with.
 
     Shapes in place of arrays in `trainable` give the state's shapes.
+
+    Args:
+        donate: let the state have the very arrays of `trainable`, which can no longer be used.
     """
 
     def create(trainable: Params) -> TrainState:
         return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), _key_data(seed))
 
-    return _created(create, trainable, mesh)
+    return _created(create, trainable, mesh, donate)
 
 
 def create_states(
@@ -63,22 +68,22 @@ def _key_data(seed: int) -> jax.Array:
     return jax.random.key_data(jax.random.key(seed))
 
 
-def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Mesh) -> TrainState:
+def _created(create: Callable[[Params], TrainState], trainable: Params, mesh: Mesh, donate: bool = False) -> TrainState:
     """The created state; its shapes if `trainable` holds shapes instead of arrays."""
     shapes = jax.eval_shape(create, trainable)
     shardings = state_shardings(shapes, mesh)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable)):
         return tree.abstract(shapes, shardings)
-    return jax.jit(create, out_shardings=shardings)(trainable)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0 if donate else ())(trainable)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state's shardings: adapters are split like their kernels, and moments like their adapter.
+    """The state's shardings: weights are split by their rules, and moments like their weight.
 
     Counters, keys, and moments of another shape that cannot be split so are replicated.
     """
-    adapters = sharding.tree_shardings(state.trainable, mesh)
-    places, weights = tree.flatten(adapters), tree.flatten(state.trainable)
+    trained = sharding.tree_shardings(state.trainable, mesh)
+    places, weights = tree.flatten(trained), tree.flatten(state.trainable)
     everywhere = sharding.replicated(mesh)
 
     def moment(path: tuple, leaf: Any) -> NamedSharding:
@@ -91,7 +96,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         return places[name] if whole and _splits(places[name], leaf.shape) else everywhere
 
     moments = jax.tree_util.tree_map_with_path(moment, state.moments)
-    return TrainState(everywhere, adapters, moments, everywhere)
+    return TrainState(everywhere, trained, moments, everywhere)
 
 
 def _splits(place: NamedSharding, shape: tuple[int, ...]) -> bool:

@@ -136,6 +136,8 @@ def _advance(
             return objective.loss(trainable, frozen, micro_batch, totals, micro_key)
 
         (value, report), grads = jax.value_and_grad(loss, has_aux=True)(point)
+        # Those of 16-bit weights have 16 bits: their sums and moments need more.
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
         return (grads, value, report.sums), report.items
 
     (grads, value, sums), items = _accumulate(micro, batch)

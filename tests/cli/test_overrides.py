@@ -98,6 +98,13 @@ def test_what_is_not_a_recipe_says_what_one_looks_like(tmp_path, name, text, wor
     assert str(tmp_path / name) in str(error.value)
 
 
+def test_a_group_that_may_be_missing_is_left_out_by_none(recipe, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {path: m}\ndata: {path: d}\nlora: null\ntrain: {steps: 1}\n")
+    assert resolve(read_config(str(tmp_path / "a.yaml"), [])).lora is None
+    for given in ([], ["--config.lora.r=3"]):
+        assert resolve(read_config(recipe, [*given, "--config.lora=None"])).lora is None
+
+
 def test_wrong_settings_in_yaml_are_named_all_at_once(tmp_path):
     (tmp_path / "a.yaml").write_text(
         "model: {path: m, nope: 1}\ndata: {path: d}\ntrain: {steps: many}\nbla: 3\nlora: 3\n"

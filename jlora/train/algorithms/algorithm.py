@@ -55,7 +55,8 @@ class Base:
 
     Attributes:
         frozen, trainable: the two halves of its params; `frozen` is on the mesh.
-        reference: the starting adapter if the run continues from one, {} if it starts from the base.
+        reference: the starting adapter if the run continues from one, {} if it starts from the base; in full
+            fine-tuning, the trained weights as they were, for algorithms that compare with them.
         workdir: where an algorithm may write files of its own.
         place: puts a tree on the mesh; for a tree of shapes, gives them their shardings.
     """
@@ -166,6 +167,7 @@ class Algorithm:
         scores: what it trains has a score head: a reward model, not a policy.
         policy: where the policy's adapter is among the trained weights.
         reads_once: the trained weights read each token of the data once, and nothing else does.
+        refers: its loss compares the policy with the reference policy, which full fine-tuning then holds too.
         side_by_side: several adapters can be trained by it in one run.
     """
 
@@ -178,4 +180,5 @@ class Algorithm:
     scores: bool = False
     policy: tuple[str, ...] = ()
     reads_once: bool = False
+    refers: bool = False
     side_by_side: bool = False

@@ -58,7 +58,11 @@ class Method:
 def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = False) -> Algorithm:
     """The algorithm of a method, for the table; see `Algorithm` for `groups` and `scores`."""
     return Algorithm(
-        plan=functools.partial(plan, method), fullest=functools.partial(fullest, method), groups=groups, scores=scores
+        plan=functools.partial(plan, method),
+        fullest=functools.partial(fullest, method),
+        groups=groups,
+        scores=scores,
+        refers=method.reference is not None,
     )
 
 

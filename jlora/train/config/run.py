@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
 from jlora.errors import UserError, raise_all
+from jlora.lora.full import PACKED, FullConfig
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import typed
 from jlora.train.settings import TASK, SharedConfig
@@ -94,13 +95,35 @@ class RunConfig(_WithGroups):
         faults = self._adapter_faults() if self.adapters else []
         faults += self._idle_groups() + ALGORITHMS[self.algorithm].faults(self)
         faults += [] if self.adapters else self._data_faults()
-        if self.model.merges_packed and self.lora.lora_dropout:
+        faults += self._full_faults()
+        if self.model.merges_packed and self.lora and self.lora.lora_dropout:
             faults.append(
                 "lora.lora_dropout: the packed sum of base and adapter (merge_aware) cannot drop inputs; set 0"
             )
         if self.train.eval_on_start and not self.train.eval_every:
             faults.append("train.eval_on_start: has no effect without train.eval_every")
         raise_all(faults)
+
+    def _full_faults(self) -> list[str]:
+        """What does not go with full fine-tuning, or is only for it."""
+        if self.lora is not None:
+            changed = [f"full.{key}" for key, value in vars(self.full).items() if value != getattr(FullConfig(), key)]
+            return [f"{', '.join(changed)}: has no effect without lora=None (full fine-tuning)"] if changed else []
+        faults = []
+        if self.model.quant is not None and self.full == FullConfig(weights=self.full.weights):
+            faults.append(f"model.quant: full fine-tuning (lora=None) cannot train packed weights: {PACKED}")
+        if self.model.adapter:
+            faults.append("model.adapter: full fine-tuning (lora=None) trains no adapter; merge it first (jlora merge)")
+        if self.adapters:
+            faults.append("adapters: full fine-tuning (lora=None) trains no adapters")
+        if ALGORITHMS[self.algorithm].samples:
+            able = ", ".join(name for name, one in ALGORITHMS.items() if not one.samples)
+            faults.append(f"lora: None (full fine-tuning) is for {able}; {self.algorithm} trains an adapter")
+        if self.optim.loraplus_lr_ratio != 1:
+            faults.append("optim.loraplus_lr_ratio: has no effect on full fine-tuning (lora=None)")
+        if self.full.weights == "stochastic" and self.model.dtype == "float16":
+            faults.append("full.weights='stochastic': rounds to bfloat16 only, and model.dtype is float16")
+        return faults
 
     def _data_faults(self) -> list[str]:
         task = self.data.path.startswith(TASK)
@@ -198,8 +221,8 @@ def _defaults(cls: type) -> ConfigDict:
     config = ConfigDict(type_safe=False)
     for field in dataclasses.fields(cls):
         hint = typing.get_type_hints(cls)[field.name]
-        if dataclasses.is_dataclass(hint):
-            config[field.name] = _defaults(hint)
+        if group := typed.group_of(field, hint):
+            config[field.name] = _defaults(group)
         else:
             config[field.name] = FieldReference(_default(field), field_type=_scalar(hint))
     return config

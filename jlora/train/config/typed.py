@@ -72,6 +72,13 @@ def is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def group_of(field: dataclasses.Field, hint: Any) -> type | None:
+    """The dataclass of a group of settings that is there by default, even if it may be None; None for other fields."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return type(field.default) if dataclasses.is_dataclass(field.default) else None
+
+
 def fields_of(cls: type) -> list[str]:
     """The names of a dataclass's fields."""
     return [field.name for field in dataclasses.fields(cls)]

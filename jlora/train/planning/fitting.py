@@ -100,7 +100,7 @@ def _smaller_batches(config: RunConfig, topology: Topology) -> Iterator[Change]:
 
 
 def _quantised(config: RunConfig, topology: Topology) -> Iterator[Change]:
-    if config.model.quant is None:
+    if config.model.quant is None and config.lora is not None:
         yield from _with(config, model={"quant": "nf4"})
 
 

@@ -160,9 +160,9 @@ def trace(config: RunConfig, topology: Topology) -> Program:
     sizes = {
         "base, packed": _held(packed),
         "base, not packed": _held(base.frozen) - _held(packed),
-        "adapters": _held(learning.state.trainable),
+        "adapters" if config.lora else "trained weights": _held(learning.state.trainable),
         "optimizer": _held(learning.state.moments),
-        "reference adapter": _held(base.reference),
+        "reference adapter" if config.lora else "reference weights": _held(base.reference),
         "batch": _held(batch),
     }
     sizes["counters, settings"] = max(0, _held(arguments) - sum(sizes.values()))

@@ -74,6 +74,12 @@ CASES = {
         "grpo": {"beta": 0.1, "num_iterations": 2, "loss_type": "dapo_prompt"}
     },
     "sft, accumulated on a mesh": {"train": {"grad_accum": 2}, "mesh": {"fsdp": 2}},
+    "sft, all weights on a mesh": {
+        "lora": None,
+        "model": {"quant": None, "dtype": "bfloat16"},
+        "mesh": {"fsdp": 2},
+    },
+    "dpo, all weights": {"lora": None, "model": {"quant": None}},
     "sft, two adapters": {"adapters": {"a": {"lora": {"r": 4}}, "b": {}}},
 }
 

@@ -16,6 +16,8 @@ from jlora.types import Params
 BLOCK = 256
 # Smaller weights keep moments of 32 bits, as in bitsandbytes.
 LEAST = 4096
+# Larger stacks are updated one layer at a time, so that no more than a layer's moments are ever unpacked.
+AT_ONCE = 2**25
 
 
 class Blocks(NamedTuple):
@@ -60,6 +62,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         count = optax.safe_increment(state.count)
 
         def one(path: tuple, grad: jax.Array, first: Any, second: Any) -> tuple[jax.Array, Any, Any]:
+            if grad.size > AT_ONCE and grad.ndim > own_axes(path[-1].key):
+                return jax.lax.map(lambda layer: one(path, *layer), (grad, first, second))
             axis, grad = block_axis(path, grad), grad.astype(jnp.float32)
             mu = b1 * _unpacked(first, axis, signed=True) + (1 - b1) * grad
             nu = b2 * _unpacked(second, axis, signed=False) + (1 - b2) * grad**2
@@ -97,9 +101,7 @@ def _packed(values: jax.Array, axis: int | None, *, signed: bool) -> Any:
     blocks = padded.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
     absmax = jnp.max(jnp.abs(blocks), axis=axis + 1)
     scaled = blocks / jnp.expand_dims(jnp.where(absmax == 0, 1, absmax), axis + 1)
-    levels = dynamic_map(signed)
-    borders = (levels[:-1] + levels[1:]) * np.float32(0.5)
-    codes = jnp.searchsorted(jnp.asarray(borders), scaled).astype(jnp.uint8).reshape(padded.shape)
+    codes = nearest_codes(scaled, signed=signed).reshape(padded.shape)
     return Blocks(jax.lax.slice_in_dim(codes, 0, length, axis=axis), absmax)
 
 
@@ -109,4 +111,29 @@ def _unpacked(moment: Any, axis: int | None, *, signed: bool) -> jax.Array:
     axis += moment.codes.ndim
     absmax = jnp.repeat(moment.absmax, BLOCK, axis=axis)
     absmax = jax.lax.slice_in_dim(absmax, 0, moment.codes.shape[axis], axis=axis)
-    return jnp.asarray(dynamic_map(signed))[moment.codes] * absmax
+    return _looked_up(dynamic_map(signed), moment.codes) * absmax
+
+
+def nearest_codes(scaled: Float[Array, "*shape"], *, signed: bool) -> UInt8[Array, "*shape"]:
+    """The codes of the values of `dynamic_map` nearest to these, from -1 (or 0) to 1; in the middle the lower one.
+
+    The map's decades are cut into equal cells, twice as many in each next one. That gives a code which is off by one at
+    most, and the borders beside it settle which. Searching among all borders would hold several integers for each
+    value; this is one loop over the values.
+    """
+    levels = dynamic_map(signed)
+    borders = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    size, first = jnp.abs(scaled), 1 if signed else 2
+    decade = sum((size > 10.0**exponent).astype(jnp.int32) for exponent in range(-6, 0))
+    cells = jnp.left_shift(first, decade)
+    part = (size * _looked_up(10.0 ** np.arange(6, -1, -1, dtype=np.float32), decade) - 0.1) / 0.9
+    rank = cells - first + jnp.clip((part * cells).astype(jnp.int32), 0, cells - 1)
+    zero = 127 if signed else 0
+    code = jnp.where(scaled < 0, zero - 1 - rank, zero + 1 + rank)
+    above = scaled > _looked_up(np.append(borders, np.inf), code)
+    below = scaled <= _looked_up(np.append(-np.inf, borders), code)
+    return (code + above - below).astype(jnp.uint8)
+
+
+def _looked_up(table: np.ndarray, places: jax.Array) -> jax.Array:
+    return jnp.asarray(table, jnp.float32).at[places].get(mode="promise_in_bounds")

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from jlora import tree
-from jlora.optim import OptimConfig, gradient_point, make_optimizer
+from jlora.optim import OptimConfig, blockwise, gradient_point, make_optimizer
+from jlora.optim.blockwise import nearest_codes
 from jlora.optim.rules import OPTIMIZERS
 
 RATE, DECAY = 0.01, 0.1
@@ -147,7 +148,7 @@ def test_schedule_free_adamw_finds_the_minimum_at_the_average():
     np.testing.assert_allclose(params["proj"]["lora_a"], goal, atol=0.05)
 
 
-def blockwise(steps):
+def adam_8bit(steps):
     """Adam with 8-bit moments from its paper, in NumPy: the nearest of the map's values in blocks of 256."""
     maps = [bnb.functional.create_dynamic_map(signed=signed).numpy().astype(np.float64) for signed in (True, False)]
 
@@ -177,8 +178,19 @@ def blockwise(steps):
     return seen
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest(signed):
+    levels = bnb.functional.create_dynamic_map(signed=signed).numpy()
+    borders = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    sizes = np.concatenate([10.0 ** RNG.uniform(-9, 0, 5000), 10.0 ** np.arange(-8.0, 1), RNG.uniform(0, 1, 5000)])
+    values = np.concatenate([[0.0], sizes, levels, borders, np.nextafter(borders, np.float32(2))]).astype(np.float32)
+    values = np.concatenate([values, -values]) if signed else values
+    expected = np.searchsorted(borders, values)
+    np.testing.assert_array_equal(nearest_codes(jnp.asarray(values), signed=signed), expected)
+
+
 def test_adamw_8bit_is_its_papers():
-    found, expected = ours(settings("adamw_8bit"), 2)[0], blockwise(2)
+    found, expected = ours(settings("adamw_8bit"), 2)[0], adam_8bit(2)
     same(found[:1], expected[:1])
     for name in START:  # a moment halfway between two codes may become either
         off = np.abs(found[1][name] - expected[1][name]) > 1e-5
@@ -194,6 +206,14 @@ def test_adamw_8bit_is_bitsandbytes():
     for name in START:
         off, theirs_off = (np.abs(one[-1][name] - plain[-1][name]).mean() for one in (found, reference))
         assert 0 < off < 2 * theirs_off
+
+
+def test_stacks_updated_a_layer_at_a_time_are_the_same(monkeypatch):
+    whole = ours(settings("adamw_8bit"), 2)
+    monkeypatch.setattr(blockwise, "AT_ONCE", 1000)
+    layers = ours(settings("adamw_8bit"), 2)
+    same(whole[0], layers[0], 1e-6)
+    assert jax.tree.structure(whole[1]) == jax.tree.structure(layers[1])
 
 
 def test_small_weights_keep_moments_of_32_bits():

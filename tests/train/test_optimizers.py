@@ -1,6 +1,7 @@
 """Every optimizer in the step: on a mesh, accumulated, resumed, side by side, skipped."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 
 from jlora import checkpoint, sharding
+from jlora.errors import UserError
 from jlora.optim import OptimConfig, make_optimizer
 from jlora.optim.rules import OPTIMIZERS
+from jlora.train import resolve, run
+from jlora.train.reporting.metrics import read_metrics
 from jlora.train.state import create_state, create_states
 from jlora.train.step import Objective, Report, make_step, make_steps
 
@@ -122,3 +126,25 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(name):
     pairs = zip(*map(jax.tree.leaves, (state.moments, before.moments)), strict=True)
     assert all(np.array_equal(one, other) for one, other in pairs if one.ndim)
     assert np.isfinite(step(state, {}, batch(1, 3))[1]["loss"])
+
+
+def test_a_run_evaluates_and_exports_the_average(make_llama, tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_every": 2, "eval_on_start": True}
+    values = {
+        "model": {"path": make_llama(hidden_size=24, intermediate_size=40, num_attention_heads=3)},
+        "data": {"path": str(path), "eval_path": str(path)},
+        "lora": {"r": 2, "target_modules": ["q_proj"]},
+        "optim": {"name": "schedule_free_adamw", "learning_rate": 0.05},
+        "train": train,
+    }
+    workdir = tmp_path / "run"
+    run(resolve(values), workdir)
+    continued = {group: value for group, value in values.items() if group != "lora"}
+    continued["model"] = values["model"] | {"adapter": str(workdir / "adapter")}
+    run(resolve(continued | {"train": train | {"steps": 1}}), tmp_path / "next")
+    assert read_metrics(tmp_path / "next")[0]["eval_loss"] == pytest.approx(read_metrics(workdir)[-1]["eval_loss"])
+    with pytest.raises(UserError, match=r"optim\.name: the run has 'schedule_free_adamw', given 'adamw'"):
+        run(resolve(values | {"optim": {"learning_rate": 0.05}}), workdir)

@@ -80,6 +80,7 @@ CASES = {
         "mesh": {"fsdp": 2},
     },
     "dpo, all weights": {"lora": None, "model": {"quant": None}},
+    "sft, moments of 8 bits on a mesh": {"optim": {"name": "adamw_8bit"}, "lora": {"r": 16}, "mesh": {"fsdp": 2}},
     "sft, two adapters": {"adapters": {"a": {"lora": {"r": 4}}, "b": {}}},
 }
 
@@ -107,6 +108,14 @@ def test_state_frozen_weights_and_batch_are_those_of_the_run(settings, tmp_path,
         assert abstract[name].dtype == leaf.dtype and len(abstract[name].shape) == leaf.ndim, name
         if leaf.ndim > 2:  # of short documents more have room, in arrays of a number each
             assert all(most >= found for most, found in zip(abstract[name].shape, leaf.shape, strict=True)), name
+
+
+def test_the_optimizers_memory_is_told(settings):
+    held = {}
+    for name in ("adamw", "adamw_8bit"):
+        program = forecast.trace(settings("sft", optim={"name": name}, lora={"r": 64}), topology.parse("cpu"))
+        held[name] = program.sizes["optimizer"] / program.sizes["adapters"]
+    assert held["adamw"] == pytest.approx(2, abs=1e-3) and held["adamw_8bit"] == pytest.approx(0.51, abs=0.02)
 
 
 def test_config_json_alone_is_enough(settings, model_folder, tmp_path):

@@ -128,6 +128,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(name):
     assert np.isfinite(step(state, {}, batch(1, 3))[1]["loss"])
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_and_exports_the_average(make_llama, tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(20)]

@@ -85,11 +85,11 @@ CASES = {
 }
 
 
-def sampling_last(case):
-    return pytest.param(case, marks=[pytest.mark.slow] if case.startswith(("ppo", "grpo")) else [])
+def slow_last(case):
+    return pytest.param(case, marks=[pytest.mark.slow] if case.startswith(("ppo", "grpo")) or "8 bits" in case else [])
 
 
-@pytest.mark.parametrize("case", [*map(sampling_last, CASES)])
+@pytest.mark.parametrize("case", [*map(slow_last, CASES)])
 def test_state_frozen_weights_and_batch_are_those_of_the_run(settings, tmp_path, case, monkeypatch):
     here = jax.devices("cpu")[: 2 if "mesh" in CASES[case] else 1]
     monkeypatch.setattr(jax, "devices", lambda *_: here)

@@ -84,7 +84,7 @@ def jlora(path: pathlib.Path, tokenizer: Tokenizer, cache: str) -> Callable[[], 
     from jlora import data
 
     def make(writer: data.Writer, note: Callable[[str], None]) -> tuple[data.Examples, data.EncodeReport]:
-        records = data.read_records(path, note=note)
+        records = data.iterate_records(path, note=note)
         return data.encode(records, tokenizer, seq_len=SEQ_LEN, note=note, writer=writer)
 
     return lambda: data.cached(cache, path, tokenizer, {"seq_len": SEQ_LEN}, make, lambda message: None, least=0)

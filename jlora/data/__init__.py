@@ -22,7 +22,7 @@ from jlora.data.items import (
 from jlora.data.packing import Step, plan
 from jlora.data.preference import read_preferences
 from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers
-from jlora.data.records import OnError, Record, read_records
+from jlora.data.records import OnError, Record, iterate_records, read_records
 from jlora.data.store import Example, Examples, Writer
 from jlora.data.template import fold_system, template_tail, template_variables
 from jlora.data.vocabulary import RESIZE, fitted, unfitted
@@ -59,6 +59,7 @@ __all__ = [
     "fitted",
     "fold_system",
     "in_order",
+    "iterate_records",
     "lengths_of",
     "loader",
     "plan",

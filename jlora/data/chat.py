@@ -1,9 +1,10 @@
 """From records to tokens: the tokenizer's own chat template, and which tokens the loss counts."""
 
+import array
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from jlora.data.template import (
     as_messages,
     common_prefix,
     end_with_eos,
-    ending_of_chats,
+    require_template,
     template_ending,
     template_variables,
 )
@@ -25,7 +26,7 @@ from jlora.data.turns import Turns
 from jlora.errors import UserError, first_few
 
 Remark = Callable[[str], None]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int], None]
 STOP_IN_WORDS = "the token that ends answers occurs inside an answer, where the model would learn to stop"
 # Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -56,7 +57,7 @@ class EncodeReport:
 
 
 def encode(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Any,
     *,
     seq_len: int,
@@ -75,18 +76,19 @@ def encode(
     never counted. If a chat template has `{% generation %}` marks, they decide what is counted of a turn.
 
     Args:
+        records: they are read once, and forgotten when they are encoded, if the tokenizer has a chat template.
         seq_len: the most tokens of an example.
         overlong: "drop", "cut" or "error": see `DataConfig`.
         completion_only: if False, prompts are counted too.
         end: whether an end-of-text token is added; what a chat template writes after a turn counts either way.
         on_error, note: see `encode_all`.
         writer: takes the examples; by default they are in memory.
-        progress: called with (number of records encoded, number of all) again and again.
+        progress: called with the number of records encoded, again and again.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    layouts = _layouts(records, tokenizer)
+    records, layouts = _with_template(records, tokenizer), Layouts(tokenizer)
 
     def one(record: Record, remark: Remark) -> Encoding:
         tokens, trained, held = yield from _encode_record(record, layouts, end, remark)
@@ -99,7 +101,7 @@ def encode(
 
 
 def select(
-    records: Sequence[Record],
+    records: Iterable[Record],
     encode_record: Callable[[Record, Remark], Encoding],
     tokenizer: Any,
     *,
@@ -128,12 +130,19 @@ def select(
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
         return documents, said
 
-    writer, places = writer or Writer(), []
+    writer, places, given = writer or Writer(), array.array("q"), 0
+
+    def counted() -> Iterator[Record]:
+        nonlocal given
+        for record in records:
+            given += 1
+            yield record
+
     cut = dropped = untrained = tokens = trained_tokens = 0
     remarks: dict[str, list[int]] = {}
-    for index, (documents, said) in encode_all(records, one, tokenizer, on_error=on_error, note=note):
+    for index, (documents, said) in encode_all(counted(), one, tokenizer, on_error=on_error, note=note):
         if progress:
-            progress(index + 1, len(records))
+            progress(index + 1)
         if too_long := max(len(document.tokens) for document in documents) > seq_len:
             if overlong == "drop":
                 dropped += 1
@@ -152,14 +161,14 @@ def select(
         places.append(index)
     if not places:
         raise UserError(
-            f"no token to train on in {len(records)} records: {dropped} are longer than {seq_len} tokens and were "
+            f"no token to train on in {given} records: {dropped} are longer than {seq_len} tokens and were "
             f"dropped, {untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
         )
     return writer.finish(), EncodeReport(
         examples=len(places),
         tokens=tokens,
         trained_tokens=trained_tokens,
-        kept=tuple(places),
+        kept=tuple(places) if writer.folder is None else places,
         cut=cut,
         dropped=dropped,
         untrained=untrained,
@@ -168,7 +177,7 @@ def select(
 
 
 def encode_all(
-    records: Sequence[Record],
+    records: Iterable[Record],
     encode_record: Callable[[Record], Encoding],
     tokenizer: Any,
     *,
@@ -186,21 +195,22 @@ def encode_all(
     Raises:
         UserError: records cannot be encoded; all are named, each kind of fault once.
     """
-    faults = []
-    for index, found in encode_together(range(len(records)), lambda index: encode_record(records[index]), tokenizer):
+    faults, count = [], 0
+    for (index, record), found in encode_together(enumerate(records), lambda one: encode_record(one[1]), tokenizer):
+        count += 1
         if isinstance(found, UserError):
-            faults.append((place_of(records[index], index), str(found)))
+            faults.append((place_of(record, index), str(found)))
         else:
             yield index, found
-    title = f"{len(faults)} of {len(records)} {noun} cannot be encoded"
-    settle_faults(title, faults, len(records) - len(faults), on_error, note)
+    title = f"{len(faults)} of {count} {noun} cannot be encoded"
+    settle_faults(title, faults, count - len(faults), on_error, note)
 
 
 def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
     """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
-    layouts = _layouts(records, tokenizer)
+    records, layouts = _with_template(records, tokenizer), Layouts(tokenizer)
     found = encode_all(
         records,
         lambda record: _encode_record(record, layouts, True, str),
@@ -255,8 +265,12 @@ def _is_text(record: Record) -> bool:
     return "messages" not in record and isinstance(record["prompt"], str) and isinstance(record["completion"], str)
 
 
-def _layouts(records: Sequence[Record], tokenizer: Any) -> Layouts:
-    return Layouts(tokenizer, ending_of_chats(tokenizer, [not _is_text(record) for record in records]))
+def _with_template(records: Iterable[Record], tokenizer: Any) -> Iterable[Record]:
+    """The records; without a template all are read first, to say how many are chats."""
+    if not tokenizer.chat_template:
+        records = list(records)
+        require_template(tokenizer, [not _is_text(record) for record in records])
+    return records
 
 
 def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
@@ -269,10 +283,11 @@ def _conversation(record: Record) -> tuple[list[dict[str, Any]], int]:
 
 def _encode_record(record: Record, layouts: Layouts, end: bool, remark: Remark) -> Encoding:
     """The tokens, which of them are trained, and which belong to turns marked "train": false."""
-    tokenizer, ending = layouts.tokenizer, layouts.ending
+    tokenizer = layouts.tokenizer
     if _is_text(record):
         tokens, trained = yield from _encode_text(record["prompt"], record["completion"], tokenizer, end)
         return tokens, trained, np.zeros_like(trained)
+    ending = layouts.ending
     messages, first = _conversation(record)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [index for index in answers if index >= first and messages[index].get("train") is not False]

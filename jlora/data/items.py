@@ -14,7 +14,7 @@ from jlora.data.packing import Step, plan
 from jlora.data.preference import NUMBERS, Kind
 from jlora.data.records import Note, OnError, Record, warn
 from jlora.data.store import Example, Examples
-from jlora.data.template import common_prefix, end_with_eos, ending_of_chats, template_variables
+from jlora.data.template import common_prefix, end_with_eos, require_template, template_variables
 from jlora.data.tokens import Encoding, plain_text
 from jlora.errors import UserError, describe_faults
 
@@ -71,9 +71,8 @@ def encode_preferences(
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
     sides, names = (("chosen", "rejected"), NUMBERS) if kind == "pairs" else (("completion",), ("label",))
-    layouts = Layouts(
-        tokenizer, ending_of_chats(tokenizer, [not isinstance(record["prompt"], str) for record in records])
-    )
+    require_template(tokenizer, [not isinstance(record["prompt"], str) for record in records])
+    layouts = Layouts(tokenizer)
     documents, report = select(
         records,
         lambda record, remark: _encode_sides(record, sides, layouts, remark),

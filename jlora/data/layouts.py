@@ -5,11 +5,12 @@ is exactly its messages with what was learned between them, each message is wher
 marked as well.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jlora.data.rendered import Messages, Written, write
-from jlora.data.template import render
+from jlora.data.template import render, template_ending
 from jlora.data.tokens import Encoding, Text
 from jlora.data.turns import Run, Turns
 from jlora.errors import UserError
@@ -21,14 +22,18 @@ MOST_KINDS = 4096
 class Layouts:
     """What a tokenizer's template writes between the messages of chats.
 
-    Args:
-        ending: the special tokens that end an answer, in order; () if the template writes none.
+    The tokenizer has a template if there are chats.
     """
 
-    def __init__(self, tokenizer: Any, ending: tuple[int, ...]) -> None:
-        self.tokenizer, self.ending = tokenizer, ending
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         # For each kind of message, the texts before it and where in them a turn starts (None: not known).
         self._gaps: dict[tuple, dict[str, int | None]] = {}
+
+    @functools.cached_property
+    def ending(self) -> tuple[int, ...]:
+        """The special tokens that end an answer, in order; () if the template writes none."""
+        return template_ending(self.tokenizer)
 
     def turns(
         self,

@@ -2,7 +2,7 @@
 
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jlora.data.files import digest, rows
@@ -82,6 +82,11 @@ def read_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
     return read_rows(path, _accept, _FORMS, on_error=on_error, note=note)
 
 
+def iterate_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
+    """The records of `read_records`, one after another; see `iterate_rows`."""
+    return iterate_rows(path, _accept, _FORMS, on_error=on_error, note=note)
+
+
 def read_rows(
     path: str | pathlib.Path, accept: Accept, forms: str, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
@@ -99,22 +104,34 @@ def read_rows(
         UserError: the file does not exist or is of another kind; a row is invalid (all are named as path:number, each
             kind of fault once); there are no rows, or no valid ones.
     """
+    return list(iterate_rows(path, accept, forms, on_error=on_error, note=note))
+
+
+def iterate_rows(
+    path: str | pathlib.Path, accept: Accept, forms: str, *, on_error: OnError = "raise", note: Note = warn
+) -> Iterator[Record]:
+    """The records of `read_rows`, one after another.
+
+    What is wrong with the rows is raised or noted at the end. If it will be raised, no record comes after the first
+    invalid row.
+    """
     path = pathlib.Path(path)
-    records, faults, unused, wrong, count = [], [], [], 0, 0
+    faults, unused, wrong, count, right = [], [], 0, 0, 0
     for place, row in rows(path):
         found = Accepted([], [str(row)]) if isinstance(row, UserError) else accept(row)
         count += 1
         wrong += bool(found.faults)
         faults += [(place, fault) for fault in found.faults]
         if not found.faults:
-            records += [Placed(record, place) for record in found.records]
+            right += len(found.records)
             unused += [(place, one) for one in found.unused]
-    settle_faults(f"{path}: {wrong} of {count} records cannot be used", faults, len(records), on_error, note)
-    if not records:
+            if on_error == "skip" or not faults:
+                yield from (Placed(record, place) for record in found.records)
+    settle_faults(f"{path}: {wrong} of {count} records cannot be used", faults, right, on_error, note)
+    if not right:
         raise UserError(f"{path}: found no records, expected {forms} in each row")
     if unused:
         note(describe_faults(f"{path} has keys that are not used", group_faults(unused)))
-    return records
 
 
 def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_error: OnError, note: Note) -> None:

@@ -107,20 +107,13 @@ def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables
     return True
 
 
-def ending_of_chats(tokenizer: Any, chats: Sequence[bool]) -> tuple[int, ...]:
-    """`template_ending`, for records of which these are chats; () if none is.
-
-    Raises:
-        UserError: there are chats and the tokenizer has no chat template.
-    """
-    if not any(chats):
-        return ()
-    if not tokenizer.chat_template:
+def require_template(tokenizer: Any, chats: Sequence[bool]) -> None:
+    """Raises UserError if there are chats, as this says of each record, and the tokenizer has no chat template."""
+    if any(chats) and not tokenizer.chat_template:
         raise UserError(
             f"{sum(chats)} of {len(chats)} records are chats, but the tokenizer has no chat template; use a model "
             'whose tokenizer has one, or records with "prompt" and "completion" as plain text'
         )
-    return template_ending(tokenizer)
 
 
 def template_ending(tokenizer: Any) -> tuple[int, ...]:

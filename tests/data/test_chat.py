@@ -15,6 +15,7 @@ from jlora.data import (
     read_records,
     split_prompt,
 )
+from jlora.data.tokens import MOST_RECORDS
 from jlora.errors import UserError
 
 
@@ -234,3 +235,16 @@ def test_records_of_a_file_are_named_by_their_lines(make_tokenizer, tmp_path, re
     records = reader(path, on_error="skip", note=lambda message: None)
     with pytest.raises(UserError, match=rf"{path}:3, .*:7"):
         encoder(records, make_tokenizer(template, "<|im_end|>"), **{length: 99})
+
+
+def test_records_are_read_as_they_are_encoded(tokenizer):
+    read, waiting = [], []
+
+    def records():
+        for number in range(900):
+            read.append(number)
+            yield chat(f"{number}?", "A.")
+
+    found, report = encode(records(), tokenizer, seq_len=256, progress=lambda done: waiting.append(len(read) - done))
+    assert len(found) == report.examples == len(waiting) == 900
+    assert min(waiting) >= 0 and max(waiting) <= MOST_RECORDS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jlora.data import read_records
+from jlora.data import iterate_records, read_records
 from jlora.errors import UserError
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "id": 7}
@@ -84,3 +84,16 @@ def test_empty_and_missing_files_are_named(tmp_path):
         read_records(tmp_path / "gone.jsonl")
     with pytest.raises(FileNotFoundError, match="found a folder"):
         read_records(tmp_path)
+
+
+def test_no_record_follows_an_invalid_row_that_ends_the_run(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"prompt": "a", "completion": "b"}
+    path.write_text("\n".join(json.dumps(one) for one in (row, row, 3, row, 4)))
+    notes = []
+    assert list(iterate_records(path, on_error="skip", note=notes.append)) == [row] * 3
+    assert "2 of 5 records cannot be used and are left out" in notes[0]
+    rows = iterate_records(path)
+    assert [next(rows), next(rows)] == [row] * 2
+    with pytest.raises(UserError, match="2 of 5 records cannot be used"):
+        next(rows)

@@ -87,6 +87,6 @@ def test_long_encodings_are_told_about_now_and_then():
     told = Told(notes.append, "records encoded", lambda: now[0])
     for done in range(1, 101):
         now[0] = done * 1.0
-        told(done, 100)
-    assert notes[:2] == ["15 of 100 records encoded, 1m25s left", "30 of 100 records encoded, 1m10s left"]
+        told(20 * done)
+    assert notes[:2] == ["300 records encoded, 20 a second", "600 records encoded, 20 a second"]
     assert len(notes) == 6

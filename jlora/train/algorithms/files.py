@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora import data, sharding
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
-from jlora.train.reporting.progress import LINE_EVERY_SECONDS, duration
+from jlora.train.reporting.progress import LINE_EVERY_SECONDS
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics
@@ -99,13 +99,12 @@ class Told:
         self._note, self._what, self._clock = note, what, clock
         self._began = self._last = clock()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Notes that so many of all are done, if it is time to."""
+    def __call__(self, done: int) -> None:
+        """Notes that so many are done, if it is time to."""
         now = self._clock()
-        if now - self._last >= LINE_EVERY_SECONDS and 0 < done < total:
+        if now - self._last >= LINE_EVERY_SECONDS:
             self._last = now
-            left = duration((now - self._began) / done * (total - done))
-            self._note(f"{done:,} of {total:,} {self._what}, {left} left")
+            self._note(f"{done:,} {self._what}, {done / (now - self._began):,.0f} a second")
 
 
 class FileSource:

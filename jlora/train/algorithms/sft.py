@@ -43,7 +43,7 @@ def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     )
 
     def encode(writer: data.Writer, note: Note) -> tuple[data.Examples, data.EncodeReport]:
-        records = data.read_records(config.data.path, on_error=config.data.on_error, note=note)
+        records = data.iterate_records(config.data.path, on_error=config.data.on_error, note=note)
         return data.encode(records, tokenizer, note=note, writer=writer, progress=told, **settings)
 
     told = files.Told(note, "records encoded")

@@ -50,7 +50,7 @@ def nothing_compiled_is_kept():
 
 
 PARITY = "parity"
-COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out")
+COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out", "updates")
 
 
 @pytest.fixture

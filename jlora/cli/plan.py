@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found.to_json() | _suggested(suggestion), indent=2))
     else:
-        print("\n".join([*_lines(config, topology, found), *placed.notes, *_advice(found, suggestion)]))
+        print("\n".join([*_lines(config, topology, found), *placed.notes, *_advice(config, found, suggestion)]))
     return 0
 
 
@@ -63,15 +63,16 @@ def _suggested(suggestion: Found | None) -> dict[str, Any]:
     return {"suggestion": {"flags": suggestion.flags, "needs": suggestion.forecast.to_json()}}
 
 
-def _advice(found: Forecast, suggestion: Found | None) -> Iterator[str]:
+def _advice(config: RunConfig, found: Forecast, suggestion: Found | None) -> Iterator[str]:
     if suggestion is not None:
         needs = gib(suggestion.forecast.peak_bytes_per_device)
         what = "longest rows that fit" if suggestion.forecast is found else "cheapest change that fits"
         yield f"{what}: {' '.join(suggestion.flags)}  ({needs} a device)"
     elif not found.fits:
+        less = "a lower lora.r" if config.lora else "an adapter (lora.r=…), full.weights='stochastic'"
         yield (
             "No change of remat, batch, quantisation, mesh and offloading makes it fit: try shorter rows "
-            "(--max_seq_len says how long they may be), a lower lora.r, a smaller model or more devices"
+            f"(--max_seq_len says how long they may be), {less}, a smaller model or more devices"
         )
 
 

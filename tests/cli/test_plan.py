@@ -45,6 +45,17 @@ def test_a_compiled_step_as_json(plan):
     assert found["tokens"] == 2 * 32
 
 
+def test_full_fine_tuning_is_planned_with_its_copies_and_moments(plan, no_compiler):
+    options = ("--topology=h100x8", "--json", "--config.lora=None", "--config.mesh.fsdp=8")
+    code, printed, said = plan(*options, "--config.model.dtype=bfloat16", "--config.train.batch_size=8")
+    assert code == 0, said
+    found = json.loads(printed)
+    assert found["frozen_parameters"] == 0 and found["trainable_parameters"] > 257 * 24
+    sizes = found["bytes_by_kind"]
+    # Weights have 2 bytes, copies and two moments 4 each.
+    assert sizes["optimizer"] == pytest.approx(6 * sizes["trained weights"], rel=0.01)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_is_planned_without_data_and_without_a_compiler(plan, no_compiler, algorithm):
     rollout = ROLLOUT if algorithm in ("grpo", "ppo") else []

@@ -24,6 +24,7 @@ from jlora import hub, lora
 from jlora.cli import main
 from jlora.cli.overrides import read_config
 from jlora.train.config import RunConfig, resolve
+from jlora.train.config.typed import group_of
 from jlora.train.planning import topology
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,11 +43,11 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"")
 FILE = re.compile(
     r"[\w.@-]+(?:/[\w.@-]+)*\.(?:py|sh|toml|svg|md)|\.?(?:jlora|tests|configs|scripts|benchmarks|ci)/[\w./-]*"
 )
-GROUPS = {field.name: typing.get_type_hints(RunConfig)[field.name] for field in dataclasses.fields(RunConfig)}
+HINTS = typing.get_type_hints(RunConfig)
 GROUPS = {
-    name: {field.name for field in dataclasses.fields(kind)}
-    for name, kind in GROUPS.items()
-    if dataclasses.is_dataclass(kind)
+    field.name: {one.name for one in dataclasses.fields(group)}
+    for field in dataclasses.fields(RunConfig)
+    if (group := group_of(field, HINTS[field.name]))
 }
 
 
@@ -253,7 +254,8 @@ def missing(word, folder):
 def unknown_setting(word):
     """A fault if there is no such setting; a word in capitals stands for any."""
     group, _, key = word.removeprefix("--config.").partition("=")[0].partition(".")
-    if group.isupper() or (group == "algorithm" and not key) or group == "adapters" or key in GROUPS.get(group, ()):
+    whole = group == "algorithm" or (group in GROUPS and not dataclasses.is_dataclass(HINTS[group]))
+    if group.isupper() or (whole and not key) or group == "adapters" or key in GROUPS.get(group, ()):
         return []
     return [f"setting {word}"]
 

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from jlora import sharding
 from jlora.errors import UserError
+from jlora.kernels.order import after, constant
 from jlora.kernels.recurrence.runs import NONE, Runs
 
 
@@ -48,12 +49,14 @@ def convolve(
 
 def _shifted(x: jax.Array, runs: Runs, taps: int) -> list[jax.Array]:
     """The token 1, 2, … places before each: that of its document, if no padding lies between its tokens."""
-    found = []
+    # Otherwise masks as wide as x would be made before the loop over layers, and kept.
+    run, still = after(runs.run, jax.lax.stop_gradient(x))
+    zero, found = constant(0.0, still, x.dtype), []
     for distance in range(1, taps + 1):
         room = [(0, 0), (distance, 0)]
-        run = jnp.pad(runs.run, room)[:, : x.shape[1]]
-        same = (run == runs.run) & (run > 0)
-        found.append(jnp.where(same[..., None], jnp.pad(x, [*room, (0, 0)])[:, : x.shape[1]], 0))
+        earlier = jnp.pad(run, room)[:, : x.shape[1]]
+        same = (earlier == run) & (earlier > 0)
+        found.append(jnp.where(same[..., None], jnp.pad(x, [*room, (0, 0)])[:, : x.shape[1]], zero))
     return found
 
 

@@ -282,7 +282,9 @@ def _factors(model: "Model", params: Params) -> dict[str, tuple[np.ndarray, np.n
     sizes, problems = sizes_of(model.config), _not_plain(flat)
     found: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     for path in [path.rpartition("/")[0] for path in flat if path.endswith(f"/{A.name}")]:
-        leaf = next(name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat)
+        leaf = next((name for name in ("kernel", "embedding", "router") if f"{path}/{name}" in flat), None)
+        if leaf is None:  # a head that is the embedding: among the problems already
+            continue
         for tensor in names.hub_tensors(f"{path}/{leaf}", tuple(flat[f"{path}/{leaf}"].shape), kind):
             there, layer = names.to_gguf(tensor.name, kind), tensor.index[:1]
             a, b = (np.asarray(flat[f"{path}/{side}"][tensor.index], np.float32) for side in (A.name, B.name))

@@ -55,7 +55,7 @@ def test_everything_missing_is_named_at_once():
         ({"train__lr": 3}, "train.lr: unknown key; did you mean optim.learning_rate?"),
         (
             {"qqq": 3},
-            "qqq: unknown key; known here: algorithm, model, lora, data, optim, train, mesh, "
+            "qqq: unknown key; known here: algorithm, model, lora, full, data, optim, train, mesh, "
             "dpo, cpo, orpo, kto, reward, rollout, grpo, ppo, adapters",
         ),
         ({"modle": ConfigDict({"path": "x"})}, "modle.path: unknown key; did you mean model.path?"),

@@ -508,11 +508,11 @@ class Model:
 
     def _choices(self, layers: range, tables: Tables) -> tuple[Choices, Numbers]:
         """(what these layers choose from, the numbers of every layer)."""
-        chosen = [self.config.layers[i] for i in layers]
+        chosen, slots = [self.config.layers[i] for i in layers], self.config.slots
         choices = tables.of_stack([layer.rope for layer in chosen], [layer.window for layer in chosen])
         numbers = (
             layers,
-            [self.config.slots[i] for i in layers],
+            [slots[i] for i in layers],
             [choices.ropes.index(layer.rope) for layer in chosen],
             [choices.marks.windows.index(layer.window) for layer in chosen],
         )

@@ -107,9 +107,9 @@ def end(workdir):
 
 def test_a_run_that_is_killed_once_ends_as_the_whole_one(settings, tmp_path):
     """The one test of the default suite that starts a process to kill it."""
-    chosen = settings("sft", 8)
+    chosen = settings("sft", 12)
     workdir = tmp_path / "killed"
-    assert kill(start(chosen, workdir), workdir, 0.6)
+    assert kill(start(chosen, workdir), workdir, 0.05, step=3)
     assert not (workdir / "adapter").exists()
     run(resolve(chosen), workdir)
     run(resolve(chosen), tmp_path / "whole")

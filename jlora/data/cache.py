@@ -39,8 +39,8 @@ def cached(
 ) -> tuple[Examples, EncodeReport]:
     """What `make` makes of the data at `path`, from the cache if it is there, or kept in it for the next time.
 
-    It is in a folder of `root` that is named by what it depends on. A folder that is damaged is made anew, and if
-    nothing can be written, the tokens are kept in memory; both are said.
+    The cache is a folder in `root`, named by what its contents depend on. A damaged folder is replaced, and if nothing
+    can be written, the tokens are kept in memory; both are said.
 
     Args:
         root: the cache; None for no cache. Slow tokenizers have none either: what is in them cannot be told.

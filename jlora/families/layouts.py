@@ -51,7 +51,7 @@ def _alone(values: Any, sizes: Sizes) -> tuple[Any, ...]:
 
 
 class Joined(NamedTuple):
-    """One of the Hub's tensors that GGUF has under a name that is no module's, in several tensors, or both.
+    """A tensor of the Hub's that GGUF splits into several, or names in a way that follows from no module's name.
 
     Functions take arrays of NumPy and of JAX: shapes are found by tracing them.
 

@@ -13,9 +13,8 @@ KINDS = {
     **dict.fromkeys(("mamba", "linear_attention"), "mamba"),
     **dict.fromkeys(("attention", "full_attention"), "attention"),
 }
-# These families leave no linear out of four bits. The steps come from a few rows of in_proj: kept exact in a random
-# model, they took 5 % off what packing in_proj did to predictions. Convolutions, A_log, D and dt_bias are no kernels,
-# and are never packed.
+# All linears of these families are packed in four bits: the steps come from a few rows of in_proj, and a kernel is
+# packed whole or not at all. Convolutions, A_log, D and dt_bias are not kernels, and are never packed.
 
 # Bamba's and Falcon-H1's names.
 NAMES = Names(

@@ -21,7 +21,7 @@ def read(fields: Fields) -> Values:
 
 
 def from_gguf(metadata: Metadata, config: Config) -> Config:
-    metadata.get("feed_forward_length")  # there are no dense layers
+    metadata.get("feed_forward_length")  # known, but of no use: no layer is dense
     return qwen3_5.from_gguf(metadata, config)
 
 

@@ -156,7 +156,7 @@ SHARED_GATE = Joined(
 
 
 def recurrence(sort: Callable[[Any, Sizes], Any], unsort: Callable[[Any, Sizes], Any]) -> tuple[Joined, ...]:
-    """The parameters of a delta net that are no linears.
+    """A delta net's parameters other than its linears' kernels.
 
     Args:
         sort, unsort: from the Hub's order of value heads, or of the convolution's channels, to GGUF's, and back.

@@ -3,13 +3,14 @@
 They hold the training state, the adapters' fixed leaves, the position in the data, and the base that they belong to.
 """
 
+import dataclasses
 import errno
 import json
 import os
 import pathlib
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +28,28 @@ VERSION = 2
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
+Pinned = Callable[[Sequence[int]], Collection[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Which checkpoints Orbax keeps, as its PreservationPolicy: the newest, and those that are pinned."""
+
+    newest: int
+    pinned: Pinned
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Whether each checkpoint is kept; they have a `step`, and are in its order."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.newest :], *self.pinned(steps)}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of a run, under `folder`/<step>/, written in the background.
 
     Args:
+        pinned: (steps of the checkpoints, newest last) → those that are kept besides the newest `keep`.
         manifest: what a checkpoint belongs to (base weights, settings, data). `restore` refuses a checkpoint whose
             manifest differs, except in the entries named in `refused_before`.
         refused_before: names of manifest entries that the caller has compared already.
@@ -46,11 +65,14 @@ class Checkpoints:
         manifest: dict[str, Any],
         fixed: Params,
         refused_before: Collection[str] = (),
+        pinned: Pinned = lambda steps: (),
     ) -> None:
         self._folder, self._manifest = folder, {"version": VERSION} | json.loads(json.dumps(manifest))
         self._refused_before = refused_before
         self._fixed = fixed
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Kept(keep, pinned), create=True, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     @property
@@ -93,8 +115,8 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=args)
 
-    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, data position) of the newest checkpoint.
+    def restore(self, state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """(state, data position) of the checkpoint of `step`; None: of the newest.
 
         Args:
             state: a state with the structure, shapes and shardings to restore to; its values are ignored.
@@ -103,7 +125,7 @@ class Checkpoints:
             ValueError: the checkpoint belongs to another base or other settings (every difference is listed), or was
                 written by another version of jlora.
         """
-        step = self.latest
+        step = self.latest if step is None else step
         found = read_manifest(self._manager, step)
         # Manifests written by older versions lack some entries; those cannot be compared.
         names = (found.keys() & self._manifest.keys()) - set(self._refused_before)

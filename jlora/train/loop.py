@@ -18,8 +18,11 @@ from jlora.train.adapt import adapt, based
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.algorithms.rollout import FILE as COMPLETIONS
+from jlora.train.best import FILE as BEST
+from jlora.train.best import Best
 from jlora.train.config import RunConfig, to_dict
 from jlora.train.early import check_surroundings
+from jlora.train.evaluation.metrics import measured
 from jlora.train.finite import Guard
 from jlora.train.learning import learn
 from jlora.train.reporting import tracing, usage
@@ -69,19 +72,25 @@ def run(
         profile = tracing.Trace(folder, config.train.profile, start, this.total_steps, this.note)
         with _log(this, start, progress) as log, profile as trace:
             _steps(this, start, log, saved, trace, stop)
+        if this.best.ended and int(this.state.step) < this.total_steps:
+            this.note(
+                f"ended after step {this.state.step} of {this.total_steps}: {this.best.waited} evaluations in a row "
+                f"were no better than the best ({this.best}); a higher train.patience continues"
+            )
+        state = _result(this, saved)
     reads_once = ALGORITHMS[config.algorithm].reads_once
     tell_usage(
         folder,
         this.base,
         this.job,
-        this.state,
+        state,
         this.timed,
         this.note,
         before=before,
         trains=config.trains,
         flops=reads_once,
     )
-    save_results(folder, config, this.base, this.job, this.state, this.note)
+    save_results(folder, config, this.base, this.job, state, this.note)
     return log.last
 
 
@@ -99,6 +108,7 @@ class _Run:
     read: Callable[[Metrics, int], Numbers]
     note: Note
     guard: Guard
+    best: Best
     manifest: dict[str, Any]
     # Tokens read by the finished steps, and when the last of them finished.
     tokens: int = 0
@@ -138,6 +148,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
         note=note,
         manifest=manifest,
         guard=Guard(config.train.on_nonfinite, sorted(config.adapters), folder, note),
+        best=Best(config.train),
     )
 
 
@@ -161,7 +172,7 @@ def _tokenizer(config: RunConfig, vocab_size: int, date: datetime.datetime) -> A
 
 
 def _plan(config: RunConfig, tokenizer: Any, begun: resume.Begun, note: Note) -> Plan:
-    plan = ALGORITHMS[config.algorithm].plan
+    plan = measured(ALGORITHMS[config.algorithm].plan)
     return many.plan(config, tokenizer, note, plan, begun.fixed) if config.adapters else plan(config, tokenizer, note)
 
 
@@ -203,6 +214,7 @@ def _checkpoints(this: _Run) -> checkpoint.Checkpoints:
         manifest=this.manifest | {"base": checkpoint.fingerprint(lora.strip(frozen))},
         refused_before=this.manifest.keys(),
         fixed=lora.adapter_leaves(frozen) | this.job.fixed,
+        pinned=lambda steps: {this.best.step},
     )
 
 
@@ -214,7 +226,30 @@ def _restore(this: _Run, saved: checkpoint.Checkpoints) -> int:
     this.job.source.set_state(position["source"])
     this.tokens = position["tokens"]
     this.guard.set_state(position.get("guard", {}))
+    this.best.set_state(position.get("best", {}))
+    _tell_best(this)
     return int(this.state.step)
+
+
+def _tell_best(this: _Run) -> None:
+    """Has best.json say what the run now knows, if anything."""
+    path = this.workdir / BEST
+    if jax.process_index() == 0 and this.best.step is not None:
+        write_json(path, this.best.record())
+    elif jax.process_index() == 0:
+        path.unlink(missing_ok=True)
+
+
+def _result(this: _Run, saved: checkpoint.Checkpoints) -> TrainState:
+    """The state whose adapter the run leaves: the best evaluated one, if it is asked for, or the last."""
+    best = this.best.step
+    if best is None or not this.config.train.load_best or best == int(this.state.step):
+        return this.state
+    if best not in saved.kept():
+        this.note(f"the checkpoint of the best step, {best}, is no longer there: the adapter is the last step's")
+        return this.state
+    this.note(f"the adapter is that of the best step: {this.best}")
+    return saved.restore(this.state, best)[0]
 
 
 @contextmanager
@@ -252,7 +287,8 @@ def _steps(
     train, source = this.config.train, this.job.source
     if train.eval_on_start and start == 0:
         log.write(0, _evaluation(this))
-    unsaved = stopping = False
+    wanted = unsaved = stopping = False
+    total_steps = start if this.best.ended else this.total_steps
     vote = sharding.Vote()
 
     def asked(any_host: Callable[[bool], bool]) -> bool:
@@ -270,27 +306,37 @@ def _steps(
             trace.done(unread.number)
             unread = None
 
-    for number in range(start + 1, this.total_steps + 1):
+    for number in range(start + 1, total_steps + 1):
         with _kept(this, number - 1, saved, catch_up), trace.step(number):
             sent = _send(this, number)
         catch_up()
-        final = number == this.total_steps
-        evaluated = bool(train.eval_every) and (final or number % train.eval_every == 0)
+        final = number == total_steps
+        wanted = bool(train.eval_every) and (wanted or final or number % train.eval_every == 0)
+        # The best step needs a checkpoint, so where it is looked for, evaluation waits until one can be saved.
+        evaluated = wanted and (final or source.boundary or this.best.metric is None)
         due = number % train.save_every == 0
         if source.ahead and not (final or evaluated or due or asked(vote)):
             unread = sent
             continue
         metrics = _read(this, sent, log, saved)
         trace.done(number)
+        improved = False
         if evaluated:
+            wanted = False
             with _kept(this, number, saved):
                 metrics |= _evaluation(this)
+                improved = this.best.see(number, metrics)
+        final = final or this.best.ended
         ends = not final and source.boundary and asked(sharding.on_any_host)
         log.tell(number, metrics, at_once=evaluated or ends or final)
-        unsaved = unsaved or due
+        unsaved = unsaved or due or improved
         if ends or final or (unsaved and source.boundary):
             saved.save(number, this.state, _position(this))
             unsaved = False
+        if improved:
+            _tell_best(this)
+        if this.best.ended:
+            break
         if ends:
             raise Interrupted(f"saved after step {number} of {this.total_steps} in {this.workdir}")
 
@@ -373,4 +419,6 @@ def _evaluation(this: _Run) -> dict[str, float]:
 
 
 def _position(this: _Run) -> dict[str, Any]:
-    return {"source": this.job.source.get_state(), "tokens": this.tokens, "guard": this.guard.get_state()}
+    return {"source": this.job.source.get_state(), "tokens": this.tokens, "guard": this.guard.get_state()} | {
+        "best": this.best.get_state()
+    }

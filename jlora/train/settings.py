@@ -16,6 +16,13 @@ from jlora.quant import QuantConfig, as_config
 from jlora.sharding import MeshConfig
 
 TASK = "reasoning_gym:"  # prefix of a data.path that names a generated task
+# What has no effect without another setting.
+WATCHING = {
+    "eval_on_start": "eval_every",
+    "metrics": "eval_every",
+    "best_metric": "eval_every",
+    "patience": "best_metric",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -78,7 +85,16 @@ class TrainConfig:
         seed: of the adapter's initialisation, the order of the data, and dropout.
         log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
         eval_on_start: also evaluate before the first step, so that the log shows what training changed.
-        keep_checkpoints: how many to keep; older ones are removed.
+        metrics: what else the evaluation measures, on texts that it generates: "FILE.py:FUNCTION", "FILE.py" for a
+            metric(record, text) as `jlora eval` takes it, or "exact_match"; see `jlora.train.evaluation.metrics`.
+        metric_tokens: the most new tokens of such a text.
+        best_metric: the number of the evaluation, such as "eval_loss", that says which step is best. Its checkpoint is
+            kept, and best.json says which it is.
+        greater_is_better: whether it is best when it is greatest; None: as its name says (losses and perplexities are
+            best when they are smallest, all else when it is greatest).
+        load_best: save the adapter of the best step at the end, rather than the last step's.
+        patience: end the run after this many evaluations in a row that were not the best so far; 0: never.
+        keep_checkpoints: how many to keep; older ones are removed, but for the best.
         remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and
             computes the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is
             expensive to compute. True means "full", False "none".
@@ -103,6 +119,12 @@ class TrainConfig:
     keep_checkpoints: int = 2
     eval_every: int = 0
     eval_on_start: bool = False
+    metrics: tuple[str, ...] = ()
+    metric_tokens: int = 128
+    best_metric: str | None = None
+    greater_is_better: bool | None = None
+    load_best: bool = True
+    patience: int = 0
     remat: bool | Literal["full", "offload", "none"] = True
     tensorboard: bool = False
     profile: int = 0
@@ -118,11 +140,16 @@ class TrainConfig:
         if self.epochs is not None and not self.epochs > 0:
             faults.append(f"train.epochs: found {self.epochs}, expected more than 0")
         least = {"steps": 1, "batch_size": 1, "seq_len": 2, "grad_accum": 1, "log_every": 1, "save_every": 1}
-        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0, "profile": 0}
+        least |= {"keep_checkpoints": 1, "eval_every": 0, "seed": 0, "profile": 0, "patience": 0, "metric_tokens": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 faults.append(f"train.{name}: found {value}, expected at least {bound}")
+        for name, needs in WATCHING.items():
+            if getattr(self, name) and not getattr(self, needs):
+                faults.append(f"train.{name}: has no effect without train.{needs}")
+        if self.greater_is_better is not None and not self.best_metric:
+            faults.append("train.greater_is_better: has no effect without train.best_metric")
         raise_all(faults)
 
 

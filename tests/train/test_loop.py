@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from jlora import checkpoint, hub, lora, tree
 from jlora.errors import UserError
-from jlora.train import Diverged, Interrupted, finite, loop, resolve, resume, run
+from jlora.train import Diverged, Interrupted, TrainConfig, finite, loop, resolve, resume, run
 from jlora.train.algorithms.files import FileSource
+from jlora.train.best import Best
 from jlora.train.many import Sources
 from jlora.train.reporting import tracing, usage
 from jlora.train.reporting.log import Log
@@ -266,6 +267,7 @@ def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="s
     this.total_steps, this.state, this.step, this.timed = total, State(0), fake.step, []
     this.read = lambda metrics, number: {"loss": float(metrics["loss"]), "number": number}
     this.guard = finite.Guard(policy, (), this.workdir, print)
+    this.best = Best(TrainConfig(steps=1))
     log = Log(fake, None, log_every)
     asked = itertools.count(1)
     trace = tracing.Trace(this.workdir, 0, 0, total, print)

@@ -1,7 +1,7 @@
 """The interface between an algorithm and the rest of jlora, whatever it learns from."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -145,12 +145,14 @@ class Plan:
         start: (base) → the algorithm's job on it.
         longest: tokens of the longest text that the model reads or writes.
         tokens: checksum of everything that was encoded for training.
+        held_out: the evaluation's records, with an answer each, if texts can be generated for them.
     """
 
     total_steps: int
     start: Callable[[Base], Job]
     longest: int = 0
     tokens: str = ""
+    held_out: Sequence[dict[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,12 +69,14 @@ def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = Fals
 def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the preferences of `data.path`."""
     read = functools.partial(_read_items, method, config, tokenizer, note)
-    items, encoded = read(config.data.path)
-    held_out = read(config.data.eval_path)[0] if config.data.eval_path else []
+    items, encoded, _ = read(config.data.path)
+    held_out, _, records = read(config.data.eval_path) if config.data.eval_path else ([], None, [])
     method.check(config, items, held_out)
     start = functools.partial(_start, method, config, items, held_out, note)
     noun = "pairs" if method.kind == "pairs" else "answers"
-    return files.plan(config, items, encoded, start, note, noun=noun, share=method.shares(config), held_out=held_out)
+    share = method.shares(config)
+    planned = files.plan(config, items, encoded, start, note, noun=noun, share=share, held_out=held_out)
+    return dataclasses.replace(planned, held_out=list(map(_answered, filter(_wanted, records))))
 
 
 def fullest(method: Method, config: SharedConfig) -> Plan:
@@ -85,6 +87,16 @@ def fullest(method: Method, config: SharedConfig) -> Plan:
     items = method.arrange(config, [item] * (2 * train.batch_size * train.grad_accum))
     start = functools.partial(_start, method, config, items, (), lambda message: None)
     return files.fullest(config, items, start, share=method.shares(config))
+
+
+def _wanted(record: data.Record) -> bool:
+    """Whether the record has an answer to learn, unlike an unpaired one that is to be avoided."""
+    return bool(record.get("label", True))
+
+
+def _answered(record: data.Record) -> data.Record:
+    """The record with its wanted answer as the completion of its prompt."""
+    return {"completion": record["chosen"]} | record if "chosen" in record else record
 
 
 def _sides(method: Method) -> int:
@@ -123,15 +135,15 @@ def _start(
 
 def _read_items(
     method: Method, config: SharedConfig, tokenizer: Any, note: Note, path: str
-) -> tuple[Items, data.EncodeReport]:
-    """The items of a file, and a report on their encoding."""
+) -> tuple[Items, data.EncodeReport, Sequence[data.Record]]:
+    """The items of a file, a report on their encoding, and their records."""
     settings = dict(on_error=config.data.on_error, note=note)
     records = data.read_preferences(path, method.kind, **settings)
     lengths = dict(seq_len=config.train.seq_len, overlong=config.data.overlong)
     items, report = data.encode_preferences(records, tokenizer, method.kind, **lengths, **settings)
     for remark in report.notes:
         note(remark)
-    return method.arrange(config, items), report
+    return method.arrange(config, items), report, [records[place] for place in report.kept]
 
 
 def _evaluate(

@@ -3,6 +3,7 @@
 Losses of the same data that are made of tokens' likelihoods differ only in their term: see `algorithm`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -49,11 +50,12 @@ def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     told = files.Told(note, "records encoded")
     examples, encoded = data.cached(config.data.cache, config.data.path, tokenizer, settings, encode, note)
     items = data.Singles(examples)
-    start = functools.partial(_start, term, config, items, _held_out(config, tokenizer, note))
+    held_out = _held_out(config, tokenizer, note)
+    start = functools.partial(_start, term, config, items, held_out)
     planned = files.plan(config, items, encoded, start, note, noun="examples")
     for remark in encoded.notes:
         note(remark)
-    return planned
+    return dataclasses.replace(planned, held_out=held_out)
 
 
 def _fullest(term: Term, config: SharedConfig) -> Plan:

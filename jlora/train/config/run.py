@@ -100,8 +100,14 @@ class RunConfig(_WithGroups):
             faults.append(
                 "lora.lora_dropout: the packed sum of base and adapter (merge_aware) cannot drop inputs; set 0"
             )
-        if self.train.eval_on_start and not self.train.eval_every:
-            faults.append("train.eval_on_start: has no effect without train.eval_every")
+        algorithm = ALGORITHMS[self.algorithm]
+        if self.train.metrics and algorithm.samples:
+            faults.append(
+                f"train.metrics: {self.algorithm} judges completions by its rewards; name the function in "
+                "rollout.rewards, with a weight of 0 in rollout.reward_weights if it shall only be watched"
+            )
+        if self.train.metrics and algorithm.scores:
+            faults.append("train.metrics: are of texts that the model writes; a reward model writes none")
         raise_all(faults)
 
     def _full_faults(self) -> list[str]:

@@ -287,11 +287,18 @@ def _scores(
 
 def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None) -> dict[str, float]:
     score = {"exact_match": float(text.strip() == target.strip())}
-    if metric is None:
-        return score
+    return score if metric is None else score | metric_numbers(metric, record, text)
+
+
+def metric_numbers(metric: Metric, record: dict[str, Any], text: str) -> dict[str, float]:
+    """What the metric returns for a text.
+
+    Raises:
+        UserError: it failed, returned something else than numbers by name, or uses a name that is taken.
+    """
     found = metric(record, text)
     if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
         raise UserError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
     if taken := sorted(set(found) & set(RESERVED)):
         raise UserError(f"metric(record, text): found the names {taken}, expected names other than {RESERVED}")
-    return score | {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in found.items()}

@@ -101,7 +101,7 @@ class Rewards:
             ValueError: the columns do not fit the functions or the completions; with on_error="raise", also all
                 failures: exceptions, a wrong number of values, and values that are not finite numbers.
         """
-        completions = [_as_messages(*pair) for pair in zip(prompts, completions, strict=True)]
+        completions = [as_messages(*pair) for pair in zip(prompts, completions, strict=True)]
         _check_columns(columns, len(completions))
         log = Log(len(completions))
         given = dict(columns) | dict(
@@ -218,6 +218,13 @@ def text_of(completion: str | Messages) -> str:
     return completion if isinstance(completion, str) else completion[-1].get("content") or ""
 
 
+def as_messages(prompt: str | Messages, completion: str | Messages) -> str | Messages:
+    """The completion, as one assistant message if it is the text after a prompt of messages."""
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
 class _MetricReward:
     """A metric(record, text) as a reward: what it returns under `key`."""
 
@@ -257,12 +264,6 @@ def _load(name: str) -> tuple[Reward, str]:
     if name.startswith(METRIC):
         return _MetricReward(path, key), label
     return pyfile.load_function(path, key or "reward"), label
-
-
-def _as_messages(prompt: str | Messages, completion: str | Messages) -> str | Messages:
-    if isinstance(prompt, str) or not isinstance(completion, str):
-        return completion
-    return [{"role": "assistant", "content": completion}]
 
 
 def _check_columns(columns: Mapping[str, Sequence[Any]], size: int) -> None:

@@ -83,9 +83,9 @@ def jlora(path: pathlib.Path, tokenizer: Tokenizer, cache: str) -> Callable[[], 
     """What is timed of jlora."""
     from jlora import data
 
-    def make(writer: data.Writer, note: Callable[[str], None]) -> tuple[data.Examples, data.EncodeReport]:
+    def make(writer: data.Writer, note: Callable[[str], None]) -> tuple[data.Items, data.EncodeReport]:
         records = data.iterate_records(path, note=note)
-        return data.encode(records, tokenizer, seq_len=SEQ_LEN, note=note, writer=writer)
+        return data.encode_items(records, tokenizer, seq_len=SEQ_LEN, note=note, writer=writer)
 
     return lambda: data.cached(cache, path, tokenizer, {"seq_len": SEQ_LEN}, make, lambda message: None, least=0)
 

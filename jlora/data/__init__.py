@@ -2,44 +2,35 @@
 
 from jlora.data.batches import Batch, collate, describe, filled
 from jlora.data.cache import cached
-from jlora.data.chat import EncodeReport, answer_text, encodable, encode, split_prompt
+from jlora.data.chat import Arrange, EncodeReport, Progress, answer_text, encodable, encode, encode_items, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
 from jlora.data.files import digest
-from jlora.data.items import (
-    Item,
-    Singles,
-    collate_items,
-    count_tokens,
-    documents_of,
-    encode_preferences,
-    in_order,
-    lengths_of,
-    loader,
-    plan_items,
-    with_mismatched,
-)
+from jlora.data.items import collate_items, count_tokens, in_order, loader, plan_items
 from jlora.data.packing import Step, plan
-from jlora.data.preference import read_preferences
-from jlora.data.prompts import Prompt, PromptReport, encode_prompt, encode_prompts, read_prompts, with_answers
+from jlora.data.preference import iterate_preferences, read_preferences
+from jlora.data.prompts import Prompt, encode_prompt, encode_prompts, iterate_prompts, read_prompts
 from jlora.data.records import OnError, Record, iterate_records, read_records
-from jlora.data.store import Example, Examples, Writer
+from jlora.data.sides import encode_preferences, with_mismatched
+from jlora.data.store import Example, Examples, Item, Items
 from jlora.data.template import fold_system, template_tail, template_variables
 from jlora.data.vocabulary import RESIZE, fitted, unfitted
+from jlora.data.writer import Writer, flat
 
 __all__ = [
     "RESIZE",
+    "Arrange",
     "Batch",
     "DataConfig",
     "EncodeReport",
     "Example",
     "Examples",
     "Item",
+    "Items",
     "OnError",
+    "Progress",
     "Prompt",
-    "PromptReport",
     "Record",
-    "Singles",
     "Step",
     "Writer",
     "answer_text",
@@ -49,18 +40,20 @@ __all__ = [
     "count_tokens",
     "describe",
     "digest",
-    "documents_of",
     "encodable",
     "encode",
+    "encode_items",
     "encode_preferences",
     "encode_prompt",
     "encode_prompts",
     "filled",
     "fitted",
+    "flat",
     "fold_system",
     "in_order",
+    "iterate_preferences",
+    "iterate_prompts",
     "iterate_records",
-    "lengths_of",
     "loader",
     "plan",
     "plan_items",
@@ -72,6 +65,5 @@ __all__ = [
     "template_tail",
     "template_variables",
     "unfitted",
-    "with_answers",
     "with_mismatched",
 ]

@@ -6,8 +6,7 @@ import numpy as np
 
 from jlora.data.chat import EncodeReport
 from jlora.data.packing import Step
-from jlora.data.store import Example
-from jlora.data.template import common_prefix
+from jlora.data.store import Example, common_start
 from jlora.types import BRANCH
 
 Batch = dict[str, np.ndarray]
@@ -84,21 +83,3 @@ def lay_out(examples: Sequence[Example], step: Step, grad_accum: int = 1) -> tup
             first += size
     micro = (grad_accum, -1, step.length)
     return {name: array.reshape(micro) for name, array in batch.items()}, owners.reshape(micro)
-
-
-def common_start(examples: Sequence[Example]) -> int:
-    """How many tokens the examples can share: the length of their common start, as far as it is not trained.
-
-    The last token of a prompt is not shared, because what it predicts differs. A single example shares nothing.
-    """
-    if len(examples) < 2:
-        return 0
-    first, *others = examples
-    alike = min(common_prefix(first.tokens, other.tokens) for other in others)
-    return min(alike, *(_untrained(example) for example in examples))
-
-
-def _untrained(example: Example) -> int:
-    """How many tokens precede the one that predicts the first trained token; all but the last if none is trained."""
-    trained = np.flatnonzero(example.trained[1:])
-    return int(trained[0]) if len(trained) else len(example.tokens) - 1

@@ -16,15 +16,16 @@ import numpy as np
 
 from jlora.data.chat import EncodeReport
 from jlora.data.records import Note
-from jlora.data.store import COLUMNS, Examples, Writer, map_columns
+from jlora.data.store import Items
 from jlora.data.vocabulary import Fitted, unfitted
+from jlora.data.writer import NUMBERS, STREAMS, Writer, open_items
 
-FORMAT = 1  # to be raised when records are encoded otherwise
-FILES = (*COLUMNS, "bounds", "kept")
+FORMAT = 2  # to be raised when records are encoded otherwise
+FILES = (*STREAMS, *NUMBERS, "kept")
 STALE_SECONDS = 24 * 3600
 LEAST_BYTES = 2**20  # of data that are worth a folder
 
-Make = Callable[[Writer, Note], tuple[Examples, EncodeReport]]
+Make = Callable[[Writer, Note], tuple[Items, EncodeReport]]
 
 
 def cached(
@@ -36,7 +37,7 @@ def cached(
     note: Note,
     *,
     least: int = LEAST_BYTES,
-) -> tuple[Examples, EncodeReport]:
+) -> tuple[Items, EncodeReport]:
     """What `make` makes of the data at `path`, from the cache if it is there, or kept in it for the next time.
 
     The cache is a folder in `root`, named by what its contents depend on. A damaged folder is replaced, and if nothing
@@ -45,7 +46,7 @@ def cached(
     Args:
         root: the cache; None for no cache. Slow tokenizers have none either: what is in them cannot be told.
         settings: what else the result depends on; JSON.
-        make: (what takes the documents, what takes notes) → the documents and the report. What it notes is noted again
+        make: (what takes the items, what takes notes) → the items and the report. What it notes is noted again
             when they come from the cache.
         least: bytes of data; less is not kept.
     """
@@ -56,7 +57,7 @@ def cached(
     folder = root / f"{key['data'][:16]}-{_digest(key)[:16]}"
     if folder.exists():
         try:
-            examples, report, notes = _open(folder, key)
+            items, report, notes = _open(folder, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             note(f"the tokens kept in {folder} cannot be used ({error}): the data are encoded again")
             shutil.rmtree(folder, ignore_errors=True)
@@ -64,13 +65,13 @@ def cached(
             for message in notes:
                 note(message)
             note(f"the tokens come from {folder}")
-            return examples, report
+            return items, report
     else:
         _say_what_differs(root, key, note)
     return _make(folder, key, make, note)
 
 
-def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) -> tuple[Examples, EncodeReport]:
+def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) -> tuple[Items, EncodeReport]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     notes: list[str] = []
 
@@ -78,17 +79,17 @@ def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) 
         notes.append(message)
         note(message)
 
-    def fail(error: OSError) -> None:
+    def fail(error: Exception) -> None:
         note(f"the tokens cannot be kept in {folder} ({error}): the run goes on without a cache")
         shutil.rmtree(temporary, ignore_errors=True)
 
     _remove_stale(folder.parent)
     writer = Writer(temporary, fail)
     try:
-        examples, report = make(writer, noted)
+        items, report = make(writer, noted)
         if writer.folder is not None:
             try:
-                _close(temporary, key, examples, report, notes)
+                _close(temporary, key, items, report, notes)
                 os.rename(temporary, folder)
             except OSError as error:
                 if not folder.exists():  # as it may be by now, from another process
@@ -96,17 +97,15 @@ def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) 
     finally:
         writer.close()
         shutil.rmtree(temporary, ignore_errors=True)  # what is mapped stays mapped
-    return examples, report
+    return items, report
 
 
-def _close(
-    folder: pathlib.Path, key: Mapping[str, str], examples: Examples, report: EncodeReport, notes: list[str]
-) -> None:
-    """Writes what the folder lacks besides the documents."""
+def _close(folder: pathlib.Path, key: Mapping[str, str], items: Items, report: EncodeReport, notes: list[str]) -> None:
+    """Writes what the folder lacks besides the items."""
     np.array(report.kept, np.int64).tofile(folder / "kept")
     index = {
         "key": dict(key),
-        "checksum": examples.checksum,
+        "items": {"checksum": items.examples.checksum, "sides": items.sides, "names": list(items.values)},
         "files": {name: [(folder / name).stat().st_size, _checksum(folder / name)] for name in FILES},
         "report": dataclasses.asdict(dataclasses.replace(report, kept=())),
         "notes": notes,
@@ -117,8 +116,8 @@ def _close(
         os.fsync(stream.fileno())
 
 
-def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Examples, EncodeReport, list[str]]:
-    """The documents of a folder, their report, and what was noted when they were made.
+def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Items, EncodeReport, list[str]]:
+    """The items of a folder, their report, and what was noted when they were made.
 
     Raises:
         ValueError, KeyError, TypeError, OSError: the folder is damaged, or of something else.
@@ -129,10 +128,11 @@ def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Examples, Encod
     for name, (size, checksum) in index["files"].items():
         if (folder / name).stat().st_size != size or _checksum(folder / name) != checksum:
             raise ValueError(f"{name} is damaged")
-    bounds = np.fromfile(folder / "bounds", np.int64)
+    items = open_items(folder, **index["items"])
     kept = np.memmap(folder / "kept", np.int64, "r")
-    report = EncodeReport(**index["report"] | {"kept": memoryview(kept), "notes": tuple(index["report"]["notes"])})
-    return Examples(map_columns(folder), bounds, index["checksum"]), report, index["notes"]
+    lists = {name: tuple(value) for name, value in index["report"].items() if isinstance(value, list)}
+    report = EncodeReport(**index["report"] | lists | {"kept": memoryview(kept)})
+    return items, report, index["notes"]
 
 
 def _say_what_differs(root: pathlib.Path, key: Mapping[str, str], note: Note) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jlora.data.layouts import Layouts
 from jlora.data.records import Note, OnError, Record, place_of, settle_faults, warn
 from jlora.data.rendered import Written, write
-from jlora.data.store import Example, Examples, Writer
+from jlora.data.store import Example, Examples, Item, Items
 from jlora.data.template import (
     as_messages,
     common_prefix,
@@ -23,10 +23,12 @@ from jlora.data.template import (
 )
 from jlora.data.tokens import Encoding, Text, encode_together, plain_text, tokenize
 from jlora.data.turns import Turns
+from jlora.data.writer import Writer
 from jlora.errors import UserError, first_few
 
 Remark = Callable[[str], None]
 Progress = Callable[[int], None]
+Arrange = Callable[[Iterator[Item]], Iterable[Item]]
 STOP_IN_WORDS = "the token that ends answers occurs inside an answer, where the model would learn to stop"
 # Marks in templates of what the model writes, for transformers' return_assistant_tokens_mask.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -44,6 +46,7 @@ class EncodeReport:
         untrained: records left out because they would teach nothing after cutting: one of their documents has no
             trained token, or all their documents are equal.
         notes: remarks on some records, each kind once, with how many records it concerns and the first of them.
+        columns: of prompts: the names of all fields that any record has besides its prompt.
     """
 
     examples: int
@@ -54,6 +57,7 @@ class EncodeReport:
     dropped: int
     untrained: int
     notes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 def encode(
@@ -66,10 +70,29 @@ def encode(
     end: bool = True,
     on_error: OnError = "raise",
     note: Note = warn,
-    writer: Writer | None = None,
     progress: Progress | None = None,
 ) -> tuple[Examples, EncodeReport]:
-    """Examples for the records that can be trained on, in order, and a report of what was left out.
+    """The documents of `encode_items`, which says what the arguments are, and the report."""
+    settings = dict(overlong=overlong, completion_only=completion_only, end=end, on_error=on_error, note=note)
+    items, report = encode_items(records, tokenizer, seq_len=seq_len, progress=progress, **settings)
+    return items.examples, report
+
+
+def encode_items(
+    records: Iterable[Record],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    overlong: str = "drop",
+    completion_only: bool = True,
+    end: bool = True,
+    on_error: OnError = "raise",
+    note: Note = warn,
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+    keep: bool = False,
+) -> tuple[Items, EncodeReport]:
+    """An item of one document for each record that can be trained on, in order, and a report of what was left out.
 
     The loss counts every assistant turn of `messages`, or the completion of a prompt, each with the token that ends
     it, so that the model learns to stop. Tokens after the last counted one are dropped. Turns with "train": false are
@@ -82,22 +105,23 @@ def encode(
         completion_only: if False, prompts are counted too.
         end: whether an end-of-text token is added; what a chat template writes after a turn counts either way.
         on_error, note: see `encode_all`.
-        writer: takes the examples; by default they are in memory.
+        writer: takes the items; by default they are in memory.
         progress: called with the number of records encoded, again and again.
+        keep: see `select`.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
     """
-    records, layouts = _with_template(records, tokenizer), Layouts(tokenizer)
+    records, layouts = with_template(records, tokenizer), Layouts(tokenizer)
 
     def one(record: Record, remark: Remark) -> Encoding:
         tokens, trained, held = yield from _encode_record(record, layouts, end, remark)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
         counted = trained | ~held if not completion_only else trained
-        return (Example(tokens[:length], counted[:length]),)
+        return Item((Example(tokens[:length], counted[:length]),))
 
     settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
-    return select(records, one, tokenizer, writer=writer, **settings)
+    return select(records, one, tokenizer, writer=writer, keep=keep, **settings)
 
 
 def select(
@@ -111,13 +135,17 @@ def select(
     note: Note = warn,
     writer: Writer | None = None,
     progress: Progress | None = None,
-) -> tuple[Examples, EncodeReport]:
-    """The documents of each record that can be trained on, none longer than `seq_len`, and a report.
+    arrange: Arrange = iter,
+    keep: bool = False,
+) -> tuple[Items, EncodeReport]:
+    """The items of the records that can be trained on, no document of which is longer than `seq_len`, and a report.
 
     A record is kept or left out as a whole.
 
     Args:
-        encode_record: (record, function to call with a remark on it) → the generator of its documents.
+        encode_record: (record, function to call with a remark on it) → the generator of its item.
+        arrange: (the items of the records) → the items to train on, as many; the report knows only the former.
+        keep: each item is kept with its record.
 
     Raises:
         ValueError: a record cannot be encoded, a record is too long and `overlong` is "error", or nothing remains.
@@ -125,12 +153,12 @@ def select(
 
     def one(record: Record) -> Encoding:
         said: dict[str, None] = {}
-        documents = yield from encode_record(record, said.setdefault)
-        if overlong == "error" and (longest := max(len(document.tokens) for document in documents)) > seq_len:
+        item = yield from encode_record(record, said.setdefault)
+        if overlong == "error" and (longest := _longest(item)) > seq_len:
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
-        return documents, said
+        return dataclasses.replace(item, record=dict(record)) if keep else item, said
 
-    writer, places, given = writer or Writer(), array.array("q"), 0
+    writer, given, tally = writer or Writer(), 0, _Tally(seq_len, overlong)
 
     def counted() -> Iterator[Record]:
         nonlocal given
@@ -138,42 +166,70 @@ def select(
             given += 1
             yield record
 
-    cut = dropped = untrained = tokens = trained_tokens = 0
-    remarks: dict[str, list[int]] = {}
-    for index, (documents, said) in encode_all(counted(), one, tokenizer, on_error=on_error, note=note):
-        if progress:
-            progress(index + 1)
-        if too_long := max(len(document.tokens) for document in documents) > seq_len:
-            if overlong == "drop":
-                dropped += 1
-                continue
-            documents = tuple(Example(d.tokens[:seq_len], d.trained[:seq_len]) for d in documents)
-        if not all(d.trained[1:].any() for d in documents) or _alike(documents):  # nothing predicts the first token
-            untrained += 1
-            continue
-        cut += too_long
-        for remark in said:
-            remarks.setdefault(remark, []).append(index + 1)
-        for document in documents:
-            writer.add(document)
-            tokens += len(document.tokens)
-            trained_tokens += int(document.trained[1:].sum())
-        places.append(index)
-    if not places:
+    def kept() -> Iterator[Item]:
+        for index, (item, said) in encode_all(counted(), one, tokenizer, on_error=on_error, note=note):
+            if progress:
+                progress(index + 1)
+            if found := tally.see(index, item, said):
+                yield found
+
+    for item in arrange(kept()):
+        writer.add(item)
+    if not tally.places:
         raise UserError(
-            f"no token to train on in {given} records: {dropped} are longer than {seq_len} tokens and were "
-            f"dropped, {untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
+            f"no token to train on in {given} records: {tally.dropped} are longer than {seq_len} tokens and were "
+            f"dropped, {tally.untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
         )
-    return writer.finish(), EncodeReport(
-        examples=len(places),
-        tokens=tokens,
-        trained_tokens=trained_tokens,
-        kept=tuple(places) if writer.folder is None else places,
-        cut=cut,
-        dropped=dropped,
-        untrained=untrained,
-        notes=tuple(_describe_remark(remark, numbers) for remark, numbers in remarks.items()),
-    )
+    items = writer.finish()
+    return items, tally.report(tally.places if writer.folder else tuple(tally.places))
+
+
+class _Tally:
+    """Counts what is kept, cut and left out."""
+
+    def __init__(self, seq_len: int, overlong: str) -> None:
+        self._seq_len, self._overlong = seq_len, overlong
+        self.places = array.array("q")
+        self.dropped = self.untrained = self._cut = self._tokens = self._trained_tokens = 0
+        self._remarks: dict[str, list[int]] = {}
+
+    def see(self, index: int, item: Item, said: Iterable[str]) -> Item | None:
+        """What is kept of a record's item, with remarks on it: all of it, its documents' starts, or nothing."""
+        length = self._seq_len
+        if too_long := _longest(item) > length:
+            if self._overlong == "drop":
+                self.dropped += 1
+                return None
+            documents = tuple(Example(one.tokens[:length], one.trained[:length]) for one in item.documents)
+            item = dataclasses.replace(item, documents=documents)
+        # Nothing predicts the first token.
+        if not all(one.trained[1:].any() for one in item.documents) or _alike(item.documents):
+            self.untrained += 1
+            return None
+        self._cut += too_long
+        for remark in said:
+            self._remarks.setdefault(remark, []).append(index + 1)
+        for one in item.documents:
+            self._tokens += len(one.tokens)
+            self._trained_tokens += int(one.trained[1:].sum())
+        self.places.append(index)
+        return item
+
+    def report(self, kept: Sequence[int]) -> EncodeReport:
+        return EncodeReport(
+            examples=len(self.places),
+            tokens=self._tokens,
+            trained_tokens=self._trained_tokens,
+            kept=kept,
+            cut=self._cut,
+            dropped=self.dropped,
+            untrained=self.untrained,
+            notes=tuple(_describe_remark(remark, numbers) for remark, numbers in self._remarks.items()),
+        )
+
+
+def _longest(item: Item) -> int:
+    return max(len(document.tokens) for document in item.documents)
 
 
 def encode_all(
@@ -210,7 +266,7 @@ def encodable(
     records: Sequence[Record], tokenizer: Any, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
     """The records that can be encoded, whatever their length; others raise or are noted, as in `encode_all`."""
-    records, layouts = _with_template(records, tokenizer), Layouts(tokenizer)
+    records, layouts = with_template(records, tokenizer), Layouts(tokenizer)
     found = encode_all(
         records,
         lambda record: _encode_record(record, layouts, True, str),
@@ -265,11 +321,13 @@ def _is_text(record: Record) -> bool:
     return "messages" not in record and isinstance(record["prompt"], str) and isinstance(record["completion"], str)
 
 
-def _with_template(records: Iterable[Record], tokenizer: Any) -> Iterable[Record]:
+def with_template(
+    records: Iterable[Record], tokenizer: Any, is_text: Callable[[Record], bool] | None = None
+) -> Iterable[Record]:
     """The records; without a template all are read first, to say how many are chats."""
     if not tokenizer.chat_template:
         records = list(records)
-        require_template(tokenizer, [not _is_text(record) for record in records])
+        require_template(tokenizer, [not (is_text or _is_text)(record) for record in records])
     return records
 
 

@@ -1,6 +1,8 @@
 """Preference records: TRL's dataset formats in, two normal forms out. No tokens yet."""
 
+import itertools
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,7 @@ from jlora.data.forms import (
     with_system,
 )
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
-from jlora.data.records import Accepted, Note, OnError, Placed, Record, read_rows, warn
+from jlora.data.records import Accepted, Note, OnError, Placed, Record, iterate_rows, warn
 from jlora.data.starts import extract_prompt, holds_question, shared_text_faults, with_question, without_prompt
 from jlora.data.template import as_messages
 from jlora.errors import UserError
@@ -59,6 +61,13 @@ def read_preferences(
     Raises:
         UserError: see `read_rows`.
     """
+    return list(iterate_preferences(path, kind, on_error=on_error, note=note))
+
+
+def iterate_preferences(
+    path: str | pathlib.Path, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
+) -> Iterator[Record]:
+    """The records of `read_preferences`, one after another; see `iterate_rows`."""
     first: set[str] | None = None
 
     def accept(row: Any) -> Accepted:
@@ -72,7 +81,7 @@ def read_preferences(
                 return Accepted([], [f"found the numbers {here}, expected {there}, as in the first record"])
         return found
 
-    records = read_rows(path, accept, _FORMS[kind], on_error=on_error, note=note)
+    records = iterate_rows(path, accept, _FORMS[kind], on_error=on_error, note=note)
     return records if kind == "pairs" else _unpair(records)
 
 
@@ -264,14 +273,12 @@ def _number_faults(field: str, value: Any) -> list[str]:
     )
 
 
-def _unpair(records: list[Record]) -> list[Record]:
+def _unpair(records: Iterable[Record]) -> Iterator[Record]:
     """Every pair as two records: in each block the chosen answers first, then the rejected ones."""
-    unpaired = []
-    for start in range(0, len(records), _UNPAIRING_BLOCK):
-        block = records[start : start + _UNPAIRING_BLOCK]
-        unpaired += [_half(record, "chosen") if "chosen" in record else record for record in block]
-        unpaired += [_half(record, "rejected") for record in block if "chosen" in record]
-    return unpaired
+    records = iter(records)
+    while block := list(itertools.islice(records, _UNPAIRING_BLOCK)):
+        yield from (_half(record, "chosen") if "chosen" in record else record for record in block)
+        yield from (_half(record, "rejected") for record in block if "chosen" in record)
 
 
 def _half(record: Record, side: str) -> Record:

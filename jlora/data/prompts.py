@@ -1,11 +1,13 @@
 """Prompts for online learning: records to generate from, and their tokens."""
 
-import dataclasses
+import array
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jlora.data.chat import answer_text, encode_all, split_prompt
+import numpy as np
+
+from jlora.data.chat import EncodeReport, Progress, answer_text, encode_all, split_prompt
 from jlora.data.forms import (
     answer,
     asks,
@@ -17,27 +19,16 @@ from jlora.data.forms import (
     with_system,
 )
 from jlora.data.messages import kind_of, message_faults, side_faults
-from jlora.data.records import Accepted, Note, OnError, Record, read_rows, warn
+from jlora.data.records import Accepted, Note, OnError, Record, iterate_rows, warn
 from jlora.data.rendered import write
+from jlora.data.store import Example, Item, Items
 from jlora.data.template import template_variables
 from jlora.data.tokens import Encoding, Text, encode_alone, plain_text
+from jlora.data.writer import Writer
 from jlora.errors import UserError
 
 Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with a question ("instruction", "question")'
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptReport:
-    """What became of the prompts.
-
-    Attributes:
-        kept: index of the record of each kept prompt.
-        dropped: how many prompts were left out because they are too long.
-    """
-
-    kept: tuple[int, ...]
-    dropped: int
 
 
 def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
@@ -51,56 +42,87 @@ def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
     Raises:
         UserError: see `read_rows`.
     """
-    return read_rows(path, _accept, _FORMS, on_error=on_error, note=note)
+    return list(iterate_prompts(path, on_error=on_error, note=note))
+
+
+def iterate_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
+    """The records of `read_prompts`, one after another; see `iterate_rows`."""
+    return iterate_rows(path, _accept, _FORMS, on_error=on_error, note=note)
 
 
 def encode_prompts(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Any,
     max_prompt_length: int,
     *,
     overlong: str = "drop",
     on_error: OnError = "raise",
     note: Note = warn,
-) -> tuple[list[list[int]], PromptReport]:
-    """The tokens of each prompt that is not too long, in order, and a report of which records they belong to.
+    writer: Writer | None = None,
+    progress: Progress | None = None,
+) -> tuple[Items, EncodeReport]:
+    """An item for each prompt that is not too long, in order, and a report.
+
+    Its one document is the prompt, no token of which is trained. The records, whose other columns rewards are given,
+    are kept with the items, since they are asked for in any order as long as a run goes on. In them, the "completion"
+    of an answer that calls tools is that turn as the template writes it.
 
     Args:
+        records: they are read once.
         overlong: what happens to longer prompts: "drop" leaves them out, "error" raises.
         on_error, note: see `encode_all`.
+        writer, progress: see `encode`.
 
     Raises:
-        UserError: a prompt cannot be encoded, a prompt is too long and `overlong` is "error", or none remains.
+        UserError: a prompt cannot be encoded, a prompt is too long and `overlong` is "error", or none remains; or the
+            template cannot write an answer.
     """
+    columns: set[str] = set()
 
     def one(record: Record) -> Encoding:
+        columns.update(record)
         tokens = yield from _encode_prompt(record["prompt"], tokenizer, template_variables(record))
         if overlong == "error" and len(tokens) > max_prompt_length:
             raise UserError(f"found {len(tokens)} tokens, expected at most {max_prompt_length}")
-        return tokens
+        return record, tokens
 
-    found = list(encode_all(records, one, tokenizer, noun="prompts", on_error=on_error, note=note))
-    encoded = [(index, tokens) for index, tokens in found if len(tokens) <= max_prompt_length]
-    if not encoded:
-        raise UserError(f"all {len(records)} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
-    kept = tuple(index for index, _ in encoded)
-    return [tokens for _, tokens in encoded], PromptReport(kept, len(found) - len(kept))
+    writer, places, dropped = writer or Writer(), array.array("q"), 0
+    found = encode_all(records, one, tokenizer, noun="prompts", on_error=on_error, note=note)
+    for index, (record, tokens) in found:
+        if progress:
+            progress(index + 1)
+        if len(tokens) > max_prompt_length:
+            dropped += 1
+            continue
+        document = Example(tokens, np.zeros(len(tokens), np.bool_))
+        writer.add(Item((document,), record=_with_answer(record, tokenizer)))
+        places.append(index)
+    if not places:
+        raise UserError(f"all {dropped} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
+    items = writer.finish()
+    return items, EncodeReport(
+        examples=len(items),
+        tokens=len(items.examples.columns["tokens"]),
+        trained_tokens=0,
+        kept=places if writer.folder else tuple(places),
+        cut=0,
+        dropped=dropped,
+        untrained=0,
+        columns=tuple(sorted(columns - {"prompt"})),
+    )
 
 
-def with_answers(records: Sequence[Record], tokenizer: Any) -> list[Record]:
-    """The records of `read_prompts`; where an answer calls tools, "completion" is that turn as the template writes it.
+def _with_answer(record: Record, tokenizer: Any) -> Record:
+    """The record; where the answer calls tools, "completion" is that turn as the template writes it.
 
     Raises:
         UserError: the template cannot write the answer.
     """
-    found = []
-    for record in records:
-        messages = record.get("messages") or [{}]
-        called = messages[-1].get("role") == "assistant" and messages[-1].get("tool_calls")
-        if called and record.get("completion") == (messages[-1].get("content") or ""):
-            record = {**record, "completion": answer_text(record, tokenizer)}
-        found.append(record)
-    return found
+    last = (record.get("messages") or [{}])[-1]
+    called = last.get("role") == "assistant" and last.get("tool_calls")
+    if called and record.get("completion") == (last.get("content") or ""):
+        return {**record, "completion": answer_text(record, tokenizer)}
+    return record
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -113,7 +135,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] |
         UserError: the prompt is empty, it is messages and the tokenizer has no chat template, or the template refuses
             the messages or leaves out some of their words.
     """
-    return encode_alone(_encode_prompt(prompt, tokenizer, variables), tokenizer)
+    return encode_alone(_encode_prompt(prompt, tokenizer, variables), tokenizer).tolist()
 
 
 def _encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] | None) -> Encoding:
@@ -126,7 +148,7 @@ def _encode_prompt(prompt: Prompt, tokenizer: Any, variables: Mapping[str, Any] 
     [found] = yield [text]
     if not len(found.ids):
         raise UserError("found an empty prompt: there is nothing to continue")
-    return found.ids.tolist()
+    return found.ids
 
 
 def _accept(row: Any) -> Accepted:

@@ -1,16 +1,16 @@
-"""Encoded documents in a few flat arrays, in memory or mapped from files, so that each costs only its tokens."""
+"""Encoded documents and items in a few flat arrays, in memory or mapped from files: each costs only its tokens."""
 
-import array
 import dataclasses
-import io
-import os
-import pathlib
-import zlib
-from collections.abc import Callable, Sequence
-from typing import BinaryIO, overload
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
+
+from jlora.data.template import common_prefix
+
+Record = dict[str, Any]
 
 COLUMNS = {"tokens": np.int32, "trained": np.bool_}
 
@@ -21,6 +21,19 @@ class Example:
 
     tokens: Int32[np.ndarray, " T"]
     trained: Bool[np.ndarray, " T"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+    """Documents that belong in one step: (chosen, rejected), or a single one; and the numbers that go with them.
+
+    Attributes:
+        record: what the item was made of, if that is to be kept with it. The items of `Items` do not have it.
+    """
+
+    documents: tuple[Example, ...]
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    record: Record | None = None
 
 
 class Examples(Sequence[Example]):
@@ -54,81 +67,85 @@ class Examples(Sequence[Example]):
         return Example(*(self.columns[name][self.bounds[place] : self.bounds[place + 1]] for name in COLUMNS))
 
 
-class Writer:
-    """Takes documents one by one and makes `Examples` of them.
+class Records(Sequence[Record]):
+    """Records that lie one after another as JSON, and exist only while somebody looks at them."""
 
-    Args:
-        folder: where their arrays are written, one file each; None for memory.
-        fail: called with the OSError if they cannot be written; memory then holds them.
+    def __init__(self, text: np.ndarray, bounds: Int64[np.ndarray, " N"]) -> None:
+        self._text, self._bounds = text, bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return json.loads(self._text[self._bounds[place] : self._bounds[place + 1]].tobytes())
+
+
+class Items(Sequence[Item]):
+    """Items of equally many documents, which exist only while somebody looks at them.
+
+    Attributes:
+        examples: their documents, those of an item one after another.
+        sides: the number of documents of each item.
+        values: float64 [N] by name: the numbers that go with them.
+        shared: int32 [N], `common_start` of each item's documents.
+        records: the records that were kept with the items.
     """
 
     def __init__(
-        self, folder: pathlib.Path | None = None, fail: Callable[[OSError], None] = lambda error: None
+        self,
+        examples: Examples,
+        sides: int = 1,
+        values: Mapping[str, np.ndarray] | None = None,
+        shared: np.ndarray | None = None,
+        records: Sequence[Record] = (),
     ) -> None:
-        self.folder, self._fail = folder, fail
-        self._sizes, self._checksum = array.array("q", [0]), 0
-        self._streams: dict[str, BinaryIO] = {name: io.BytesIO() for name in COLUMNS}
-        if folder is not None:
-            try:
-                folder.mkdir(parents=True)
-                self._streams = {name: open(folder / name, "x+b", buffering=0) for name in COLUMNS}  # noqa: SIM115
-            except OSError as error:
-                self._to_memory(error)
+        self.examples, self.sides, self.values, self.records = examples, sides, dict(values or {}), records
+        self.shared = np.zeros(len(self), np.int32) if shared is None else shared
 
-    def add(self, example: Example) -> None:
-        """Appends a document."""
-        for name, kind in COLUMNS.items():
-            content = np.ascontiguousarray(getattr(example, name), kind).tobytes()
-            self._checksum = zlib.crc32(content, self._checksum)
-            try:
-                self._write(name, content)
-            except OSError as error:
-                self._to_memory(error)
-                self._write(name, content)
-        self._sizes.append(self._sizes[-1] + len(example.tokens))
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each document of each item, int64 [N, S]."""
+        return self.examples.lengths.reshape(-1, self.sides)
 
-    def finish(self) -> Examples:
-        """The documents; those in files are mapped, and the files complete."""
-        bounds = np.array(self._sizes, np.int64)
-        if self.folder is not None:
-            try:
-                for stream in self._streams.values():
-                    os.fsync(stream.fileno())
-                bounds.tofile(self.folder / "bounds")
-            except OSError as error:
-                self._to_memory(error)
-        if self.folder is not None:
-            self.close()
-            columns = map_columns(self.folder)
-        else:
-            columns = {name: np.frombuffer(self._streams[name].getbuffer(), kind) for name, kind in COLUMNS.items()}
-        return Examples(columns, bounds, f"{self._checksum:08x}")
+    def with_values(self, values: Mapping[str, np.ndarray]) -> "Items":
+        """The items with these numbers added to theirs."""
+        return Items(self.examples, self.sides, self.values | dict(values), self.shared, self.records)
 
-    def close(self) -> None:
-        """Closes the files; for a writer that cannot finish."""
-        if self.folder is not None:
-            for stream in self._streams.values():
-                stream.close()
+    def __len__(self) -> int:
+        return len(self.examples) // self.sides
 
-    def _write(self, name: str, content: bytes) -> None:
-        """Writes all of the content behind what is whole already."""
-        stream, start = self._streams[name], self._sizes[-1] * np.dtype(COLUMNS[name]).itemsize
-        stream.seek(start)
-        rest = memoryview(content)
-        while len(rest):
-            rest = rest[stream.write(rest) :]
-
-    def _to_memory(self, error: OSError) -> None:
-        """Goes on in memory, with what was written."""
-        self._fail(error)
-        streams, self._streams = self._streams, {name: io.BytesIO() for name in COLUMNS}
-        for name, stream in streams.items():
-            stream.seek(0)
-            self._streams[name].write(stream.read())
-            stream.close()
-        self.folder = None
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        documents = self.examples[place * self.sides : (place + 1) * self.sides]
+        return Item(tuple(documents), {name: float(values[place]) for name, values in self.values.items()})
 
 
-def map_columns(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of the files of a folder, mapped to memory; they have at least one element."""
-    return {name: np.memmap(folder / name, kind, "r").view(np.ndarray) for name, kind in COLUMNS.items()}
+def common_start(examples: Sequence[Example]) -> int:
+    """How many tokens the examples can share: the length of their common start, as far as it is not trained.
+
+    The last token of a prompt is not shared, because what it predicts differs. A single example shares nothing.
+    """
+    if len(examples) < 2:
+        return 0
+    first, *others = examples
+    alike = min(common_prefix(first.tokens, other.tokens) for other in others)
+    return min(alike, *(_untrained(example) for example in examples))
+
+
+def _untrained(example: Example) -> int:
+    """How many tokens precede the one that predicts the first trained token; all but the last if none is trained."""
+    trained = np.flatnonzero(example.trained[1:])
+    return int(trained[0]) if len(trained) else len(example.tokens) - 1

@@ -207,8 +207,8 @@ def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
         with pytest.raises(UserError, match="1 of 1 records cannot be encoded:"):
             encoder(given[:1], tokenizer, seq_len=64, on_error="skip")
     notes = []
-    tokens, report = encode_prompts(pairs, tokenizer, 64, on_error="skip", note=notes.append)
-    assert (len(tokens), report.kept, report.dropped) == (2, (1, 3), 0)
+    items, report = encode_prompts(pairs, tokenizer, 64, on_error="skip", note=notes.append)
+    assert (len(items), report.kept, report.dropped) == (2, (1, 3), 0)
     assert "2 of 4 prompts cannot be encoded and are left out" in notes[0]
 
 

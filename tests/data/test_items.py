@@ -114,7 +114,7 @@ def test_a_mismatched_answer_is_cut_and_needs_another_item(byte_tokenizer):
     with pytest.raises(ValueError, match="found batch_size=1, expected 2 or more"):
         with_mismatched(items, 1, seq_len=5)
     with pytest.raises(ValueError, match=r"found items of \[2\] documents"):
-        with_mismatched(with_mismatched(items, 2, seq_len=5), 2, seq_len=5)
+        list(with_mismatched(with_mismatched(items, 2, seq_len=5), 2, seq_len=5))
 
 
 def test_what_a_template_writes_behind_an_answer_is_the_end_of_its_document(tokenizer, byte_tokenizer, text_tokenizer):

@@ -6,7 +6,7 @@ import json
 import pytest
 import tokenizers
 
-from jlora.data import encode, encode_prompt, encode_prompts, read_prompts, with_answers
+from jlora.data import encode, encode_prompt, encode_prompts, read_prompts
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -63,8 +63,8 @@ def test_messages_end_with_the_opening_of_an_answer(tokenizer, prompt):
 def test_tools_and_settings_reach_the_chat_template(make_tokenizer, tmp_path):
     tokenizer = make_tokenizer("{{ tools | tojson if tools }}{{ mood }}{{ messages[0].content }}", "<|im_end|>")
     [record] = read(tmp_path, {"prompt": [USER], "tools": '[{"name": "f"}]', "chat_template_kwargs": {"mood": "glad"}})
-    [tokens], _ = encode_prompts([record], tokenizer, 99)
-    assert tokenizer.decode(tokens) == '[{"name": "f"}]gladq'
+    [item], _ = encode_prompts([record], tokenizer, 99)
+    assert tokenizer.decode(item.documents[0].tokens) == '[{"name": "f"}]gladq'
 
 
 def test_text_is_continued_as_it_is(tokenizer):
@@ -85,8 +85,10 @@ def test_a_text_that_begins_with_the_beginning_of_text_gets_no_second_one(make_t
 
 def test_long_prompts_are_dropped_or_refused(byte_tokenizer):
     records = [{"prompt": text} for text in ("abc", "abcdef", "ab", "abcde")]
-    tokens, report = encode_prompts(records, byte_tokenizer, 3)
-    assert [byte_tokenizer.decode(ids) for ids in tokens] == ["abc", "ab"]
+    items, report = encode_prompts(records, byte_tokenizer, 3)
+    assert [byte_tokenizer.decode(one.tokens) for one in items.examples] == ["abc", "ab"]
+    assert not items.examples.columns["trained"].any()
+    assert list(items.records) == [records[0], records[2]]
     assert (report.kept, report.dropped) == ((0, 2), 2)
     with pytest.raises(ValueError) as error:
         encode_prompts(records, byte_tokenizer, 3, overlong="error")
@@ -111,6 +113,6 @@ def test_an_answer_that_calls_a_tool_is_the_call_as_the_template_writes_it(tmp_p
     calling.chat_template = tokenizer.chat_template.replace(
         "message.content +", "message.content + (message.tool_calls | tojson if message.tool_calls else '') +"
     )
-    called, mine, asked = with_answers(records, calling)
+    called, mine, asked = encode_prompts(records, calling, 99)[0].records
     assert called == records[0] | {"completion": json.dumps([call])}
     assert (mine, asked) == (records[1], records[2])

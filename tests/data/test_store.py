@@ -1,11 +1,12 @@
 """Documents in flat arrays: the same in memory and in files, and none lost when the disk is full."""
 
+import datetime
 import errno
 
 import numpy as np
 import pytest
 
-from jlora.data import Example, Examples, Item, Singles, Writer, collate_items, plan_items
+from jlora.data import Example, Examples, Item, Items, Writer, collate_items, plan_items
 
 
 def documents(count=7):
@@ -17,8 +18,8 @@ def documents(count=7):
 def written(given, folder=None, fail=lambda error: None):
     writer = Writer(folder, fail)
     for one in given:
-        writer.add(one)
-    return writer.finish()
+        writer.add(Item((one,)))
+    return writer.finish().examples
 
 
 def check(found: Examples, given):
@@ -65,10 +66,30 @@ def test_a_full_disk_loses_nothing(tmp_path, room, name):
     writer = Writer(tmp_path / "one", errors.append)
     writer._streams[name] = Full(writer._streams[name], room)
     for one in given:
-        writer.add(one)
-    check(writer.finish(), given)
+        writer.add(Item((one,)))
+    check(writer.finish().examples, given)
     assert [error.errno for error in errors] == [errno.ENOSPC]
     assert writer.folder is None
+
+
+@pytest.mark.parametrize("room", [None, 100])
+def test_records_are_kept_with_their_items(tmp_path, room):
+    records, errors = [{"prompt": "é", "n": 1.5}, {"m": [{"k": None}]}, {"x": "y" * 50}, {}], []
+    dated = [*records[:2], {"day": datetime.date(2026, 1, 2)}, records[3]]
+    for given, said in ((records, []), (dated, ["Object of type date is not JSON serializable"])):
+        writer = Writer(tmp_path / said[0] if said else tmp_path / "one", errors.append)
+        if room:
+            writer._streams["records"] = Full(writer._streams["records"], 30)
+            said = ["No space left on device"]
+        for one, record in zip(documents(4), given, strict=True):
+            writer.add(Item((one,), record=record))
+        items = writer.finish()
+        check(items.examples, documents(4))
+        assert list(items.records) == given
+        assert items.records[-3:-1] == given[1:3]
+        assert [said[0] in str(error) for error in errors] == [True] * len(said)
+        assert (writer.folder is None) == bool(said)
+        errors.clear()
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
@@ -80,7 +101,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 def test_items_that_are_made_when_looked_at_are_planned_and_collated_as_others():
     given = documents(40)
-    lazy, items = Singles(written(given)), [Item((one,)) for one in given]
+    lazy, items = Items(written(given)), [Item((one,)) for one in given]
     settings = dict(seq_len=64, batch_size=2, packing=True, epochs=1)
     steps = plan_items(lazy, **settings)
     assert steps == plan_items(items, **settings)

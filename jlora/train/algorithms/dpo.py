@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -128,7 +127,7 @@ def _report(pairs: Pairs, beta: float, scores: TokenScores, batch: Batch) -> Rep
     return Report(token_sums(scores, batch), pair_items(pairs, pairs.chosen, pairs.rejected, *rewards))
 
 
-def _check(config: SharedConfig, items: Sequence[data.Item], held_out: Sequence[data.Item]) -> None:
+def _check(config: SharedConfig, items: judged.Items, held_out: judged.Items) -> None:
     """Raises UserError if the reference's log-probabilities in the files cannot be used.
 
     The rewards of training and evaluation would be relative to two different references, or dpo.ld_alpha is set
@@ -149,27 +148,24 @@ def _check(config: SharedConfig, items: Sequence[data.Item], held_out: Sequence[
         )
 
 
-def _reference(config: SharedConfig, items: Sequence[data.Item]) -> str:
+def _reference(config: SharedConfig, items: judged.Items) -> str:
     if CHOSEN in items[0].values:
         return f"the one whose log-probabilities are in {config.data.path}"
     name = reference_name(config)
     return f"{name}, scored once before the first step" if config.dpo.precompute_ref_log_probs else name
 
 
-def _with_reference(config: SharedConfig, base: Base, items: Sequence[data.Item]) -> Sequence[data.Item]:
+def _with_reference(config: SharedConfig, base: Base, items: judged.Items) -> judged.Items:
     """The pairs with the reference's log-probabilities added to their values, if these are to be known beforehand."""
     if not items or not config.dpo.precompute_ref_log_probs or CHOSEN in items[0].values:
         return items
+    items = data.flat(items)
     score = sharding.jit(functools.partial(reference_sums, base.model, ld_alpha=config.dpo.ld_alpha))
-    found: list[data.Item] = []
+    found = []
     for batch in files.in_order(config, items, judged.shared(config)):
         rows = jax.tree.map(lambda leaf: leaf[0], sharding.put_batch(batch, base.mesh))
-        sums = sharding.on_host(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0]
-        for chosen, rejected in sums.T:
-            item = items[len(found)]
-            values = item.values | {CHOSEN: float(chosen), REJECTED: float(rejected)}
-            found.append(dataclasses.replace(item, values=values))
-    return found
+        found.append(sharding.on_host(score(base.constants, rows)).reshape(2, -1)[:, np.asarray(rows["items"]) > 0])
+    return items.with_values(dict(zip((CHOSEN, REJECTED), np.concatenate(found, axis=1), strict=True)))
 
 
 DPO = judged.algorithm(

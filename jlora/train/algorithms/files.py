@@ -2,12 +2,10 @@
 
 import functools
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jlora import data, sharding
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
@@ -18,12 +16,41 @@ from jlora.train.step import Batch, Metrics
 
 # (the steps of a run, base) → its job
 Start = Callable[[Sequence[data.Step], Base], Job]
+# (what takes the items, what takes notes, what is told the number of records done) → the items and a report
+Encode = Callable[[data.Writer, Note, data.Progress], tuple[data.Items, data.EncodeReport]]
+
+
+def encoded(
+    config: SharedConfig,
+    path: str | None,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    encode: Encode,
+    note: Note,
+    *,
+    what: str,
+) -> tuple[data.Items, data.EncodeReport]:
+    """The items of a file and a report, from the cache or encoded now, as `data.cached` says.
+
+    Args:
+        path: None for data that no file holds; they are not cached.
+        settings: what `encode` depends on besides file and tokenizer; JSON.
+        what: what is counted and what happens to it: "records encoded".
+    """
+    told = Told(note, what)
+
+    def make(writer: data.Writer, note: Note) -> tuple[data.Items, data.EncodeReport]:
+        return encode(writer, note, told)
+
+    if path is None:
+        return make(data.Writer(), note)
+    return data.cached(config.data.cache, path, tokenizer, {"what": what} | dict(settings), make, note)
 
 
 def plan(
     config: SharedConfig,
-    items: Sequence[data.Item],
-    encoded: data.EncodeReport,
+    items: data.Items,
+    report: data.EncodeReport,
     start: Start,
     note: Note,
     *,
@@ -39,10 +66,9 @@ def plan(
     """
     train = config.train
     steps = _steps(config, items, share, train.epochs, train.steps)
-    note(f"{len(items)} {noun}, {data.describe(encoded, steps)}")
-    documents = data.documents_of(items)
-    longest = max(int(data.lengths_of(some).max(initial=0)) for some in (documents, data.documents_of(held_out)))
-    return Plan(len(steps), functools.partial(start, steps), longest, checksum(documents))
+    note(f"{len(items)} {noun}, {data.describe(report, steps)}")
+    longest = max(int(data.flat(some).lengths.max()) for some in (items, held_out) if some)
+    return Plan(len(steps), functools.partial(start, steps), longest, items.examples.checksum)
 
 
 def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, share: bool = False) -> Plan:
@@ -74,17 +100,6 @@ def _steps(
         steps=steps,
         share=share,
     )
-
-
-def checksum(examples: Iterable[data.Example]) -> str:
-    """A checksum of the examples' tokens, which of them are trained, and their order, as eight hex digits."""
-    if isinstance(examples, data.Examples):
-        return examples.checksum
-    found = 0
-    for example in examples:
-        found = zlib.crc32(np.asarray(example.tokens, np.int32).tobytes(), found)
-        found = zlib.crc32(np.asarray(example.trained, np.bool_).tobytes(), found)
-    return f"{found:08x}"
 
 
 class Told:

@@ -122,7 +122,7 @@ def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
             evaluate=lambda state: rollout.evaluate(sampler, held_out, state.trainable, int(state.step)),
         )
 
-    longest = max(map(len, prompts.tokens)) + config.rollout.max_completion_length
+    longest = prompts.longest + config.rollout.max_completion_length
     return Plan(config.train.steps, start, longest, prompts.checksum)
 
 

@@ -34,7 +34,8 @@ class Method:
         report: (a step's metrics) → numbers for the log.
         panels: panels of curves.png.
         shares: (settings) → whether the answers to a prompt share one copy of it.
-        arrange: (settings, encoded items) → the items to train on.
+        arrange: (settings) → (the items as encoded) → the items to train on, one after another.
+        arranged: (settings) → what the arrangement depends on, as JSON.
         check: (settings, items, held-out items) → None; raises UserError if the data do not fit the settings.
         reference: (settings, items) → the reference policy in words; None if there is none.
         complete: (settings, base, items) → the items with the values that only a model gives.
@@ -47,7 +48,8 @@ class Method:
     report: Callable[[Metrics], Numbers]
     panels: tuple[tuple[str, tuple[str, ...]], ...]
     shares: Callable[[SharedConfig], bool] = shared
-    arrange: Callable[[SharedConfig, Items], Items] = lambda config, items: items
+    arrange: Callable[[SharedConfig], data.Arrange] = lambda config: iter
+    arranged: Callable[[SharedConfig], Any] = lambda config: None
     check: Callable[[SharedConfig, Items, Items], None] = lambda config, items, held_out: None
     reference: Callable[[SharedConfig, Items], str] | None = None
     complete: Callable[[SharedConfig, Base, Items], Items] = lambda config, base, items: items
@@ -69,13 +71,13 @@ def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = Fals
 def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the preferences of `data.path`."""
     read = functools.partial(_read_items, method, config, tokenizer, note)
-    items, encoded, _ = read(config.data.path)
-    held_out, _, records = read(config.data.eval_path) if config.data.eval_path else ([], None, [])
+    items, report = read(config.data.path)
+    held_out = read(config.data.eval_path, keep=True)[0] if config.data.eval_path else ()
     method.check(config, items, held_out)
     start = functools.partial(_start, method, config, items, held_out, note)
-    noun = "pairs" if method.kind == "pairs" else "answers"
-    share = method.shares(config)
-    planned = files.plan(config, items, encoded, start, note, noun=noun, share=share, held_out=held_out)
+    noun, share = "pairs" if method.kind == "pairs" else "answers", method.shares(config)
+    planned = files.plan(config, items, report, start, note, noun=noun, share=share, held_out=held_out)
+    records = data.flat(held_out).records if held_out else ()
     return dataclasses.replace(planned, held_out=list(map(_answered, filter(_wanted, records))))
 
 
@@ -84,7 +86,7 @@ def fullest(method: Method, config: SharedConfig) -> Plan:
     train = config.train
     documents = (data.filled(train.seq_len),) * _sides(method)
     item = data.Item(documents, method.values(config))
-    items = method.arrange(config, [item] * (2 * train.batch_size * train.grad_accum))
+    items = data.flat(list(method.arrange(config)(iter([item] * (2 * train.batch_size * train.grad_accum)))))
     start = functools.partial(_start, method, config, items, (), lambda message: None)
     return files.fullest(config, items, start, share=method.shares(config))
 
@@ -134,16 +136,22 @@ def _start(
 
 
 def _read_items(
-    method: Method, config: SharedConfig, tokenizer: Any, note: Note, path: str
-) -> tuple[Items, data.EncodeReport, Sequence[data.Record]]:
-    """The items of a file, a report on their encoding, and their records."""
-    settings = dict(on_error=config.data.on_error, note=note)
-    records = data.read_preferences(path, method.kind, **settings)
-    lengths = dict(seq_len=config.train.seq_len, overlong=config.data.overlong)
-    items, report = data.encode_preferences(records, tokenizer, method.kind, **lengths, **settings)
+    method: Method, config: SharedConfig, tokenizer: Any, note: Note, path: str, keep: bool = False
+) -> tuple[data.Items, data.EncodeReport]:
+    """The items of a file, and a report on their encoding; with `keep`, the items have their records."""
+    on_error = config.data.on_error
+    settings = dict(seq_len=config.train.seq_len, overlong=config.data.overlong, on_error=on_error, keep=keep)
+
+    def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
+        records = data.iterate_preferences(path, method.kind, on_error=on_error, note=note)
+        common = dict(note=note, writer=writer, progress=progress, arrange=method.arrange(config))
+        return data.encode_preferences(records, tokenizer, method.kind, **common, **settings)
+
+    key = settings | {"kind": method.kind, "arranged": method.arranged(config)}
+    items, report = files.encoded(config, path, tokenizer, key, encode, note, what="judged answers encoded")
     for remark in report.notes:
         note(remark)
-    return method.arrange(config, items), report, [records[place] for place in report.kept]
+    return items, report
 
 
 def _evaluate(

@@ -1,7 +1,7 @@
 """KTO: single answers labelled good or bad, relative to a reference policy."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from typing import Literal
 
 import jax
@@ -106,11 +106,11 @@ def report(metrics: Metrics) -> Numbers:
     return numbers
 
 
-def _with_others(config: SharedConfig, items: Sequence[data.Item]) -> Sequence[data.Item]:
-    """The items; for the estimate of the KL, each with a second document: its prompt with another item's answer."""
+def _arrange(config: SharedConfig) -> data.Arrange:
+    """For the estimate of the KL, each item gets a second document: its prompt with another item's answer."""
     if config.kto.loss_type != "kto":
-        return items
-    return data.with_mismatched(items, config.train.batch_size, seq_len=config.train.seq_len)
+        return iter
+    return functools.partial(data.with_mismatched, batch_size=config.train.batch_size, seq_len=config.train.seq_len)
 
 
 KTO = judged.algorithm(
@@ -119,7 +119,8 @@ KTO = judged.algorithm(
         objective,
         report,
         PANELS,
-        arrange=_with_others,
+        arrange=_arrange,
+        arranged=lambda config: config.train.batch_size if config.kto.loss_type == "kto" else None,
         reference=lambda config, items: reference_name(config),
         values=lambda config: {"label": 1.0},
     ),

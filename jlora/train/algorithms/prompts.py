@@ -1,9 +1,10 @@
 """The prompts of a run that samples their completions, and what judges these; nothing is sampled yet."""
 
+import collections
 import dataclasses
 import functools
-import zlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jlora import data
 from jlora.errors import UserError
+from jlora.train.algorithms import files
 from jlora.train.algorithms.algorithm import Note
 from jlora.train.rewards.judging import Rewards, load_rewards
 from jlora.train.rewards.tasks import reasoning_tasks
@@ -21,24 +23,38 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """A set of prompts, as the records that rewards see and as tokens."""
+    """A set of prompts.
 
-    records: tuple[Record, ...]
-    tokens: tuple[list[int], ...]
-    columns: frozenset[str] = frozenset()  # all columns that any record of the set has
+    Attributes:
+        items: each prompt's tokens as one document.
+        records: what rewards see of each. Those of a file are parsed again whenever they are asked for.
+        columns: all columns that any record of the set has.
+    """
+
+    items: data.Items
+    records: Sequence[Record]
+    columns: frozenset[str] = frozenset()
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest prompt."""
+        return int(self.items.lengths.max())
 
     @property
     def checksum(self) -> str:
         """A checksum of the tokens, as eight hex digits."""
-        rows = [f"{np.asarray(tokens).tolist()}" for tokens in self.tokens]
-        return f"{zlib.crc32(chr(10).join(rows).encode()):08x}"
+        return self.items.examples.checksum
+
+    def tokens(self, number: int) -> list[int]:
+        """The tokens of a prompt."""
+        return self.items.examples[number].tokens.tolist()
 
     def order(self, seed: int, first: int, count: int) -> list[int]:
         """The prompts at positions `first` to `first + count - 1` of an endless shuffled order.
 
         Each prompt comes once per epoch.
         """
-        size = len(self.records)
+        size = len(self.items)
         chosen = []
         for number in range(first, first + count):
             epoch, place = divmod(number, size)
@@ -77,47 +93,78 @@ def read_prompts(config: SharedConfig, tokenizer: Any, note: Note) -> tuple[Prom
             **dict(settings.task_settings),
         )
         names = [reward if given == "reasoning_gym" else given for given in names or ["reasoning_gym"]]
+        sets = [_encode_task(config, tokenizer, note, some) for some in (train, held_out) if some]
     else:
         if settings.system_prompt or settings.num_fewshot:
             raise UserError(
                 "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
             )
-        read = functools.partial(data.read_prompts, on_error=config.data.on_error, note=note)
-        train = read(config.data.path)
-        held_out = read(config.data.eval_path)[: settings.eval_size] if config.data.eval_path else []
-    judges = _judges(config, names, [train, held_out])
-    room = config.train.seq_len - settings.max_completion_length
-    prompts = _encode(train, tokenizer, room, config.data, note)
-    note(f"{len(prompts.records)} prompts of up to {max(map(len, prompts.tokens))} tokens")
-    return prompts, _encode(held_out, tokenizer, room, config.data, note) if held_out else None, judges
+        sets = [_encode_file(config, tokenizer, note, config.data.path, None)]
+        if config.data.eval_path:
+            sets.append(_encode_file(config, tokenizer, note, config.data.eval_path, settings.eval_size))
+    judges = _judges(config, names, sets)
+    prompts, held_out = [*sets, None][:2]
+    note(f"{len(prompts.items)} prompts of up to {prompts.longest} tokens")
+    return prompts, held_out, judges
 
 
-def _judges(config: SharedConfig, names: Sequence[Any], sets: Sequence[Sequence[Record]]) -> Judges:
+def _judges(config: SharedConfig, names: Sequence[Any], sets: Sequence[Prompts]) -> Judges:
     weights = config.rollout.reward_weights or (1.0,) * len(names)
     functions = load_rewards(
         [name for name in names if name != "model"],
         [weight for name, weight in zip(names, weights, strict=True) if name != "model"],
         on_error=config.rollout.on_error,
     )
-    for records in filter(None, sets):
-        functions.require_columns(_columns(records))
+    for prompts in sets:
+        functions.require_columns(prompts.columns)
     return Judges(tuple(names), functions)
 
 
-def _columns(records: Sequence[Record]) -> frozenset[str]:
-    return frozenset(name for record in records for name in record if name != "prompt")
+def _encode_file(config: SharedConfig, tokenizer: Any, note: Note, path: str, most: int | None) -> Prompts:
+    """The prompts of a file, or the first of them, from the cache if they are there."""
+    on_error = config.data.on_error
+
+    def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
+        records = data.iterate_prompts(path, on_error=on_error, note=note)
+        return _encode(config, tokenizer, _first(records, most), note, writer=writer, progress=progress)
+
+    key = {"room": _room(config), "overlong": config.data.overlong, "on_error": on_error, "most": most}
+    items, report = files.encoded(config, path, tokenizer, key, encode, note, what="prompts encoded")
+    return _prompts(config, items, items.records, report, note)
 
 
-def _encode(records: Sequence[Record], tokenizer: Any, room: int, settings: data.DataConfig, note: Note) -> Prompts:
-    if settings.overlong == "cut":
+def _encode_task(config: SharedConfig, tokenizer: Any, note: Note, records: Sequence[Record]) -> Prompts:
+    """The prompts of a task; its scorer is given the very records that it made."""
+    items, report = _encode(config, tokenizer, records, note)
+    return _prompts(config, items, [records[index] for index in report.kept], report, note)
+
+
+def _first(records: Iterator[Record], count: int | None) -> Iterator[Record]:
+    """The first records; all are read, so that what is wrong with any is said."""
+    yield from itertools.islice(records, count)
+    collections.deque(records, maxlen=0)
+
+
+def _encode(
+    config: SharedConfig, tokenizer: Any, records: Iterable[Record], note: Note, **settings: Any
+) -> tuple[data.Items, data.EncodeReport]:
+    if config.data.overlong == "cut":
         raise UserError('data.overlong="cut" would cut questions: expected "drop" or "error" for prompts')
-    tokens, report = data.encode_prompts(
-        records, tokenizer, room, overlong=settings.overlong, on_error=settings.on_error, note=note
-    )
+    settings |= dict(overlong=config.data.overlong, on_error=config.data.on_error, note=note)
+    return data.encode_prompts(records, tokenizer, _room(config), **settings)
+
+
+def _room(config: SharedConfig) -> int:
+    """The most tokens of a prompt."""
+    return config.train.seq_len - config.rollout.max_completion_length
+
+
+def _prompts(
+    config: SharedConfig, items: data.Items, records: Sequence[Record], report: data.EncodeReport, note: Note
+) -> Prompts:
     if report.dropped:
-        note(f"{report.dropped} prompts of more than {room} tokens are left out")
-    kept = data.with_answers([records[index] for index in report.kept], tokenizer)
-    return Prompts(tuple(kept), tuple(tokens), _columns(records))
+        note(f"{report.dropped} prompts of more than {_room(config)} tokens are left out")
+    return Prompts(items, records, frozenset(report.columns))
 
 
 @functools.lru_cache(maxsize=4)

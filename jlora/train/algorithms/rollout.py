@@ -177,7 +177,7 @@ class Sampler:
         completions, digest = rollout(
             self._base.model,
             lora.combine(self._base.frozen, trainable),
-            [prompts.tokens[number] for number in numbers],
+            [prompts.tokens(number) for number in numbers],
             _keys(seed, len(numbers)),
             rows=settings.rows,
             max_new_tokens=settings.max_completion_length,
@@ -188,7 +188,7 @@ class Sampler:
         )
         texts = [self._base.tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
         items = [
-            _item(prompts.tokens[number], completion, index, trained=completion.finished or not self._masked)
+            _item(prompts.tokens(number), completion, index, trained=completion.finished or not self._masked)
             for index, (number, completion) in enumerate(zip(numbers, completions, strict=True))
         ]
         records = [prompts.records[number] for number in numbers]
@@ -339,7 +339,7 @@ def log_completions(source: RolloutSource, step: int, rollouts: Rollouts, **valu
 
 def evaluate(sampler: Sampler, prompts: Prompts, trainable: Params, step: int) -> Numbers:
     """The numbers of `describe` for one completion of each held-out prompt."""
-    rollouts = sampler(trainable, prompts, range(len(prompts.records)), seed=(0,), step=step, greedy=True)
+    rollouts = sampler(trainable, prompts, range(len(prompts.items)), seed=(0,), step=step, greedy=True)
     return describe(rollouts, 1)
 
 

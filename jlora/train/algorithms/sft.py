@@ -36,26 +36,34 @@ def algorithm(term: Term) -> Algorithm:
 
 def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the records of `data.path`; each is an item of one document."""
+    items, report = _encoded(config, tokenizer, note, config.data.path, overlong=config.data.overlong, keep=False)
+    for remark in report.notes:
+        note(remark)
+    held_out: data.Items | tuple[()] = ()
+    if config.data.eval_path:
+        held_out, _ = _encoded(config, tokenizer, note, config.data.eval_path, overlong="cut", keep=True)
+    start = functools.partial(_start, term, config, items, held_out)
+    planned = files.plan(config, items, report, start, note, noun="examples", held_out=held_out)
+    return dataclasses.replace(planned, held_out=held_out.records) if held_out else planned
+
+
+def _encoded(
+    config: SharedConfig, tokenizer: Any, note: Note, path: str, *, overlong: str, keep: bool
+) -> tuple[data.Items, data.EncodeReport]:
+    """The items of a file and a report; with `keep`, the items have their records, as metrics need them."""
     settings = dict(
         seq_len=config.train.seq_len,
-        overlong=config.data.overlong,
+        overlong=overlong,
         completion_only=config.data.completion_only,
         on_error=config.data.on_error,
+        keep=keep,
     )
 
-    def encode(writer: data.Writer, note: Note) -> tuple[data.Examples, data.EncodeReport]:
-        records = data.iterate_records(config.data.path, on_error=config.data.on_error, note=note)
-        return data.encode(records, tokenizer, note=note, writer=writer, progress=told, **settings)
+    def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
+        records = data.iterate_records(path, on_error=config.data.on_error, note=note)
+        return data.encode_items(records, tokenizer, note=note, writer=writer, progress=progress, **settings)
 
-    told = files.Told(note, "records encoded")
-    examples, encoded = data.cached(config.data.cache, config.data.path, tokenizer, settings, encode, note)
-    items = data.Singles(examples)
-    held_out = _held_out(config, tokenizer, note)
-    start = functools.partial(_start, term, config, items, held_out)
-    planned = files.plan(config, items, encoded, start, note, noun="examples")
-    for remark in encoded.notes:
-        note(remark)
-    return dataclasses.replace(planned, held_out=held_out)
+    return files.encoded(config, path, tokenizer, settings, encode, note, what="records encoded")
 
 
 def _fullest(term: Term, config: SharedConfig) -> Plan:
@@ -69,7 +77,7 @@ def _start(
     term: Term,
     config: SharedConfig,
     items: Sequence[data.Item],
-    held_out: Sequence[data.Record],
+    held_out: Sequence[data.Item],
     steps: Sequence[data.Step],
     base: Base,
 ) -> Job:
@@ -110,20 +118,11 @@ def _report(metrics: Metrics) -> Numbers:
     return {"mean_token_accuracy": float(metrics["correct"] / max(float(metrics["weight"]), 1.0))}
 
 
-def _held_out(config: SharedConfig, tokenizer: Any, note: Note) -> list[data.Record]:
-    """The records of `data.eval_path`, checked before the run begins; none without that setting."""
-    if not config.data.eval_path:
-        return []
-    settings = {"on_error": config.data.on_error, "note": note}
-    return data.encodable(data.read_records(config.data.eval_path, **settings), tokenizer, **settings)
-
-
-def _evaluate(config: SharedConfig, base: Base, records: Sequence[data.Record], state: TrainState) -> Numbers:
+def _evaluate(config: SharedConfig, base: Base, held_out: Sequence[data.Item], state: TrainState) -> Numbers:
     params = lora.combine(base.frozen, state.trainable)
     rows, seq_len = config.train.batch_size, config.train.seq_len
-    return completion_loss(
-        base.model, params, base.tokenizer, records, batch_size=rows, seq_len=seq_len, mesh=base.mesh
-    )
+    examples = data.flat(held_out).examples
+    return completion_loss(base.model, params, examples, batch_size=rows, seq_len=seq_len, mesh=base.mesh)
 
 
 SFT = algorithm(unchanged)

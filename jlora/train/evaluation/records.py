@@ -107,15 +107,14 @@ def evaluate(
 def completion_loss(
     model: Model,
     params: Params,
-    tokenizer: Any,
-    records: Sequence[dict[str, Any]],
+    examples: Sequence[data.Example],
     *,
     batch_size: int = 8,
     seq_len: int = 512,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
-    """`loss` (in nats), `perplexity` and `token_accuracy` over the completion tokens, and their number `tokens`."""
-    return _means(record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh))
+    """`loss` (in nats), `perplexity` and `token_accuracy` over the trained tokens, and their number `tokens`."""
+    return _means(example_sums(model, params, examples, batch_size=batch_size, seq_len=seq_len, mesh=mesh))
 
 
 def _means(sums: "RecordSums") -> dict[str, float]:

@@ -30,6 +30,11 @@ def config(**data):
     )
 
 
+def asked(count):
+    item = Item((Example(np.ones(1, np.int32), np.zeros(1, np.bool_)),))
+    return Prompts(data.flat([item] * count), [{"prompt": f"question {i}"} for i in range(count)])
+
+
 def made(texts=None, rewards=None, same_prompts=False):
     items, completions = [], []
     for index, (prompt, answer) in enumerate(LENGTHS):
@@ -92,7 +97,7 @@ def test_no_step_of_a_rollout_has_the_longest_completions_alone():
 
 
 def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
-    prompts = Prompts(tuple({"prompt": str(i)} for i in range(5)), ([1],) * 5)
+    prompts = asked(5)
     order = prompts.order(3, 0, 15)
     assert [sorted(order[start : start + 5]) for start in (0, 5, 10)] == [list(range(5))] * 3
     assert order[:5] != order[5:10]
@@ -102,7 +107,7 @@ def test_every_prompt_once_an_epoch_from_wherever_a_run_goes_on():
 
 def test_a_group_in_which_nothing_was_generated():
     rollouts = made(texts=["a", "b", " ", "", "c", ""])
-    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = asked(3)
     with pytest.raises(ValueError, match=r"nothing was generated.*\n  question 1$"):
         rollout.join([rollouts], "raise", 2, prompts)
     skipped = rollout.join([rollouts], "skip", 2, prompts).rewards
@@ -110,7 +115,7 @@ def test_a_group_in_which_nothing_was_generated():
 
 
 def test_without_groups_an_empty_completion_is_an_answer_unless_all_are():
-    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = asked(3)
     some = rollout.join([made(texts=["a", "b", " ", "", "c", ""])], "raise", 1, prompts)
     assert not np.isnan(some.rewards).any()
     with pytest.raises(ValueError, match="nothing was generated"):
@@ -122,7 +127,7 @@ def test_what_rewards_say_in_some_rounds_only_is_kept():
         one = made()
         return dataclasses.replace(one, table=dataclasses.replace(one.table, metrics=metrics, extra=extra))
 
-    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = asked(3)
     rounds = [said({"a": 1.0, "b": 5.0}, {"x": list("abcdef")}), said({"a": 3.0}, {"y": [1, 2, 3, 4, 5, 6]})]
     table = rollout.join(rounds, "raise", 2, prompts).table
     assert table.metrics == {"a": 2.0, "b": 5.0}
@@ -131,7 +136,7 @@ def test_what_rewards_say_in_some_rounds_only_is_kept():
 
 def test_groups_are_chosen_whole_and_numbered_anew():
     rollouts = made()
-    prompts = Prompts(tuple({"prompt": f"question {i}"} for i in range(3)), ([1],) * 3)
+    prompts = asked(3)
     both = rollout.join([rollouts, made(rewards=range(6, 12))], "raise", 2, prompts)
     chosen = rollout.choose(both, np.array([5, 1]), 2)
     assert chosen.numbers == [2, 2, 1, 1]

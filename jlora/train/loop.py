@@ -59,7 +59,7 @@ def run(
     Raises:
         ValueError: the workdir belongs to a run with different settings, different data or another version of jlora, or
             the data, model or targets are invalid.
-        Diverged: numbers are no longer finite, and nothing is left to train.
+        Diverged: numbers are no longer finite or the loss explodes, and nothing is left to train.
         Interrupted: see `stop`.
     """
     folder, before = pathlib.Path(workdir), usage.process_peak()
@@ -147,9 +147,15 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
         read=learning.read,
         note=note,
         manifest=manifest,
-        guard=Guard(config.train.on_nonfinite, sorted(config.adapters), folder, note),
+        guard=_guard(config, folder, note),
         best=Best(config.train),
     )
+
+
+def _guard(config: RunConfig, folder: pathlib.Path, note: Note) -> Guard:
+    watched = not ALGORITHMS[config.algorithm].samples  # what policies learn from their own samples may cost more
+    max_rise = config.train.max_rise if watched else None
+    return Guard(config.train.on_nonfinite, sorted(config.adapters), folder, note, max_rise)
 
 
 def _mesh(config: RunConfig, folder: pathlib.Path, note: Note) -> jax.sharding.Mesh:
@@ -214,7 +220,7 @@ def _checkpoints(this: _Run) -> checkpoint.Checkpoints:
         manifest=this.manifest | {"base": checkpoint.fingerprint(lora.strip(frozen))},
         refused_before=this.manifest.keys(),
         fixed=lora.adapter_leaves(frozen) | this.job.fixed,
-        pinned=lambda steps: {this.best.step},
+        pinned=lambda steps: {this.best.step, *this.guard.sound(steps)},
     )
 
 

@@ -28,7 +28,7 @@ FREE = {
     "train": (
         *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
         *("metrics", "metric_tokens", "best_metric", "greater_is_better", "load_best", "patience", "profile"),
-        *("fold", "experts", "on_nonfinite", "on_changed_files", "steps", "epochs"),
+        *("fold", "experts", "on_nonfinite", "max_rise", "on_changed_files", "steps", "epochs"),
     ),
     "data": ("eval_path", "on_error", "cache"),
 }

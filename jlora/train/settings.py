@@ -100,6 +100,9 @@ class TrainConfig:
             expensive to compute. True means "full", False "none".
         on_nonfinite: what to do when the loss, the gradient or the adapter is no longer finite: "stop" the run with its
             last checkpoint kept, or "skip" the step (ten in a row stop the run). Other adapters of the run continue.
+        max_rise: stop the run, with the last good checkpoint kept, once the loss explodes: ten steps in a row lie above
+            the lowest mean of ten steps by more than this many times the loss that the run began with (at least 1).
+            None: never. Losses of `grpo` and `ppo` may rise: they are not watched.
         on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
             what changed and continue.
         tensorboard: also write TensorBoard files (needs the extra of that name).
@@ -131,6 +134,7 @@ class TrainConfig:
     fold: bool = False
     experts: ExpertLayout = "stacked"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_rise: float | None = 2.0
     on_changed_files: Literal["refuse", "note"] = "refuse"
 
     def __post_init__(self) -> None:
@@ -148,6 +152,8 @@ class TrainConfig:
         for name, needs in WATCHING.items():
             if getattr(self, name) and not getattr(self, needs):
                 faults.append(f"train.{name}: has no effect without train.{needs}")
+        if self.max_rise is not None and not self.max_rise > 0:
+            faults.append(f"train.max_rise: found {self.max_rise}, expected more than 0, or None")
         if self.greater_is_better is not None and not self.best_metric:
             faults.append("train.greater_is_better: has no effect without train.best_metric")
         raise_all(faults)

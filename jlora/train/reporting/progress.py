@@ -37,9 +37,11 @@ class Progress:
     def start(self, total_steps: int, start_step: int = 0) -> None:
         """Begins a run of `total_steps` steps, `start_step` of which are already done."""
         self._total, self._first = total_steps, None
-        if start_step:
+        if start_step >= total_steps:
+            self.note(f"finished already: all {total_steps} steps are done, and nothing is trained")
+        elif start_step:
             self.note(f"resuming after step {start_step} of {total_steps}")
-        if self._console.is_terminal:
+        if self._console.is_terminal and start_step < total_steps:
             columns = (SpinnerColumn(), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")

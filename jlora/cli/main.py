@@ -20,6 +20,7 @@ DONE, FAILED, MISTAKE = 0, 1, 2
 COMMANDS = {
     "train": "fine-tune a model with LoRA or QLoRA",
     "plan": "memory, FLOPs and traffic of a run on devices that you need not have",
+    "compare": "several runs in one table and one plot",
     "eval": "loss, perplexity and answers of a model on a JSONL file",
     "generate": "answer a prompt",
     "merge": "bake adapters into a model, or several into one",

@@ -10,6 +10,7 @@ from jlora.errors import ExistingFileError, UserError, raise_all
 from jlora.hub.adapters import check_adapter
 from jlora.train.config import RunConfig
 from jlora.train.planning.placement import Placement, place
+from jlora.train.reporting.trackers import TRACKERS
 from jlora.types import require
 
 
@@ -30,8 +31,8 @@ def check_surroundings(config: RunConfig, workdir: pathlib.Path) -> Placement:
     ]
     checks.append(("", lambda: check_writable(workdir)))
     checks.append(("", lambda: placed.append(place(config, jax.devices()))))
-    if config.train.tensorboard:
-        checks.append(("train.tensorboard: ", lambda: require("tensorboardX", "tensorboard")))
+    for name in config.train.tracked:
+        checks.append((f"train.trackers: {name}: ", lambda name=name: require(TRACKERS[name].package, name)))
     raise_all(_faults(checks))
     return placed[0]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import os
 import pathlib
 import time
@@ -29,6 +30,7 @@ from jlora.train.reporting import tracing, usage
 from jlora.train.reporting.log import Log
 from jlora.train.reporting.metrics import MetricsWriter, truncate
 from jlora.train.reporting.progress import Progress
+from jlora.train.reporting.trackers import open_trackers
 from jlora.train.results import save_results, tell_usage, write_json
 from jlora.train.state import TrainState
 from jlora.train.step import Metrics, Step
@@ -261,17 +263,25 @@ def _result(this: _Run, saved: checkpoint.Checkpoints) -> TrainState:
 @contextmanager
 def _log(this: _Run, start: int, progress: Progress | None) -> Iterator[Log]:
     """The log of the steps after `start`. What files say about later steps, of a run that was cut off, is removed."""
-    every, board = this.config.train.log_every, this.config.train.tensorboard
+    train = this.config.train
     if jax.process_index() == 0:
         truncate(this.workdir / COMPLETIONS, start)
         # A run that starts over (start == 0) rewrites the evaluation before the first step, so drop that too (-1).
-        writer = MetricsWriter(this.workdir, start_step=start or -1, tensorboard=board)
+        settings = json.loads(json.dumps(to_dict(this.config)))
+        names = train.tracked if start < this.total_steps and not this.best.ended else ()
+        trackers = open_trackers(names, this.workdir, settings, start=start, note=this.note)
+        writer = MetricsWriter(this.workdir, start_step=start or -1, trackers=trackers)
     else:
         writer = None
     with writer or nullcontext():
         if progress:
             progress.start(this.total_steps, start)
-        yield Log(writer, progress, every)
+        try:
+            yield Log(writer, progress, train.log_every)
+        except Interrupted:
+            if writer:
+                writer.close("interrupted")
+            raise
 
 
 def _steps(

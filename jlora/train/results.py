@@ -54,6 +54,7 @@ def tell_usage(
     note(f"{used} (median of {len(steps)} steps)")
     if jax.process_index() == 0:
         about = {"device": devices[0].device_kind, "devices": len(devices), "steps": len(steps)}
+        about["trainable_parameters"] = tree.count(state.trainable)
         write_json(workdir / "usage.json", used.numbers() | about)
 
 

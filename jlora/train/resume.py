@@ -26,7 +26,8 @@ FREE = {
     "model": ("attention",),
     "rollout": ("on_error", "log_completions"),
     "train": (
-        *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "tensorboard", "remat"),
+        *("log_every", "save_every", "keep_checkpoints", "eval_every", "eval_on_start", "remat"),
+        *("tensorboard", "trackers", "project", "run_name"),
         *("metrics", "metric_tokens", "best_metric", "greater_is_better", "load_best", "patience", "profile"),
         *("fold", "experts", "on_nonfinite", "max_rise", "on_changed_files", "steps", "epochs"),
     ),

@@ -105,7 +105,10 @@ class TrainConfig:
             None: never. Losses of `grpo` and `ppo` may rise: they are not watched.
         on_changed_files: what a resumed run does when its data, rewards or tokenizer have changed: "refuse", or "note"
             what changed and continue.
-        tensorboard: also write TensorBoard files (needs the extra of that name).
+        trackers: experiment trackers that also get the numbers, each with the extra of its name; see
+            `jlora.train.reporting.trackers`.
+        tensorboard: the same as "tensorboard" among the trackers.
+        project, run_name: what trackers call the run; without a name, as its workdir.
         profile: number of steps to trace, after the first two; see `jlora.train.reporting.tracing`.
         fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
         experts: save adapters of experts as PEFT does ("stacked") or each by itself, as vLLM and SGLang read them.
@@ -129,7 +132,10 @@ class TrainConfig:
     load_best: bool = True
     patience: int = 0
     remat: bool | Literal["full", "offload", "none"] = True
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     tensorboard: bool = False
+    project: str = "jlora"
+    run_name: str | None = None
     profile: int = 0
     fold: bool = False
     experts: ExpertLayout = "stacked"
@@ -157,6 +163,11 @@ class TrainConfig:
         if self.greater_is_better is not None and not self.best_metric:
             faults.append("train.greater_is_better: has no effect without train.best_metric")
         raise_all(faults)
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        return tuple(dict.fromkeys((*self.trackers, *(["tensorboard"] if self.tensorboard else []))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

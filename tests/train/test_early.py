@@ -94,9 +94,11 @@ def test_a_form_of_attention_that_the_device_does_not_run(settings, tmp_path):
         resolve(changed(settings["sft"], "model", attention="flash"))
 
 
-def test_a_missing_package(settings, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    refused(changed(settings["sft"], "train", tensorboard=True), tmp_path, r"jlora\[tensorboard\]")
+def test_missing_packages(settings, tmp_path, monkeypatch):
+    for name in ("tensorboardX", "wandb", "trackio", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    wanted = changed(settings["sft"], "train", tensorboard=True, trackers=["wandb", "trackio", "mlflow"])
+    refused(wanted, tmp_path, r"(?s)jlora\[wandb\].*jlora\[trackio\].*jlora\[mlflow\].*jlora\[tensorboard\]")
 
 
 def test_a_workdir_that_cannot_be_written(settings, tmp_path, monkeypatch):

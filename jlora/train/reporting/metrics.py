@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl (one object per step), optional TensorBoard files, and curves.png."""
+"""The record of a run: metrics.jsonl (one object per step), trackers that get the same numbers, and curves.png."""
 
 import importlib.util
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import MissingFileError, UserError
+from jlora.train.reporting.trackers import Ended, Tracker
 from jlora.types import require
 
 FILE = "metrics.jsonl"
@@ -28,16 +29,13 @@ class MetricsWriter:
     Args:
         workdir: created if it does not exist.
         start_step: the step that the run resumes after; objects of later steps are removed.
-        tensorboard: also write the numbers as TensorBoard scalars to `workdir`/tensorboard.
+        trackers: also get the numbers that are finite.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, start_step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(self, workdir: str | os.PathLike, *, start_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._board = None
-        if tensorboard:
-            writer = require("tensorboardX", "tensorboard").SummaryWriter
-            self._board = writer(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = trackers
         truncate(folder / FILE, start_step)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
@@ -46,22 +44,22 @@ class MetricsWriter:
         numbers = {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in numbers.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        known = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(step, known)
 
-    def close(self) -> None:
-        """Closes the files; closing twice is fine."""
+    def close(self, ended: Ended = "finished") -> None:
+        """Closes the file and the trackers; closing twice is fine."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close(ended)
+        self._trackers = ()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
-        self.close()
+        self.close("finished" if kind is None else "failed")
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -77,6 +75,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
             f"{path} does not exist: {workdir} is not the workdir of a run, or nothing was logged yet"
         )
     return _parse(path)
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[int | float]]:
+    """(steps, values) of a number, where it is recorded and finite."""
+    pairs = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -147,8 +151,8 @@ def _draw(axis: Any, records: list[dict], title: str, names: tuple[str, ...]) ->
     drawn = 0
     for name, color in zip(names, (BLUE, ORANGE, GREEN), strict=False):
         label = name.rpartition("/")[2].replace("_", " ") if len(names) > 1 else "training"
-        drawn += _draw_line(axis, *_series(records, name), color, label)
-        drawn += _draw_evaluation(axis, *_series(records, f"eval_{name}"), ORANGE if len(names) == 1 else color)
+        drawn += _draw_line(axis, *series(records, name), color, label)
+        drawn += _draw_evaluation(axis, *series(records, f"eval_{name}"), ORANGE if len(names) == 1 else color)
     if not drawn:
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color="#999999")
     elif drawn > 1:
@@ -168,11 +172,6 @@ def _draw_evaluation(axis: Any, steps: list[int], values: list[float], color: st
     if steps:
         axis.plot(steps, values, "o--", color=color, markersize=4.5, linewidth=1.2, label="evaluation")
     return bool(steps)
-
-
-def _series(records: list[dict], key: str) -> tuple[list[int], list[float]]:
-    pairs = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
-    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def truncate(path: pathlib.Path, last_step: int) -> None:

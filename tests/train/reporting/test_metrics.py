@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jlora.train.reporting.metrics import MetricsWriter, plot_curves, read_metrics, smooth
+from jlora.train.reporting.trackers import open_trackers
 
 
 def write(workdir, steps, *, start_step=0):
@@ -65,7 +66,9 @@ def test_tensorboard_files_hold_the_same_numbers(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    settings = {"train": {"project": "tests", "run_name": None}}
+    opened = open_trackers(["tensorboard"], tmp_path, settings, start=0, note=print)
+    with MetricsWriter(tmp_path, trackers=opened) as writer:
         writer.write(3, {"loss": 0.25})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []

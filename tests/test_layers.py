@@ -15,7 +15,7 @@ LEVELS = (
     ("models",),
     ("hub", "data", "losses", "optim"),
     ("checkpoint", "generate"),
-    ("train",),
+    ("serve", "train"),
     ("cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

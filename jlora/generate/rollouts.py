@@ -1,6 +1,7 @@
 """Completions of token prompts, with what a policy-gradient trainer needs to know about them."""
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -247,9 +248,13 @@ def faults(settings: dict[str, int | float]) -> list[str]:
 
 _EXPECTED: dict[str, tuple[str, Callable[[int | float], bool]]] = {
     "max_new_tokens": ("1 or more", lambda value: value >= 1),
-    "temperature": ("0 (greedy) or more", lambda value: value >= 0),
+    "temperature": ("0 (greedy) or more", lambda value: 0 <= value < math.inf),
     "top_k": ("0 (off) or more", lambda value: value >= 0),
     "top_p": ("a probability in (0, 1]", lambda value: 0 < value <= 1),
+    "min_p": ("0 (off) to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": ("more than 0 (1 is off)", lambda value: 0 < value < math.inf),
+    "presence_penalty": ("-2 to 2", lambda value: -2 <= value <= 2),
+    "frequency_penalty": ("-2 to 2", lambda value: -2 <= value <= 2),
     "batch_size": ("1 or more", lambda value: value >= 1),
     "rows": ("1 or more", lambda value: value >= 1),
     "bucket": ("1 or more", lambda value: value >= 1),

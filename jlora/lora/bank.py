@@ -119,8 +119,11 @@ class Bank:
             width,
         )
 
-    def add(self, name: str, adapter: Params) -> "Bank":
+    def add(self, name: str, adapter: Params, *, donate: bool = False) -> "Bank":
         """The bank with one more adapter, which replaces any that it has under this name.
+
+        Args:
+            donate: give up this bank's arrays, so that memory holds them only once; this bank is then of no more use.
 
         Raises:
             ValueError: there is no room for the adapter; everything that does not fit is listed.
@@ -137,7 +140,7 @@ class Bank:
         if faults:
             raise UserError(f"adapter {name!r} does not fit:\n  " + "\n  ".join(faults))
         place = self.names.index(name if name in self.names else None)
-        return self._with(place, name, flat)
+        return self._with(place, name, flat, donate=donate)
 
     def remove(self, name: str) -> "Bank":
         """The bank without this adapter.
@@ -206,20 +209,30 @@ class Bank:
             return strip(self.params)
         return tree.map_with_path(pick, self.params)
 
-    def _with(self, place: int, name: str | None, flat: Mapping[str, Any]) -> "Bank":
+    def _with(self, place: int, name: str | None, flat: Mapping[str, Any], *, donate: bool = False) -> "Bank":
         """The bank with these leaves at `place`, and zeros for the leaves not given."""
-        mesh = _mesh(self.params)
+        mesh, write = _mesh(self.params), _WRITE_DONATED if donate else _WRITE
 
         def put(path: str, leaf: Any) -> Any:
             if path.rpartition("/")[2] not in HELD:
                 return leaf
-            leaf = leaf.at[(slice(None),) * _place_axis(path, leaf) + (place,)].set(0)
+            axis = _place_axis(path, leaf)
+            new = np.zeros(_without(axis, leaf.shape), np.float32)
             if path in flat:
-                leaf = leaf.at[_index(path, leaf, place, flat[path].shape)].set(np.asarray(flat[path]))
-            return _placed(path, leaf, mesh)
+                new[tuple(map(slice, flat[path].shape))] = np.asarray(flat[path])
+            return _placed(path, write(leaf, new, np.int32(place), axis), mesh)
 
         names = (*self.names[:place], name, *self.names[place + 1 :])
         return dataclasses.replace(self, params=tree.map_with_path(put, self.params), names=names)
+
+
+def _write(leaf: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
+    """The bank's leaf with another at `place`: padded to the full rank, any adapter's, so that one program does."""
+    return jax.lax.dynamic_update_index_in_dim(leaf, new, place, axis)
+
+
+_WRITE = jax.jit(_write, static_argnums=3)
+_WRITE_DONATED = jax.jit(_write, static_argnums=3, donate_argnums=0)
 
 
 def choose(params: Params, numbers: Int[Array, "B K"], weights: Float[Array, "B K"]) -> Params:

@@ -22,13 +22,13 @@ class Stopping(Failed):
 class Sampling:
     """How tokens are chosen; see `jlora.generate.sampling.Settings`. The defaults draw from the model's own."""
 
-    temperature: float = 1.0
+    temperature: int | float = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    top_p: int | float = 1.0
+    min_p: int | float = 0.0
+    repetition_penalty: int | float = 1.0
+    presence_penalty: int | float = 0.0
+    frequency_penalty: int | float = 0.0
 
     @property
     def penalizes(self) -> bool:

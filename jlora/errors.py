@@ -59,6 +59,11 @@ def first_few(values: Iterable[object], most: int = 3) -> str:
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 
 
+def kind_of_fault(fault: str) -> str:
+    """What a fault has in common with those that differ only in quoted values and numbers."""
+    return _VARIABLE.sub("*", fault)
+
+
 def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
     """Lines for `describe_faults` that state each kind of fault once.
 
@@ -70,7 +75,7 @@ def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
     """
     kinds: dict[str, dict[str, list[str]]] = {}
     for place, fault in dict.fromkeys(found):
-        kinds.setdefault(_VARIABLE.sub("*", fault), {}).setdefault(fault, []).append(place)
+        kinds.setdefault(kind_of_fault(fault), {}).setdefault(fault, []).append(place)
     lines = []
     for faults in kinds.values():
         alike = list(faults.items())

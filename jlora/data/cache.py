@@ -9,19 +9,21 @@ import pathlib
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jlora.data.chat import EncodeReport
-from jlora.data.records import Note
+from jlora.data.notes import Kept, Note, as_notes
+from jlora.data.paths import Where
+from jlora.data.sources import Sources, as_sources
 from jlora.data.store import Items
 from jlora.data.vocabulary import Fitted, unfitted
 from jlora.data.writer import NUMBERS, STREAMS, Writer, open_items
 
 FORMAT = 2  # to be raised when records are encoded otherwise
-FILES = (*STREAMS, *NUMBERS, "kept")
+FILES = (*STREAMS, *NUMBERS, "kept", "told")
 STALE_SECONDS = 24 * 3600
 LEAST_BYTES = 2**20  # of data that are worth a folder
 
@@ -30,7 +32,7 @@ Make = Callable[[Writer, Note], tuple[Items, EncodeReport]]
 
 def cached(
     root: str | pathlib.Path | None,
-    path: str | pathlib.Path,
+    where: Where | Sources,
     tokenizer: Any,
     settings: Mapping[str, Any],
     make: Make,
@@ -38,7 +40,7 @@ def cached(
     *,
     least: int = LEAST_BYTES,
 ) -> tuple[Items, EncodeReport]:
-    """What `make` makes of the data at `path`, from the cache if it is there, or kept in it for the next time.
+    """What `make` makes of the data, from the cache if it is there, or kept in it for the next time.
 
     The cache is a folder in `root`, named by what its contents depend on. A damaged folder is replaced, and if nothing
     can be written, the tokens are kept in memory; both are said.
@@ -46,13 +48,20 @@ def cached(
     Args:
         root: the cache; None for no cache. Slow tokenizers have none either: what is in them cannot be told.
         settings: what else the result depends on; JSON.
-        make: (what takes the items, what takes notes) → the items and the report. What it notes is noted again
-            when they come from the cache.
+        make: (what takes the items, what takes notes) → the items and the report. What it tells is told again when
+            they come from the cache.
         least: bytes of data; less is not kept.
     """
-    if root is None or not getattr(tokenizer, "is_fast", False) or sum(map(_size, _files(path))) < max(least, 1):
+    sources = as_sources(where)
+    parts = {part.name: part.files() for part in sources.parts()}
+    size = sum(file.stat().st_size for files in parts.values() for file in files)
+    if root is None or not getattr(tokenizer, "is_fast", False) or size < max(least, 1):
         return make(Writer(), note)
-    key = {"data": _digest_of_files(path), "tokenizer": _digest_of_tokenizer(tokenizer), "settings": _digest(settings)}
+    key = {
+        "data": _digest_of_files(parts),
+        "tokenizer": _digest_of_tokenizer(tokenizer),
+        "settings": _digest([settings, sources.settings()]),
+    }
     root = pathlib.Path(root).expanduser()
     folder = root / f"{key['data'][:16]}-{_digest(key)[:16]}"
     if folder.exists():
@@ -62,8 +71,7 @@ def cached(
             note(f"the tokens kept in {folder} cannot be used ({error}): the data are encoded again")
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            for message in notes:
-                note(message)
+            notes.repeat(as_notes(note))
             note(f"the tokens come from {folder}")
             return items, report
     else:
@@ -73,11 +81,7 @@ def cached(
 
 def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) -> tuple[Items, EncodeReport]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    notes: list[str] = []
-
-    def noted(message: str) -> None:
-        notes.append(message)
-        note(message)
+    notes = Kept(as_notes(note))
 
     def fail(error: Exception) -> None:
         note(f"the tokens cannot be kept in {folder} ({error}): the run goes on without a cache")
@@ -86,7 +90,7 @@ def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) 
     _remove_stale(folder.parent)
     writer = Writer(temporary, fail)
     try:
-        items, report = make(writer, noted)
+        items, report = make(writer, notes)
         if writer.folder is not None:
             try:
                 _close(temporary, key, items, report, notes)
@@ -100,15 +104,15 @@ def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) 
     return items, report
 
 
-def _close(folder: pathlib.Path, key: Mapping[str, str], items: Items, report: EncodeReport, notes: list[str]) -> None:
+def _close(folder: pathlib.Path, key: Mapping[str, str], items: Items, report: EncodeReport, notes: Kept) -> None:
     """Writes what the folder lacks besides the items."""
     np.array(report.kept, np.int64).tofile(folder / "kept")
+    notes.write(folder / "told")
     index = {
         "key": dict(key),
         "items": {"checksum": items.examples.checksum, "sides": items.sides, "names": list(items.values)},
         "files": {name: [(folder / name).stat().st_size, _checksum(folder / name)] for name in FILES},
         "report": dataclasses.asdict(dataclasses.replace(report, kept=())),
-        "notes": notes,
     }
     with open(folder / "index.json", "w", encoding="utf-8") as stream:
         json.dump(index, stream, indent=1)
@@ -116,7 +120,7 @@ def _close(folder: pathlib.Path, key: Mapping[str, str], items: Items, report: E
         os.fsync(stream.fileno())
 
 
-def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Items, EncodeReport, list[str]]:
+def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Items, EncodeReport, Kept]:
     """The items of a folder, their report, and what was noted when they were made.
 
     Raises:
@@ -132,7 +136,7 @@ def _open(folder: pathlib.Path, key: Mapping[str, str]) -> tuple[Items, EncodeRe
     kept = np.memmap(folder / "kept", np.int64, "r")
     lists = {name: tuple(value) for name, value in index["report"].items() if isinstance(value, list)}
     report = EncodeReport(**index["report"] | lists | {"kept": memoryview(kept)})
-    return items, report, index["notes"]
+    return items, report, Kept.read(folder / "told")
 
 
 def _say_what_differs(root: pathlib.Path, key: Mapping[str, str], note: Note) -> None:
@@ -176,22 +180,14 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
     return _digest(parts)
 
 
-def _digest_of_files(path: str | pathlib.Path) -> str:
+def _digest_of_files(parts: Mapping[str, Sequence[pathlib.Path]]) -> str:
     found = hashlib.sha256()
-    for file in _files(path):
-        found.update(f"{file}\n".encode())  # rows that are noted are named by their file
-        with file.open("rb") as stream:
-            found.update(hashlib.file_digest(stream, "sha256").digest())
+    for name, files in parts.items():
+        found.update(f"{name}\n".encode())  # rows that are noted are named by it
+        for file in files:
+            with file.open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
     return found.hexdigest()
-
-
-def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
-    path = pathlib.Path(path)
-    return [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
-
-
-def _size(file: pathlib.Path) -> int:
-    return file.stat().st_size
 
 
 def _digest(value: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jlora.data.layouts import Layouts
-from jlora.data.records import Note, OnError, Record, place_of, settle_faults, warn
+from jlora.data.notes import Note, as_notes, warn
+from jlora.data.records import Counted, OnError, Placed, Record, place_of, settle_faults, source_of
 from jlora.data.rendered import Written, write
 from jlora.data.store import Example, Examples, Item, Items
 from jlora.data.template import (
@@ -45,6 +46,7 @@ class EncodeReport:
         dropped: records left out because they are too long.
         untrained: records left out because they would teach nothing after cutting: one of their documents has no
             trained token, or all their documents are equal.
+        sources: how many examples come from each source, in order.
         notes: remarks on some records, each kind once, with how many records it concerns and the first of them.
         columns: of prompts: the names of all fields that any record has besides its prompt.
     """
@@ -58,6 +60,7 @@ class EncodeReport:
     untrained: int
     notes: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    sources: tuple[int, ...] = ()
 
 
 def encode(
@@ -66,15 +69,17 @@ def encode(
     *,
     seq_len: int,
     overlong: str = "drop",
-    completion_only: bool = True,
+    completion_only: bool | Sequence[bool] = True,
+    window_overlap: int | None = 1,
     end: bool = True,
     on_error: OnError = "raise",
     note: Note = warn,
     progress: Progress | None = None,
 ) -> tuple[Examples, EncodeReport]:
     """The documents of `encode_items`, which says what the arguments are, and the report."""
-    settings = dict(overlong=overlong, completion_only=completion_only, end=end, on_error=on_error, note=note)
-    items, report = encode_items(records, tokenizer, seq_len=seq_len, progress=progress, **settings)
+    settings = dict(overlong=overlong, completion_only=completion_only, window_overlap=window_overlap, end=end)
+    settings |= dict(on_error=on_error, note=note, progress=progress)
+    items, report = encode_items(records, tokenizer, seq_len=seq_len, **settings)
     return items.examples, report
 
 
@@ -84,7 +89,8 @@ def encode_items(
     *,
     seq_len: int,
     overlong: str = "drop",
-    completion_only: bool = True,
+    completion_only: bool | Sequence[bool] = True,
+    window_overlap: int | None = 1,
     end: bool = True,
     on_error: OnError = "raise",
     note: Note = warn,
@@ -92,17 +98,20 @@ def encode_items(
     progress: Progress | None = None,
     keep: bool = False,
 ) -> tuple[Items, EncodeReport]:
-    """An item of one document for each record that can be trained on, in order, and a report of what was left out.
+    """Items of one document for the records that can be trained on, in order, and a report of what was left out.
 
     The loss counts every assistant turn of `messages`, or the completion of a prompt, each with the token that ends
     it, so that the model learns to stop. Tokens after the last counted one are dropped. Turns with "train": false are
-    never counted. If a chat template has `{% generation %}` marks, they decide what is counted of a turn.
+    never counted. If a chat template has `{% generation %}` marks, they decide what is counted of a turn. A text (a
+    completion of an empty prompt) that is longer than `seq_len` becomes several items.
 
     Args:
         records: they are read once, and forgotten when they are encoded, if the tokenizer has a chat template.
         seq_len: the most tokens of an example.
         overlong: "drop", "cut" or "error": see `DataConfig`.
-        completion_only: if False, prompts are counted too.
+        completion_only: if False, prompts are counted too; one for all records, or one for each source.
+        window_overlap: tokens that each window of a long text repeats from the end of the one before it. They are read
+            and not counted; 1: each token of the text is counted once. None: texts are like other records.
         end: whether an end-of-text token is added; what a chat template writes after a turn counts either way.
         on_error, note: see `encode_all`.
         writer: takes the items; by default they are in memory.
@@ -117,11 +126,24 @@ def encode_items(
     def one(record: Record, remark: Remark) -> Encoding:
         tokens, trained, held = yield from _encode_record(record, layouts, end, remark)
         length = int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0
-        counted = trained | ~held if not completion_only else trained
-        return Item((Example(tokens[:length], counted[:length]),))
+        only = completion_only if isinstance(completion_only, bool) else completion_only[source_of(record)]
+        example = Example(tokens[:length], (trained if only else trained | ~held)[:length])
+        if window_overlap is None or not _is_text(record) or record["prompt"]:
+            return [Item((example,))]
+        return [Item((window,)) for window in windows(example, seq_len, window_overlap)]
 
     settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
     return select(records, one, tokenizer, writer=writer, keep=keep, **settings)
+
+
+def windows(example: Example, size: int, overlap: int) -> Iterator[Example]:
+    """The example in windows of at most `size` tokens.
+
+    Each begins with the last `overlap` tokens of the one before it, which it does not train again.
+    """
+    for start in range(0, max(1, len(example.tokens) - overlap), size - overlap):
+        tokens, trained = (array[start : start + size] for array in (example.tokens, example.trained))
+        yield Example(tokens, trained & (np.arange(len(tokens)) >= overlap) if start else trained)
 
 
 def select(
@@ -140,10 +162,10 @@ def select(
 ) -> tuple[Items, EncodeReport]:
     """The items of the records that can be trained on, no document of which is longer than `seq_len`, and a report.
 
-    A record is kept or left out as a whole.
+    An item is kept or left out as a whole.
 
     Args:
-        encode_record: (record, function to call with a remark on it) → the generator of its item.
+        encode_record: (record, function to call with a remark on it) → the generator of its items, mostly one.
         arrange: (the items of the records) → the items to train on, as many; the report knows only the former.
         keep: each item is kept with its record.
 
@@ -153,58 +175,58 @@ def select(
 
     def one(record: Record) -> Encoding:
         said: dict[str, None] = {}
-        item = yield from encode_record(record, said.setdefault)
-        if overlong == "error" and (longest := _longest(item)) > seq_len:
+        items = yield from encode_record(record, said.setdefault)
+        if overlong == "error" and (longest := max(map(_longest, items))) > seq_len:
             raise UserError(f"found {longest} tokens, expected at most {seq_len}")
-        return dataclasses.replace(item, record=dict(record)) if keep else item, said
+        place = record.place if isinstance(record, Placed) else None
+        return [dataclasses.replace(item, record=dict(record)) for item in items] if keep else items, said, place
 
-    writer, given, tally = writer or Writer(), 0, _Tally(seq_len, overlong)
-
-    def counted() -> Iterator[Record]:
-        nonlocal given
-        for record in records:
-            given += 1
-            yield record
+    writer, counted = writer or Writer(), Counted(records)
+    tally = _Tally(seq_len, overlong, as_notes(note).leave_out)
 
     def kept() -> Iterator[Item]:
-        for index, (item, said) in encode_all(counted(), one, tokenizer, on_error=on_error, note=note):
+        for index, (items, said, place) in encode_all(counted, one, tokenizer, on_error=on_error, note=note):
             if progress:
                 progress(index + 1)
-            if found := tally.see(index, item, said):
-                yield found
+            for item in items:
+                if found := tally.see(index, place or f"record {index + 1}", item, said):
+                    yield found
 
     for item in arrange(kept()):
         writer.add(item)
     if not tally.places:
         raise UserError(
-            f"no token to train on in {given} records: {tally.dropped} are longer than {seq_len} tokens and were "
-            f"dropped, {tally.untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
+            f"no token to train on in {counted.count} records: {tally.dropped} are longer than {seq_len} tokens and "
+            f"were dropped, {tally.untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
         )
     items = writer.finish()
-    return items, tally.report(tally.places if writer.folder else tuple(tally.places))
+    kept_records = tally.places if writer.folder else tuple(tally.places)
+    return items, tally.report(kept_records, counted.by_source(tally.places))
 
 
 class _Tally:
     """Counts what is kept, cut and left out."""
 
-    def __init__(self, seq_len: int, overlong: str) -> None:
-        self._seq_len, self._overlong = seq_len, overlong
+    def __init__(self, seq_len: int, overlong: str, leave_out: Callable[[str, str], None]) -> None:
+        self._seq_len, self._overlong, self._leave_out = seq_len, overlong, leave_out
         self.places = array.array("q")
         self.dropped = self.untrained = self._cut = self._tokens = self._trained_tokens = 0
         self._remarks: dict[str, list[int]] = {}
 
-    def see(self, index: int, item: Item, said: Iterable[str]) -> Item | None:
+    def see(self, index: int, place: str, item: Item, said: Iterable[str]) -> Item | None:
         """What is kept of a record's item, with remarks on it: all of it, its documents' starts, or nothing."""
         length = self._seq_len
-        if too_long := _longest(item) > length:
+        if too_long := (longest := _longest(item)) > length:
             if self._overlong == "drop":
                 self.dropped += 1
+                self._leave_out(place, f"longer than train.seq_len: {longest} tokens")
                 return None
             documents = tuple(Example(one.tokens[:length], one.trained[:length]) for one in item.documents)
             item = dataclasses.replace(item, documents=documents)
         # Nothing predicts the first token.
         if not all(one.trained[1:].any() for one in item.documents) or _alike(item.documents):
             self.untrained += 1
+            self._leave_out(place, f"no trained token within {length} tokens")
             return None
         self._cut += too_long
         for remark in said:
@@ -215,7 +237,7 @@ class _Tally:
         self.places.append(index)
         return item
 
-    def report(self, kept: Sequence[int]) -> EncodeReport:
+    def report(self, kept: Sequence[int], sources: tuple[int, ...]) -> EncodeReport:
         return EncodeReport(
             examples=len(self.places),
             tokens=self._tokens,
@@ -225,6 +247,7 @@ class _Tally:
             dropped=self.dropped,
             untrained=self.untrained,
             notes=tuple(_describe_remark(remark, numbers) for remark, numbers in self._remarks.items()),
+            sources=sources,
         )
 
 

@@ -1,39 +1,33 @@
-"""Files of rows: JSONL, JSON arrays, Parquet, Arrow, folders of `datasets`. This module does not interpret the rows."""
+"""Files of rows: JSONL, JSON arrays, tables, plain text, packed or not. This module does not interpret the rows."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jlora.errors import MissingFileError, UserError
+from jlora.data import tables
+from jlora.data.paths import PACKED, Part, Where, locate
+from jlora.errors import UserError
 from jlora.types import require
 
 Row = tuple[str, Any]
 
-KINDS = "a JSONL file, a JSON array, .parquet, .arrow or a folder of datasets"
 _RUNS_CODE = "a file that can run code when it is opened, which jlora never opens: write its records as JSONL"
-_TABLE = (
-    "a table in text: python -c \"import pandas; pandas.read_csv('{path}'{separator})"
-    ".to_json('{path}.jsonl', orient='records', lines=True)\" writes its rows as JSONL"
-)
 # Kinds of files that are refused by their names ...
 _REFUSED_NAMES = {
-    ".csv": _TABLE.replace("{separator}", ""),
-    ".tsv": _TABLE.replace("{separator}", ", sep='\\t'"),
-    ".xlsx": "a spreadsheet: write its rows as JSONL",
+    ".xlsx": "a spreadsheet: write its rows as CSV or JSONL",
     ".yaml": "a YAML file: write its records as JSONL",
     ".yml": "a YAML file: write its records as JSONL",
 } | dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib", ".npy", ".npz"), _RUNS_CODE)
 # ... and by their first bytes, whatever their names.
 _REFUSED_STARTS = {
-    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it, or pack it with gzip",
-    b"\xfd7zXZ\x00": "an xz file: unpack it, or pack it with gzip",
-    b"BZh": "a bzip2 file: unpack it, or pack it with gzip",
     b"PK\x03\x04": "a zip file: unpack it, or pack it with gzip",
     b"\x80\x02": _RUNS_CODE,
     b"\x80\x03": _RUNS_CODE,
@@ -44,43 +38,54 @@ _REFUSED_STARTS = {
     b"\xff\xfe": "text in UTF-16: write it as UTF-8",
     b"\xfe\xff": "text in UTF-16: write it as UTF-8",
 }
-_GZIP = b"\x1f\x8b"
+
+
+def _zstd(file: io.BufferedReader) -> Any:
+    return require("pyarrow", "datasets").CompressedInputStream(file, "zstd")
+
+
+# What unpacks a file, by its first bytes, whatever its name.
+_UNPACKED: dict[bytes, tuple[str, Callable[[io.BufferedReader], Any]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
+    b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
+}
+_TEXTS, _CSV = (".txt", ".md"), (".csv", ".tsv")
 _SPACE = re.compile(r"[ \t\r\n]*")
+# How JSON begins: with an object, or an array of objects or of nothing.
+_JSON_START = re.compile(rb"\{|\[\s*(?:[\[{\]]|$)")
 # JSON can spell half a character (a lone surrogate), which UTF-8 cannot represent.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def rows(path: pathlib.Path) -> Iterator[Row]:
+def rows(where: Where) -> Iterator[Row]:
     """(place, row) for every row in order; a row that cannot be read is given as the UserError that says why.
 
-    A place is "path:LINE" for JSONL and JSON arrays, and "path:NUMBER" for tables. Blank lines are skipped.
+    A place is "path:LINE" for JSONL, JSON arrays and CSV, and "path:NUMBER" for other tables. Blank lines are skipped.
+    A .txt or .md file without JSON is one row, {"text": …}.
 
     Raises:
-        UserError: the file does not exist, is damaged, or is of a kind that is not supported.
+        UserError: there is no such file, or one is damaged, or of a kind that is not supported.
     """
-    if not path.exists() or (path.is_dir() and not (path / "state.json").exists()):
-        raise MissingFileError(f"{path}: found {_absent(path)}, expected {KINDS}")
-    if path.is_dir():
-        table = _folder_rows(path)
-    elif path.suffix in (".parquet", ".arrow"):
-        table = _table_rows(path)
+    for part in locate(where):
+        yield from rows_of(part)
+
+
+def rows_of(part: Part) -> Iterator[Row]:
+    """The rows of one part; see `rows`."""
+    if part.hub:
+        table = tables.hub_rows(part.name, *part.hub)
+    elif part.path.is_dir():
+        table = tables.folder_rows(part.path)
+    elif part.path.suffix in (".parquet", ".arrow"):
+        table = tables.table_rows(part.path)
     else:
-        with path.open("rb") as file:
-            yield from _text_rows(path, file)
+        with part.path.open("rb") as file:
+            yield from _text_rows(part.path, file)
         return
-    yield from ((f"{path}:{number}", _without_nulls(row)) for number, row in enumerate(table, start=1))
-
-
-def digest(path: str | pathlib.Path) -> str:
-    """Eight hex digits that depend on every byte of a file, or of all files in a folder."""
-    path, found = pathlib.Path(path), 0
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as stream:
-                while block := stream.read(2**24):
-                    found = zlib.crc32(block, found)
-    return f"{found:08x}"
+    yield from ((f"{part.name}:{number}", row) for number, row in enumerate(table, start=1))
 
 
 def parse_json(text: str, expected: str = "one line of JSON") -> Any:
@@ -129,40 +134,66 @@ def _texts(value: Any, field: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, inner)
 
 
-def _absent(path: pathlib.Path) -> str:
-    if not path.is_dir():
-        return "nothing there"
-    return "a folder of several splits (give one of them)" if (path / "dataset_dict.json").exists() else "a folder"
-
-
 def _text_rows(path: pathlib.Path, file: io.BufferedReader) -> Iterator[Row]:
-    """The rows of a JSONL file or of a file with one JSON array, gzipped or not."""
-    _refuse_name(path)
-    packed = file.peek(2)[:2] == _GZIP
-    stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
+    """The rows of a text file, packed or not."""
+    name = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    if found := _REFUSED_NAMES.get(name.suffix.lower()):
+        raise UserError(f"{path}: found {found}")
+    packed, unpack = next(
+        (found for magic, found in _UNPACKED.items() if file.peek(8)[:8].startswith(magic)), ("", None)
+    )
+    stream = io.BufferedReader(unpack(file)) if unpack else file
+    damages = (EOFError, OSError, zlib.error, lzma.LZMAError) if packed else ()
+    damages += (require("pyarrow", "datasets").ArrowException,) if packed == "zstd" else ()
     try:
-        _refuse_start(path, stream.peek(8)[:8])
-        lines = enumerate(stream, start=1)
-        number, first = next(((number, line) for number, line in lines if _words(line)), (0, b""))
-        if _words(first).startswith(b"["):
-            rest = stream.read()
-            if _is_array(first, rest):
-                yield from _array_rows(path, number, first + rest)
-                return
-            lines = enumerate(io.BytesIO(rest), start=number + 1)
-        elif _words(first).startswith(b"{") and _words(first)[-1:] in b"{[,":
-            second = next(((number, line) for number, line in lines if _words(line)), (number, b""))
-            if not _is_json(second[1]):
-                raise UserError(
-                    f"{path}:{number}: found an object that continues after its line, expected one record on each line "
-                    "(JSONL), or one JSON array of all records"
-                )
-            lines = itertools.chain([second], lines)
-        if first:
-            yield f"{path}:{number}", _line_value(first)
-        yield from ((f"{path}:{number}", _line_value(line)) for number, line in lines if _words(line))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: found a damaged gzip file ({error}): write or download it again") from error
+        _refuse_start(path, start := stream.peek(64)[:64])
+        if name.suffix.lower() in _CSV:
+            yield from _csv_rows(path, stream, tabs=name.suffix.lower() == ".tsv")
+        elif name.suffix.lower() in _TEXTS and not _JSON_START.match(_words(start)):
+            yield from _whole_text(path, stream.read())
+        else:
+            yield from _json_rows(path, stream)
+    except damages as error:
+        raise UserError(f"{path}: found a damaged {packed} file ({error}): write or download it again") from error
+
+
+def _csv_rows(path: pathlib.Path, stream: Any, *, tabs: bool) -> Iterator[Row]:
+    try:
+        yield from ((f"{path}:{line}", row) for line, row in tables.csv_rows(stream, tabs=tabs))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _whole_text(path: pathlib.Path, content: bytes) -> Iterator[Row]:
+    if not content.strip():
+        return
+    try:
+        yield f"{path}:1", {"text": _decode(content)}
+    except UserError as error:
+        yield f"{path}:1", error
+
+
+def _json_rows(path: pathlib.Path, stream: Any) -> Iterator[Row]:
+    """The rows of a JSONL file or of a file with one JSON array."""
+    lines = enumerate(stream, start=1)
+    number, first = next(((number, line) for number, line in lines if _words(line)), (0, b""))
+    if _words(first).startswith(b"["):
+        rest = stream.read()
+        if _is_array(first, rest):
+            yield from _array_rows(path, number, first + rest)
+            return
+        lines = enumerate(io.BytesIO(rest), start=number + 1)
+    elif _words(first).startswith(b"{") and _words(first)[-1:] in b"{[,":
+        second = next(((number, line) for number, line in lines if _words(line)), (number, b""))
+        if not _is_json(second[1]):
+            raise UserError(
+                f"{path}:{number}: found an object that continues after its line, expected one record on each line "
+                "(JSONL), or one JSON array of all records"
+            )
+        lines = itertools.chain([second], lines)
+    if first:
+        yield f"{path}:{number}", _line_value(first)
+    yield from ((f"{path}:{number}", _line_value(line)) for number, line in lines if _words(line))
 
 
 def _is_array(first: bytes, rest: bytes) -> bool:
@@ -171,12 +202,6 @@ def _is_array(first: bytes, rest: bytes) -> bool:
         return not rest.strip()
     second = next((line for line in io.BytesIO(rest) if line.strip()), b"]")
     return rest.rstrip().endswith(b"]") or not _is_json(second)
-
-
-def _refuse_name(path: pathlib.Path) -> None:
-    name = path.with_suffix("") if path.suffix == ".gz" else path
-    if found := _REFUSED_NAMES.get(name.suffix.lower()):
-        raise UserError(f"{path}: found {found.replace('{path}', str(path))}")
 
 
 def _refuse_start(path: pathlib.Path, start: bytes) -> None:
@@ -249,41 +274,3 @@ def _checked(value: Any, text: str) -> Any:
     except UserError as error:
         return error
     return value
-
-
-def _table_rows(path: pathlib.Path) -> Iterator[Any]:
-    arrow = require("pyarrow", "datasets")
-    try:
-        if path.suffix == ".parquet":
-            with require("pyarrow.parquet", "datasets").ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    yield from batch.to_pylist()
-            return
-        with arrow.memory_map(str(path)) as source:
-            opened = arrow.ipc.open_file if source.read(6) == b"ARROW1" else arrow.ipc.open_stream
-            source.seek(0)
-            for batch in opened(source).read_all().to_batches():
-                batch.validate(full=True)  # the offsets of a damaged file can point anywhere in memory
-                yield from batch.to_pylist()
-    except (arrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a file of the kind that its name says ({error})") from error
-
-
-def _folder_rows(path: pathlib.Path) -> Iterator[Any]:
-    """The rows of a folder of `datasets`."""
-    datasets, arrow = require("datasets", "datasets"), require("pyarrow", "datasets")
-    try:
-        table = datasets.load_from_disk(str(path)).with_format(None)
-        for batch in table.data.table.to_batches():
-            batch.validate(full=True)
-        yield from table
-    except (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # `datasets` does not validate its state.json or dataset_info.json, so damage shows as any of these.
-        raise UserError(f"{path}: found a damaged folder of datasets ({type(error).__name__}: {error})") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without nulls: Arrow gives every row all keys of its column, with null where a row has no such key."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -168,6 +168,11 @@ def question(row: Mapping[str, Any]) -> list[Message]:
     return [*_history(row.get("history")), {"role": "user", "content": words}]
 
 
+def question_keys(row: Mapping[str, Any]) -> list[str]:
+    """The keys under which a row has its question and its answer."""
+    return [key for key in (*_QUESTIONS, *_CONTEXTS, *_ANSWERS, "history") if row.get(key)]
+
+
 def answer(row: Mapping[str, Any]) -> str | None:
     """The answer beside a question; None without one."""
     return next((row[key] for key in _ANSWERS if _has_text(row, key)), None)

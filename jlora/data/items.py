@@ -26,6 +26,8 @@ def plan_items(
     shuffle: bool = True,
     share: bool = False,
     prompts: Sequence[int] | None = None,
+    counts: Sequence[int] = (),
+    weights: Sequence[float] = (),
 ) -> list[Step]:
     """The steps of a run (see `plan`), whose rows hold documents: side s of item i is number i·S + s.
 
@@ -37,6 +39,7 @@ def plan_items(
             (see `common_start`).
         prompts: with `share`, a number for each item; consecutive items with the same number share one copy too, as
             many as a row has room for. Without packing a row holds one such group, and `batch_size` counts rows.
+        counts, weights: of a mixture's sources, see `plan`; without `prompts`.
 
     Raises:
         UserError: see `plan`; or the items differ in their number of documents or in the names of their values.
@@ -60,6 +63,8 @@ def plan_items(
         epochs=epochs,
         steps=steps,
         shuffle=shuffle,
+        counts=counts,
+        weights=weights,
     )
     blocks = [(0, sides)] if whole else [(side, side + 1) for side in range(sides)]
     return [

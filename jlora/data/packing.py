@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jlora.data.mixing import generator, mixed
 from jlora.errors import UserError
 
 # Rows are filled from this many examples of the shuffled order at a time: enough to fill them well, and few enough
@@ -14,6 +15,7 @@ PACKING_WINDOW = 8192
 # Without packing, this many steps' worth of examples are sorted by length, so that a step has rows of similar length.
 SORTING_WINDOW = 32
 MAX_SHAPES = 16
+ORDER, ROWS = 0, 1  # what random numbers are for
 
 Row = tuple[int, ...]
 
@@ -45,12 +47,15 @@ def plan(
     epochs: int | float | None = None,
     steps: int | None = None,
     shuffle: bool = True,
+    counts: Sequence[int] = (),
+    weights: Sequence[float] = (),
 ) -> list[Step]:
     """The steps of a run, the same on every platform for the same arguments.
 
-    Every example is in exactly one row of each epoch. Rows left over at the end of an epoch come first in the next one;
-    at the very end, empty rows fill the last step. A fractional epoch takes that part of the epoch's rows, rounded up
-    to steps. So a longer run begins with the steps of a shorter one, and fills the last of those if it was not full.
+    Every example is in exactly one row of each epoch, unless sources have weights (`jlora.data.mixing.mixed`). Rows
+    left over at the end of an epoch come first in the next one; at the very end, empty rows fill the last step. A
+    fractional epoch takes that part of the epoch's rows, rounded up to steps. So a longer run begins with the steps of
+    a shorter one, and fills the last of those if it was not full.
 
     Args:
         lengths: tokens of each example, at most `seq_len`.
@@ -58,6 +63,8 @@ def plan(
         bucket: row lengths are multiples of this, or of its least multiple that leaves at most `MAX_SHAPES` shapes.
         epochs, steps: the run ends at whichever comes first; at least one must be given.
         shuffle: False keeps the order of the examples from row to row (for evaluation).
+        counts, weights: how many examples each source of a mixture has, and its share of those of an epoch; no weights:
+            all come once.
 
     Raises:
         UserError: arguments out of range, no examples, or examples longer than `seq_len`; all are listed.
@@ -71,12 +78,14 @@ def plan(
         share = 1.0 if epochs is None else min(1.0, epochs - epoch)
         if share <= 0:
             break
-        order = _generator(seed, epoch, "order").permutation(len(lengths)) if shuffle else np.arange(len(lengths))
-        generator = _generator(seed, epoch, "rows")
+        order = mixed(counts, weights, seed, epoch) if weights else np.arange(len(lengths))
+        if shuffle:
+            order = generator(seed, epoch, ORDER).permutation(order)
+        for_rows = generator(seed, epoch, ROWS)
         if packing:
             rows = _pack(order, lengths, seq_len)
             if shuffle:
-                rows = [rows[index] for index in generator.permutation(len(rows))]
+                rows = [rows[index] for index in for_rows.permutation(len(rows))]
         else:
             rows = [(int(index),) for index in order]
         taken = -(-(len(carried) + max(1, round(share * len(rows)))) // batch_size)
@@ -85,7 +94,7 @@ def plan(
         rows = carried + rows
         full = len(rows) - len(rows) % batch_size
         groups = [rows[:opening]] if opening else []
-        groups += _group(rows[opening:full], lengths, batch_size, generator if shuffle and not packing else None)
+        groups += _group(rows[opening:full], lengths, batch_size, for_rows if shuffle and not packing else None)
         planned += [_step(group, lengths, bucket, seq_len) for group in groups[:taken]]
         carried = rows[full:] if taken > len(groups) or share == 1 else []
         if steps is not None and len(planned) >= steps:
@@ -117,12 +126,6 @@ def _check(
         faults.append(f"found lengths of {lengths.min()} to {lengths.max()} tokens, expected 1 to seq_len={seq_len}")
     if faults:
         raise UserError("the batches cannot be planned:\n  " + "\n  ".join(faults))
-
-
-def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    """A generator for one purpose in one epoch. PCG64 by name, because NumPy's default generator may change."""
-    entropy = [seed, epoch, ("order", "rows").index(purpose)]
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
 def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[Row]:

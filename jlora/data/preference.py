@@ -1,8 +1,7 @@
 """Preference records: TRL's dataset formats in, two normal forms out. No tokens yet."""
 
 import itertools
-import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +14,17 @@ from jlora.data.forms import (
     media_faults,
     normal_row,
     question,
+    question_keys,
     questions,
     unused_keys,
     with_system,
 )
+from jlora.data.found import CHATS, Form
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
-from jlora.data.records import Accepted, Note, OnError, Placed, Record, iterate_rows, warn
+from jlora.data.notes import Note, warn
+from jlora.data.paths import Where
+from jlora.data.records import Accepted, OnError, Placed, Record, iterate_rows, source_of
+from jlora.data.sources import Sources
 from jlora.data.starts import extract_prompt, holds_question, shared_text_faults, with_question, without_prompt
 from jlora.data.template import as_messages
 from jlora.errors import UserError
@@ -29,6 +33,7 @@ Kind = Literal["pairs", "unpaired"]
 
 NUMBERS = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 _OPTIONAL = ("prompt", *NUMBERS)
+_JUDGED = ("chosen", "rejected", "completion", "completions", "scores", "ranks", "label", "kto_tag", *NUMBERS)
 _PAIRS = (
     '"prompt", "chosen" and "rejected" ("prompt" may be their shared start, or be called "question", "instruction" or '
     '"conversations"), or "prompt", "completions" and "scores"'
@@ -43,9 +48,9 @@ _UNPAIRING_BLOCK = 1000
 
 
 def read_preferences(
-    path: str | pathlib.Path, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
+    where: Where | Sources, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
 ) -> list[Record]:
-    """The preference records of a file (see `read_rows`) in one of two normal forms.
+    """The preference records of files (see `read_rows`) in one of two normal forms.
 
     "pairs"     {"prompt", "chosen", "rejected"}   each text, or each a list of messages
     "unpaired"  {"prompt", "completion", "label"}  likewise; label: True for a wanted answer
@@ -61,11 +66,11 @@ def read_preferences(
     Raises:
         UserError: see `read_rows`.
     """
-    return list(iterate_preferences(path, kind, on_error=on_error, note=note))
+    return list(iterate_preferences(where, kind, on_error=on_error, note=note))
 
 
 def iterate_preferences(
-    path: str | pathlib.Path, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
+    where: Where | Sources, kind: Kind, *, on_error: OnError = "raise", note: Note = warn
 ) -> Iterator[Record]:
     """The records of `read_preferences`, one after another; see `iterate_rows`."""
     first: set[str] | None = None
@@ -81,7 +86,7 @@ def iterate_preferences(
                 return Accepted([], [f"found the numbers {here}, expected {there}, as in the first record"])
         return found
 
-    records = iterate_rows(path, accept, _FORMS[kind], on_error=on_error, note=note)
+    records = iterate_rows(where, accept, _FORMS[kind], on_error=on_error, note=note)
     return records if kind == "pairs" else _unpair(records)
 
 
@@ -89,6 +94,7 @@ def _normal(row: Any, kind: Kind) -> Accepted:
     """The records of one row (pairs, or unpaired ones), and its faults."""
     if not isinstance(row, dict):
         return Accepted([], [f"found {kind_of(row)}, expected {_FORMS[kind]}"])
+    given = row
     row, faults, unused = normal_row(row, (*SIDES, "completions"), chat="prompt" not in row)
     row, number_faults = _options(row)
     if faults:
@@ -108,7 +114,19 @@ def _normal(row: Any, kind: Kind) -> Accepted:
     beside = unused_keys(
         records[0] | {"messages": row.get("messages")}, (*read, *SIDES, "completions", "scores"), answers=answers
     )
-    return Accepted([] if faults else records, faults, unused + idle + shown + beside)
+    return Accepted([] if faults else records, faults, unused + idle + shown + beside, _form(given, read))
+
+
+def _form(row: Record, read: Sequence[str]) -> Form:
+    """The form of a row, of which these keys were read."""
+    if {"chosen", "rejected"} & set(row):
+        name = "pairs"
+    else:
+        name = "rankings" if "completions" in row else "judged answers"
+    keys = [key for key in read if key in row and key != "history"]
+    keys += [key for key in CHATS if key in row and "messages" in read and key not in keys]
+    keys += question_keys(row) if "history" in read else []
+    return Form(name, tuple(dict.fromkeys((*keys, *(key for key in _JUDGED if key in row)))))
 
 
 def _records(row: Record, kind: Kind) -> tuple[list[Record], list[str]]:
@@ -274,13 +292,13 @@ def _number_faults(field: str, value: Any) -> list[str]:
 
 
 def _unpair(records: Iterable[Record]) -> Iterator[Record]:
-    """Every pair as two records: in each block the chosen answers first, then the rejected ones."""
-    records = iter(records)
-    while block := list(itertools.islice(records, _UNPAIRING_BLOCK)):
-        yield from (_half(record, "chosen") if "chosen" in record else record for record in block)
-        yield from (_half(record, "rejected") for record in block if "chosen" in record)
+    """Every pair as two records: in each block of a source the chosen answers first, then the rejected ones."""
+    for _, own in itertools.groupby(records, key=source_of):
+        while block := list(itertools.islice(own, _UNPAIRING_BLOCK)):
+            yield from (_half(record, "chosen") if "chosen" in record else record for record in block)
+            yield from (_half(record, "rejected") for record in block if "chosen" in record)
 
 
 def _half(record: Record, side: str) -> Record:
     kept = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
-    return Placed(kept | {"completion": record[side], "label": side == "chosen"}, record.place)
+    return Placed(kept | {"completion": record[side], "label": side == "chosen"}, record.place, record.source)

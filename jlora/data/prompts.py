@@ -1,7 +1,6 @@
 """Prompts for online learning: records to generate from, and their tokens."""
 
 import array
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,18 @@ from jlora.data.forms import (
     media_faults,
     normal_row,
     question,
+    question_keys,
     unused_keys,
     unused_template_fields,
     with_system,
 )
+from jlora.data.found import Form, chat_form
 from jlora.data.messages import kind_of, message_faults, side_faults
-from jlora.data.records import Accepted, Note, OnError, Record, iterate_rows, warn
+from jlora.data.notes import Note, as_notes, warn
+from jlora.data.paths import Where
+from jlora.data.records import Accepted, Counted, OnError, Placed, Record, iterate_rows
 from jlora.data.rendered import write
+from jlora.data.sources import Sources
 from jlora.data.store import Example, Item, Items
 from jlora.data.template import template_variables
 from jlora.data.tokens import Encoding, Text, encode_alone, plain_text
@@ -31,8 +35,8 @@ Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with a question ("instruction", "question")'
 
 
-def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
-    """The records of a file (see `read_rows`), each with a "prompt" and whatever other keys it has.
+def read_prompts(where: Where | Sources, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
+    """The records of files (see `read_rows`), each with a "prompt" and whatever other keys it has.
 
     A prompt is text, or messages that end with a user's or a tool's. If "messages" end with the assistant's, the prompt
     is everything before that message, and its text becomes "completion" unless the record has one; otherwise all
@@ -42,12 +46,12 @@ def read_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note:
     Raises:
         UserError: see `read_rows`.
     """
-    return list(iterate_prompts(path, on_error=on_error, note=note))
+    return list(iterate_prompts(where, on_error=on_error, note=note))
 
 
-def iterate_prompts(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
+def iterate_prompts(where: Where | Sources, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
     """The records of `read_prompts`, one after another; see `iterate_rows`."""
-    return iterate_rows(path, _accept, _FORMS, on_error=on_error, note=note)
+    return iterate_rows(where, _accept, _FORMS, on_error=on_error, note=note, rest="for the rewards")
 
 
 def encode_prompts(
@@ -86,13 +90,15 @@ def encode_prompts(
             raise UserError(f"found {len(tokens)} tokens, expected at most {max_prompt_length}")
         return record, tokens
 
-    writer, places, dropped = writer or Writer(), array.array("q"), 0
-    found = encode_all(records, one, tokenizer, noun="prompts", on_error=on_error, note=note)
+    writer, places, dropped, counted = writer or Writer(), array.array("q"), 0, Counted(records)
+    found = encode_all(counted, one, tokenizer, noun="prompts", on_error=on_error, note=note)
     for index, (record, tokens) in found:
         if progress:
             progress(index + 1)
         if len(tokens) > max_prompt_length:
             dropped += 1
+            place = record.place if isinstance(record, Placed) else f"record {index + 1}"
+            as_notes(note).leave_out(place, f"longer than {max_prompt_length} tokens: {len(tokens)}")
             continue
         document = Example(tokens, np.zeros(len(tokens), np.bool_))
         writer.add(Item((document,), record=_with_answer(record, tokenizer)))
@@ -109,6 +115,7 @@ def encode_prompts(
         dropped=dropped,
         untrained=0,
         columns=tuple(sorted(columns - {"prompt"})),
+        sources=counted.by_source(places),
     )
 
 
@@ -180,7 +187,14 @@ def _accept(row: Any) -> Accepted:
         idle += unused_template_fields(row)
         faults = []
     media, shown = media_faults(row)
-    return Accepted([row], faults, unused + idle + media + shown)
+    return Accepted([row], faults, unused + idle + media + shown, _form(given))
+
+
+def _form(row: Record) -> Form:
+    if "messages" in row:
+        return chat_form(row, ("messages",))
+    keys = ("prompt",) if "prompt" in row else tuple(question_keys(row))
+    return Form("prompts", (*keys, *(key for key in ("completion",) if key in row)))
 
 
 def _with_prompt(row: Record) -> tuple[Record, str, list[str]]:

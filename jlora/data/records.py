@@ -1,11 +1,11 @@
 """Reading the records of files, and reporting what was found and expected in every invalid row."""
 
-import pathlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
-from jlora.data.files import digest, rows
+import numpy as np
+
 from jlora.data.forms import (
     Record,
     answer,
@@ -13,35 +13,37 @@ from jlora.data.forms import (
     asks,
     media_faults,
     normal_row,
+    question_keys,
     unused_keys,
     unused_template_fields,
     with_system,
 )
+from jlora.data.found import Form, Seen, chat_form, question_form, shown_row
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
+from jlora.data.notes import Note, as_notes, warn
+from jlora.data.paths import Where
+from jlora.data.sources import Sources, as_sources
 from jlora.errors import UserError, describe_faults, group_faults
 
-__all__ = ["Accepted", "Note", "OnError", "Record", "check_record", "digest", "read_records", "read_rows"]
-
 OnError = Literal["raise", "skip"]
-Note = Callable[[str], None]
 
 _FORMS = (
-    'an object with "messages" (or "conversations"), with "prompt" and "completion", or with a question and an answer '
-    '("instruction", "input" and "output")'
+    'an object with "messages" (or "conversations"), with "prompt" and "completion", with a question and an answer '
+    '("instruction", "input" and "output"), or with "text"'
 )
 
 
 class Placed(dict):
-    """A record that knows its place, such as "train.jsonl:7", for messages about it."""
+    """A record that knows its place, such as "train.jsonl:7", for messages about it, and the number of its source."""
 
-    __slots__ = ("place",)
+    __slots__ = ("place", "source")
 
-    def __init__(self, record: Record, place: str) -> None:
+    def __init__(self, record: Record, place: str, source: int = 0) -> None:
         super().__init__(record)
-        self.place = place
+        self.place, self.source = place, source
 
     def __reduce__(self) -> tuple:
-        return Placed, (dict(self), self.place)
+        return Placed, (dict(self), self.place, self.source)
 
 
 def place_of(record: Record, index: int) -> str:
@@ -49,89 +51,190 @@ def place_of(record: Record, index: int) -> str:
     return record.place if isinstance(record, Placed) else f"record {index + 1}"
 
 
-class Accepted(NamedTuple):
-    """What becomes of a row: its records, its faults, and notes on keys that another loader would have used."""
+def source_of(record: Record) -> int:
+    """The number of a record's source among its run's; 0 for one that is not from a file."""
+    return record.source if isinstance(record, Placed) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """What becomes of a row.
+
+    Attributes:
+        records: what it holds.
+        faults: what is wrong with it.
+        unused: notes on keys that another loader would have used.
+        form: the form that it was read in, if it has one.
+    """
 
     records: list[Record]
     faults: list[str]
     unused: Sequence[str] = ()
+    form: Form | None = None
 
 
 Accept = Callable[[Any], Accepted]
 
 
-def warn(message: str) -> None:
-    """The default for `note`: issues a Python warning."""
-    warnings.warn(message, stacklevel=4)
+class Counted(Iterable[Record]):
+    """Records that are counted while they are read, together and by source.
+
+    Attributes:
+        count: how many were read.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._records, self.count = records, 0
+        self._starts: list[int] = []  # the number of each source's first record
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self._records:
+            while len(self._starts) <= source_of(record):
+                self._starts.append(self.count)
+            self.count += 1
+            yield record
+
+    def by_source(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """How many of some records, given by their numbers in order, come from each source."""
+        edges = np.searchsorted(np.asarray(numbers), [*self._starts, np.iinfo(np.int64).max])
+        return tuple(np.diff(edges).tolist())
 
 
-def read_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
-    """The records of a file (see `read_rows`), in order, with all their keys.
+def read_records(where: Where | Sources, *, on_error: OnError = "raise", note: Note = warn) -> list[Record]:
+    """The records of files (see `read_rows`), in order, with all their keys.
 
     A record is `{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message, or
     `{"prompt": ..., "completion": ...}` where both are text or lists of messages. With "messages" present, "prompt" is
     just another key that is kept. "tools" (a list) and "chat_template_kwargs" (an object) go to the chat template.
 
     Rows of Alpaca (an instruction with its input, or a question, and the output) and of ShareGPT ("conversations") get
-    "messages"; a "system" beside them becomes the first of these. A turn that is marked as not trained, in whatever
-    spelling, has "train": False.
+    "messages"; a "system" beside them becomes the first of these. A row of "text" alone becomes the completion of an
+    empty prompt. A turn that is marked as not trained, in whatever spelling, has "train": False.
 
     Raises:
         UserError: see `read_rows`.
     """
-    return read_rows(path, _accept, _FORMS, on_error=on_error, note=note)
+    return read_rows(where, _accept, _FORMS, on_error=on_error, note=note)
 
 
-def iterate_records(path: str | pathlib.Path, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
+def iterate_records(where: Where | Sources, *, on_error: OnError = "raise", note: Note = warn) -> Iterator[Record]:
     """The records of `read_records`, one after another; see `iterate_rows`."""
-    return iterate_rows(path, _accept, _FORMS, on_error=on_error, note=note)
+    return iterate_rows(where, _accept, _FORMS, on_error=on_error, note=note)
 
 
 def read_rows(
-    path: str | pathlib.Path, accept: Accept, forms: str, *, on_error: OnError = "raise", note: Note = warn
+    where: Where | Sources,
+    accept: Accept,
+    forms: str,
+    *,
+    on_error: OnError = "raise",
+    note: Note = warn,
+    rest: str = "not used",
 ) -> list[Record]:
-    """The records that `accept` makes of the rows of a file or of a folder of `datasets`, in order.
+    """The records that `accept` makes of the rows of a path (see `jlora.data.paths.locate`) or of sources, in order.
 
-    Files are JSONL, a JSON array, .parquet or .arrow; text may be gzipped. Tables need the extra "datasets".
+    Files are JSONL, a JSON array, CSV, text, .parquet or .arrow; all but the last two may be packed. Tables other than
+    CSV need the extra "datasets".
 
     Args:
         accept: row → its records and faults.
         forms: what a row should be, for error messages.
         on_error: "raise", or "skip" to leave out invalid rows and note them.
-        note: called with messages on rows that are left out, and on keys that are not used.
+        note: called with messages on rows that are left out, and on keys that are not used; `Notes` are also told which
+            form the rows have.
+        rest: what becomes of keys that no form reads.
 
     Raises:
-        UserError: the file does not exist or is of another kind; a row is invalid (all are named as path:number, each
-            kind of fault once); there are no rows, or no valid ones.
+        UserError: a file does not exist or is of another kind; a row is invalid (all are named as path:number, each
+            kind of fault once); there are no rows, or no valid ones, in one of the sources.
     """
-    return list(iterate_rows(path, accept, forms, on_error=on_error, note=note))
+    return list(iterate_rows(where, accept, forms, on_error=on_error, note=note, rest=rest))
 
 
 def iterate_rows(
-    path: str | pathlib.Path, accept: Accept, forms: str, *, on_error: OnError = "raise", note: Note = warn
+    where: Where | Sources,
+    accept: Accept,
+    forms: str,
+    *,
+    on_error: OnError = "raise",
+    note: Note = warn,
+    rest: str = "not used",
 ) -> Iterator[Record]:
     """The records of `read_rows`, one after another.
 
     What is wrong with the rows is raised or noted at the end. If it will be raised, no record comes after the first
     invalid row.
     """
-    path = pathlib.Path(path)
-    faults, unused, wrong, count, right = [], [], 0, 0, 0
-    for place, row in rows(path):
-        found = Accepted([], [str(row)]) if isinstance(row, UserError) else accept(row)
-        count += 1
-        wrong += bool(found.faults)
-        faults += [(place, fault) for fault in found.faults]
+    sources, tally = as_sources(where), _Tally(on_error)
+    notes = as_notes(note)
+    for number, (name, source) in enumerate(sources.sources.items()):
+        seen, kept, given = Seen(rest), 0, 0
+        label = f"{name} ({source})" if name else str(source)
+        for place, row in source.rows():
+            found = Accepted([], [str(row)]) if isinstance(row, UserError) else accept(row)
+            tally.add(place, row, found)
+            if found.faults:
+                continue
+            seen.add(found.form, row, place)
+            for record in found.records:
+                if given == source.limit:
+                    break
+                given += 1
+                if sources.takes(record):
+                    kept += 1
+                    if not tally.stops:
+                        yield Placed(record, place, number)
+            if given == source.limit:
+                break
+        if not kept and not tally.faults:
+            raise UserError(_nothing(label, given, sources, forms))
+        if not tally.faults or on_error == "skip":
+            notes.tell(seen.describe(label, kept))
+    tally.settle(str(sources), note)
+
+
+class _Tally:
+    """The faults of rows, and what was not used of the others."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self.on_error, self.count, self.wrong, self.right = on_error, 0, 0, 0
+        self.faults: list[tuple[str, str]] = []
+        self.unused: list[tuple[str, str]] = []
+        self._first: Any = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether a fault was found that will be raised."""
+        return bool(self.faults) and self.on_error == "raise"
+
+    def add(self, place: str, row: Any, found: Accepted) -> None:
+        self._first = row if self._first is None else self._first
+        self.count += 1
+        self.wrong += bool(found.faults)
+        self.faults += [(place, fault) for fault in found.faults]
         if not found.faults:
-            right += len(found.records)
-            unused += [(place, one) for one in found.unused]
-            if on_error == "skip" or not faults:
-                yield from (Placed(record, place) for record in found.records)
-    settle_faults(f"{path}: {wrong} of {count} records cannot be used", faults, right, on_error, note)
-    if not right:
-        raise UserError(f"{path}: found no records, expected {forms} in each row")
-    if unused:
-        note(describe_faults(f"{path} has keys that are not used", group_faults(unused)))
+            self.right += len(found.records)
+            self.unused += [(place, one) for one in found.unused]
+
+    def settle(self, name: str, note: Note) -> None:
+        title = f"{name}: {self.wrong} of {self.count} records cannot be used"
+        formless = not self.right and all(fault.startswith("found the fields") for _, fault in self.faults)
+        if formless and isinstance(self._first, dict) and self._first:
+            title += f"; the first is {shown_row(self._first)} (data.columns says which columns to read)"
+        settle_faults(title, self.faults, self.right, self.on_error, note)
+        if self.unused:
+            note(describe_faults(f"{name} has keys that are not used", group_faults(self.unused)))
+
+
+def _nothing(label: str, given: int, sources: Sources, forms: str) -> str:
+    """The message on a source without records."""
+    if not given:
+        return f"{label}: found no records, expected {forms} in each row"
+    side = "held out" if sources.held_out else "left"
+    return (
+        f"{label}: of {given} records none is {side} with data.eval_share={sources.share}: expected another share, or "
+        "data.eval_path"
+    )
 
 
 def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_error: OnError, note: Note) -> None:
@@ -144,7 +247,10 @@ def settle_faults(title: str, faults: Sequence[tuple[str, str]], right: int, on_
     if not faults:
         return
     if on_error == "skip" and right:
-        note(describe_faults(f"{title} and are left out", group_faults(faults)))
+        notes = as_notes(note)
+        for place, fault in faults:
+            notes.leave_out(place, fault)
+        notes(describe_faults(f"{title} and are left out", group_faults(faults)))
         return
     hint = '; data.on_error="skip" (--on_error=skip) leaves them out' if right else ""
     raise UserError(describe_faults(title + hint, group_faults(faults)))
@@ -172,25 +278,31 @@ def _hint(record: Record) -> str:
     if "prompt" in record and (words := answer(record)) is not None and words.strip() not in str(record["prompt"]):
         name = next(key for key, value in record.items() if value is words)
         return f" (rename {name} to completion)"
-    return ' (a text alone is {"prompt": "", "completion": TEXT})' if isinstance(record.get("text"), str) else ""
+    return ""
 
 
 def _accept(row: Any) -> Accepted:
     if not isinstance(row, dict):
         return Accepted([], check_record(row))
+    given = row
     row, faults, unused = normal_row(row, ("prompt", "completion"))
     if faults:
         return Accepted([], faults)
-    read = ("messages",)
+    read, form = ("messages",), None
     # A prompt without a completion, beside an instruction and an answer, is often both of those written out.
     written_out = "completion" not in row and row.get("instruction") and asks(row) and answer(row) is not None
-    if "messages" not in row and "prompt" in row and not written_out:
-        read = ("prompt", "completion")
-    elif "messages" not in row and asks(row) and (answer(row) is not None or not {"chosen", "rejected"} <= set(row)):
+    if "messages" in row:
+        form = chat_form(given, ("messages",))
+    elif "prompt" in row and not written_out:
+        read, form = ("prompt", "completion"), Form("prompts and completions", ("prompt", "completion"))
+    elif asks(row) and (answer(row) is not None or not {"chosen", "rejected"} <= set(row)):
         try:
-            row, read = as_chat(row), ("messages", "history")
+            row, read, form = as_chat(row), ("messages", "history"), question_form(question_keys(row))
         except UserError as error:
             return Accepted([], [str(error)])
+    elif isinstance(row.get("text"), str) and row["text"].strip():
+        row, read = {**row, "prompt": "", "completion": row["text"]}, ("prompt", "completion", "text")
+        form = Form("texts", ("text",))
     media, shown = media_faults(row)
     if faults := check_record(row) + media:
         return Accepted([], faults)
@@ -198,4 +310,5 @@ def _accept(row: Any) -> Accepted:
     answers = "completion" if read[0] == "prompt" else "messages"
     if isinstance(row[read[0]], str) and isinstance(row["completion"], str):
         idle += unused_template_fields(row)
-    return Accepted([row], faults, unused + idle + shown + unused_keys(row, read, answers=answers))
+    beside = unused_keys(row, read, answers=answers)
+    return Accepted([row], faults, unused + idle + shown + beside, form)

@@ -9,8 +9,9 @@ import numpy as np
 
 from jlora.data.chat import Arrange, EncodeReport, Progress, Remark, select, with_template
 from jlora.data.layouts import Layouts
+from jlora.data.notes import Note, warn
 from jlora.data.preference import NUMBERS, Kind
-from jlora.data.records import Note, OnError, Record, warn
+from jlora.data.records import OnError, Record
 from jlora.data.store import Example, Item, Items
 from jlora.data.template import common_prefix, end_with_eos, template_variables
 from jlora.data.tokens import Encoding, plain_text
@@ -56,7 +57,7 @@ def encode_preferences(
 
     def one(record: Record, remark: Remark) -> Encoding:
         documents = yield from _encode_sides(record, sides, layouts, remark)
-        return Item(documents, {name: float(record[name]) for name in names if name in record})
+        return [Item(documents, {name: float(record[name]) for name in names if name in record})]
 
     settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
     records = with_template(records, tokenizer, lambda record: isinstance(record["prompt"], str))

@@ -68,7 +68,12 @@ def run(
     begun = resume.read_begun(folder)
     config = resume.with_dtype(begun, config)
     resume.refuse_other_settings(begun, config)
-    this = _prepare(config, folder, begun, progress.note if progress else lambda message: None)
+    left_out = data.LeftOut()
+    say = progress.note if progress else lambda message: None
+    this = _prepare(config, folder, begun, data.Notes(say, say, left_out))
+    if left_out:
+        say(left_out.describe())
+    this.left_out = left_out
     with closing(_checkpoints(this)) as saved:
         start = _restore(this, saved)
         profile = tracing.Trace(folder, config.train.profile, start, this.total_steps, this.note)
@@ -112,6 +117,7 @@ class _Run:
     guard: Guard
     best: Best
     manifest: dict[str, Any]
+    left_out: data.LeftOut = dataclasses.field(default_factory=data.LeftOut)
     # Tokens read by the finished steps, and when the last of them finished.
     tokens: int = 0
     finished: float = 0.0
@@ -130,7 +136,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     date = begun.date
     tokenizer = _tokenizer(config, described.vocab_size, date)
     plan = _plan(config, tokenizer, begun, note)
-    described.warn_beyond(plan.longest, f"the texts of {config.data.path}")
+    described.warn_beyond(plan.longest, f"the texts of {config.data.train}")
     manifest = resume.manifest(config, tokenizer, plan, date)
     resume.refuse_other_files(begun, manifest, note if config.train.on_changed_files == "note" else None)
     resume.refuse_fewer_steps(begun, plan.total_steps, note)
@@ -215,6 +221,7 @@ def _checkpoints(this: _Run) -> checkpoint.Checkpoints:
     """Those of the workdir, for a run whose settings are written there now."""
     if jax.process_index() == 0:  # one host writes what all of them know
         write_json(this.workdir / "config.json", to_dict(this.config))
+        this.left_out.write(this.workdir)
     frozen = this.base.frozen
     return checkpoint.Checkpoints(
         this.workdir / "checkpoints",

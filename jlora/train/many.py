@@ -35,12 +35,9 @@ def plan(
         plan_one: (settings, tokenizer, note) → the plan of one adapter trained alone.
         begun: for a resumed run, the frozen half of each adapter (`Job.fixed`) as the run began; {} for a new run.
     """
-
-    def about(name: str) -> Note:
-        return lambda message: note(f"{name}: {message}")
-
+    notes = data.as_notes(note)
     members = config.members()
-    plans = {name: plan_one(member, tokenizer, about(name)) for name, member in members.items()}
+    plans = {name: plan_one(member, tokenizer, notes.about(name)) for name, member in members.items()}
     steps = max(one.total_steps for one in plans.values())
     for name, one in plans.items():
         if one.total_steps < steps:

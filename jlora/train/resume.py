@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jlora import checkpoint, data, hub
 from jlora.errors import UserError
 from jlora.train.algorithms.algorithm import Note, Plan
-from jlora.train.config import TASK, RunConfig, completed, to_dict
+from jlora.train.config import RunConfig, completed, to_dict
 from jlora.types import Params
 
 # What may differ when a run is resumed: how long it goes on, how it is watched, where it runs and what it tolerates,
@@ -158,14 +158,17 @@ def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
 def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datetime) -> dict[str, Any]:
     """What identifies the run that a checkpoint belongs to, besides its base: settings, files, tokenizer and tokens."""
     runs = list(config.members().values()) if config.adapters else [config]
+    read = {
+        "data.path": [one.data.train for one in runs if one.task is None],
+        "data.eval_path": [one.data.evaluation for one in runs if one.data.evaluation],
+    }
+    contents = {f"{CONTENTS}{setting}": _digests(sources) for setting, sources in read.items()}
     named = {
-        "data.path": {one.data.path for one in runs if not one.data.path.startswith(TASK)},
-        "data.eval_path": {one.data.eval_path for one in runs if one.data.eval_path},
         "model.adapter": {str(file) for one in runs if one.model.adapter for file in _weights(one.model.adapter)},
         "rollout.rewards": {match[0] for name in config.rollout.rewards if (match := re.search(r"[^:]+\.py", name))},
         "rollout.reward_model": {str(file) for file in _weights(config.rollout.reward_model or "")},
     }
-    contents = {
+    contents |= {
         f"{CONTENTS}{setting}": {path: data.digest(path) for path in sorted(paths) if pathlib.Path(path).exists()}
         for setting, paths in named.items()
     }
@@ -177,6 +180,10 @@ def manifest(config: RunConfig, tokenizer: Any, plan: Plan, date: datetime.datet
         "steps": plan.total_steps,
         DATE: date.isoformat(),
     }
+
+
+def _digests(given: Iterable[data.Sources]) -> dict[str, str]:
+    return {name: digest for sources in given for name, digest in sources.digests().items()}
 
 
 def _now() -> datetime.datetime:

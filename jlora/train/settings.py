@@ -191,6 +191,12 @@ class SharedConfig:
     mesh: MeshConfig = MeshConfig()
 
     @property
+    def task(self) -> str | None:
+        """The name of the generated task that provides the prompts; None for files."""
+        path = self.data.path
+        return path.removeprefix(TASK) if isinstance(path, str) and path.startswith(TASK) else None
+
+    @property
     def trains(self) -> Callable[[str], bool]:
         """(path) → whether the run trains the leaf."""
         return self.full.trains if self.lora is None else is_trainable

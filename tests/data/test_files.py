@@ -2,7 +2,9 @@
 
 import bz2
 import copy
+import csv
 import gzip
+import io
 import json
 import lzma
 import pickle
@@ -46,14 +48,56 @@ def write(folder, name, content):
     return path
 
 
-@pytest.mark.parametrize("packed", [False, True])
+PACKED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_gives_the_same_records(tmp_path, name, packed):
-    content = CONTAINERS[name].encode()
-    path = write(tmp_path, f"{name}.gz" if packed else name, gzip.compress(content) if packed else content)
+    path = write(tmp_path, f"{name}{packed}", PACKED[packed](CONTAINERS[name].encode()))
     assert read_records(path) == ROWS
-    # Gzip is told by its content, whatever the name.
+    # How a file is packed is told by its content, whatever the name.
     assert read_records(path.rename(tmp_path / "data")) == ROWS
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_csv_gives_the_same_records(tmp_path, packed):
+    long = "word " * 40_000  # longer than the limit of the csv module
+    rows = [*ROWS, {"messages": [{"role": "assistant", "content": f'a "quoted",\nline; {long}'}], "id": 9}]
+    for name, between, write_cell in (
+        ("a.csv", ",", json.dumps),
+        ("b.csv", ";", str),  # as pandas writes a column of lists
+        ("c.tsv", "\t", json.dumps),
+    ):
+        text = io.StringIO()
+        table = csv.writer(text, delimiter=between)
+        table.writerow(["id", "messages", "empty"])
+        table.writerows([row["id"], write_cell(row["messages"]), ""] for row in rows)
+        path = write(tmp_path, f"{name}{packed}", PACKED[packed](b"\xef\xbb\xbf" + text.getvalue().encode()))
+        assert read_records(path) == [row | {"id": str(row["id"])} for row in rows]
+    assert csv.field_size_limit() < len(long)
+
+
+def test_cells_are_what_their_columns_hold(tmp_path):
+    path = write(tmp_path, "a.csv", "prompt,completion,label\nq,a,True\nr,[b],0\n")
+    assert read_preferences(path, "unpaired") == [
+        {"prompt": "q", "completion": "a", "label": True},
+        {"prompt": "r", "completion": "[b]", "label": False},
+    ]
+    path = write(tmp_path, "b.csv", "prompt,chosen,rejected,margin\nq,a,b,1.5\n")
+    assert read_preferences(path, "pairs") == [{"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1.5}]
+
+
+def test_a_file_of_words_is_one_text(tmp_path):
+    for name, text in (("a.txt", "[Chapter 1]\n\nIt was.\n"), ("b.md", "# Title\n{}\n")):
+        path = write(tmp_path, name, text)
+        assert read_records(path) == [{"text": text, "prompt": "", "completion": text}]
 
 
 def test_tables_give_the_same_records(tmp_path):
@@ -122,16 +166,21 @@ def test_rows_are_named_where_they_stand(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "instruction,output\nq,a\n", "found a table in text: python -c"),
-        ("a.tsv.gz", "instruction\toutput\nq\ta\n", "found a table in text: python -c"),
+        ("a.csv", "instruction,instruction\nq,a\n", "a.csv: found the column names ['instruction', 'instruction']"),
+        ("a.csv", 'instruction,output\nq,"a\n', "a.csv: found a row that is not CSV (unexpected end of data)"),
+        ("a.csv", "instruction,output\nq,a,b\n", "a.csv:2: found 3 cells, expected 2, one for each column"),
+        ("a.csv", b"instruction,output\n\xff,a\n", "a.csv: found a byte that is not UTF-8"),
+        ("a.csv", 'messages\n"[{"\n', "a.csv:2: messages: found '[{', expected a list as JSON"),
+        ("a.txt", b"\xff", "a.txt:1: found a byte that is not UTF-8"),
+        ("a.txt", "\n \n", "found no records"),
         ("a.yaml", "- prompt: q\n  completion: a\n", "found a YAML file: write its records as JSONL"),
         ("a.xlsx", "PK", "found a spreadsheet"),
         ("a.pkl", pickle.dumps(ROWS), "found a file that can run code when it is opened, which jlora never opens"),
         ("a.jsonl", pickle.dumps(ROWS), "found a file that can run code when it is opened, which jlora never opens"),
         ("a.pt", b"", "found a file that can run code"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "found a zstd file: unpack it, or pack it with gzip"),
-        ("a.jsonl.bz2", bz2.compress(b"{}"), "found a bzip2 file: unpack it"),
-        ("a.jsonl.xz", lzma.compress(b"{}"), "found an xz file: unpack it"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "found a damaged zstd file"),
+        ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-9], "found a damaged bzip2 file"),
+        ("a.jsonl.xz", lzma.compress(LINES.encode())[:-9], "found a damaged xz file"),
         ("a.zip", b"PK\x03\x04", "found a zip file: unpack it"),
         ("a.jsonl", "{}".encode("utf-16"), "found text in UTF-16: write it as UTF-8"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "found a damaged gzip file"),
@@ -143,6 +192,11 @@ def test_rows_are_named_where_they_stand(tmp_path):
         ("a.json", b'[\n"\xff"]', "a.json:2: found a byte that is not UTF-8"),
         ("a.json", json.dumps(ROWS[0], indent=2), "a.json:1: found an object that continues after its line"),
         ("a.json", json.dumps({"data": ROWS}), "found the fields ['data'] without prompt and completion"),
+        (
+            "a.jsonl",
+            '{"asked": "q", "id": 3}',
+            "the first is asked='q', id=3 (data.columns says which columns to read)",
+        ),
         ("a.json", "[]", "found no records, expected an object with"),
         ("a.jsonl", "", "found no records, expected an object with"),
     ],
@@ -184,12 +238,13 @@ def test_lines_of_which_the_first_is_broken_are_lines(tmp_path):
 def test_the_digest_covers_the_bytes_of_packed_files(tmp_path):
     one, two = (write(tmp_path, f"{n}.jsonl.gz", gzip.compress(LINES.encode(), mtime=n)) for n in (1, 2))
     assert digest(one) != digest(two)
+    assert digest([one, two]) != digest([two, one])
     assert read_records(one) == read_records(two)
 
 
 def test_a_folder_or_nothing_says_what_can_be_read(tmp_path):
     for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(MissingFileError, match=r"expected a JSONL file, a JSON array, .parquet, .arrow"):
+        with pytest.raises(MissingFileError, match=r"expected a JSONL file, a JSON array, .csv, .tsv, .parquet"):
             read_records(path)
 
 

@@ -327,7 +327,7 @@ def test_a_system_text_beside_plain_text_is_refused_unless_it_is_in_there(tmp_pa
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "(a pair, which algorithms that learn from preferences read)",
         ),
-        ({"text": "a"}, '(a text alone is {"prompt": "", "completion": TEXT})'),
+        ({"text": " "}, "found the fields ['text'] without prompt and completion"),
     ],
 )
 def test_a_row_that_could_be_read_in_two_ways_or_none_says_what_to_do(tmp_path, row, words):

@@ -31,7 +31,7 @@ def test_reads_both_forms_with_their_extra_keys(tmp_path):
         ("[1, 2]", "found a list, expected an object"),
         ('"text"', "found text, expected an object"),
         ('{"prompt": "a"}', "found the fields ['prompt'] without completion"),
-        ('{"text": "a"}', "without prompt and completion"),
+        ('{"words": "a"}', "without prompt and completion"),
         ('{"prompt": "a", "completion": ""}', "completion: found empty text"),
         ('{"prompt": 1, "completion": "b"}', "prompt: found a number, expected text or a list of messages"),
         ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', "completion: found no assistant message"),
@@ -82,8 +82,9 @@ def test_empty_and_missing_files_are_named(tmp_path):
         read_records(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match=r"gone.jsonl: found nothing there, expected a JSONL file"):
         read_records(tmp_path / "gone.jsonl")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match="found a folder"):
-        read_records(tmp_path)
+        read_records(tmp_path / "folder")
 
 
 def test_no_record_follows_an_invalid_row_that_ends_the_run(tmp_path):

@@ -1,13 +1,17 @@
 """Whatever the algorithm, data is read by one mechanism: bad rows end the run before it begins, or are left out."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from jlora.data import Item, LeftOut, Notes, filled, flat
 from jlora.errors import UserError
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.files import Told
+from jlora.train.algorithms.prompts import Prompts
 from jlora.train.config import resolve
 
 ROW = {"instruction": "Add.", "input": "1, 2", "output": "3", "chosen": "3", "rejected": "4", "system": "s"}
@@ -89,3 +93,125 @@ def test_long_encodings_are_told_about_now_and_then():
         told(20 * done)
     assert notes[:2] == ["300 records encoded, 20 a second", "600 records encoded, 20 a second"]
     assert len(notes) == 6
+
+
+def rows_of(name, count):
+    return [{**ROW, "instruction": f"Add for {name} {number}.", "topic": name} for number in range(count)]
+
+
+@pytest.fixture
+def planned(model_folder, tokenizer, tmp_path):
+    """(algorithm, data settings, train settings) → the plan, and what was told."""
+
+    def make(algorithm, given, **train):
+        (tmp_path / "rewards.py").write_text("def one(completions, **columns):\n    return [1.0] * len(completions)\n")
+        rollout = {"rewards": (f"{tmp_path / 'rewards.py'}:one",), "num_generations": 2, "max_completion_length": 8}
+        values = {"algorithm": algorithm, "model": {"path": str(model_folder)}, "data": {"cache": None} | given}
+        values |= {"train": {"steps": 12, "batch_size": 2, "seq_len": 128} | train}
+        values |= {"rollout": rollout} if algorithm in ("grpo", "ppo") else {}
+        heard, left_out = [], LeftOut()
+        notes = Notes(heard.append, heard.append, left_out)
+        return ALGORITHMS[algorithm].plan(resolve(values), tokenizer, notes), heard, left_out
+
+    return make
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_mixture_is_read_by_every_algorithm_and_each_source_has_its_share(planned, tmp_path, algorithm):
+    for name, count in (("small", 2), ("large", 9)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(name, count)))
+    sources = {
+        "small": {"path": str(tmp_path / "small.jsonl"), "weight": 3.0},
+        "large": {"path": str(tmp_path / "l*.jsonl"), "weight": 1.0, "limit": 6},
+    }
+    plan, heard, _ = planned(algorithm, {"sources": sources})
+    report = plan.encoded.report
+    paired = 2 if algorithm == "kto" else 1
+    assert report.sources == (2 * paired, 6 * paired)
+    for name, count in (("small", 2), ("large", 6)):
+        line = next(line for line in heard if line.startswith(f"{name} ({tmp_path}"))
+        assert f": {count} records, read as " in line
+        assert line.endswith("topic")
+    if plan.encoded.steps:
+        sides = plan.encoded.items.sides
+        taken = [index // sides for step in plan.encoded.steps for row in step.rows for index in row]
+        small = sum(item < report.sources[0] for item in taken) / len(taken)
+        assert 0.6 < small < 0.9
+
+
+def test_prompts_of_a_mixture_are_drawn_by_their_weights():
+    items = flat([Item((filled(3),))] * 12)
+    prompts = Prompts(items, [{"prompt": "q"}] * 12, counts=(2, 10), weights=(3.0, 1.0))
+    drawn = prompts.order(0, 0, 48)
+    assert prompts.order(0, 20, 28) == drawn[20:]
+    times = np.bincount(drawn, minlength=12)
+    assert times[:2].sum() == 36 and set(times[:2]) == {18}
+    assert set(times[2:]) <= {1, 2}
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "kto", "grpo"])
+def test_a_share_of_the_records_is_held_out_of_every_algorithm(planned, tmp_path, algorithm):
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("all", 20)))
+    _, heard, _ = planned(algorithm, {"path": str(tmp_path / "all.jsonl"), "eval_share": 0.3}, eval_every=1)
+    counts = [int(line.split(": ")[1].split()[0]) for line in heard if "records, read as" in line]
+    assert len(counts) == 2 and all(counts)
+    assert sum(counts) == 20
+
+
+def test_a_source_of_which_nothing_is_left_is_named(planned, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q", "completion": "word " * 100}) + "\n")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1.0} for name in ("short", "long")}
+    with pytest.raises(UserError, match=r"data.sources: nothing is left to train on of long: "):
+        planned("sft", {"sources": sources})
+
+
+def test_each_source_says_whether_its_prompts_are_trained(planned, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "qqqq", "completion": "a"}) + "\n")
+    own = {"path": str(tmp_path / "a.jsonl")}
+    plan, _, _ = planned("sft", {"sources": {"one": own, "two": own | {"completion_only": False}}})
+    first, second = (item.documents[0] for item in plan.encoded.items)
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert first.trained.sum() == 2 and second.trained.all()
+
+
+@pytest.mark.parametrize("overlap", [1, 0, 40])
+def test_a_long_text_is_read_in_windows_and_each_token_trained_once(planned, tmp_path, overlap):
+    text = "".join(map(chr, range(33, 127))) * 5
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    plan, _, _ = planned("sft", {"path": str(tmp_path / "a.jsonl"), "window_overlap": overlap})
+    *windows, last = (item.documents[0] for item in plan.encoded.items)
+    assert len(last.tokens) == len("short") + 1
+    assert max(len(window.tokens) for window in windows) == 128
+    assert plan.encoded.report.kept[-1] == 1 and set(plan.encoded.report.kept[:-1]) == {0}
+    whole = windows[0].tokens.tolist()
+    for before, window in itertools.pairwise(windows):
+        assert before.tokens[len(before.tokens) - overlap :].tolist() == window.tokens[:overlap].tolist()
+        assert not window.trained[:overlap].any() and window.trained[overlap:].all()
+        whole += window.tokens[overlap:].tolist()
+    assert len(whole) == len(text) + 1  # the end of the text
+    counted = sum(int(window.trained[1:].sum()) for window in windows)
+    assert counted == len(whole) - (len(windows) if overlap == 0 else 1)
+
+
+def test_records_that_are_left_out_are_told_with_their_places(planned, tmp_path):
+    rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "word " * 100}, {"none": 1}]
+    rows += [{"messages": [{"role": "assistant", "content": "a", "train": False}]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"path": str(path), "on_error": "skip"}
+    _, _, left_out = planned("sft", settings)
+    left_out.write(tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert {one["place"]: one["reason"].split(":")[0][:24] for one in found} == {
+        f"{path}:2": "longer than train.seq_le",
+        f"{path}:3": "found the fields ['none'",
+        f"{path}:4": "no trained token within ",
+    }
+    assert left_out.describe().startswith("3 records are left out, listed in left_out.jsonl (1: ")
+    # From the cache the same is told.
+    big = {"prompt": "q", "completion": "a", "other": "x" * 2**20}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, big]))
+    told = [planned("sft", settings | {"cache": str(tmp_path / "cache")})[1:] for _ in range(2)]
+    assert told[0][1].reasons == told[1][1].reasons
+    assert [line for line in told[1][0] if "the tokens come from" not in line] == told[0][0] != told[1][0]

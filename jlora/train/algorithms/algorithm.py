@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from jlora import lora, sharding
+from jlora import data, lora, sharding
 from jlora.models import Model
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
@@ -146,6 +146,7 @@ class Plan:
         longest: tokens of the longest text that the model reads or writes.
         tokens: checksum of everything that was encoded for training.
         held_out: the evaluation's records, with an answer each, if texts can be generated for them.
+        encoded: what is trained on, for `jlora data`; None where nothing is known before the model is.
     """
 
     total_steps: int
@@ -153,6 +154,16 @@ class Plan:
     longest: int = 0
     tokens: str = ""
     held_out: Sequence[dict[str, Any]] = ()
+    encoded: "Encoded | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The data of a run as tokens, and the steps that they are planned into; () for prompts, which are drawn."""
+
+    items: data.Items
+    report: data.EncodeReport
+    steps: Sequence[data.Step]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,9 @@ def _check(config: SharedConfig, items: judged.Items, held_out: judged.Items) ->
     The rewards of training and evaluation would be relative to two different references, or dpo.ld_alpha is set
     although a file brings the reference's log-probabilities.
     """
-    sets = [(some, path) for some, path in ((items, config.data.path), (held_out, config.data.eval_path)) if some]
+    sets = [
+        (some, str(path)) for some, path in ((items, config.data.train), (held_out, config.data.evaluation)) if some
+    ]
     bringing = [path for some, path in sets if CHOSEN in some[0].values]
     lacking = [path for some, path in sets if CHOSEN not in some[0].values]
     if bringing and config.dpo.ld_alpha is not None:
@@ -150,7 +152,7 @@ def _check(config: SharedConfig, items: judged.Items, held_out: judged.Items) ->
 
 def _reference(config: SharedConfig, items: judged.Items) -> str:
     if CHOSEN in items[0].values:
-        return f"the one whose log-probabilities are in {config.data.path}"
+        return f"the one whose log-probabilities are in {config.data.train}"
     name = reference_name(config)
     return f"{name}, scored once before the first step" if config.dpo.precompute_ref_log_probs else name
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jlora import data, sharding
-from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.errors import UserError
+from jlora.train.algorithms.algorithm import Base, Encoded, Job, Note, Numbers, Plan
 from jlora.train.reporting.progress import LINE_EVERY_SECONDS
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
@@ -22,7 +23,7 @@ Encode = Callable[[data.Writer, Note, data.Progress], tuple[data.Items, data.Enc
 
 def encoded(
     config: SharedConfig,
-    path: str | None,
+    sources: data.Sources | None,
     tokenizer: Any,
     settings: Mapping[str, Any],
     encode: Encode,
@@ -30,11 +31,11 @@ def encoded(
     *,
     what: str,
 ) -> tuple[data.Items, data.EncodeReport]:
-    """The items of a file and a report, from the cache or encoded now, as `data.cached` says.
+    """The items of files and a report, from the cache or encoded now, as `data.cached` says.
 
     Args:
-        path: None for data that no file holds; they are not cached.
-        settings: what `encode` depends on besides file and tokenizer; JSON.
+        sources: None for data that no file holds; they are not cached.
+        settings: what `encode` depends on besides sources and tokenizer; JSON.
         what: what is counted and what happens to it: "records encoded".
     """
     told = Told(note, what)
@@ -42,9 +43,9 @@ def encoded(
     def make(writer: data.Writer, note: Note) -> tuple[data.Items, data.EncodeReport]:
         return encode(writer, note, told)
 
-    if path is None:
+    if sources is None:
         return make(data.Writer(), note)
-    return data.cached(config.data.cache, path, tokenizer, {"what": what} | dict(settings), make, note)
+    return data.cached(config.data.cache, sources, tokenizer, {"what": what} | dict(settings), make, note)
 
 
 def plan(
@@ -64,11 +65,37 @@ def plan(
         share: see `data.plan_items`.
         held_out: the items of the evaluation, if it reads items.
     """
-    train = config.train
-    steps = _steps(config, items, share, train.epochs, train.steps)
+    require_all_sources(config, report)
+    train, weights = config.train, config.data.train.weights
+    mixture = dict(counts=report.sources, weights=weights) if weights else {}
+    steps = _steps(config, items, share, train.epochs, train.steps, **mixture)
     note(f"{len(items)} {noun}, {data.describe(report, steps)}")
+    if weights:
+        note(_describe_mixture(config, report.sources))
     longest = max(int(data.flat(some).lengths.max()) for some in (items, held_out) if some)
-    return Plan(len(steps), functools.partial(start, steps), longest, items.examples.checksum)
+    start = functools.partial(start, steps)
+    return Plan(len(steps), start, longest, items.examples.checksum, encoded=Encoded(items, report, steps))
+
+
+def require_all_sources(config: SharedConfig, report: data.EncodeReport) -> None:
+    """Raises UserError if nothing is left to train on of one of the run's sources."""
+    names = list(config.data.train.sources)
+    empty = [name for number, name in enumerate(names) if not any(report.sources[number : number + 1])]
+    if empty:
+        raise UserError(
+            f"data.sources: nothing is left to train on of {', '.join(empty)}: all records are too long, or have no "
+            "trained token; expected some of every source: raise train.seq_len, or leave the source out"
+        )
+
+
+def _describe_mixture(config: SharedConfig, counts: Sequence[int]) -> str:
+    """A sentence on what an epoch holds of each source."""
+    sources, total = config.data.train.sources, sum(config.data.train.weights)
+    each = []
+    for (name, source), count in zip(sources.items(), counts, strict=True):
+        times = source.weight / total * sum(counts) / count
+        each.append(f"{name} {source.weight / total:.1%} ({count:,} examples, {times:.3g} times an epoch)")
+    return f"a mixture of {', '.join(each)}"
 
 
 def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, share: bool = False) -> Plan:
@@ -85,7 +112,12 @@ def in_order(config: SharedConfig, items: Sequence[data.Item], share: bool) -> I
 
 
 def _steps(
-    config: SharedConfig, items: Sequence[data.Item], share: bool, epochs: int | float | None, steps: int | None
+    config: SharedConfig,
+    items: Sequence[data.Item],
+    share: bool,
+    epochs: int | float | None,
+    steps: int | None,
+    **mixture: Any,
 ) -> list[data.Step]:
     train = config.train
     return data.plan_items(
@@ -99,6 +131,7 @@ def _steps(
         epochs=epochs,
         steps=steps,
         share=share,
+        **mixture,
     )
 
 

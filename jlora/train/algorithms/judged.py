@@ -71,8 +71,8 @@ def algorithm(method: Method, groups: Mapping[str, type], *, scores: bool = Fals
 def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the preferences of `data.path`."""
     read = functools.partial(_read_items, method, config, tokenizer, note)
-    items, report = read(config.data.path)
-    held_out = read(config.data.eval_path, keep=True)[0] if config.data.eval_path else ()
+    items, report = read(config.data.train)
+    held_out = read(config.data.evaluation, keep=True)[0] if config.data.evaluation else ()
     method.check(config, items, held_out)
     start = functools.partial(_start, method, config, items, held_out, note)
     noun, share = "pairs" if method.kind == "pairs" else "answers", method.shares(config)
@@ -136,19 +136,19 @@ def _start(
 
 
 def _read_items(
-    method: Method, config: SharedConfig, tokenizer: Any, note: Note, path: str, keep: bool = False
+    method: Method, config: SharedConfig, tokenizer: Any, note: Note, sources: data.Sources, keep: bool = False
 ) -> tuple[data.Items, data.EncodeReport]:
-    """The items of a file, and a report on their encoding; with `keep`, the items have their records."""
+    """The items of sources, and a report on their encoding; with `keep`, the items have their records."""
     on_error = config.data.on_error
     settings = dict(seq_len=config.train.seq_len, overlong=config.data.overlong, on_error=on_error, keep=keep)
 
     def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
-        records = data.iterate_preferences(path, method.kind, on_error=on_error, note=note)
+        records = data.iterate_preferences(sources, method.kind, on_error=on_error, note=note)
         common = dict(note=note, writer=writer, progress=progress, arrange=method.arrange(config))
         return data.encode_preferences(records, tokenizer, method.kind, **common, **settings)
 
     key = settings | {"kind": method.kind, "arranged": method.arranged(config)}
-    items, report = files.encoded(config, path, tokenizer, key, encode, note, what="judged answers encoded")
+    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="judged answers encoded")
     for remark in report.notes:
         note(remark)
     return items, report

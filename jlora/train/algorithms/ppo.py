@@ -92,7 +92,7 @@ def plan(config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
         )
 
     longest = prompts.longest + config.rollout.max_completion_length
-    return Plan(config.train.steps, start, longest, prompts.checksum)
+    return Plan(config.train.steps, start, longest, prompts.checksum, encoded=prompts.encoded)
 
 
 def fullest(config: SharedConfig) -> Plan:

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from jlora import data
+from jlora.data.mixing import generator, mixed
 from jlora.errors import UserError
 from jlora.train.algorithms import files
-from jlora.train.algorithms.algorithm import Note
+from jlora.train.algorithms.algorithm import Encoded, Note
 from jlora.train.rewards.judging import Rewards, load_rewards
 from jlora.train.rewards.tasks import reasoning_tasks
-from jlora.train.settings import TASK, SharedConfig
+from jlora.train.settings import SharedConfig
 
 Record = dict[str, Any]
 
@@ -29,11 +30,16 @@ class Prompts:
         items: each prompt's tokens as one document.
         records: what rewards see of each. Those of a file are parsed again whenever they are asked for.
         columns: all columns that any record of the set has.
+        counts, weights: of a mixture's sources: how many prompts come from each, and its share of those of an epoch.
+        encoded: what became of the data; None for those of a task.
     """
 
     items: data.Items
     records: Sequence[Record]
     columns: frozenset[str] = frozenset()
+    counts: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    encoded: Encoded | None = None
 
     @property
     def longest(self) -> int:
@@ -52,13 +58,13 @@ class Prompts:
     def order(self, seed: int, first: int, count: int) -> list[int]:
         """The prompts at positions `first` to `first + count - 1` of an endless shuffled order.
 
-        Each prompt comes once per epoch.
+        Each prompt comes once per epoch, or as often as the weight of its source says.
         """
         size = len(self.items)
         chosen = []
         for number in range(first, first + count):
             epoch, place = divmod(number, size)
-            chosen.append(int(_permutation(size, seed, epoch)[place]))
+            chosen.append(int(_permutation(size, seed, epoch, self.counts, self.weights)[place]))
         return chosen
 
 
@@ -81,10 +87,9 @@ def read_prompts(config: SharedConfig, tokenizer: Any, note: Note) -> tuple[Prom
         raise UserError(f"{config.algorithm} samples on one host so far; found {jax.process_count()} processes")
     settings = config.rollout
     names: list = list(settings.rewards)
-    if config.data.path.startswith(TASK):
-        name = config.data.path.removeprefix(TASK)
+    if config.task is not None:
         train, held_out, reward = reasoning_tasks(
-            name,
+            config.task,
             size=settings.task_size,
             held_out=settings.eval_size if config.train.eval_every else 0,
             seed=config.train.seed,
@@ -99,9 +104,10 @@ def read_prompts(config: SharedConfig, tokenizer: Any, note: Note) -> tuple[Prom
             raise UserError(
                 "rollout.system_prompt and num_fewshot are for tasks; the prompts of data.path bring their own"
             )
-        sets = [_encode_file(config, tokenizer, note, config.data.path, None)]
-        if config.data.eval_path:
-            sets.append(_encode_file(config, tokenizer, note, config.data.eval_path, settings.eval_size))
+        sets = [_encode_file(config, tokenizer, note, config.data.train, None)]
+        files.require_all_sources(config, sets[0].encoded.report)
+        if config.data.evaluation:
+            sets.append(_encode_file(config, tokenizer, note, config.data.evaluation, settings.eval_size))
     judges = _judges(config, names, sets)
     prompts, held_out = [*sets, None][:2]
     note(f"{len(prompts.items)} prompts of up to {prompts.longest} tokens")
@@ -120,16 +126,16 @@ def _judges(config: SharedConfig, names: Sequence[Any], sets: Sequence[Prompts])
     return Judges(tuple(names), functions)
 
 
-def _encode_file(config: SharedConfig, tokenizer: Any, note: Note, path: str, most: int | None) -> Prompts:
-    """The prompts of a file, or the first of them, from the cache if they are there."""
+def _encode_file(config: SharedConfig, tokenizer: Any, note: Note, sources: data.Sources, most: int | None) -> Prompts:
+    """The prompts of sources, or the first of them, from the cache if they are there."""
     on_error = config.data.on_error
 
     def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
-        records = data.iterate_prompts(path, on_error=on_error, note=note)
+        records = data.iterate_prompts(sources, on_error=on_error, note=note)
         return _encode(config, tokenizer, _first(records, most), note, writer=writer, progress=progress)
 
     key = {"room": _room(config), "overlong": config.data.overlong, "on_error": on_error, "most": most}
-    items, report = files.encoded(config, path, tokenizer, key, encode, note, what="prompts encoded")
+    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="prompts encoded")
     return _prompts(config, items, items.records, report, note)
 
 
@@ -164,9 +170,12 @@ def _prompts(
 ) -> Prompts:
     if report.dropped:
         note(f"{report.dropped} prompts of more than {_room(config)} tokens are left out")
-    return Prompts(items, records, frozenset(report.columns))
+    columns, weights = frozenset(report.columns), config.data.train.weights
+    return Prompts(items, records, columns, report.sources, weights, Encoded(items, report, ()))
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+def _permutation(size: int, seed: int, epoch: int, counts: tuple[int, ...], weights: tuple[float, ...]) -> np.ndarray:
+    if weights:
+        return generator(seed, epoch, 0).permutation(mixed(counts, weights, seed, epoch))
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, size]))).permutation(size)

@@ -19,7 +19,7 @@ from jlora.train.algorithms.algorithm import Base, Numbers
 from jlora.train.algorithms.prompts import Judges, Prompts
 from jlora.train.algorithms.reward_model import RewardModel
 from jlora.train.rewards.judging import RewardTable, TrainerState, total
-from jlora.train.settings import TASK, SharedConfig, at_least
+from jlora.train.settings import SharedConfig, at_least
 from jlora.train.state import TrainState
 from jlora.train.step import FINITE, Batch, Metrics
 from jlora.types import Params
@@ -99,7 +99,7 @@ def faults(config: SharedConfig, completions: int) -> list[str]:
             f"rollout.max_completion_length is {settings.max_completion_length}: leaves no room for a prompt in "
             f"train.seq_len = {train.seq_len}"
         )
-    if not settings.rewards and not config.data.path.startswith(TASK):
+    if not settings.rewards and config.task is None:
         found.append("rollout.rewards: found none, expected at least one")
     if train.steps is None:
         found.append("train.steps: is required, since rollouts have no end")

@@ -36,34 +36,35 @@ def algorithm(term: Term) -> Algorithm:
 
 def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     """The run on the records of `data.path`; each is an item of one document."""
-    items, report = _encoded(config, tokenizer, note, config.data.path, overlong=config.data.overlong, keep=False)
+    items, report = _encoded(config, tokenizer, note, config.data.train, overlong=config.data.overlong, keep=False)
     for remark in report.notes:
         note(remark)
     held_out: data.Items | tuple[()] = ()
-    if config.data.eval_path:
-        held_out, _ = _encoded(config, tokenizer, note, config.data.eval_path, overlong="cut", keep=True)
+    if config.data.evaluation:
+        held_out, _ = _encoded(config, tokenizer, note, config.data.evaluation, overlong="cut", keep=True)
     start = functools.partial(_start, term, config, items, held_out)
     planned = files.plan(config, items, report, start, note, noun="examples", held_out=held_out)
     return dataclasses.replace(planned, held_out=held_out.records) if held_out else planned
 
 
 def _encoded(
-    config: SharedConfig, tokenizer: Any, note: Note, path: str, *, overlong: str, keep: bool
+    config: SharedConfig, tokenizer: Any, note: Note, sources: data.Sources, *, overlong: str, keep: bool
 ) -> tuple[data.Items, data.EncodeReport]:
-    """The items of a file and a report; with `keep`, the items have their records, as metrics need them."""
+    """The items of sources and a report; with `keep`, the items have their records, as metrics need them."""
     settings = dict(
         seq_len=config.train.seq_len,
         overlong=overlong,
-        completion_only=config.data.completion_only,
+        completion_only=config.data.completion_only_of(sources),
+        window_overlap=config.data.window_overlap,
         on_error=config.data.on_error,
         keep=keep,
     )
 
     def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
-        records = data.iterate_records(path, on_error=config.data.on_error, note=note)
+        records = data.iterate_records(sources, on_error=config.data.on_error, note=note)
         return data.encode_items(records, tokenizer, note=note, writer=writer, progress=progress, **settings)
 
-    return files.encoded(config, path, tokenizer, settings, encode, note, what="records encoded")
+    return files.encoded(config, sources, tokenizer, settings, encode, note, what="records encoded")
 
 
 def _fullest(term: Term, config: SharedConfig) -> Plan:

@@ -17,7 +17,7 @@ from jlora.errors import UserError, raise_all
 from jlora.lora.full import PACKED, FullConfig
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import typed
-from jlora.train.settings import TASK, SharedConfig
+from jlora.train.settings import SharedConfig
 
 # The algorithms' own groups of settings, by name.
 GROUPS = {name: group for algorithm in ALGORITHMS.values() for name, group in algorithm.groups.items()}
@@ -132,13 +132,20 @@ class RunConfig(_WithGroups):
         return faults
 
     def _data_faults(self) -> list[str]:
-        task = self.data.path.startswith(TASK)
+        task = self.task is not None
         faults = []
         if task and not ALGORITHMS[self.algorithm].samples:
             able = _listed(name for name, one in ALGORITHMS.items() if one.samples)
             faults.append(f"data.path is {self.data.path!r}: tasks are for {able}, not for {self.algorithm}")
-        if self.train.eval_every and not (self.data.eval_path or task):
-            faults.append(f"train.eval_every is {self.train.eval_every}, so data.eval_path is required")
+        if self.train.eval_every and not (self.data.evaluation or task):
+            faults.append(
+                f"train.eval_every is {self.train.eval_every}, so data.eval_path (or data.eval_share) is required"
+            )
+        overlap = self.data.window_overlap
+        if overlap is not None and overlap >= self.train.seq_len:
+            faults.append(
+                f"data.window_overlap: found {overlap}, expected less than train.seq_len={self.train.seq_len}"
+            )
         return faults
 
     def _idle_groups(self) -> list[str]:
@@ -189,7 +196,12 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     """
     values = _plain(config)
     shared = values.get("data") or {}
-    if values.get("adapters") and isinstance(shared, Mapping) and shared.get("path") is None:
+    if (
+        values.get("adapters")
+        and isinstance(shared, Mapping)
+        and shared.get("path") is None
+        and not shared.get("sources")
+    ):
         values["data"] = {**shared, "path": EACH}
     run_config, faults = typed.build(RunConfig, values)
     faults = typed.unknown_keys(RunConfig, values) + faults
@@ -207,10 +219,11 @@ def _completed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     missing = {f.name: f for f in dataclasses.fields(cls) if f.name not in values and not typed.is_required(f)}
     found = dict(values) | {name: _default(field) for name, field in missing.items()}
     for name, hint in typing.get_type_hints(cls).items():
-        members = [member for member in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(member)]
-        value = found.get(name)
-        if members and isinstance(value, Mapping):
-            found[name] = _completed(members[0], value)
+        group, each, value = typed.group_type(hint), typed.each_type(hint), found.get(name)
+        if group and isinstance(value, Mapping):
+            found[name] = _completed(group, value)
+        elif each and isinstance(value, Mapping):
+            found[name] = {key: _completed(each, one) for key, one in value.items()}
     return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 

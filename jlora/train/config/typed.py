@@ -121,7 +121,7 @@ def _groups(known: Sequence[str]) -> list[str]:
 def _settings(cls: type, path: str = "") -> Iterator[str]:
     """The dotted path of every setting; one that may be a scalar or a group counts as both."""
     for name, hint in typing.get_type_hints(cls).items():
-        group = _group_type(hint)
+        group = group_type(hint)
         if group is not hint:
             yield f"{path}{name}"
         if group is not None:
@@ -132,17 +132,28 @@ def _paths(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str
     """The dotted path of every key that has no field; for an unknown group, the paths of its keys instead."""
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        group = _group_type(hints.get(key))
+        group, each = group_type(hints.get(key)), each_type(hints.get(key))
         if key not in hints and isinstance(value, Mapping) and value:
             yield from (f"{path}{key}.{inner}" for inner in value)
         elif key not in hints:
             yield f"{path}{key}"
         elif group is not None and isinstance(value, Mapping):
             yield from _paths(group, value, f"{path}{key}.")
+        elif each is not None and isinstance(value, Mapping):
+            for name, one in value.items():
+                yield from _paths(each, one, f"{path}{key}.{name}.") if isinstance(one, Mapping) else ()
 
 
-def _group_type(hint: Any) -> type | None:
+def each_type(hint: Any) -> type | None:
+    """The dataclass of each value, for a mapping of groups by name; None for other annotations."""
+    arguments = typing.get_args(hint)
+    return group_type(arguments[1]) if typing.get_origin(hint) is Mapping and len(arguments) == 2 else None
+
+
+def group_type(hint: Any) -> type | None:
     """The dataclass that an annotation is or allows, if any."""
+    if typing.get_origin(hint) is Mapping:
+        return None
     for member in (hint, *typing.get_args(hint)):
         if dataclasses.is_dataclass(member):
             return member

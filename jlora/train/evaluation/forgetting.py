@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jlora import data, lora
-from jlora.data.records import Accepted, Note, read_rows, warn
+from jlora.data.notes import Note, warn
+from jlora.data.records import Accepted, read_rows
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train.evaluation.records import RecordSums, encode_each, example_sums, record_sums

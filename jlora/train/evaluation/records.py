@@ -145,7 +145,8 @@ def record_sums(
 ) -> RecordSums:
     """The sums of each record, in the records' order.
 
-    Records are cut at `seq_len`; those with no completion token left have sums of 0.
+    Records are cut at `seq_len`; those with no completion token left have sums of 0. Texts without a prompt are read in
+    windows of `seq_len` tokens instead.
 
     Args:
         end: see `encode_each`.
@@ -155,12 +156,11 @@ def record_sums(
             positions for the texts.
     """
     tokenizer = data.fitted(tokenizer, model.config.vocab_size)
-    examples = encode_each(records, tokenizer, seq_len=seq_len, end=end)
-    places = [place for place, example in enumerate(examples) if example is not None]
-    kept = [example for example in examples if example is not None]
-    sums = example_sums(model, params, kept, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
+    require_records(records)
+    examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
+    sums = example_sums(model, params, examples, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
     found = np.zeros((3, len(records)), np.float64)
-    found[:, places] = sums
+    np.add.at(found, (slice(None), np.asarray(report.kept)), np.asarray(sums))
     return RecordSums(*found)
 
 
@@ -176,7 +176,8 @@ def encode_each(
         ValueError: a record cannot be encoded, or no record has a completion token left.
     """
     require_records(records)
-    examples, report = data.encode(records, tokenizer, seq_len=seq_len, overlong="cut", end=end)
+    settings = dict(overlong="cut", window_overlap=None, end=end)
+    examples, report = data.encode(records, tokenizer, seq_len=seq_len, **settings)
     of_records = dict(zip(report.kept, examples, strict=True))
     return [of_records.get(place) for place in range(len(records))]
 

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_dataclasses():
 def test_everything_missing_is_named_at_once():
     assert faults(default_config()) == [
         "model.path: is required",
-        "data.path: is required",
+        "data.path: is required (or data.sources)",
         "train.steps or train.epochs: one of them is required",
     ]
     assert faults({}) == faults(default_config())
@@ -65,7 +65,7 @@ def test_everything_missing_is_named_at_once():
         ({"train__batch_size": "4"}, "train.batch_size: found '4' (str), expected int"),
         ({"train__remat": 1}, "train.remat: found 1 (int), expected bool or one of 'full', 'offload', 'none'"),
         ({"optim__learning_rate": "fast"}, "optim.learning_rate: found 'fast' (str), expected float"),
-        ({"data__path": None}, "data.path: is required"),
+        ({"data__path": None}, "data.path: is required (or data.sources)"),
         (
             {"model": "m"},
             "model: found 'm', expected a group with the keys path, dtype, quant, adapter, resize_vocab, attention",
@@ -78,7 +78,7 @@ def test_everything_missing_is_named_at_once():
         ({"model__dtype": "fp8"}, "model.dtype: found 'fp8', expected one of float32, bfloat16, float16, or None"),
         ({"train__batch_size": 0}, "train.batch_size: found 0, expected at least 1"),
         ({"train__epochs": 0}, "train.epochs: found 0.0, expected more than 0"),
-        ({"train__eval_every": 5}, "train.eval_every is 5, so data.eval_path is required"),
+        ({"train__eval_every": 5}, "train.eval_every is 5, so data.eval_path (or data.eval_share) is required"),
         (
             {"algorithm": "cpo", "cpo__label_smoothing": 0.6},
             "cpo.label_smoothing: found 0.6, expected less than 0.5",
@@ -213,11 +213,13 @@ def test_adapters_of_one_run_share_no_data():
 def test_what_adapters_lack_is_asked_of_each():
     made = of_adapters(train__eval_every=2)
     made.adapters["shop"]["data"]["eval_path"] = "shop_test.jsonl"
-    assert faults(made) == ["adapters['law']: train.eval_every is 2, so data.eval_path is required"]
+    assert faults(made) == [
+        "adapters['law']: train.eval_every is 2, so data.eval_path (or data.eval_share) is required"
+    ]
     made.data.eval_path = "test.jsonl"
     assert resolve(made).members()["law"].data.eval_path == "test.jsonl"
     made.adapters["other"] = {"optim": {}, "model": {}}
-    assert faults(made) == ["adapters['other']: data.path: is required"]
+    assert faults(made) == ["adapters['other']: data.path: is required (or data.sources)"]
     made.data.path = "all.jsonl"
     assert resolve(made).members()["other"].data.path == "all.jsonl"
     made.adapters["other"] = {"mesh": {}, "optim": {"schedule": "linear"}}

@@ -109,7 +109,7 @@ def digest(where: Where) -> str:
 def _looks_local(name: str) -> bool:
     """Whether a path that does not exist was meant as one of this machine rather than of the Hub."""
     suffixes = pathlib.PurePath(name.partition(":")[0]).suffixes
-    return bool({*_DATA, *PACKED} & set(suffixes)) or pathlib.Path(name.partition("/")[0]).exists()
+    return bool({*_DATA, *PACKED} & set(suffixes)) or pathlib.Path(pathlib.PurePath(name).parts[0]).exists()
 
 
 def _in_folder(name: str, folder: pathlib.Path) -> list[Part]:

@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "has no adapter: it is always a whole model.",
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of `jlora train`")
-    parser.add_argument("--step", type=int, metavar="N", help="a saved step (default: the newest)")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="a saved step (default: the best if the run looks for it, or the newest)"
+    )
     parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
     parser.add_argument(
         "--unmeasured",

@@ -13,12 +13,15 @@ from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.adapt import adapt
 from jlora.train.algorithms import ALGORITHMS
+from jlora.train.best import FILE as BEST
 from jlora.train.config import RunConfig, resolve
 from jlora.types import Params
 
 
 def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunConfig, Model, Params]:
-    """The run's settings, its model, and the params with the adapter as it was after `step` (None: the newest saved).
+    """The run's settings, its model, and the params with the adapter as it was after `step`.
+
+    None stands for the step whose adapter the run leaves: the best one if it looks for it, or else the newest saved.
 
     The base is loaded as the run held it, quantised if the run quantised it.
 
@@ -35,7 +38,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[RunCo
             f"{{{','.join(config.adapters)}}}, which is there once the run has ended"
         )
     with checkpoint.reader(_checkpoints(folder)) as saved:
-        found = _choose(folder, sorted(saved.all_steps()), step)
+        found = _choose(folder, sorted(saved.all_steps()), step, best_step(folder, config))
         manifest = checkpoint.read_manifest(saved, found)
         settings = dict(dtype=config.model.dtype, quant=config.model.quant, vocab=config.model.resize_vocab)
         model, params = hub.load(config.model.path, **settings)
@@ -62,6 +65,14 @@ def read_config(workdir: str | os.PathLike) -> RunConfig:
     return resolve(json.loads(path.read_text(encoding="utf-8")))
 
 
+def best_step(workdir: pathlib.Path, config: RunConfig) -> int | None:
+    """The best step of the run so far; None if it does not look for it or leaves the last step's adapter."""
+    path = workdir / BEST
+    if not (config.train.best_metric and config.train.load_best and path.is_file()):
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["step"]
+
+
 def _checkpoints(folder: pathlib.Path) -> pathlib.Path:
     path = folder / "checkpoints"
     if not path.is_dir():
@@ -69,14 +80,14 @@ def _checkpoints(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None) -> int:
+def _choose(folder: pathlib.Path, steps: list[int], wanted: int | None, best: int | None) -> int:
     if not steps:
         raise MissingFileError(f"{folder} has no checkpoints: the run ended before the first one was saved")
     if wanted is not None and wanted not in steps:
         raise MissingFileError(
             f"{folder} has no checkpoint of step {wanted}; there are those of {', '.join(map(str, steps))}"
         )
-    return steps[-1] if wanted is None else wanted
+    return wanted if wanted is not None else best if best in steps else steps[-1]
 
 
 def _restore(saved: ocp.CheckpointManager, step: int, trainable: Params, path: tuple[str, ...] = ()) -> Params:

@@ -7,11 +7,13 @@ import math
 import pytest
 from safetensors.numpy import load_file
 
+from jlora import tree
 from jlora.errors import UserError
 from jlora.train import Interrupted, TrainConfig, loop, resolve, run
 from jlora.train.best import Best
 from jlora.train.reporting.metrics import read_metrics
 from jlora.train.reporting.progress import Progress
+from jlora.train.restore import load_run
 
 
 def watch(name, **settings):
@@ -104,6 +106,12 @@ def test_a_run_leaves_its_best_step_and_ends_early_and_goes_on(settings, tmp_pat
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     run(changed(settings), folder)  # ended already: nothing is trained or lost
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    # What is exported of it is the same, by default; the last step is left if it is asked for.
+    leaves = tree.flatten(load_run(folder)[2])
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert (next(saved[name] for name in sorted(saved)) == leaves["layers/self_attn/q_proj/lora_a"][0].T).all()
+    run(changed(settings, load_best=False), folder)
+    assert adapter(folder) != adapter(tmp_path / "short")
     # It waits for longer, and is what it would have been without the end.
     run(changed(settings, steps=14, patience=9), folder)
     whole = tmp_path / "whole"
@@ -115,13 +123,3 @@ def test_a_run_leaves_its_best_step_and_ends_early_and_goes_on(settings, tmp_pat
     assert steps_kept(folder) == steps_kept(whole) == [14]
     assert adapter(folder) == adapter(whole) != adapter(tmp_path / "short")
     assert (folder / "best.json").read_bytes() == (whole / "best.json").read_bytes()
-
-
-def test_the_last_step_is_left_if_asked_for(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_evaluation", lambda this: {"eval_score": -float(this.state.step)})
-    told = io.StringIO()
-    run(changed(settings, steps=4, load_best=False), tmp_path / "last")
-    run(changed(settings, steps=4), tmp_path / "best", progress=Progress(told))
-    assert "the adapter is that of the best step: eval_score -2 at step 2" in told.getvalue()
-    last, best = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("last", "best"))
-    assert any((last[name] != best[name]).any() for name in last)

@@ -258,16 +258,17 @@ class Fake(checkpoint.Checkpoints, MetricsWriter):
         self.written.append((number, json.dumps(numbers)))
 
 
-def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="stop", stop=None):
+def steps(fake, *, total=6, save_every=100, eval_every=0, log_every=1, policy="stop", stop=None, best=None):
     """How the loop ends with a fake."""
     train = types.SimpleNamespace(save_every=save_every, eval_every=eval_every, eval_on_start=False)
+    watched = {"eval_every": 1, "best_metric": best, "greater_is_better": True} if best else {}
     this = loop._Run.__new__(loop._Run)
     this.config, this.workdir = types.SimpleNamespace(train=train), pathlib.Path("run")
     this.job = types.SimpleNamespace(source=fake, frozen=None, evaluate=fake.evaluate)
     this.total_steps, this.state, this.step, this.timed = total, State(0), fake.step, []
     this.read = lambda metrics, number: {"loss": float(metrics["loss"]), "number": number}
     this.guard = finite.Guard(policy, (), this.workdir, print)
-    this.best = Best(TrainConfig(steps=1))
+    this.best = Best(TrainConfig(steps=1, **watched))
     log = Log(fake, None, log_every)
     asked = itertools.count(1)
     trace = tracing.Trace(this.workdir, 0, 0, total, print)
@@ -293,6 +294,16 @@ def test_nothing_is_sent_behind_a_step_whose_state_is_wanted():
     for kind in ("save", "evaluate"):
         for number in {step for name, step in fake.events if name == kind} - {6}:
             assert fake.events.index((kind, number)) < fake.events.index(("send", number + 1))
+
+
+def test_the_best_step_is_looked_for_where_it_can_be_saved(monkeypatch):
+    """Elsewhere, what the next checkpoint holds would be another step's."""
+    monkeypatch.setattr(loop, "_tell_best", lambda this: None)
+    for best, evaluated in ((None, [2, 4, 6, 8, 10]), ("eval_step", [3, 6, 9, 10])):
+        fake = Fake(ahead=False, boundary=lambda position: position % 3 == 0)
+        steps(fake, total=10, eval_every=2, best=best)
+        assert [step for name, step in fake.events if name == "evaluate"] == evaluated
+        assert sorted(fake.saved) == ([10] if best is None else evaluated)
 
 
 def test_batches_that_follow_from_a_step_are_asked_for_after_it():

@@ -1,6 +1,7 @@
 """A resume is the same run, or is refused by name; it may be longer, and holds nothing before its first checkpoint."""
 
 import datetime
+import io
 import json
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ from jlora.errors import UserError
 from jlora.train import Interrupted, loop, resolve, resume, run
 from jlora.train.algorithms.algorithm import Plan
 from jlora.train.reporting.metrics import read_metrics
+from jlora.train.reporting.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,21 @@ def test_a_run_goes_on_to_more_steps_as_if_they_had_been_asked_for(settings, fin
     assert all((one[name] == other[name]).all() for name in one)
     with pytest.raises(UserError, match="has done 4 steps, and the settings ask for 3: expected at least as many"):
         run(resolve(changed(settings, "train", steps=3)), workdir)
+
+
+def test_a_finished_run_is_left_alone_or_goes_on_by_the_longer_schedule(settings, tmp_path):
+    falling = settings | {"optim": {"learning_rate": 1e-3, "schedule": "linear"}}
+    run(resolve(falling), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    told = io.StringIO()
+    run(resolve(falling), tmp_path, progress=Progress(told))
+    assert "finished already: all 2 steps are done, and nothing is trained" in told.getvalue()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run(resolve(changed(falling, "train", steps=5)), tmp_path)
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path)]
+    assert rates == pytest.approx([1e-3, 5e-4, 6e-4, 4e-4, 2e-4])
+    for name in ("adapter/adapter_model.safetensors", "curves.png", "usage.json", "config.json"):
+        assert (tmp_path / name).read_bytes() != before[tmp_path / name], name
 
 
 def test_what_is_said_of_other_steps():

@@ -15,7 +15,7 @@ from jlora.types import require
 
 FILE = "trackers.json"
 # How long the end of a run waits for what a tracker has not sent yet.
-PATIENCE_SECONDS = 100.0
+PATIENCE_SECONDS = 60.0
 # What a tracker may raise: packages have errors of their own, and some end the process.
 ERRORS = (Exception, SystemExit)
 
@@ -159,6 +159,7 @@ class Sender:
     def __init__(self, name: str, start: Callable[[], Tracker], note: Note) -> None:
         self._name, self._start, self._note = name, start, note
         self._queue: queue.SimpleQueue[tuple[int, Numbers] | Ended] = queue.SimpleQueue()
+        self._left = False
         self._thread = threading.Thread(target=self._send, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -172,6 +173,7 @@ class Sender:
         self._queue.put(ended)
         self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
+            self._left = True
             self._note(f"{self._name} is still sending after {PATIENCE_SECONDS:.0f} s, and is left behind")
 
     def _send(self) -> None:
@@ -181,8 +183,9 @@ class Sender:
                 tracker.log(*item)
             tracker.close(item)
         except ERRORS as error:
-            text = str(error).strip().partition("\n")[0]
-            self._note(f"{self._name} failed, and the run goes on without it: {type(error).__name__}: {text}")
+            if not self._left:
+                words = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+                self._note(f"{self._name} failed, and the run goes on without it: {words}")
 
 
 def open_trackers(

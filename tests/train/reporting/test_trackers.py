@@ -179,13 +179,15 @@ def test_one_that_fails_on_the_way_is_said_once(tmp_path):
 def test_a_slow_one_holds_up_neither_the_steps_nor_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "PATIENCE_SECONDS", 0.1)
     said, let_go = [], threading.Event()
-    sender = Sender("slow", lambda: let_go.wait(60) and Recorder(), said.append)
+    sender = Sender("slow", lambda: let_go.wait(60) and Recorder(fails=1), said.append)
     began = time.monotonic()
     with pytest.raises(KeyError), MetricsWriter(tmp_path, trackers=[sender]) as writer:
         writer.write(1, {"loss": 1.0})
         raise KeyError
     assert time.monotonic() - began < 30 and said == ["slow is still sending after 0 s, and is left behind"]
     let_go.set()
+    sender._thread.join(30)
+    assert len(said) == 1
 
 
 def test_settings_by_their_dotted_names():

@@ -22,8 +22,8 @@ import pytest
 
 from jlora import hub, lora
 from jlora.cli import main
-from jlora.cli.overrides import read_config
-from jlora.train.config import RunConfig, resolve
+from jlora.cli.overrides import read_run
+from jlora.train.config import RunConfig
 from jlora.train.config.typed import group_of
 from jlora.train.planning import topology
 
@@ -195,7 +195,7 @@ def refused(command, arguments):
             options, overrides = parser.parse_known_args(arguments)
         if command == "plan":
             topology.parse(options.topology)
-        resolve(read_config(options.config, overrides))
+        read_run(options.config, overrides, options.sweep)
     except SystemExit:
         return [said.getvalue().splitlines()[-1]]
     except (ValueError, FileNotFoundError) as error:

@@ -4,17 +4,17 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from jlora.cli.model import command
-from jlora.cli.overrides import read_config
+from jlora.cli.overrides import add_sweep, read_run
 from jlora.devices import DEVICES
 from jlora.errors import UserError, raise_all
-from jlora.train.config import RunConfig, resolve
+from jlora.train.config import RunConfig
 from jlora.train.planning.fitting import Found, cheapest, longest
 from jlora.train.planning.forecast import Forecast, forecast
 from jlora.train.planning.placement import place
@@ -24,7 +24,7 @@ from jlora.train.planning.topology import COMPILERS, Topology, parse
 def run(arguments: list[str]) -> int:
     """Runs the command and returns 0, whether the run fits or not."""
     options, overrides = _parser().parse_known_args(arguments)
-    topology, config = _asked_for(options.topology, options.config, overrides)
+    topology, config = _asked_for(options.topology, lambda: read_run(options.config, overrides, options.sweep))
     _prepare(topology)
     placed = place(config, topology.devices())
     config = dataclasses.replace(config, mesh=placed.sizes)
@@ -44,10 +44,10 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _asked_for(name: str, recipe: str, overrides: list[str]) -> tuple[Topology, RunConfig]:
+def _asked_for(name: str, configured: Callable[[], RunConfig]) -> tuple[Topology, RunConfig]:
     """The devices and the settings; faults of both are raised together."""
     found, faults = [], []
-    for read in (lambda: parse(name), lambda: resolve(read_config(recipe, overrides))):
+    for read in (lambda: parse(name), configured):
         try:
             found.append(read())
         except UserError as error:
@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DEVICES",
         help=f"one of {', '.join(DEVICES)}; several as v5e:2x4, v5p:2x2x1, h100x8, cpu:4",
     )
+    add_sweep(parser)
     parser.add_argument(
         "--max_seq_len", action="store_true", help="search the longest train.seq_len that fits (a few compilations)"
     )

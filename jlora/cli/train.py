@@ -15,11 +15,12 @@ from contextlib import contextmanager
 import jax
 
 from jlora import allocator
-from jlora.cli.overrides import read_config
+from jlora.cli.overrides import add_sweep, read_run
 from jlora.train import Interrupted, loop, many
-from jlora.train.config import RunConfig, resolve
+from jlora.train.config import RunConfig
 from jlora.train.config.typed import describe, group_of, is_required
 from jlora.train.reporting.progress import Progress
+from jlora.train.reporting.standings import show
 from jlora.train.results import MODEL
 
 INTERRUPTED = 75
@@ -30,7 +31,7 @@ def run(arguments: list[str]) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     if options.profile is not None:
         overrides = [*overrides, f"--config.train.profile={options.profile}"]
-    config = resolve(read_config(options.config, overrides))
+    config = read_run(options.config, overrides, options.sweep)
     allocator.keep_freed_pages()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback for each error before raising it
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
@@ -45,6 +46,8 @@ def run(arguments: list[str]) -> int:
     if jax.process_index() == 0:
         folder = many.FOLDER if config.adapters else "adapter"
         results = f"{folder} (PEFT)" if config.lora else f"{MODEL} (a whole model)"
+        if config.adapters:
+            show(config, workdir)
         print(f"done: {workdir}/{results}, {workdir}/metrics.jsonl")
     return 0
 
@@ -81,7 +84,8 @@ def _stop_on_signal() -> Iterator[_Stop]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jlora train",
-        usage="jlora train --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--workdir=DIR]",
+        usage="jlora train --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--sweep=GROUP.KEY=VALUE,VALUE ...] "
+        "[--workdir=DIR]",
         description="Fine-tune a model. Run the same command again to resume after an interruption.",
         epilog="settings and their defaults:\n\n" + "\n".join(_settings(RunConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
     )
+    add_sweep(parser)
     parser.add_argument(
         "--profile",
         metavar="N",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, lora, sharding, tree
-from jlora.optim import learning_rates, make_optimizer
+from jlora.optim import make_optimizer, own_optim
 from jlora.train.adapt import adapt
 from jlora.train.algorithms.algorithm import Base, Job, Learning, Note, Numbers, Plan, placement
 from jlora.train.algorithms.files import FileSource
@@ -31,19 +31,26 @@ def plan(
 ) -> Plan:
     """The run of all adapters in `config.adapters`, for as many steps as the longest of them would have alone.
 
+    Adapters with the same settings of data share what is encoded and, with the same seed, the batches too.
+
     Args:
         plan_one: (settings, tokenizer, note) → the plan of one adapter trained alone.
         begun: for a resumed run, the frozen half of each adapter (`Job.fixed`) as the run began; {} for a new run.
     """
     notes = data.as_notes(note)
     members = config.members()
-    plans = {name: plan_one(member, tokenizer, notes.about(name)) for name, member in members.items()}
+
+    def about(name: str) -> data.Notes:
+        alike = [other for other in members if members[other].data == members[name].data]
+        return notes if len(alike) == len(members) else notes.about(", ".join(alike))
+
+    plans = _shared(members, lambda name: plan_one(members[name], tokenizer, about(name)))
     steps = max(one.total_steps for one in plans.values())
-    for name, one in plans.items():
-        if one.total_steps < steps:
-            members[name] = _with_steps(members[name], steps)
-            note(f"{name}: has data for {one.total_steps} steps, and repeats it until step {steps}")
-            plans[name] = plan_one(members[name], tokenizer, lambda message: None)
+    longer = {name: _with_steps(members[name], steps) for name, one in plans.items() if one.total_steps < steps}
+    for name in longer:
+        note(f"{name}: has data for {plans[name].total_steps} steps, and repeats it until step {steps}")
+    members |= longer
+    plans |= _shared(longer, lambda name: plans[name].again(longer[name]))
 
     def start(base: Base) -> Job:
         return _start(config, base, members, plans, note, begun)
@@ -52,8 +59,24 @@ def plan(
     return Plan(steps, start, longest, " ".join(one.tokens for one in plans.values()))
 
 
+def _shared(members: Mapping[str, RunConfig], make: Callable[[str], Plan]) -> dict[str, Plan]:
+    """Each adapter's plan: one per data and seed, of which `make` encodes one per data."""
+    plans: dict[str, Plan] = {}
+    for name, member in members.items():
+        alike = [other for other in plans if members[other].data == member.data]
+        same = [other for other in alike if members[other].train == member.train]
+        if same:
+            plans[name] = plans[same[0]]
+        else:
+            plans[name] = plans[alike[0]].again(member) if alike else make(name)
+    return plans
+
+
 class Sources:
-    """Joins the batches of K sources to [A, K, …], each padded with zeros (no tokens) to the step's largest."""
+    """Joins the batches of K sources to [A, K, …], each padded with zeros (no tokens) to the step's largest.
+
+    A source that several adapters share is read once for all of them.
+    """
 
     boundary = ahead = True
 
@@ -67,7 +90,8 @@ class Sources:
 
     def read(self) -> tuple[data.Batch, int]:
         """The next batches on the host, joined, and how many tokens they hold."""
-        batches, counts = zip(*(source.read() for source in self._sources.values()), strict=True)
+        read = {key: source.read() for key, source in {id(one): one for one in self._sources.values()}.items()}
+        batches, counts = zip(*(read[id(source)] for source in self._sources.values()), strict=True)
         return {name: _joined([batch[name] for batch in batches]) for name in batches[0]}, sum(counts)
 
     def observe(self, metrics: Metrics) -> None:
@@ -117,33 +141,33 @@ def _start(
     def learn(config: RunConfig, base: Base, job: Job, total_steps: int) -> Learning:
         optimizer = functools.partial(make_optimizer, config.optim, total_steps)
         seeds = [member.train.seed for member in members.values()]
-        # Any factor: in the step each adapter has its own.
-        state = create_states(trainable, optimizer(1.0), seeds, base.mesh)
+        state = create_states(trainable, optimizer(optims), seeds, base.mesh)
         dropout = lora.drops(settings)
         skip = config.train.on_nonfinite == "skip"
-        rates = {name: learning_rates(member.optim, total_steps) for name, member in members.items()}
+        rates = np.asarray(optims.rates)
 
         def read(metrics: Metrics, number: int) -> Numbers:
             found = {}
             for place, name in enumerate(members):
                 one = jax.tree.map(lambda leaf, place=place: np.asarray(leaf[place]), metrics)
                 numbers = {"loss": float(one["loss"]), "grad_norm": float(one["grad_norm"])}
-                found[name] = numbers | {"learning_rate": float(rates[name][number - 1])} | jobs[name].report(one)
+                found[name] = numbers | {"learning_rate": float(rates[place, number - 1])} | jobs[name].report(one)
             return _named(found)
 
         return Learning(state, make_steps(job.objective, optimizer, placement(state), dropout=dropout, skip=skip), read)
 
     first = next(iter(jobs.values()))
-    rates = [member.optim.learning_rate / config.optim.learning_rate for member in members.values()]
+    steps = next(iter(plans.values())).total_steps
+    optims = jax.tree.map(lambda *own: jnp.stack(own), *(own_optim(one.optim, steps) for one in members.values()))
     return Job(
         trainable=trainable,
         frozen={
             "base": base.frozen,
             "settings": base.place(settings, base.mesh),
-            "rate": jnp.asarray(rates, jnp.float32),
+            "optim": optims,
         },
         objective=first.objective,
-        source=Sources({name: job.source for name, job in jobs.items()}, base.mesh),
+        source=Sources(_sources(plans, jobs), base.mesh),
         report=lambda metrics: {},
         adapters=lambda stacked: {
             f"{FOLDER}/{name}": params
@@ -155,6 +179,12 @@ def _start(
         fixed=fixed,
         learn=learn,
     )
+
+
+def _sources(plans: Mapping[str, Plan], jobs: Mapping[str, Job]) -> dict[str, FileSource]:
+    """Each adapter's source: that of the first one with the same plan."""
+    first = {id(plan): name for name, plan in reversed(plans.items())}
+    return {name: jobs[first[id(plan)]].source for name, plan in plans.items()}
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:

@@ -79,7 +79,7 @@ def make_step(
 
 def make_steps(
     objective: Objective,
-    optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    optimizer: Callable[[Any], optax.GradientTransformation],
     shardings: TrainState,
     *,
     dropout: bool = False,
@@ -88,27 +88,27 @@ def make_steps(
     """The step of K adapters side by side, each advanced as `make_step` would advance it alone.
 
     The state is that of `create_states`; the metrics' leaves are [K, …] too; frozen is {"base": what all adapters
-    share, "settings": the adapters' own, [K, …], "rate": [K] factors of the learning rate}; the batch's leaves are
-    [A, K, …].
+    share, "settings": the adapters' own, [K, …], "optim": what the optimizer has for each, [K, …]}; the batch's leaves
+    are [A, K, …].
 
     An adapter whose numbers are not finite does not hold up the others. Without `skip` it keeps the weights it had
     before that step from then on.
 
     Args:
-        optimizer: factor of the learning rate → the optimizer.
+        optimizer: an adapter's part of "optim" → its optimizer.
     """
     spare = _skipping if skip else _freezing
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        def one(own: tuple[TrainState, Params, jax.Array, Batch]) -> tuple[TrainState, Metrics]:
-            begun, settings, rate, part = own
+        def one(own: tuple[TrainState, Params, Any, Batch]) -> tuple[TrainState, Metrics]:
+            begun, settings, optim, part = own
             begun = dataclasses.replace(begun, step=state.step)
             whole = lora.combine(frozen["base"], settings)
-            after, metrics = _advance(objective, optimizer(rate), dropout, begun, whole, part)
+            after, metrics = _advance(objective, optimizer(optim), dropout, begun, whole, part)
             return dataclasses.replace(spare(begun, after, metrics[FINITE]), step=None), metrics
 
         parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
-        own = (dataclasses.replace(state, step=None), frozen["settings"], frozen["rate"], parts)
+        own = (dataclasses.replace(state, step=None), frozen["settings"], frozen["optim"], parts)
         # JAX has no batched grouped product, so with experts the adapters are computed one at a time.
         experts = any(map(is_expert, tree.flatten(frozen["base"])))
         after, metrics = jax.lax.map(one, own) if experts else jax.vmap(one)(own)

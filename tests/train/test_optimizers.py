@@ -10,7 +10,7 @@ import pytest
 
 from jlora import checkpoint, sharding
 from jlora.errors import UserError
-from jlora.optim import OptimConfig, make_optimizer
+from jlora.optim import OptimConfig, make_optimizer, own_optim
 from jlora.optim.rules import OPTIMIZERS
 from jlora.train import resolve, run
 from jlora.train.reporting.metrics import read_metrics
@@ -22,8 +22,8 @@ SHAPES = {"lora_a": (2, 512, 12), "lora_b": (2, 12, 640), "lora_magnitude": (2, 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-def settings(name):
-    return OptimConfig(name=name, learning_rate=RATE, warmup_ratio=0.1, weight_decay=0.1)
+def settings(name, rate=1.0):
+    return OptimConfig(name=name, learning_rate=RATE * rate, warmup_ratio=0.1, weight_decay=0.1)
 
 
 def weights(seed=0):
@@ -52,9 +52,9 @@ def batch(micro, seed):
     return {name: jnp.asarray(value, jnp.float32).reshape(micro, -1, value.shape[1]) for name, value in arrays.items()}
 
 
-def begun(name, mesh=sharding.MeshConfig(), seed=0, rate=None, skip=False):  # noqa: B008 (frozen)
+def begun(name, mesh=sharding.MeshConfig(), seed=0, rate=1.0, skip=False):  # noqa: B008 (frozen)
     """(state, step) of one adapter."""
-    optimizer = make_optimizer(settings(name), 10, rate)
+    optimizer = make_optimizer(settings(name, rate), 10)
     state = create_state(weights(seed), optimizer, 0, sharding.make_mesh(mesh))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     return state, make_step(objective(), optimizer, places, skip=skip)
@@ -103,10 +103,11 @@ def test_a_resume_is_the_same_run_to_the_bit(name, tmp_path):
 def test_adapters_side_by_side_are_what_they_are_alone(name):
     rates = (1.0, 0.25)
     optimizer = functools.partial(make_optimizer, settings(name), 10)
+    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(own_optim(settings(name, rate), 10) for rate in rates))
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), weights(0), weights(1))
-    state = create_states(both, optimizer(1.0), (0, 0), sharding.make_mesh(sharding.MeshConfig()))
+    state = create_states(both, optimizer(own), (0, 0), sharding.make_mesh(sharding.MeshConfig()))
     step = make_steps(objective(), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
-    frozen = {"base": {}, "settings": {}, "rate": jnp.float32(rates)}
+    frozen = {"base": {}, "settings": {}, "optim": own}
     for number in range(3):
         state, _ = step(state, frozen, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), batch(1, number)))
     for place, rate in enumerate(rates):

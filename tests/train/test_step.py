@@ -1,11 +1,11 @@
 """The step: PEFT's gradients and weights, accumulation, frozen weights, sharding."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 import jlora
 from jlora import lora, sharding, tree
-from jlora.optim import OptimConfig, make_optimizer
+from jlora.optim import OptimConfig, make_optimizer, own_optim
 from jlora.train.algorithms.sft import sft_loss
 from jlora.train.state import create_state, create_states
 from jlora.train.step import Objective, Report, make_step, make_steps
@@ -187,8 +187,8 @@ def toy_batch(micro, step=0, shape=(3,)):
     return {name: jnp.float32(v).reshape(micro, -1, *shape[1:]) for name, v in (("x", x), ("weights", weights))}
 
 
-def toy_run(micro, *, dropout=False, steps=3, seed=0, rate=1.0, first=1.0):
-    optimizer = optax.chain(make_optimizer(TOY_OPTIM, 10), optax.scale(rate))
+def toy_run(micro, *, dropout=False, steps=3, seed=0, optim=TOY_OPTIM, first=1.0):
+    optimizer = make_optimizer(optim, 10)
     state = create_state(toy_trainable(first), optimizer, seed, sharding.make_mesh(ONE_DEVICE))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     step, seen = make_step(toy_objective(), optimizer, places, dropout=dropout), []
@@ -230,20 +230,23 @@ def test_toy_every_micro_batch_of_every_step_has_a_key_of_its_own():
 
 
 def test_toy_adapters_side_by_side_are_what_they_are_alone():
-    rates, seeds, firsts, micro = (1.0, 0.25), (3, 8), (1.0, -2.0), 2
+    seeds, firsts, micro = (3, 8), (1.0, -2.0), 2
+    other = dict(learning_rate=0.3, schedule="linear", warmup_steps=2, weight_decay=0.2, loraplus_lr_ratio=4.0)
+    optims = (TOY_OPTIM, dataclasses.replace(TOY_OPTIM, **other))
+    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(own_optim(optim, 10) for optim in optims))
     optimizer = functools.partial(make_optimizer, TOY_OPTIM, 10)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(toy_trainable, firsts))
-    state = create_states(both, optimizer(1.0), seeds, sharding.make_mesh(ONE_DEVICE))
+    state = create_states(both, optimizer(own), seeds, sharding.make_mesh(ONE_DEVICE))
     step = make_steps(toy_objective(), optimizer, jax.tree.map(lambda leaf: leaf.sharding, state), dropout=True)
-    frozen = {"base": TOY_FROZEN, "settings": {}, "rate": jnp.float32(rates)}
+    frozen = {"base": TOY_FROZEN, "settings": {}, "optim": own}
     seen = []
     for number in range(3):
         batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), toy_batch(micro, number))
         state, metrics = step(state, frozen, batch)
         seen.append(jax.device_get(metrics))
         assert int(state.step) == number + 1
-    for place, (rate, seed, first) in enumerate(zip(rates, seeds, firsts, strict=True)):
-        alone, expected = toy_run(micro, dropout=True, seed=seed, rate=rate, first=first)
+    for place, (optim, seed, first) in enumerate(zip(optims, seeds, firsts, strict=True)):
+        alone, expected = toy_run(micro, dropout=True, seed=seed, optim=optim, first=first)
         close(jax.tree.map(lambda leaf, place=place: leaf[place], state.trainable), alone.trainable, 1e-6)
         for ours, theirs in zip(seen, expected, strict=True):
             assert ours["loss"][place] == pytest.approx(theirs["loss"], rel=1e-6)

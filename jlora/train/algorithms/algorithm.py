@@ -147,6 +147,8 @@ class Plan:
         tokens: checksum of everything that was encoded for training.
         held_out: the evaluation's records, with an answer each, if texts can be generated for them.
         encoded: what is trained on, for `jlora data`; None where nothing is known before the model is.
+        replanned: (settings that differ in seed and length alone) → their `total_steps` and `start` on what is encoded
+            already; None if the algorithm trains no adapters side by side.
     """
 
     total_steps: int
@@ -155,6 +157,12 @@ class Plan:
     tokens: str = ""
     held_out: Sequence[dict[str, Any]] = ()
     encoded: "Encoded | None" = None
+    replanned: Callable[[SharedConfig], tuple[int, Callable[[Base], Job]]] | None = None
+
+    def again(self, config: SharedConfig) -> "Plan":
+        """The plan of settings that differ in seed and length alone, on what is encoded already."""
+        total_steps, start = self.replanned(config)
+        return dataclasses.replace(self, total_steps=total_steps, start=start)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,8 +73,19 @@ def plan(
     if weights:
         note(_describe_mixture(config, report.sources))
     longest = max(int(data.flat(some).lengths.max()) for some in (items, held_out) if some)
-    start = functools.partial(start, steps)
-    return Plan(len(steps), start, longest, items.examples.checksum, encoded=Encoded(items, report, steps))
+
+    def replanned(other: SharedConfig) -> tuple[int, Callable[[Base], Job]]:
+        rows = _steps(other, items, share, other.train.epochs, other.train.steps, **mixture)
+        return len(rows), functools.partial(start, rows)
+
+    return Plan(
+        len(steps),
+        functools.partial(start, steps),
+        longest,
+        items.examples.checksum,
+        encoded=Encoded(items, report, steps),
+        replanned=replanned,
+    )
 
 
 def require_all_sources(config: SharedConfig, report: data.EncodeReport) -> None:
@@ -101,7 +112,8 @@ def _describe_mixture(config: SharedConfig, counts: Sequence[int]) -> str:
 def fullest(config: SharedConfig, items: Sequence[data.Item], start: Start, *, share: bool = False) -> Plan:
     """A plan of one step on these items, which have documents of the maximum length."""
     steps = _steps(config, items, share, None, 1)
-    return Plan(1, functools.partial(start, steps), config.train.seq_len)
+    first = functools.partial(start, steps)
+    return Plan(1, first, config.train.seq_len, replanned=lambda other: (1, first))
 
 
 def in_order(config: SharedConfig, items: Sequence[data.Item], share: bool) -> Iterator[data.Batch]:

@@ -1,9 +1,11 @@
 """The settings of a run: from recipes and the command line to frozen dataclasses."""
 
-from jlora.train.config.run import RunConfig, completed, default_config, resolve, to_dict
+from jlora.train.config.run import OWN, RunConfig, completed, default_config, resolve, to_dict
+from jlora.train.config.sweep import swept
 from jlora.train.settings import TASK, ModelSource, TrainConfig
 
 __all__ = [
+    "OWN",
     "TASK",
     "ModelSource",
     "RunConfig",
@@ -11,5 +13,6 @@ __all__ = [
     "completed",
     "default_config",
     "resolve",
+    "swept",
     "to_dict",
 ]

@@ -15,6 +15,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from jlora.errors import UserError, raise_all
 from jlora.lora.full import PACKED, FullConfig
+from jlora.optim import OWN_SETTINGS
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.config import typed
 from jlora.train.settings import SharedConfig
@@ -24,7 +25,7 @@ GROUPS = {name: group for algorithm in ALGORITHMS.values() for name, group in al
 EACH = "each adapter's own"  # the run's data.path if its adapters share no data
 
 # What may differ between the adapters of one run: groups, or settings of a group.
-OWN = ("data", "lora", "model.adapter", "optim.learning_rate", "train.seed")
+OWN = ("data", "lora", "model.adapter", *(f"optim.{name}" for name in OWN_SETTINGS), "train.seed")
 
 _WithGroups = dataclasses.make_dataclass(
     "_WithGroups",
@@ -60,7 +61,7 @@ class RunConfig(_WithGroups):
         if self.data.path == EACH:
             shared["data"]["path"] = None
         for name, own in sorted(self.adapters.items()):
-            found = _foreign(own)
+            found = foreign(own)
             merged = {
                 group: value | own[group] if isinstance(value, dict) and isinstance(own.get(group), Mapping) else value
                 for group, value in shared.items()
@@ -80,11 +81,7 @@ class RunConfig(_WithGroups):
             for name in self.adapters
             if not re.fullmatch(r"[\w-][\w.-]*", name)
         ]
-        if not ALGORITHMS[self.algorithm].side_by_side:
-            able = _listed(name for name, one in ALGORITHMS.items() if one.side_by_side)
-            faults.append(
-                f"adapters: several are trained side by side by {able}; train those of {self.algorithm} alone"
-            )
+        faults += trained_alone(self.algorithm)
         try:
             self.members()
         except UserError as error:
@@ -160,7 +157,7 @@ class RunConfig(_WithGroups):
         return faults
 
 
-def _foreign(own: Mapping[str, Any]) -> list[str]:
+def foreign(own: Mapping[str, Any]) -> list[str]:
     """A fault for each setting that all adapters of a run share, and for each value that is not a group of settings."""
     groups, faults = [name.partition(".")[0] for name in OWN], []
     for group, values in own.items():
@@ -174,6 +171,14 @@ def _foreign(own: Mapping[str, Any]) -> list[str]:
                 if name not in (*OWN, *groups)
             ]
     return faults
+
+
+def trained_alone(algorithm: str) -> list[str]:
+    """A fault if the algorithm cannot train adapters side by side."""
+    if ALGORITHMS[algorithm].side_by_side:
+        return []
+    able = _listed(name for name, one in ALGORITHMS.items() if one.side_by_side)
+    return [f"adapters: several are trained side by side by {able}; train those of {algorithm} alone"]
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -194,7 +199,7 @@ def resolve(config: ConfigDict | Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: unknown keys, wrong types, missing settings, or incompatible settings; all in one message.
     """
-    values = _plain(config)
+    values = plain_values(config)
     shared = values.get("data") or {}
     if (
         values.get("adapters")
@@ -259,7 +264,7 @@ def _scalar(hint: Any) -> type:
     return members[0] if len(members) == 1 and members[0] in (bool, int, float, str) else object
 
 
-def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The settings as nested plain dicts.
 
     A required placeholder that was not given becomes None, which `typed.build` reports as missing.
@@ -269,7 +274,7 @@ def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     for key, value in references:
         if isinstance(value, FieldReference):
             value = _value(value)
-        plain[key] = _plain(value) if isinstance(value, ConfigDict | Mapping) else value
+        plain[key] = plain_values(value) if isinstance(value, ConfigDict | Mapping) else value
     return plain
 
 

@@ -67,10 +67,18 @@ def measured(plan: Planner) -> Planner:
             return planned
         keys = {key for record in planned.held_out for key in record}
         raise_all(fault for measure in measures for fault in measure.faults(keys))
-        start = functools.partial(_start, config, planned, measures)
-        return dataclasses.replace(planned, start=start)
+        return _with_measures(config, planned, measures)
 
     return with_metrics
+
+
+def _with_measures(config: SharedConfig, planned: Plan, measures: Sequence["Metric"]) -> Plan:
+    def replanned(other: SharedConfig) -> tuple[int, Callable[[Base], Job]]:
+        found = _with_measures(other, planned.again(other), measures)
+        return found.total_steps, found.start
+
+    start = functools.partial(_start, config, planned, measures)
+    return dataclasses.replace(planned, start=start, replanned=replanned if planned.replanned else None)
 
 
 def _start(config: SharedConfig, planned: Plan, measures: Sequence["Metric"], base: Base) -> Job:

@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl (one object per step), trackers that get the same numbers, and curves.png."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ FILE = "metrics.jsonl"
 CURVES = "curves.png"
 
 INK, BLUE, ORANGE, GREEN, GRID = "#333333", "#2563a8", "#d9641e", "#3b8f4a", "#e4e4e4"
+LINES = (BLUE, ORANGE, GREEN, "#8e44ad", "#b3261e", "#139a9a", "#8a6d00", "#d6338a", "#7a7a7a", "#142f5c")
 
 Panels = Sequence[tuple[str, tuple[str, ...]]]
 
@@ -149,14 +151,22 @@ def _draw(axis: Any, records: list[dict], title: str, names: tuple[str, ...]) ->
     style(axis, title)
     axis.xaxis.get_major_locator().set_params(integer=True)
     drawn = 0
-    for name, color in zip(names, (BLUE, ORANGE, GREEN), strict=False):
+    for name, color in zip(names, itertools.cycle(LINES), strict=False):
         label = name.rpartition("/")[2].replace("_", " ") if len(names) > 1 else "training"
         drawn += _draw_line(axis, *series(records, name), color, label)
         drawn += _draw_evaluation(axis, *series(records, f"eval_{name}"), ORANGE if len(names) == 1 else color)
     if not drawn:
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color="#999999")
     elif drawn > 1:
-        axis.legend(frameon=False, labelcolor=INK, loc="best", fontsize=9)
+        _add_legend(axis, beside=len(names) > 3)
+
+
+def _add_legend(axis: Any, *, beside: bool) -> None:
+    """Adds a legend, in which lines of one label are one; `beside` the axis it hides none of many lines."""
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(sorted(zip(labels, handles, strict=True), key=lambda one: one[0] == "evaluation"))
+    place = dict(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7.5) if beside else dict(loc="best", fontsize=9)
+    axis.legend(once.values(), once, frameon=False, labelcolor=INK, **place)
 
 
 def _draw_line(axis: Any, steps: list[int], values: list[float], color: str, label: str) -> bool:

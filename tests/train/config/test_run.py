@@ -222,10 +222,10 @@ def test_what_adapters_lack_is_asked_of_each():
     assert faults(made) == ["adapters['other']: data.path: is required (or data.sources)"]
     made.data.path = "all.jsonl"
     assert resolve(made).members()["other"].data.path == "all.jsonl"
-    made.adapters["other"] = {"mesh": {}, "optim": {"schedule": "linear"}}
+    made.adapters["other"] = {"mesh": {}, "optim": {"b1": 0.8}}
     assert [fault.split(": is the same")[0] for fault in faults(made)] == [
         "adapters['other']: mesh",
-        "adapters['other']: optim.schedule",
+        "adapters['other']: optim.b1",
     ]
 
 

@@ -112,7 +112,7 @@ def test_at_the_end_a_table_names_the_best(swept, command, capsys):
         rate, r = NAMES[name]
         loss, evaluated = (f"{last[f'{number}/{name}']:.4f}" for number in ("loss", "eval_loss"))
         assert row[:-1] == [str(float(rate)), str(r), loss, evaluated]
-    assert f"best by loss of the evaluation: {workdir}/adapters/{ranked[0]}\n" in printed
+    assert f"best by eval loss: {workdir}/adapters/{ranked[0]}\n" in printed
 
 
 def test_other_values_are_another_run(swept, command, capsys):

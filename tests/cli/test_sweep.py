@@ -73,7 +73,7 @@ def swept(command, tmp_path_factory):
 def test_one_step_is_compiled_and_each_record_is_read_once(swept, data_file):
     _, compiled, seen = swept
     assert len(compiled) == 1, compiled
-    assert len(seen) == pathlib.Path(data_file).read_text().count("\n")
+    assert len(seen) == 2 * pathlib.Path(data_file).read_text().count("\n")  # to train, and to evaluate
 
 
 def test_each_adapter_is_what_it_is_alone(swept, command, tmp_path):

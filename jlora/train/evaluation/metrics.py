@@ -52,9 +52,6 @@ class Generated:
         }
 
 
-Measure = Callable[[Generated], Numbers]
-
-
 def measured(plan: Planner) -> Planner:
     """The plan of an algorithm whose evaluation also measures `train.metrics` on the plan's held-out records."""
 
@@ -65,6 +62,10 @@ def measured(plan: Planner) -> Planner:
         planned = plan(config, tokenizer, note)
         if not measures:
             return planned
+        if empty := sum(not data.split_prompt(record)[0] for record in planned.held_out):
+            raise UserError(
+                f"train.metrics: {empty} of {len(planned.held_out)} held-out records have no prompt to write a text for"
+            )
         keys = {key for record in planned.held_out for key in record}
         raise_all(fault for measure in measures for fault in measure.faults(keys))
         return _with_measures(config, planned, measures)

@@ -11,7 +11,8 @@ from jlora import data, hub, lora
 from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.train import resolve, run
-from jlora.train.evaluation.metrics import Generated, join, load_metrics
+from jlora.train.algorithms.algorithm import Plan
+from jlora.train.evaluation.metrics import Generated, join, load_metrics, measured
 from jlora.train.reporting.metrics import read_metrics
 from jlora.train.restore import load_run
 
@@ -101,6 +102,14 @@ def test_what_cannot_be_loaded_is_said_at_once(tmp_path):
     for part in ("found 'bleu', expected exact_match, FILE.py:FUNCTION", "none.py is not a file", "no function g()"):
         assert part in str(error.value)
     assert "two are called f; rename one" in str(error.value)
+
+
+def test_records_without_prompts_are_refused_before_anything_is_loaded():
+    train = {"steps": 1, "eval_every": 1, "metrics": ["exact_match"]}
+    config = resolve({"model": {"path": "m"}, "data": {"path": "d", "eval_path": "d"}, "train": train})
+    records = [{"prompt": "", "completion": "a text"}, {"prompt": "a", "completion": "b"}]
+    with pytest.raises(UserError, match="1 of 2 held-out records have no prompt to write a text for"):
+        measured(lambda *_: Plan(1, print, held_out=records))(config, None, print)
 
 
 @pytest.fixture(scope="module")

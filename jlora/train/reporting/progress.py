@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 
 LINE_EVERY_SECONDS = 15.0
+BAR_EVERY_SECONDS = 0.2
 
 
 class Progress:
@@ -47,6 +48,10 @@ class Progress:
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
             self._bar.start()
 
+    def counting(self, what: str) -> "Counting":
+        """Shows how much of something is done before the run begins: "reading train.jsonl"."""
+        return Counting(what, self.note, self._console if self._console.is_terminal else None, self._clock)
+
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows that `step` is done.
 
@@ -60,6 +65,10 @@ class Progress:
         elif step >= self._total or now - self._shown >= LINE_EVERY_SECONDS:
             self._shown = now
             self.note(f"step {step}/{self._total}  {text}")
+
+    def __call__(self, message: str) -> None:
+        """The same as `note`: a run's progress takes its notes."""
+        self.note(message)
 
     def note(self, message: str) -> None:
         """Shows one line, above the bar on a terminal."""
@@ -82,6 +91,63 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
         self.close()
+
+
+class Counting:
+    """How many records are done, how many that is a second, and the time left: on a console a bar, or else lines.
+
+    Args:
+        what: what is done, and to what.
+        note: takes a line, every few seconds, if there is no console.
+        clock: returns seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        note: Callable[[str], None],
+        console: Console | None = None,
+        clock: Callable[[], int | float] = time.monotonic,
+    ) -> None:
+        self._what, self._note, self._clock = what, note, clock
+        self._began = self._last = clock()
+        self._bar = self._task = None
+        if console is not None:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = Bar(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(what, total=None, text="")
+
+    def __call__(self, records: int, share: float | None = None) -> None:
+        """So many records are done, which is this share of all, if that is known."""
+        now = self._clock()
+        if now - self._last < (LINE_EVERY_SECONDS if self._bar is None else BAR_EVERY_SECONDS):
+            return
+        self._last, seconds = now, now - self._began
+        text = f"{records:,} records, {records / seconds:,.0f} a second"
+        if share:
+            text += f", {duration(seconds / share - seconds)} left"
+        if self._bar is None:
+            self._note(f"{self._what}: {text}" if share is None else f"{self._what} ({share:.0%}): {text}")
+        else:
+            self._bar.start()  # what is done at once is not shown
+            self._bar.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, text=text)
+
+    def __enter__(self) -> "Counting":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def counting(note: Callable[[str], None], what: str) -> Counting:
+    """What a run's progress shows of this; a plain function in its place is given lines."""
+    return note.counting(what) if isinstance(note, Progress) else Counting(what, note)
 
 
 def duration(seconds: int | float) -> str:

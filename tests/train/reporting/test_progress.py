@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from jlora.train.reporting.progress import Progress, duration
+from jlora.train.reporting.progress import Progress, counting, duration
 
 
 class Terminal(io.StringIO):
@@ -50,6 +50,36 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     text = run(Terminal(), total=5)
     assert "5/5" in text
     assert "loss 2.0000" in text
+
+
+def count(stream, share):
+    now = [0.0]
+    with counting(Progress(stream, clock=lambda: now[0]), "encoding [a].jsonl") as told:
+        for done in range(1, 101):
+            now[0] = done * 1.0
+            told(20 * done, share and share * done)
+    return stream.getvalue()
+
+
+def test_what_is_done_before_the_run_is_told_now_and_then():
+    lines = count(io.StringIO(), None).splitlines()
+    assert lines[:2] == [f"encoding [a].jsonl: {records} records, 20 a second" for records in (300, 600)]
+    assert len(lines) == 6
+    [first, *_, last] = count(io.StringIO(), 0.01).splitlines()
+    assert first == "encoding [a].jsonl (15%): 300 records, 20 a second, 1m25s left"
+    assert last == "encoding [a].jsonl (90%): 1,800 records, 20 a second, 10s left"
+
+
+def test_on_a_terminal_it_is_a_bar_that_goes_away(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    text = count(Terminal(), 0.01)
+    assert "encoding [a].jsonl" in text
+    assert "2,000 records, 20 a second" in text
+    assert text.endswith("\x1b[2K")  # the line is cleared
+    notes = []
+    with counting(notes.append, "encoding") as told:
+        told(1, 0.5)
+    assert notes == []
 
 
 def test_closing_before_starting_and_twice_is_fine():

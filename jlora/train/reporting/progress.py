@@ -113,13 +113,9 @@ class Counting:
         self._began = self._last = clock()
         self._bar = self._task = None
         if console is not None:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._bar = Bar(*columns, console=console, transient=True)
+            fields = "{task.description}", "{task.fields[text]}"
+            first, last = (TextColumn(field, markup=False) for field in fields)
+            self._bar = Bar(SpinnerColumn(), first, BarColumn(), last, console=console, transient=True)
             self._task = self._bar.add_task(what, total=None, text="")
 
     def __call__(self, records: int, share: float | None = None) -> None:

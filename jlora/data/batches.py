@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.data.chat import EncodeReport
-from jlora.data.packing import Step
+from jlora.data.packing import Step, Steps
 from jlora.data.store import Example, common_start
 from jlora.types import BRANCH
 
@@ -20,11 +20,11 @@ def filled(length: int, prompt: int = 0) -> Example:
     return Example(np.zeros(length, np.int32), np.arange(length) >= prompt)
 
 
-def describe(report: EncodeReport, steps: Sequence[Step]) -> str:
+def describe(report: EncodeReport, steps: Steps) -> str:
     """A sentence on what will be trained on, to follow the number of examples."""
     text = (
         f"{report.tokens:,} tokens of which {report.trained_tokens:,} are trained; {len(steps)} steps, rows of "
-        f"{', '.join(str(length) for length in sorted({step.length for step in steps}))} tokens"
+        f"{', '.join(str(length) for length in np.unique(steps.lengths).tolist())} tokens"
     )
     lost = {
         "cut at seq_len": report.cut,

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from jlora.data.batches import Batch, collate, lay_out
-from jlora.data.packing import Step, plan
+from jlora.data.packing import Step, Steps, plan
 from jlora.data.store import Example, Item, Items, common_start
 from jlora.data.writer import flat
 from jlora.errors import UserError
@@ -28,7 +28,7 @@ def plan_items(
     prompts: Sequence[int] | None = None,
     counts: Sequence[int] = (),
     weights: Sequence[float] = (),
-) -> list[Step]:
+) -> Steps:
     """The steps of a run (see `plan`), whose rows hold documents: side s of item i is number i·S + s.
 
     Without packing, a micro-batch has `batch_size` items and S times as many rows: all first documents, then all second
@@ -45,7 +45,7 @@ def plan_items(
         UserError: see `plan`; or the items differ in their number of documents or in the names of their values.
     """
     items = flat(items)
-    sides, units = items.sides, [(number,) for number in range(len(items))]
+    sides, units = items.sides, None
     if share and prompts is not None:
         units, lengths = _units(items, prompts, seq_len * sides)
     elif share or packing:
@@ -67,19 +67,22 @@ def plan_items(
         weights=weights,
     )
     blocks = [(0, sides)] if whole else [(side, side + 1) for side in range(sides)]
-    return [
-        Step(
+
+    def shaped(step: Step) -> Step:
+        rows = [row if units is None else [item for unit in row for item in units[unit]] for row in step.rows]
+        groups = [[1 if units is None else len(units[unit]) for unit in row] for row in step.rows]
+        return Step(
             tuple(
-                tuple(item * sides + side for unit in row for item in units[unit] for side in range(*block))
-                for start in range(0, len(step.rows), batch_size)
+                tuple(item * sides + side for item in row for side in range(*block))
+                for start in range(0, len(rows), batch_size)
                 for block in blocks
-                for row in step.rows[start : start + batch_size]
+                for row in rows[start : start + batch_size]
             ),
             step.length,
-            tuple(tuple(sides * len(units[unit]) for unit in row) for row in step.rows) if share else None,
+            tuple(tuple(sides * size for size in row) for row in groups) if share else None,
         )
-        for step in planned
-    ]
+
+    return planned.shaped(shaped)
 
 
 def _units(items: Items, prompts: Sequence[int], room: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
@@ -114,7 +117,8 @@ def loader(
     Raises:
         UserError: the rows of a step cannot be split into `grad_accum` micro-batches; or see `plan_items`.
     """
-    if uneven := sorted({len(step.rows) for step in steps if len(step.rows) % grad_accum}):
+    some = steps[:1] if isinstance(steps, Steps) else steps  # those of a plan have equally many rows
+    if uneven := sorted({len(step.rows) for step in some if len(step.rows) % grad_accum}):
         raise UserError(f"found steps of {uneven} rows, expected a multiple of grad_accum={grad_accum}")
     items = flat(items)
 

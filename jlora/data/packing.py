@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -36,6 +37,96 @@ class Step:
     groups: tuple[tuple[int, ...], ...] | None = None
 
 
+class Rows:
+    """Rows of numbers, which lie one after another: four bytes a number, and eight a row."""
+
+    def __init__(self, members: np.ndarray, bounds: np.ndarray) -> None:
+        """`bounds` says where each row begins, and where the last one ends."""
+        self.members, self.bounds = members, bounds
+
+    @classmethod
+    def empty(cls) -> "Rows":
+        """No rows."""
+        return cls(np.zeros(0, np.int32), np.zeros(1, np.int64))
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Rows":
+        """These rows."""
+        members = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+        return cls(members, np.cumsum([0, *map(len, rows)], dtype=np.int64))
+
+    @classmethod
+    def of_one(cls, members: np.ndarray) -> "Rows":
+        """A row for each of these numbers."""
+        return cls(members.astype(np.int32), np.arange(len(members) + 1))
+
+    @classmethod
+    def joined(cls, given: Sequence["Rows"]) -> "Rows":
+        """The rows of all."""
+        sizes = np.concatenate([np.diff(rows.bounds) for rows in given] or [np.zeros(0, np.int64)])
+        members = np.concatenate([rows.members for rows in given] or [np.zeros(0, np.int32)])
+        return cls(members, np.concatenate([[0], np.cumsum(sizes)]))
+
+    def take(self, order: np.ndarray) -> "Rows":
+        """The rows at these places."""
+        sizes = np.diff(self.bounds)[order]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.repeat(self.bounds[order] - bounds[:-1], sizes) + np.arange(bounds[-1])
+        return Rows(self.members[places], bounds)
+
+    def padded(self, count: int) -> "Rows":
+        """So many rows: these, and empty ones."""
+        return Rows(self.members, np.pad(self.bounds, (0, count - len(self)), mode="edge"))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum of the values at each row's numbers."""
+        ends = np.concatenate([[0], np.cumsum(values[self.members])])
+        return ends[self.bounds[1:]] - ends[self.bounds[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, place: int) -> Row:
+        return tuple(self.members[self.bounds[place] : self.bounds[place + 1]].tolist())
+
+
+class Steps(Sequence[Step]):
+    """Steps of equally many rows, which exist only while somebody looks at them.
+
+    Attributes:
+        lengths: tokens of the rows of each step.
+    """
+
+    def __init__(
+        self, rows: Rows, size: int, lengths: np.ndarray, shape: Callable[[Step], Step] = lambda step: step
+    ) -> None:
+        """`shape` is what becomes of a step of `size` rows when it is looked at."""
+        self.lengths, self._rows, self._size, self._shape = lengths, rows, size, shape
+
+    def shaped(self, shape: Callable[[Step], Step]) -> "Steps":
+        """What this makes of each step; it leaves the length of rows as it is."""
+        return Steps(self._rows, self._size, self.lengths, shape)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        rows = tuple(self._rows[row] for row in range(place * self._size, (place + 1) * self._size))
+        return self._shape(Step(rows, int(self.lengths[place])))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+
 def plan(
     lengths: Sequence[int] | np.ndarray,
     *,
@@ -49,7 +140,7 @@ def plan(
     shuffle: bool = True,
     counts: Sequence[int] = (),
     weights: Sequence[float] = (),
-) -> list[Step]:
+) -> Steps:
     """The steps of a run, the same on every platform for the same arguments.
 
     Every example is in exactly one row of each epoch, unless sources have weights (`jlora.data.mixing.mixed`). Rows
@@ -72,8 +163,7 @@ def plan(
     lengths = np.asarray(lengths, np.int64)
     _check(lengths, seq_len=seq_len, batch_size=batch_size, bucket=bucket, epochs=epochs, steps=steps)
     bucket *= -(-seq_len // (bucket * MAX_SHAPES))
-    planned: list[Step] = []
-    carried: list[Row] = []
+    planned, count, carried = [], 0, Rows.empty()
     for epoch in itertools.count():
         share = 1.0 if epochs is None else min(1.0, epochs - epoch)
         if share <= 0:
@@ -82,26 +172,30 @@ def plan(
         if shuffle:
             order = generator(seed, epoch, ORDER).permutation(order)
         for_rows = generator(seed, epoch, ROWS)
-        if packing:
-            rows = _pack(order, lengths, seq_len)
-            if shuffle:
-                rows = [rows[index] for index in for_rows.permutation(len(rows))]
-        else:
-            rows = [(int(index),) for index in order]
+        rows = _pack(order, lengths, seq_len) if packing else Rows.of_one(order)
+        if packing and shuffle:
+            rows = rows.take(for_rows.permutation(len(rows)))
         taken = -(-(len(carried) + max(1, round(share * len(rows)))) // batch_size)
         # The step with the carried rows is not shuffled: a run that ends with the previous epoch ends with these rows.
-        opening = batch_size if carried and len(carried) + len(rows) >= batch_size else 0
-        rows = carried + rows
-        full = len(rows) - len(rows) % batch_size
-        groups = [rows[:opening]] if opening else []
-        groups += _group(rows[opening:full], lengths, batch_size, for_rows if shuffle and not packing else None)
-        planned += [_step(group, lengths, bucket, seq_len) for group in groups[:taken]]
-        carried = rows[full:] if taken > len(groups) or share == 1 else []
-        if steps is not None and len(planned) >= steps:
-            return planned[:steps]
-    if carried:
-        planned.append(_step(carried + [()] * (batch_size - len(carried)), lengths, bucket, seq_len))
-    return planned[:steps]
+        opening = batch_size if len(carried) and len(carried) + len(rows) >= batch_size else 0
+        rows = Rows.joined([carried, rows])
+        groups = len(rows) // batch_size
+        full = groups * batch_size
+        places = np.arange(full)
+        if shuffle and not packing:
+            places[opening:] = opening + _grouped(rows.sums(lengths)[opening:full], batch_size, for_rows)
+        planned.append(rows.take(places[: taken * batch_size]))
+        count += min(taken, groups)
+        carried = rows.take(np.arange(full, len(rows))) if taken > groups or share == 1 else Rows.empty()
+        if steps is not None and count >= steps:
+            carried = Rows.empty()
+            break
+    if len(carried):
+        planned.append(carried.padded(batch_size))
+    rows = Rows.joined(planned)
+    rows = rows.take(np.arange(len(rows))[: None if steps is None else steps * batch_size])
+    longest = rows.sums(lengths).reshape(-1, batch_size).max(axis=1)
+    return Steps(rows, batch_size, np.minimum(seq_len, -(-longest // bucket) * bucket))
 
 
 def _check(
@@ -128,12 +222,12 @@ def _check(
         raise UserError("the batches cannot be planned:\n  " + "\n  ".join(faults))
 
 
-def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[Row]:
-    rows: list[Row] = []
+def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> Rows:
+    found = []
     for start in range(0, len(order), PACKING_WINDOW):
         window = order[start : start + PACKING_WINDOW]
-        rows += _best_fit(window[np.argsort(-lengths[window], kind="stable")].tolist(), lengths, seq_len)
-    return rows
+        found.append(Rows.of(_best_fit(window[np.argsort(-lengths[window], kind="stable")].tolist(), lengths, seq_len)))
+    return Rows.joined(found)
 
 
 def _best_fit(indices: list[int], lengths: np.ndarray, seq_len: int) -> list[Row]:
@@ -163,25 +257,12 @@ def _best_fit(indices: list[int], lengths: np.ndarray, seq_len: int) -> list[Row
     return [tuple(row) for row in rows]
 
 
-def _group(
-    rows: list[Row], lengths: np.ndarray, batch_size: int, generator: np.random.Generator | None
-) -> list[list[Row]]:
-    """The rows divided into steps; with a generator, rows of similar length share a step and steps are shuffled."""
-    if generator is None:
-        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    row_lengths = _row_lengths(rows, lengths)
+def _grouped(row_lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """An order in which rows of similar length share a step and steps are shuffled; there are rows for whole steps."""
     window = batch_size * SORTING_WINDOW
-    groups = []
-    for start in range(0, len(rows), window):
-        order = start + np.argsort(row_lengths[start : start + window], kind="stable")
-        groups += [[rows[index] for index in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    return [groups[index] for index in generator.permutation(len(groups))]
-
-
-def _row_lengths(rows: list[Row], lengths: np.ndarray) -> np.ndarray:
-    return np.array([sum(int(lengths[index]) for index in row) for row in rows], np.int64)
-
-
-def _step(rows: list[Row], lengths: np.ndarray, bucket: int, seq_len: int) -> Step:
-    longest = int(_row_lengths(rows, lengths).max())
-    return Step(tuple(rows), min(seq_len, -(-longest // bucket) * bucket))
+    orders = [
+        start + np.argsort(row_lengths[start : start + window], kind="stable")
+        for start in range(0, len(row_lengths), window)
+    ]
+    groups = np.concatenate([*orders, np.zeros(0, np.int64)]).reshape(-1, batch_size)
+    return groups[generator.permutation(len(groups))].ravel()

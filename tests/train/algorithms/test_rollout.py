@@ -176,8 +176,9 @@ def test_the_rest_of_a_rollout_is_left_out_after_a_step_that_was_not_finite():
 def test_records_held_out_must_have_the_columns_too(tmp_path):
     file = tmp_path / "r.py"
     file.write_text("def reward(completions, answer):\n    return [0.0] * len(completions)\n")
-    with_answer, without = [{"prompt": "p", "answer": "x"}, {"prompt": "q"}], [{"prompt": "p"}]
-    _judges(config(), [str(file)], [with_answer, []])
+    without = asked(1)
+    with_answer = dataclasses.replace(without, columns=frozenset(["answer"]))
+    _judges(config(), [str(file)], [with_answer])
     with pytest.raises(UserError, match=r"wants the columns \['answer'\]"):
         _judges(config(), [str(file)], [with_answer, without])
 

@@ -7,7 +7,7 @@ from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
 from jlora.data.items import collate_items, count_tokens, in_order, loader, plan_items
 from jlora.data.notes import LeftOut, Notes, as_notes
-from jlora.data.packing import Step, plan
+from jlora.data.packing import Step, Steps, plan
 from jlora.data.paths import digest
 from jlora.data.preference import iterate_preferences, read_preferences
 from jlora.data.prompts import Prompt, encode_prompt, encode_prompts, iterate_prompts, read_prompts
@@ -38,6 +38,7 @@ __all__ = [
     "Source",
     "Sources",
     "Step",
+    "Steps",
     "Writer",
     "answer_text",
     "as_notes",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jlora.data import tables
-from jlora.data.paths import PACKED, Part, Where, locate
+from jlora.data.paths import PACKED, Part, Reading, Where, locate
 from jlora.errors import UserError
 from jlora.types import require
 
@@ -73,8 +73,9 @@ def rows(where: Where) -> Iterator[Row]:
         yield from rows_of(part)
 
 
-def rows_of(part: Part) -> Iterator[Row]:
+def rows_of(part: Part, reading: Reading | None = None) -> Iterator[Row]:
     """The rows of one part; see `rows`."""
+    reading = reading or Reading()
     if part.hub:
         table = tables.hub_rows(part.name, *part.hub)
     elif part.path.is_dir():
@@ -82,10 +83,11 @@ def rows_of(part: Part) -> Iterator[Row]:
     elif part.path.suffix in (".parquet", ".arrow"):
         table = tables.table_rows(part.path)
     else:
-        with part.path.open("rb") as file:
+        with part.path.open("rb") as file, reading.watch(part, file):
             yield from _text_rows(part.path, file)
         return
-    yield from ((f"{part.name}:{number}", row) for number, row in enumerate(table, start=1))
+    with reading.watch(part):
+        yield from ((f"{part.name}:{number}", row) for number, row in enumerate(table, start=1))
 
 
 def parse_json(text: str, expected: str = "one line of JSON") -> Any:

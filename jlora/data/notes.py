@@ -1,5 +1,6 @@
 """What readers and encoders of data tell: remarks, what was read, and each record that is left out."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -31,6 +32,8 @@ class Notes:
         remark: takes messages about what is not as it may have been meant.
         tell: takes messages about what was read.
         leave_out: takes (place, reason) of each record that is left out.
+        counting: (what is done) → a context whose value is told how many records are done, and which share of all that
+            is; None: nobody watches.
     """
 
     def __init__(
@@ -38,8 +41,9 @@ class Notes:
         remark: Note,
         tell: Note = lambda message: None,
         leave_out: Callable[[str, str], None] = lambda place, reason: None,
+        counting: Callable[[str], contextlib.AbstractContextManager] | None = None,
     ) -> None:
-        self._remark, self.tell, self.leave_out = remark, tell, leave_out
+        self._remark, self.tell, self.leave_out, self.counting = remark, tell, leave_out, counting
 
     def __call__(self, message: str) -> None:
         self._remark(message)
@@ -47,7 +51,10 @@ class Notes:
     def about(self, name: str) -> "Notes":
         """Takes what is told about one of several; messages begin with its name."""
         return Notes(
-            lambda message: self(f"{name}: {message}"), lambda message: self.tell(f"{name}: {message}"), self.leave_out
+            lambda message: self(f"{name}: {message}"),
+            lambda message: self.tell(f"{name}: {message}"),
+            self.leave_out,
+            self.counting and (lambda what: self.counting(f"{name}: {what}")),
         )
 
 

@@ -1,7 +1,9 @@
 """What a path of data names: files, the files of a folder or a pattern, a folder of `datasets`, data on the Hub."""
 
+import contextlib
 import dataclasses
 import glob
+import io
 import os
 import pathlib
 import re
@@ -56,6 +58,35 @@ class Part:
                 while block := stream.read(2**24):
                     found = zlib.crc32(block, found)
         return f"{found:08x}"
+
+
+class Reading:
+    """How much of some files has been read, by bytes as they are on disk."""
+
+    def __init__(self) -> None:
+        self._total = self._before = 0
+        self._file: io.BufferedReader | None = None
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """From now on these are read."""
+        self._total, self._before, self._file = sum(map(_size, parts)), 0, None
+
+    @contextlib.contextmanager
+    def watch(self, part: Part, file: io.BufferedReader | None = None) -> Iterator[None]:
+        """A part is read inside the context; without a file, it counts when it has been read."""
+        self._file = file
+        yield
+        self._before, self._file = self._before + _size(part), None
+
+    @property
+    def share(self) -> float | None:
+        """The share that has been read; None if that is not known."""
+        done = self._before + (self._file.tell() if self._file and not self._file.closed else 0)
+        return min(1.0, done / self._total) if done and self._total else None
+
+
+def _size(part: Part) -> int:
+    return sum(file.stat().st_size for file in part.files())
 
 
 def locate(where: Where) -> list[Part]:

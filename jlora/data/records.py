@@ -167,10 +167,11 @@ def iterate_rows(
     """
     sources, tally = as_sources(where), _Tally(on_error)
     notes = as_notes(note)
+    sources.reading.begin(sources.parts())
     for number, (name, source) in enumerate(sources.sources.items()):
         seen, kept, given = Seen(rest), 0, 0
         label = f"{name} ({source})" if name else str(source)
-        for place, row in source.rows():
+        for place, row in source.rows(sources.reading):
             found = Accepted([], [str(row)]) if isinstance(row, UserError) else accept(row)
             tally.add(place, row, found)
             if found.faults:

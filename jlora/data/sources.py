@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from jlora.data.files import Row, rows_of
 from jlora.data.found import shown_row
-from jlora.data.paths import Part, Where, locate
+from jlora.data.paths import Part, Reading, Where, locate
 from jlora.data.tables import Cells, typed_cells
 from jlora.errors import UserError, first_few, raise_all
 
@@ -69,7 +69,7 @@ class Source:
     def __str__(self) -> str:
         return first_few(_paths(self.path))
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, reading: Reading | None = None) -> Iterator[Row]:
         """(place, row) for every row, with its columns under the names that jlora reads, in the form that is forced.
 
         Raises:
@@ -77,7 +77,7 @@ class Source:
         """
         missing, first = set(self.columns.values()), None
         for part in locate(self.path):
-            for place, row in rows_of(part):
+            for place, row in rows_of(part, reading):
                 if missing and isinstance(row, dict):
                     missing -= row.keys()
                     first = row if first is None else first
@@ -113,11 +113,13 @@ class Sources:
         share: of the records that are held out. A hash of a record's question decides, so that a record stays on its
             side when others come or go, and all answers to a question are on one side.
         held_out: whether these are the records that are held out.
+        reading: how much of them has been read by now.
     """
 
     sources: Mapping[str, Source]
     share: float = 0.0
     held_out: bool = False
+    reading: Reading = dataclasses.field(default_factory=Reading, compare=False, repr=False)
 
     @property
     def weights(self) -> tuple[float, ...]:

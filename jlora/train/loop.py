@@ -70,7 +70,7 @@ def run(
     resume.refuse_other_settings(begun, config)
     left_out = data.LeftOut()
     say = progress.note if progress else lambda message: None
-    this = _prepare(config, folder, begun, data.Notes(say, say, left_out))
+    this = _prepare(config, folder, begun, data.Notes(say, say, left_out, progress.counting if progress else None))
     if left_out:
         say(left_out.describe())
     this.left_out = left_out

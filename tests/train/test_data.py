@@ -1,7 +1,10 @@
 """Whatever the algorithm, data is read by one mechanism: bad rows end the run before it begins, or are left out."""
 
+import contextlib
+import gzip
 import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +13,6 @@ from transformers import AutoTokenizer
 from jlora.data import Item, LeftOut, Notes, filled, flat
 from jlora.errors import UserError
 from jlora.train.algorithms import ALGORITHMS
-from jlora.train.algorithms.files import Told
 from jlora.train.algorithms.prompts import Prompts
 from jlora.train.config import resolve
 
@@ -85,14 +87,29 @@ def test_a_second_run_takes_the_tokens_that_the_first_one_kept(plan, tmp_path, a
     assert plan(algorithm, rows, rows[:3], cache=None, on_error="skip").splitlines() == first
 
 
-def test_long_encodings_are_told_about_now_and_then():
-    notes, now = [], [0.0]
-    told = Told(notes.append, "records encoded", lambda: now[0])
-    for done in range(1, 101):
-        now[0] = done * 1.0
-        told(20 * done)
-    assert notes[:2] == ["300 records encoded, 20 a second", "600 records encoded, 20 a second"]
-    assert len(notes) == 6
+@pytest.mark.parametrize("algorithm", ["sft", "kto", "grpo"])
+def test_who_watches_is_told_how_much_of_the_files_is_encoded(planned, tmp_path, algorithm):
+    told = []
+
+    @contextlib.contextmanager
+    def counting(what):
+        told.append((what, []))
+        yield lambda done, share: told[-1][1].append((done, share))
+
+    for name in ("a", "b"):
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            rows = ({**ROW, "input": f"{name}{number}", "id": random.randbytes(200).hex()} for number in range(600))
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    paths = [str(tmp_path / f"{name}.jsonl.gz") for name in ("a", "b")]
+    planned(algorithm, {"path": tuple(paths), "eval_path": paths[0]}, counting=counting)
+    records = 1200 * (2 if algorithm == "kto" else 1)
+    for (what, shares), path, count in zip(told, (", ".join(paths), paths[0]), (records, records // 2), strict=True):
+        assert what.endswith(f" of {path}")
+        assert [done for done, _ in shares] == list(range(1, len(shares) + 1))
+        assert len(shares) == (min(count, 64) if algorithm == "grpo" and path == paths[0] else count)
+        known = [share for _, share in shares if share]
+        assert known == sorted(known) and known[-1] == 1
+        assert known[0] < 0.6 or algorithm == "kto"  # whose pairs are read by the thousand
 
 
 def rows_of(name, count):
@@ -103,14 +120,14 @@ def rows_of(name, count):
 def planned(model_folder, tokenizer, tmp_path):
     """(algorithm, data settings, train settings) → the plan, and what was told."""
 
-    def make(algorithm, given, **train):
+    def make(algorithm, given, counting=None, **train):
         (tmp_path / "rewards.py").write_text("def one(completions, **columns):\n    return [1.0] * len(completions)\n")
         rollout = {"rewards": (f"{tmp_path / 'rewards.py'}:one",), "num_generations": 2, "max_completion_length": 8}
         values = {"algorithm": algorithm, "model": {"path": str(model_folder)}, "data": {"cache": None} | given}
         values |= {"train": {"steps": 12, "batch_size": 2, "seq_len": 128} | train}
         values |= {"rollout": rollout} if algorithm in ("grpo", "ppo") else {}
         heard, left_out = [], LeftOut()
-        notes = Notes(heard.append, heard.append, left_out)
+        notes = Notes(heard.append, heard.append, left_out, counting)
         return ALGORITHMS[algorithm].plan(resolve(values), tokenizer, notes), heard, left_out
 
     return make

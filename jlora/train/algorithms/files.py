@@ -1,7 +1,6 @@
 """Runs on files: their examples are items, planned into the batches of a run before it begins."""
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 from jlora import data, sharding
 from jlora.errors import UserError
 from jlora.train.algorithms.algorithm import Base, Encoded, Job, Note, Numbers, Plan
-from jlora.train.reporting.progress import LINE_EVERY_SECONDS
+from jlora.train.reporting.progress import Counting
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 from jlora.train.step import Batch, Metrics
@@ -36,12 +35,14 @@ def encoded(
     Args:
         sources: None for data that no file holds; they are not cached.
         settings: what `encode` depends on besides sources and tokenizer; JSON.
-        what: what is counted and what happens to it: "records encoded".
+        what: what is encoded: "records".
     """
-    told = Told(note, what)
+    reading, counting = sources and sources.reading, data.as_notes(note).counting
 
-    def make(writer: data.Writer, note: Note) -> tuple[data.Items, data.EncodeReport]:
-        return encode(writer, note, told)
+    def make(writer: data.Writer, kept: Note) -> tuple[data.Items, data.EncodeReport]:
+        title = f"encoding {what}{f' of {sources}' if sources else ''}"
+        with counting(title) if counting else Counting(title, note) as told:
+            return encode(writer, kept, lambda done: told(done, reading and reading.share))
 
     if sources is None:
         return make(data.Writer(), note)
@@ -130,7 +131,7 @@ def _steps(
     epochs: int | float | None,
     steps: int | None,
     **mixture: Any,
-) -> list[data.Step]:
+) -> data.Steps:
     train = config.train
     return data.plan_items(
         items,
@@ -145,26 +146,6 @@ def _steps(
         share=share,
         **mixture,
     )
-
-
-class Told:
-    """Notes every few seconds how much of something is done.
-
-    Args:
-        what: what is counted and what happens to it: "records encoded".
-        clock: returns seconds; for tests.
-    """
-
-    def __init__(self, note: Note, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._note, self._what, self._clock = note, what, clock
-        self._began = self._last = clock()
-
-    def __call__(self, done: int) -> None:
-        """Notes that so many are done, if it is time to."""
-        now = self._clock()
-        if now - self._last >= LINE_EVERY_SECONDS:
-            self._last = now
-            self._note(f"{done:,} {self._what}, {done / (now - self._began):,.0f} a second")
 
 
 class FileSource:

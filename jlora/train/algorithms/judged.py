@@ -148,7 +148,7 @@ def _read_items(
         return data.encode_preferences(records, tokenizer, method.kind, **common, **settings)
 
     key = settings | {"kind": method.kind, "arranged": method.arranged(config)}
-    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="judged answers encoded")
+    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="judged answers")
     for remark in report.notes:
         note(remark)
     return items, report

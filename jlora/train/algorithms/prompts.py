@@ -135,7 +135,7 @@ def _encode_file(config: SharedConfig, tokenizer: Any, note: Note, sources: data
         return _encode(config, tokenizer, _first(records, most), note, writer=writer, progress=progress)
 
     key = {"room": _room(config), "overlong": config.data.overlong, "on_error": on_error, "most": most}
-    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="prompts encoded")
+    items, report = files.encoded(config, sources, tokenizer, key, encode, note, what="prompts")
     return _prompts(config, items, items.records, report, note)
 
 

@@ -64,7 +64,7 @@ def _encoded(
         records = data.iterate_records(sources, on_error=config.data.on_error, note=note)
         return data.encode_items(records, tokenizer, note=note, writer=writer, progress=progress, **settings)
 
-    return files.encoded(config, sources, tokenizer, settings, encode, note, what="records encoded")
+    return files.encoded(config, sources, tokenizer, settings, encode, note, what="records")
 
 
 def _fullest(term: Term, config: SharedConfig) -> Plan:

@@ -49,7 +49,7 @@ class Progress:
             self._bar.start()
 
     def counting(self, what: str) -> "Counting":
-        """Shows how much of something is done before the run begins: "reading train.jsonl"."""
+        """Shows how much of something is done before the run begins: "encoding records of train.jsonl"."""
         return Counting(what, self.note, self._console if self._console.is_terminal else None, self._clock)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -65,10 +65,6 @@ class Progress:
         elif step >= self._total or now - self._shown >= LINE_EVERY_SECONDS:
             self._shown = now
             self.note(f"step {step}/{self._total}  {text}")
-
-    def __call__(self, message: str) -> None:
-        """The same as `note`: a run's progress takes its notes."""
-        self.note(message)
 
     def note(self, message: str) -> None:
         """Shows one line, above the bar on a terminal."""
@@ -139,11 +135,6 @@ class Counting:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def counting(note: Callable[[str], None], what: str) -> Counting:
-    """What a run's progress shows of this; a plain function in its place is given lines."""
-    return note.counting(what) if isinstance(note, Progress) else Counting(what, note)
 
 
 def duration(seconds: int | float) -> str:

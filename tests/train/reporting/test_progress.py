@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from jlora.train.reporting.progress import Progress, counting, duration
+from jlora.train.reporting.progress import Counting, Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -54,7 +54,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 def count(stream, share):
     now = [0.0]
-    with counting(Progress(stream, clock=lambda: now[0]), "encoding [a].jsonl") as told:
+    with Progress(stream, clock=lambda: now[0]).counting("encoding [a].jsonl") as told:
         for done in range(1, 101):
             now[0] = done * 1.0
             told(20 * done, share and share * done)
@@ -77,7 +77,7 @@ def test_on_a_terminal_it_is_a_bar_that_goes_away(monkeypatch):
     assert "2,000 records, 20 a second" in text
     assert text.endswith("\x1b[2K")  # the line is cleared
     notes = []
-    with counting(notes.append, "encoding") as told:
+    with Counting("encoding", notes.append) as told:
         told(1, 0.5)
     assert notes == []
 

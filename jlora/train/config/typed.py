@@ -212,7 +212,9 @@ def describe(hint: Any) -> str:
         return f"a group with the keys {', '.join(fields_of(hint))}"
     if hint is type(None):
         return "None"
-    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("collections.abc.", "").replace("typing.", "")
+    if isinstance(hint, type) and not arguments:
+        return hint.__name__
+    return str(hint).replace("collections.abc.", "").replace("typing.", "")
 
 
 def _inset(error: UserError) -> str:

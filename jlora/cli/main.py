@@ -19,6 +19,7 @@ DONE, FAILED, MISTAKE = 0, 1, 2
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA or QLoRA",
+    "data": "what a run trains on, token by token",
     "plan": "memory, FLOPs and traffic of a run on devices that you need not have",
     "compare": "several runs in one table and one plot",
     "eval": "loss, perplexity and answers of a model on a JSONL file",

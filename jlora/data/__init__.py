@@ -1,5 +1,6 @@
 """Training data: records from files, chat templates, packing plans and the loader that feeds the training step."""
 
+from jlora.data import shown
 from jlora.data.batches import Batch, collate, describe, filled
 from jlora.data.cache import cached
 from jlora.data.chat import Arrange, EncodeReport, Progress, answer_text, encodable, encode, encode_items, split_prompt
@@ -68,6 +69,7 @@ __all__ = [
     "read_preferences",
     "read_prompts",
     "read_records",
+    "shown",
     "source_of",
     "split_prompt",
     "stop_ids",

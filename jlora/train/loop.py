@@ -1,7 +1,6 @@
 """The training loop: mesh, data, model, state, restore, steps, adapter. All the maths is in the step."""
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -14,18 +13,18 @@ import jax
 
 from jlora import checkpoint, data, hub, lora, quant, sharding, tree
 from jlora.errors import UserError
-from jlora.train import many, resume
+from jlora.train import resume
 from jlora.train.adapt import adapt, based
 from jlora.train.algorithms import ALGORITHMS
-from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
+from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers
 from jlora.train.algorithms.rollout import FILE as COMPLETIONS
 from jlora.train.best import FILE as BEST
 from jlora.train.best import Best
 from jlora.train.config import RunConfig, to_dict
 from jlora.train.early import check_surroundings
-from jlora.train.evaluation.metrics import measured
 from jlora.train.finite import Guard
 from jlora.train.learning import learn
+from jlora.train.prepared import run_plan, run_tokenizer
 from jlora.train.reporting import tracing, usage
 from jlora.train.reporting.log import Log
 from jlora.train.reporting.metrics import MetricsWriter, truncate
@@ -134,8 +133,8 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     mesh = _mesh(config, folder, note)
     described = hub.read_model(config.model.path, config.model.resize_vocab).config
     date = begun.date
-    tokenizer = _tokenizer(config, described.vocab_size, date)
-    plan = _plan(config, tokenizer, begun, note)
+    tokenizer = run_tokenizer(config, described.vocab_size, date)
+    plan = run_plan(config, tokenizer, begun.fixed, note)
     described.warn_beyond(plan.longest, f"the texts of {config.data.train}")
     manifest = resume.manifest(config, tokenizer, plan, date)
     resume.refuse_other_files(begun, manifest, note if config.train.on_changed_files == "note" else None)
@@ -174,20 +173,6 @@ def _mesh(config: RunConfig, folder: pathlib.Path, note: Note) -> jax.sharding.M
     if mesh.size < jax.device_count():
         note(f"using {mesh.size} of {jax.device_count()} devices; mesh.data, mesh.fsdp and mesh.tensor use more")
     return mesh
-
-
-def _tokenizer(config: RunConfig, vocab_size: int, date: datetime.datetime) -> Any:
-    tokenizer = data.fitted(hub.load_tokenizer(config.model.path), vocab_size, date)
-    if config.model.adapter:
-        hub.say_unused_tokenizer(tokenizer, config.model.adapter)
-    if config.data.system == "fold":
-        data.fold_system(tokenizer)
-    return tokenizer
-
-
-def _plan(config: RunConfig, tokenizer: Any, begun: resume.Begun, note: Note) -> Plan:
-    plan = measured(ALGORITHMS[config.algorithm].plan)
-    return many.plan(config, tokenizer, note, plan, begun.fixed) if config.adapters else plan(config, tokenizer, note)
 
 
 def _base(

@@ -18,7 +18,7 @@ from jlora.types import require
     [
         (
             ["trian"],
-            "'trian' is not a command; the commands are train, plan, eval, generate, merge, extract, export, quantize",
+            "'trian' is not a command; the commands are " + ", ".join(COMMANDS),
         ),
         (["train"], "--config"),
         (["train", "--config=nowhere.py"], "nowhere.py is not a file"),

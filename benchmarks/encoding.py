@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """How fast do chats become tokens, beside TRL, how much memory does it take, and how soon does a run begin again?
 
-    python benchmarks/encoding.py [--records 1000 10000 100000] [--messages 4] [--rounds 3]
+    python benchmarks/encoding.py [--records 1000 10000 100000] [--messages 4] [--words 20 60] [--rounds 3] [--alone]
     python benchmarks/encoding.py --lengths
 
 A tokenizer of 32,000 tokens trained on Python's standard library, Qwen 3's template (with TRL the one that it trains
 with), messages of 20 to 60 words in a JSONL file. Each side runs in a process of its own, in turns: reading the file,
-tokens and masks; jlora once more from its cache. Memory is the peak beyond what imports and tokenizer take, in the
-first of the processes; mapped files are part of it.
+tokens and masks; jlora also plans an epoch of packed rows and lays out the first batch, and does all of that once more
+from its cache. Memory is the peak beyond what imports and tokenizer take, in the first of the processes; mapped files
+are part of it. `--alone` leaves TRL out.
 `--lengths` times jlora on chats of 2 to 80 messages, in one process, by CPU time.
 """
 
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import pathlib
 import random
@@ -25,7 +27,7 @@ import sysconfig
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import record
 import rich.console
@@ -35,7 +37,7 @@ import transformers
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 SIZE = 32_000
-SEQ_LEN = 100_000
+SEQ_LEN = 16_384
 LENGTHS = (2, 10, 20, 40, 80)
 
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -57,22 +59,14 @@ def train_tokenizer(folder: pathlib.Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def chats(count: int, messages: int) -> list[dict]:
-    """Chats of random words."""
+def chats(count: int, messages: int, least: int = 20, most: int = 60) -> Iterator[dict]:
+    """Chats of random words, `least` to `most` in a message."""
     draw = random.Random(count)
     words = sorted({word for path in _library("a*.py") for word in path.read_text().split() if word.isalpha()})
-    return [
-        {
-            "messages": [
-                {
-                    "role": ("user", "assistant")[index % 2],
-                    "content": " ".join(draw.choices(words, k=draw.randint(20, 60))),
-                }
-                for index in range(messages)
-            ]
-        }
-        for _ in range(count)
-    ]
+    for _ in range(count):
+        texts = [" ".join(draw.choices(words, k=draw.randint(least, most))) for _ in range(messages)]
+        roles = itertools.cycle(("user", "assistant"))
+        yield {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
 
 
 def _library(pattern: str) -> list[pathlib.Path]:
@@ -87,7 +81,12 @@ def jlora(path: pathlib.Path, tokenizer: Tokenizer, cache: str) -> Callable[[], 
         records = data.iterate_records(path, note=note)
         return data.encode_items(records, tokenizer, seq_len=SEQ_LEN, note=note, writer=writer)
 
-    return lambda: data.cached(cache, path, tokenizer, {"seq_len": SEQ_LEN}, make, lambda message: None, least=0)
+    def run() -> object:
+        items, _ = data.cached(cache, path, tokenizer, {"seq_len": SEQ_LEN}, make, lambda message: None, least=0)
+        steps = data.plan_items(items, seq_len=SEQ_LEN, batch_size=4, packing=True, epochs=1)
+        return next(data.loader(items, steps, by_item=False))
+
+    return run
 
 
 def trl(workers: int | None, path: pathlib.Path, tokenizer: Tokenizer, cache: str) -> Callable[[], object]:
@@ -135,16 +134,18 @@ def compare(options: argparse.Namespace, folder: pathlib.Path) -> dict:
     figures = {}
     for count in options.records:
         path = folder / f"{count}.jsonl"
-        path.write_text("".join(json.dumps(chat) + "\n" for chat in chats(count, options.messages)))
-        found = {name: [] for name in (*SIDES, "jlora, from its cache")}
+        with path.open("w") as file:
+            file.writelines(json.dumps(chat) + "\n" for chat in chats(count, options.messages, *options.words))
+        sides = ("jlora",) if options.alone else tuple(SIDES)
+        found = {name: [] for name in (*sides, "jlora, from its cache")}
         for _ in range(options.rounds):
-            for side in SIDES:
+            for side in sides:
                 with tempfile.TemporaryDirectory() as cache:
                     for name in (side, "jlora, from its cache") if side == "jlora" else (side,):
                         command = [sys.executable, __file__, "--side", side, "--paths", path, folder, cache]
                         output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
                         found[name].append(json.loads(output.splitlines()[-1]))
-        figures[str(count)] = {
+        figures[str(count)] = {"file_MiB": round(path.stat().st_size / 2**20, 1)} | {
             name: {
                 "seconds": round(seconds := statistics.median(one["seconds"] for one in runs), 3),
                 "records_per_second": round(count / seconds, 1),
@@ -160,6 +161,8 @@ def show(count: int, figures: dict) -> None:
     """Prints the table of one number of records."""
     table = rich.table.Table("", "seconds", "records/s", "peak, MiB", title=f"{count:,} records")
     for name, one in figures.items():
+        if name == "file_MiB":
+            continue
         table.add_row(name, f"{one['seconds']:.2f}", f"{one['records_per_second']:,.0f}", f"{one['MiB']:.0f}")
     rich.console.Console().print(table)
 
@@ -171,7 +174,7 @@ def by_length(folder: pathlib.Path, rounds: int) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     figures = {}
     for messages in LENGTHS:
-        records = chats(max(12, 1000 // messages), messages)
+        records = list(chats(max(12, 1000 // messages), messages))
         times = []
         for _ in range(rounds):
             start = time.process_time()
@@ -186,6 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--messages", type=int, default=4)
+    parser.add_argument("--words", type=int, nargs=2, default=[20, 60], help="least and most words of a message")
+    parser.add_argument("--alone", action="store_true", help="only jlora")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", action="store_true", help="only the time by the number of messages")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -200,7 +205,12 @@ def main() -> None:
         train_tokenizer(folder)
         figures = {"milliseconds_by_messages": by_length(folder, options.rounds)}
         if not options.lengths:
-            figures |= {"messages": options.messages, "rounds": options.rounds, "records": compare(options, folder)}
+            figures |= {
+                "messages": options.messages,
+                "words": options.words,
+                "rounds": options.rounds,
+                "records": compare(options, folder),
+            }
             record.save("encoding", figures, device="cpu")
 
 

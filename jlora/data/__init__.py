@@ -6,6 +6,7 @@ from jlora.data.cache import cached
 from jlora.data.chat import Arrange, EncodeReport, Progress, answer_text, encodable, encode, encode_items, split_prompt
 from jlora.data.config import DataConfig
 from jlora.data.ends import stop_ids
+from jlora.data.hosts import require_same
 from jlora.data.items import collate_items, count_tokens, in_order, loader, plan_items
 from jlora.data.notes import LeftOut, Notes, as_notes
 from jlora.data.packing import Step, Steps, plan
@@ -69,6 +70,7 @@ __all__ = [
     "read_preferences",
     "read_prompts",
     "read_records",
+    "require_same",
     "shown",
     "source_of",
     "split_prompt",

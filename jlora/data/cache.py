@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import time
 import zlib
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jlora import sharding
 from jlora.data.chat import EncodeReport
+from jlora.data.hosts import require_same
 from jlora.data.notes import Kept, Note, as_notes
 from jlora.data.paths import Where
 from jlora.data.sources import Sources, as_sources
@@ -62,25 +65,33 @@ def cached(
         "tokenizer": _digest_of_tokenizer(tokenizer),
         "settings": _digest([settings, sources.settings()]),
     }
+    require_same(key)
     root = pathlib.Path(root).expanduser()
     folder = root / f"{key['data'][:16]}-{_digest(key)[:16]}"
-    if folder.exists():
-        try:
-            items, report, notes = _open(folder, key)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            note(f"the tokens kept in {folder} cannot be used ({error}): the data are encoded again")
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            notes.repeat(as_notes(note))
-            note(f"the tokens come from {folder}")
-            return items, report
-    else:
-        _say_what_differs(root, key, note)
+    kept = _kept(folder, key, note)
+    if not sharding.on_any_host(kept is None):  # or else all encode, each its share
+        items, report, notes = kept
+        notes.repeat(as_notes(note))
+        note(f"the tokens come from {folder}")
+        return items, report
     return _make(folder, key, make, note)
 
 
+def _kept(folder: pathlib.Path, key: Mapping[str, str], note: Note) -> tuple[Items, EncodeReport, Kept] | None:
+    """What `_open` returns of the folder; None, and a note, if it is of no use."""
+    if not folder.exists():
+        _say_what_differs(folder.parent, key, note)
+        return None
+    try:
+        return _open(folder, key)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        note(f"the tokens kept in {folder} cannot be used ({error}): the data are encoded again")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
 def _make(folder: pathlib.Path, key: Mapping[str, str], make: Make, note: Note) -> tuple[Items, EncodeReport]:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")  # hosts may share the folder
     notes = Kept(as_notes(note))
 
     def fail(error: Exception) -> None:

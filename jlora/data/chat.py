@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.data.hosts import divided
 from jlora.data.layouts import Layouts
 from jlora.data.notes import Note, as_notes, warn
 from jlora.data.records import Counted, OnError, Placed, Record, place_of, settle_faults, source_of
@@ -97,6 +98,7 @@ def encode_items(
     writer: Writer | None = None,
     progress: Progress | None = None,
     keep: bool = False,
+    divide: bool = False,
 ) -> tuple[Items, EncodeReport]:
     """Items of one document for the records that can be trained on, in order, and a report of what was left out.
 
@@ -116,7 +118,7 @@ def encode_items(
         on_error, note: see `encode_all`.
         writer: takes the items; by default they are in memory.
         progress: called with the number of records encoded, again and again.
-        keep: see `select`.
+        keep, divide: see `select`.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
@@ -133,7 +135,7 @@ def encode_items(
         return [Item((window,)) for window in windows(example, seq_len, window_overlap)]
 
     settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
-    return select(records, one, tokenizer, writer=writer, keep=keep, **settings)
+    return select(records, one, tokenizer, writer=writer, keep=keep, divide=divide, **settings)
 
 
 def windows(example: Example, size: int, overlap: int) -> Iterator[Example]:
@@ -159,6 +161,7 @@ def select(
     progress: Progress | None = None,
     arrange: Arrange = iter,
     keep: bool = False,
+    divide: bool = False,
 ) -> tuple[Items, EncodeReport]:
     """The items of the records that can be trained on, no document of which is longer than `seq_len`, and a report.
 
@@ -168,6 +171,7 @@ def select(
         encode_record: (record, function to call with a remark on it) → the generator of its items, mostly one.
         arrange: (the items of the records) → the items to train on, as many; the report knows only the former.
         keep: each item is kept with its record.
+        divide: see `encode_all`.
 
     Raises:
         ValueError: a record cannot be encoded, a record is too long and `overlong` is "error", or nothing remains.
@@ -185,7 +189,8 @@ def select(
     tally = _Tally(seq_len, overlong, as_notes(note).leave_out)
 
     def kept() -> Iterator[Item]:
-        for index, (items, said, place) in encode_all(counted, one, tokenizer, on_error=on_error, note=note):
+        settings = dict(on_error=on_error, note=note, divide=divide)
+        for index, (items, said, place) in encode_all(counted, one, tokenizer, **settings):
             if progress:
                 progress(index + 1)
             for item in items:
@@ -263,6 +268,7 @@ def encode_all(
     noun: str = "records",
     on_error: OnError = "raise",
     note: Note = warn,
+    divide: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """(index, what `encode_record` makes of it) for each record, in order; what is wrong is told at the end.
 
@@ -270,15 +276,21 @@ def encode_all(
         encode_record: record → the generator that encodes it, see `jlora.data.tokens`.
         on_error: "raise", or "skip" to leave out records that cannot be encoded.
         note: called with a message about the records that are left out.
+        divide: each process encodes its share, and all get everything: call it on all, with the same records.
 
     Raises:
         UserError: records cannot be encoded; all are named, each kind of fault once.
     """
+
+    def encoded(some: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, str, Any]]:
+        for (index, record), found in encode_together(some, lambda one: encode_record(one[1]), tokenizer):
+            yield index, place_of(record, index), found
+
     faults, count = [], 0
-    for (index, record), found in encode_together(enumerate(records), lambda one: encode_record(one[1]), tokenizer):
+    for index, place, found in divided(enumerate(records), encoded) if divide else encoded(enumerate(records)):
         count += 1
         if isinstance(found, UserError):
-            faults.append((place_of(record, index), str(found)))
+            faults.append((place, str(found)))
         else:
             yield index, found
     title = f"{len(faults)} of {count} {noun} cannot be encoded"

@@ -32,6 +32,7 @@ def encode_preferences(
     progress: Progress | None = None,
     arrange: Arrange = iter,
     keep: bool = False,
+    divide: bool = False,
 ) -> tuple[Items, EncodeReport]:
     """An item for each record that can be learned from, in order, and a report.
 
@@ -47,7 +48,7 @@ def encode_preferences(
             "error" raises.
         on_error, note: see `encode_all`.
         writer, progress: see `encode`.
-        arrange, keep: see `select`.
+        arrange, keep, divide: see `select`.
 
     Raises:
         UserError: see `select`; or there are chats and the tokenizer has no chat template.
@@ -61,7 +62,7 @@ def encode_preferences(
 
     settings = dict(seq_len=seq_len, overlong=overlong, on_error=on_error, note=note, progress=progress)
     records = with_template(records, tokenizer, lambda record: isinstance(record["prompt"], str))
-    return select(records, one, tokenizer, writer=writer, arrange=arrange, keep=keep, **settings)
+    return select(records, one, tokenizer, writer=writer, arrange=arrange, keep=keep, divide=divide, **settings)
 
 
 def with_mismatched(items: Iterable[Item], batch_size: int, *, seq_len: int) -> Iterator[Item]:

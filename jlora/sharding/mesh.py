@@ -128,6 +128,17 @@ def on_host(values: Any) -> Any:
     return jax.tree.map(whole, values)
 
 
+def from_all_hosts(content: bytes) -> list[bytes]:
+    """The contents of all processes, in order. A collective: call it on all."""
+    if jax.process_count() == 1:
+        return [content]
+    sizes = multihost_utils.process_allgather(np.array(len(content), np.int32)).tolist()
+    room = np.zeros(1 << max(sizes).bit_length(), np.uint8)  # few different sizes: each is compiled
+    room[: len(content)] = np.frombuffer(content, np.uint8)
+    found = multihost_utils.process_allgather(room)
+    return [one[:size].tobytes() for one, size in zip(found, sizes, strict=True)]
+
+
 def on_any_host(flag: bool) -> bool:
     """Whether `flag` is true on at least one host. Every host must call it."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())

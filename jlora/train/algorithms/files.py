@@ -46,6 +46,8 @@ def encoded(
 
     if sources is None:
         return make(data.Writer(), note)
+    if jax.process_count() > 1:
+        data.require_same({f"contents of {name}": digest for name, digest in sources.digests().items()})
     return data.cached(config.data.cache, sources, tokenizer, {"what": what} | dict(settings), make, note)
 
 

@@ -144,7 +144,7 @@ def _read_items(
 
     def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
         records = data.iterate_preferences(sources, method.kind, on_error=on_error, note=note)
-        common = dict(note=note, writer=writer, progress=progress, arrange=method.arrange(config))
+        common = dict(note=note, writer=writer, progress=progress, divide=True, arrange=method.arrange(config))
         return data.encode_preferences(records, tokenizer, method.kind, **common, **settings)
 
     key = settings | {"kind": method.kind, "arranged": method.arranged(config)}

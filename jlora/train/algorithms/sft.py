@@ -62,7 +62,9 @@ def _encoded(
 
     def encode(writer: data.Writer, note: Note, progress: data.Progress) -> tuple[data.Items, data.EncodeReport]:
         records = data.iterate_records(sources, on_error=config.data.on_error, note=note)
-        return data.encode_items(records, tokenizer, note=note, writer=writer, progress=progress, **settings)
+        return data.encode_items(
+            records, tokenizer, note=note, writer=writer, progress=progress, divide=True, **settings
+        )
 
     return files.encoded(config, sources, tokenizer, settings, encode, note, what="records")
 

@@ -43,8 +43,8 @@ LENGTHS = (2, 10, 20, 40, 80)
 Tokenizer = transformers.PreTrainedTokenizerFast
 
 
-def train_tokenizer(folder: pathlib.Path) -> None:
-    """Writes a tokenizer of bytes with Qwen 3's template."""
+def train_tokenizer(folder: pathlib.Path, files: str = "*.py") -> None:
+    """Writes a tokenizer of bytes with Qwen 3's template, trained on these files of the standard library."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -52,7 +52,7 @@ def train_tokenizer(folder: pathlib.Path) -> None:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=SIZE, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
-    backend.train([str(path) for path in _library("*.py")], trainer)
+    backend.train([str(path) for path in _library(files)], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     templates = pathlib.Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
     tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="only jlora")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", action="store_true", help="only the time by the number of messages")
+    parser.add_argument("--out", type=pathlib.Path, help="where the figures go instead of benchmarks/results")
+    parser.add_argument("--dry", action="store_true", help="a small tokenizer: whether everything runs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +204,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        train_tokenizer(folder)
+        train_tokenizer(folder, "a*.py" if options.dry else "*.py")
         figures = {"milliseconds_by_messages": by_length(folder, options.rounds)}
         if not options.lengths:
             figures |= {
@@ -211,7 +213,7 @@ def main() -> None:
                 "rounds": options.rounds,
                 "records": compare(options, folder),
             }
-            record.save("encoding", figures, device="cpu")
+            record.save("encoding", figures, device="cpu", path=options.out)
 
 
 if __name__ == "__main__":

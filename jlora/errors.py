@@ -3,6 +3,7 @@
 Every class is also a subclass of the matching built-in error, so that `except FileNotFoundError` works as expected.
 """
 
+import collections
 import re
 from collections.abc import Iterable, Sequence
 
@@ -73,25 +74,61 @@ def group_faults(found: Iterable[tuple[str, str]]) -> list[str]:
     Args:
         found: (place, fault) pairs; a place is, for example, "train.jsonl:7".
     """
-    kinds: dict[str, dict[str, list[str]]] = {}
+    grouped = Grouped()
     for place, fault in dict.fromkeys(found):
-        kinds.setdefault(kind_of_fault(fault), {}).setdefault(fault, []).append(place)
-    lines = []
-    for faults in kinds.values():
-        alike = list(faults.items())
-        lines += [f"{_places(places)}: {fault}" for fault, places in alike[:PLACES]]
-        if rest := sum(len(places) for _, places in alike[PLACES:]):
-            lines.append(f"... and {rest} more of this kind")
-    return lines
+        grouped.add(place, fault)
+    return grouped.lines()
 
 
-def _places(places: Sequence[str]) -> str:
-    """The first places; a file that they share is named once: "train.jsonl:7, :12"."""
-    first, *others = places[:PLACES]
-    file = first.rpartition(":")[0]
-    shown = [first, *(other.removeprefix(file) if file else other for other in others)]
-    rest = f" and {len(places) - PLACES} more" if len(places) > PLACES else ""
-    return ", ".join(shown) + rest
+class Grouped:
+    """Faults of one place after another, of which no more is kept than `group_faults` says of them."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, dict[str, _Places]] = {}
+        self._rest: collections.Counter[str] = collections.Counter()
+        self._last: tuple[str, set[str]] = "", set()  # a place and its faults
+
+    def add(self, place: str, fault: str) -> None:
+        """Adds a fault of a place, once."""
+        if place != self._last[0]:
+            self._last = place, set()
+        if fault in self._last[1]:
+            return
+        self._last[1].add(fault)
+        alike = self._kinds.setdefault(kind := kind_of_fault(fault), {})
+        if fault in alike or len(alike) < PLACES:
+            alike.setdefault(fault, _Places()).add(place)
+        else:
+            self._rest[kind] += 1
+
+    def lines(self) -> list[str]:
+        """The lines of `group_faults`."""
+        lines = []
+        for kind, alike in self._kinds.items():
+            lines += [f"{places}: {fault}" for fault, places in alike.items()]
+            if rest := self._rest[kind]:
+                lines.append(f"... and {rest} more of this kind")
+        return lines
+
+
+class _Places:
+    """The first places of a fault, and how many there are. A file that they share is named once: "a.jsonl:7, :12"."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, place: str) -> None:
+        self._count += 1
+        if len(self._first) < PLACES:
+            self._first.append(place)
+
+    def __str__(self) -> str:
+        first, *others = self._first
+        file = first.rpartition(":")[0]
+        shown = [first, *(other.removeprefix(file) if file else other for other in others)]
+        rest = f" and {self._count - PLACES} more" if self._count > PLACES else ""
+        return ", ".join(shown) + rest
 
 
 def raise_all(faults: Iterable[str]) -> None:

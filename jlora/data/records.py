@@ -23,7 +23,7 @@ from jlora.data.messages import completion_faults, kind_of, message_faults, side
 from jlora.data.notes import Note, as_notes, warn
 from jlora.data.paths import Where
 from jlora.data.sources import Sources, as_sources
-from jlora.errors import UserError, describe_faults, group_faults
+from jlora.errors import Grouped, UserError, describe_faults, group_faults
 
 OnError = Literal["raise", "skip"]
 
@@ -200,7 +200,7 @@ class _Tally:
     def __init__(self, on_error: OnError) -> None:
         self.on_error, self.count, self.wrong, self.right = on_error, 0, 0, 0
         self.faults: list[tuple[str, str]] = []
-        self.unused: list[tuple[str, str]] = []
+        self._unused = Grouped()
         self._first: Any = None
 
     @property
@@ -215,7 +215,8 @@ class _Tally:
         self.faults += [(place, fault) for fault in found.faults]
         if not found.faults:
             self.right += len(found.records)
-            self.unused += [(place, one) for one in found.unused]
+            for one in found.unused:
+                self._unused.add(place, one)
 
     def settle(self, name: str, note: Note) -> None:
         title = f"{name}: {self.wrong} of {self.count} records cannot be used"
@@ -223,8 +224,8 @@ class _Tally:
         if formless and isinstance(self._first, dict) and self._first:
             title += f"; the first is {shown_row(self._first)} (data.columns says which columns to read)"
         settle_faults(title, self.faults, self.right, self.on_error, note)
-        if self.unused:
-            note(describe_faults(f"{name} has keys that are not used", group_faults(self.unused)))
+        if unused := self._unused.lines():
+            note(describe_faults(f"{name} has keys that are not used", unused))
 
 
 def _nothing(label: str, given: int, sources: Sources, forms: str) -> str:

@@ -3,12 +3,16 @@
 
     python benchmarks/encoding.py [--records 1000 10000 100000] [--messages 4] [--words 20 60] [--rounds 3] [--alone]
     python benchmarks/encoding.py --lengths
+    python benchmarks/encoding.py --stored 10000 1000000
 
 A tokenizer of 32,000 tokens trained on Python's standard library, Qwen 3's template (with TRL the one that it trains
 with), messages of 20 to 60 words in a JSONL file. Each side runs in a process of its own, in turns: reading the file,
 tokens and masks; jlora also plans an epoch of packed rows and lays out the first batch, and does all of that once more
 from its cache. Memory is the peak beyond what imports and tokenizer take, in the first of the processes; mapped files
 are part of it. `--alone` leaves TRL out.
+`--stored` writes tokens of made-up records (300 to 700 each, files of 1.8 kB a record) to the cache and begins a second
+run from there, which plans three epochs of packed rows and lays out a batch: what is left of a start when nothing has
+to be rendered or tokenized.
 `--lengths` times jlora on chats of 2 to 80 messages, in one process, by CPU time.
 """
 
@@ -29,6 +33,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import record
 import rich.console
 import rich.table
@@ -157,6 +162,47 @@ def compare(options: argparse.Namespace, folder: pathlib.Path) -> dict:
     return figures
 
 
+def stored(count: int, path: pathlib.Path, tokenizer: Tokenizer, cache: str) -> dict:
+    """The seconds and the peak of what begins with made-up tokens, or with those in the cache."""
+    from jlora import data
+
+    lengths, tokens = np.random.default_rng(0).integers(300, 700, count).tolist(), np.arange(700, dtype=np.int32)
+
+    def make(writer: data.Writer, note: Callable[[str], None]) -> tuple[data.Items, data.EncodeReport]:
+        for length in lengths:
+            writer.add(data.Item((data.Example(tokens[:length], tokens[:length] > length // 2),)))
+        return writer.finish(), data.EncodeReport(count, sum(lengths), sum(lengths) // 2, range(count), 0, 0, 0)
+
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before, start = _peak(), time.perf_counter()
+    items, _ = data.cached(cache, path, tokenizer, {}, make, lambda message: None, least=0)
+    tokens_there = time.perf_counter()
+    steps = data.plan_items(items, seq_len=2048, batch_size=32, packing=True, epochs=3)
+    planned = time.perf_counter()
+    next(data.loader(items, steps, by_item=False))
+    seconds = {"tokens": tokens_there - start, "plan": planned - tokens_there, "batch": time.perf_counter() - planned}
+    return {"seconds": {name: round(value, 2) for name, value in seconds.items()}, "MiB": round(_peak() - before, 1)}
+
+
+def of_stored(counts: list[int], folder: pathlib.Path) -> dict:
+    """What `stored` finds for these numbers of records: when they are made, and from the cache."""
+    figures = {}
+    for count in counts:
+        path, words = folder / f"{count}.jsonl", "lorem ipsum dolor sit amet consetetur sadipscing elitr " * 16
+        with path.open("w") as file:
+            for number in range(count):
+                said = [{"role": "user", "content": f"{number}{words}"}, {"role": "assistant", "content": words}]
+                file.write(json.dumps({"messages": said}) + "\n")
+        command = [sys.executable, __file__, "--stored", str(count), "--paths", path, folder, folder / f"cache{count}"]
+        figures[str(count)] = {"file_MiB": round(path.stat().st_size / 2**20, 1)}
+        for name in ("made", "from its cache"):
+            output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+            figures[str(count)][name] = json.loads(output.splitlines()[-1])
+        print(f"{count:,} records: {figures[str(count)]}")
+        path.unlink()
+    return figures
+
+
 def show(count: int, figures: dict) -> None:
     """Prints the table of one number of records."""
     table = rich.table.Table("", "seconds", "records/s", "peak, MiB", title=f"{count:,} records")
@@ -193,18 +239,26 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="only jlora")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", action="store_true", help="only the time by the number of messages")
+    parser.add_argument("--stored", type=int, nargs="+", help="only what begins with tokens, for so many records")
     parser.add_argument("--out", type=pathlib.Path, help="where the figures go instead of benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="a small tokenizer: whether everything runs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
+    if options.paths:
         path, folder, cache = options.paths
+        if options.stored:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            print(json.dumps(stored(options.stored[0], pathlib.Path(path), tokenizer, cache)))
+            return
         measure(options.side, pathlib.Path(path), pathlib.Path(folder), cache)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         train_tokenizer(folder, "a*.py" if options.dry else "*.py")
+        if options.stored:
+            record.save("encoding_stored", of_stored(options.stored, folder), device="cpu", path=options.out)
+            return
         figures = {"milliseconds_by_messages": by_length(folder, options.rounds)}
         if not options.lengths:
             figures |= {

@@ -28,7 +28,7 @@ class OptimConfig:
         min_lr_ratio: the rate that a schedule decays to, as a share of `learning_rate`.
         decay_ratio: the share of all steps in which "wsd" decays; None: 0.1.
         weight_decay: decay of matrices; biases and norm scales do not decay, as in transformers' Trainer.
-        decay_magnitudes: whether DoRA's magnitudes, which do not start at zero, decay too; they do in transformers'.
+        decay_magnitudes: whether DoRA's magnitudes, which do not start at zero, decay too, as they do in transformers'.
         b1, b2, eps: those of Adam; lion has b1 and b2, and adafactor an eps that is added to squared gradients.
         momentum: that of muon.
         beta2_decay, clip_threshold: adafactor's, named as in PyTorch and transformers.
@@ -47,7 +47,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     decay_ratio: float | None = None
     weight_decay: float = 0.0
-    decay_magnitudes: bool = True
+    decay_magnitudes: bool = False
     b1: float | None = None
     b2: float | None = None
     eps: float | None = None

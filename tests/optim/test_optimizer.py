@@ -92,7 +92,7 @@ def test_the_state_is_that_of_optax_adamw():
     assert jax.tree.structure(make_optimizer(OptimConfig(), 10).init(params)) == jax.tree.structure(expected)
 
 
-def test_magnitudes_decay_as_in_transformers_unless_they_are_exempt():
+def test_magnitudes_decay_as_in_transformers_only_if_asked_to():
     settings = dict(tie_word_embeddings=False, bos_token_id=0, eos_token_id=0)
     config = transformers.LlamaConfig(
         vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, **settings
@@ -103,7 +103,7 @@ def test_magnitudes_decay_as_in_transformers_unless_they_are_exempt():
     assert any("lora_magnitude_vector" in name for name in decayed)
     params = {"q_proj": {"lora_magnitude": jnp.ones((2,)), "lora_a": jnp.ones((2, 2))}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for exempt in (False, True):
-        optimizer = make_optimizer(OptimConfig(weight_decay=0.5, decay_magnitudes=not exempt), 10)
+    for exempt, settings in ((True, {}), (False, {"decay_magnitudes": True})):
+        optimizer = make_optimizer(OptimConfig(weight_decay=0.5, **settings), 10)
         updates = optimizer.update(zeros, optimizer.init(params), params)[0]["q_proj"]
         assert np.all(updates["lora_a"]) and bool(np.any(updates["lora_magnitude"])) != exempt

@@ -5,7 +5,8 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from jlora.lora import LoraConfig
-from jlora.train.config import ModelSource, TrainConfig, default_config, resolve, to_dict, typed
+from jlora.train.config import ModelSource, TrainConfig, completed, default_config, resolve, to_dict, typed
+from jlora.train.resume import Begun, refuse_other_settings
 
 GRPO = {"algorithm": "grpo", "train__batch_size": 8, "rollout__rewards": ("r.py",)}
 GIVEN = {"model.path": "m", "data.path": "d", "train.steps": 3}
@@ -234,3 +235,56 @@ def test_adapters_of_one_run_fold_system_texts_alike():
     assert {member.data.system for member in resolve(made).members().values()} == {"fold"}
     made.adapters["shop"]["data"]["system"] = "template"
     assert faults(made) == ["adapters['shop']: data.system: expected 'fold', as in the run: they share a tokenizer"]
+
+
+MIXTURE = {"a": {"path": "a.jsonl", "weight": 3}, "b": {"path": ["b.csv", "c.csv"], "weight": 1, "limit": 5}}
+
+
+def with_data(**data):
+    values = {"model": {"path": "m"}, "train": {"steps": 1, "seq_len": 8}, "data": data}
+    return resolve(values)
+
+
+def test_sources_are_settings_like_others():
+    config = with_data(sources=MIXTURE, eval_share=0.25)
+    assert config.data.train.weights == (3.0, 1.0)
+    assert config.data.sources["b"].path == ("b.csv", "c.csv")
+    assert config.data.evaluation.held_out and config.data.evaluation.share == 0.25
+    again = resolve(json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    without = json.loads(json.dumps(to_dict(config)))
+    del without["data"]["sources"]["a"]["columns"], without["data"]["eval_share"]
+    assert completed(without)["data"]["sources"] == json.loads(json.dumps(to_dict(config)))["data"]["sources"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"path": "a", "sources": MIXTURE}, "data.path: found it beside data.sources"),
+        ({"sources": {"a": {"path": "a", "weight": 0}}}, "weight: found 0.0, expected a number above 0"),
+        ({"sources": {"a": {"path": "a", "wight": 1}}}, "data.sources.a.wight: unknown key"),
+        ({"sources": {"a": {"path": "a", "limit": "5"}}}, "data.sources['a'].limit: found '5' (str)"),
+        ({"sources": {"a": {}}}, "data.sources['a'].path: is required"),
+        ({"sources": {"a": {"path": "a", "weight": 1}, "b": {"path": "b"}}}, "found no weight for b"),
+        ({"sources": MIXTURE, "limit": 5}, "with data.sources, each source has its own"),
+        ({"path": "a", "eval_share": 1.0}, "data.eval_share: found 1.0, expected a number from 0 to below 1"),
+        ({"path": "a", "eval_share": 0.1, "eval_path": "b"}, "data.eval_share: found it beside data.eval_path"),
+        ({"path": "a", "form": "alpaca"}, "data.form: found 'alpaca'"),
+        ({"path": "a", "window_overlap": 8}, "data.window_overlap: found 8, expected less than train.seq_len=8"),
+        ({"path": []}, "data.path: found (), expected the path of a file"),
+    ],
+)
+def test_data_that_cannot_be_meant_are_refused(data, words):
+    with pytest.raises(ValueError) as error:
+        with_data(**data)
+    assert words in str(error.value)
+
+
+def test_another_mixture_is_another_run(tmp_path):
+    config = with_data(sources=MIXTURE)
+    begun = Begun(tmp_path, 1, completed(to_dict(config)))
+    refuse_other_settings(begun, config)
+    for change in ({"weight": 4}, {"limit": 3}, {"form": "text"}):
+        other = with_data(sources=MIXTURE | {"a": MIXTURE["a"] | change})
+        with pytest.raises(ValueError, match="belongs to a run with other settings"):
+            refuse_other_settings(begun, other)

@@ -20,7 +20,7 @@ from jlora.data.forms import (
 )
 from jlora.data.found import Form, Seen, chat_form, question_form, shown_row
 from jlora.data.messages import completion_faults, kind_of, message_faults, side_faults
-from jlora.data.notes import Note, as_notes, warn
+from jlora.data.notes import Note, Notes, as_notes, warn
 from jlora.data.paths import Where
 from jlora.data.sources import Sources, as_sources
 from jlora.errors import Grouped, UserError, describe_faults, group_faults
@@ -167,6 +167,8 @@ def iterate_rows(
     """
     sources, tally = as_sources(where), _Tally(on_error)
     notes = as_notes(note)
+    # What is wrong with the rows of both sides was told when the first side was read.
+    tells = Notes(lambda message: None, notes.tell) if sources.held_out and sources.share else notes
     sources.reading.begin(sources.parts())
     for number, (name, source) in enumerate(sources.sources.items()):
         seen, kept, given = Seen(rest), 0, 0
@@ -190,8 +192,8 @@ def iterate_rows(
         if not kept and not tally.faults:
             raise UserError(_nothing(label, given, sources, forms))
         if not tally.faults or on_error == "skip":
-            notes.tell(seen.describe(label, kept))
-    tally.settle(str(sources), note)
+            notes.tell(seen.describe(f"{label}, held out" if sources.held_out else label, kept))
+    tally.settle(str(sources), tells)
 
 
 class _Tally:

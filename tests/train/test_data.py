@@ -168,11 +168,14 @@ def test_prompts_of_a_mixture_are_drawn_by_their_weights():
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "kto", "grpo"])
 def test_a_share_of_the_records_is_held_out_of_every_algorithm(planned, tmp_path, algorithm):
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("all", 20)))
-    _, heard, _ = planned(algorithm, {"path": str(tmp_path / "all.jsonl"), "eval_share": 0.3}, eval_every=1)
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows_of("all", 20), 3]))
+    settings = {"path": str(tmp_path / "all.jsonl"), "eval_share": 0.3, "on_error": "skip"}
+    _, heard, left_out = planned(algorithm, settings, eval_every=1)
     counts = [int(line.split(": ")[1].split()[0]) for line in heard if "records, read as" in line]
     assert len(counts) == 2 and all(counts)
     assert sum(counts) == 20
+    assert sum(line.startswith(f"{tmp_path / 'all.jsonl'}, held out: ") for line in heard) == 1
+    assert len(left_out) == 1 and sum("cannot be used" in line for line in heard) == 1
 
 
 def test_a_source_of_which_nothing_is_left_is_named(planned, tmp_path):

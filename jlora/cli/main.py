@@ -5,9 +5,12 @@ import errno
 import importlib
 import importlib.metadata
 import os
+import pathlib
+import platform
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 
 from jlora.errors import Failed, UserError
@@ -39,6 +42,9 @@ COMPILERS = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 ENVIRONMENT = {"plan": COMPILERS}
+# Commands whose compiled programs are kept for the next start. `plan` is none: it tells how long compiling takes.
+COMPILING = ("train", "eval", "generate", "chat", "serve")
+MOST_BYTES = 4 * 2**30  # of compiled programs; those that were used least lately go
 
 USAGE = """usage: jlora COMMAND [OPTIONS]
 
@@ -79,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
     for name, value in ENVIRONMENT.get(command, {}).items():
         os.environ.setdefault(name, value)
+    if command in COMPILING:
+        _keep_compiled()
     try:
         return importlib.import_module(f"jlora.cli.{command}").run(arguments)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
@@ -94,6 +102,26 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         unwritten = "" if explains_itself else f"{error.filename or 'a file'} could not be written: {error.strerror}"
         return _complain(unwritten or str(error), MISTAKE if isinstance(error, UserError) else FAILED)
+
+
+def _keep_compiled() -> None:
+    """Has JAX keep compiled programs on disk, unless something says otherwise already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = pathlib.Path("~/.cache/jlora/compiled").expanduser() / _processor()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+
+
+def _processor() -> str:
+    """What instructions this processor has, as eight hex digits: another one may not run the same programs."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    told = next((line for line in lines if line.lower().startswith(("flags", "features"))), lines[0] if lines else "")
+    return f"{zlib.crc32(f'{platform.machine()} {told}'.encode()):08x}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jlora.cli import eval as eval_command
@@ -163,3 +164,20 @@ def test_a_warning_is_said_once_and_without_a_place_in_the_code():
         "warning: a.json: fields that are ignored:\n  x\nwarning: another\n"
         "<string>:18: UserWarning: in Python's form again\n"
     )
+
+
+def test_compiled_programs_are_kept_unless_something_says_where(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before, most = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert main(["plan", "--help"]) == 0
+        assert jax.config.jax_compilation_cache_dir is None
+        assert main(["train", "--help"]) == 0
+        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / ".cache" / "jlora" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        assert main(["train", "--help"]) == 0
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_compilation_cache_max_size", most)

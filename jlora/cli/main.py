@@ -27,6 +27,8 @@ COMMANDS = {
     "compare": "several runs in one table and one plot",
     "eval": "loss, perplexity and answers of a model on a JSONL file",
     "generate": "answer a prompt",
+    "chat": "talk to a model in a terminal",
+    "serve": "OpenAI's API, with every adapter of a folder as a model",
     "merge": "bake adapters into a model, or several into one",
     "extract": "an adapter from a model and the base it was trained from",
     "export": "a PEFT adapter or a merged model from a training run",

@@ -35,13 +35,18 @@ def add_source_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Adds --model, --adapter (repeatable with `several`), --quant, --dtype, --vocab and --fold_system."""
-    add_source_option(parser)
+    """Adds --adapter (repeatable with `several`), and `add_base_options`."""
     if several:
         more = 'a PEFT folder for all prompts; or repeated, one for each prompt, "" for none'
         parser.add_argument("--adapter", metavar="DIR", action="append", default=[], help=more)
     else:
         parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
+    add_base_options(parser)
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, --quant, --dtype, --vocab and --fold_system."""
+    add_source_option(parser)
     parser.add_argument(
         "--quant", metavar="FORMAT", help=f"pack the model's linears: {', '.join(FORMATS)} (default: as they are)"
     )
@@ -149,8 +154,9 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """The model, its params with the adapter applied, and the tokenizer, fitted to the model.
 
     A note says what the weights are kept in, but not with --json. With `several` adapters (see `add_model_options`),
-    none is applied.
+    none is applied; a command need not have the option.
     """
+    options = argparse.Namespace(**{"adapter": None} | vars(options))
     settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
     model, params = open_model(options.model, quiet=getattr(options, "json", False), **settings)
     if isinstance(options.adapter, str):

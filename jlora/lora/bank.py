@@ -150,7 +150,11 @@ class Bank:
         """
         if name is None:
             raise UnknownNameError("None is the base alone, which every bank holds")
-        return self._with(self.number(name), None, {})
+        return self.clear(self.number(name))
+
+    def clear(self, place: int, *, donate: bool = False) -> "Bank":
+        """The bank with nothing in this place; `donate` as in `add`."""
+        return self._with(place, None, {}, donate=donate)
 
     def number(self, name: str | None) -> int:
         """The place of an adapter; for None, the place that is always empty.

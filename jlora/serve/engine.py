@@ -30,6 +30,7 @@ SMALLEST = 256  # places of the smallest cache
 NARROW, SEVERAL = 32, 4  # tokens of the smallest piece of a prompt, and rows that are read together
 PATIENCE = 64  # steps that a cache is too large before it shrinks
 READS = 4  # pieces that are read in a row while fewer rows draw than wait
+COLD = 1e-5  # below this temperature only the likeliest token is drawn, and logits would overflow
 TROUBLES = 3  # failed turns in a row after which the engine gives up
 
 
@@ -90,7 +91,7 @@ class Engine:
         self._bank = params if isinstance(params, Bank) else None
         self._alone = None if self._bank else params
         self.shelf = Shelf(self._bank)
-        self._tokenizer = copy.deepcopy(data.unfitted(tokenizer))  # others may use theirs in other threads
+        self.tokenizer = copy.deepcopy(data.unfitted(tokenizer))  # others may use theirs in other threads
         self._ends = data.stop_ids(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
         self._slots = Slots(limits.rows, whole=_is_recurrent(model))
         self.programs = Programs(
@@ -105,7 +106,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._launched: Launched | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._lock, self._reads, self._troubles = threading.Lock(), 0, 0
         self._open, self._taken = True, 0
 
@@ -130,7 +131,7 @@ class Engine:
                 raise Busy(f"{self._taken} requests are running or waiting, which is all that there is room for")
             self._taken += 1
             self.shelf.take(held)
-            job = Job(request, listener, Words(self._tokenizer, request.stop), held, self.shelf.place(held))
+            job = Job(request, listener, Words(self.tokenizer, request.stop), held, self.shelf.place(held))
         self._orders.put(lambda: self._waiting.append(job))
         return job
 
@@ -153,6 +154,11 @@ class Engine:
         return self._order(lambda: self._change(lambda: self.shelf.remove(name)))
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return self._open
+
+    @property
     def adapters(self) -> list[str]:
         """The names of the adapters."""
         with self._lock:
@@ -170,19 +176,29 @@ class Engine:
         return {"running": running, "waiting": max(0, self._taken - running), "cache_tokens": self._size}
 
     def start(self) -> None:
-        """Runs in a thread of its own, until `stop`."""
-        self._thread = threading.Thread(target=self._run, name="jlora engine", daemon=True)
-        self._thread.start()
+        """Runs in a thread of its own, until `stop`.
+
+        What the smallest cache needs is compiled before; what larger ones need, while requests are answered.
+        """
+        self.programs.warm(self.programs.sizes[:1])
+        self.shelf.warm()
+        for name, work in (("jlora engine", self._run), ("jlora programs", self.programs.warm)):
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def close(self) -> None:
+        """Takes no more requests; those that it has are answered."""
+        self._open = False
 
     def stop(self, *, drain: bool = True) -> None:
         """Takes no more requests, answers those that it has (or cancels them), and ends the thread."""
-        with self._lock:
-            self._open = False
+        self.close()
         if not drain:
             self._orders.put(self._end_all)
         self._orders.put(lambda: None)
-        if self._thread is not None:
-            self._thread.join()
+        self.programs.close()
+        for thread in self._threads:
+            thread.join()
 
     # ---------------------------------------------------------------- in the engine's own
 
@@ -382,8 +398,7 @@ class Engine:
         message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if self._troubles >= TROUBLES:
             self.failure = error
-            with self._lock:
-                self._open = False
+            self.close()
             self._end_all("error", message)
         for slot in self._slots:
             if slot.job is not None:
@@ -436,6 +451,8 @@ def _fill(turn: Any, slot: Slot) -> None:
         turn.adapters[row] = job.place
     for name, value in dataclasses.asdict(request.sampling).items():
         getattr(turn.settings, name)[row] = value
+    if request.sampling.temperature < COLD:
+        turn.settings.temperature[row] = 0
 
 
 def _token(number: int, drawn: Drawn | None, row: int, top: int | None) -> Token:

@@ -42,7 +42,7 @@ class Programs:
         self.sizes, self.shapes = tuple(sizes), tuple(shapes)
         self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self._made: dict[tuple, concurrent.futures.Future] = {}
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def __len__(self) -> int:
         return len(self._made)
@@ -66,11 +66,16 @@ class Programs:
         return self._get(("resize", size, other))
 
     def warm(self, sizes: Sequence[int] | None = None) -> None:
-        """Compiles what caches of these sizes need (default: all), and what leads from each to the others."""
+        """Compiles what caches of these sizes need (default: all); stops early after `close`."""
         for size in self.sizes if sizes is None else sizes:
-            self.empty(size), self.step(size), self.copy(size), self.begin(size)
-            for shape in self.shapes:
-                self.read(size, shape)
+            whole = [(name, size) for name in ("step", "empty", "copy", "begin")]
+            for key in [*whole, *(("read", size, shape) for shape in self.shapes)]:
+                if not self._closed:
+                    self._get(key)
+
+    def close(self) -> None:
+        """Ends `warm` in another thread after the program that it is at."""
+        self._closed = True
 
     def _get(self, key: tuple) -> Callable[..., Any]:
         with self._lock:

@@ -63,6 +63,11 @@ class Shelf:
             return held.number
         return 0 if self.bank is None else self.bank.number(None)
 
+    def warm(self) -> None:
+        """Compiles what puts an adapter into a place, if one is free."""
+        if self.bank is not None and None in self.bank.names:
+            self.bank = self.bank.clear(self.bank.names.index(None), donate=True)
+
     def put(self, name: str, adapter: Params) -> None:
         """Adds an adapter, in place of any of this name.
 

@@ -149,9 +149,7 @@ def test_a_cancelled_request_frees_its_row(engine, ask, alone):
 def test_adapters_come_and_go_and_nothing_is_compiled(engine, ask, alone, make_adapter, adapters):
     old, _ = ask("a", "law")
     run(engine)
-    engine.put_adapter("warm", make_adapter(9))
-    engine.remove_adapter("warm")
-    run(engine)
+    engine.shelf.warm()
     programs, other = len(engine.programs), make_adapter(5, r=3, target_modules=["q_proj"])
     before, _ = ask("a", "law")
     run(engine, turns=3)

@@ -34,9 +34,8 @@ def test_a_chat_goes_on_in_its_own_row():
     first = [*SYSTEM, *range(20)]
     chat, other = answered(slots, first, drawn=[3, 4]), answered(slots, [*SYSTEM, *range(40, 60)])
     found = slots.place(job([*first, 3, 4, 5, 6]))
-    assert (
-        found is chat is not other and found.fed == found.job.cached == len(first) + 1
-    )  # the last token drawn was never read
+    # The last token drawn was never read.
+    assert found is chat is not other and found.fed == found.job.cached == len(first) + 1
 
 
 def test_another_chat_takes_the_row_that_was_used_longest_ago_and_copies_what_they_share():

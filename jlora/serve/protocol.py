@@ -1,0 +1,330 @@
+"""OpenAI's requests and answers: bodies are checked, and answers are put into the form that its clients parse."""
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jlora.data.messages import kind_of, message_faults, normal_messages
+from jlora.errors import UserError, describe_faults
+from jlora.serve.request import Piece, Sampling, Token, Usage
+
+MOST_CHOICES, MOST_STOPS = 16, 16
+LEAST = -9999.0  # the log-probability of a token that is never drawn
+# Fields that change nothing here, and that clients send.
+IGNORED = (
+    *("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
+    "prompt_cache_retention",
+)
+# Fields of the API that are not supported → the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logit_bias": (None, {}),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "tool_choice": (None, "auto", "none"),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "modalities": (None, ["text"]),
+}
+
+
+class Refused(UserError):
+    """A request that gets an error for an answer.
+
+    Attributes:
+        status: of HTTP.
+        code: OpenAI's word for it.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else None
+        kind = kind or "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a body asks for.
+
+    Attributes:
+        chat: whether the answer is a chat's.
+        prompts: texts, lists of tokens, or one list of messages.
+        max_new_tokens: None: what there is room for in a chat, else 16.
+        variables: what the chat template is given besides the messages.
+        top: as in `jlora.serve.Request`.
+    """
+
+    chat: bool
+    model: str
+    prompts: list[Any]
+    sampling: Sampling
+    seed: int | None
+    choices: int
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    ignore_end: bool
+    top: int | None
+    stream: bool
+    tells_usage: bool
+    variables: Mapping[str, Any]
+
+
+def parse(body: bytes, *, chat: bool) -> Asked:
+    """What the body of a request asks for.
+
+    Raises:
+        Refused: it is not JSON, or not what the API takes; all faults are listed.
+    """
+    fields = {name: value for name, value in parse_object(body).items() if value is not None}
+    faults = [
+        *(f"{name}: found {fields[name]!r}, which is not supported" for name in NEUTRAL if _asks(fields, name)),
+        *_misshapen(fields, {**SHARED, **(CHAT if chat else COMPLETION)}),
+    ]
+    known = {*SHARED, *(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL}
+    faults += [f"{name}: unknown; the fields are {', '.join(sorted(known))}" for name in fields if name not in known]
+    prompt = "messages" if chat else "prompt"
+    faults += [f"{name}: missing" for name in ("model", prompt) if name not in fields]
+    if faults:
+        raise Refused(400, describe_faults("the request cannot be read", faults))
+    stop = fields.get("stop", [])
+    return Asked(
+        chat=chat,
+        model=fields["model"],
+        prompts=[_messages(fields["messages"])] if chat else _prompts(fields["prompt"]),
+        sampling=Sampling(**{name: fields[name] for name in SAMPLING if name in fields} | {"top_k": _top_k(fields)}),
+        seed=fields.get("seed"),
+        choices=fields.get("n", 1),
+        max_new_tokens=fields.get("max_completion_tokens", fields.get("max_tokens", None if chat else 16)),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_ids=tuple(fields.get("stop_token_ids", ())),
+        ignore_end=fields.get("ignore_eos", False),
+        top=_top(fields, chat),
+        stream=fields.get("stream", False),
+        tells_usage=fields.get("stream_options", {}).get("include_usage", False),
+        variables=({"tools": fields["tools"]} if fields.get("tools") else {}) | fields.get("chat_template_kwargs", {}),
+    )
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The object of a body.
+
+    Raises:
+        Refused: there is none.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Refused(400, f"found {kind_of(found)}, expected an object")
+    return found
+
+
+def is_whole(value: Any, least: int = -(1 << 63), most: int = (1 << 63) - 1) -> bool:
+    """Whether the value is a whole number in this range."""
+    return type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e6
+
+
+def _list_of(is_one: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(is_one, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_prompt(value: Any) -> bool:
+    tokens = _list_of(is_whole, 1 << 24)
+    some = isinstance(value, list) and len(value) > 0
+    return _is_text(value) or (some and (all(map(_is_text, value)) or tokens(value) or all(map(tokens, value))))
+
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
+Shape = tuple[str, Callable[[Any], bool]]
+TRUTH: Shape = ("true or false", lambda value: type(value) is bool)
+OBJECT: Shape = ("an object", lambda value: isinstance(value, dict))
+WHOLE: Shape = ("a whole number", is_whole)
+# Field → what it must be. Ranges of numbers are checked where all requests are (`jlora.serve.Request`).
+SHARED: dict[str, Shape] = {
+    **dict.fromkeys(SAMPLING, ("a number", _number)),
+    "model": ("text", _is_text),
+    "top_k": ("a whole number", lambda value: is_whole(value, -1, 1 << 30)),
+    "max_tokens": ("a whole number of at least 1", lambda value: is_whole(value, 1)),
+    "n": (f"1 to {MOST_CHOICES}", lambda value: is_whole(value, 1, MOST_CHOICES)),
+    "seed": WHOLE,
+    "stop": (
+        f"text, or a list of at most {MOST_STOPS}",
+        lambda value: _is_text(value) or _list_of(_is_text, MOST_STOPS)(value),
+    ),
+    "stop_token_ids": ("a list of token ids", _list_of(is_whole, 1 << 10)),
+    "ignore_eos": TRUTH,
+    "stream": TRUTH,
+    "stream_options": ("an object with include_usage", lambda value: _is_stream_options(value)),
+}
+CHAT: dict[str, Shape] = {
+    "messages": ("a list of messages", lambda value: isinstance(value, list)),
+    "max_completion_tokens": SHARED["max_tokens"],
+    "logprobs": TRUTH,
+    "top_logprobs": WHOLE,
+    "tools": ("a list of objects", _list_of(lambda value: isinstance(value, dict), 1 << 10)),
+    "chat_template_kwargs": OBJECT,
+}
+COMPLETION: dict[str, Shape] = {"prompt": ("text or token ids, or a list of those", _is_prompt), "logprobs": WHOLE}
+
+
+def _is_stream_options(value: Any) -> bool:
+    names = ("include_usage", "include_obfuscation")
+    return isinstance(value, dict) and all(name in names and type(is_on) is bool for name, is_on in value.items())
+
+
+def _misshapen(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
+    return [
+        f"{name}: found {_shown(fields[name])}, expected {expected}"
+        for name, (expected, fits) in shapes.items()
+        if name in fields and not fits(fields[name])
+    ]
+
+
+def _shown(value: Any) -> str:
+    return kind_of(value) if isinstance(value, dict | list) or len(str(value)) > 40 else json.dumps(value)
+
+
+def _asks(fields: Mapping[str, Any], name: str) -> bool:
+    return name in fields and fields[name] not in NEUTRAL[name]
+
+
+def _messages(found: list[Any]) -> list[dict[str, Any]]:
+    messages, faults, _ = normal_messages("messages", found, learned=False)
+    if faults := faults or message_faults("messages", messages):
+        raise Refused(400, describe_faults("the messages cannot be used", faults))
+    return messages
+
+
+def _prompts(found: Any) -> list[Any]:
+    return [found] if isinstance(found, str) or type(found[0]) is int else found
+
+
+def _top_k(fields: Mapping[str, Any]) -> int:
+    """0 for all tokens, as here, or -1, as elsewhere."""
+    return max(0, fields.get("top_k", 0))
+
+
+def _top(fields: Mapping[str, Any], chat: bool) -> int | None:
+    if not chat:
+        return fields.get("logprobs")
+    if "top_logprobs" in fields and not fields.get("logprobs"):
+        raise Refused(400, "top_logprobs: expected logprobs=true with it")
+    return fields.get("top_logprobs", 0) if fields.get("logprobs") else None
+
+
+# ---------------------------------------------------------------- answers
+
+
+class Answer:
+    """The answer to a request, whole or in the chunks of a stream.
+
+    Args:
+        word: a token's text.
+    """
+
+    def __init__(self, asked: Asked, word: Callable[[int], str]) -> None:
+        self._asked, self._word = asked, word
+        self._head = {
+            "id": ("chatcmpl-" if asked.chat else "cmpl-") + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+        self._written: dict[int, int] = {}
+
+    def whole(self, answers: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """The whole answer, from the pieces of all choices."""
+        choices = [self._choice(index, pieces) for index, pieces in enumerate(answers)]
+        ends = [pieces[-1].usage for pieces in answers]
+        kind = "chat.completion" if self._asked.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(ends)}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of a chat's choice."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The chunk of a choice's piece."""
+        body = {"delta": {"content": piece.text} if piece.text else {}} if self._asked.chat else {"text": piece.text}
+        told = self._told([piece], self._written.get(index, 0))
+        self._written[index] = self._written.get(index, 0) + len(piece.text)
+        return self._chunk(index, {**body, "finish_reason": piece.finish, "logprobs": told})
+
+    def last(self, ends: Sequence[Usage | None]) -> dict[str, Any]:
+        """The chunk after all others, which tells the usage."""
+        kind = "chat.completion.chunk" if self._asked.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": [], "usage": self._usage(ends)}
+
+    def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._asked.chat else "text_completion"
+        usage = {"usage": None} if self._asked.tells_usage else {}
+        return {**self._head, "object": kind, "choices": [{"index": index, **choice}], **usage}
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        body = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._asked.chat else {"text": text}
+        )
+        return {"index": index, **body, "finish_reason": pieces[-1].finish, "logprobs": self._told(pieces)}
+
+    def _usage(self, ends: Sequence[Usage | None]) -> dict[str, Any]:
+        """Of all choices together; those of one prompt share it."""
+        found = [end for end in ends if end is not None]
+        firsts = found[:: self._asked.choices]
+        prompt, drawn = sum(end.prompt for end in firsts), sum(end.completion for end in found)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": drawn,
+            "total_tokens": prompt + drawn,
+            "prompt_tokens_details": {"cached_tokens": sum(end.cached for end in firsts)},
+        }
+
+    def _told(self, pieces: Sequence[Piece], offset: int = 0) -> dict[str, Any] | None:
+        """The log-probabilities of the tokens, if they are asked for."""
+        if self._asked.top is None:
+            return None
+        tokens = [token for piece in pieces for token in piece.tokens]
+        if self._asked.chat:
+            return {"content": [self._entry(token) for token in tokens], "refusal": None}
+        words = [self._word(token.number) for token in tokens]
+        offsets = [offset + sum(map(len, words[:place])) for place in range(len(words))]
+        return {
+            "tokens": words,
+            "token_logprobs": [_finite(token.log_prob) for token in tokens],
+            "top_logprobs": [{self._word(number): _finite(value) for number, value in token.top} for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, token: Token) -> dict[str, Any]:
+        return {
+            **self._likelihood(token.number, token.log_prob),
+            "top_logprobs": [self._likelihood(*pair) for pair in token.top],
+        }
+
+    def _likelihood(self, number: int, log_prob: float | None) -> dict[str, Any]:
+        word = self._word(number)
+        return {"token": word, "logprob": _finite(log_prob), "bytes": list(word.encode())}
+
+
+def _finite(log_prob: float | None) -> float:
+    """The log-probability, or what OpenAI tells of a token that is never drawn: JSON has no infinity."""
+    return max(LEAST, log_prob) if log_prob is not None else LEAST

@@ -1,0 +1,74 @@
+"""`jlora serve` as a process: its address, its key, adapters, and its end."""
+
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import openai
+import pytest
+
+import jlora
+from jlora.cli import serve
+from jlora.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    _, params = jlora.load(model_folder, dtype="float32")
+    config = jlora.LoraConfig(r=2, init_lora_weights=False, lora_alpha=200)
+    jlora.save_adapter(folder / "law", jlora.lora.init(params, config, jax.random.key(0)))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{")
+    return folder
+
+
+def test_answers_on_their_way_are_finished_after_sigterm(model_folder, adapters):
+    options = [f"--model={model_folder}", f"--adapters={adapters}", "--name=tiny", "--port=0", "--length=256"]
+    environment = os.environ | {"JLORA_API_KEY": "secret"}
+    command = [sys.executable, "-m", "jlora", "serve", *options, "--rows=2", "--chunk=32"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"tiny and 1 adapter: (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert found, line + process.stderr.read()
+        client = openai.OpenAI(base_url=found[1], api_key="secret", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+        assert [model.id for model in client.models.list()] == ["tiny", "law"]
+        settings = dict(max_tokens=200, temperature=0, extra_body={"ignore_eos": True}, stream=True)
+        streams = [client.completions.create(model=name, prompt="a", **settings) for name in ("law", "tiny", "law")]
+        first = [next(iter(stream)) for stream in streams[:2]]
+        process.send_signal(signal.SIGTERM)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            rest = list(pool.map(list, streams))
+        assert [chunks[-1].choices[0].finish_reason for chunks in rest] == ["length"] * 3
+        assert len(first) == 2 and process.wait(60) == 0
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+        assert "adapter broken: not added: " in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--adapters=nowhere"], "--adapters: no folder nowhere"),
+        (["--rank=4", "--places=2"], "--places, --rank: expected --adapters with it"),
+        (["--api_key="], "--api_key: found an empty text"),
+        (["--host=256.0.0.1"], "cannot listen on 256.0.0.1:0"),
+        (["--port=70000"], "found 70000, expected 0 to 65535"),
+        (["--queue=-1"], "queue=-1: expected 0 or more"),
+        (["--length=1000000"], "length 1000000: the model was made for texts of up to"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_served(model_folder, capsys, options, told):
+    assert main(["serve", f"--model={model_folder}", "--port=0", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_this_machine_alone_is_the_default():
+    assert serve._parser().parse_args(["--model=x"]).host == "127.0.0.1"

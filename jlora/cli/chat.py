@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from jlora import allocator, data, hub
@@ -56,7 +57,7 @@ def _adapted(params: Params, folders: list[str], base: str) -> tuple[Params | Ba
     """The params or a bank, and the names that adapters are called by: the folders' last parts, if these differ."""
     if not folders:
         return params, {}
-    short = [folder.rstrip("/").rpartition("/")[2] for folder in folders]
+    short = [Path(folder).name for folder in folders]
     names = short if len(set(short)) == len(short) else folders
     if len(folders) == 1:
         adapted = hub.load_adapter(params, folders[0], base)

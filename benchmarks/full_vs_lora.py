@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """What does full fine-tuning learn, cost and forget, beside LoRA and QLoRA? The quickstart's task, three times.
 
-    python benchmarks/full_vs_lora.py [--steps=72] [--questions=40] [--only NAME …] [--config.GROUP.KEY=VALUE …]
+    python benchmarks/full_vs_lora.py [--steps=48] [--questions=40] [--only NAME …] [--config.GROUP.KEY=VALUE …]
 
-Each run is a process of its own, so that its peak memory is its own (on CPUs the process's, model and compiler
-included). Then the trained models answer the test questions, and are compared with the untouched base on general text
-and on multiple-choice questions. Prints a table and writes it as JSON to benchmarks/results/.
+Twenty minutes on two CPU cores that have nothing else to do. Each run is a process of its own, so that its peak memory
+is its own (on CPUs the process's, model and compiler included). Then the trained models answer the test questions, and
+are compared with the untouched base on general text and on multiple-choice questions. The table is printed, and saved
+as JSON in benchmarks/results/ after each run; `--only` keeps the other runs' figures there.
 """
 
 import argparse
@@ -45,31 +46,46 @@ def main() -> None:
     """Trains and measures each run, prints and writes the table."""
     options, overrides = _parse()
     console, work = rich.console.Console(), options.work.expanduser()
-    subprocess.run([sys.executable, TASK, "prepare", f"--out={work / 'data'}", f"--cache={options.cache}"], check=True)
-    source = next(options.cache.expanduser().rglob("*.gguf"))
-    test = data.read_records(work / "data" / "test.jsonl")
+    source, folder = options.model, options.data
+    if not source:
+        folder = work / "data"
+        subprocess.run([sys.executable, TASK, "prepare", f"--out={folder}", f"--cache={options.cache}"], check=True)
+        source = next(options.cache.expanduser().rglob("*.gguf"))
+    test = data.read_records(folder / "test.jsonl")
     count = min(options.questions, len(test))
     test = [test[i * len(test) // count] for i in range(count)]  # evenly: they are sorted by kind
-    if options.steps:
-        overrides = [f"--config.train.steps={options.steps}", *overrides]
+    overrides = [f"--config.train.steps={options.steps}", *overrides]
+    about = {"steps": options.steps, "overrides": overrides[1:], "questions": count}
+    rows = _kept(about) if options.only else {}
     model, base = jlora.load(source, dtype="float32")
     tokenizer = jlora.load_tokenizer(source)
-    rows: dict[str, Numbers] = {"before": _answers(model, base, tokenizer, test)}
+    with console.status(f"the base answers {count} questions"):
+        rows["before"] = _answers(model, base, tokenizer, test)
     for name in options.only or RUNS:
         workdir = work / f"{name.split()[0].lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
-        trained = _train(source, work, workdir, [*RUNS[name], *overrides])
+        console.print(f"{name}: {options.steps} steps in {workdir}", highlight=False)
+        trained = _train(source, folder / "train.jsonl", workdir, [*RUNS[name], *overrides])
         config, model, params = load_run(workdir)
         trained["trained_parameters"] = tree.count(lora.split(params, config.trains)[1])
-        rows[name] = trained | _answers(model, params, tokenizer, test) | _forgotten(model, base, params, tokenizer)
+        with console.status(f"{name} answers {count} questions, and what it has forgotten is measured"):
+            rows[name] = trained | _answers(model, params, tokenizer, test) | _forgotten(model, base, params, tokenizer)
         del params
-    written = record.save(NAME, {"steps": options.steps, "overrides": overrides, "questions": count, "rows": rows})
+        rows = {name: rows[name] for name in ("before", *RUNS) if name in rows}
+        written = record.save(NAME, about | {"rows": rows})
     console.print(_table(rows))
     console.print(f"written: {written}")
 
 
-def _train(source: pathlib.Path, work: pathlib.Path, workdir: pathlib.Path, settings: list[str]) -> Numbers:
+def _kept(about: Numbers) -> dict[str, Numbers]:
+    """The rows of an earlier run of the same size."""
+    path = record.RESULTS / f"{NAME}.json"
+    earlier = json.loads(path.read_text())["figures"] if path.exists() else {}
+    return earlier["rows"] if about.items() <= earlier.items() else {}
+
+
+def _train(source: pathlib.Path, train: pathlib.Path, workdir: pathlib.Path, settings: list[str]) -> Numbers:
     """Seconds and peak memory of a run on the command line, and its losses."""
-    paths = [f"--config.model.path={source}", f"--config.data.path={work / 'data' / 'train.jsonl'}"]
+    paths = [f"--config.model.path={source}", f"--config.data.path={train}"]
     recipe = f"--config={ROOT / 'configs' / 'quickstart.py'}"
     command = [sys.executable, "-m", "jlora", "train", recipe, f"--workdir={workdir}", *paths, *settings]
     began = time.perf_counter()
@@ -129,13 +145,15 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--steps", type=int, default=48, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=40, help="test questions, of 100 (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), metavar="NAME", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / NAME, help="default: %(default)s")
     parser.add_argument(
         "--cache", type=pathlib.Path, default=pathlib.Path("~/.cache/jlora"), help="downloads (default: %(default)s)"
     )
+    parser.add_argument("--model", type=pathlib.Path, help="another model than SmolLM2-135M-Instruct; with --data")
+    parser.add_argument("--data", type=pathlib.Path, help="its folder of train.jsonl and test.jsonl")
     return parser.parse_known_args()
 
 

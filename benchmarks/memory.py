@@ -155,8 +155,8 @@ DEPTHS = (8, 20, 80)  # layers of the 8B's size: one body is compiled for any nu
 MODELS |= {f"{layers} layers": _llama(4096, 14336, layers, 32) for layers in DEPTHS}
 
 
-# Group → settings.
-Settings = dict[str, dict[str, Any]]
+# Group → settings; None: without the group.
+Settings = dict[str, dict[str, Any] | None]
 
 
 class Aim(NamedTuple):
@@ -191,7 +191,7 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> str:
-        return "h100" if self.topology == "h100" else "tpu"
+        return "h100" if self.topology.startswith("h100") else "tpu"
 
 
 Row = dict[str, Any]
@@ -266,8 +266,22 @@ TPU = (
         cost=200,
     ),
 )
+DENSE, FULL = {"model": {"quant": None}}, {"lora": None}
+FULL_TUNING = tuple(
+    Case(
+        f"{name}-8b-full-{ways}x2048-{weights}",
+        devices,
+        "Llama-3.1-8B",
+        ways,
+        2048,
+        settings=(DENSE, FULL, {"full": {"weights": weights}}, {"mesh": {"fsdp": ways}}),
+        cost=cost,
+    )
+    for name, devices, ways, cost in (("h100x8", "h100x8", 8, 30), ("v5e", "v5e:4x4", 16, 250))
+    for weights in ("masters", "stochastic")
+)
 # gpt-oss keeps the packing that it is published in.
-AS_PUBLISHED = {"model": {"quant": None}}
+AS_PUBLISHED = DENSE
 FAMILIES = tuple(
     case
     for model in MECHANISMS
@@ -285,7 +299,7 @@ FAMILIES = tuple(
         ),
     )
 )
-BF16, KEPT = {"model": {"quant": None}}, {"train": {"remat": "none"}}
+KEPT = {"train": {"remat": "none"}}
 
 
 def _technique(name: str, *settings: Settings, **forms: bool) -> Case:
@@ -294,15 +308,15 @@ def _technique(name: str, *settings: Settings, **forms: bool) -> Case:
 
 # The first case, adding one technique at a time.
 TECHNIQUES = (
-    _technique("0-bf16", BF16, KEPT, plain_attention=True, whole_mlp=True),
-    _technique("1-remat", BF16, plain_attention=True, whole_mlp=True),
+    _technique("0-bf16", DENSE, KEPT, plain_attention=True, whole_mlp=True),
+    _technique("1-remat", DENSE, plain_attention=True, whole_mlp=True),
     _technique("2-nf4", plain_attention=True, whole_mlp=True),
     _technique("3-attention", whole_mlp=True),
     _technique("4-mlp-tiles"),
     _technique("5-offload", OFFLOAD),
 )
 COMPILING = tuple(Case(f"{layers}-layers", "h100", f"{layers} layers", 2, 2048) for layers in DEPTHS)
-CASES = (*H100, *TECHNIQUES, *COMPILING, *TPU, *FAMILIES)
+CASES = (*H100, *TECHNIQUES, *COMPILING, *TPU, *FULL_TUNING, *FAMILIES)
 
 
 def main() -> None:
@@ -369,7 +383,7 @@ def config_of(case: Case, folder: pathlib.Path) -> RunConfig:
         "train": {"steps": 1, "batch_size": case.rows, "seq_len": case.tokens, "remat": "full"},
     }
     for own in case.settings:
-        values |= {group: values.get(group, {}) | changed for group, changed in own.items()}
+        values |= {group: changed and values.get(group, {}) | changed for group, changed in own.items()}
     return resolve(values)
 
 

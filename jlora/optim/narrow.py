@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, UInt32
 
 from jlora import tree
 from jlora.types import Params
@@ -66,11 +67,31 @@ def rounded_at_random(optimizer: optax.GradientTransformation, seed: int) -> opt
 
 def round_at_random(values: jax.Array, key: jax.Array) -> jax.Array:
     """float32 values as bfloat16: the one above or below, the nearer the likelier, so that the mean is the value."""
-    noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
+    drawn = noise(key, values.shape) >> 16
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     # bfloat16 is the upper half of float32; adding to the lower half carries over as often as it is large.
-    up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    up = jax.lax.bitcast_convert_type((bits + drawn) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(values), up, values).astype(jnp.bfloat16)
+
+
+def noise(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Random bits for each place: a hash of the place, axis by axis, from the key on.
+
+    `jax.random.bits` would do, but holds two counters for each number while it computes them: gigabytes for a large
+    stack. This is computed where it is used.
+    """
+    first, last = jax.random.key_data(key)[:2]
+    found = jnp.broadcast_to(first, shape)
+    for axis in range(len(shape)):
+        found = _mixed(found + jax.lax.broadcasted_iota(jnp.uint32, shape, axis))
+    return _mixed(found ^ last)
+
+
+def _mixed(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Wellons' lowbias32: every bit of a word changes every bit of its hash about half of the time."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
+    words = (words ^ (words >> 15)) * jnp.uint32(0x846CA68B)
+    return words ^ (words >> 16)
 
 
 def widened(params: Params, state: Masters | Rounding) -> Params:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from jlora.optim import OptimConfig, gradient_point, make_optimizer
-from jlora.optim.narrow import round_at_random
+from jlora.optim.narrow import noise, round_at_random
 
 
 def moved(weights, steps, dtype="bfloat16", size=400):
@@ -66,3 +66,15 @@ def test_averaged_weights_take_their_gradients_between_the_average_and_the_newes
         found.append(gradient_point(here, state)["a"]["kernel"])
     assert found[0].dtype == jnp.bfloat16
     np.testing.assert_array_equal(found[0], found[1].astype(jnp.bfloat16))
+
+
+def test_the_noise_of_rounding_is_uniform_and_of_its_place_alone():
+    drawn = [np.asarray(noise(jax.random.key(seed), (3, 64, 96))).astype(np.uint32) >> 16 for seed in (0, 1, 0)]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    counts = np.bincount(drawn[0].ravel() >> 10, minlength=64)
+    assert ((counts - 288) ** 2 / 288).sum() < 63 + 4 * (2 * 63) ** 0.5  # χ² of 64 bins, four deviations
+    centred = [values / 2**16 - 0.5 for values in drawn[:2]]
+    beside = [(centred[0], centred[1])]
+    beside += [(centred[0], np.roll(centred[0], 1, axis)) for axis in range(3)]
+    for one, other in beside:
+        assert abs(np.mean(one * other)) * 12 < 4 / one.size**0.5

@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "bake adapters into a model, or several into one",
     "extract": "an adapter from a model and the base it was trained from",
     "export": "a PEFT adapter or a merged model from a training run",
+    "publish": "an adapter or a model as a folder for the Hub, with its card, and the upload",
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
 }
 

@@ -104,13 +104,37 @@ def compare(workdirs: Sequence[str | os.PathLike]) -> Comparison:
     runs, faults = [], []
     for folder, name in zip(folders, _names(folders), strict=True):
         try:
-            runs += _read(folder, name)
+            runs += read_runs(folder, name)
         except UserError as error:
             faults.append(str(error))
     raise_all(faults)
     known = dict.fromkeys(name for run in runs for name in run.settings if name not in UNSEEN)
     differing = [name for name in known if len({repr(run.settings.get(name)) for run in runs}) > 1]
     return Comparison(runs, differing, list(_remarks(runs)))
+
+
+def read_runs(folder: pathlib.Path, name: str) -> list[Run]:
+    """The run of the workdir, under this name; of a run of several adapters, each adapter's.
+
+    Raises:
+        UserError: the folder is not the workdir of a run, or has logged no step.
+    """
+    config = read_config(folder)
+    records = read_metrics(folder)
+    if not records:
+        raise UserError(f"{folder} has logged no step yet")
+    usage, best = (_json(folder / file) for file in ("usage.json", BEST))
+    if not config.adapters:
+        done = (folder / (MODEL if config.lora is None else "adapter")).is_dir()
+        return [Run(name, folder, flat(to_dict(config)), records, usage or {}, best, done)]
+    runs = []
+    for adapter, member in config.members().items():
+        own = [_own(record, adapter, config.adapters) for record in records]
+        done = (folder / FOLDER / adapter).is_dir()
+        # The run's usage counts what all adapters trained.
+        used = (usage or {}) | {"trainable_parameters": _count(folder / FOLDER / adapter)}
+        runs.append(Run(f"{name}/{adapter}", folder, flat(to_dict(member)), own, used, best, done))
+    return runs
 
 
 def draw(path: pathlib.Path, runs: Sequence[Run]) -> None:
@@ -149,25 +173,6 @@ def _draw_run(axis: Any, run: Run, name: str, number: int) -> None:
             values = smooth(values, window)
     marker = "o" if name != "loss" or len(values) == 1 else ""
     axis.plot(steps, values, marker=marker, markersize=4, label=run.name, **look)
-
-
-def _read(folder: pathlib.Path, name: str) -> list[Run]:
-    config = read_config(folder)
-    records = read_metrics(folder)
-    if not records:
-        raise UserError(f"{folder} has logged no step yet")
-    usage, best = (_json(folder / file) for file in ("usage.json", BEST))
-    if not config.adapters:
-        done = (folder / (MODEL if config.lora is None else "adapter")).is_dir()
-        return [Run(name, folder, flat(to_dict(config)), records, usage or {}, best, done)]
-    runs = []
-    for adapter, member in config.members().items():
-        own = [_own(record, adapter, config.adapters) for record in records]
-        done = (folder / FOLDER / adapter).is_dir()
-        # The run's usage counts what all adapters trained.
-        used = (usage or {}) | {"trainable_parameters": _count(folder / FOLDER / adapter)}
-        runs.append(Run(f"{name}/{adapter}", folder, flat(to_dict(member)), own, used, best, done))
-    return runs
 
 
 def _count(adapter: pathlib.Path) -> int | None:

@@ -110,7 +110,7 @@ def _left_by(workdir: pathlib.Path) -> pathlib.Path:
 
 def _read_run(workdir: pathlib.Path, name: str) -> Run:
     runs = read_runs(workdir, workdir.name)
-    return next((one for one in runs if one.name.rpartition("/")[2] == name), runs[0])
+    return next((one for one in runs if pathlib.PurePath(one.name).name == name), runs[0])
 
 
 def _stage(result: Result, out: pathlib.Path, options: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def _card(
 ) -> cards.Card:
     """The card of the result; what no run tells, that of the folder itself does."""
     is_adapter, run = result.kind == "adapter", result.run
-    name = options.repo.rpartition("/")[2] if options.repo else pathlib.Path(options.out).resolve().name
+    name = pathlib.Path(options.repo or options.out).resolve().name
     base = bases[0] if len(bases) == 1 else "path/to/the/base"
     scored = "SEQ_CLS" in str(config.get("task_type")) or "SequenceClassification" in str(config.get("architectures"))
     where = options.repo or "path/to/this/folder"

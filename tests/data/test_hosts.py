@@ -1,5 +1,6 @@
 """Several processes: each encodes its share, and every one gets what a single process makes of everything."""
 
+import datetime
 import functools
 import json
 import os
@@ -13,8 +14,9 @@ import types
 import numpy as np
 import pytest
 
-from jlora.data import Notes, encode_items, encode_preferences, hosts, with_mismatched
-from jlora.errors import UserError
+from jlora.data import Example, Item, Notes, encode_items, encode_preferences, hosts, with_mismatched
+from jlora.data.records import Placed
+from jlora.errors import MissingFileError, UserError
 
 PROCESSES = 3
 HOST = """
@@ -160,3 +162,20 @@ def test_two_processes_of_jax_encode_as_one(tmp_path, tokenizer):
         assert sum("the tokens come from" in note for note in notes) == 1
         assert not any("cannot be kept" in note for note in notes)
     assert len(np.unique([folder.name for folder in tmp_path.glob("*/*-*")])) == 1
+
+
+def test_what_processes_send_each_other_arrives_as_it_was():
+    record = Placed({"messages": [{"role": "user", "content": None}], "n": (1, 2.5)}, "a.jsonl:7", 2)
+    example = Example(np.arange(3, dtype=np.int32), np.array([True, False, True]))
+    sent = [(0, "a.jsonl:1", ([Item((example,), {"label": 1.0}, dict(record))], {"said": None}, record))]
+    [(index, place, ([item], said, again))] = hosts.unpack(hosts.pack(sent))
+    assert (index, place, said) == (0, "a.jsonl:1", {"said": None})
+    assert again == record and (again.place, again.source) == ("a.jsonl:7", 2)
+    assert type(again["n"]) is tuple and item.record == dict(record) and item.values == {"label": 1.0}
+    for name in ("tokens", "trained"):
+        there, here = getattr(item.documents[0], name), getattr(example, name)
+        assert there.dtype == here.dtype and there.tolist() == here.tolist()
+    error = hosts.unpack(hosts.pack(MissingFileError("no")))
+    assert type(error) is UserError and str(error) == "no"
+    with pytest.raises(UserError, match=r"found datetime.date\(2026, 1, 2\) \(date\) in a record"):
+        hosts.pack([{"day": datetime.date(2026, 1, 2)}])

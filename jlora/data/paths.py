@@ -126,6 +126,82 @@ def locate(where: Where) -> list[Part]:
     raise MissingFileError(f"{name}: found nothing there, expected {KINDS}")
 
 
+def digest(self) -> str:
+    """Eight hex digits that depend on every byte of its files."""
+    found = 0
+    for file in self.files():
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                found = zlib.crc32(block, found)
+    return f"{found:08x}"
+
+
+class Reading:
+    """How much of some files has been read, by bytes as they are on disk."""
+
+    def __init__(self) -> None:
+        self._total = self._before = 0
+        self._file: io.BufferedReader | None = None
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """From now on these are read."""
+        self._total, self._before, self._file = sum(map(_size, parts)), 0, None
+
+    @contextlib.contextmanager
+    def watch(self, part: Part, file: io.BufferedReader | None = None) -> Iterator[None]:
+        """A part is read inside the context; without a file, it counts when it has been read."""
+        self._file = file
+        yield
+        self._before, self._file = self._before + _size(part), None
+
+    @property
+    def share(self) -> float | None:
+        """The share that has been read; None if that is not known."""
+        done = self._before + (self._file.tell() if self._file and not self._file.closed else 0)
+        return min(1.0, done / self._total) if done and self._total else None
+
+
+def _size(part: Part) -> int:
+    return sum(file.stat().st_size for file in part.files())
+
+
+def locate(where: Where) -> list[Part]:
+    """What a path names, or several do, in order.
+
+    A path is a file, a folder of `datasets`, a folder of data files (all of one kind, none of another split), a pattern
+    ("shards/*.jsonl.gz", with ** for folders in between), several of them with commas, or "OWNER/NAME", a data set of
+    the Hub: "OWNER/NAME/SUBSET:SPLIT", by default its only subset, and the split "train".
+
+    Raises:
+        UserError: nothing is there, or a folder leaves open what to read; all faults are named.
+    """
+    if not isinstance(where, str | os.PathLike):
+        found, faults = [], []
+        for one in where:
+            try:
+                found += locate(one)
+            except UserError as error:
+                faults.append(str(error))
+        raise_all(faults)
+        if not found:
+            raise MissingFileError(f"found no paths, expected {KINDS}")
+        return found
+    name, path = str(where), pathlib.Path(where)
+    if path.is_file():
+        return [Part(name, path)]
+    if path.is_dir():
+        return _in_folder(name, path)
+    if glob.has_magic(name):
+        if files := sorted(file for file in glob.glob(name, recursive=True) if pathlib.Path(file).is_file()):
+            return [Part(file, pathlib.Path(file)) for file in files]
+        raise MissingFileError(f"{name}: found no file of this pattern, expected {KINDS}")
+    if "," in name:
+        return locate([one for one in map(str.strip, name.split(",")) if one])
+    if (match := _HUB.fullmatch(name)) and not _looks_local(name):
+        return [Part(name, hub=(match["id"], match["subset"], match["split"] or "train"))]
+    raise MissingFileError(f"{name}: found nothing there, expected {KINDS}")
+
+
 def digests(where: Where) -> dict[str, str]:
     """The digest of each part by its name."""
     return {part.name: part.digest() for part in locate(where)}

@@ -5,8 +5,9 @@ import json
 import datasets
 import pytest
 
-from jlora.data import digest, digests, read_records
+from jlora.data import digest, read_records
 from jlora.data.paths import locate
+from jlora.data.sources import as_sources
 from jlora.errors import MissingFileError, UserError
 
 
@@ -41,7 +42,7 @@ def test_several_files_are_read_one_after_another(folder, monkeypatch):
         (["shards/deep", folder / "a.jsonl"], [4, 0, 1]),
     ):
         assert read_records(where) == [row(number) for number in numbers]
-    assert list(digests("shards/*.jsonl")) == ["shards/a.jsonl", "shards/b.jsonl"]
+    assert list(as_sources("shards/*.jsonl").digests()) == ["shards/a.jsonl", "shards/b.jsonl"]
     before = digest("shards")
     write(folder / "deep" / "c.jsonl", 5)
     assert digest("shards") != before

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -111,10 +111,10 @@ class Steps(Sequence[Step]):
         return len(self.lengths)
 
     @overload
-    def __getitem__(self, index: int) -> Step: ...
+    def __getitem__(self, index: SupportsIndex) -> Step: ...
     @overload
     def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+    def __getitem__(self, index: SupportsIndex | slice) -> Step | list[Step]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]

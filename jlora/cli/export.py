@@ -7,10 +7,12 @@ from jlora import hub, lora
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
+    add_force_option,
     add_gguf_option,
     add_layout_options,
     command,
     refuse_layout,
+    require_out,
     say_adapter,
     say_kept,
     tensor_bar,
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> int:
         hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
     settings = run_config.model
     inputs = {"--workdir": options.workdir, "the run's base": settings.path, "its first adapter": settings.adapter}
-    hub.refuse_inputs(options.out, inputs)
+    require_out(options, inputs)
     config, model, params = load_run(options.workdir, options.step)
     say_kept(config.model.path, params)
     if options.gguf and options.merged:
@@ -81,4 +83,5 @@ def _parser() -> argparse.ArgumentParser:
     add_gguf_option(parser)
     add_layout_options(parser)
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
+    add_force_option(parser)
     return parser

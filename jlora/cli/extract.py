@@ -3,13 +3,23 @@
 import argparse
 
 from jlora import hub, lora
-from jlora.cli.model import adapter_layout, add_layout_options, add_vocab_option, command, open_model, rank, say_adapter
+from jlora.cli.model import (
+    adapter_layout,
+    add_force_option,
+    add_layout_options,
+    add_vocab_option,
+    command,
+    open_model,
+    rank,
+    require_out,
+    say_adapter,
+)
 
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     options = _parser().parse_args(arguments)
-    hub.refuse_inputs(options.out, {"--base": options.base, "--model": options.model})
+    require_out(options, {"--base": options.base, "--model": options.model})
     model, base = open_model(options.base, dtype=hub.exact_dtype(options.base), vocab=options.vocab)
     tuned_model, tuned = open_model(options.model, dtype=hub.exact_dtype(options.model))
     # An adapter holds only weights: settings that differ would be lost.
@@ -44,4 +54,5 @@ def _parser() -> argparse.ArgumentParser:
     add_vocab_option(parser, of="the base's ")
     add_layout_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    add_force_option(parser)
     return parser

@@ -9,6 +9,7 @@ from jlora import hub, lora, quant, tree
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
+    add_force_option,
     add_gguf_option,
     add_layout_options,
     add_on_error_option,
@@ -20,6 +21,7 @@ from jlora.cli.model import (
     rank,
     read_records,
     refuse_layout,
+    require_out,
     say_adapter,
     tensor_bar,
 )
@@ -42,11 +44,15 @@ def run(arguments: list[str]) -> int:
         refuse_layout(options, "the PEFT adapter that --adapter_only writes")
     if options.gguf and options.dtype:
         raise UserError("--gguf sets the type of what is written, so --dtype has no effect")
+    if options.unmeasured and (options.adapter_only or options.data):
+        raise UserError("--unmeasured: --data is what is measured, and with --adapter_only nothing is; leave it out")
+    if options.unmeasured and options.quant and not options.lossy:
+        raise UserError("--unmeasured: what packing would erase is measured unless you say --lossy")
     if options.gguf and options.quant:
         raise UserError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
     if options.gguf:
         hub.require_gguf(options.out, options.gguf, adapter=options.adapter_only)
-    hub.refuse_inputs(options.out, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
+    require_out(options, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = read_records(options)
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
     exact = hub.exact_dtype(options.model)  # so that sums are rounded only once
@@ -64,24 +70,29 @@ def run(arguments: list[str]) -> int:
         written = tokenizer if differs else options.model
         with tensor_bar() as bar:
             hub.save_gguf(options.out, model, params, written, dtype=options.gguf, progress=bar)
-        _, merged = hub.load(options.out, dtype="float32")
+        merged = params if options.unmeasured else hub.load(options.out, dtype="float32")[1]
     else:
         merged = lora.merge(params, dtype)
     if options.quant:
         merged = _packed(merged, options.quant)
-    report = print_kept(model, params, merged, tokenizer, records)
-    if options.quant and not options.lossy:
-        raise UserError(
-            f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update, with an error of "
-            f"{report.error:.2g} times its norm: nothing was written. "
-            "Keep the adapter beside the packed base, merge in 16 bits, or say --lossy"
-        )
+    if not options.unmeasured:
+        _require_kept(print_kept(model, params, merged, tokenizer, records), options)
     if options.quant:
         hub.save_quantized(options.out, model, merged, tokenizer=tokenizer)
     elif not options.gguf:
         hub.save_model(options.out, model, merged, tokenizer=tokenizer)
     print(f"merged model: {options.out}")
     return 0
+
+
+def _require_kept(report: lora.Kept, options: argparse.Namespace) -> None:
+    """Raises UserError if packing erases what it is not allowed to erase."""
+    if options.quant and not options.lossy:
+        raise UserError(
+            f"packing the sum to {options.quant} would leave {report.fraction:.2%} of the update, with an error of "
+            f"{report.error:.2g} times its norm: nothing was written. "
+            "Keep the adapter beside the packed base, merge in 16 bits, or say --lossy"
+        )
 
 
 def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> None:
@@ -94,6 +105,7 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
 
 
 def _run_recipe(options: argparse.Namespace) -> int:
+    require_out(options, {"--recipe": options.recipe})
     with tensor_bar() as bar:
         hub.merge_models(options.recipe, options.out, progress=bar)
     print(f"merged model: {options.out}")
@@ -108,6 +120,7 @@ def _recipe_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="merge_method, models or slices, …")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    add_force_option(parser)
     return parser
 
 
@@ -170,5 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="dtype of the folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
     add_on_error_option(parser)
+    parser.add_argument(
+        "--unmeasured",
+        action="store_true",
+        help="do not measure how much of the update is kept",
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
+    add_force_option(parser)
     return parser

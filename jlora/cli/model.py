@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import rich.console
@@ -101,6 +102,25 @@ def add_layout_options(parser: argparse.ArgumentParser) -> None:
         choices=get_args(hub.ExpertLayout),
         help="write adapters of experts as PEFT does, stacked, or each by itself, as vLLM and SGLang read them",
     )
+
+
+def add_force_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --force: `require_out` then lets --out be what jlora did not write."""
+    parser.add_argument("--force", action="store_true", help="write --out over a model or adapter of another program")
+
+
+def require_out(options: argparse.Namespace, inputs: Mapping[str, str | Path | None]) -> None:
+    """Checks, before any work, that writing --out replaces no input and nothing that jlora did not write.
+
+    Args:
+        inputs: of `hub.refuse_inputs`.
+
+    Raises:
+        UserError: it would; nothing was touched.
+    """
+    hub.refuse_inputs(options.out, inputs)
+    if not options.force:
+        hub.require_own(options.out)
 
 
 def adapter_layout(options: argparse.Namespace, train: TrainConfig | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jlora import hub, quant, tree
 from jlora.cli.model import (
+    add_force_option,
     add_on_error_option,
     add_source_option,
     add_vocab_option,
@@ -12,6 +13,7 @@ from jlora.cli.model import (
     encodable,
     open_model,
     read_records,
+    require_out,
 )
 from jlora.errors import UserError
 from jlora.hub.checkpoints.methods import BY_FORMAT
@@ -24,7 +26,7 @@ def run(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
         raise UserError("--data measures where 16 bits matter most, so it needs --bits, the bits per weight to spend")
-    hub.refuse_inputs(options.out, {"--model": options.model})
+    require_out(options, {"--model": options.model})
     config = quant.QuantConfig(rules=quantizable(options.quant), double_quant=not options.no_double_quant)
     dtype = options.dtype or hub.checkpoint_dtype(options.model)
     tokenizer = hub.load_tokenizer(options.model)
@@ -76,4 +78,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_vocab_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    add_force_option(parser)
     return parser

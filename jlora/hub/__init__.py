@@ -1,7 +1,7 @@
 """Reading and writing Hub files: checkpoints, tokenizers, GGUF and PEFT adapters."""
 
 from jlora.hub.adapters import load_adapter
-from jlora.hub.checkpoints.folder import refuse_inputs
+from jlora.hub.checkpoints.folder import refuse_inputs, require_own
 from jlora.hub.checkpoints.mxfp4 import can_hold as can_hold_packed_experts
 from jlora.hub.checkpoints.packed import save_quantized
 from jlora.hub.checkpoints.reading import (
@@ -41,6 +41,7 @@ __all__ = [
     "read_model",
     "refuse_inputs",
     "require_gguf",
+    "require_own",
     "require_writable",
     "save_adapter",
     "save_gguf",

@@ -105,6 +105,38 @@ def test_a_packed_sum_is_written_on_demand_only(merge, adapters, model_folder):
     assert jlora.quant.is_packed(jlora.load(out)[1]["layers"]["mlp"]["up_proj"]["kernel"])
 
 
+def test_an_unmeasured_merge_writes_the_same(merge, adapters, tmp_path):
+    written = []
+    for options in ([], ["--unmeasured"]):
+        code, shown, out = merge(f"--adapter={adapters[0]}", *options)
+        assert code == 0 and ("of the update kept" in shown) == (not options)
+        written.append((out / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    for options in (["--quant=nf4"], ["--adapter_only"], ["--data=records.jsonl"]):
+        code, shown, out = merge(f"--adapter={adapters[0]}", "--unmeasured", *options)
+        assert code == 2 and "--unmeasured" in shown and not out.exists()
+
+
+def test_what_another_program_wrote_is_left_alone(adapters, model_folder, tmp_path, capsys):
+    """A model or an adapter, until --force says so; what jlora wrote is written again without it."""
+    import peft
+
+    asked = ["merge", f"--model={model_folder}", f"--adapter={adapters[0]}", "--unmeasured"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path / "model")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for out, options in ((tmp_path / "model", asked), (tmp_path / "adapter", [*asked[:3], "--adapter_only"])):
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert main([*options, f"--out={out}"]) == 2
+        assert "that jlora did not write, so it is left alone" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert main([*options, f"--out={out}", "--force"]) == 0
+        assert main([*options, f"--out={out}"]) == 0
+    capsys.readouterr()
+    model.save_pretrained(tmp_path / "model")
+    assert main([*asked, f"--out={tmp_path / 'model'}"]) == 2
+
+
 def test_a_bias_that_the_model_has_not_is_refused_before_anything_is_merged(merge, model_folder, tmp_path):
     params = lora.init(jlora.load(model_folder)[1], jlora.LoraConfig(r=2, lora_bias=True), jax.random.key(0))
     jlora.save_adapter(tmp_path / "biased", params)

@@ -9,7 +9,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import safetensors
+
 from jlora.errors import ExistingFileError, NoSpaceError, UserError
+from jlora.hub.cards import is_own
+from jlora.hub.checkpoints.shards import WRITER
 from jlora.hub.checkpoints.source import gguf_files
 
 
@@ -43,6 +47,34 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
         _swap(fresh, target, stale)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def require_own(out: str | Path) -> None:
+    """Checks that writing `out` replaces no adapter or model that something other than jlora wrote.
+
+    jlora's models say so in the header of their weights, its adapters in their card.
+
+    Raises:
+        FileExistsError: there is one, and it is left alone.
+    """
+    target = Path(out).expanduser()
+    weights = [*target.glob("*.safetensors"), *target.glob("pytorch_model*.bin"), *target.glob("adapter_model*.bin")]
+    if weights and not is_own(target) and not all(map(_wrote, weights)):
+        raise ExistingFileError(
+            f"{target} holds a model or an adapter that jlora did not write, so it is left alone; choose another "
+            "folder, or say --force"
+        )
+
+
+def _wrote(weights: Path) -> bool:
+    """Whether jlora wrote these weights of a model."""
+    if weights.suffix != ".safetensors":
+        return False
+    try:
+        with safetensors.safe_open(weights, framework="numpy") as file:
+            return WRITER.items() <= (file.metadata() or {}).items()
+    except safetensors.SafetensorError:  # not a file of weights at all
+        return False
 
 
 def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:

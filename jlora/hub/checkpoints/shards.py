@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jlora.errors import UserError
 from jlora.hub.checkpoints.weights import DTYPES, TensorInfo
 
-METADATA = {"format": "pt"}
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.uint8): "U8", np.dtype(np.int8): "I8"}
+# "writer" says that jlora wrote the file, and may write over it.
+WRITER = {"writer": "jlora"}
+METADATA = {"format": "pt"} | WRITER
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.int32): "I32",
+}
 ALIGNMENT = 8  # the data begins at a multiple of this many bytes
 
 
@@ -24,9 +29,7 @@ def save_shard(file: Path, tensors: Mapping[str, np.ndarray], copied: Mapping[st
     Raises:
         UserError: a file that tensors are copied from has become shorter.
     """
-    if not copied:
-        save_file(dict(tensors), file, metadata=METADATA)
-        return
+    # Not by safetensors' own function: it writes metadata of two keys in any order, so that equal files would differ.
     sizes = {name: value.nbytes for name, value in tensors.items()} | {name: i.nbytes for name, i in copied.items()}
     # In the order that safetensors has: wider values first, so that every tensor is aligned to its own.
     order = sorted(sizes, key=lambda name: (-_width(sizes[name], _shape(tensors, copied, name)), name))

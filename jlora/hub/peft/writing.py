@@ -329,6 +329,7 @@ def _card(config: Mapping[str, Any]) -> str:
         *([f"base_model: {json.dumps(base)}"] if base else []),
         "library_name: peft",
         "tags:",
+        "- jlora",
         "- lora",
         "---",
     ]

@@ -26,7 +26,7 @@ from jlora.serve.slots import Job, Slot, Slots
 from jlora.serve.words import Words
 from jlora.types import Params
 
-SMALLEST = 256  # places of the smallest cache
+SMALLEST = 128  # places of the smallest cache
 NARROW, SEVERAL = 32, 4  # tokens of the smallest piece of a prompt, and rows that are read together
 PATIENCE = 64  # steps that a cache is too large before it shrinks
 READS = 4  # pieces that are read in a row while fewer rows draw than wait

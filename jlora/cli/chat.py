@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     if not tokenizer.chat_template:
         raise UserError(f"{options.model}: its tokenizer has no chat template; `jlora generate` continues texts")
     params, names = _adapted(params, options.adapter, options.model)
-    engine = Engine(model, params, tokenizer, Limits(rows=1, length=options.length, queue=1, chunk=256))
+    engine = Engine(model, params, tokenizer, Limits(rows=1, length=options.length, queue=1, chunk=128))
     engine.start()
     chat = Chat(engine, tokenizer, names, settings, options.system)
     chat.say(f"ready after {time.perf_counter() - start:.1f} s; /help tells what can be said", dim=True)

@@ -303,7 +303,8 @@ class Engine:
         if several := [shape for shape in shapes if 1 < shape[0] <= len(readers) + 1]:
             return several[0]
         single = sorted(shape for shape in shapes if shape[0] == 1)
-        return next((shape for shape in single if shape[1] >= readers[0].unread), single[-1])
+        # Two narrow pieces cost less than a wide one that is mostly padding.
+        return next((shape for shape in single if 2 * shape[1] >= readers[0].unread), single[-1])
 
     def _share(self, slot: Slot) -> None:
         """Copies what another row has read of the same prompt."""

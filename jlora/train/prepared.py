@@ -9,6 +9,7 @@ from jlora.train import many
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Note, Plan
 from jlora.train.config import RunConfig
+from jlora.train.evaluation.metrics import measured
 from jlora.types import Params
 
 
@@ -32,5 +33,5 @@ def run_plan(config: RunConfig, tokenizer: Any, fixed: Mapping[str, Params], not
     Args:
         fixed: for a resumed run of several adapters, see `many.plan`.
     """
-    plan = ALGORITHMS[config.algorithm].plan
+    plan = measured(ALGORITHMS[config.algorithm].plan)
     return many.plan(config, tokenizer, note, plan, fixed) if config.adapters else plan(config, tokenizer, note)

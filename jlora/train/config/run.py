@@ -259,8 +259,9 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _scalar(hint: Any) -> type:
-    """str for `str` and `str | None`; object for anything that is not a single scalar type."""
-    members = [member for member in typing.get_args(hint) or (hint,) if member is not type(None)]
+    """str for `str`, with or without None or several of it; object for anything that is not a single scalar type."""
+    none = (type(None), tuple[str, ...])
+    members = [member for member in typing.get_args(hint) or (hint,) if member not in none]
     return members[0] if len(members) == 1 and members[0] in (bool, int, float, str) else object
 
 

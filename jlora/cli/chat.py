@@ -22,7 +22,7 @@ BASE = "none"  # the adapter's name that stands for the base alone
 HELP = f"""/adapter NAME      answer with this adapter; {BASE} for the base alone; without a name: which there are
 /system TEXT       what the model is told before the conversation; without a text: nothing
 /set NAME=VALUE …  change settings; without any: show them
-/reset             begin anew
+/reset             start over
 /help              this
 /quit              or Ctrl-D
 Ctrl-C ends an answer; a line that ends with a backslash goes on in the next."""
@@ -86,7 +86,7 @@ class Settings:
         """The settings after NAME=VALUE words.
 
         Raises:
-            UserError: a word is no such thing; all faults are listed.
+            UserError: a word is not a setting with a valid value; all faults are listed.
         """
         found, faults = {}, []
         for word in words:
@@ -193,7 +193,7 @@ class Chat:
         if room < 1:
             raise UserError(
                 f"the conversation has {len(tokens)} tokens, of {self._engine.length} that there is room for: /reset "
-                "begins anew"
+                "starts over"
             )
         start, first, said = time.perf_counter(), None, ""
         request = self._settings.request(tokens, self._adapters.get(self._adapter), room=room)

@@ -55,7 +55,9 @@ class _View:
         self, config: RunConfig, encoded: Encoded | None, tokenizer: Any, left_out: LeftOut, show: int
     ) -> None:
         if encoded is None:
-            raise UserError(f"data.path is {config.data.path!r}: the prompts of a task are made anew in every run")
+            raise UserError(
+                f"data.path is {config.data.path!r}: a task makes its prompts as the run starts: nothing to show"
+            )
         self.config, self.tokenizer, self.left_out, self.show = config, tokenizer, left_out, show
         self.items, self.report, self.steps = encoded.items, encoded.report, encoded.steps
 

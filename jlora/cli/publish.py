@@ -68,7 +68,7 @@ def _result(options: argparse.Namespace) -> Result | None:
         return None
     folder = pathlib.Path(given or options.workdir).expanduser()
     if not folder.is_dir():
-        raise MissingFileError(f"{folder} is no folder: give that of an adapter, of a model or of a run")
+        raise MissingFileError(f"{folder} is not a folder; expected the folder of an adapter, a model or a run")
     if _is_run(folder) or given is None:
         folder = _left_by(folder)
     workdir = pathlib.Path(options.workdir).expanduser() if options.workdir else _run_around(folder)
@@ -121,7 +121,7 @@ def _stage(result: Result, out: pathlib.Path, options: argparse.Namespace) -> No
     bases = [options.base] if options.base else [name for place in places if (name := cards.hub_id(place))]
     if len(bases) < max(1, len(places)) and not options.base:
         found = ", ".join(places) or "not known"
-        print_note(f"base: {found}, which is no name on the Hub, so the card names none: --base=OWNER/NAME does")
+        print_note(f"base: {found}, which is not a name on the Hub, so the card names no base: --base=OWNER/NAME does")
         bases = []
     license = {"license": options.license} if options.license else {}
     for place in (*places, *bases):

@@ -191,7 +191,7 @@ def iterate_rows(
                 break
         if not kept and not tally.faults:
             raise UserError(_nothing(label, given, sources, forms))
-        if not tally.faults or on_error == "skip":
+        if kept and not tally.stops:
             notes.tell(seen.describe(f"{label}, held out" if sources.held_out else label, kept))
     tally.settle(str(sources), tells)
 

@@ -78,8 +78,8 @@ def test_settings_are_changed_and_mistakes_leave_the_conversation(talk):
         "/wizard is not one of /adapter, /system",
         "no adapter is called 'x': there are none",
         "adapters: none; in use: none",
-        "/reset             begin anew",
-        "tokens, of 256 that there is room for: /reset begins anew",
+        "/reset             start over",
+        "tokens, of 256 that there is room for: /reset starts over",
     ):
         assert told in err
 

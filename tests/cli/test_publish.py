@@ -135,7 +135,9 @@ def test_a_model(run, model_folder, tmp_path, capsys):
     merged, out = tmp_path / "merged", tmp_path / "out"
     assert main(["export", f"--workdir={run}", "--merged", "--unmeasured", f"--out={merged}"]) == 0
     assert main(["publish", f"--model={merged}", f"--workdir={run}", f"--out={out}"]) == 0
-    assert "which is no name on the Hub, so the card names none: --base=OWNER/NAME does" in capsys.readouterr().err
+    assert (
+        "which is not a name on the Hub, so the card names no base: --base=OWNER/NAME does" in capsys.readouterr().err
+    )
     data = ModelCard.load(out / "README.md").data
     assert (data.library_name, data.license, data.get("base_model")) == ("transformers", "other", None)
     assert data.get("base_model_relation") is None and str(run.parent) not in (out / "README.md").read_text()
@@ -156,7 +158,7 @@ def test_mistakes(run, model_folder, tmp_path, api, capsys):
         ([f"--workdir={begun}", out], "has not finished: there is no adapter/ in it yet"),
         ([f"--workdir={other}", out], "model.path: is required"),
         ([f"--workdir={tmp_path}", out], "is not the workdir of a run"),
-        ([f"--adapter={tmp_path / 'nowhere'}", out], "is no folder"),
+        ([f"--adapter={tmp_path / 'nowhere'}", out], "is not a folder"),
         ([f"--adapter={lost}", out], "holds no adapter to publish: it has no adapter_model.safetensors"),
         ([f"--model={run / 'adapter'}", out], "holds no model to publish"),
         ([f"--adapter={run}", f"--out={model_folder}"], "so it is left alone"),

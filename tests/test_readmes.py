@@ -5,7 +5,6 @@ model under the Hub's name, adapters, records. A block whose first line is `# NA
 after a Python block is what it prints. `no-run: REASON` after the language says why a block does not run here.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -23,6 +22,7 @@ import pytest
 from jlora import hub, lora
 from jlora.cli import main
 from jlora.cli.overrides import read_run
+from jlora.cli.parsers import parse, parser
 from jlora.train.config import RunConfig
 from jlora.train.config.typed import group_of
 from jlora.train.planning import topology
@@ -184,18 +184,13 @@ def test_commands_parse(name, reader):
 
 def refused(command, arguments):
     """What `jlora command` says against the arguments, before it looks for a model."""
-    module = importlib.import_module(f"jlora.cli.{command}")
-    recipe = command == "merge" and any(word.startswith("--recipe") for word in arguments)
-    parser = module._recipe_parser() if recipe else module._parser()
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            if command not in ("train", "plan"):
-                parser.parse_args(arguments)
-                return []
-            options, overrides = parser.parse_known_args(arguments)
+            options = parse(command, arguments)
         if command == "plan":
             topology.parse(options.topology)
-        read_run(options.config, overrides, options.sweep)
+        if command in ("train", "plan"):
+            read_run(options.config, options.overrides, options.sweep)
     except SystemExit:
         return [said.getvalue().splitlines()[-1]]
     except (ValueError, FileNotFoundError) as error:
@@ -278,10 +273,7 @@ def unknown_option(word, command):
 
 def options(command):
     """The options of a command."""
-    module = importlib.import_module(f"jlora.cli.{command}")
-    parsers = [getattr(module, name)() for name in ("_parser", "_recipe_parser") if hasattr(module, name)]
-    assert all(isinstance(parser, argparse.ArgumentParser) for parser in parsers)
-    return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return {option for action in parser(command)._actions for option in action.option_strings}
 
 
 def nowhere(word):

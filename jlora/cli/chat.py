@@ -12,27 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from jlora import allocator, data, hub
-from jlora.cli.model import add_base_options, command, load_model, positive
+from jlora.cli.model import load_model
+from jlora.cli.parsers.chat import BASE, HELP, Settings
 from jlora.errors import Failed, UserError
 from jlora.lora import Bank
 from jlora.serve import Engine, Limits, Piece, Request, Sampling
 from jlora.types import Params
 
-BASE = "none"  # the adapter's name that stands for the base alone
-HELP = f"""/adapter NAME      answer with this adapter; {BASE} for the base alone; without a name: which there are
-/system TEXT       what the model is told before the conversation; without a text: nothing
-/set NAME=VALUE …  change settings; without any: show them
-/reset             start over
-/help              this
-/quit              or Ctrl-D
-Ctrl-C ends an answer; a line that ends with a backslash goes on in the next."""
 
-
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command until the input ends or /quit, and returns 0; mistakes and failures raise."""
-    options = _parser().parse_args(arguments)
-    settings = Settings().changed(
-        [f"{name}={value}" for name in NAMES if (value := getattr(options, name)) is not None]
+    settings = changed(
+        Settings(), [f"{name}={value}" for name in NAMES if (value := getattr(options, name)) is not None]
     )
     allocator.keep_freed_pages()
     start = time.perf_counter()
@@ -68,50 +59,34 @@ def _adapted(params: Params, folders: list[str], base: str) -> tuple[Params | Ba
     return Bank.of(params, adapters), {name: name for name in names} | {BASE: None}
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How answers are drawn; `seed` is None for another one each time."""
+def changed(settings: Settings, words: list[str]) -> Settings:
+    """The settings after NAME=VALUE words.
 
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    max_new_tokens: int = 1024
-    seed: int | None = None
+    Raises:
+        UserError: a word is not a setting with a valid value; all faults are listed.
+    """
+    found, faults = {}, []
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            found[name] = NAMES[name](text)
+        except KeyError:
+            faults.append(f"{word}: expected NAME=VALUE with one of {', '.join(NAMES)}")
+        except ValueError:
+            faults.append(f"{word}: expected a number")
+    if faults:
+        raise UserError("\n".join(faults))
+    settings = dataclasses.replace(settings, **found)
+    _request(settings, [0], None).check(1 << 62)
+    return settings
 
-    def changed(self, words: list[str]) -> "Settings":
-        """The settings after NAME=VALUE words.
 
-        Raises:
-            UserError: a word is not a setting with a valid value; all faults are listed.
-        """
-        found, faults = {}, []
-        for word in words:
-            name, _, text = word.partition("=")
-            try:
-                found[name] = NAMES[name](text)
-            except KeyError:
-                faults.append(f"{word}: expected NAME=VALUE with one of {', '.join(NAMES)}")
-            except ValueError:
-                faults.append(f"{word}: expected a number")
-        if faults:
-            raise UserError("\n".join(faults))
-        settings = dataclasses.replace(self, **found)
-        settings.request([0], None).check(1 << 62)
-        return settings
-
-    def request(self, tokens: list[int], adapter: str | None, *, room: int | None = None) -> Request:
-        """A request with these settings, for as many tokens as there is room for."""
-        values = dataclasses.asdict(self)
-        seed, new = values.pop("seed"), values.pop("max_new_tokens")
-        seed = time.time_ns() if seed is None else seed
-        return Request(tokens, new if room is None else min(new, room), adapter, Sampling(**values), seed=seed)
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+def _request(settings: Settings, tokens: list[int], adapter: str | None, *, room: int | None = None) -> Request:
+    """A request with these settings, for as many tokens as there is room for."""
+    values = dataclasses.asdict(settings)
+    seed, new = values.pop("seed"), values.pop("max_new_tokens")
+    seed = time.time_ns() if seed is None else seed
+    return Request(tokens, new if room is None else min(new, room), adapter, Sampling(**values), seed=seed)
 
 
 def _seed(text: str) -> int | None:
@@ -175,7 +150,7 @@ class Chat:
         self._system = text or None
 
     def set(self, words: str) -> None:
-        self._settings = self._settings.changed(words.split())
+        self._settings = changed(self._settings, words.split())
         self.say(str(self._settings), dim=True)
 
     def reset(self, _: str) -> None:
@@ -196,7 +171,7 @@ class Chat:
                 "starts over"
             )
         start, first, said = time.perf_counter(), None, ""
-        request = self._settings.request(tokens, self._adapters.get(self._adapter), room=room)
+        request = _request(self._settings, tokens, self._adapters.get(self._adapter), room=room)
         for piece in self._pieces(request):
             first = first or time.perf_counter()
             said += piece.text
@@ -261,20 +236,3 @@ def _lines(prompt: Callable[[], str]) -> Iterator[str]:
         if not line.endswith("\\"):
             yield "\n".join(parts)
             parts = []
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command("chat", "Talk to the model; /help inside tells what else can be said.", epilog=HELP)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_base_options(parser)
-    parser.add_argument(
-        "--adapter", metavar="DIR", action="append", default=[], help="a PEFT folder; may be repeated, to switch"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    parser.add_argument(
-        "--length", type=positive, help="the most tokens of a conversation (default: the model's, up to 8192)"
-    )
-    for field in dataclasses.fields(Settings):
-        default = "another one for each answer" if field.default is None else field.default
-        parser.add_argument(f"--{field.name}", metavar="N", help=f"default: {default}")
-    return parser

@@ -9,18 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jlora.cli.model import command
+from jlora.cli.parsers.compare import PLOT
 from jlora.errors import MissingFileError, UserError
 from jlora.train.reporting.compare import Comparison, compare, draw
 from jlora.train.reporting.metrics import can_plot
 from jlora.types import require
 
-PLOT = "compare.png"
 
-
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes raise."""
-    options = _parser().parse_args(arguments)
     if options.out:
         require("matplotlib.figure", "plots")
         path = pathlib.Path(options.out)
@@ -79,13 +76,3 @@ def _cell(name: str, value: Any) -> str:
 
 def _setting(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "compare", "Several runs in one table and one plot: the settings that differ, and what came of them."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="workdirs; of a run of several adapters, each is a run")
-    parser.add_argument("--out", metavar="FILE.png", help=f"the plot (default: {PLOT}; with --json: none)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser

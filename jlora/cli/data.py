@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora import hub
-from jlora.cli.model import command
 from jlora.cli.overrides import read_config
 from jlora.data import LeftOut, Notes, shown
 from jlora.errors import UserError
@@ -26,10 +25,9 @@ SIDES = {1: ("",), 2: ("chosen", "rejected")}
 ROWS = 8  # of packed rows that are shown
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0."""
-    options, overrides = _parser().parse_known_args(arguments)
-    config = resolve(read_config(options.config, overrides))
+    config = resolve(read_config(options.config, options.overrides))
     described = hub.read_model(config.model.path, config.model.resize_vocab).config
     tokenizer = run_tokenizer(config, described.vocab_size, datetime.datetime.now())
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -148,17 +146,3 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
     return {name: float(np.quantile(lengths, share)) for name, share in names.items()} | {
         "mean": float(np.mean(lengths))
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "data",
-        usage="jlora data --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--show=N] [--json]",
-        description="What a run trains on, before anything is trained: which form the files have and what of them is "
-        "not used, examples token by token with those that are trained marked, how they are packed into rows, their "
-        "lengths, and what is left out and why. Only the model's tokenizer is loaded.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="as for jlora train")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="how many examples are shown (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    return parser

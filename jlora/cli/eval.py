@@ -12,15 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora import data, lora
-from jlora.cli.model import (
-    add_model_options,
-    add_on_error_option,
-    command,
-    load_model,
-    open_model,
-    positive,
-    print_note,
-)
+from jlora.cli.model import load_model, open_model, print_note
 from jlora.errors import MissingFileError, UserError
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
@@ -29,9 +21,8 @@ from jlora.train.evaluation.records import ANSWER, NUMBERS, MetricFailed, evalua
 from jlora.types import Params, require
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
-    options = _parser().parse_args(arguments)
     # Whatever can be checked without the model is checked before it is loaded.
     metric = load_metric(options.metric) if options.metric else None
     records = _read(options)
@@ -238,40 +229,3 @@ def _write_answers(path: pathlib.Path, answers: Sequence[Mapping[str, Any]]) -> 
     lines = (json.dumps(_finite(answer), ensure_ascii=False) + "\n" for answer in answers)
     part.write_text("".join(lines), encoding="utf-8")
     os.replace(part, path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "eval", "Loss and perplexity on the completions of a JSONL file, and the texts that the model generates."
-    )
-    add_model_options(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")
-    add_on_error_option(parser)
-    parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
-    parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="longest text (default: 128)")
-    parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records per batch (default: 8)")
-    parser.add_argument(
-        "--seq_len", type=positive, default=512, metavar="N", help="tokens of a record to read (default: 512)"
-    )
-    parser.add_argument("--loss_only", action="store_true", help="do not generate texts")
-    parser.add_argument("--answers", metavar="FILE.jsonl", help="write prompts, targets and texts to this file")
-    parser.add_argument("--pairs", action="store_true", help="accuracy of a reward model on prompt, chosen, rejected")
-    parser.add_argument(
-        "--against",
-        metavar="base|MODEL",
-        help="compare with the model without its adapter, or with another, on --data, general text and questions",
-    )
-    parser.add_argument(
-        "--scales", metavar="X", type=float, nargs="+", help="the same with the adapter's update scaled by each X"
-    )
-    parser.add_argument("--general", metavar="FILE.jsonl", help="general texts as records (default: 16 of jlora's own)")
-    parser.add_argument(
-        "--questions",
-        metavar="FILE.jsonl",
-        help="objects with question, choices and answer, the right choice's number (default: 48 of jlora's own)",
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw a reward model's calibration (--pairs), or the --scales"
-    )
-    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
-    return parser

@@ -7,10 +7,6 @@ from jlora import hub, lora
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
-    add_force_option,
-    add_gguf_option,
-    add_layout_options,
-    command,
     refuse_layout,
     require_out,
     say_adapter,
@@ -21,9 +17,8 @@ from jlora.train.restore import load_run, read_config
 from jlora.train.results import run_tokenizer
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
-    options = _parser().parse_args(arguments)
     run_config = read_config(options.workdir)
     full = run_config.lora is None
     options.merged = options.merged or full  # there is no adapter to write alone
@@ -60,28 +55,3 @@ def run(arguments: list[str]) -> int:
         except (ValueError, RuntimeError, MemoryError) as error:  # the model is written even if the figures fail
             warnings.warn(f"the share of the update kept could not be measured (--unmeasured): {error}", stacklevel=2)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "export",
-        "Write the adapter of a training run, or its model with the adapter merged in.",
-        epilog="The merged model has the weights that the adapter was trained on: a quantised base is unpacked; "
-        "base and adapter of a merge_aware run are packed together, as they were trained. A run of full fine-tuning "
-        "has no adapter: it is always a whole model.",
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the workdir of `jlora train`")
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="a saved step (default: the best if the run looks for it, or the newest)"
-    )
-    parser.add_argument("--merged", action="store_true", help="a whole model that transformers opens, not an adapter")
-    parser.add_argument(
-        "--unmeasured",
-        action="store_true",
-        help="do not measure how much of the update --merged kept (saves the memory of a second model)",
-    )
-    add_gguf_option(parser)
-    add_layout_options(parser)
-    parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
-    add_force_option(parser)
-    return parser

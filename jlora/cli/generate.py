@@ -4,16 +4,15 @@ import argparse
 from typing import Any
 
 from jlora import hub
-from jlora.cli.model import add_model_options, command, load_model, positive
+from jlora.cli.model import load_model
 from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.types import Params
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
-    options = _parser().parse_args(arguments)
     if len(options.adapter) > 1 and len(options.adapter) != len(options.prompt):
         raise UserError(
             f"--adapter: found {len(options.adapter)} for {len(options.prompt)} prompts, expected one, or one for each"
@@ -51,24 +50,3 @@ def _prompt(text: str, options: argparse.Namespace, tokenizer: Any) -> str | lis
         return text
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     return [*system, {"role": "user", "content": text}]
-
-
-def _temperature(text: str) -> float:
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 0 (the likeliest token) or more")
-    return number
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command("generate", "Print the model's answer to each prompt.")
-    add_model_options(parser, several=True)
-    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="a prompt; may be repeated")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="default: 256")
-    parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, always the likeliest token"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
-    return parser

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import importlib
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -13,28 +12,14 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 
+from jlora.cli import parsers
+from jlora.cli.parsers import COMMANDS
 from jlora.errors import Failed, UserError
 
 # Errors of the operating system that are not bugs: a full disk, an exhausted quota, a file too big for its disk.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DONE, FAILED, MISTAKE = 0, 1, 2
-
-COMMANDS = {
-    "train": "fine-tune a model with LoRA or QLoRA",
-    "data": "what a run trains on, token by token",
-    "plan": "memory, FLOPs and traffic of a run on devices that you need not have",
-    "compare": "several runs in one table and one plot",
-    "eval": "loss, perplexity and answers of a model on a JSONL file",
-    "generate": "answer a prompt",
-    "chat": "talk to a model in a terminal",
-    "serve": "OpenAI's API, with every adapter of a folder as a model",
-    "merge": "bake adapters into a model, or several into one",
-    "extract": "an adapter from a model and the base it was trained from",
-    "export": "a PEFT adapter or a merged model from a training run",
-    "publish": "an adapter or a model as a folder for the Hub, with its card, and the upload",
-    "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
-}
 
 # Variables that XLA's compilers read on import. Without them libtpu queries the TPU machine that it is not on, refuses
 # to compile while another process has it loaded, and all compilers warn of programs that do not fit.
@@ -75,23 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage(), end="")
         return DONE if arguments else MISTAKE
     if arguments[0] == "--version":
+        import importlib.metadata
+
         print(f"jlora {importlib.metadata.version('jlora')}")
         return DONE
     if arguments[0] not in COMMANDS:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    # jlora uses only transformers' tokenizers, so its advice to install PyTorch does not apply.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with _plain_warnings():
         return _run(arguments[0], arguments[1:], show_traceback)
 
 
 def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
-    for name, value in ENVIRONMENT.get(command, {}).items():
-        os.environ.setdefault(name, value)
-    if command in COMPILING:
-        _keep_compiled()
     try:
-        return importlib.import_module(f"jlora.cli.{command}").run(arguments)
+        options = parsers.parse(command, arguments)
+        _prepare(command)
+        return importlib.import_module(f"jlora.cli.{command}").run(options)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
         return finished.code if isinstance(finished.code, int) else FAILED
     except KeyboardInterrupt:
@@ -105,6 +88,16 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         unwritten = "" if explains_itself else f"{error.filename or 'a file'} could not be written: {error.strerror}"
         return _complain(unwritten or str(error), MISTAKE if isinstance(error, UserError) else FAILED)
+
+
+def _prepare(command: str) -> None:
+    """Sets up the libraries that the command's module imports."""
+    # jlora uses only transformers' tokenizers, so its advice to install PyTorch does not apply.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for name, value in ENVIRONMENT.get(command, {}).items():
+        os.environ.setdefault(name, value)
+    if command in COMPILING:
+        _keep_compiled()
 
 
 def _keep_compiled() -> None:

@@ -9,34 +9,27 @@ from jlora import hub, lora, quant, tree
 from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
-    add_force_option,
-    add_gguf_option,
-    add_layout_options,
-    add_on_error_option,
-    add_source_option,
-    add_vocab_option,
-    command,
     encodable,
     open_model,
-    rank,
     read_records,
     refuse_layout,
     require_out,
     say_adapter,
     tensor_bar,
 )
+from jlora.cli.parsers.merge import parser
 from jlora.errors import UserError
 from jlora.hub.checkpoints.packed import quantizable
-from jlora.lora.mixing import METHODS
 from jlora.models import Model
 from jlora.types import Params
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
-    if any(argument.startswith("--recipe") for argument in arguments):
-        return _run_recipe(_recipe_parser().parse_args(arguments))
-    options = _parser().parse_args(arguments)
+    if options.recipe:
+        return _run_recipe(options)
+    if not (options.model and options.adapter):
+        raise UserError("--model and --adapter are required, or --recipe alone, which combines whole models")
     adapters = [_weighted(text) for text in options.adapter]
     if options.adapter_only and options.quant:
         raise UserError("--quant packs a merged model, and --adapter_only writes none")
@@ -105,23 +98,15 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
 
 
 def _run_recipe(options: argparse.Namespace) -> int:
+    unset = parser().get_default
+    given = [f"--{name}" for name, value in sorted(vars(options).items()) if value != unset(name)]
+    if idle := [name for name in given if name not in ("--recipe", "--out", "--force")]:
+        raise UserError(f"{', '.join(idle)}: not with --recipe, whose file says everything")
     require_out(options, {"--recipe": options.recipe})
     with tensor_bar() as bar:
         hub.merge_models(options.recipe, options.out, progress=bar)
     print(f"merged model: {options.out}")
     return 0
-
-
-def _recipe_parser() -> argparse.ArgumentParser:
-    parser = command(
-        "merge",
-        usage="jlora merge --recipe=FILE.yaml --out=DIR",
-        description="Combine whole models, tensor by tensor, as a recipe in mergekit's form says.",
-    )
-    parser.add_argument("--recipe", required=True, metavar="FILE.yaml", help="merge_method, models or slices, …")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    add_force_option(parser)
-    return parser
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -157,37 +142,3 @@ def _packed(merged: Params, format: str) -> Params:
         return leaf if chosen is None else quant.quantize(jnp.asarray(leaf), chosen, double_quant=config.double_quant)
 
     return tree.map_with_path(pack, merged)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "merge",
-        "Merge an adapter, or a mixture of several, into the model, and report how much of the update is kept.",
-        epilog="Sums are formed in float32 on the unpacked base and rounded once. The base itself is not changed: to "
-        "unmerge, use it again. `jlora merge --recipe=FILE.yaml --out=DIR` combines whole models instead.",
-    )
-    add_source_option(parser)
-    parser.add_argument(
-        "--adapter", required=True, action="append", metavar="DIR[:WEIGHT]", help="a PEFT folder; may be repeated"
-    )
-    parser.add_argument("--method", help=f"for several adapters: {', '.join(METHODS)} (default: linear)")
-    parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
-    parser.add_argument("--rank", type=rank, help="rank of the mixture, or the share of its energy to keep, as 0.99")
-    parser.add_argument("--seed", type=int, default=0, help="seed of methods that draw at random (default: 0)")
-    parser.add_argument("--adapter_only", action="store_true", help="write the mixture as an adapter")
-    add_vocab_option(parser)
-    add_layout_options(parser)
-    add_gguf_option(parser)
-    parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
-    parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
-    parser.add_argument("--dtype", help="dtype of the folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
-    parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
-    add_on_error_option(parser)
-    parser.add_argument(
-        "--unmeasured",
-        action="store_true",
-        help="do not measure how much of the update is kept",
-    )
-    parser.add_argument("--out", required=True, metavar="PATH", help="the folder to write, or the GGUF file")
-    add_force_option(parser)
-    return parser

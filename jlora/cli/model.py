@@ -1,112 +1,20 @@
-"""The options that say which model a command works on, and the loading of that model."""
+"""The loading of the model that a command works on, and what else the options of several commands stand for."""
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import rich.console
 import rich.progress
 
 from jlora import data, hub, lora, quant
 from jlora.errors import UserError
-from jlora.hub.checkpoints.resize import TOKENIZER
 from jlora.models import Model
-from jlora.quant import FORMATS
 from jlora.train.config import TrainConfig
 from jlora.types import Params
-
-
-def command(
-    name: str, description: str, *, epilog: str | None = None, usage: str | None = None
-) -> argparse.ArgumentParser:
-    """The parser of `jlora NAME`, which takes options by their full names only."""
-    return argparse.ArgumentParser(
-        prog=f"jlora {name}", usage=usage, description=description, epilog=epilog, allow_abbrev=False
-    )
-
-
-def add_source_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --model: where the model is."""
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="a Hugging Face folder, a Hub id or a GGUF file"
-    )
-
-
-def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Adds --adapter (repeatable with `several`), and `add_base_options`."""
-    if several:
-        more = 'a PEFT folder for all prompts; or repeated, one for each prompt, "" for none'
-        parser.add_argument("--adapter", metavar="DIR", action="append", default=[], help=more)
-    else:
-        parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder to put on the model")
-    add_base_options(parser)
-
-
-def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --quant, --dtype, --vocab and --fold_system."""
-    add_source_option(parser)
-    parser.add_argument(
-        "--quant", metavar="FORMAT", help=f"pack the model's linears: {', '.join(FORMATS)} (default: as they are)"
-    )
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
-    )
-    add_vocab_option(parser)
-    parser.add_argument(
-        "--fold_system",
-        action="store_true",
-        help='put a system text at the beginning of the first user\'s turn, as data.system="fold" does in training',
-    )
-
-
-def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:
-    """Adds --vocab; `of` says whose, if a command works on two models."""
-    parser.add_argument(
-        "--vocab",
-        type=_rows,
-        metavar="ROWS",
-        help=f"give {of}embedding and head this many rows, or with 'tokenizer' as many as the tokenizer needs; new "
-        "rows are the mean of the others",
-    )
-
-
-def add_on_error_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --on_error, for every command that reads records from --data: messages about records name it."""
-    parser.add_argument(
-        "--on_error",
-        choices=get_args(data.OnError),
-        default="raise",
-        help="what to do with records that cannot be used: skip leaves them out with a warning (default: raise)",
-    )
-
-
-def add_gguf_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --gguf."""
-    parser.add_argument(
-        "--gguf", choices=hub.GGUF_TYPES, help="write a GGUF file for llama.cpp, with matrices of this type"
-    )
-
-
-def add_layout_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --fold and --experts: how an adapter for PEFT is written."""
-    parser.add_argument(
-        "--fold",
-        action="store_true",
-        help="write the adapter with one rank and one scale for all modules, for programs that read no others (vLLM)",
-    )
-    parser.add_argument(
-        "--experts",
-        choices=get_args(hub.ExpertLayout),
-        help="write adapters of experts as PEFT does, stacked, or each by itself, as vLLM and SGLang read them",
-    )
-
-
-def add_force_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --force: `require_out` then lets --out be what jlora did not write."""
-    parser.add_argument("--force", action="store_true", help="write --out over a model or adapter of another program")
 
 
 def require_out(options: argparse.Namespace, inputs: Mapping[str, str | Path | None]) -> None:
@@ -173,8 +81,8 @@ def say_kept(source: str, params: Params) -> None:
 def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     """The model, its params with the adapter applied, and the tokenizer, fitted to the model.
 
-    A note says what the weights are kept in, but not with --json. With `several` adapters (see `add_model_options`),
-    none is applied; a command need not have the option.
+    A note says what the weights are kept in, but not with --json. Of several adapters none is applied; a command need
+    not have the option.
     """
     options = argparse.Namespace(**{"adapter": None} | vars(options))
     settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
@@ -215,20 +123,3 @@ def encodable(
 def print_note(message: str) -> None:
     """Prints a note to standard error, apart from the command's results."""
     print(message, file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
-
-
-def _rows(text: str) -> int | str:
-    return text if text == TOKENIZER else positive(text)
-
-
-def rank(text: str) -> int | float:
-    """A rank, or a share of the energy to keep, for argparse."""
-    return int(text) if text.isdigit() else float(text)

@@ -1,6 +1,5 @@
 """A recipe with the command line's `--config.group.key=value` applied on top."""
 
-import argparse
 import json
 import pathlib
 import re
@@ -11,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jlora.errors import MissingFileError, UserError
-from jlora.train.config import OWN, RunConfig, default_config, resolve, swept
+from jlora.train.config import RunConfig, default_config, resolve, swept
 from jlora.train.rewards.pyfile import call, load_function
 
 _SETTINGS = (".yaml", ".yml", ".json")
@@ -28,19 +27,6 @@ def read_run(path: str, overrides: Sequence[str], sweeps: Sequence[str] = ()) ->
     """
     config = read_config(path, overrides)
     return swept(config, sweeps) if sweeps else resolve(config)
-
-
-def add_sweep(parser: argparse.ArgumentParser) -> None:
-    """Adds --sweep, whose values `read_run` takes."""
-    parser.add_argument(
-        "--sweep",
-        action="append",
-        default=[],
-        metavar="GROUP.KEY=VALUE,VALUE",
-        help="one adapter for each value, trained side by side in one compiled step; several --sweep make a grid, "
-        "several settings in one go together: --sweep='lora.r=8,16 lora.lora_alpha=16,32'. Settings: "
-        f"{', '.join(name if '.' in name else f'{name}.*' for name in OWN)}",
-    )
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:

@@ -10,21 +10,18 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jlora.cli.model import command
-from jlora.cli.overrides import add_sweep, read_run
-from jlora.devices import DEVICES
+from jlora.cli.overrides import read_run
 from jlora.errors import UserError, raise_all
 from jlora.train.config import RunConfig
 from jlora.train.planning.fitting import Found, cheapest, longest
 from jlora.train.planning.forecast import Forecast, forecast
 from jlora.train.planning.placement import place
-from jlora.train.planning.topology import COMPILERS, Topology, parse
+from jlora.train.planning.topology import Topology, parse
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0, whether the run fits or not."""
-    options, overrides = _parser().parse_known_args(arguments)
-    topology, config = _asked_for(options.topology, lambda: read_run(options.config, overrides, options.sweep))
+    topology, config = _asked_for(options.topology, lambda: read_run(options.config, options.overrides, options.sweep))
     _prepare(topology)
     placed = place(config, topology.devices())
     config = dataclasses.replace(config, mesh=placed.sizes)
@@ -150,28 +147,3 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
 def gib(size: int) -> str:
     """A size in bytes as text: '8.59 GiB', '12.0 MiB'."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
-
-
-def _parser() -> argparse.ArgumentParser:
-    extras = ", ".join(f"jlora[{extra}]" for _, extra in COMPILERS.values() if extra)
-    parser = command(
-        "plan",
-        usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
-        description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
-        "compiler, FLOPs, and what moves between devices. The model's config.json is enough; no data is read, "
-        "and every row is assumed to be full.",
-        epilog=f"Compilers come with {extras}; without one the memory is an estimate.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE.py", help="as for jlora train")
-    parser.add_argument(
-        "--topology",
-        required=True,
-        metavar="DEVICES",
-        help=f"one of {', '.join(DEVICES)}; several as v5e:2x4, v5p:2x2x1, h100x8, cpu:4",
-    )
-    add_sweep(parser)
-    parser.add_argument(
-        "--max_seq_len", action="store_true", help="search the longest train.seq_len that fits (a few compilations)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser

@@ -4,26 +4,14 @@ import argparse
 from typing import Any
 
 from jlora import hub, quant, tree
-from jlora.cli.model import (
-    add_force_option,
-    add_on_error_option,
-    add_source_option,
-    add_vocab_option,
-    command,
-    encodable,
-    open_model,
-    read_records,
-    require_out,
-)
+from jlora.cli.model import encodable, open_model, read_records, require_out
 from jlora.errors import UserError
-from jlora.hub.checkpoints.methods import BY_FORMAT
 from jlora.hub.checkpoints.packed import quantizable
 from jlora.train.evaluation.sensitivity import measure
 
 
-def run(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
-    options = _parser().parse_args(arguments)
     if options.data and options.bits is None:
         raise UserError("--data measures where 16 bits matter most, so it needs --bits, the bits per weight to spend")
     require_out(options, {"--model": options.model})
@@ -53,30 +41,3 @@ def _mixed(options: argparse.Namespace, config: quant.QuantConfig, dtype: Any, t
     kept = len(chosen.rules) - len(config.rules)
     print(f"{kept} of {len(found)} kernels stay in 16 bits: {options.bits:g} bits a weight of the layers' linears")
     return chosen
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command(
-        "quantize",
-        "Pack the linears of every layer (mxfp4: gpt-oss's experts); embeddings, head and norms stay as they are.",
-        epilog="The folder opens in transformers with bitsandbytes and in jlora, with the same values.",
-    )
-    add_source_option(parser)
-    parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(BY_FORMAT)} (default: nf4)")
-    parser.add_argument(
-        "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"
-    )
-    parser.add_argument(
-        "--bits", type=float, metavar="BITS", help="mean bits a weight of the linears; the most sensitive keep 16"
-    )
-    parser.add_argument(
-        "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
-    )
-    add_on_error_option(parser)
-    parser.add_argument(
-        "--dtype", help="dtype of what is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
-    )
-    add_vocab_option(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    add_force_option(parser)
-    return parser

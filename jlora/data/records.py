@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from jlora.data.notes import Note, Notes, as_notes, warn
 from jlora.data.paths import Where
 from jlora.data.sources import Sources, as_sources
 from jlora.errors import Grouped, UserError, describe_faults, group_faults
-
-OnError = Literal["raise", "skip"]
+from jlora.names import OnError
 
 _FORMS = (
     'an object with "messages" (or "conversations"), with "prompt" and "completion", with a question and an answer '

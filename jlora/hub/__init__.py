@@ -18,9 +18,10 @@ from jlora.hub.checkpoints.writing import require_writable, save_model
 from jlora.hub.gguf.writing import TYPES as GGUF_TYPES
 from jlora.hub.gguf.writing import require_gguf, save_gguf, save_gguf_adapter
 from jlora.hub.peft.conversion import convert_adapter
-from jlora.hub.peft.writing import ExpertLayout, save_adapter, scales_note
+from jlora.hub.peft.writing import save_adapter, scales_note
 from jlora.hub.recipes.merging import merge_models
 from jlora.hub.tokenizer import load_tokenizer, say_unused_tokenizer, tokenizer_differences
+from jlora.names import ExpertLayout
 
 __all__ = [
     "GGUF_TYPES",

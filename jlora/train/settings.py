@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from jlora.data import DataConfig
 from jlora.errors import UserError, raise_all
-from jlora.hub import ExpertLayout
 from jlora.hub.checkpoints.resize import check_vocab
 from jlora.kernels.attention import AUTO, FORMS
 from jlora.lora import FullConfig, LoraConfig, is_trainable
+from jlora.names import ExpertLayout
 from jlora.optim import OptimConfig
 from jlora.quant import QuantConfig, as_config
 from jlora.sharding import MeshConfig

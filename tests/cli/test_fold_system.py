@@ -8,7 +8,8 @@ import pytest
 
 from jlora import hub
 from jlora.cli.main import main
-from jlora.cli.model import add_model_options, load_model
+from jlora.cli.model import load_model
+from jlora.cli.parsers.common import add_model_options
 from jlora.data import encode_prompt
 from jlora.errors import UserError
 

@@ -13,6 +13,8 @@ from jlora.cli.main import COMMANDS, main
 from jlora.errors import ExistingFileError, MissingFileError, MissingPackageError, UnknownNameError, UserError
 from jlora.types import require
 
+ROOT = pathlib.Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -51,6 +53,9 @@ from jlora.types import require
         (["generate", "--model={model}", "--prompt=x", "--temperature=-1"], "found -1.0"),
         (["generate", "--model={model}", "--prompt=x", "--adapter={folder}/no"], "/no"),
         (["generate", "--model={model}", "--prompt=x", "--raw", "--system=y"], "--system needs a chat template"),
+        (["merge", "--model={model}", "--out={folder}/o"], "--model and --adapter are required, or --recipe"),
+        (["merge", "--recipe=a.yaml", "--model={model}", "--seed=1", "--out={folder}/o"], "--model, --seed: not with"),
+        (["merge", "--recipe={folder}/no.yaml", "--out={folder}/o"], "no.yaml"),
         (["export", "--out={folder}/o"], "--workdir"),
         (["export", "--workdir={folder}/no", "--out={folder}/o"], "/no"),
     ],
@@ -97,11 +102,11 @@ def test_every_setting_is_in_the_help_of_train(capsys):
 
 
 def raise_it(monkeypatch, error):
-    def run(arguments):
+    def run(options):
         raise error
 
     monkeypatch.setattr(eval_command, "run", run)
-    return main(["eval"])
+    return main(["eval", "--model=m", "--data=d"])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +134,26 @@ def test_the_traceback_of_a_mistake_is_shown_on_request(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+LOADED = """
+import sys
+from jlora.cli.main import main
+from jlora.cli.parsers import COMMANDS
+
+helps = [[name, "--help"] for name in COMMANDS if name != "train"]
+for arguments in (["--help"], ["--version"], ["nonsense"], ["eval", "--x"], *helps):
+    main(arguments)
+    loaded = {"jax", "transformers", "numpy", "rich", "yaml"} & set(sys.modules)
+    assert not loaded, (arguments, loaded)
+"""
+
+
+def test_help_and_mistakes_of_spelling_need_no_jax():
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_python_m_jlora_is_the_command():
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-m", "jlora", "--help"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "jlora", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: jlora COMMAND")
 
@@ -140,7 +162,7 @@ WARNING = """
 import sys, types, warnings
 from jlora.cli.main import main
 
-def run(arguments):
+def run(options):
     for _ in range(2):
         warnings.warn("a.json: fields that are ignored:\\n  x\\n")
         with warnings.catch_warnings():  # as libraries do; Python forgets what it has said
@@ -152,14 +174,14 @@ def run(arguments):
     return 0
 
 sys.modules["jlora.cli.eval"] = types.SimpleNamespace(run=run)
-assert main(["eval"]) == 0
+assert main(["eval", "--model=m", "--data=d"]) == 0
 warnings.warn("in Python's form again")
 """
 
 
 def test_a_warning_is_said_once_and_without_a_place_in_the_code():
     arguments = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", WARNING]
-    done = subprocess.run(arguments, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == (
         "warning: a.json: fields that are ignored:\n  x\nwarning: another\n"
         "<string>:18: UserWarning: in Python's form again\n"
@@ -171,12 +193,13 @@ def test_compiled_programs_are_kept_unless_something_says_where(monkeypatch, tmp
     before, most = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert main(["plan", "--help"]) == 0
-        assert jax.config.jax_compilation_cache_dir is None
-        assert main(["train", "--help"]) == 0
+        for arguments in (["train", "--help"], ["train"], ["plan", "--config=nowhere.py", "--topology=cpu"]):
+            main(arguments)
+            assert jax.config.jax_compilation_cache_dir is None
+        assert main(["train", "--config=nowhere.py"]) == 2
         assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / ".cache" / "jlora" / "compiled"))
         jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        assert main(["train", "--help"]) == 0
+        assert main(["train", "--config=nowhere.py"]) == 2
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

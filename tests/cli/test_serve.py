@@ -12,8 +12,8 @@ import openai
 import pytest
 
 import jlora
-from jlora.cli import serve
 from jlora.cli.main import main
+from jlora.cli.parsers import parse
 
 
 @pytest.fixture(scope="module")
@@ -71,4 +71,4 @@ def test_mistakes_are_said_before_anything_is_served(model_folder, capsys, optio
 
 
 def test_this_machine_alone_is_the_default():
-    assert serve._parser().parse_args(["--model=x"]).host == "127.0.0.1"
+    assert parse("serve", ["--model=x"]).host == "127.0.0.1"

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -30,11 +30,10 @@ from jlora.lora.kinds.product import A, B
 from jlora.lora.kinds.tokens import IDS
 from jlora.lora.sites import Tie, tie
 from jlora.models.model import SCORE
+from jlora.names import ExpertLayout
 from jlora.types import Params
 
 STALE = ("adapter_model*",)
-# How adapters of experts are written.
-ExpertLayout = Literal["stacked", "each"]
 
 
 def save_adapter(

@@ -15,7 +15,7 @@ OVERLONG = ("cut", "drop", "error")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Data settings.
+    """Which records are trained on and evaluated on, and how they become rows of tokens.
 
     Attributes:
         path: what to train on: a file (JSONL or a JSON array, .csv, .tsv, .parquet, .arrow, .txt; text may be packed

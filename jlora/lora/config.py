@@ -28,9 +28,9 @@ class LoraConfig:
         exclude_modules: modules to leave out, in the same forms.
         lora_dropout: probability of dropping an input of the update in training; never applied to the head or to
             embeddings.
-        use_rslora: see `lora_alpha`.
-        rank_pattern, alpha_pattern: (name or regular expression) → rank or alpha of the modules whose name ends in a
-            match.
+        use_rslora: divide `lora_alpha` by sqrt(r) rather than by r (rank-stabilised LoRA, Kalajdzievski 2023).
+        rank_pattern: (name or regular expression) → rank of the modules whose name ends in a match.
+        alpha_pattern: (name or regular expression) → `lora_alpha` of the modules whose name ends in a match.
         init_lora_weights: True or "default": A uniform in ±1/sqrt(in), B zero (embeddings: A zero, B normal).
             "gaussian": A normal with deviation 1/r, B zero. "zero_a": A zero, B uniform in ±1/sqrt(r). False: both
             random, so training does not start from the base model. "orthogonal": both random, their product zero.
@@ -48,9 +48,12 @@ class LoraConfig:
         target_parameters: experts' kernels and routers to adapt, by the ends of their dotted names
             ("mlp.experts.down_proj", "gate.weight").
         eva_rho: no module's rank grows beyond this many times the rank asked for (PEFT's `eva_config.rho`).
-        lora_ga_direction, lora_ga_scale, lora_ga_gamma: PEFT's `lora_ga_config`: "ArBr", "A2rBr" or "ArB2r"; "stable",
-            "gd_scale" or "weight_svd"; its `stable_gamma`.
-        peft_type: the kind of update, by PEFT's name for it (see `jlora.lora.kinds`).
+        lora_ga_direction: which singular vectors "lora_ga" gives A and B: "ArBr", "A2rBr" or "ArB2r" (PEFT's
+            `lora_ga_config.direction`).
+        lora_ga_scale: how "lora_ga" scales them: "stable", "gd_scale" or "weight_svd" (PEFT's `lora_ga_config.scale`).
+        lora_ga_gamma: the scale "stable" divides B by the root of this (PEFT's `lora_ga_config.stable_gamma`).
+        peft_type: the kind of update, by PEFT's name for it: "LORA", or "MISS" (all shards of the inputs share one
+            matrix).
 
     Raises:
         ValueError: settings are invalid or do not go together; all are listed.

@@ -24,14 +24,17 @@ class OptimConfig:
         schedule: what follows the warm-up: "constant"; "linear" or "cosine" decay until the last step; "wsd", constant
             and then a cosine decay. None: "cosine", and "constant" for schedule_free_adamw, which has no other.
         warmup_steps: steps of linear increase from zero.
-        warmup_ratio: their share of all steps, rounded up, instead of their number.
+        warmup_ratio: the share of all steps in which the rate increases, rounded up, instead of `warmup_steps`.
         min_lr_ratio: the rate that a schedule decays to, as a share of `learning_rate`.
         decay_ratio: the share of all steps in which "wsd" decays; None: 0.1.
         weight_decay: decay of matrices; biases and norm scales do not decay, as in transformers' Trainer.
         decay_magnitudes: whether DoRA's magnitudes, which do not start at zero, decay too, as they do in transformers'.
-        b1, b2, eps: those of Adam; lion has b1 and b2, and adafactor an eps that is added to squared gradients.
-        momentum: that of muon.
-        beta2_decay, clip_threshold: adafactor's, named as in PyTorch and transformers.
+        b1: decay of the mean of gradients in Adam's family; in lion, the share of that mean in a step.
+        b2: decay of the mean of squared gradients in Adam's family; in lion, of the mean of gradients that is kept.
+        eps: added to the root of that mean in Adam's family; in adafactor, to squared gradients.
+        momentum: decay of muon's mean of gradients.
+        beta2_decay: exponent of adafactor's decay, which depends on the step, as in PyTorch.
+        clip_threshold: adafactor's steps are scaled down to this root mean square, as in transformers.
         max_grad_norm: gradients are scaled down to this global norm; 0 turns clipping off.
         loraplus_lr_ratio: rate of B over rate of A (LoRA+, Hayou et al. 2024).
 

@@ -29,6 +29,12 @@ class MeshConfig:
     and `sequence` splits tokens. In attention, tokens are whole and `sequence` splits heads too if tensor × sequence
     divides them; otherwise each device gathers the keys and values of all tokens.
 
+    Attributes:
+        data: ways in which rows are split, with a copy of the weights on each.
+        fsdp: ways in which rows and every weight are split.
+        tensor: ways in which heads and hidden units are split.
+        sequence: ways in which the tokens of a row are split.
+
     Raises:
         ValueError: a size is 0 or below -1, or several are -1.
     """

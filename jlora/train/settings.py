@@ -32,13 +32,14 @@ class ModelSource:
 
     Attributes:
         path: a Hugging Face folder, a Hub id, or a GGUF file.
-        dtype: of computation and of unquantised weights. None: bfloat16 on TPU and GPU, float32 on CPU; a resumed run
-            keeps the one it began with.
+        dtype: of computation and of unquantised weights: "float32", "bfloat16" or "float16". None: bfloat16 on TPU and
+            GPU, float32 on CPU; a resumed run keeps the one it began with.
         quant: "nf4", "fp4", "int4", "int8", "mxfp4", a QuantConfig, or None for the weights as the checkpoint has them.
         adapter: a PEFT folder to continue from; its settings replace the group `lora`.
         resize_vocab: rows of embedding and head; "tokenizer": as many as the tokenizer needs; None: unchanged. New rows
             are the mean of the others; lora.trainable_token_indices or modules_to_save train them.
-        attention: the form that computes it (`jlora.kernels.attention.FORMS`); "auto" picks the best for the device.
+        attention: the form that computes it: "plain", "blocked", "splash" (TPU) or "triton" (NVIDIA); "auto" picks the
+            best for the device.
     """
 
     path: str
@@ -77,24 +78,27 @@ class TrainConfig:
     """How long to train, how much to compute at once, and how often to log, save and evaluate.
 
     Attributes:
-        steps, epochs: when the run ends, whichever comes first; at least one is required. A fraction of an epoch is
-            that fraction of its rows, rounded up to whole steps.
+        steps: the run ends after so many steps; this or `epochs` is required, and with both what comes first counts.
+        epochs: the run ends after so many passes over the data. A fraction of an epoch is that fraction of its rows,
+            rounded up to whole steps.
         batch_size: rows of a micro-batch, over all devices.
         seq_len: tokens of a row.
         grad_accum: micro-batches of a step.
-        seed: of the adapter's initialisation, the order of the data, and dropout.
-        log_every, save_every, eval_every: in steps; eval_every=0 never evaluates.
+        seed: decides the adapter's initialisation, the order of the data, and dropout.
+        log_every: steps from one line of the log to the next.
+        save_every: steps from one checkpoint to the next.
+        eval_every: steps from one evaluation to the next; 0: never.
         eval_on_start: also evaluate before the first step, so that the log shows what training changed.
         metrics: what else the evaluation measures, on texts that it generates: "FILE.py:FUNCTION", "FILE.py" for a
             metric(record, text) as `jlora eval` takes it, or "exact_match"; see `jlora.train.evaluation.metrics`.
-        metric_tokens: the most new tokens of such a text.
+        metric_tokens: the most new tokens of a text that `metrics` judge.
         best_metric: the number of the evaluation, such as "eval_loss", that says which step is best. Its checkpoint is
             kept, and best.json says which it is.
-        greater_is_better: whether it is best when it is greatest; None: as its name says (losses and perplexities are
-            best when they are smallest, all else when it is greatest).
+        greater_is_better: whether `best_metric` is best when it is greatest; None: as its name says (losses and
+            perplexities are best when they are smallest, all else when it is greatest).
         load_best: save the adapter of the best step at the end, rather than the last step's.
         patience: end the run after this many evaluations in a row that were not the best so far; 0: never.
-        keep_checkpoints: how many to keep; older ones are removed, but for the best.
+        keep_checkpoints: how many checkpoints to keep; older ones are removed, but for the best.
         remat: which of a layer's activations are kept for the backward pass: "full" keeps the layer's input and
             computes the rest again, "offload" does the same with the inputs in host memory, "none" keeps what is
             expensive to compute. True means "full", False "none".
@@ -108,7 +112,8 @@ class TrainConfig:
         trackers: experiment trackers that also get the numbers, each with the extra of its name; see
             `jlora.train.reporting.trackers`.
         tensorboard: the same as "tensorboard" among the trackers.
-        project, run_name: what trackers call the run; without a name, as its workdir.
+        project: what trackers file the run under.
+        run_name: what trackers call the run; None: as its workdir.
         profile: number of steps to trace, after the first two; see `jlora.train.reporting.tracing`.
         fold: save the adapter with one rank and one scale for all modules, like `jlora export --fold`.
         experts: save adapters of experts as PEFT does ("stacked") or each by itself, as vLLM and SGLang read them.

@@ -98,7 +98,22 @@ def test_every_setting_is_in_the_help_of_train(capsys):
     main(["train", "--help"])
     text = capsys.readouterr().out
     assert re.search(r"--config\.model\.path +str; required", text)
-    assert re.search(r"--config\.train\.batch_size +int; default 4", text)
+    assert re.search(r"--config\.train\.batch_size +int; default 4\n +rows of a micro-batch", text)
+
+
+def test_the_help_of_train_may_be_of_one_group_or_setting(capsys):
+    for word, first, names in (
+        ("lora", "lora: The settings of", {"lora"}),
+        ("config.lora.r", "lora: The settings of", {"lora"}),
+        ("algorithm", "  --config.algorithm  one of 'sft'", {"algorithm"}),
+    ):
+        assert main(["train", "--help", word]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(first)
+        assert set(re.findall(r"^  --config\.(\w+)", text, re.M)) == names
+    assert len(re.findall(r"^  --config", text, re.M)) == 1
+    assert main(["train", "--help=lroa"]) == 2
+    assert "'lroa' is no group of settings, and no setting; did you mean lora?" in capsys.readouterr().err
 
 
 def raise_it(monkeypatch, error):
@@ -139,7 +154,7 @@ import sys
 from jlora.cli.main import main
 from jlora.cli.parsers import COMMANDS
 
-helps = [[name, "--help"] for name in COMMANDS if name != "train"]
+helps = [[name, "--help"] for name in COMMANDS]
 for arguments in (["--help"], ["--version"], ["nonsense"], ["eval", "--x"], *helps):
     main(arguments)
     loaded = {"jax", "transformers", "numpy", "rich", "yaml"} & set(sys.modules)

@@ -1,16 +1,30 @@
 """What `jlora train` takes."""
 
 import argparse
+import difflib
+import shutil
 from typing import Any
 
+from jlora.cli import settings
 from jlora.cli.parsers.common import add_config_option, add_sweep_option, command
 
 
 class _Help(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from jlora.cli.settings import described  # this needs the settings' classes, and thus JAX
+    """Prints the options and all settings, or the settings of one group alone."""
 
-        print(f"{parser.format_help()}\n{described()}")
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        width = min(120, shutil.get_terminal_size((120, 24)).columns)
+        if values is None:
+            print(f"{parser.format_help()}\nsettings, by group:\n\n{settings.described(width=width)}")
+        elif text := settings.described(values.removeprefix("config."), width=width):
+            print(text)
+        else:
+            known = [group.name for group in settings.groups() if group.name]
+            near = difflib.get_close_matches(values, [*known, *(setting.name for setting in settings.settings())], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(known)}"
+            parser.error(f"{option}: {values!r} is no group of settings, and no setting; {hint}")
         parser.exit()
 
 
@@ -23,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
         description="Fine-tune a model. Run the same command again to resume after an interruption.",
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this help message and exit")
+    parser.add_argument(
+        "-h", "--help", action=_Help, nargs="?", metavar="GROUP", help="show this, or the settings of one group"
+    )
     add_config_option(parser, "a file with get_config() (see configs/), or YAML or JSON")
     parser.add_argument(
         "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"

@@ -22,6 +22,9 @@ class CPOConfig:
     """Contrastive preference optimisation (Xu et al. 2024) and SimPO (Meng et al. 2024), without a reference.
 
     Attributes:
+        loss_type: what is made of the margin between chosen and rejected answers; that of "simpo" and "ipo" is of their
+            mean log-probability per token.
+        beta: factor of the margin.
         cpo_alpha: weight of the chosen answers' negative log-likelihood; 0 in SimPO proper.
         label_smoothing: for "sigmoid" and "simpo": the share of pairs whose order is assumed to be wrong.
         simpo_gamma: SimPO's target margin (with loss_type="simpo").

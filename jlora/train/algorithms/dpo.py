@@ -28,9 +28,15 @@ class DPOConfig:
     """Direct preference optimisation and its relatives (Rafailov et al. 2023); `jlora.losses.dpo` has the formulas.
 
     Attributes:
-        loss_type: one of `jlora.losses.DPO_LOSS_TYPES` or "sft", or several, summed with `loss_weights`.
+        loss_type: "sigmoid", "sigmoid_smooth", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop",
+            "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired" or "sft", or several of
+            them, summed with `loss_weights`.
+        loss_weights: one for each of several `loss_type`; None: 1 each.
         beta: strength of the pull towards the reference policy.
         label_smoothing: for losses whose paper has it ("sigmoid" ignores it, as in TRL; "sigmoid_smooth" does not).
+        f_divergence_type: the divergence from the reference policy that is penalised (Wang et al. 2023).
+        f_alpha_divergence_coef: α of "alpha_divergence".
+        discopop_tau: temperature of "discopop".
         ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO); None: 1.
         precompute_ref_log_probs: the reference scores the data once before the first step instead of at every step.
     """

@@ -37,14 +37,18 @@ class GRPOConfig:
     """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
 
     Attributes:
-        loss_type: how tokens are clipped and averaged; see `jlora.losses.policy`.
+        loss_type: how tokens are clipped and averaged (`jlora.losses.policy` has the formulas).
         beta: weight of the KL to the reference policy; 0 uses no reference.
         num_iterations: optimizer steps on every batch of rollouts (times `steps_per_generation`).
         steps_per_generation: a rollout holds the completions of this many steps.
-        epsilon, epsilon_high, delta: bounds of the ratio: 1 - epsilon, 1 + epsilon_high (None: epsilon), and delta
-            above; "cispo" bounds it by epsilon_high itself.
+        epsilon: the ratio is clipped at 1 - epsilon below, and at 1 + epsilon above unless `epsilon_high` is given.
+        epsilon_high: the ratio is clipped at 1 + epsilon_high above; with "cispo", at epsilon_high itself.
+        delta: a bound of the ratio where the advantage is negative too; None: it has none there.
+        sapo_temperature_pos: with "sapo", how fast tokens of a positive advantage lose weight.
+        sapo_temperature_neg: with "sapo", how fast tokens of a negative advantage lose weight.
         importance_sampling_level: the ratio of a "token", of the "sequence" (its mean: GSPO), or "sequence_sum" (RLOO).
-        advantage: "group", "leave_one_out" (RLOO), "reinforce++" or "reinforce++_baseline".
+        advantage: what a reward is compared with: "group", "leave_one_out" (RLOO), "reinforce++" or
+            "reinforce++_baseline".
         scale_rewards: divide advantages by the deviation of the "group" or the "batch", or not ("none": Dr. GRPO).
         normalize_advantages: normalise "leave_one_out" advantages over the batch.
         multi_objective: whether several rewards are summed and then normalised, or the reverse (GDPO).

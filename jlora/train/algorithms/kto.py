@@ -28,7 +28,14 @@ PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class KTOConfig:
-    """Kahneman-Tversky optimisation on answers labelled good or bad (Ethayarajh et al. 2024)."""
+    """Kahneman-Tversky optimisation on answers labelled good or bad (Ethayarajh et al. 2024).
+
+    Attributes:
+        loss_type: "kto" judges an answer relative to the policy's KL to the reference, "apo_zero_unpaired" to 0.
+        beta: strength of the pull towards the reference policy.
+        desirable_weight: weight of the good answers' losses.
+        undesirable_weight: weight of the bad answers' losses.
+    """
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     beta: float = 0.1

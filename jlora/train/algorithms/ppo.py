@@ -41,11 +41,15 @@ class PPOConfig:
         num_ppo_epochs: passes over every batch of rollouts.
         num_mini_batches: optimizer steps per pass.
         kl_coef: how much each nat of KL to the reference lowers the reward.
-        kl_estimator: "k1" or "k3" (Schulman 2020).
+        kl_estimator: the estimate of that KL, "k1" or "k3" (Schulman 2020).
         target_kl: the KL of a completion that the adaptive coefficient aims for; None keeps `kl_coef` constant.
         kl_horizon: completions over which the adaptive coefficient moves.
         vf_coef: weight of the value loss.
-        cliprange, cliprange_value: clipping ranges of the ratio and of the values.
+        cliprange: the ratio of probabilities is clipped to 1 ± this.
+        cliprange_value: values are clipped to this distance from those of the rollout.
+        gamma: discount of later rewards.
+        lam: decay of later errors of the value in the advantage (GAE's λ, Schulman et al. 2016).
+        whiten_rewards: divide the rewards of a rollout by their deviation.
         missing_eos_penalty: subtracted from the score of a completion without a stop token.
     """
 

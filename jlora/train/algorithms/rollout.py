@@ -33,20 +33,23 @@ class RolloutConfig:
 
     Attributes:
         num_generations: completions per prompt.
-        max_completion_length: in tokens; prompts may have up to `train.seq_len` minus this.
+        max_completion_length: the most tokens of a completion; prompts may have up to `train.seq_len` minus this.
+        temperature: what logits are divided by before a token is drawn.
+        top_k: draw among so many of the likeliest tokens; 0: among all.
+        top_p: draw among the likeliest tokens that together have this probability.
         rows: completions that are sampled at once; finished ones make room for the next.
         rewards: "FILE.py:FUNCTION", "metric:FILE.py:KEY", "reasoning_gym", or "model" for `reward_model`; see
             `jlora.train.rewards.judging`.
-        reward_weights: one per reward, default 1.
+        reward_weights: one for each of `rewards`; None: 1 each.
         reward_model: a PEFT folder with a score head, as saved by `algorithm="reward"`.
         on_error: "raise" ends the run when a reward fails or a whole group is empty; "skip" leaves it out. May be
             changed when a run is resumed.
         task_size: how many questions to draw of the reasoning-gym task that data.path="reasoning_gym:NAME" names.
         task_settings: the task's own settings (needs the extra `tasks`).
         eval_size: how many held-out prompts to evaluate on.
-        system_prompt: put before the task's questions.
+        system_prompt: a text that is put before the task's questions.
         num_fewshot: how many solved questions of the task precede each question, always the same ones.
-        eval_temperature: of the completions that evaluation judges; 0 takes the likeliest tokens.
+        eval_temperature: the temperature of completions that evaluation judges; 0 takes the likeliest tokens.
         log_completions: how many examples of every rollout go to completions.jsonl.
     """
 

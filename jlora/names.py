@@ -11,6 +11,7 @@ OnError = Literal["raise", "skip"]
 # How adapters of experts are written: as PEFT does, or each by itself.
 ExpertLayout = Literal["stacked", "each"]
 
+FLOATS = ("bfloat16", "float16", "float32")  # dtypes of weights
 PACKED_FORMATS = ("nf4", "fp4", "int4", "int8", "mxfp4")  # jlora.quant.FORMATS
 WRITTEN_FORMATS = (
     "nf4",

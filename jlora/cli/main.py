@@ -53,6 +53,10 @@ exit codes: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped earl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jlora` with these arguments (default: the process's own) and returns its exit code."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        from jlora.cli import completion
+
+        completion.complete()
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_traceback = arguments[:1] == ["--traceback"]
     arguments = arguments[1:] if show_traceback else arguments
@@ -149,7 +153,7 @@ def _complain(message: str, code: int = MISTAKE) -> int:
 
 
 def _usage() -> str:
-    return USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "a PEFT adapter or a merged model from a training run",
     "publish": "an adapter or a model as a folder for the Hub, with its card, and the upload",
     "quantize": "pack a model into 4 or 8 bits, as bitsandbytes does",
+    "completion": "what makes a shell complete these commands",
 }
 
 

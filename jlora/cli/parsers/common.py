@@ -1,9 +1,10 @@
 """The options that several commands take."""
 
 import argparse
+from collections.abc import Sequence
 from typing import get_args
 
-from jlora.names import GGUF_TYPES, OWN_SETTINGS, PACKED_FORMATS, ExpertLayout, OnError
+from jlora.names import FLOATS, GGUF_TYPES, OWN_SETTINGS, PACKED_FORMATS, ExpertLayout, OnError
 
 
 def command(
@@ -18,6 +19,11 @@ def command(
         add_help=add_help,
         allow_abbrev=False,
     )
+
+
+def suggest(action: argparse.Action, values: Sequence[str]) -> None:
+    """Has shells complete the option with these values, although others are valid too (`jlora.cli.completion`)."""
+    action.completer = lambda **_: values
 
 
 def add_config_option(parser: argparse.ArgumentParser, text: str = "as for jlora train") -> None:
@@ -65,15 +71,18 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         choices=PACKED_FORMATS,
         help=f"pack the model's linears: {', '.join(PACKED_FORMATS)} (default: as they are)",
     )
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)"
-    )
+    add_dtype_option(parser, "float32, bfloat16 or float16 (default: bfloat16 on TPU and GPU, float32 on CPU)")
     add_vocab_option(parser)
     parser.add_argument(
         "--fold_system",
         action="store_true",
         help='put a system text at the beginning of the first user\'s turn, as data.system="fold" does in training',
     )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds --dtype."""
+    suggest(parser.add_argument("--dtype", help=text), FLOATS)
 
 
 def add_vocab_option(parser: argparse.ArgumentParser, *, of: str = "") -> None:

@@ -3,6 +3,7 @@
 import argparse
 
 from jlora.cli.parsers.common import (
+    add_dtype_option,
     add_force_option,
     add_gguf_option,
     add_layout_options,
@@ -11,8 +12,9 @@ from jlora.cli.parsers.common import (
     add_vocab_option,
     command,
     rank,
+    suggest,
 )
-from jlora.names import MIXTURES
+from jlora.names import MIXTURES, WRITTEN_FORMATS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE.yaml",
         help="combine whole models instead, tensor by tensor, as a recipe in mergekit's form says",
     )
-    parser.add_argument("--method", help=f"for several adapters: {', '.join(MIXTURES)} (default: linear)")
+    method = parser.add_argument("--method", help=f"for several adapters: {', '.join(MIXTURES)} (default: linear)")
+    suggest(method, MIXTURES)
     parser.add_argument("--density", type=float, help="the share of values that pruning methods keep")
     parser.add_argument("--rank", type=rank, help="rank of the mixture, or the share of its energy to keep, as 0.99")
     parser.add_argument("--seed", type=int, default=0, help="seed of methods that draw at random (default: 0)")
@@ -42,9 +45,10 @@ def parser() -> argparse.ArgumentParser:
     add_vocab_option(parser)
     add_layout_options(parser)
     add_gguf_option(parser)
-    parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
+    packed = parser.add_argument("--quant", metavar="FORMAT", help="pack the merged model; needs --lossy")
+    suggest(packed, WRITTEN_FORMATS)
     parser.add_argument("--lossy", action="store_true", help="pack although that erases small updates")
-    parser.add_argument("--dtype", help="dtype of the folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
+    add_dtype_option(parser, "dtype of the folder (default: the checkpoint's; bfloat16 for blocks of GGUF)")
     parser.add_argument("--data", metavar="FILE.jsonl", help="records to compare merged and unmerged model on")
     add_on_error_option(parser)
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_config_option, add_sweep_option, command
+from jlora.cli.parsers.common import add_config_option, add_sweep_option, command, suggest
 from jlora.devices import DEVICES
 from jlora.names import COMPILERS
 
@@ -19,12 +19,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"Compilers come with {extras}; without one the memory is an estimate.",
     )
     add_config_option(parser)
-    parser.add_argument(
+    topology = parser.add_argument(
         "--topology",
         required=True,
         metavar="DEVICES",
         help=f"one of {', '.join(DEVICES)}; several as v5e:2x4, v5p:2x2x1, h100x8, cpu:4",
     )
+    suggest(topology, tuple(DEVICES))
     add_sweep_option(parser)
     parser.add_argument(
         "--max_seq_len", action="store_true", help="search the longest train.seq_len that fits (a few compilations)"

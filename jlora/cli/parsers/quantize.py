@@ -2,7 +2,15 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_force_option, add_on_error_option, add_source_option, add_vocab_option, command
+from jlora.cli.parsers.common import (
+    add_dtype_option,
+    add_force_option,
+    add_on_error_option,
+    add_source_option,
+    add_vocab_option,
+    command,
+    suggest,
+)
 from jlora.names import WRITTEN_FORMATS
 
 
@@ -14,7 +22,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="The folder opens in transformers with bitsandbytes and in jlora, with the same values.",
     )
     add_source_option(parser)
-    parser.add_argument("--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(WRITTEN_FORMATS)} (default: nf4)")
+    packed = parser.add_argument(
+        "--quant", default="nf4", metavar="FORMAT", help=f"{', '.join(WRITTEN_FORMATS)} (default: nf4)"
+    )
+    suggest(packed, WRITTEN_FORMATS)
     parser.add_argument(
         "--no-double-quant", action="store_true", help="4 bits: block scales in float32 (4.5 bits a weight, not 4.13)"
     )
@@ -25,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="FILE.jsonl", help="records on which --bits measures that (default: by the weights' error)"
     )
     add_on_error_option(parser)
-    parser.add_argument(
-        "--dtype", help="dtype of what is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)"
-    )
+    add_dtype_option(parser, "dtype of what is not packed (default: the checkpoint's; bfloat16 for GGUF's blocks)")
     add_vocab_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     add_force_option(parser)

@@ -27,13 +27,13 @@ from jlora.hub.checkpoints.source import Description, Source, check_tensors, ope
 from jlora.hub.checkpoints.stacked import take_apart
 from jlora.hub.checkpoints.stored import Stored
 from jlora.hub.checkpoints.weights import DTYPES, SafetensorsFolder
+from jlora.names import FLOATS
 from jlora.quant import QuantConfig, Rounded, as_config, is_packed, quantize
 from jlora.types import Params
 
 if TYPE_CHECKING:
     from jlora.models import Model
 
-FLOATS = ("bfloat16", "float16", "float32")
 BYTES = ("U8", "I8")  # dtypes of packed tensors
 MANY = 100
 

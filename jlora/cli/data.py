@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jlora import hub
-from jlora.cli.overrides import read_config
+from jlora.cli.overrides import read_run
 from jlora.data import LeftOut, Notes, shown
 from jlora.errors import UserError
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Encoded, Plan
-from jlora.train.config import RunConfig, resolve
+from jlora.train.config import RunConfig
 from jlora.train.prepared import run_tokenizer
 
 SIDES = {1: ("",), 2: ("chosen", "rejected")}
@@ -27,7 +27,7 @@ ROWS = 8  # of packed rows that are shown
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0."""
-    config = resolve(read_config(options.config, options.overrides))
+    config = read_run(options.config, options.overrides)
     described = hub.read_model(config.model.path, config.model.resize_vocab).config
     tokenizer = run_tokenizer(config, described.vocab_size, datetime.datetime.now())
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)

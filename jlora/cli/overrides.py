@@ -1,7 +1,5 @@
 """A recipe with the command line's `--config.group.key=value` applied on top."""
 
-import json
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +7,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jlora.errors import MissingFileError, UserError
+from jlora.cli import yamlfile
+from jlora.errors import UserError
 from jlora.train.config import RunConfig, default_config, resolve, swept
 from jlora.train.rewards.pyfile import call, load_function
 
-_SETTINGS = (".yaml", ".yml", ".json")
 _NO_GROUP = re.compile(r"--?config\.(\w+)=None")
-_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def read_run(path: str, overrides: Sequence[str], sweeps: Sequence[str] = ()) -> RunConfig:
@@ -26,7 +23,12 @@ def read_run(path: str, overrides: Sequence[str], sweeps: Sequence[str] = ()) ->
         ValueError: the file, the overrides or the settings are invalid.
     """
     config = read_config(path, overrides)
-    return swept(config, sweeps) if sweeps else resolve(config)
+    try:
+        return swept(config, sweeps) if sweeps else resolve(config)
+    except UserError as error:
+        if not _is_settings(path):
+            raise
+        raise UserError(_located(str(error), path, overrides)) from error
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -40,7 +42,7 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         ValueError: the file or the overrides are invalid.
     """
     file, colon, word = path.partition(":")
-    if pathlib.Path(file).suffix.lower() in _SETTINGS:
+    if _is_settings(path):
         return _apply(_read_settings(path), overrides) if overrides else _read_settings(path)
     config = call(file, load_function(file, "get_config"), *([word] if colon else []))
     if not isinstance(config, ConfigDict):
@@ -50,64 +52,39 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     return _apply(config, overrides)
 
 
+def _is_settings(path: str) -> bool:
+    return path.lower().endswith(yamlfile.ENDINGS)
+
+
 def _read_settings(path: str) -> ConfigDict:
     """The default settings, overridden by those of a YAML or JSON file."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads YAML 1.2's numbers (in YAML 1.1, which PyYAML follows, 1e-4 is text) and refuses repeated keys."""
-
-        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-            node = super().compose_mapping_node(anchor)
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-            _refuse_repeated(keys, f"{path}, line {node.start_mark.line + 1}")
-            return node
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_repeated([key for key, _ in found], path)
-        return dict(found)
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        values = (
-            json.loads(text, object_pairs_hook=pairs) if path.lower().endswith(".json") else yaml.load(text, Loader)
-        )
-    except OSError as error:
-        raise MissingFileError(
-            f"{path} is not a file that can be read ({error.strerror}); expected settings"
-        ) from error
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML or JSON ({error})") from error
-    config = default_config()
+    values, config = yamlfile.read(path), default_config()
     if not isinstance(values, dict) or not set(values) & set(config):
         raise UserError(
             f"{path}: found none of jlora's settings, expected groups of them ({', '.join(config)}), as in\n"
             "  model: {path: FOLDER}\n  data: {path: FILE.jsonl}\n  train: {epochs: 1}\n"
             "(recipes of other tools have other names; jlora train --help lists all settings)"
         )
-    _refuse_odd_values(values, path)
+    yamlfile.refuse_odd_values(values, path)
     _merge(config, values, path)
     return config
 
 
-def _refuse_repeated(keys: Sequence[str], where: str) -> None:
-    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UserError(f"{where}: found {', '.join(repeated)} more than once, expected each setting once")
+def _located(message: str, path: str, overrides: Sequence[str]) -> str:
+    """The message about settings, with the line of the YAML or JSON file that each fault comes from."""
+    lines: dict[str, int | None] = dict(yamlfile.lines(path))
+    for override in overrides:  # what they say is not said in the file
+        lines |= dict.fromkeys(re.findall(r"^--?(?:no)?config\.([\w.]+)", override))
 
+    def located(line: str) -> str:
+        named = re.match(r"\s*([\w.-]+)", re.sub(r"\['([\w.-]+)'\](?:: )?\.?", r".\1.", line))
+        words = named[1].strip(".").split(".") if named else []
+        outer = [".".join(words[:count]) for count in range(len(words), 0, -1)]
+        known = next((lines[name] for name in outer if name in lines), None)
+        return f"{line} ({path}, line {known})" if known else line
 
-def _refuse_odd_values(value: Any, where: str, around: tuple[int, ...] = ()) -> None:
-    """Refuses settings whose name is not text, and values that contain themselves, as YAML's anchors allow."""
-    if id(value) in around:
-        raise UserError(f"{where}: found a value that contains itself (a YAML anchor), expected plain settings")
-    if not isinstance(value, dict | list):
-        return
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(value, dict) and not isinstance(key, str):
-            raise UserError(f"{where}: found the key {key!r}, expected the name of a setting as text")
-        _refuse_odd_values(inner, f"{where}: {key}", (*around, id(value)))
+    first, *rest = message.split("\n")
+    return "\n".join([first, *map(located, rest)])
 
 
 def _merge(config: ConfigDict, values: Mapping[str, Any], where: str) -> None:

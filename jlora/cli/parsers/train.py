@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-h", "--help", action=_Help, nargs="?", metavar="GROUP", help="show this, or the settings of one group"
     )
-    add_config_option(parser, "a file with get_config() (see configs/), or YAML or JSON")
+    add_config_option(parser, "a recipe: Python with get_config() (see configs/), YAML or JSON")
     parser.add_argument(
         "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
     )

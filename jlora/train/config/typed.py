@@ -86,7 +86,7 @@ def fields_of(cls: type) -> list[str]:
 
 def unknown_keys(cls: type, values: Mapping[str, Any]) -> list[str]:
     """A fault for each key, at any depth, that has no field, with the setting that was probably meant."""
-    known = list(_settings(cls))
+    known = list(_settings(cls, values))
     faults = []
     for path in _paths(cls, values):
         group, _, key = path.rpartition(".")
@@ -118,14 +118,21 @@ def _groups(known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] for name in known))
 
 
-def _settings(cls: type, path: str = "") -> Iterator[str]:
-    """The dotted path of every setting; one that may be a scalar or a group counts as both."""
+def _settings(cls: type, values: Any, path: str = "") -> Iterator[str]:
+    """The dotted path of every setting; one that may be a scalar or a group counts as both.
+
+    Of groups by name there are those that the values have.
+    """
     for name, hint in typing.get_type_hints(cls).items():
-        group = group_type(hint)
+        group, each = group_type(hint), each_type(hint)
+        own = values.get(name) if isinstance(values, Mapping) else None
         if group is not hint:
             yield f"{path}{name}"
         if group is not None:
-            yield from _settings(group, f"{path}{name}.")
+            yield from _settings(group, own, f"{path}{name}.")
+        elif each is not None and isinstance(own, Mapping):
+            for key, value in own.items():
+                yield from _settings(each, value, f"{path}{name}.{key}.")
 
 
 def _paths(cls: type, values: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -19,7 +19,10 @@ WRITTEN_FORMATS = (
     "int8",
     "mxfp4",
 )  # jlora.hub.checkpoints.methods.BY_FORMAT
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")  # jlora.hub.GGUF_TYPES
+GGUF_TYPES = (  # jlora.hub.GGUF_TYPES
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
 MIXTURES = (  # jlora.lora.mixing.METHODS
     *("cat", "svd", "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"),
     *("peft:cat", "peft:svd", "peft:linear", "peft:magnitude_prune", "peft:ties", "peft:dare_linear"),

@@ -15,7 +15,7 @@ from jlora.hub.checkpoints.reading import (
 )
 from jlora.hub.checkpoints.source import Source, open_source
 from jlora.hub.checkpoints.writing import require_writable, save_model
-from jlora.hub.gguf.writing import TYPES as GGUF_TYPES
+from jlora.hub.gguf.mixtures import FILE_TYPES as GGUF_TYPES
 from jlora.hub.gguf.writing import require_gguf, save_gguf, save_gguf_adapter
 from jlora.hub.peft.conversion import convert_adapter
 from jlora.hub.peft.writing import save_adapter, scales_note

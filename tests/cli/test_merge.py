@@ -172,6 +172,17 @@ def test_to_gguf(merge, adapters, model_folder, kind):
     assert jlora.load_tokenizer(out)("AB").input_ids == jlora.load_tokenizer(model_folder)("AB").input_ids
 
 
+def test_to_a_packed_gguf_file(merge, adapters, model_folder):
+    """Under llama.cpp's own name of it, in capitals too; another name is refused with the list of those known."""
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=Q4_K_M")
+    assert code == 0 and "of the update kept" in shown
+    assert gguf.GGUFReader(out).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    assert np.corrcoef(logits(out).ravel(), logits(model_folder, adapters[0]).ravel())[0, 1] > 0.99
+    code, shown, out = merge(f"--adapter={adapters[0]}", "--gguf=q4_k")
+    assert code == 2 and "invalid choice: 'q4_k'" in shown and "q4_k_m" in shown and "q2_k" in shown
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("base", ["folder", "gguf"])
 def test_a_gguf_file_has_the_tokenizer_that_is_said_to_be_used(adapters, model_folder, tmp_path, base, capsys):
     adapter, out = tmp_path / "adapter", tmp_path / "out.gguf"

@@ -109,7 +109,12 @@ def add_on_error_option(parser: argparse.ArgumentParser) -> None:
 def add_gguf_option(parser: argparse.ArgumentParser) -> None:
     """Adds --gguf."""
     parser.add_argument(
-        "--gguf", choices=GGUF_TYPES, help="write a GGUF file for llama.cpp, with matrices of this type"
+        "--gguf",
+        type=str.lower,
+        choices=GGUF_TYPES,
+        metavar="TYPE",
+        help=f"write a GGUF file of this type for llama.cpp and Ollama: {', '.join(GGUF_TYPES)}; an adapter in one of "
+        "the first three",
     )
 
 

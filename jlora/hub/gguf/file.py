@@ -11,6 +11,7 @@ import numpy as np
 from jlora.errors import UserError
 from jlora.hub.checkpoints.folder import replacing_file
 from jlora.hub.checkpoints.weights import require_finite
+from jlora.hub.gguf import kquants
 from jlora.types import require
 
 MAGIC = b"GGUF"
@@ -24,13 +25,13 @@ class Tensor(NamedTuple):
 
     Attributes:
         shape: slowest axis first.
-        type: llama.cpp's name of the type it is written in.
+        type: llama.cpp's name of the type it is written in; None while that is not decided.
         values: makes its float32 values, or its bytes if these are packed already.
     """
 
     name: str
     shape: tuple[int, ...]
-    type: str
+    type: str | None
     values: Callable[[], np.ndarray]
 
 
@@ -98,6 +99,7 @@ def _packed(gguf: Any, tensor: Tensor, values: np.ndarray, type: Any) -> np.ndar
     if values.dtype == np.uint8:
         return values
     largest = float(np.abs(values).max(initial=0))
-    if tensor.type == "F16" and largest > float(np.finfo(np.float16).max):
+    # Packed types have scales in float16.
+    if tensor.type not in ("F32", "BF16") and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")
-    return gguf.quants.quantize(values, type)
+    return kquants.quantize(values, tensor.type) if tensor.type in kquants.KINDS else gguf.quants.quantize(values, type)

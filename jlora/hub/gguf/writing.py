@@ -20,6 +20,7 @@ from jlora.hub.checkpoints.source import locate
 from jlora.hub.checkpoints.writing import Piece, as_written, changed_paths, pieces_of, tensors_of
 from jlora.hub.gguf.file import Progress, Tensor, require_name, write_file
 from jlora.hub.gguf.metadata import HEAD, check, describe, gguf_of, sizes_of
+from jlora.hub.gguf.mixtures import FILE_TYPES, PLAIN, types_of
 from jlora.hub.gguf.mxfp4 import TYPE, packed
 from jlora.hub.gguf.reading import tokenizer_fields
 from jlora.hub.gguf.tokenizer import PHI3, UNUSED, named, strips_spaces, tokenizer_metadata
@@ -37,13 +38,8 @@ if TYPE_CHECKING:
 
     from jlora.models import Model
 
-# jlora's name of a type → (llama.cpp's name of the tensors' type, its number for such a file).
-TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
 # The kinds of adapter that it holds, and the ends of their tensors' names.
 HOLDS, ENDS = (PRODUCT,), ("lora_a", "lora_b")
-BLOCK = 32  # Q8_0 packs this many values of a row together
-# Matrices that llama.cpp needs in float32.
-WHOLE = r"position_embd\.weight|blk\.\d+\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_conv1d|shortconv\.conv)\.weight"
 EMBEDDING = "token_embd.weight"
 
 
@@ -60,15 +56,16 @@ def save_gguf(
 
     Of a model that also sees or hears, the file holds the language model, as llama.cpp's own files do.
 
-    Merged weights are computed in float32 and rounded once. Vectors, routers and learned positions stay in float32;
-    matrices whose rows Q8_0's blocks of 32 do not divide are written in float16, as llama.cpp does. gpt-oss's experts
-    in MXFP4 stay as they are if no adapter changes them. Warns if they do not, and of a window (Mistral's, Phi-3's)
+    Merged weights are computed in float32 and rounded or packed once. Which matrices of a packed file get more bits,
+    and what becomes of those whose rows are not made of whole blocks, is as `llama-quantize` has it
+    (`jlora.hub.gguf.mixtures`); vectors, biases, routers and learned positions stay in float32. gpt-oss's experts in
+    MXFP4 stay as they are if no adapter changes them. Warns if they do not, and of a window (Mistral's, Phi-3's)
     that llama.cpp ignores, which changes its results for longer texts.
 
     Args:
         tokenizer: one of transformers', or the folder, Hub id or GGUF file of a model that has one (a GGUF file's is
             copied as it is); without one, llama.cpp accepts only token ids.
-        dtype: "f32", "f16", "bf16" or "q8_0".
+        dtype: one of `jlora.hub.GGUF_TYPES`: "f32", "f16", "bf16", or packed, as "q4_k_m".
         progress: called with (number of tensors written, total).
 
     Raises:
@@ -85,18 +82,23 @@ def save_gguf(
     metadata, divisors = describe(model.config)
     tensors |= {name: _made(name, value, "F32") for name, value in divisors.items()}
     gguf = gguf_of(model.config)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     metadata = {"general.architecture": gguf.architecture} | metadata
-    check(model.config, metadata, shapes, divisors.__getitem__)
+    check(model.config, metadata, _shapes(tensors), divisors.__getitem__)
     if gguf.own_head and HEAD not in tensors:
         tensors[HEAD] = tensors[EMBEDDING]._replace(name=HEAD)
+    types = types_of(_shapes(tensors), metadata, dtype)
     metadata |= {
         "general.type": "model",
-        "general.file_type": TYPES[dtype][1],
+        "general.file_type": FILE_TYPES[dtype].number,
         "general.quantization_version": 2,
     }
     metadata |= _tokenizer(tokenizer, model, Path(path).stem)
-    write_file(path, metadata, list(tensors.values()), progress)
+    typed = [tensor._replace(type=tensor.type or types[name]) for name, tensor in tensors.items()]
+    write_file(path, metadata, typed, progress)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def save_gguf_adapter(
@@ -126,15 +128,15 @@ def save_gguf_adapter(
     # goes into B.
     alphas = {scales[name] * ranks[name] for name in factors}
     alpha = (alphas.pop() if len(alphas) == 1 else 0) or max(ranks.values())
-    tensors = []
+    tensors, file = [], FILE_TYPES[dtype]
     for name, (a, b, scale) in factors.items():
         b = b * (scale * ranks[name] / alpha)
-        tensors += [_made(f"{name}.{end}", value, TYPES[dtype][0]) for end, value in zip(ENDS, (a, b), strict=True)]
+        tensors += [_made(f"{name}.{end}", value, file.type) for end, value in zip(ENDS, (a, b), strict=True)]
     metadata = {
         "general.architecture": gguf_of(model.config).architecture,
         "general.type": "adapter",
         "general.name": Path(path).stem,
-        "general.file_type": TYPES[dtype][1],
+        "general.file_type": file.number,
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
@@ -152,7 +154,7 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
         ValueError: it cannot.
         ImportError: the package gguf is not installed.
     """
-    known = [name for name in TYPES if not (adapter and name == "q8_0")]
+    known = [name for name, file in FILE_TYPES.items() if file.type in PLAIN or not adapter]
     if dtype not in known:
         raise UserError(
             f"dtype={dtype!r}: a GGUF {'adapter' if adapter else 'file'} is written in one of {', '.join(known)}"
@@ -164,7 +166,7 @@ def require_gguf(path: str | Path, dtype: str, *, adapter: bool = False) -> None
 
 
 def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
-    """GGUF's name → the tensor to write."""
+    """GGUF's name → the tensor to write; its type is None if the file's type says which."""
     gguf, kind, sizes = gguf_of(model.config), model.config.model_type, sizes_of(model.config)
     flat = tree.flatten(params)
     kept = mxfp4.written_packed(kind, flat, changed_paths(params))
@@ -178,7 +180,7 @@ def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
     for piece in pieces_of(model, params):
         there = names.to_gguf(piece.name, kind)
         if there.joined:
-            tensors |= _joined(params, piece, there, sizes, TYPE if piece.path in kept else TYPES[dtype][0])
+            tensors |= _joined(params, piece, there, sizes, TYPE if piece.path in kept else None)
         else:
             members.setdefault(there.names[0], []).append(piece)
     for name, pieces in members.items():
@@ -188,11 +190,11 @@ def _tensors(model: "Model", params: Params, dtype: str) -> dict[str, Tensor]:
         shape = (len(pieces), *shape) if _is_expert(name) else shape
         reorder = functools.partial(layout.to_gguf, sizes=sizes) if layout else None
         values = functools.partial(_values, params, pieces, shape, reorder)
-        tensors[name] = Tensor(name, shape, _type(name, shape, TYPES[dtype][0]), values)
+        tensors[name] = Tensor(name, shape, None, values)
     return tensors
 
 
-def _joined(params: Params, piece: Piece, there: names.InGGUF, sizes: Sizes, type: str) -> dict[str, Tensor]:
+def _joined(params: Params, piece: Piece, there: names.InGGUF, sizes: Sizes, type: str | None) -> dict[str, Tensor]:
     """GGUF's tensors that the Hub has in one."""
     take = functools.partial(there.joined.taken, sizes=sizes)
     shapes = jax.eval_shape(take, jax.ShapeDtypeStruct(piece.tensor.shape, np.float32))
@@ -204,9 +206,7 @@ def _joined(params: Params, piece: Piece, there: names.InGGUF, sizes: Sizes, typ
         return np.ascontiguousarray(take(tensors_of(params, piece, np.float32)[piece.name])[part])
 
     return {
-        name: Tensor(
-            name, shape.shape, type if type == TYPE else _type(name, shape.shape, type), functools.partial(values, part)
-        )
+        name: Tensor(name, shape.shape, type, functools.partial(values, part))
         for part, (name, shape) in enumerate(zip(there.names, shapes, strict=True))
     }
 
@@ -221,13 +221,6 @@ def _values(
 
 def _is_expert(name: str) -> bool:
     return name.endswith("_exps.weight")
-
-
-def _type(name: str, shape: tuple[int, ...], wanted: str) -> str:
-    """llama.cpp's name of the type that the tensor is written in."""
-    if len(shape) < 2 or re.fullmatch(WHOLE, name):
-        return "F32"
-    return "F16" if wanted == "Q8_0" and shape[-1] % BLOCK else wanted
 
 
 def _tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path | None", model: "Model", name: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import transformers
 import jlora
 from jlora import hub, lora, models, tree
 from jlora.families import FAMILIES
+from jlora.hub.gguf import kquants
+from jlora.hub.gguf.mixtures import types_of
 from jlora.hub.gguf.reading import GGUFFile
 
 SIZES = dict(
@@ -1218,16 +1220,29 @@ def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
 
 @pytest.mark.parametrize("dtype", hub.GGUF_TYPES)
 def test_matrices_are_rounded_once_to_the_type(dtype, tmp_path):
-    model, params = built(hidden_size=64, intermediate_size=80, head_dim=32)
-    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype=dtype)
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    # 80 values are no whole number of Q8_0's blocks of 32.
-    expected = {"token_embd.weight": dtype, "blk.2.ffn_down.weight": "f16" if dtype == "q8_0" else dtype}
-    for name, kind in (expected | {"output_norm.weight": "f32"}).items():
-        assert written[name].tensor_type.name.lower() == kind, name
-    kind = gguf.GGMLQuantizationType[dtype.upper()]
-    embedding = np.asarray(params["embed_tokens"]["embedding"])
-    np.testing.assert_array_equal(written["token_embd.weight"].data, gguf.quants.quantize(embedding, kind))
+    """That is, to those of the table: 80 values are no whole number of blocks, 256 are one of every kind."""
+    model, params = built(hidden_size=256, intermediate_size=80, head_dim=32)
+    done = []
+    hub.save_gguf(tmp_path / "model.gguf", model, params, dtype=dtype, progress=lambda *counts: done.append(counts))
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in written.items()}
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    types = types_of(shapes, metadata, dtype)
+    assert {name: tensor.tensor_type.name for name, tensor in written.items()} == types
+    assert metadata["general.file_type"] == hub.GGUF_TYPES[dtype].number
+    down = types["blk.2.ffn_down.weight"]
+    assert (
+        down == (dtype.upper() if dtype in ("f32", "f16", "bf16") else "F16") and types["output_norm.weight"] == "F32"
+    )
+    assert done == [(number, len(types)) for number in range(1, len(types) + 1)]
+    embedding, kind = np.asarray(params["embed_tokens"]["embedding"]), types["token_embd.weight"]
+    pack = functools.partial(kquants.quantize, type=kind) if kind in kquants.KINDS else None
+    expected = pack(embedding) if pack else gguf.quants.quantize(embedding, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(written["token_embd.weight"].data, expected)
+    read = jlora.load(tmp_path / "model.gguf")[1]["embed_tokens"]["embedding"]
+    error = np.linalg.norm(read - embedding) / np.linalg.norm(embedding)
+    assert error < 2.5 * 0.5 ** int(kind[1]) if kind.startswith("Q") else error < 4e-3
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
     python scripts/function_calling.py pairs --model=MODEL --adapter=runs/quickstart/adapter \
         --data=runs/quickstart/data/train.jsonl --samples=1 --out=pairs.jsonl     (and test.jsonl into held_out.jsonl)
-    jlora train --config=configs/function_calling_dpo.py --config.model.path=MODEL --config.data.path=pairs.jsonl \
+    jlora train --config=function_calling_dpo --config.model.path=MODEL --config.data.path=pairs.jsonl \
         --config.data.eval_path=held_out.jsonl --config.model.adapter=runs/quickstart/adapter
+
+Requires model.path, data.path, data.eval_path; model.adapter to start from.
 """
 
 from ml_collections import ConfigDict

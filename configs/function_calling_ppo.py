@@ -1,8 +1,10 @@
-"""PPO of SmolLM2-135M on function calling, with the reward model that configs/function_calling_reward.py trains.
+"""PPO of SmolLM2-135M on function calling, with the reward model that function_calling_reward trains.
 
-    jlora train --config=configs/function_calling_ppo.py --config.model.path=MODEL \
+    jlora train --config=function_calling_ppo --config.model.path=MODEL \
         --config.data.path=runs/quickstart/data/train.jsonl --config.data.eval_path=runs/quickstart/data/test.jsonl \
         --config.model.adapter=runs/quickstart/adapter --config.rollout.reward_model=runs/reward/adapter
+
+Requires model.path, data.path, data.eval_path, rollout.reward_model; model.adapter to start from.
 """
 
 from ml_collections import ConfigDict

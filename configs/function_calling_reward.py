@@ -1,7 +1,9 @@
-"""A reward model of function calls on SmolLM2-135M, from the pairs that configs/function_calling_dpo.py learns from.
+"""A reward model of function calls on SmolLM2-135M, from the pairs that function_calling_dpo learns from.
 
-    jlora train --config=configs/function_calling_reward.py --config.model.path=MODEL --config.data.path=pairs.jsonl \
+    jlora train --config=function_calling_reward --config.model.path=MODEL --config.data.path=pairs.jsonl \
         --config.data.eval_path=held_out.jsonl --config.model.adapter=runs/quickstart/adapter
+
+Requires model.path, data.path, data.eval_path; model.adapter to start from.
 """
 
 from ml_collections import ConfigDict

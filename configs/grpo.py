@@ -1,9 +1,10 @@
-"""GRPO and its relatives, by name: configs/grpo.py:NAME.
+"""GRPO and its relatives, by name: grpo:NAME.
 
-    jlora train --config=configs/grpo.py:dr_grpo --config.model.path=MODEL --config.data.path=PROMPTS.jsonl \
+    jlora train --config=grpo:dr_grpo --config.model.path=MODEL --config.data.path=PROMPTS.jsonl \
         --config.rollout.rewards="('rewards.py:correct',)" --config.train.steps=200
 
-Without a name: TRL's defaults (dapo's token mean, symmetric clipping, no KL).
+Requires model.path, data.path, rollout.rewards, train.steps. Without a name: TRL's defaults (dapo's token mean,
+symmetric clipping, no KL).
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +33,7 @@ VARIANTS = {
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Requires model.path, data.path, rollout.rewards and train.steps."""
+    """The defaults, changed as the variant says."""
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"{variant!r} is not one of {', '.join(VARIANTS)}")
     config = default_config()

@@ -1,8 +1,10 @@
 """PPO: a policy and a value on one frozen base, rewarded by a reward model or by functions.
 
-    jlora train --config=configs/ppo.py --config.model.path=MODEL --config.model.adapter=runs/sft/adapter \
+    jlora train --config=ppo --config.model.path=MODEL --config.model.adapter=runs/sft/adapter \
         --config.data.path=PROMPTS.jsonl --config.rollout.rewards="('model',)" \
         --config.rollout.reward_model=runs/reward/adapter --config.train.steps=400
+
+Requires model.path, data.path, rollout.rewards, train.steps.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +13,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Requires model.path, data.path, rollout.rewards and train.steps."""
+    """One completion a prompt, and a KL coefficient that adapts."""
     config = default_config()
     config.algorithm = "ppo"
     config.optim.learning_rate = 3e-5

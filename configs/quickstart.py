@@ -1,6 +1,6 @@
 """The quickstart: QLoRA of SmolLM2-135M-Instruct on function calling.
 
-scripts/quickstart.sh gives model.path and data.path.
+Requires model.path, data.path. scripts/quickstart.sh gives them.
 """
 
 from ml_collections import ConfigDict

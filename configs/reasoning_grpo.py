@@ -1,6 +1,8 @@
 """GRPO of SmolLM2-135M on sums and differences of small numbers, with reasoning-gym's reward; no data is needed.
 
-jlora train --config=configs/reasoning_grpo.py --config.model.path=MODEL
+    jlora train --config=reasoning_grpo --config.model.path=MODEL
+
+Requires model.path; the extra `tasks` (pip install 'jlora[tasks]').
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """A reward model: an adapter and a scalar head, trained on pairs of answers.
 
-    jlora train --config=configs/reward.py --config.model.path=MODEL --config.data.path=PAIRS.jsonl \
-        --config.train.epochs=1
+    jlora train --config=reward --config.model.path=MODEL --config.data.path=PAIRS.jsonl --config.train.epochs=1
+
+Requires model.path, data.path, train.steps or train.epochs.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from jlora.train.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Requires model.path, data.path and train.steps or train.epochs."""
+    """Rewards are held near 0, so that they can be compared between prompts."""
     config = default_config()
     config.algorithm = "reward"
     config.optim.learning_rate = 1e-4

@@ -1,4 +1,7 @@
-"""LoRA of SmolLM2-135M-Instruct, unquantised: a recipe that a laptop can run. Requires data.path."""
+"""LoRA of SmolLM2-135M-Instruct, unquantised: a recipe that a laptop can run.
+
+Requires data.path.
+"""
 
 from ml_collections import ConfigDict
 

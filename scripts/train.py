@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`jlora train` as a script, to start on every host of a TPU VM slice.
 
-python scripts/train.py --config=configs/sft.py --workdir=DIR --distributed ...
+python scripts/train.py --config=sft --workdir=DIR --distributed ...
 """
 
 import sys

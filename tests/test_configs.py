@@ -5,6 +5,7 @@ import runpy
 
 import pytest
 
+from jlora.cli import recipes
 from jlora.cli.overrides import read_config
 from jlora.train.config import ModelSource, RunConfig, TrainConfig, default_config, resolve
 
@@ -65,6 +66,37 @@ def test_every_relative_of_grpo_resolves(variant):
     overrides = ["--config.model.path=m", "--config.data.path=d", *JUDGED]
     plain, config = (resolve(read_config(f"{CONFIGS / 'grpo.py'}{word}", overrides)) for word in ("", f":{variant}"))
     assert variant == "dapo" or config.grpo != plain.grpo
+
+
+# What may be given, and with what it is given.
+GIVEN = VALUES | {
+    "train.steps": "3",
+    "rollout.rewards": "('rewards.py',)",
+    "rollout.reward_model": "reward/adapter",
+    "data.eval_path": "held_out.jsonl",
+}
+
+
+def required(name):
+    """The settings that a recipe says it requires: of those with "or" between them one."""
+    said = recipes.recipes()[name.removesuffix(".py")].needs.partition(";")[0]
+    return [group.split(" or ") for group in said.split(", ")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_requires_what_it_says_and_nothing_else(name):
+    def faults(settings):
+        try:
+            resolve(read_config(str(CONFIGS / name), [f"--config.{key}={GIVEN[key]}" for key in settings]))
+        except ValueError as error:
+            return str(error)
+
+    needed = required(name)
+    for place, choices in enumerate(needed):
+        others = [group[0] for group in needed[:place] + needed[place + 1 :]]
+        for choice in choices:
+            assert faults([*others, choice]) is None
+        assert any(choice in faults(others) for choice in choices)
 
 
 def test_the_general_recipe_is_the_defaults():

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 
 from jlora.cli.parsers import COMMANDS, parser
+from jlora.cli.recipes import recipes
 from jlora.cli.settings import settings
 from jlora.types import require
 
 # How the names of values begin that are files.
 FILES = ("FILE", "DIR", "PATH", "MODEL", "RUN", "TUNED")
+RECIPES = ("py", "yaml", "yml", "json")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,8 +55,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(*, prefix: str, action: argparse.Action, **_: object) -> Iterable[str]:
-    """The files that begin with the prefix, where a value is a file."""
-    if not str(action.metavar).startswith(FILES):
-        return ()
-    completers = require("argcomplete.completers", "completion")
-    return completers.FilesCompleter()(prefix=prefix)
+    """Recipes where a value is one, and files that begin with the prefix where it is a file."""
+    files = require("argcomplete.completers", "completion").FilesCompleter
+    if action.metavar == "RECIPE":
+        return [*recipes(), *(files(RECIPES)(prefix=prefix) if action.option_strings else ())]
+    return files()(prefix=prefix) if str(action.metavar).startswith(FILES) else ()

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jlora.cli import yamlfile
+from jlora.cli import recipes, yamlfile
 from jlora.errors import UserError
 from jlora.train.config import RunConfig, default_config, resolve, swept
 from jlora.train.rewards.pyfile import call, load_function
@@ -35,12 +35,14 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     """The ConfigDict of the file's get_config(), changed by the overrides.
 
     Unknown keys stay in it, so that `resolve` can name all of them at once. FILE.py:WORD passes WORD to get_config. A
-    YAML or JSON file, such as the config.json of a run, holds what differs from the defaults.
+    YAML or JSON file, such as the config.json of a run, holds what differs from the defaults. The path may also be the
+    name of one of jlora's recipes.
 
     Raises:
         FileNotFoundError: the file does not exist or cannot be read.
         ValueError: the file or the overrides are invalid.
     """
+    path = recipes.located(path)
     file, colon, word = path.partition(":")
     if _is_settings(path):
         return _apply(_read_settings(path), overrides) if overrides else _read_settings(path)

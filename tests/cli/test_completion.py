@@ -29,7 +29,8 @@ def place(tmp_path_factory):
     (folder / "jlora").write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m jlora "$@"\n')
     (folder / "jlora").chmod(0o755)
     (folder / "data").mkdir()
-    (folder / "data.jsonl").touch()
+    for name in ("data.jsonl", "mine.yaml", "mine.txt"):
+        (folder / name).touch()
     return folder
 
 
@@ -52,6 +53,9 @@ def test_bash_completes_commands_options_values_settings_and_files(place):
     asked = {
         "jlora ": ["train", "data", "plan"],
         "jlora qu": ["quantize"],
+        "jlora recipes sm": ["smollm2_135m"],
+        "jlora plan --config s": ["sft", "smollm2_135m"],
+        "jlora train --config mi": ["mine.yaml"],
         "jlora completion ": ["--help", "bash", "fish", "zsh"],
         "jlora merge --qu": ["--quant"],
         "jlora merge --method ti": ["ties"],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA or QLoRA",
+    "recipes": "the recipes that come with jlora",
     "data": "what a run trains on, token by token",
     "plan": "memory, FLOPs and traffic of a run on devices that you need not have",
     "compare": "several runs in one table and one plot",

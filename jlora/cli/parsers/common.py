@@ -28,7 +28,7 @@ def suggest(action: argparse.Action, values: Sequence[str]) -> None:
 
 def add_config_option(parser: argparse.ArgumentParser, text: str = "as for jlora train") -> None:
     """Adds --config, and `overrides` for what changes its settings: `jlora.cli.overrides` reads both."""
-    parser.add_argument("--config", required=True, metavar="FILE.py", help=text)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help=text)
     parser.set_defaults(overrides=[])
 
 

@@ -5,7 +5,7 @@ import argparse
 from jlora.cli.parsers.common import command
 
 SHELLS = ("bash", "zsh", "fish")
-EPILOG = """Commands, options, values, settings (--config.GROUP.KEY) and files are completed. To keep it:
+EPILOG = """Commands, options, values, settings (--config.GROUP.KEY), recipes and files are completed. To keep it:
 
   bash   echo 'eval "$(jlora completion bash)"' >> ~/.bashrc
   zsh    echo 'eval "$(jlora completion zsh)"' >> ~/.zshrc   (after compinit)

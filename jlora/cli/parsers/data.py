@@ -9,7 +9,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `jlora data`."""
     parser = command(
         "data",
-        usage="jlora data --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--show=N] [--json]",
+        usage="jlora data --config=RECIPE [--config.GROUP.KEY=VALUE ...] [--show=N] [--json]",
         description="What a run trains on, before anything is trained: which form the files have and what of them is "
         "not used, examples token by token with those that are trained marked, how they are packed into rows, their "
         "lengths, and what is left out and why. Only the model's tokenizer is loaded.",

@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     extras = ", ".join(f"jlora[{extra}]" for extra in COMPILERS)
     parser = command(
         "plan",
-        usage="jlora plan --config=FILE.py [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
+        usage="jlora plan --config=RECIPE [--config.GROUP.KEY=VALUE ...] --topology=DEVICES [--max_seq_len] [--json]",
         description="What a run needs, before any weight is read: parameters, the peak memory of a device by XLA's own "
         "compiler, FLOPs, and what moves between devices. The model's config.json is enough; no data is read, "
         "and every row is assumed to be full.",

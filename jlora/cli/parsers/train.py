@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `jlora train`."""
     parser = command(
         "train",
-        usage="jlora train --config=FILE.py [--config.GROUP.KEY=VALUE ...] [--sweep=GROUP.KEY=VALUE,VALUE ...] "
+        usage="jlora train --config=RECIPE [--config.GROUP.KEY=VALUE ...] [--sweep=GROUP.KEY=VALUE,VALUE ...] "
         "[--workdir=DIR]",
         description="Fine-tune a model. Run the same command again to resume after an interruption.",
         add_help=False,
@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-h", "--help", action=_Help, nargs="?", metavar="GROUP", help="show this, or the settings of one group"
     )
-    add_config_option(parser, "a recipe: Python with get_config() (see configs/), YAML or JSON")
+    add_config_option(parser, "a name (see jlora recipes), a Python file with get_config(), or YAML or JSON")
     parser.add_argument(
-        "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of FILE>)"
+        "--workdir", metavar="DIR", help="checkpoints, metrics and adapter (default: runs/<name of RECIPE>)"
     )
     add_sweep_option(parser)
     parser.add_argument(

@@ -34,7 +34,7 @@ PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class GRPOConfig:
-    """Group-relative policy optimisation (Shao et al. 2024) and its relatives; configs/grpo.py has them by name.
+    """Group-relative policy optimisation (Shao et al. 2024) and its relatives, which the recipe `grpo` has by name.
 
     Attributes:
         loss_type: how tokens are clipped and averaged (`jlora.losses.policy` has the formulas).

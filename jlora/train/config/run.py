@@ -43,8 +43,8 @@ class RunConfig(_WithGroups):
     Attributes:
         algorithm: what is minimised, on which data: "sft" and "dft" learn from texts; "dpo", "cpo", "orpo" and "reward"
             from pairs of answers, "kto" from single ones; "grpo" and "ppo" from the model's own completions.
-        adapters: several adapters to train side by side on one base, by name, each with its own settings (`jlora.train.config.OWN`):
-            {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
+        adapters: several adapters to train side by side on one base, by name, each with its own settings, as --sweep
+            takes them: {"shop": {"data": {"path": "shop.jsonl"}, "optim": {"learning_rate": 1e-4}}, "law": …}.
     """
 
     algorithm: Literal[tuple(ALGORITHMS)] = "sft"

@@ -8,10 +8,12 @@ from jlora.cli.kept import print_kept
 from jlora.cli.model import (
     adapter_layout,
     refuse_layout,
+    require_gguf,
     require_out,
     say_adapter,
     say_kept,
     tensor_bar,
+    write_modelfile,
 )
 from jlora.train.restore import load_run, read_config
 from jlora.train.results import run_tokenizer
@@ -24,8 +26,7 @@ def run(options: argparse.Namespace) -> int:
     options.merged = options.merged or full  # there is no adapter to write alone
     if options.merged or options.gguf:
         refuse_layout(options, "PEFT adapters; a merged model has none, and GGUF has one layout and its own scales")
-    if options.gguf:
-        hub.require_gguf(options.out, options.gguf, adapter=not options.merged)
+    require_gguf(options, adapter=not options.merged)
     settings = run_config.model
     inputs = {"--workdir": options.workdir, "the run's base": settings.path, "its first adapter": settings.adapter}
     require_out(options, inputs)
@@ -44,10 +45,15 @@ def run(options: argparse.Namespace) -> int:
         resized = config.model.resize_vocab is not None
         layout = adapter_layout(options, config.train)
         hub.save_adapter(options.out, params, base=config.model.path, save_embedding_layers=resized, **layout)
-    if not options.merged:
+    if options.merged:
+        print(f"{'' if full else 'merged '}model: {options.out}")
+    else:
         say_adapter(options.out, gguf=bool(options.gguf))
+    if options.modelfile:
+        base = config.model.path
+        write_modelfile(options, model, base, hub.load_tokenizer(base), adapter=not options.merged)
+    if not options.merged:
         return 0
-    print(f"{'' if full else 'merged '}model: {options.out}")
     if not (options.unmeasured or full):
         try:
             _, written = hub.load(options.out, dtype="float32" if options.gguf else hub.exact_dtype(options.out))

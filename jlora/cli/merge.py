@@ -13,9 +13,11 @@ from jlora.cli.model import (
     open_model,
     read_records,
     refuse_layout,
+    require_gguf,
     require_out,
     say_adapter,
     tensor_bar,
+    write_modelfile,
 )
 from jlora.cli.parsers.merge import parser
 from jlora.errors import UserError
@@ -43,8 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--unmeasured: what packing would erase is measured unless you say --lossy")
     if options.gguf and options.quant:
         raise UserError("--quant packs a folder for bitsandbytes, --gguf a file for llama.cpp: give one of them")
-    if options.gguf:
-        hub.require_gguf(options.out, options.gguf, adapter=options.adapter_only)
+    require_gguf(options, adapter=options.adapter_only)
     require_out(options, {"--model": options.model} | {f"--adapter={path}": path for path, _ in adapters})
     records = read_records(options)
     dtype = hub.float_dtype(options.dtype) if options.dtype else hub.checkpoint_dtype(options.model)
@@ -75,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     elif not options.gguf:
         hub.save_model(options.out, model, merged, tokenizer=tokenizer)
     print(f"merged model: {options.out}")
+    if options.modelfile:
+        write_modelfile(options, model, options.model, tokenizer, adapter=False)
     return 0
 
 
@@ -95,6 +98,8 @@ def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> 
         resized, layout = options.vocab is not None, adapter_layout(options)
         hub.save_adapter(options.out, params, base=options.model, save_embedding_layers=resized, **layout)
     say_adapter(options.out, gguf=bool(options.gguf))
+    if options.modelfile:
+        write_modelfile(options, model, options.model, hub.load_tokenizer(options.model), adapter=True)
 
 
 def _run_recipe(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub, lora, quant
+from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.models import Model
 from jlora.train.config import TrainConfig
@@ -50,6 +51,41 @@ def say_adapter(path: str, *, gguf: bool = False) -> None:
     print(f"adapter ({'GGUF' if gguf else 'PEFT'}): {path}")
     if not gguf and (note := hub.scales_note(path)):
         print(f"note: {note}")
+
+
+def require_gguf(options: argparse.Namespace, *, adapter: bool) -> None:
+    """Checks, before any work, what --gguf, --modelfile and --system ask for.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if options.system is not None and not options.modelfile:
+        raise UserError("--system is for the Modelfile: give --modelfile too")
+    if options.modelfile and not options.gguf:
+        raise UserError("--modelfile is for a GGUF file: give --gguf too")
+    if options.gguf:
+        hub.require_gguf(options.out, options.gguf, adapter=adapter)
+    if options.modelfile:
+        hub.require_modelfile(options.out, options.system, force=options.force)
+
+
+def write_modelfile(options: argparse.Namespace, model: Model, base: str, tokenizer: Any, *, adapter: bool) -> None:
+    """Writes what --modelfile asks for beside --out, and prints where and how Ollama takes it.
+
+    Args:
+        base: where the model came from.
+        tokenizer: the one whose tokens end an answer.
+    """
+    ends = end_ids(tokenizer, model.config.eos_token_ids, model.config.vocab_size)
+    path = hub.save_modelfile(
+        options.out,
+        base,
+        stops=[tokenizer.decode([end]) for end in ends],
+        adapter=adapter,
+        system=options.system,
+        force=options.force,
+    )
+    print(f"Modelfile: {path} (ollama create {Path(options.out).stem} -f {path})")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from jlora.hub.checkpoints.reading import (
 from jlora.hub.checkpoints.source import Source, open_source
 from jlora.hub.checkpoints.writing import require_writable, save_model
 from jlora.hub.gguf.mixtures import FILE_TYPES as GGUF_TYPES
+from jlora.hub.gguf.modelfile import require_modelfile, save_modelfile
 from jlora.hub.gguf.writing import require_gguf, save_gguf, save_gguf_adapter
 from jlora.hub.peft.conversion import convert_adapter
 from jlora.hub.peft.writing import save_adapter, scales_note
@@ -42,12 +43,14 @@ __all__ = [
     "read_model",
     "refuse_inputs",
     "require_gguf",
+    "require_modelfile",
     "require_own",
     "require_writable",
     "save_adapter",
     "save_gguf",
     "save_gguf_adapter",
     "save_model",
+    "save_modelfile",
     "save_quantized",
     "say_unused_tokenizer",
     "scales_note",

@@ -100,7 +100,13 @@ def test_to_gguf(trained, model_folder, tmp_path):
         "adapter.gguf": ("--gguf=f32",),
         "folder": ("--merged",),
     }.items():
-        assert main(["export", f"--workdir={trained}", f"--out={tmp_path / name}", *options]) == 0
+        modelfile = ["--modelfile"] if name.endswith("gguf") else []
+        assert main(["export", f"--workdir={trained}", f"--out={tmp_path / name}", *options, *modelfile]) == 0
+        if modelfile:
+            (tmp_path / "Modelfile").rename(tmp_path / f"{name}.modelfile")
+    lines = {name: (tmp_path / f"{name}.gguf.modelfile").read_text().splitlines() for name in ("model", "adapter")}
+    assert lines["model"][1] == "FROM ./model.gguf"
+    assert {f"FROM {model_folder}", "ADAPTER ./adapter.gguf"} <= set(lines["adapter"])
     (_, found), (_, expected) = hub.load(tmp_path / "model.gguf"), hub.load(tmp_path / "folder")
     expected = tree.flatten(expected)
     for path, leaf in tree.flatten(found).items():

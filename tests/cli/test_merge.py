@@ -183,6 +183,35 @@ def test_to_a_packed_gguf_file(merge, adapters, model_folder):
     assert not out.exists()
 
 
+def test_a_modelfile(merge, adapters, model_folder, tmp_path):
+    ends = [
+        jlora.load_tokenizer(model_folder).decode([end]) for end in jlora.load(model_folder)[0].config.eos_token_ids
+    ]
+    options = [f"--adapter={adapters[0]}", "--gguf=f16", "--modelfile", "--system=Answer in one word."]
+    code, shown, out = merge(*options, "--unmeasured")
+    assert code == 0 and f"ollama create {out.stem} -f {tmp_path / 'Modelfile'}" in shown
+    lines = (tmp_path / "Modelfile").read_text().splitlines()[1:]
+    assert ends and set(lines) >= {f"PARAMETER stop {end}" for end in ends}
+    assert lines[0] == f"FROM ./{out.name}" and lines[-1] == "SYSTEM Answer in one word."
+    code, _, out = merge(*options, "--adapter_only")
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert code == 0 and {f"FROM {model_folder}", f"ADAPTER ./{out.name}"} <= set(lines)
+
+
+def test_a_modelfile_that_cannot_be_is_refused_before_the_model_is_loaded(merge, adapters, tmp_path):
+    adapter = f"--adapter={adapters[0]}"
+    (tmp_path / "Modelfile").write_text("FROM mine\n")
+    for options, said in {
+        ("--modelfile",): "--modelfile is for a GGUF file",
+        ("--gguf=f16", "--system=Hi"): "--system is for the Modelfile",
+        ("--gguf=f16", "--modelfile", "--model=nowhere"): "is not from jlora",
+        ("--gguf=f16", "--modelfile", "--force", "--system=a\u00a0b", "--model=nowhere"): "U+00A0",
+    }.items():
+        code, shown, out = merge(adapter, *options)
+        assert code == 2 and said in shown and not out.exists()
+    assert (tmp_path / "Modelfile").read_text() == "FROM mine\n"
+
+
 @pytest.mark.parametrize("base", ["folder", "gguf"])
 def test_a_gguf_file_has_the_tokenizer_that_is_said_to_be_used(adapters, model_folder, tmp_path, base, capsys):
     adapter, out = tmp_path / "adapter", tmp_path / "out.gguf"

@@ -107,7 +107,7 @@ def add_on_error_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gguf_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --gguf."""
+    """Adds --gguf, --modelfile and --system."""
     parser.add_argument(
         "--gguf",
         type=str.lower,
@@ -116,6 +116,10 @@ def add_gguf_option(parser: argparse.ArgumentParser) -> None:
         help=f"write a GGUF file of this type for llama.cpp and Ollama: {', '.join(GGUF_TYPES)}; an adapter in one of "
         "the first three",
     )
+    parser.add_argument(
+        "--modelfile", action="store_true", help="write a Modelfile beside the GGUF file, for `ollama create`"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system text of the Modelfile")
 
 
 def add_layout_options(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,12 @@ from jlora.cli.model import (
     tensor_bar,
     write_modelfile,
 )
+from jlora.hub import cards
+from jlora.models.model import SCORE
+from jlora.train.config import RunConfig
 from jlora.train.restore import load_run, read_config
 from jlora.train.results import run_tokenizer
+from jlora.types import Params
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,10 +41,12 @@ def run(options: argparse.Namespace) -> int:
             hub.save_gguf(options.out, model, params, config.model.path, dtype=options.gguf, progress=bar)
     elif options.gguf:
         hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
-    elif options.merged and config.model.merges_packed:
-        hub.save_quantized(options.out, model, lora.merge(params), tokenizer=run_tokenizer(config))
     elif options.merged:
-        hub.save_model(options.out, model, params, tokenizer=run_tokenizer(config))
+        card = _card(config, params, options)
+        if config.model.merges_packed:
+            hub.save_quantized(options.out, model, lora.merge(params), tokenizer=run_tokenizer(config), card=card)
+        else:
+            hub.save_model(options.out, model, params, tokenizer=run_tokenizer(config), card=card)
     else:
         resized = config.model.resize_vocab is not None
         layout = adapter_layout(options, config.train)
@@ -61,3 +67,12 @@ def run(options: argparse.Namespace) -> int:
         except (ValueError, RuntimeError, MemoryError) as error:  # the model is written even if the figures fail
             warnings.warn(f"the share of the update kept could not be measured (--unmeasured): {error}", stacklevel=2)
     return 0
+
+
+def _card(config: RunConfig, params: Params, options: argparse.Namespace) -> cards.Card:
+    """The merged folder's card; `jlora publish` tells more of the run."""
+    run, full = cards.shown(options.workdir), config.lora is None
+    at = f", at step {options.step}" if options.step is not None else ""
+    what = "All weights of the base" if full else "A LoRA adapter"
+    how = f"{what} trained by the run `{run}`{at}{'' if full else ', and merged into the base'}."
+    return cards.model_card(options.out, [config.model.path], how, lora=not full, scored=SCORE in params)

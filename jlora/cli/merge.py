@@ -21,8 +21,10 @@ from jlora.cli.model import (
 )
 from jlora.cli.parsers.merge import parser
 from jlora.errors import UserError
+from jlora.hub import cards
 from jlora.hub.checkpoints.packed import quantizable
 from jlora.models import Model
+from jlora.models.model import SCORE
 from jlora.types import Params
 
 
@@ -69,16 +71,33 @@ def run(options: argparse.Namespace) -> int:
         merged = lora.merge(params, dtype)
     if options.quant:
         merged = _packed(merged, options.quant)
-    if not options.unmeasured:
-        _require_kept(print_kept(model, params, merged, tokenizer, records), options)
+    kept = None if options.unmeasured else print_kept(model, params, merged, tokenizer, records)
+    if kept:
+        _require_kept(kept, options)
+    card = _card(model, params, adapters, kept, options)
     if options.quant:
-        hub.save_quantized(options.out, model, merged, tokenizer=tokenizer)
+        hub.save_quantized(options.out, model, merged, tokenizer=tokenizer, card=card)
     elif not options.gguf:
-        hub.save_model(options.out, model, merged, tokenizer=tokenizer)
+        hub.save_model(options.out, model, merged, tokenizer=tokenizer, card=card)
     print(f"merged model: {options.out}")
     if options.modelfile:
         write_modelfile(options, model, options.model, tokenizer, adapter=False)
     return 0
+
+
+def _card(
+    model: Model, params: Params, adapters: list[tuple[str, float]], kept: lora.Kept | None, options: argparse.Namespace
+) -> cards.Card:
+    """The merged folder's card: which adapters, with which weights, and what of their update the weights hold."""
+    named = [f"`{cards.shown(path)}`" + (f" × {weight:g}" if len(adapters) > 1 else "") for path, weight in adapters]
+    by = f", combined by `{options.method or 'linear'}`," if len(adapters) > 1 else ""
+    packed = f", and packed as {options.quant}" if options.quant else ""
+    how = [f"The LoRA adapter{'s' if by else ''} {', '.join(named)}{by} merged into the base's weights{packed}."]
+    how += [f"{kept.summary}."] if kept else []
+    relation = "quantized" if options.quant else "finetune"
+    return cards.model_card(
+        options.out, [options.model], " ".join(how), relation=relation, lora=True, scored=SCORE in params
+    )
 
 
 def _require_kept(report: lora.Kept, options: argparse.Namespace) -> None:

@@ -171,7 +171,7 @@ def _card(
         sections=[
             tuned,
             cards.how_to_use(result.kind, base, where, scored=scored),
-            *(story.sections(run, curves=curves) if run else filter(None, [_told(result)])),
+            *(story.sections(run, curves=curves) if run else filter(None, [cards.how_made(result.folder)])),
             story.versions(),
         ],
     )
@@ -198,8 +198,3 @@ def _tags(result: Result, config: dict[str, Any]) -> list[str]:
         return [str(config.get("peft_type", "LORA")).lower(), *dora]
     with_adapter = result.run is not None and "lora.r" in result.run.settings
     return ["lora"] if with_adapter else []
-
-
-def _told(result: Result) -> str:
-    """What the card of a model that `jlora merge` or `export` wrote says about it."""
-    return cards.body_of(result.folder) if result.kind == "model" else ""

@@ -6,6 +6,7 @@ from typing import Any
 from jlora import hub, quant, tree
 from jlora.cli.model import encodable, open_model, read_records, require_out
 from jlora.errors import UserError
+from jlora.hub import cards
 from jlora.hub.checkpoints.packed import quantizable
 from jlora.train.evaluation.sensitivity import measure
 
@@ -21,8 +22,11 @@ def run(options: argparse.Namespace) -> int:
     if options.bits is not None:
         config = _mixed(options, config, dtype, tokenizer)
     model, params = open_model(options.model, dtype=dtype, quant=config, vocab=options.vocab)
-    hub.save_quantized(options.out, model, params, tokenizer=tokenizer)
-    print(f"{options.quant} model: {options.out} ({8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight)")
+    size = f"{8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight"
+    how = f"The linears of the layers packed as {options.quant}: {size}."
+    card = cards.model_card(options.out, [options.model], how, relation="quantized")
+    hub.save_quantized(options.out, model, params, tokenizer=tokenizer, card=card)
+    print(f"{options.quant} model: {options.out} ({size})")
     return 0
 
 

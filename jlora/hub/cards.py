@@ -17,6 +17,7 @@ from jlora.hub.checkpoints.weights import read_json
 FILE = "README.md"
 TAG = "jlora"
 LICENSE = ("license", "license_name", "license_link")
+MADE = "## How it was made"
 RELATIONS = ("adapter", "merge", "finetune", "quantized")
 
 
@@ -94,12 +95,51 @@ def license_of(base: str) -> dict[str, str]:
     return {name: said[name] for name in LICENSE if isinstance(said.get(name), str)}
 
 
-def body_of(folder: str | Path) -> str:
-    """What the folder's own card says below its title; "" if jlora did not write it."""
-    if not is_own(folder):
-        return ""
-    text = (Path(folder).expanduser() / FILE).read_text(encoding="utf-8").split("\n---\n", 1)[-1].strip()
-    return re.sub(r"\A# .*\n*", "", text)
+def model_card(
+    out: str | Path,
+    bases: Sequence[str],
+    how: str = "",
+    *,
+    relation: str = "finetune",
+    lora: bool = False,
+    scored: bool = False,
+) -> Card:
+    """The card of a folder that a command writes.
+
+    Args:
+        out: the folder, whose name is the title.
+        bases: Hub ids or places of what the model was made from. If one is a place on this machine, none is named.
+        how: what was done, in Markdown.
+        relation: to the bases, one of `RELATIONS`.
+        lora: whether adapters are part of it.
+        scored: whether it is a reward model.
+    """
+    ids = [name for base in bases if (name := hub_id(base))]
+    return Card(
+        title=Path(out).expanduser().resolve().name,
+        bases=ids if len(ids) == len(bases) else (),
+        relation=relation,
+        task="text-classification" if scored else "text-generation",
+        license=next(filter(None, map(license_of, bases)), {}),
+        tags=["lora"] if lora else [],
+        sections=[
+            "A model written with jlora.",
+            *([f"{MADE}\n\n{how}"] if how else []),
+            how_to_use("model", "", "path/to/this/folder", scored=scored),
+        ],
+    )
+
+
+def shown(place: str | Path) -> str:
+    """A model or an adapter as others may see it: its name on the Hub, or the last part of its place."""
+    return hub_id(str(place)) or Path(place).expanduser().resolve().name
+
+
+def how_made(folder: str | Path) -> str:
+    """The section of the folder's card on how the model was made; "" if jlora did not write it."""
+    text = (Path(folder).expanduser() / FILE).read_text(encoding="utf-8") if is_own(folder) else ""
+    found = re.search(rf"^{MADE}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found[0].strip() if found else ""
 
 
 def is_own(folder: str | Path) -> bool:

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from jlora.errors import ExistingFileError, Failed, MissingFileError, UserError, describe_faults
 from jlora.hub.adapters import check_adapter
 from jlora.hub.cards import FILE as CARD
-from jlora.hub.cards import header_of, hub_id, is_own
+from jlora.hub.cards import hub_id, is_own
 from jlora.hub.checkpoints.beside import PROCESSOR
 from jlora.hub.checkpoints.folder import refuse_inputs, replacing
 from jlora.hub.checkpoints.source import open_source
@@ -116,9 +116,11 @@ def upload(
     require_repo(repo)
     folder = Path(folder).expanduser()
     kind = kind_of(folder) if folder.is_dir() else None
-    # The short card of `save_adapter` has no task: its folder still names places on this machine.
-    if kind is None or not is_own(folder) or "pipeline_tag" not in header_of(folder):
-        raise UserError(f"{folder} is no folder that `jlora publish --out` wrote: give --adapter or --model too")
+    if kind is None or not is_own(folder) or not _is_public(read_json(folder / MARKER[kind])):
+        raise UserError(
+            f"{folder} is no folder that `jlora publish --out` wrote, or its settings name places on this machine: "
+            "give --adapter or --model too"
+        )
     files, others = result_files(folder, kind)
     if others:
         raise UserError(describe_faults(f"{folder}: not uploaded, these are no part of the {kind}; remove", others))
@@ -179,6 +181,11 @@ def _public(config: dict[str, Any], base: str | None) -> dict[str, Any]:
         return base or hub_id(config[name])
 
     return config | {name: named(name) for name in PLACES if isinstance(config.get(name), str)}
+
+
+def _is_public(config: dict[str, Any]) -> bool:
+    """Whether the settings name no place on this machine."""
+    return config == _public(config, None)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -57,9 +57,14 @@ class Kept:
         energy = sum(module.energy for module in self.modules)
         return (sum(module.missed for module in self.modules) / energy) ** 0.5 if energy else 0.0
 
+    @property
+    def summary(self) -> str:
+        """`fraction` and `error` in words."""
+        return f"{self.fraction:.2%} of the update kept, error {self.error:.2e} of its norm"
+
     def __str__(self) -> str:
         width = max((len(module.path) for module in self.modules), default=0)
-        lines = [f"{self.fraction:.2%} of the update kept, error {self.error:.2e} of its norm"]
+        lines = [self.summary]
         lines.append(f"{'weight':<{width}}  {'kept':>8}  {'error':>8}")
         for module in self.modules:
             kept, error = (

@@ -1,6 +1,7 @@
 """`jlora merge`: models that transformers opens, mixtures that load as adapters, and no packed sum by accident."""
 
 import json
+import pathlib
 import shutil
 
 import gguf
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 import jlora
 from jlora import hub, lora, tree
@@ -64,6 +66,17 @@ def test_a_merged_model_is_the_unmerged_one(merge, adapters, model_folder):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         np.testing.assert_allclose(theirs(torch.tensor(TOKENS)).logits.numpy(), expected, atol=1e-5)
+
+
+def test_the_card_tells_what_was_merged(merge, adapters, model_folder):
+    _, _, out = merge(f"--adapter={adapters[0]}:0.5", f"--adapter={adapters[1]}:-2", "--quant=nf4", "--lossy")
+    card = ModelCard.load(out / "README.md")
+    header = card.data
+    assert (header.library_name, header.tags, header.get("base_model")) == ("transformers", ["jlora", "lora"], None)
+    names = [pathlib.Path(folder).name for folder in adapters]
+    told = f"`{names[0]}` × 0.5, `{names[1]}` × -2, combined by `linear`, merged into the base's weights, and packed"
+    assert told in card.text and "% of the update kept, error" in card.text
+    assert not any(str(pathlib.Path(place).parent) in card.text for place in (*adapters, model_folder, out))
 
 
 def test_several_adapters_with_weights_are_one(merge, adapters, model_folder):

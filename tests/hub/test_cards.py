@@ -25,7 +25,21 @@ def test_a_card_comes_back(tmp_path):
             "tags": ["jlora", "lora"],
         }
     )
-    assert cards.is_own(tmp_path) and cards.body_of(tmp_path) == "## One\n\ntwo"
+    assert cards.is_own(tmp_path) and cards.how_made(tmp_path) == ""
+
+
+def test_a_models_card_names_no_place_on_this_machine(tmp_path):
+    made = cards.model_card(
+        tmp_path / "merged", ["a/one", str(tmp_path)], "By hand.\n\n```yaml\nx: 1\n```", relation="merge"
+    )
+    (tmp_path / cards.FILE).write_text(str(made))
+    header = cards.header_of(tmp_path)
+    assert "base_model" not in header and header["tags"] == ["jlora"]
+    assert "# merged" in str(made) and str(tmp_path) not in str(made)
+    assert cards.how_made(tmp_path) == "## How it was made\n\nBy hand.\n\n```yaml\nx: 1\n```"
+    both = cards.model_card("x", ["a/one", "b/two"], relation="merge", lora=True)
+    (tmp_path / cards.FILE).write_text(str(both))
+    assert cards.header_of(tmp_path)["base_model"] == ["a/one", "b/two"] and cards.how_made(tmp_path) == ""
 
 
 @pytest.mark.parametrize(
@@ -33,7 +47,7 @@ def test_a_card_comes_back(tmp_path):
 )
 def test_other_cards_are_not_ours(tmp_path, text):
     (tmp_path / cards.FILE).write_text(text)
-    assert not cards.is_own(tmp_path) and cards.body_of(tmp_path) == ""
+    assert not cards.is_own(tmp_path) and cards.how_made(tmp_path) == ""
 
 
 def test_the_licence_of_a_base(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from jlora import lora, quant, tree
 from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.families.family import IN_OUT
+from jlora.hub.cards import Card, model_card
 from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import Beside, beside, part_of
 from jlora.hub.checkpoints.bitsandbytes import FORMATS, packed_tensors, stored_tensors
@@ -46,6 +47,7 @@ def save_quantized(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    card: Card | None = None,
 ) -> None:
     """Writes the model as transformers and bitsandbytes write a packed one, complete or not at all.
 
@@ -54,6 +56,7 @@ def save_quantized(
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
+        card: the model card (None: one that says how to open the folder).
 
     Raises:
         ValueError: `params` are not those of `model`, or bitsandbytes' format cannot hold them; all is listed.
@@ -62,7 +65,7 @@ def save_quantized(
     leaves = tree.flatten(params)
     if mxfp4.METHOD in map(quant.format_of, leaves.values()):
         _require_mxfp4(model, leaves)
-        save_model(path, model, params, tokenizer, shard_bytes=shard_bytes)
+        save_model(path, model, params, tokenizer, shard_bytes=shard_bytes, card=card)
         return
     params = only_scored(model, params) if SCORE in params else params
     model = untied(model, params)
@@ -80,7 +83,8 @@ def save_quantized(
         else Entry(piece.nbytes, functools.partial(tensors_of, params, piece))
         for piece in spelled(pieces, others)
     ]
-    write_folder(path, (config, generation), entries, tokenizer, shard_bytes, others)
+    card = card or model_card(path, (), relation="quantized", scored=SCORE in params)
+    write_folder(path, (config, generation), entries, tokenizer, shard_bytes, card, others)
 
 
 def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:

@@ -16,6 +16,8 @@ from jlora import lora, quant, tree
 from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.families import FAMILIES
+from jlora.hub.cards import FILE as CARD
+from jlora.hub.cards import Card, model_card
 from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import PROCESSOR, Beside, beside
 from jlora.hub.checkpoints.bitsandbytes import COMPANION
@@ -79,6 +81,7 @@ def save_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    card: Card | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
@@ -89,6 +92,7 @@ def save_model(
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
+        card: the model card (None: one that says how to open the folder).
 
     Raises:
         ValueError: `params` are not those of `model`, have a score head that transformers has no class for, or the
@@ -99,7 +103,8 @@ def save_model(
     pieces, others = pieces_of(model, params), _unpacked(beside(model))
     config, generation = configs(model, pieces, tokenizer)
     entries, packing = _entries(model, params, spelled(pieces, others))
-    write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, others)
+    card = card or model_card(path, (), scored=SCORE in params)
+    write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, card, others)
 
 
 def _entries(model: "Model", params: Params, pieces: Sequence[Piece]) -> tuple[list[Entry], dict[str, Any]]:
@@ -186,9 +191,10 @@ def write_folder(
     entries: Sequence[Entry],
     tokenizer: "PreTrainedTokenizerBase | None",
     shard_bytes: int,
+    card: Card,
     others: Beside | None = None,
 ) -> None:
-    """Writes config.json, generation_config.json, the tensors and the tokenizer, complete or not at all.
+    """Writes config.json, generation_config.json, the tensors, the tokenizer and the card, complete or not at all.
 
     Args:
         others: what is copied: tensors, the settings of processors, and the tokenizer if there is no other.
@@ -214,6 +220,7 @@ def write_folder(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+        (folder / CARD).write_text(str(card), encoding="utf-8")
         if others:
             others.copy_files(folder, PROCESSOR if tokenizer is not None else PROCESSOR + TOKENIZER)
 

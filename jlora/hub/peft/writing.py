@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 from jlora import lora, tree
 from jlora.errors import UserError, first_few
 from jlora.families import FAMILIES, Family, each
+from jlora.hub.cards import FILE as CARD
+from jlora.hub.cards import Card, how_to_use, hub_id, shown
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.folder import replacing
 from jlora.hub.checkpoints.score import has_score
@@ -85,7 +87,7 @@ def save_adapter(
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / "README.md").write_text(_card(config), encoding="utf-8")
+        (folder / CARD).write_text(str(_card(config)), encoding="utf-8")
 
 
 def scales_note(path: str | Path) -> str | None:
@@ -320,37 +322,23 @@ def _tidy(alpha: float) -> int | float:
     return nearest if abs(alpha - nearest) <= 1e-6 * max(1.0, abs(alpha)) else alpha
 
 
-def _card(config: Mapping[str, Any]) -> str:
-    """A short model card, with the header that the Hub reads."""
+def _card(config: Mapping[str, Any]) -> Card:
+    """The card of an adapter, before `jlora publish` tells more of it."""
     base = config["base_model_name_or_path"]
-    header = [
-        "---",
-        *([f"base_model: {json.dumps(base)}"] if base else []),
-        "library_name: peft",
-        "tags:",
-        "- jlora",
-        "- lora",
-        "---",
-    ]
     targets = config["modules_to_save" if config["target_modules"] == NO_TARGETS else "target_modules"]
     on = ", ".join(dict.fromkeys(re.sub(r"^`experts\.\d+\.", "`experts.*.", f"`{name}`") for name in targets))
     scored = config["task_type"] == "SEQ_CLS"
-    auto, labels = ("SequenceClassification", ", num_labels=1") if scored else ("CausalLM", "")
     by_module = config.get("rank_pattern") or config.get("alpha_pattern")
     alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""
-    body = [
-        "",
-        f"# {'LoRA' if alpha else config['peft_type']} adapter",
-        "",
-        f"Trained with jlora{f' on `{base}`' if base else ''}.",
-        f"Rank {config['r']}{alpha}, on {on}.",
-        "",
-        "```python",
-        f"from peft import AutoPeftModelFor{auto}",
-        "",
-        f'model = AutoPeftModelFor{auto}.from_pretrained("path/to/this/folder"{labels})',
-        "```",
-        "",
-        *(["Ranks and scales differ by module: readers need rank_pattern and alpha_pattern.", ""] if by_module else []),
-    ]
-    return "\n".join(header + body)
+    return Card(
+        title=f"{'LoRA' if alpha else config['peft_type']} adapter",
+        library="peft",
+        bases=[base] if hub_id(base) else [],
+        relation="adapter",
+        task="text-classification" if scored else "text-generation",
+        sections=[
+            f"Trained with jlora{f' on {shown(base)}' if base else ''}. Rank {config['r']}{alpha}, on {on}.",
+            how_to_use("adapter", hub_id(base) or "path/to/the/base", "path/to/this/folder", scored=scored),
+            *(["Ranks and scales differ by module: readers need rank_pattern and alpha_pattern."] if by_module else []),
+        ],
+    )

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from jlora.errors import UserError
 from jlora.families import called
 from jlora.families.fields import HARMLESS
+from jlora.hub.cards import model_card, shown
 from jlora.hub.checkpoints.beside import beside_of, half_of
 from jlora.hub.checkpoints.folder import refuse_inputs
 from jlora.hub.checkpoints.names import is_harmless
@@ -139,7 +141,23 @@ def merge_models(
     set_template(tokenizer, plan.chat_template, models_of(settings))
     largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
     config = config | {"dtype": _dtype(largest, plan, sources).name}
-    write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, others)
+    card = model_card(out, models_of(settings), _how(settings), relation="merge")
+    write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, card, others)
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    """The recipe for the model card, without places on this machine."""
+    places = {model: shown(model) for model in models_of(settings)}
+
+    def named(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: named(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(one) for one in value]
+        return places.get(value, value) if isinstance(value, str) else value
+
+    text = yaml.safe_dump(named(settings), sort_keys=False)
+    return f"Models combined by this recipe, which mergekit reads too:\n\n```yaml\n{text}```"
 
 
 def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: Mapping[str, Source]) -> None:

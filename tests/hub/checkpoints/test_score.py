@@ -164,7 +164,8 @@ def test_the_folder_says_that_it_is_a_reward_model(save_base, tmp_path):
     assert tensors["base_model.model.score.weight"].shape == (1, 48)
     card = (tmp_path / "one" / "README.md").read_text()
     namespace = {}
-    exec(card.split("```python")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "one")), namespace)
+    code = card.split("```python")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "one"))
+    exec(code.replace("path/to/the/base", str(folder)), namespace)
     np.testing.assert_allclose(torch_scores(namespace["model"].eval()), scores(model, params), rtol=1e-5, atol=1e-5)
 
 

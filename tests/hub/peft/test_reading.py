@@ -167,7 +167,7 @@ def test_the_config_says_what_other_readers_look_for(base, tmp_path):
     assert {value.dtype.name for value in tensors.values()} == {"float32"}
     assert tensors["base_model.model.model.layers.2.self_attn.k_proj.lora_A.weight"].shape == (4, 48)
     assert tensors["base_model.model.model.layers.2.self_attn.k_proj.lora_B.weight"].shape == (20, 4)
-    assert 'base_model: "owner/model"' in (tmp_path / "adapter" / "README.md").read_text()
+    assert "base_model: owner/model\n" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_the_same_adapter_has_the_same_bytes(base, tmp_path):

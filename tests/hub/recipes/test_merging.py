@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jlora import hub
 from jlora.cli.main import main
+from jlora.hub import cards
 
 SIZES = dict(
     vocab_size=67,
@@ -61,6 +62,17 @@ def agree(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
+
+
+def test_the_card_has_the_recipe_without_places_on_this_machine(models, tmp_path):
+    recipe = {"merge_method": "linear", "dtype": "float32"}
+    recipe["models"] = [{"model": name, "parameters": {"weight": 1.0}} for name in ("one", "two")]
+    merged(recipe, models, tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    told = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    names = [models[name].name for name in ("one", "two")]
+    assert [entry["model"] for entry in told["models"]] == names and told["merge_method"] == "linear"
+    assert str(models["one"].parent) not in card and cards.header_of(tmp_path / "out")["tags"] == ["jlora"]
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -98,7 +98,7 @@ def _kind(gguf: Any, value: Any) -> Any:
 def _packed(gguf: Any, tensor: Tensor, values: np.ndarray, type: Any) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
-    largest = float(np.abs(values).max(initial=0))
+    largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     # Packed types have scales in float16.
     if tensor.type not in ("F32", "BF16") and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{tensor.name}: weights up to {largest:.3g} are more than float16 holds; write bf16 or f32")

@@ -3,7 +3,7 @@
 
     python benchmarks/full_vs_lora.py [--steps=48] [--questions=40] [--only NAME …] [--config.GROUP.KEY=VALUE …]
 
-Twenty minutes on two CPU cores that have nothing else to do. Each run is a process of its own, so that its peak memory
+Forty minutes on two CPU cores. Each run is a process of its own, so that its peak memory
 is its own (on CPUs the process's, model and compiler included). Then the trained models answer the test questions, and
 are compared with the untouched base on general text and on multiple-choice questions. The table is printed, and saved
 as JSON in benchmarks/results/ after each run; `--only` keeps the other runs' figures there.

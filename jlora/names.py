@@ -13,12 +13,8 @@ ExpertLayout = Literal["stacked", "each"]
 
 FLOATS = ("bfloat16", "float16", "float32")  # dtypes of weights
 PACKED_FORMATS = ("nf4", "fp4", "int4", "int8", "mxfp4")  # jlora.quant.FORMATS
-WRITTEN_FORMATS = (
-    "nf4",
-    "fp4",
-    "int8",
-    "mxfp4",
-)  # jlora.hub.checkpoints.methods.BY_FORMAT
+# Those that checkpoints hold: jlora.hub.checkpoints.methods.BY_FORMAT
+WRITTEN_FORMATS = ("nf4", "fp4", "int8", "mxfp4")
 GGUF_TYPES = (  # jlora.hub.GGUF_TYPES
     *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0"),
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),

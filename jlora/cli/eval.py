@@ -13,10 +13,10 @@ from rich.table import Table
 
 from jlora import data, lora
 from jlora.cli.model import load_model, open_model, print_note
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, raise_all
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
-from jlora.train.evaluation import forgetting
+from jlora.train.evaluation import forgetting, metrics
 from jlora.train.evaluation.records import ANSWER, NUMBERS, MetricFailed, evaluate, load_metric
 from jlora.types import Params, require
 
@@ -24,8 +24,12 @@ from jlora.types import Params, require
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     # Whatever can be checked without the model is checked before it is loaded.
-    metric = load_metric(options.metric) if options.metric else None
+    of_each = options.metric and options.metric.endswith(".py")
+    metric = load_metric(options.metric) if of_each else None
+    own = metrics.load(options.metric) if options.metric and not of_each else None
     records = _read(options)
+    keys = {key for record in records for key in record}
+    raise_all(f"--metric: {fault}" for fault in (own.faults(keys) if own else ()))
     sets = _sets(options) if options.against or options.scales else {}
     model, params, tokenizer = load_model(options)
     if not options.pairs:
@@ -38,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     def measure(model: Model, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(
+        numbers, answers = evaluate(
             model,
             params,
             tokenizer,
@@ -49,6 +53,13 @@ def run(options: argparse.Namespace) -> int:
             seq_len=options.seq_len,
             generate_texts=not options.loss_only,
         )
+        if own is None:
+            return numbers, answers
+        try:
+            more, answers = metrics.scored(own, records, answers)
+        except UserError as error:
+            raise MetricFailed([(own.name, str(error))], numbers, answers) from error
+        return numbers | more, answers
 
     if options.against or options.scales:
         (_against if options.against else _sweep)(options, _Measured(model, params, tokenizer, records, sets, measure))

@@ -3,6 +3,7 @@ import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 from jlora.cli.main import main
@@ -22,6 +23,36 @@ def test_json_holds_loss_perplexity_and_the_metric(model_folder, data_file, tmp_
     assert found["n"] == 12
     assert found["asked"] == 2
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
+
+
+def test_a_function_of_all_texts_says_something_of_each(model_folder, data_file, tmp_path, capsys):
+    """As in train.metrics; None leaves a text out."""
+    (tmp_path / "own.py").write_text(
+        "def told(texts, targets, messages):\n"
+        "    lengths = [len(text) if number else None for number, text in enumerate(texts)]\n"
+        "    return {'length': lengths, 'asked': len(messages), 'same': [x == y for x, y in zip(texts, targets)]}\n"
+        "def greedy(texts, prices): ...\n"
+        "def broken(texts): return texts\n"
+        "def taken(texts): return {'loss': 1.0}\n"
+    )
+    answers, own = tmp_path / "answers.jsonl", tmp_path / "own.py"
+    common = [f"--model={model_folder}", f"--data={data_file}", "--max_new_tokens=4"]
+    found = numbers(capsys, *common, f"--metric={own}:told", f"--answers={answers}")
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    lengths = [len(answer["text"]) for answer in written]
+    assert found["length"] == pytest.approx(np.mean(lengths[1:])) and found["asked"] == len(written)
+    assert "length" not in written[0] and [answer["length"] for answer in written[1:]] == lengths[1:]
+    assert found["same"] == np.mean([answer["same"] for answer in written])
+    for name, message in [
+        ("greedy", "--metric: {}:greedy wants ['prices'], expected parameters among"),
+        ("broken", "expected a number, a list of one number or None for each of"),
+        ("taken", "returned the names ['loss'], expected names other than"),
+        ("missing", "missing"),
+    ]:
+        assert main(["eval", *common, "--json", f"--metric={own}:{name}"]) == 2
+        said = capsys.readouterr()
+        assert message.format(own) in said.err, said.err
+        assert ('"perplexity"' in said.out) == (name in ("broken", "taken"))  # what was computed is kept
 
 
 def test_a_metric_that_fails_is_named_with_its_line_and_what_was_computed_is_kept(

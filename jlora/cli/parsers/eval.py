@@ -13,7 +13,11 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="records as for training")
     add_on_error_option(parser)
-    parser.add_argument("--metric", metavar="FILE.py", help="a file with metric(record, text) → numbers by name")
+    parser.add_argument(
+        "--metric",
+        metavar="FILE.py[:FUNCTION]",
+        help="a file with metric(record, text) → numbers by name, or a function as train.metrics takes them",
+    )
     parser.add_argument("--max_new_tokens", type=positive, default=128, metavar="N", help="longest text (default: 128)")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="records per batch (default: 8)")
     parser.add_argument(

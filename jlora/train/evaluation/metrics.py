@@ -17,7 +17,7 @@ from jlora import data
 from jlora.errors import UserError, group_faults, raise_all
 from jlora.generate import generate
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
-from jlora.train.evaluation.records import load_metric, metric_numbers
+from jlora.train.evaluation.records import RESERVED, load_metric, metric_numbers
 from jlora.train.rewards.calls import parameters
 from jlora.train.rewards.judging import as_messages
 from jlora.train.rewards.pyfile import call, load_function
@@ -67,7 +67,7 @@ def measured(plan: Planner) -> Planner:
                 f"train.metrics: {empty} of {len(planned.held_out)} held-out records have no prompt to write a text for"
             )
         keys = {key for record in planned.held_out for key in record}
-        raise_all(fault for measure in measures for fault in measure.faults(keys))
+        raise_all(f"train.metrics: {fault}" for measure in measures for fault in measure.faults(keys))
         return _with_measures(config, planned, measures)
 
     return with_metrics
@@ -125,10 +125,10 @@ def join(numbers: Numbers, measures: Sequence["Metric"], generated: Generated) -
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric of `train.metrics`.
+    """A metric of one's own.
 
     Attributes:
-        name: as the setting names it.
+        name: as a setting or an option names it.
         label: names a number that comes without a name.
         function: called by the names of its parameters.
         path: the file that it is from.
@@ -140,7 +140,15 @@ class Metric:
     path: str
 
     def __call__(self, generated: Generated) -> Numbers:
-        """The metric's numbers by name.
+        """The metric's numbers by name, of several the mean.
+
+        Raises:
+            UserError: it failed, or returned something else.
+        """
+        return {name: _mean(found) for name, found in self.values(generated).items()}
+
+    def values(self, generated: Generated) -> dict[str, list[float | None] | float]:
+        """What the metric says by name: of each text, None where it says nothing, or of all of them.
 
         Raises:
             UserError: it failed, or returned something else.
@@ -152,26 +160,47 @@ class Metric:
         named = result if isinstance(result, Mapping) else {self.label: result}
         if wrong := [name for name in named if not isinstance(name, str)]:
             raise UserError(f"{self.name}: returned numbers named {wrong}, expected texts as names")
-        return {name: self._mean(value, len(generated.texts)) for name, value in named.items()}
+        return {name: self._checked(value, len(generated.texts)) for name, value in named.items()}
 
     def faults(self, keys: Collection[str]) -> list[str]:
         """What the function asks for that neither the evaluation nor records with these keys have."""
         needed = [name for name, required in parameters(self.function)[0].items() if required]
         if missing := [name for name in needed if name not in (*GIVEN, *keys)]:
             known = ", ".join((*GIVEN, *sorted(set(keys) - set(GIVEN))))
-            return [f"train.metrics: {self.name} wants {missing}, expected parameters among {known}"]
+            return [f"{self.name} wants {missing}, expected parameters among {known}"]
         return []
 
-    def _mean(self, value: Any, count: int) -> float:
+    def _checked(self, value: Any, count: int) -> list[float | None] | float:
         several = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0  # 0-d arrays have __len__ too
         wrong = isinstance(value, str | Mapping) or (several and len(value) != count)
-        each = [] if wrong else [one for one in (value if several else [value]) if one is not None]
-        if wrong or not all(map(_is_number, each)):
+        each = [] if wrong else list(value) if several else [value]
+        if wrong or not all(one is None or _is_number(one) for one in each):
             raise UserError(
                 f"{self.name}: returned {reprlib.repr(value)}, expected a number, a list of one number or None for "
                 f"each of {count} texts, or a dict of these"
             )
-        return math.fsum(map(float, each)) / len(each) if each else math.nan
+        found = [None if one is None else float(one) for one in each]
+        return found if several else math.nan if found == [None] else found[0]
+
+
+def scored(
+    metric: Metric, records: Sequence[dict[str, Any]], answers: Sequence[Mapping[str, Any]]
+) -> tuple[Numbers, list[dict[str, Any]]]:
+    """(the metric's numbers, the answers of `evaluate` with what the metric says of each).
+
+    Raises:
+        UserError: it failed, returned something else than numbers, or uses a name that is taken.
+    """
+    columns = ([answer[name] for answer in answers] for name in ("prompt", "text", "target"))
+    found = metric.values(Generated(records, *columns))
+    if taken := sorted(set(found) & set(RESERVED)):
+        raise UserError(f"{metric.name}: returned the names {taken}, expected names other than {RESERVED}")
+    each = {name: values for name, values in found.items() if isinstance(values, list)}
+    own = [
+        {name: values[row] for name, values in each.items() if values[row] is not None} for row in range(len(answers))
+    ]
+    joined = [{**answer, **more} for answer, more in zip(answers, own, strict=True)]
+    return {name: _mean(values) for name, values in found.items()}, joined
 
 
 def load_metrics(names: Sequence[str]) -> list[Metric]:
@@ -183,7 +212,7 @@ def load_metrics(names: Sequence[str]) -> list[Metric]:
     metrics, faults = [], []
     for name in names:
         try:
-            metrics.append(_load(name))
+            metrics.append(load(name))
         except UserError as error:
             faults.append(f"train.metrics: {error}")
     counts = collections.Counter(metric.label for metric in metrics)
@@ -192,7 +221,12 @@ def load_metrics(names: Sequence[str]) -> list[Metric]:
     return metrics
 
 
-def _load(name: str) -> Metric:
+def load(name: str) -> Metric:
+    """The metric that is called so (see `load_metrics`).
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     if name == EXACT_MATCH:
         return Metric(name, name, exact_match, name)
     match = re.fullmatch(r"(.+\.py)(?::(\w+))?", name)
@@ -207,6 +241,14 @@ def _load(name: str) -> Metric:
 def exact_match(texts: Sequence[str], targets: Sequence[str]) -> list[float]:
     """1 for each text that equals its target but for spaces around it, else 0."""
     return [float(text.strip() == target.strip()) for text, target in zip(texts, targets, strict=True)]
+
+
+def _mean(found: list[float | None] | float) -> float:
+    """The mean of those that are not None; a number as it is."""
+    if not isinstance(found, list):
+        return found
+    each = [one for one in found if one is not None]
+    return math.fsum(each) / len(each) if each else math.nan
 
 
 def _is_number(value: Any) -> bool:

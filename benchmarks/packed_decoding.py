@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""What does a packed base cost and save in decoding? Tokens per second and memory of each format.
+"""What does a packed base cost and save in decoding, beside transformers? Tokens per second and memory of each format.
 
-    python benchmarks/packed_decoding.py [--formats float32,bfloat16,int8,nf4] [--dtype float32] [--rows 1,16]
+    python benchmarks/packed_decoding.py [--formats transformers,float32,bfloat16,int8,nf4] [--dtype float32]
+        [--rows 1,16]
 
-SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy decoding. Each format has its
-own process, and they take turns. What a packed format does not pack (embeddings, norms, activations) is in `--dtype`,
-by default float32, in which CPUs are fast. Seconds are medians and cover only decoding (a run of `--new` tokens minus a
-run of one). Memory is that of the weights, and the process's peak resident set (as Linux counts it) beyond what it had
-before it made them, so this runs on CPUs only.
+SmolLM2-135M's architecture with random weights and a LoRA adapter on all linears, greedy decoding. `transformers` is
+its `generate` in float32 with PEFT's adapter. Each format has its own process, and they take turns. What a packed
+format does not pack (embeddings, norms, activations) is in `--dtype`, by default float32, in which CPUs are fast.
+Seconds are medians and cover only decoding (a run of `--new` tokens minus a run of one). Memory is that of the weights,
+and the process's peak resident set (as Linux counts it) beyond what it had before it made them, so this runs on CPUs
+only.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import multiprocessing
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,6 +36,8 @@ from jlora import lora, models, quant, tree
 from jlora.generate import decode
 from jlora.types import Params
 
+PEER = "transformers"
+Decode = Callable[[np.ndarray, int], None]  # (tokens [rows, prompt], how many to decode after them)
 DENSE = ("float32", "bfloat16", "float16")
 MIB = 2**20
 
@@ -68,27 +73,58 @@ def forget_peak() -> None:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
-    """Holds one format and decodes on request: sends (bytes of the weights, peak bytes), then seconds per request."""
+def ours(format: str, options: argparse.Namespace) -> tuple[int, int, Decode]:
+    """Bytes of the weights, of the process before they were made, and what decodes."""
     jnp.zeros(1).block_until_ready()
     before = memory("VmRSS")
     model = models.build(SIZES | {"model_type": "llama", "rope_theta": 1e5})
     params = weights(model, format, options.dtype)
+
+    def decoded(tokens: np.ndarray, new: int) -> None:
+        rows, width = tokens.shape
+        lengths, keys = jnp.full(rows, width, jnp.int32), jax.random.split(jax.random.key(0), rows)
+        settings = dict(rows=rows, max_new_tokens=new, stop_ids=(), greedy=True)
+        decode(model, params, jnp.asarray(tokens, jnp.int32), lengths, keys, **settings).tokens.block_until_ready()
+
+    return tree.nbytes(params), before, decoded
+
+
+def theirs(options: argparse.Namespace) -> tuple[int, int, Decode]:
+    """The same of transformers and PEFT."""
+    import peft
+    import torch
+    import transformers
+
+    before = memory("VmRSS")
+    config = transformers.LlamaConfig(**SIZES, pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    adapter = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config).eval(), adapter)
+
+    def decoded(tokens: np.ndarray, new: int) -> None:
+        ids = torch.from_numpy(tokens)
+        settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(ids))
+        with torch.inference_mode():
+            assert model.generate(input_ids=ids, **settings).shape == (len(tokens), tokens.shape[1] + new)
+
+    return sum(value.nbytes for value in model.parameters()), before, decoded
+
+
+def work(pipe: Connection, format: str, options: argparse.Namespace) -> None:
+    """Holds one format and decodes on request: sends (bytes of the weights, peak bytes), then seconds per request."""
     generator = np.random.default_rng(0)
+    nbytes, before, decoded = (theirs if format == PEER else functools.partial(ours, format))(options)
 
     def run(rows: int, new: int) -> float:
-        tokens = jnp.asarray(generator.integers(0, SIZES["vocab_size"], (rows, options.prompt)), jnp.int32)
-        lengths, keys = jnp.full(rows, options.prompt, jnp.int32), jax.random.split(jax.random.key(0), rows)
-        settings = dict(rows=rows, max_new_tokens=new, stop_ids=(), greedy=True)
+        tokens = generator.integers(1, SIZES["vocab_size"], (rows, options.prompt))
         start = time.perf_counter()
-        decode(model, params, tokens, lengths, keys, **settings).tokens.block_until_ready()
+        decoded(tokens, new)
         return time.perf_counter() - start
 
     for rows in options.rows:  # to compile
         run(rows, 1), run(rows, options.new)
     forget_peak()
     run(max(options.rows), options.new)
-    pipe.send((tree.nbytes(params), memory("VmHWM") - before))
+    pipe.send((nbytes, memory("VmHWM") - before))
     while (rows := pipe.recv()) is not None:
         pipe.send(run(rows, options.new) - run(rows, 1))
 
@@ -130,7 +166,7 @@ def main() -> None:
     found = [
         {
             "format": format,
-            "not_packed": format if format in DENSE else options.dtype,
+            "not_packed": format if format in DENSE else "float32" if format == PEER else options.dtype,
             "weights_mib": round(sizes[format][0] / MIB),
             "peak_mib": round(sizes[format][1] / MIB),
             "tokens_per_second": {
@@ -153,7 +189,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", type=_formats, default=["float32", "bfloat16", "int8", "nf4"])
+    parser.add_argument("--formats", type=_formats, default=[PEER, "float32", "bfloat16", "int8", "nf4"])
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -168,7 +204,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _formats(text: str) -> list[str]:
-    known, found = (*DENSE, *quant.FORMATS), text.split(",")
+    known, found = (PEER, *DENSE, *quant.FORMATS), text.split(",")
     if unknown := [format for format in found if format not in known]:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     return found

@@ -52,14 +52,15 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
 def require_own(out: str | Path) -> None:
     """Checks that writing `out` replaces no adapter or model that something other than jlora wrote.
 
-    jlora's models say so in the header of their weights, its adapters in their card.
+    jlora's models say so in the header of their weights: another program's may have been written beside the card since.
+    Its adapters say so in their card.
 
     Raises:
         FileExistsError: there is one, and it is left alone.
     """
     target = Path(out).expanduser()
     weights = [*target.glob("*.safetensors"), *target.glob("pytorch_model*.bin"), *target.glob("adapter_model*.bin")]
-    if weights and not is_own(target) and not all(map(_wrote, weights)):
+    if not all(is_own(target) if file.name.startswith("adapter_model") else _wrote(file) for file in weights):
         raise ExistingFileError(
             f"{target} holds a model or an adapter that jlora did not write, so it is left alone; choose another "
             "folder, or say --force"

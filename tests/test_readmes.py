@@ -1,10 +1,11 @@
-"""What the READMEs show works: Python runs, commands parse, and the files, settings, options and names in them exist.
+"""What READMEs and notebooks show works: Python runs, commands parse, and files, settings, options and names exist.
 
 A file's Python blocks share one namespace, in order, in a folder that has what a reader of that README would have: a
 model under the Hub's name, adapters, records. A block whose first line is `# NAME` is also that file. The text block
 after a Python block is what it prints. `no-run: REASON` after the language says why a block does not run here.
 """
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -17,6 +18,7 @@ import struct
 import typing
 
 import jax
+import nbformat
 import pytest
 
 from jlora import hub, lora
@@ -31,6 +33,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("jlora", "configs", "scripts", "benchmarks", "tests", ".ci")
 READMES = sorted([ROOT / "README.md", *(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))])
 NAMES = [str(path.relative_to(ROOT)) for path in READMES]
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.ipynb"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SIZES = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
 SIZES |= dict(num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000.0, max_position_embeddings=8192)
@@ -179,6 +182,36 @@ def test_commands_parse(name, reader):
             problems += [f"{shlex.join(words)}: {fault}" for fault in unknown_to_script(words[1], words[2:])]
         elif words[:2] not in (["pip", "install"], ["git", "clone"]):
             problems.append(f"{shlex.join(words)}: found {words[0]}, expected jlora, a script, or pip install")
+    assert not problems, "\n".join(problems)
+
+
+def code_of(name):
+    """(the Python of a notebook, its shell commands as words without variables before them or a time limit)."""
+    cells = [
+        cell.source.replace("\\\n", " ") for cell in nbformat.read(ROOT / name, as_version=4).cells if "outputs" in cell
+    ]
+    lines = [line for cell in cells for line in cell.splitlines()]
+    python = "\n".join(line for line in lines if not line.startswith("!"))
+    given = {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(python).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    shell = [line.removeprefix("# ")[1:].format(**given) for line in lines if line.removeprefix("# ").startswith("!")]
+    return python, [words[words.index("jlora") :] if "jlora" in words else words for words in map(shlex.split, shell)]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_valid_and_clean_and_its_commands_parse(name):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    nbformat.validate(notebook)
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if "outputs" in cell)
+    python, shell = code_of(name)
+    compile(python, name, "exec")
+    assert {words[1] for words in shell if words[0] == "jlora"} >= {"data", "plan", "train", "eval", "publish"}
+    unknown = [words for words in shell if words[0] != "jlora" and words[:2] != ["pip", "install"]]
+    assert not unknown
+    problems = [fault for words in shell if words[0] == "jlora" for fault in refused(words[1], words[2:])]
     assert not problems, "\n".join(problems)
 
 

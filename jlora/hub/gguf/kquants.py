@@ -111,7 +111,7 @@ def _without_minima(blocks: np.ndarray, half: int, largest: int, grids: np.ndarr
         grids: what to add to `half` for the code, but for its sign, of a group's value that is largest in size.
     """
     groups = _groups(blocks, 16)
-    scale = _fit(groups, np.abs(groups), half, grids).reshape(len(blocks), -1)
+    scale = _fit(groups, _by_size(groups), half, grids).reshape(len(blocks), -1)
     unit, scales = _in_units(scale, largest, signed=True)
     scale = _product(unit, scales)
     codes = np.where(scale != 0, np.rint(groups / _or_one(scale)), 0).clip(-half, half - 1) + half
@@ -222,6 +222,7 @@ def _steps(first: float, last: float) -> np.ndarray:
 
 
 def _by_size(groups: np.ndarray) -> np.ndarray:
+    """Weights of squared errors, by which large values count more, but by less than their squares."""
     return np.abs(groups) + np.sqrt(np.square(groups).mean(0))
 
 

@@ -18,8 +18,7 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 20
     config.train.epochs = 1.0
-    config.train.batch_size = 8
-    config.train.grad_accum = 2
+    config.train.batch_size = 16  # in one go: every micro-batch gathers all weights again
     config.train.seq_len = 2048
     config.mesh.fsdp = -1
     return config

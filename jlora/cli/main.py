@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import pathlib
 import platform
@@ -78,7 +79,11 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
     try:
         options = parsers.parse(command, arguments)
         _prepare(command)
-        return importlib.import_module(f"jlora.cli.{command}").run(options)
+        module = importlib.import_module(f"jlora.cli.{command}")
+        if "absl.logging" in sys.modules:
+            # Orbax logs a traceback for each error before raising it, and what follows from reading only.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
+        return module.run(options)
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
         return finished.code if isinstance(finished.code, int) else FAILED
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     if not all(keys):
         raise UserError("--api_key: found an empty text, expected a key")
     limits = Limits(options.rows, options.length, options.queue, options.chunk)
-    name = options.name or Path(options.model.rstrip("/")).name
+    name = options.name or Path(options.model.rstrip("/")).name.removesuffix(".gguf")
     body = int(options.body_mib * (1 << 20))
     # Before the model is loaded: that takes long, and the port may be taken.
     with server.listen(options.host, options.port) as at:

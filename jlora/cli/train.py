@@ -1,7 +1,6 @@
 """`jlora train`: runs a recipe with overrides in a workdir."""
 
 import argparse
-import logging
 import pathlib
 import signal
 import sys
@@ -28,7 +27,6 @@ def run(options: argparse.Namespace) -> int:
         overrides = [*overrides, f"--config.train.profile={options.profile}"]
     config = read_run(options.config, overrides, options.sweep)
     allocator.keep_freed_pages()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback for each error before raising it
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
     if options.distributed:
         jax.distributed.initialize()

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of `jlora serve`."""
     parser = command("serve", "Answer requests to OpenAI's API, with every adapter of a folder as a model.")
     add_base_options(parser)
-    parser.add_argument("--name", help="the base's name as a model (default: the last part of --model)")
+    parser.add_argument("--name", help="the base's name as a model (default: the last part of --model, without .gguf)")
     parser.add_argument(
         "--adapters", metavar="DIR", help="a folder: each PEFT folder in it is a model, as it comes, changes and goes"
     )

@@ -82,7 +82,7 @@ def shortfalls(model, params, answered):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("f16", 0.05), ("q8_0", 0.5), ("q4_k_m", 0.5)])
+@pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("f16", 0.05), ("q8_0", 0.5), ("q4_k_m", 1)])
 def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit):
     """jlora on what it reads from the file, and llama.cpp, which rounds what f16 and packed matrices multiply as well:
     there it may choose otherwise where two tokens are all but equally likely. The base would not say the same.

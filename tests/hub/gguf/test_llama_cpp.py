@@ -82,8 +82,10 @@ def shortfalls(model, params, answered):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "limit"), [("f32", 0), ("f16", 0.05), ("q8_0", 0.5), ("q4_k_m", 1)])
-def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit):
+@pytest.mark.parametrize(
+    ("dtype", "limit", "same"), [("f32", 0, 0.95), ("f16", 0.05, 0.95), ("q8_0", 0.5, 0.95), ("q4_k_m", 1, 0.93)]
+)
+def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit, same):
     """jlora on what it reads from the file, and llama.cpp, which rounds what f16 and packed matrices multiply as well:
     there it may choose otherwise where two tokens are all but equally likely. The base would not say the same.
     """
@@ -93,7 +95,7 @@ def test_a_merged_model_answers_alike(smollm2, llama_cpp, tmp_path, dtype, limit
     answered = answers(llama_cpp(tmp_path / "model.gguf"), tokenizer, model)
     found = shortfalls(model, merged, answered)
     assert found.max() <= limit
-    assert np.mean(found == 0) > 0.95
+    assert np.mean(found == 0) > same
     assert shortfalls(model, lora.strip(params), answered).max() > 1
 
 

@@ -83,7 +83,7 @@ def save_quantized(
         else Entry(piece.nbytes, functools.partial(tensors_of, params, piece))
         for piece in spelled(pieces, others)
     ]
-    card = card or model_card(path, (), relation="quantized", scored=SCORE in params)
+    card = card or model_card("model", (), relation="quantized", scored=SCORE in params)
     write_folder(path, (config, generation), entries, tokenizer, shard_bytes, card, others)
 
 

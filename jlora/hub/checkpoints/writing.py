@@ -17,7 +17,7 @@ from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.hub.cards import FILE as CARD
-from jlora.hub.cards import Card, model_card
+from jlora.hub.cards import Card, is_own, model_card
 from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import PROCESSOR, Beside, beside
 from jlora.hub.checkpoints.bitsandbytes import COMPANION
@@ -103,7 +103,7 @@ def save_model(
     pieces, others = pieces_of(model, params), _unpacked(beside(model))
     config, generation = configs(model, pieces, tokenizer)
     entries, packing = _entries(model, params, spelled(pieces, others))
-    card = card or model_card(path, (), scored=SCORE in params)
+    card = card or model_card("model", (), scored=SCORE in params)
     write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, card, others)
 
 
@@ -220,7 +220,8 @@ def write_folder(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-        (folder / CARD).write_text(str(card), encoding="utf-8")
+        if is_own(path) or not (Path(path).expanduser() / CARD).exists():  # a README of the user's own stays
+            (folder / CARD).write_text(str(card), encoding="utf-8")
         if others:
             others.copy_files(folder, PROCESSOR if tokenizer is not None else PROCESSOR + TOKENIZER)
 

@@ -100,7 +100,18 @@ def test_a_model_of_another_size_replaces_all_weight_files(llama_folder, tmp_pat
     (tmp_path / "out" / "notes.txt").write_text("mine")
     save_model(tmp_path / "out", model, params)
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert found == ["config.json", "generation_config.json", "model.safetensors", "notes.txt"]
+    assert found == ["README.md", "config.json", "generation_config.json", "model.safetensors", "notes.txt"]
+
+
+def test_a_readme_that_jlora_did_not_write_stays(llama_folder, tmp_path):
+    model, params = hub.load(llama_folder()[0])
+    for text, kept in (("# Mine\n", True), (None, False), ("---\ntags: [jlora]\n---\n# An earlier card\n", False)):
+        if text is not None:
+            tmp_path.joinpath("README.md").write_text(text)
+            tmp_path.joinpath("config.json").write_text("{}")
+        hub.save_model(tmp_path, model, params)
+        assert (tmp_path.joinpath("README.md").read_text() == text) == kept
+        tmp_path.joinpath("README.md").unlink()
 
 
 def tokenizer_with(template):
@@ -123,7 +134,14 @@ def test_nothing_of_another_tokenizer_is_kept(llama_folder, tmp_path):
     hub.save_model(out, model, params)
     assert (out / "tokenizer.model").exists()  # it stays with the tokenizer that it belongs to
     hub.save_model(out, model, params, tokenizer_with(None))
-    written = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    written = {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {path.name for path in out.iterdir()} == written | {"notes.txt"}
     assert hub.load_tokenizer(out).chat_template is None
 

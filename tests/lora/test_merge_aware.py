@@ -77,7 +77,7 @@ def test_without_an_adapter_it_is_the_packed_base():
     np.testing.assert_allclose(MODEL(rounded(), TOKENS), MODEL(packed, TOKENS), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["plain", "dora"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("dora", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_sum_at_the_packed_weights(kind):
     frozen, trainable = adapted(rounded(), kind)
 

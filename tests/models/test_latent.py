@@ -63,7 +63,9 @@ def decoded(model, params, prompt):
     return model.logits(params, jnp.concatenate(parts, axis=1))
 
 
-@pytest.mark.parametrize("settings", [None, {}, {"use_dora": True}, {"lora_bias": True}], ids=repr)
+@pytest.mark.parametrize(
+    "settings", [None, pytest.param({}, marks=pytest.mark.slow), {"use_dora": True}, {"lora_bias": True}], ids=repr
+)
 def test_a_prompt_and_then_single_tokens_are_the_whole_text(settings, model, base):
     params = base if settings is None else adapted(base, **settings)
     expected = model(params, TOKENS)

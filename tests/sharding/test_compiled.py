@@ -132,7 +132,7 @@ def is_adapters(moved):
         ("llama", {"fsdp": 2, "sequence": 2}),
         ("gpt2", {"tensor": 2}),
         ("gpt_neox", {"tensor": 2}),
-        ("mixtral", {"fsdp": 2, "tensor": 2}),
+        pytest.param("mixtral", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_changes_no_number(family, mesh):

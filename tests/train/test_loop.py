@@ -60,10 +60,11 @@ def test_the_same_command_on_a_mesh_gives_the_same_losses_and_adapter(settings, 
 @pytest.mark.parametrize(
     ("quant", "adapter"),
     [
-        (
+        pytest.param(
             "int8",
             dict(use_dora=True, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
             | dict(modules_to_save=["norm"], trainable_token_indices=[0, 65], init_lora_weights="pissa"),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "fp4",
@@ -328,7 +329,7 @@ def test_whatever_happens_ends_as_without_looking_ahead(spoiled, policy, monkeyp
             assert state.finite or policy == "skip"
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "several"])
+@pytest.mark.parametrize("kind", ["sft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "several"))])
 def test_real_runs_are_the_same_bit_for_bit_without_looking_ahead(settings, tmp_path, monkeypatch, kind):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"{i} plus {i} is ", "chosen": f"{2 * i}.", "rejected": f"{i}."} for i in range(1, 40)]

@@ -90,6 +90,7 @@ def test_each_adapter_is_what_it_is_alone(settings, together, tmp_path, name):
     assert mine[f"eval_loss/{name}"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_and_after_a_pause_they_are_the_same(settings, together, tmp_path):
     config = resolve(settings | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}})
     with pytest.raises(Interrupted):

@@ -17,6 +17,7 @@ from jlora.train.adapt import adapt
 from jlora.train.restore import load_run
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_folder_that_bitsandbytes_opens_with_the_trained_outputs(model_folder, tmp_path):
     data = tmp_path / "train.jsonl"
     records = [{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(40)]

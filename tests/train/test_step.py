@@ -117,7 +117,7 @@ def test_remat_changes_nothing_but_rounding(model_folder):
     )
 
 
-@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("quant", [pytest.param(None, marks=pytest.mark.slow), "nf4"])
 @pytest.mark.parametrize("mesh", [dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, sequence=2)], ids=str)
 def test_a_mesh_changes_nothing_but_rounding(model_folder, quant, mesh):
     batches = [batch(seed=seed) for seed in range(2)]

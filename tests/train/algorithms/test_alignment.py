@@ -54,6 +54,7 @@ COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 ROLLOUTS = ("grpo", "ppo")
 # This one is run on one device too: it has most parts, and the others differ from it in their formulas alone.
 COMPARED = ("ppo",)
+ALWAYS = ("dpo", "grpo", "ppo")  # the others, which are less than these, with -m slow
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,9 @@ def settings(files, model_folder):
     return make
 
 
-@pytest.mark.parametrize("algorithm", NAMES)
+@pytest.mark.parametrize(
+    "algorithm", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, settings, tmp_path):
     run(resolve(settings(algorithm, mesh={"data": 2, "fsdp": 2, "tensor": 2})), tmp_path / "many")
     many = read_metrics(tmp_path / "many")
@@ -124,7 +127,7 @@ def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(al
 @pytest.mark.parametrize(
     ("algorithm", "group"),
     [
-        ("ppo", {"num_ppo_epochs": 2, "target_kl": 1.0}),
+        pytest.param("ppo", {"num_ppo_epochs": 2, "target_kl": 1.0}, marks=pytest.mark.slow),
         ("grpo", {"num_iterations": 2, "dynamic_sampling": 1, "beta": 0.0}),
     ],
 )
@@ -248,7 +251,7 @@ def test_ppo_by_a_reward_model(settings, tmp_path):
         run(resolve(config), tmp_path / "broken")
 
 
-@pytest.mark.parametrize("algorithm", ["cpo", "orpo"])
+@pytest.mark.parametrize("algorithm", ["cpo", pytest.param("orpo", marks=pytest.mark.slow)])
 def test_evaluation_means_what_training_does(algorithm, settings, tmp_path):
     config = settings(algorithm, lora={"lora_dropout": 0.0}, train={"steps": 1, "batch_size": 2, "grad_accum": 5})
     config["data"] |= {"packing": False, "eval_path": config["data"]["path"]}

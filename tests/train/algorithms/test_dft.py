@@ -35,6 +35,7 @@ def log(settings, folder):
     return read_metrics(folder)
 
 
+@pytest.mark.slow  # the term is of single tokens, and what surrounds it is sft's
 def test_packing_and_accumulation_change_nothing(settings, tmp_path):
     apart = log(settings("dft"), tmp_path / "apart")
     packed = log(settings("dft", data={"packing": True}, train={"batch_size": 1}), tmp_path / "packed")

@@ -117,7 +117,7 @@ def model_folder(make_llama):
     return make_llama(hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "several"])
+@pytest.mark.parametrize("algorithm", [pytest.param("dpo", marks=pytest.mark.slow), "several"])
 def test_a_run_measures_the_texts_that_generate_gives_for_its_adapter(model_folder, tmp_path, algorithm):
     records = [{"prompt": f"{i} is ", "chosen": f"{i}.", "rejected": "no"} for i in range(6)]
     if algorithm != "dpo":

@@ -1,7 +1,6 @@
 """The strictest JAX for every test: eight CPU devices, no implicit rank promotion."""
 
 import atexit
-import gc
 import importlib.metadata
 import os
 import pathlib
@@ -33,10 +32,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-
-# Tracing makes many objects that live on, and a full collection goes through all that the process holds: a few seconds
-# a test file, for memory that JAX's own caches keep anyway.
-gc.set_threshold(100_000, 50, 100)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What one test has compiled, no other test of the process compiles again. Processes share no folder: it has no lock.

@@ -217,7 +217,8 @@ def main() -> None:
     options = parser().parse_args()
     allocator.keep_freed_pages()
     model, params = jlora.load(options.model)
-    tokenizer, figures = jlora.load_tokenizer(options.model), {"options": vars(options)}
+    tokenizer = jlora.load_tokenizer(options.model)
+    figures = {"options": vars(options) | {"model": pathlib.Path(options.model).name}}
 
     def generate(texts: list[str]) -> None:
         tokens = [tokenizer(text)["input_ids"] for text in texts]

@@ -113,7 +113,7 @@ def test_the_help_of_train_may_be_of_one_group_or_setting(capsys):
         assert set(re.findall(r"^  --config\.(\w+)", text, re.M)) == names
     assert len(re.findall(r"^  --config", text, re.M)) == 1
     assert main(["train", "--help=lroa"]) == 2
-    assert "'lroa' is no group of settings, and no setting; did you mean lora?" in capsys.readouterr().err
+    assert "'lroa' is neither a group of settings nor a setting; did you mean lora?" in capsys.readouterr().err
 
 
 def raise_it(monkeypatch, error):

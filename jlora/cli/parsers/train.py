@@ -24,7 +24,7 @@ class _Help(argparse.Action):
             known = [group.name for group in settings.groups() if group.name]
             near = difflib.get_close_matches(values, [*known, *(setting.name for setting in settings.settings())], n=1)
             hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(known)}"
-            parser.error(f"{option}: {values!r} is no group of settings, and no setting; {hint}")
+            parser.error(f"{option}: {values!r} is neither a group of settings nor a setting; {hint}")
         parser.exit()
 
 

@@ -96,7 +96,7 @@ def _fit_with_minimum(x: np.ndarray, weights: np.ndarray, top: int, grids: np.nd
         found = determinant > 0
         slope = (w * wcx - wc * wx) / _or_one(determinant)
         start = (wcc * wx - wc * wcx) / _or_one(determinant)
-        slope = np.where(start > 0, wcx / _or_one(wcc), slope)  # a minimum is subtracted: there is no positive start
+        slope = np.where(start > 0, wcx / _or_one(wcc), slope)  # minima are subtracted, so no start is above 0
         start = np.minimum(start, 0)
         error = wxx - slope * wcx - start * wx  # of a least squares fit
         found &= (error < best) & (slope > 0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora import lora, sharding
+from jlora import lora, quant, sharding
 from jlora.errors import UserError
 from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
@@ -80,6 +80,7 @@ def decode(
         raise UserError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before the queue's filling
+    params = quant.with_scales(params)
     decoder = _Decoder(model, params, tokens, lengths, keys, order, settings, adapters)
     if prompts is not None:
         decoder = dataclasses.replace(decoder, copies=copies, read=decoder.prefill(prompts))

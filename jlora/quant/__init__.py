@@ -6,7 +6,16 @@ from jlora.quant.four_bit import Packed4bit
 from jlora.quant.int8 import PackedInt8
 from jlora.quant.mixed import bits_of, candidates, choose, weight_damage
 from jlora.quant.mxfp4 import PackedMxfp4
-from jlora.quant.packed import PackedArray, dequantize, format_of, is_packed, packs_update, stored, unpacked
+from jlora.quant.packed import (
+    PackedArray,
+    dequantize,
+    format_of,
+    is_packed,
+    packs_update,
+    stored,
+    unpacked,
+    with_scales,
+)
 from jlora.quant.products import grouped_matmul, matmul
 from jlora.quant.rounded import Rounded
 from jlora.quant.summary import kept_in
@@ -35,4 +44,5 @@ __all__ = [
     "stored",
     "unpacked",
     "weight_damage",
+    "with_scales",
 ]

@@ -86,6 +86,9 @@ class Packed4bit(PackedArray):
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
         return unpack(self, dtype)
 
+    def with_scales(self) -> "Packed4bit":
+        return dataclasses.replace(self, absmax=block_scales(self), nested_absmax=None, offset=None)
+
 
 @functools.partial(jax.jit, static_argnames=("format", "double_quant"))
 def pack(array: Float[Array, "*stack D N"], format: str, *, double_quant: bool) -> Packed4bit:

@@ -8,6 +8,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.kernels.device import target
+
+# A CPU recovers nested scales one by one, in a sixth of the time that a product with one row takes. Accelerators do it
+# side by side, and lack the 0.37 bits a weight that the recovered ones need.
+SCALES_RECOVERED_ONCE = {"cpu"}
+
 
 class PackedArray(abc.ABC):
     """An array [..., D, N] kept in fewer bits.
@@ -47,6 +53,10 @@ class PackedArray(abc.ABC):
         """The packed form that a merged model keeps."""
         return self
 
+    def with_scales(self) -> "PackedArray":
+        """The same values in a form that is larger and quicker to dequantise, if there is one: its scales recovered."""
+        return self
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -82,6 +92,13 @@ def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> 
         dtype: the dtype that holds the rounded values, if not the leaf's.
     """
     return leaf.dense(dtype)
+
+
+def with_scales(params: Any) -> Any:
+    """Params to read many times over: packed ones with their scales recovered once, where that is worth its memory."""
+    if target() not in SCALES_RECOVERED_ONCE:
+        return params
+    return jax.tree.map(lambda leaf: leaf.with_scales() if is_packed(leaf) else leaf, params, is_leaf=is_packed)
 
 
 def unpacked(leaf: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora import data, lora
+from jlora import data, lora, quant
 from jlora.errors import UserError
 from jlora.lora import Bank
 from jlora.models import Model
@@ -88,6 +88,10 @@ class Engine:
         self.model, self.limits = model, limits
         self.length = longest(model, limits.length)
         self.numbers, self.failure = Numbers(), None
+        if isinstance(params, Bank):
+            params = dataclasses.replace(params, params=quant.with_scales(params.params))
+        else:
+            params = quant.with_scales(params)
         self._bank = params if isinstance(params, Bank) else None
         self._alone = None if self._bank else params
         self.shelf = Shelf(self._bank)

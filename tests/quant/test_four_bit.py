@@ -146,6 +146,21 @@ def test_scales_are_the_same_compiled_and_not():
     np.testing.assert_array_equal(jax.jit(block_scales)(leaf), plain)
 
 
+@pytest.mark.parametrize("shape", [(2, 128, 96), (2, 100, 33)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_recovering_the_scales_beforehand_changes_no_value(shape, dtype):
+    leaf = quant.quantize(jnp.stack([kernel(shape[1:], dtype, seed) for seed in range(shape[0])]), "nf4")
+    once = quant.with_scales({"kernel": leaf, "scale": jnp.ones(3)})
+    assert once["kernel"].nested_absmax is None and once["kernel"].absmax.dtype == jnp.float32
+    np.testing.assert_array_equal(quant.dequantize(once["kernel"]), quant.dequantize(leaf))
+
+
+def test_scales_are_recovered_beforehand_on_a_cpu_only(monkeypatch):
+    leaf = quant.quantize(kernel((128, 96)), "nf4")
+    monkeypatch.setattr("jlora.quant.packed.target", lambda: "gpu")
+    assert quant.with_scales({"kernel": leaf})["kernel"] is leaf
+
+
 @pytest.mark.parametrize("name", LOOKUPS)
 def test_every_form_of_the_lookup_gives_the_table(name):
     index = np.random.default_rng(0).integers(0, 16, (5, 33)).astype(np.uint8)

@@ -60,11 +60,14 @@ def recipes() -> dict[str, Recipe]:
 def located(config: str) -> str:
     """What --config names, as a file: a recipe's name becomes its file's, with the word behind it.
 
+    A file of that name comes first; a folder does not, since no recipe can be read from one.
+
     Raises:
         FileNotFoundError: it looks like a name, and no recipe and no file has it.
     """
     name, colon, word = config.partition(":")
-    if pathlib.Path(name).exists() or pathlib.PurePath(name).suffix or len(pathlib.PurePath(name).parts) > 1:
+    path = pathlib.Path(name)
+    if path.is_file() or path.suffix or name != path.name:
         return config
     return f"{_recipe(name).path}{colon}{word}"
 
@@ -74,7 +77,8 @@ def _recipe(name: str) -> Recipe:
     if name not in found:
         near = difflib.get_close_matches(name, found, n=1)
         hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(found)}"
-        raise MissingFileError(f"{name} is not a file, and not the name of one of jlora's recipes; {hint}")
+        what = "is a folder" if pathlib.Path(name).is_dir() else "is not a file"
+        raise MissingFileError(f"{name} {what}, and not the name of one of jlora's recipes; {hint}")
     return found[name]
 
 

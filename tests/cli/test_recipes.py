@@ -67,6 +67,13 @@ def test_a_run_is_configured_by_a_recipes_name(tmp_path, monkeypatch):
     assert read_run("grpo:dr_grpo", judged).grpo.loss_type == "dr_grpo"
     with pytest.raises(MissingFileError, match=r"smolm2 is not a file.*did you mean smollm2_135m\?"):
         read_config("smolm2", [])
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "runs").mkdir()
+    assert read_run("grpo:dr_grpo", judged).grpo.loss_type == "dr_grpo"
+    with pytest.raises(MissingFileError, match="runs is a folder, and not the name of one of jlora's recipes"):
+        read_config("runs", [])
+    with pytest.raises(MissingFileError, match=r"\./grpo"):  # a path means what lies there
+        read_config("./grpo", [])
     (tmp_path / "sft").write_text("def get_config():\n    return None\n")  # a file of that name comes first
     with pytest.raises(ValueError, match="returned NoneType"):
         read_config("sft", [])

@@ -140,6 +140,7 @@ def test_rows_that_are_not_made_of_whole_blocks():
     assert {*types_of(*llama(columns=80), "q4_k_m").values()} == {"F16", "F32"}
 
 
+# Larger than those of test_families.py: rows of whole blocks of 256 for K-quants, and an eighth of the layers is one.
 SIZES = dict(
     vocab_size=64,
     hidden_size=256,

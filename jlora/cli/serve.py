@@ -57,14 +57,16 @@ def _address(host: str, port: int) -> str:
 def _with_adapters(params: Params, options: argparse.Namespace, name: str) -> Any:
     """The params, or a bank with the adapters of the folder."""
     if options.adapters is None:
-        if given := [f"--{one}" for one in ("places", "rank", "modules") if getattr(options, one) is not None]:
+        of_adapters = ("places", "rank", "modules", "adapters_dtype")
+        if given := [f"--{one}" for one in of_adapters if getattr(options, one) is not None]:
             raise UserError(f"{', '.join(given)}: expected --adapters with it")
         return params
     adapters = opened(params, Path(options.adapters), options.model, taken=(name,), note=print_note)
     modules = options.modules.split(",") if options.modules else "all-linear"
     wanted = options.rank or options.modules
     config = lora.LoraConfig(r=options.rank or 16, target_modules=modules) if wanted else None
-    return bank(params, adapters, places=options.places or 32, config=config, note=print_note)
+    dtype = options.adapters_dtype or "float32"
+    return bank(params, adapters, places=options.places or 32, config=config, note=print_note, dtype=dtype)
 
 
 def _folder(options: argparse.Namespace, engine: Engine, name: str) -> Folder | None:

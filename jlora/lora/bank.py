@@ -29,6 +29,9 @@ Choice = str | Mapping[str, int | float] | None
 
 NEEDED = {leaf.name: leaf for leaf in (A, B, SCALE)}
 HELD = NEEDED | {leaf.name: leaf for leaf in BIAS.leaves}
+# Nearly all of a bank's memory; the rest is in float32 whatever the bank's dtype.
+FACTORS = (A.name, B.name)
+DTYPES = ("float32", "bfloat16")
 # Settings that do not change what an adapter computes once its factors are padded.
 IGNORED = (RANK.name, DROPOUT.name)
 
@@ -72,6 +75,7 @@ class Bank:
         places: int | None = None,
         config: LoraConfig | None = None,
         width: int = 1,
+        dtype: str = "float32",
     ) -> "Bank":
         """A bank of these adapters for the base of `params`.
 
@@ -81,6 +85,8 @@ class Bank:
             config: the modules and the rank to make room for; default: those of the adapters.
             width: how many adapters a row may mix without recompiling. This many are read for every row, whether it
                 mixes or not: with 2 a decoding step reads twice as many adapters.
+            dtype: of the factors. "bfloat16" takes half the memory, and a step reads half as much: factors and
+                activations are rounded to it, sums are in float32. For GPUs and TPUs: a CPU has no fast product in it.
 
         Raises:
             ValueError: there are adapters that a bank cannot hold; all are listed.
@@ -95,6 +101,8 @@ class Bank:
         count = len(adapters) if places is None else places
         if width < 1:
             raise UserError(f"width: found {width}, expected at least 1")
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
         if not given:
             raise UserError("found neither adapters nor config: one of them says what modules and ranks need room")
         if count < max(1, len(adapters)):
@@ -108,7 +116,8 @@ class Bank:
         mesh, filled = _mesh(base), {}
         for path, shape in room.items():
             axis = len(shape) - _own_axes(path)
-            leaf = np.zeros((*shape[:axis], count + 1, *shape[axis:]), np.float32)
+            held = jnp.dtype(dtype if _name(path) in FACTORS else "float32")
+            leaf = np.zeros((*shape[:axis], count + 1, *shape[axis:]), held)
             for place, flat in enumerate(leaves.values()):
                 if path in flat:
                     leaf[_index(path, leaf, place, flat[path].shape)] = np.asarray(flat[path])
@@ -131,7 +140,7 @@ class Bank:
         _require_names([name])
         require_same_rows(self.params, {name: adapter})
         flat = _leaves(strip(self.params), adapter)
-        held = {path: leaf for path, leaf in tree.flatten(self.params).items() if path.rpartition("/")[2] in HELD}
+        held = {path: leaf for path, leaf in tree.flatten(self.params).items() if _name(path) in HELD}
         room = {path: _without(_place_axis(path, leaf), leaf.shape) for path, leaf in held.items()}
         missing = "the bank has no room at {}; give its modules as config when making the bank"
         faults = _faults(name, flat, self.params, room, missing)
@@ -199,7 +208,7 @@ class Bank:
         return choose(self.params, *self.places(choices))
 
     def alone(self, name: str | None) -> Params:
-        """Params with one adapter for every row; with None, the base alone.
+        """Params with one adapter for every row, in float32; with None, the base alone.
 
         Raises:
             KeyError: the bank has no adapter of this name.
@@ -207,7 +216,9 @@ class Bank:
         place = self.number(name)
 
         def pick(path: str, leaf: Any) -> Any:
-            return jnp.take(leaf, place, axis=_place_axis(path, leaf)) if path.rpartition("/")[2] in HELD else leaf
+            if _name(path) not in HELD:
+                return leaf
+            return jnp.take(leaf, place, axis=_place_axis(path, leaf)).astype(jnp.float32)
 
         if name is None:
             return strip(self.params)
@@ -218,10 +229,10 @@ class Bank:
         mesh, write = _mesh(self.params), _WRITE_DONATED if donate else _WRITE
 
         def put(path: str, leaf: Any) -> Any:
-            if path.rpartition("/")[2] not in HELD:
+            if _name(path) not in HELD:
                 return leaf
             axis = _place_axis(path, leaf)
-            new = np.zeros(_without(axis, leaf.shape), np.float32)
+            new = np.zeros(_without(axis, leaf.shape), leaf.dtype)
             if path in flat:
                 new[tuple(map(slice, flat[path].shape))] = np.asarray(flat[path])
             return _placed(path, write(leaf, new, np.int32(place), axis), mesh)
@@ -376,9 +387,14 @@ def _placed(path: str, leaf: Any, mesh: Mesh | None) -> jax.Array:
     return jnp.asarray(leaf) if mesh is None else jax.device_put(leaf, sharding.leaf_sharding(path, leaf, mesh))
 
 
+def _name(path: str) -> str:
+    """The last part of a leaf's path."""
+    return path.rpartition("/")[2]
+
+
 def _own_axes(path: str) -> int:
     """How many axes a leaf has after its stacking axes."""
-    return len(HELD[path.rpartition("/")[2]].axes)
+    return len(HELD[_name(path)].axes)
 
 
 def _place_axis(path: str, leaf: Any) -> int:

@@ -151,12 +151,14 @@ def bank(
     places: int,
     config: lora.LoraConfig | None,
     note: Callable[[str], None],
+    dtype: str = "float32",
 ) -> Bank:
     """A bank of those adapters that one can hold.
 
     Args:
         config: the modules and rank to make room for besides those of the adapters; if there are none and it is None,
             rank 16 on all linears.
+        dtype: of the adapters' factors.
     """
     fit: dict[str, Params] = {}
     for name, adapter in adapters.items():
@@ -170,4 +172,4 @@ def bank(
     kept = dict(list(fit.items())[:places])
     if config is None and not kept:
         config = lora.LoraConfig(r=16, target_modules="all-linear")
-    return Bank.of(params, kept, places=places, config=config)
+    return Bank.of(params, kept, places=places, config=config, dtype=dtype)

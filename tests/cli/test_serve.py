@@ -14,6 +14,7 @@ import pytest
 import jlora
 from jlora.cli.main import main
 from jlora.cli.parsers import parse
+from jlora.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_answers_on_their_way_are_finished_after_sigterm(model_folder, adapters)
     [
         (["--adapters=nowhere"], "--adapters: no folder nowhere"),
         (["--rank=4", "--places=2"], "--places, --rank: expected --adapters with it"),
+        (["--adapters_dtype=bfloat16"], "--adapters_dtype: expected --adapters with it"),
         (["--api_key="], "--api_key: found an empty text"),
         (["--host=256.0.0.1"], "cannot listen on 256.0.0.1:0"),
         (["--port=70000"], "found 70000, expected 0 to 65535"),
@@ -68,6 +70,21 @@ def test_answers_on_their_way_are_finished_after_sigterm(model_folder, adapters)
 def test_mistakes_are_said_before_anything_is_served(model_folder, capsys, options, told):
     assert main(["serve", f"--model={model_folder}", "--port=0", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_adapters_are_held_in_the_dtype_that_is_asked_for(model_folder, adapters, monkeypatch):
+    held = []
+
+    def engine(model, params, *_):
+        held.append(params)
+        raise UserError("enough")
+
+    monkeypatch.setattr("jlora.cli.serve.Engine", engine)
+    common = ["serve", f"--model={model_folder}", f"--adapters={adapters}", "--port=0", "--places=2"]
+    for options in ([], ["--adapters_dtype=bfloat16"]):
+        assert main([*common, *options]) == 2
+    factors = [bank.params["layers"]["self_attn"]["q_proj"]["lora_a"] for bank in held]
+    assert [str(factor.dtype) for factor in factors] == ["float32", "bfloat16"]
 
 
 def test_this_machine_alone_is_the_default():

@@ -98,6 +98,28 @@ def test_adding_removing_and_choosing_never_recompiles():
     np.testing.assert_allclose(MODEL(alone, TOKENS)[3], logits_of("uneven", 3), atol=2e-5)
 
 
+def test_in_bfloat16_factors_take_half_the_memory_and_rows_differ_by_rounding():
+    given = {kind: adapted(kind) for kind in ("narrow", "wide", "uneven")}
+    half = Bank.of(base(), given, places=7, dtype="bfloat16").add("pissa", adapted("pissa")).remove("narrow")
+    half = half.add("wide", adapted("wide")).add("narrow", adapted("narrow"))
+    names = ("lora_a", "lora_b")
+    flats = [tree.flatten(lora.adapter_leaves(held.params)) for held in (half, bank())]
+    for path, leaf in flats[0].items():
+        expected = flats[1][path].nbytes // 2 if path.endswith(names) else flats[1][path].nbytes
+        assert leaf.nbytes == expected, path
+    choices = ["wide", None, "uneven", "narrow", {"narrow": 0.5, "wide": -0.3}, "uneven", "pissa"]
+    found, expected = (LOGITS(held.choose(choices), TOKENS) for held in (half, bank()))
+    updates = expected - LOGITS(base(), TOKENS)
+    errors, sizes = (jnp.linalg.norm(rows.reshape(7, -1), axis=1) for rows in (found - expected, updates))
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert (errors <= 0.01 * sizes).all() and (errors[jnp.asarray([0, 2, 3, 4, 5, 6])] > 0).all()
+    one = half.alone("wide")
+    assert {leaf.dtype for leaf in tree.flatten(lora.adapter_leaves(one)).values()} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(MODEL(one, TOKENS)[0], found[0], atol=0.02)
+    with pytest.raises(ValueError, match="dtype: found 'float8', expected one of float32, bfloat16"):
+        Bank.of(base(), given, dtype="float8")
+
+
 def test_mixtures_compile_once_or_not_at_all_within_the_width():
     mixture = {"narrow": 0.5, "uneven": -0.3}
     wide = Bank.of(base(), {kind: adapted(kind) for kind in KINDS}, places=7, width=2)

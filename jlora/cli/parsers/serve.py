@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
         "--modules", metavar="NAMES", help="the linears to make room at (default: those of the adapters, or all)"
     )
     parser.add_argument(
+        "--adapters_dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the adapters in memory (default: float32); bfloat16 halves it, and is slow on a CPU",
+    )
+    parser.add_argument(
         "--drain", type=positive, default=60, metavar="SECONDS", help="for answers after SIGTERM (default: 60)"
     )
     return parser

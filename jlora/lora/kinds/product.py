@@ -91,7 +91,7 @@ class Product(Kind):
             ids, scale = chosen(module)
             of_tokens = tokens.reshape(tokens.shape[0], 1, -1)
             hidden = lora_a[ids[..., None], of_tokens] * scale[..., None, None]  # [B, K, T, R]
-            added = jnp.einsum("bktr,bkrd->btd", hidden, lora_b[ids]).reshape(rows.shape)
+            added = _banked("bktr,bkrd->btd", hidden, lora_b[ids]).reshape(rows.shape)
         else:
             added = quant.matmul(jnp.take(lora_a, tokens, axis=0) * factor, lora_b)
         return (rows + added).astype(rows.dtype)
@@ -182,8 +182,13 @@ def _of_rows(x: jax.Array, module: Params) -> jax.Array:
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
     ids, scale = chosen(module)
     lora_a, lora_b = module[A.name][ids], module[B.name][ids]  # [B, K, D, R], [B, K, R, N]
-    hidden = jnp.einsum("btd,bkdr->btkr", rows.astype(lora_a.dtype), lora_a) * scale[:, None, :, None]
-    return jnp.einsum("btkr,bkrn->btn", hidden, lora_b).reshape(*x.shape[:-1], -1)
+    hidden = _banked("btd,bkdr->btkr", rows, lora_a) * scale[:, None, :, None]
+    return _banked("btkr,bkrn->btn", hidden, lora_b).reshape(*x.shape[:-1], -1)
+
+
+def _banked(axes: str, x: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product with a bank's factor: both in the factor's dtype, the sums in float32."""
+    return jnp.einsum(axes, x.astype(factor.dtype), factor, preferred_element_type=jnp.float32)
 
 
 def _product(lora_a: jax.Array, lora_b: jax.Array, shape: tuple[int, ...], stacked: int) -> jax.Array:

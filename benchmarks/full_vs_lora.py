@@ -23,8 +23,8 @@ import rich.table
 
 import jlora
 from jlora import data, lora, tree
-from jlora.train.evaluation import forgetting
-from jlora.train.evaluation.records import evaluate, load_metric
+from jlora.train.evaluation import forgetting, metrics
+from jlora.train.evaluation.records import evaluate
 from jlora.train.reporting.metrics import read_metrics
 from jlora.train.restore import load_run
 
@@ -102,8 +102,9 @@ def _train(source: pathlib.Path, train: pathlib.Path, workdir: pathlib.Path, set
 
 def _answers(model: Any, params: Any, tokenizer: Any, test: list[data.Record]) -> Numbers:
     """Loss and scores on the test questions."""
-    settings = dict(metric=load_metric(TASK), max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
-    numbers, _ = evaluate(model, params, tokenizer, test, **settings)
+    settings = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE)
+    found = evaluate(model, params, tokenizer, test, **settings)
+    numbers, _ = metrics.scored(metrics.load(str(TASK)), test, *found)
     return {name: numbers[name] for name in ("loss", "valid_json", "correct")}
 
 

@@ -28,7 +28,8 @@ import jlora
 from jlora import data
 from jlora.train import loop
 from jlora.train.config import resolve
-from jlora.train.evaluation.records import evaluate, load_metric
+from jlora.train.evaluation import metrics
+from jlora.train.evaluation.records import evaluate
 from jlora.train.reporting.progress import Progress
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def main() -> None:
     subprocess.run([sys.executable, TASK, "prepare", f"--out={work / 'data'}", f"--cache={options.cache}"], check=True)
     source = next(options.cache.expanduser().rglob("*.gguf"))
     test = data.read_records(work / "data" / "test.jsonl")[: options.questions]
-    metric = load_metric(TASK)
+    metric = metrics.load(str(TASK))
 
     results = {"before": evaluate_jlora(source, None, test, metric, dtype=options.dtype, quant=None)}
     if not options.skip_peft:
@@ -91,16 +92,8 @@ def evaluate_jlora(
     if adapter is not None:
         params = jlora.load_adapter(params, adapter)
     tokenizer = jlora.load_tokenizer(source)
-    numbers, _ = evaluate(
-        model,
-        params,
-        tokenizer,
-        test,
-        metric=metric,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=BATCH_SIZE * 4,
-        seq_len=SEQ_LEN,
-    )
+    settings = dict(max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH_SIZE * 4, seq_len=SEQ_LEN)
+    numbers, _ = metrics.scored(metric, test, *evaluate(model, params, tokenizer, test, **settings))
     return {name: numbers[name] for name in ("loss", "correct", "valid_json")}
 
 
@@ -189,7 +182,7 @@ def _evaluate_peft(model: Any, tokenizer: Any, test: list[data.Record], metric: 
         texts = []
         for start in range(0, len(test), BATCH_SIZE * 4):
             texts += _generate_peft(model, tokenizer, test[start : start + BATCH_SIZE * 4])
-    scores = [metric(record, text) for record, text in zip(test, texts, strict=True)]
+    scores = [metric.function(record, text) for record, text in zip(test, texts, strict=True)]
     loss = sum(float(loss) for loss, _ in sums) / sum(float(tokens) for _, tokens in sums)
     return {"loss": loss} | {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 

@@ -23,6 +23,7 @@ from jlora.cli.overrides import read_config
 from jlora.data import read_records
 from jlora.train import loop
 from jlora.train.config import resolve
+from jlora.train.evaluation.metrics import load, scored
 from jlora.train.evaluation.records import evaluate
 from jlora.train.reporting.progress import Progress
 
@@ -57,19 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     questions = [questions[i * len(questions) // count] for i in range(count)]  # evenly: they are sorted by kind
     model, params = jlora.load(gguf, dtype=config.model.dtype, quant=config.model.quant)
     tokenizer = jlora.load_tokenizer(gguf)
+    metric = load(str(ROOT / "scripts" / "function_calling.py"))
 
     def measure(params: dict, when: str) -> tuple[dict, list]:
         started = time.monotonic()
         console.print(f"Measuring on {len(questions)} test questions, {when} training")
-        result = evaluate(
-            model,
-            params,
-            tokenizer,
-            questions,
-            metric=function_calling.metric,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=20,
-        )
+        settings = dict(max_new_tokens=options.max_new_tokens, batch_size=20)
+        result = scored(metric, questions, *evaluate(model, params, tokenizer, questions, **settings))
         console.print(f"  took {time.monotonic() - started:.0f} s")
         return result
 

@@ -17,19 +17,17 @@ from jlora.errors import MissingFileError, UserError, raise_all
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
 from jlora.train.evaluation import forgetting, metrics
-from jlora.train.evaluation.records import ANSWER, NUMBERS, MetricFailed, evaluate, load_metric
+from jlora.train.evaluation.records import ANSWER, NUMBERS, evaluate
 from jlora.types import Params, require
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     # Whatever can be checked without the model is checked before it is loaded.
-    of_each = options.metric and options.metric.endswith(".py")
-    metric = load_metric(options.metric) if of_each else None
-    own = metrics.load(options.metric) if options.metric and not of_each else None
+    metric = metrics.load(options.metric) if options.metric else None
     records = _read(options)
     keys = {key for record in records for key in record}
-    raise_all(f"--metric: {fault}" for fault in (own.faults(keys) if own else ()))
+    raise_all(f"--metric: {fault}" for fault in (metric.faults(keys) if metric else ()))
     sets = _sets(options) if options.against or options.scales else {}
     model, params, tokenizer = load_model(options)
     if not options.pairs:
@@ -42,31 +40,24 @@ def run(options: argparse.Namespace) -> int:
         return 0
 
     def measure(model: Model, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        numbers, answers = evaluate(
+        found = evaluate(
             model,
             params,
             tokenizer,
             records,
-            metric=metric,
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             seq_len=options.seq_len,
             generate_texts=not options.loss_only,
         )
-        if own is None:
-            return numbers, answers
-        try:
-            more, answers = metrics.scored(own, records, answers)
-        except UserError as error:
-            raise MetricFailed([(own.name, str(error))], numbers, answers) from error
-        return numbers | more, answers
+        return metrics.scored(metric, records, *found) if metric else found
 
     if options.against or options.scales:
         (_against if options.against else _sweep)(options, _Measured(model, params, tokenizer, records, sets, measure))
         return 0
     try:
         numbers, answers = measure(model, params)
-    except MetricFailed as error:
+    except metrics.MetricFailed as error:
         _report(options, error.numbers, error.answers)
         raise
     _report(options, numbers, answers)
@@ -89,6 +80,8 @@ def _read(options: argparse.Namespace) -> list[dict[str, Any]]:
         idle = [name for name in texts if given[name]] if getattr(options, mode[2:]) else []
         if idle:
             raise UserError(f"{', '.join(idle)} has no effect with {mode}")
+    if options.metric == metrics.EXACT_MATCH:
+        raise UserError(f"--metric={options.metric} is measured without the option: leave it out")
     if options.plot and not (options.pairs or options.scales):
         raise UserError("--plot has no effect without --pairs or --scales")
     if sum(map(bool, (options.pairs, options.against, options.scales))) > 1:

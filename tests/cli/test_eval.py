@@ -121,6 +121,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(data_file, tmp_path, c
 
     check(["--loss_only", f"--answers={kept}"], "--answers has no effect with --loss_only")
     check(["--loss_only", f"--metric={tmp_path / 'metric.py'}"], "--metric has no effect with --loss_only")
+    check(["--metric=exact_match"], "--metric=exact_match is measured without the option: leave it out")
     check([*pairs, "--loss_only"], "--loss_only has no effect with --pairs")
     check([f"--answers={gone}"], f"--answers={gone}: found no folder {gone.parent}")
     for mode in (pairs, sweep):

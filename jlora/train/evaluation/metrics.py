@@ -1,4 +1,4 @@
-"""Evaluation during a run with metrics of one's own: texts generated from the held-out prompts, and what they score."""
+"""Metrics of one's own: what texts score that were generated from held-out prompts during a run, or by `jlora eval`."""
 
 import collections
 import dataclasses
@@ -14,17 +14,20 @@ from typing import Any
 import jax
 
 from jlora import data
-from jlora.errors import UserError, group_faults, raise_all
+from jlora.errors import UserError, describe_faults, group_faults, raise_all
 from jlora.generate import generate
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
-from jlora.train.evaluation.records import RESERVED, load_metric, metric_numbers
+from jlora.train.evaluation.records import RESERVED, exact_match
 from jlora.train.rewards.calls import parameters
 from jlora.train.rewards.judging import as_messages
-from jlora.train.rewards.pyfile import call, load_function
+from jlora.train.rewards.pyfile import call, load_function, require_arguments
 from jlora.train.settings import SharedConfig
 from jlora.train.state import TrainState
 
 Planner = Callable[[Any, Any, Note], Plan]
+# What a metric says by name: of each text, None where it says nothing, or of all of them.
+Values = dict[str, list[float | None] | float]
+Faults = list[tuple[str, str]]  # (where, what)
 
 EXACT_MATCH = "exact_match"
 # What a function may ask for by name, besides the records' own keys.
@@ -130,7 +133,7 @@ class Metric:
     Attributes:
         name: as a setting or an option names it.
         label: names a number that comes without a name.
-        function: called by the names of its parameters.
+        function: of all texts, called by the names of its parameters; with `each`, called with a record and its text.
         path: the file that it is from.
     """
 
@@ -138,6 +141,7 @@ class Metric:
     label: str
     function: Callable[..., Any]
     path: str
+    each: bool = False
 
     def __call__(self, generated: Generated) -> Numbers:
         """The metric's numbers by name, of several the mean.
@@ -145,62 +149,73 @@ class Metric:
         Raises:
             UserError: it failed, or returned something else.
         """
-        return {name: _mean(found) for name, found in self.values(generated).items()}
+        values, failed = self.values(generated)
+        if failed:
+            raise UserError("; ".join(group_faults(failed)))
+        return {name: _mean(found) for name, found in values.items()}
 
-    def values(self, generated: Generated) -> dict[str, list[float | None] | float]:
-        """What the metric says by name: of each text, None where it says nothing, or of all of them.
+    def values(self, generated: Generated) -> tuple[Values, Faults]:
+        """(what the metric says, where it failed or returned something else, and how)."""
+        if self.each:
+            return _of_each(self.function, generated)
+        try:
+            return self._of_all(generated), []
+        except UserError as error:
+            return {}, [(self.name, str(error))]
 
-        Raises:
-            UserError: it failed, or returned something else.
-        """
+    def _of_all(self, generated: Generated) -> Values:
         given = generated.arguments()
         wanted, everything = parameters(self.function)
         arguments = given if everything else {name: given[name] for name in wanted if name in given}
         result = call(self.path, functools.partial(self.function, **arguments))
         named = result if isinstance(result, Mapping) else {self.label: result}
         if wrong := [name for name in named if not isinstance(name, str)]:
-            raise UserError(f"{self.name}: returned numbers named {wrong}, expected texts as names")
-        return {name: self._checked(value, len(generated.texts)) for name, value in named.items()}
+            raise UserError(f"returned numbers named {wrong}, expected texts as names")
+        return {name: _checked(value, len(generated.texts)) for name, value in named.items()}
 
     def faults(self, keys: Collection[str]) -> list[str]:
         """What the function asks for that neither the evaluation nor records with these keys have."""
-        needed = [name for name, required in parameters(self.function)[0].items() if required]
+        needed = [] if self.each else [name for name, required in parameters(self.function)[0].items() if required]
         if missing := [name for name in needed if name not in (*GIVEN, *keys)]:
             known = ", ".join((*GIVEN, *sorted(set(keys) - set(GIVEN))))
             return [f"{self.name} wants {missing}, expected parameters among {known}"]
         return []
 
-    def _checked(self, value: Any, count: int) -> list[float | None] | float:
-        several = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0  # 0-d arrays have __len__ too
-        wrong = isinstance(value, str | Mapping) or (several and len(value) != count)
-        each = [] if wrong else list(value) if several else [value]
-        if wrong or not all(one is None or _is_number(one) for one in each):
-            raise UserError(
-                f"{self.name}: returned {reprlib.repr(value)}, expected a number, a list of one number or None for "
-                f"each of {count} texts, or a dict of these"
-            )
-        found = [None if one is None else float(one) for one in each]
-        return found if several else math.nan if found == [None] else found[0]
+
+class MetricFailed(UserError):
+    """A metric failed on some of the answers; everything else that was computed is kept.
+
+    Attributes:
+        numbers, answers: as `scored` returns them, without the metric's values where it failed.
+    """
+
+    def __init__(self, faults: Faults, numbers: Numbers, answers: list[dict[str, Any]]) -> None:
+        super().__init__(describe_faults("the metric failed", group_faults(faults)))
+        self.numbers, self.answers = numbers, answers
 
 
 def scored(
-    metric: Metric, records: Sequence[dict[str, Any]], answers: Sequence[Mapping[str, Any]]
+    metric: Metric, records: Sequence[dict[str, Any]], numbers: Numbers, answers: Sequence[Mapping[str, Any]]
 ) -> tuple[Numbers, list[dict[str, Any]]]:
-    """(the metric's numbers, the answers of `evaluate` with what the metric says of each).
+    """What `evaluate` returned of these records, with the metric's numbers and what it says of each answer.
 
     Raises:
-        UserError: it failed, returned something else than numbers, or uses a name that is taken.
+        MetricFailed: it failed, returned something else than numbers, or uses a name that is taken.
     """
     columns = ([answer[name] for answer in answers] for name in ("prompt", "text", "target"))
-    found = metric.values(Generated(records, *columns))
-    if taken := sorted(set(found) & set(RESERVED)):
-        raise UserError(f"{metric.name}: returned the names {taken}, expected names other than {RESERVED}")
-    each = {name: values for name, values in found.items() if isinstance(values, list)}
-    own = [
-        {name: values[row] for name, values in each.items() if values[row] is not None} for row in range(len(answers))
+    values, failed = metric.values(Generated(records, *columns))
+    if taken := sorted(set(values) & set(RESERVED)):
+        failed.append((metric.name, f"returned the names {taken}, expected names other than {RESERVED}"))
+        values = {}
+    each = {name: found for name, found in values.items() if isinstance(found, list)}
+    answers = [
+        {**answer, **{name: found[row] for name, found in each.items() if found[row] is not None}}
+        for row, answer in enumerate(answers)
     ]
-    joined = [{**answer, **more} for answer, more in zip(answers, own, strict=True)]
-    return {name: _mean(values) for name, values in found.items()}, joined
+    numbers = {**numbers, **{name: _mean(found) for name, found in values.items()}}
+    if failed:
+        raise MetricFailed(failed, numbers, answers)
+    return numbers, answers
 
 
 def load_metrics(names: Sequence[str]) -> list[Metric]:
@@ -235,12 +250,21 @@ def load(name: str) -> Metric:
     path, function = match[1], match[2]
     if function:
         return Metric(name, function, load_function(path, function), path)
-    return Metric(name, pathlib.Path(path).stem, _of_each(load_metric(path)), path)
+    return Metric(name, pathlib.Path(path).stem, _load_metric(path), path, each=True)
 
 
-def exact_match(texts: Sequence[str], targets: Sequence[str]) -> list[float]:
-    """1 for each text that equals its target but for spaces around it, else 0."""
-    return [float(text.strip() == target.strip()) for text, target in zip(texts, targets, strict=True)]
+def _checked(value: Any, count: int) -> list[float | None] | float:
+    """What a function of all texts returned under a name."""
+    several = hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0  # 0-d arrays have __len__ too
+    wrong = isinstance(value, str | Mapping) or (several and len(value) != count)
+    each = [] if wrong else list(value) if several else [value]
+    if wrong or not all(one is None or _is_number(one) for one in each):
+        raise UserError(
+            f"returned {reprlib.repr(value)}, expected a number, a list of one number or None for each of {count} "
+            "texts, or a dict of these"
+        )
+    found = [None if one is None else float(one) for one in each]
+    return found if several else math.nan if found == [None] else found[0]
 
 
 def _mean(found: list[float | None] | float) -> float:
@@ -256,19 +280,39 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
 
 
-def _of_each(metric: Callable[[dict[str, Any], str], Any]) -> Callable[..., dict[str, list[float | None]]]:
-    """A metric(record, text) as a function of all records and texts."""
+def _load_metric(path: str) -> Callable[[dict[str, Any], str], Any]:
+    """The function `metric` of a Python file; any error it raises when called becomes a UserError with file and line.
 
-    def of_all(records: Sequence[dict[str, Any]], texts: Sequence[str]) -> dict[str, list[float | None]]:
-        scores, failed = [], []
-        for number, (record, text) in enumerate(zip(records, texts, strict=True), start=1):
-            try:
-                scores.append(metric_numbers(metric, record, text))
-            except UserError as error:
-                failed.append((f"record {number}", str(error)))
-        if failed:
-            raise UserError("; ".join(group_faults(failed)))
-        names = dict.fromkeys(name for score in scores for name in score)
-        return {name: [score.get(name) for score in scores] for name in names}
+    Raises:
+        UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other
+            arguments.
+    """
+    metric = load_function(path, "metric")
+    require_arguments(path, metric, "record", "text")
 
-    return of_all
+    @functools.wraps(metric)
+    def called(record: dict[str, Any], text: str) -> Any:
+        return call(path, metric, record, text)
+
+    return called
+
+
+def _of_each(metric: Callable[[dict[str, Any], str], Any], generated: Generated) -> tuple[Values, Faults]:
+    """The values of a metric(record, text), and the records that it failed on."""
+    scores: list[dict[str, float]] = []
+    failed: Faults = []
+    for number, (record, text) in enumerate(zip(generated.records, generated.texts, strict=True), start=1):
+        try:
+            scores.append(_numbers(metric(record, text)))
+        except UserError as error:
+            scores.append({})
+            failed.append((f"record {number}", str(error)))
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: [score.get(name) for score in scores] for name in names}, failed
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """What a metric(record, text) returned."""
+    if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
+        raise UserError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
+    return {name: float(value) for name, value in found.items()}

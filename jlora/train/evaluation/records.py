@@ -2,8 +2,7 @@
 
 import functools
 import math
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora import data, sharding
-from jlora.errors import UserError, describe_faults, group_faults
+from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.lora.bank import refuse_chosen
 from jlora.losses import token_scores
 from jlora.models import Model
 from jlora.sharding import on_host, put_batch
-from jlora.train.rewards.pyfile import call, load_function, require_arguments
 from jlora.types import Params
-
-Metric = Callable[[dict[str, Any], str], Mapping[str, float]]
 
 # The numbers of a set of records, what an answer holds besides its scores, and names that no metric may use.
 NUMBERS = ("loss", "perplexity", "token_accuracy", "tokens", "n", "dropped")
@@ -30,27 +26,12 @@ RESERVED = (*NUMBERS, *ANSWER, "exact_match", "scale")
 BUCKET = 64  # row lengths are multiples of this
 
 
-class MetricFailed(UserError):
-    """A metric failed on some of the answers; everything else that was computed is kept.
-
-    Attributes:
-        numbers, answers: as `evaluate` returns them, without the metric's values where it failed.
-    """
-
-    def __init__(
-        self, faults: Sequence[tuple[str, str]], numbers: dict[str, float], answers: list[dict[str, Any]]
-    ) -> None:
-        super().__init__(describe_faults("the metric failed", group_faults(faults)))
-        self.numbers, self.answers = numbers, answers
-
-
 def evaluate(
     model: Model,
     params: Params,
     tokenizer: Any,
     records: Sequence[dict[str, Any]],
     *,
-    metric: Metric | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
     seq_len: int = 512,
@@ -60,20 +41,17 @@ def evaluate(
     """Numbers about the records as a whole, and one answer for each record (none if `generate_texts` is False).
 
     The numbers are `loss` (the mean over the completion tokens, in nats), `perplexity`, `token_accuracy`, `tokens`, `n`
-    (records) and `dropped` (records that the loss leaves out); with texts also `exact_match` and the mean of each
-    number that `metric` returns. An answer is a dict with `prompt`, `target`, `text`, `exact_match`, the metric's
-    numbers, and the record's `id` if it has one.
+    (records) and `dropped` (records that the loss leaves out); with texts also the mean `exact_match`. An answer is a
+    dict with `prompt`, `target`, `text`, `exact_match`, and the record's `id` if it has one. `metrics.scored` adds what
+    a metric of one's own says of them.
 
     Args:
-        metric: (record, generated text) → numbers by name.
         seq_len: longer records are cut there for the loss (not for generation), which leaves out those whose completion
             begins after it.
         mesh: splits the batches of the loss, as in training.
 
     Raises:
         ValueError: no completion has a token within `seq_len`, or the model has too few positions for the texts.
-        MetricFailed: the metric did not return numbers by name or raised a UserError (see `load_metric`); the exception
-            holds everything else.
     """
     sums = record_sums(model, params, tokenizer, records, batch_size=batch_size, seq_len=seq_len, mesh=mesh)
     numbers = _means(sums) | {"n": float(len(records)), "dropped": float(np.sum(sums.tokens == 0))}
@@ -91,17 +69,19 @@ def evaluate(
         temperature=0.0,
         batch_size=batch_size,
     )
-    scores, failed = _scores(records, texts, targets, metric)
-    for name in dict.fromkeys(name for score in scores for name in score):
-        values = [score[name] for score in scores if name in score]
-        numbers[name] = math.fsum(values) / len(values)
+    right = exact_match(texts, targets)
+    numbers["exact_match"] = math.fsum(right) / len(right)
+    ids = [{"id": record["id"]} if "id" in record else {} for record in records]
     answers = [
-        {**({"id": record["id"]} if "id" in record else {}), "prompt": prompt, "target": target, "text": text, **score}
-        for record, prompt, target, text, score in zip(records, prompts, targets, texts, scores, strict=True)
+        {**id, "prompt": prompt, "target": target, "text": text, "exact_match": score}
+        for id, prompt, target, text, score in zip(ids, prompts, targets, texts, right, strict=True)
     ]
-    if failed:
-        raise MetricFailed(failed, numbers, answers)
     return numbers, answers
+
+
+def exact_match(texts: Sequence[str], targets: Sequence[str]) -> list[float]:
+    """1 for each text that equals its target but for spaces around it, else 0."""
+    return [float(text.strip() == target.strip()) for text, target in zip(texts, targets, strict=True)]
 
 
 def completion_loss(
@@ -243,23 +223,6 @@ def _batch(examples: Sequence[data.Example], step: data.Step) -> data.Batch:
     return batch
 
 
-def load_metric(path: str | pathlib.Path) -> Metric:
-    """The function `metric` of a Python file; any error it raises when called becomes a UserError with file and line.
-
-    Raises:
-        UserError: there is no such file, it cannot be run, or its function `metric` is missing or takes other
-            arguments.
-    """
-    metric = load_function(str(path), "metric")
-    require_arguments(str(path), metric, "record", "text")
-
-    @functools.wraps(metric)
-    def called(record: dict[str, Any], text: str) -> Any:
-        return call(str(path), metric, record, text)
-
-    return called
-
-
 @functools.partial(sharding.jit, static_argnums=0)
 def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Float[Array, "3 B"]:
     rows = {name: values[0] for name, values in batch.items()}
@@ -269,36 +232,3 @@ def _row_sums(model: Model, params: Params, batch: dict[str, jax.Array]) -> Floa
     return jnp.stack(
         [jnp.sum(part, axis=1) for part in (-scores.log_probs * weights, scores.correct * weights, weights)]
     )
-
-
-def _scores(
-    records: Sequence[dict[str, Any]], texts: Sequence[str], targets: Sequence[str], metric: Metric | None
-) -> tuple[list[dict[str, float]], list[tuple[str, str]]]:
-    """The scores of every answer, and (record, fault) where the metric failed."""
-    scores, failed = [], []
-    for number, (record, text, target) in enumerate(zip(records, texts, targets, strict=True), start=1):
-        try:
-            scores.append(_score(record, text, target, metric))
-        except UserError as error:
-            scores.append(_score(record, text, target, None))
-            failed.append((f"record {number}", str(error)))
-    return scores, failed
-
-
-def _score(record: dict[str, Any], text: str, target: str, metric: Metric | None) -> dict[str, float]:
-    score = {"exact_match": float(text.strip() == target.strip())}
-    return score if metric is None else score | metric_numbers(metric, record, text)
-
-
-def metric_numbers(metric: Metric, record: dict[str, Any], text: str) -> dict[str, float]:
-    """What the metric returns for a text.
-
-    Raises:
-        UserError: it failed, returned something else than numbers by name, or uses a name that is taken.
-    """
-    found = metric(record, text)
-    if not isinstance(found, Mapping) or not all(isinstance(value, int | float) for value in found.values()):
-        raise UserError(f"metric(record, text): found {found!r}, expected a dict of numbers by name")
-    if taken := sorted(set(found) & set(RESERVED)):
-        raise UserError(f"metric(record, text): found the names {taken}, expected names other than {RESERVED}")
-    return {name: float(value) for name, value in found.items()}

@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from jlora.errors import UserError
 from jlora.generate import generate
 from jlora.train import resolve, run
 from jlora.train.algorithms.algorithm import Plan
-from jlora.train.evaluation.metrics import Generated, join, load_metrics, measured
+from jlora.train.evaluation.metrics import Generated, MetricFailed, join, load, load_metrics, measured, scored
 from jlora.train.reporting.metrics import read_metrics
 from jlora.train.restore import load_run
 
@@ -53,9 +52,8 @@ def test_a_number_or_one_a_text_or_several_by_name(metric, body, numbers):
 
 
 def test_arrays_of_jax_are_numbers_and_nothing_known_is_no_number(metric):
-    mine = metric("return [None, None]")
-    assert math.isnan(mine(GENERATED)["f"])
-    assert mine._checked(jnp.array([1.0, 2.0]), 2) == [1.0, 2.0]
+    assert math.isnan(metric("return [None, None]")(GENERATED)["f"])
+    assert metric("import jax.numpy as jnp\n    return jnp.array([1.0, 2.0])")(GENERATED) == {"f": 1.5}
 
 
 @pytest.mark.parametrize("returned", ["'good'", "[1]", "['1', 2]", "{'a': {}}", "np.eye(2)"])
@@ -89,7 +87,7 @@ def test_all_that_fails_is_said_with_its_line(tmp_path):
     path = tmp_path / "mine.py"
     with pytest.raises(UserError) as error:
         join({"loss": 1.0}, load_metrics([str(path), f"{path}:f", f"{path}:loss"]), GENERATED)
-    for part in ("found the names ['loss']", "mine.py, line 5: IndexError", ":loss: the name 'loss' is taken"):
+    for part in ("mine.py: the name 'loss' is taken", "mine.py, line 5: IndexError", ":loss: the name 'loss' is taken"):
         assert part in str(error.value)
 
 
@@ -102,6 +100,64 @@ def test_what_cannot_be_loaded_is_said_at_once(tmp_path):
     for part in ("found 'bleu', expected exact_match, FILE.py:FUNCTION", "none.py is not a file", "no function g()"):
         assert part in str(error.value)
     assert "two are called f; rename one" in str(error.value)
+
+
+ANSWERS = [
+    {"id": 7, "prompt": "a ", "target": "1", "text": "1 ", "exact_match": 1.0},
+    {"prompt": "b ", "target": "2", "text": "two", "exact_match": 0.0},
+]
+RECORDS = [{"id": 7, "prompt": "a ", "completion": "1"}, {"prompt": "b ", "completion": "2"}]
+
+
+def test_answers_are_scored_one_by_one_and_averaged(tmp_path):
+    """A metric of each record or of all texts: what it says of an answer, and the mean, beside what is known."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def metric(record, text):\n    return {'length': len(text)} | ({'known': 1.0} if 'id' in record else {})\n\n"
+        "def f(texts, id):\n    return {'length': [len(text) for text in texts], 'known': [n and 1 for n in id]}\n"
+    )
+    for name in (str(path), f"{path}:f"):
+        numbers, answers = scored(load(name), RECORDS, {"loss": 1.0}, ANSWERS)
+        assert numbers == {"loss": 1.0, "length": 2.5, "known": 1.0}
+        assert answers == [ANSWERS[0] | {"length": 2.0, "known": 1.0}, ANSWERS[1] | {"length": 3.0}]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ("0.5", "record 1, record 2: metric(record, text): found 0.5, expected a dict of numbers"),
+        ("{'a': 'b'}", "expected a dict"),
+        ("{'loss': 1.0}", "returned the names ['loss'], expected names other than"),
+        (
+            "{'id': 1.0, 'prompt': 1, 'target': 1, 'text': 1, 'scale': 1}",
+            "['id', 'prompt', 'scale', 'target', 'text']",
+        ),
+    ],
+)
+def test_what_a_metric_of_each_record_may_not_return(tmp_path, found, words):
+    (tmp_path / "mine.py").write_text(f"def metric(record, text):\n    return {found}\n")
+    with pytest.raises(MetricFailed) as error:
+        scored(load(str(tmp_path / "mine.py")), RECORDS, {"loss": 1.0}, ANSWERS)
+    assert words in str(error.value)
+    assert (error.value.numbers, error.value.answers) == ({"loss": 1.0}, ANSWERS)
+
+
+def test_the_function_of_a_file_is_found_or_what_is_there_is_said(tmp_path):
+    (tmp_path / "good.py").write_text("def metric(record, text):\n    return {'right': float(record['x'] == text)}\n")
+    assert load(f"{tmp_path}/good.py").function({"x": "y"}, "y") == {"right": 1.0}
+    with pytest.raises(
+        FileNotFoundError, match=r"gone.py is not a file; expected a Python file that defines metric\(\)"
+    ):
+        load(f"{tmp_path}/gone.py")
+    (tmp_path / "other.py").write_text("from math import sqrt\n\n\ndef score(record, text):\n    return {}\n")
+    with pytest.raises(ValueError, match=r"other.py defines no function metric\(\); it defines score$"):
+        load(f"{tmp_path}/other.py")
+    (tmp_path / "broken.py").write_text("\ndef metric(:\n")
+    with pytest.raises(ValueError, match=r"broken.py, line 2: SyntaxError"):
+        load(f"{tmp_path}/broken.py")
+    (tmp_path / "empty.py").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"empty.py defines no function metric\(\); it defines none at all"):
+        load(f"{tmp_path}/empty.py")
 
 
 def test_records_without_prompts_are_refused_before_anything_is_loaded():

@@ -9,7 +9,7 @@ import pytest
 from jlora import models, sharding
 from jlora.data import encode
 from jlora.generate import generate
-from jlora.train.evaluation.records import evaluate, load_metric, record_sums
+from jlora.train.evaluation.records import evaluate, record_sums
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,7 @@ def test_records_keep_their_places_where_nothing_of_one_is_left(model, params, t
 def test_answers_are_scored_one_by_one_and_averaged(model, params, tokenizer):
     [said] = generate(model, params, tokenizer, [RECORDS[0]["prompt"]], max_new_tokens=4)
     records = [RECORDS[0] | {"completion": said.strip() or "x"}, RECORDS[1]]
-
-    def metric(record, text):
-        return {"length": len(text), "has_id": float("id" in record)}
-
-    numbers, answers = evaluate(
-        model, params, tokenizer, records, metric=metric, max_new_tokens=4, batch_size=2, seq_len=32
-    )
+    numbers, answers = evaluate(model, params, tokenizer, records, max_new_tokens=4, batch_size=2, seq_len=32)
     assert [answer["text"] for answer in answers] == generate(
         model, params, tokenizer, [record["prompt"] for record in records], max_new_tokens=4
     )
@@ -103,57 +97,9 @@ def test_answers_are_scored_one_by_one_and_averaged(model, params, tokenizer):
         "target": records[0]["completion"],
         "text": said,
         "exact_match": 1.0,
-        "length": len(said),
-        "has_id": 1.0,
     }
     assert "id" not in answers[1]
     assert numbers["exact_match"] == 0.5
-    assert numbers["has_id"] == 0.5
-    assert numbers["length"] == np.mean([len(answer["text"]) for answer in answers])
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        (0.5, "found 0.5, expected a dict of numbers"),
-        ({"a": "b"}, "expected a dict"),
-        ({"loss": 1.0}, r"names \['loss'\]"),
-        (
-            {"id": 1.0, "prompt": 1, "target": 1, "text": 1, "scale": 1},
-            r"\['id', 'prompt', 'scale', 'target', 'text'\]",
-        ),
-    ],
-)
-def test_what_a_metric_may_not_return(model, params, tokenizer, found, words):
-    with pytest.raises(ValueError, match=words):
-        evaluate(
-            model,
-            params,
-            tokenizer,
-            RECORDS[:2],
-            metric=lambda record, text: found,
-            max_new_tokens=4,
-            batch_size=2,
-            seq_len=32,
-        )
-
-
-def test_load_metric_finds_the_function_or_says_what_is_there(tmp_path):
-    (tmp_path / "good.py").write_text("def metric(record, text):\n    return {'right': float(record['x'] == text)}\n")
-    assert load_metric(tmp_path / "good.py")({"x": "y"}, "y") == {"right": 1.0}
-    with pytest.raises(
-        FileNotFoundError, match=r"gone.py is not a file; expected a Python file that defines metric\(\)"
-    ):
-        load_metric(tmp_path / "gone.py")
-    (tmp_path / "other.py").write_text("from math import sqrt\n\n\ndef score(record, text):\n    return {}\n")
-    with pytest.raises(ValueError, match=r"other.py defines no function metric\(\); it defines score$"):
-        load_metric(tmp_path / "other.py")
-    (tmp_path / "broken.py").write_text("\ndef metric(:\n")
-    with pytest.raises(ValueError, match=r"broken.py, line 2: SyntaxError"):
-        load_metric(tmp_path / "broken.py")
-    (tmp_path / "data.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"data.jsonl defines no function metric\(\); it defines none at all"):
-        load_metric(tmp_path / "data.jsonl")
 
 
 def test_the_target_of_an_answer_that_calls_a_tool_is_the_call_as_the_template_writes_it(

@@ -1,5 +1,7 @@
 """From text and messages to tokens: the tokenizer, its chat template, and what the template writes after an answer."""
 
+import functools
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 from jlora.data.tokens import Text, plain_text, tokenize
 from jlora.data.vocabulary import require_rows, unfitted
 from jlora.ends import behind_words, chat_text
-from jlora.errors import UserError
+from jlora.errors import UserError, first_few
 
 ROLES_SHOWN = 12
 FOLD_HINT = 'data.system="fold" (--fold_system) puts the system text at the beginning of the first user\'s turn'
@@ -77,12 +79,17 @@ def render(
     """The text that the chat template makes of the messages and of `variables`, such as tools.
 
     Raises:
-        UserError: the template refuses the messages, or fails on them in any way.
+        UserError: the template refuses the messages, or fails on them in any way; or `variables` has the name of a
+            setting of `apply_chat_template`, such as another template.
     """
     import jinja2  # transformers renders chat templates with it
 
     if not messages:
         return ""
+    if taken := sorted(_settings() & set(variables or ())):
+        raise UserError(
+            f"chat_template_kwargs: found {first_few(taken, 8)}, which no chat template reads: leave it out"
+        )
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **(variables or {})
@@ -96,6 +103,15 @@ def render(
         system = roles[0] in ("system", "developer")
         hint = f"; {FOLD_HINT}" if system and _writes(messages[1:], tokenizer, add_generation_prompt, variables) else ""
         raise UserError(f"the chat template refuses the roles {shown}: {reason}{hint}") from error
+
+
+@functools.cache
+def _settings() -> frozenset[str]:
+    """What `apply_chat_template` takes for itself, and does not hand to the template."""
+    import transformers
+
+    taken = set(inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters)
+    return frozenset(taken - {"tools", "documents", "kwargs"} | {"messages"})
 
 
 def _writes(messages: list[dict[str, Any]], tokenizer: Any, ask: bool, variables: Mapping[str, Any] | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jlora import data
 from jlora.errors import UnknownNameError, UserError
+from jlora.families.kinds import short
 from jlora.serve.engine import Engine
 from jlora.serve.folder import Folder
 from jlora.serve.metrics import Metrics
@@ -29,10 +30,13 @@ routing: Any = require("starlette.routing", "serve")
 STATUS = {"cancelled": 503, "error": 500}  # of answers that were not finished
 HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
     413: {"Connection": "close"},  # or the rest of the body would still be read
     429: {"Retry-After": "1"},
 }
 GONE = 499  # nobody hears it
+UPLOAD = 60  # the most seconds that a body may take to come
+FEW = 16  # new tokens of a text, if a request does not say how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,10 @@ class _Handlers:
                 error = Refused(429, str(busy), "rate_limit_exceeded")
             except Stopping as stopping:
                 error = Refused(503, str(stopping))
+            except asyncio.CancelledError:  # the server's time is up, and what it has not answered ends
+                error = Refused(503, "the server is stopping")
+            except requests.ClientDisconnect:
+                return responses.Response(status_code=GONE)
             self._metrics.refused(error.status)
             return _json(error.body, error.status, HEADERS.get(error.status))
 
@@ -146,7 +154,8 @@ class _Handlers:
         if not self._service.keys:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        is_known = any(hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._service.keys)
+        sent = given.strip().encode("latin-1")  # the header's own bytes
+        is_known = any(hmac.compare_digest(sent, key.encode()) for key in self._service.keys)
         if kind.lower() != "bearer" or not is_known:
             raise Refused(401, "found no valid key, expected the header Authorization: Bearer KEY", "invalid_api_key")
 
@@ -155,10 +164,14 @@ class _Handlers:
         told = request.headers.get("content-length", "0")
         if told.isdigit() and int(told) > most:
             raise Refused(413, f"the body has {told} bytes, expected at most {most}")
-        async for part in request.stream():
-            found += part
-            if len(found) > most:
-                raise Refused(413, f"the body has more than {most} bytes")
+        try:
+            async with asyncio.timeout(UPLOAD):
+                async for part in request.stream():
+                    found += part
+                    if len(found) > most:
+                        raise Refused(413, f"the body has more than {most} bytes")
+        except TimeoutError as error:
+            raise Refused(408, f"the body is not complete after {UPLOAD} seconds") from error
         return bytes(found)
 
     async def _answer(self, request: Any, *, chat: bool) -> Any:
@@ -182,9 +195,10 @@ class _Handlers:
 
     def _request(self, asked: Asked, tokens: Sequence[int], adapter: str | None, seed: int, choice: int) -> Request:
         room = max(1, self._engine.length - len(tokens))
+        default = room if asked.chat else min(FEW, room)
         return Request(
             tokens,
-            room if asked.max_new_tokens is None else asked.max_new_tokens,
+            default if asked.max_new_tokens is None else asked.max_new_tokens,
             adapter,
             asked.sampling,
             seed,
@@ -214,7 +228,7 @@ class _Handlers:
         if model == self._service.name:
             return None
         if model not in self._engine.adapters:
-            raise Refused(404, f"the model {model!r} does not exist", "model_not_found")
+            raise Refused(404, f"the model {short(model)} does not exist", "model_not_found")
         return model
 
     def _folder(self) -> Folder:
@@ -339,4 +353,5 @@ def _texts(body: bytes, *names: str) -> list[str]:
 async def _plain_error(request: Any, error: Exception) -> Any:
     status = getattr(error, "status_code", 500)
     told = getattr(error, "detail", "an error of the server")
-    return _json(Refused(status, f"{request.method} {request.url.path}: {told}").body, status)
+    body = Refused(status, f"{request.method} {request.url.path}: {told}").body
+    return _json(body, status, getattr(error, "headers", None))

@@ -150,6 +150,11 @@ class Engine:
         """
         return self._order(lambda: self._change(lambda: self.shelf.put(name, adapter)))
 
+    def require_place(self, name: str) -> None:
+        """Raises NoPlace if `put_adapter` has none for an adapter of this name now."""
+        with self._lock:
+            self.shelf.require_place(name)
+
     def remove_adapter(self, name: str) -> "Future[None]":
         """Removes an adapter, between two steps. Requests that came before keep it.
 

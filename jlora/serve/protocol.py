@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jlora.data.messages import kind_of, message_faults, normal_messages
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError, describe_faults, first_few
+from jlora.families.kinds import short
 from jlora.serve.request import Piece, Sampling, Token, Usage
 
 MOST_CHOICES, MOST_STOPS = 16, 16
@@ -59,7 +60,7 @@ class Asked:
     Attributes:
         chat: whether the answer is a chat's.
         prompts: texts, lists of tokens, or one list of messages.
-        max_new_tokens: None: what there is room for in a chat, else 16.
+        max_new_tokens: None if the body does not say.
         variables: what the chat template is given besides the messages.
         top: as in `jlora.serve.Request`.
     """
@@ -88,11 +89,12 @@ def parse(body: bytes, *, chat: bool) -> Asked:
     """
     fields = {name: value for name, value in parse_object(body).items() if value is not None}
     faults = [
-        *(f"{name}: found {fields[name]!r}, which is not supported" for name in NEUTRAL if _asks(fields, name)),
+        *(f"{name}: found {short(fields[name])}, which is not supported" for name in NEUTRAL if _asks(fields, name)),
         *_misshapen(fields, {**SHARED, **(CHAT if chat else COMPLETION)}),
     ]
     known = {*SHARED, *(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL}
-    faults += [f"{name}: unknown; the fields are {', '.join(sorted(known))}" for name in fields if name not in known]
+    if unknown := [name[:60] for name in fields if name not in known]:
+        faults.append(f"{first_few(unknown, 8)}: unknown; the fields are {', '.join(sorted(known))}")
     prompt = "messages" if chat else "prompt"
     faults += [f"{name}: missing" for name in ("model", prompt) if name not in fields]
     if faults:
@@ -105,7 +107,7 @@ def parse(body: bytes, *, chat: bool) -> Asked:
         sampling=Sampling(**{name: fields[name] for name in SAMPLING if name in fields} | {"top_k": _top_k(fields)}),
         seed=fields.get("seed"),
         choices=fields.get("n", 1),
-        max_new_tokens=fields.get("max_completion_tokens", fields.get("max_tokens", None if chat else 16)),
+        max_new_tokens=fields.get("max_completion_tokens", fields.get("max_tokens")),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_ids=tuple(fields.get("stop_token_ids", ())),
         ignore_end=fields.get("ignore_eos", False),

@@ -7,6 +7,10 @@ from jlora.lora import Bank
 from jlora.types import Params
 
 
+class NoPlace(UserError):
+    """There is no place for an adapter until another one leaves."""
+
+
 @dataclasses.dataclass(eq=False)
 class Held:
     """An adapter in a place of the bank.
@@ -68,21 +72,28 @@ class Shelf:
         if self.bank is not None and None in self.bank.names:
             self.bank = self.bank.clear(self.bank.names.index(None), donate=True)
 
+    def require_place(self, name: str) -> None:
+        """Raises NoPlace if an adapter of this name cannot be put before another one leaves."""
+        old = self._held.get(name)
+        if self.bank is None or None in self.bank.names or (old is not None and not old.users):
+            return
+        waits = f", {len(self._going)} of them until their answers are complete" if self._going else ""
+        raise NoPlace(f"all {len(self.bank.names)} places are taken{waits}: remove one first")
+
     def put(self, name: str, adapter: Params) -> None:
         """Adds an adapter, in place of any of this name.
 
         Raises:
-            UserError: it does not fit, or there is no place; all is as before.
+            UserError: it does not fit; all is as before.
+            NoPlace: another has to leave first.
         """
         if self.bank is None:
             raise UserError("adapters cannot be added: the engine was started with a base alone")
+        self.require_place(name)
         bank, old = self.bank, self._held.get(name)
         self._count += 1
         if old is not None:
             bank = _renamed(bank, old, _leaving(old, self._count))
-        if None not in bank.names:
-            waits = f", {len(self._going)} of them until their answers are complete" if self._going else ""
-            raise UserError(f"adapter {name!r}: all {len(bank.names)} places are taken{waits}: remove one first")
         self.bank = bank.add(name, adapter, donate=True)
         if old is not None:
             self._leave(old)

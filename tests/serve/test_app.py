@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 import jlora
 from jlora.serve import Engine, Limits, app, server
-from jlora.serve.folder import Folder, bank, opened
+from jlora.serve.folder import Folder, bank, opened, subfolders
 
 KEY, BASE, NEW, CLIENTS = "a key", "tiny", 8, 64
 NAMES = [f"adapter-{number:02}" for number in range(16)]
@@ -36,12 +37,13 @@ def service(loaded, folder):
     model, params, tokenizer = loaded
     notes = []
     adapters = opened(params, folder, "tiny", taken=(BASE,), note=notes.append)
-    held = bank(params, adapters, places=18, config=None, note=notes.append)
+    held = bank(params, adapters, places=18, config=None)
     assert len(notes) == 1 and notes[0].startswith("adapter dora: not added: ")
     engine = Engine(model, held, tokenizer, Limits(rows=8, length=256, queue=CLIENTS, chunk=32))
     engine.start()
-    watched = Folder(folder, engine, source="tiny", taken=(BASE,), note=notes.append)
-    yield app.Service(engine, tokenizer, BASE, watched, (KEY, "another"), body=1 << 16)
+    done = subfolders(folder)
+    watched = Folder(folder, engine, source="tiny", taken=(BASE,), note=notes.append, done=done)
+    yield app.Service(engine, tokenizer, BASE, watched, (KEY, "another", "schlüssel"), body=1 << 16)
     engine.stop(drain=False)
 
 
@@ -69,7 +71,8 @@ def post(address):
 
     def post(path, body, key=KEY):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        key = key if isinstance(key, bytes) else key.encode()
+        headers = {"Authorization": b"Bearer " + key} if key else {}
         found = httpx.post(f"{address}/v1/{path}", content=content, headers=headers, timeout=120)
         try:
             return found.status_code, found.json().get("error", found.json())
@@ -136,6 +139,8 @@ def test_completions_take_several_prompts_as_texts_or_tokens(client, loaded):
         assert [choice.text for choice in found.choices] == expected
         assert found.usage.prompt_tokens == 5 and len(found.choices[1].logprobs.token_logprobs) <= NEW
         assert all(len(top) == 2 for top in found.choices[0].logprobs.top_logprobs)
+    nearly_full = client.completions.create(model=BASE, prompt="x" * 250, temperature=0)
+    assert nearly_full.usage.completion_tokens <= 6  # not 16, which the client did not ask for
     streamed = client.completions.create(prompt="ab", stream=True, **settings)
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected[0]
 
@@ -182,6 +187,7 @@ def test_models_are_the_base_and_the_adapters(client):
         (400, {"messages": [{"role": "user", "content": "x" * 300}]}, "tokens, expected fewer than 256"),
         (400, {"max_tokens": 255}, "and max_tokens=255 are more than 256"),
         (400, {"stop": ["a", 1]}, "stop: found a list, expected text"),
+        (400, {"chat_template_kwargs": {"chat_template": "x"}}, "found chat_template, which no chat template reads"),
         (400, {"logit_bias": {"5": 1}}, "logit_bias: found {'5': 1}, which is not supported"),
         (400, {"max_token": 5}, "max_token: unknown; the fields are"),
         (400, {"model": None}, "model: missing"),
@@ -204,26 +210,61 @@ def test_keys_are_needed_and_paths_known(post, address):
     for key in ("", "wrong", "a keyy"):
         status, error = post("chat/completions", body, key=key)
         assert status == 401 and error["code"] == "invalid_api_key"
-    assert post("chat/completions", body, key="another")[0] == 200
+    for key in ("another", "schlüssel".encode()):
+        assert post("chat/completions", body, key=key)[0] == 200
     assert post("edits", body)[0] == 404
-    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    wrong = httpx.get(f"{address}/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["Allow"] == "POST"
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
 
-def test_a_gigabyte_is_refused_before_it_is_read(address):
+@pytest.fixture
+def connect(address):
+    """connect(head): a socket to the server that has sent the head of a request with a key."""
     host, _, port = address.removeprefix("http://").partition(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+    opened = []
+
+    def connect(head):
+        opened.append(socket.create_connection((host, int(port)), timeout=30))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n{head}"
+        opened[-1].sendall(head.encode())
+        return opened[-1]
+
+    yield connect
+    for sock in opened:
+        sock.close()
+
+
+def heard(sock):
+    """What the server says until it closes."""
+    found = b""
+    while part := sock.recv(4096):
+        found += part
+    return found
+
+
+def test_a_gigabyte_is_refused_before_it_is_read(connect):
     told, endless = (
         f"Content-Length: {1 << 30}\r\n\r\n{{",
         "Transfer-Encoding: chunked\r\n\r\n" + "8000\r\n" + "x" * 0x8000,
     )
     for body in (told, endless + "\r\n8000\r\n" + "x" * 0x8000 + "\r\n8000\r\nx"):
-        with socket.create_connection((host, int(port)), timeout=30) as sock:
-            sock.sendall((head + body).encode())
-            found = b""
-            while part := sock.recv(4096):  # until the server closes
-                found += part
+        found = heard(connect(body))
         assert found.startswith(b"HTTP/1.1 413 ") and b" 65536" in found
+
+
+def test_a_body_that_does_not_end_is_not_waited_for(connect, monkeypatch):
+    monkeypatch.setattr(app, "UPLOAD", 0.2)
+    assert heard(connect('Content-Length: 100\r\n\r\n{"mod')).startswith(b"HTTP/1.1 408 ")
+
+
+def test_whoever_goes_away_while_sending_leaves_no_trace_in_the_log(connect, post, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handle", lines.append)
+    for head in ("Content-Length: 100", "Transfer-Encoding: chunked"):
+        connect(f"{head}\r\n\r\n").close()
+    assert post("completions", {"model": BASE, "prompt": "x", "max_tokens": 1})[0] == 200
+    assert not lines
 
 
 def until(condition, seconds=60):
@@ -272,6 +313,8 @@ def test_adapters_come_and_go_by_the_folder_and_by_request(client, post, service
     assert "wide" not in engine.adapters and ask(client, "new", "x")
     shutil.rmtree(folder / "new")
     scan()
+    assert ask(client, "new", "x")  # it may be being replaced
+    scan()
     with pytest.raises(openai.NotFoundError):
         ask(client, "new", "x")
     for path in (NAMES[2], str(folder / NAMES[2])):
@@ -283,11 +326,15 @@ def test_adapters_come_and_go_by_the_folder_and_by_request(client, post, service
         "no adapter": "holds no adapter_config.json",
         "wide": "expected at most",
         "dora": "more than a bank holds",
+        "\0": "cannot be a path",
+        "\ud800": "cannot be a path",
+        "x" * 5000: "cannot be a path",
     }.items():
         status, error = post("load_lora_adapter", {"lora_name": "mine", "lora_path": path})
         assert status == 400 and told in error["message"]
     assert post("load_lora_adapter", {"lora_name": BASE, "lora_path": NAMES[2]})[0] == 400
-    assert post("load_lora_adapter", {"lora_name": "a/b", "lora_path": NAMES[2]})[0] == 400
+    for name in ("a/b", "a\nb", "\ud800", "x" * 300):
+        assert post("load_lora_adapter", {"lora_name": name, "lora_path": NAMES[2]})[0] == 400
     assert ask(client, "mine", "x").choices[0].message.content == alone[NAMES[2]]["x"]
     assert post("unload_lora_adapter", {"lora_name": "mine"})[0] == 200
     assert post("unload_lora_adapter", {"lora_name": "mine"})[0] == 404

@@ -32,17 +32,16 @@ def run(options: argparse.Namespace) -> int:
         allocator.keep_freed_pages()
         model, params, tokenizer = load_model(options)
         params, done = _with_adapters(params, options, name)
-        engine = Engine(model, params, tokenizer, limits)
+        engine = Engine(model, params, tokenizer, limits, note=print_note)
         engine.start()
         folder = _folder(options, engine, name, done)
         print(f"{_told(name, engine, options)}: {_address(options.host, at.getsockname()[1])}", flush=True)
         application = app.application(app.Service(engine, tokenizer, name, folder, keys, body))
-        server.run(application, at, drain=options.drain, leaving=engine.close)
+        server.run(application, at, engine, drain=options.drain)
     if folder:
         folder.stop()
-    engine.stop(drain=False)
     if engine.failure:
-        raise Failed(f"the engine failed: {engine.failure}")
+        raise Failed(f"the engine failed: {type(engine.failure).__name__}: {engine.failure}")
     return 0
 
 

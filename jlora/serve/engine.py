@@ -82,10 +82,19 @@ class Engine:
     Args:
         params: the model's, with or without an adapter, or a bank, which the engine then owns.
         tokenizer: makes texts of the tokens.
+        note: called, in the engine's thread, with what failed besides the requests that are told of it.
     """
 
-    def __init__(self, model: Model, params: Params | Bank, tokenizer: Any, limits: Limits = Limits()) -> None:
-        self.model, self.limits = model, limits
+    def __init__(
+        self,
+        model: Model,
+        params: Params | Bank,
+        tokenizer: Any,
+        limits: Limits = Limits(),
+        *,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.limits, self._note = model, limits, note
         self.length = longest(model, limits.length)
         self.numbers, self.failure = Numbers(), None
         if isinstance(params, Bank):
@@ -112,7 +121,7 @@ class Engine:
         self._launched: Launched | None = None
         self._threads: list[threading.Thread] = []
         self._lock, self._reads, self._troubles = threading.Lock(), 0, 0
-        self._open, self._taken = True, 0
+        self._open, self._ended, self._taken = True, False, 0
 
     # ---------------------------------------------------------------- from any thread
 
@@ -199,11 +208,14 @@ class Engine:
         """Takes no more requests; those that it has are answered."""
         self._open = False
 
+    def cut(self) -> None:
+        """Takes no more requests, and cancels those that it has."""
+        self.close()
+        self._orders.put(lambda: self._end_all("cancelled", "the engine is stopping"))
+
     def stop(self, *, drain: bool = True) -> None:
         """Takes no more requests, answers those that it has (or cancels them), and ends the thread."""
-        self.close()
-        if not drain:
-            self._orders.put(self._end_all)
+        self.close() if drain else self.cut()
         self._orders.put(lambda: None)
         self.programs.close()
         for thread in self._threads:
@@ -212,11 +224,20 @@ class Engine:
     # ---------------------------------------------------------------- in the engine's own
 
     def _run(self) -> None:
-        while self._open or self._taken:
+        while self._goes_on():
             if not self.turn():
                 self._obey(wait=self._open)
             if self.failure:
-                return
+                break
+        with self._lock:
+            self._ended = True
+        while self._taken or not self._orders.empty():  # of those who were quicker than that
+            self._obey(wait=True)
+            self._end_all("error", _told(self.failure))
+
+    def _goes_on(self) -> bool:
+        with self._lock:  # one who is about to submit counts
+            return self._open or self._taken > 0
 
     def turn(self) -> bool:
         """Does what there is to do: reads a piece of a prompt, launches a step, tells what the step before it drew.
@@ -254,6 +275,11 @@ class Engine:
             self._orders.get()()
 
     def _order(self, act: Callable[[], None]) -> "Future[None]":
+        """What becomes of something that the engine's own thread is to do.
+
+        Raises:
+            Stopping: that thread has ended.
+        """
         found: Future[None] = Future()
 
         def obey() -> None:
@@ -262,7 +288,10 @@ class Engine:
             except Exception as error:  # noqa: BLE001 (whoever ordered it hears of it)
                 found.set_exception(error)
 
-        self._orders.put(obey)
+        with self._lock:
+            if self._ended:
+                raise Stopping("the engine has ended")
+            self._orders.put(obey)
         return found
 
     def _change(self, act: Callable[[], None]) -> None:
@@ -384,7 +413,7 @@ class Engine:
         self.numbers["prompt_tokens_cached"] += job.cached
         job.tell(Piece(text, tokens, finish, job.usage, error))
 
-    def _end_all(self, finish: str = "cancelled", error: str | None = None) -> None:
+    def _end_all(self, finish: str, error: str) -> None:
         for job in [*(slot.job for slot in self._slots if slot.job), *self._waiting]:
             self._end(job, finish, error=error)
 
@@ -405,7 +434,8 @@ class Engine:
         """Tells all whose rows are lost, and starts with empty ones."""
         self._troubles += 1
         self._launched, self._rows, self._size = None, None, 0
-        message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        message = _told(error)
+        self._note(f"the engine failed at what it was doing, and {self._taken} requests with it: {message}")
         if self._troubles >= TROUBLES:
             self.failure = error
             self.close()
@@ -463,6 +493,11 @@ def _fill(turn: Any, slot: Slot) -> None:
         getattr(turn.settings, name)[row] = value
     if request.sampling.temperature < COLD:
         turn.settings.temperature[row] = 0
+
+
+def _told(error: Exception | None) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _token(number: int, drawn: Drawn | None, row: int, top: int | None) -> Token:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import openai
@@ -52,6 +53,24 @@ def test_answers_on_their_way_are_finished_after_sigterm(model_folder, adapters)
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         assert "adapter broken: not added: " in process.stderr.read()
+
+
+@pytest.mark.parametrize(("options", "signals"), [(["--drain=1"], 1), ([], 2)])
+def test_answers_that_are_not_complete_in_time_end_with_an_error(model_folder, options, signals):
+    command = [sys.executable, "-m", "jlora", "serve", f"--model={model_folder}", "--port=0", "--length=128", *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, "--rows=1"], **pipes) as process:
+        address = process.stdout.readline().split()[-1]
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        name = client.models.list().data[0].id
+        settings = dict(max_tokens=120, prompt="a", extra_body={"ignore_eos": True}, stream=True)
+        streams = [client.completions.create(model=name, **settings) for _ in range(40)]
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        with pytest.raises(openai.APIError, match="the engine is stopping"):
+            list(streams[-1])
+        assert process.wait(60) == 0 and process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

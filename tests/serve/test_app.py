@@ -51,7 +51,7 @@ def service(loaded, folder):
 def address(service):
     at = server.listen("127.0.0.1", 0)
     config = server.uvicorn.Config(app.application(service), log_level="warning", lifespan="off")
-    running = server.Server(config)
+    running = server.Server(config, service.engine)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [at]})
     thread.start()
     yield f"http://127.0.0.1:{at.getsockname()[1]}"

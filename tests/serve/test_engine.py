@@ -183,7 +183,7 @@ def test_what_does_not_fit_leaves_everything_as_it_was(engine, ask, alone, make_
     assert "adapter 'law' does not fit" in str(wide.exception()) and "expected at most" in str(wide.exception())
     assert "more than a bank holds" in str(dora.exception())
     assert more[1].exception() is None
-    assert str(more[2].exception()) == "adapter 'sixth': all 5 places are taken: remove one first"
+    assert str(more[2].exception()) == "all 5 places are taken: remove one first"
     heard, _ = ask("a", "law")
     removed, *_ = [engine.remove_adapter(name) for name in ("sixth", "fifth", "fourth")]
     run(engine)
@@ -283,6 +283,32 @@ def test_those_who_wait_hear_of_a_device_that_fails(engine, ask, alone, monkeypa
     run(engine)
     assert [one.end.finish for one in heard] == ["error"] * 4 + ["length"] * 2
     assert "ZeroDivisionError" in heard[0].end.error and heard[5].text == alone("a", "law")
+
+
+def test_nobody_waits_for_an_engine_that_has_failed(loaded, monkeypatch):
+    model, params, tokenizer = loaded
+    notes, calls, late = [], [], Heard()
+    engine = Engine(model, params, tokenizer, Limits(rows=1, length=64, chunk=32), note=notes.append)
+
+    def fail(size):
+        calls.append(size)
+        if len(calls) == 3:  # the engine gives up before it hears of this one
+            engine.submit(Request([1], 4), late)
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(engine.programs, "step", fail)
+    monkeypatch.setattr(engine.programs, "warm", lambda *_: None)
+    heard = [Heard() for _ in range(4)]
+    for one in heard:
+        engine.submit(Request([1], 4), one)
+    engine.start()
+    for one in (*heard, late):
+        assert one.ended.wait(60) and one.end.finish == "error" and one.end.error == "RuntimeError: no device"
+    engine.stop()
+    assert isinstance(engine.failure, RuntimeError) and engine.load["running"] == engine.load["waiting"] == 0
+    assert len(notes) == 3 and "no device" in notes[0]
+    with pytest.raises(Stopping):
+        engine.put_adapter("law", params)
 
 
 def test_a_state_is_as_if_read_at_once(loaded):

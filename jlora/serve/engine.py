@@ -144,7 +144,8 @@ class Engine:
                 raise Busy(f"{self._taken} requests are running or waiting, which is all that there is room for")
             self._taken += 1
             self.shelf.take(held)
-            job = Job(request, listener, Words(self.tokenizer, request.stop), held, self.shelf.place(held))
+            words = Words(self.tokenizer, request.stop, request.kept)
+            job = Job(request, listener, words, held, self.shelf.place(held))
         self._orders.put(lambda: self._waiting.append(job))
         return job
 

@@ -50,6 +50,7 @@ class Request:
         stop_ids: tokens that end the text, besides the model's own.
         ignore_end: whether the model's own do not.
         top: how many of the likeliest tokens are told of each one; None: not even its own probability.
+        kept: special tokens that are a part of the text.
     """
 
     tokens: Sequence[int]
@@ -62,6 +63,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     ignore_end: bool = False
     top: int | None = None
+    kept: tuple[int, ...] = ()
 
     def check(self, longest: int) -> None:
         """Raises UserError if it cannot be answered; all faults are listed.

@@ -3,18 +3,24 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jlora.data.template import special_tokens
+
 UNFINISHED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not complete
 
 
 class Words:
     """The text of tokens that arrive one by one; the pieces together are what the tokenizer makes of all of them.
 
+    Args:
+        kept: special tokens whose text is told; that of others is left out.
+
     Attributes:
         stopped: whether a stop string was found. Nothing comes out after that.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), kept: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._hidden = special_tokens(tokenizer) - {*kept} if kept else None
         self._tokens: list[int] = []
         # Tokens from the first on are decoded again, so that those from the second on read as they do in the whole.
         self._first, self._second = 0, 0
@@ -40,7 +46,9 @@ class Words:
         return whole[len(before) :]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        if self._hidden is None:
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._tokenizer.decode([token for token in tokens if token not in self._hidden])
 
     def _tell(self, new: str) -> str:
         """The text that is no part of a stop string, nor of what may become one."""
@@ -51,12 +59,12 @@ class Words:
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
-        kept = max((_begun(text, stop) for stop in self._stops), default=0)
+        kept = max((begun(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
-def _begun(text: str, stop: str) -> int:
+def begun(text: str, stop: str) -> int:
     """How many of the last characters of the text are the first of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((count for count in range(most, 0, -1) if text.endswith(stop[:count])), 0)

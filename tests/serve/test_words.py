@@ -39,3 +39,9 @@ def test_a_text_ends_before_its_stop_string_of_which_nothing_comes_out(byte_toke
     pieces = told(words, tokens)
     assert "".join(pieces) == expected and words.stopped == (expected != TEXT)
     assert not any("ver".startswith(piece) for piece in pieces if piece)
+
+
+@pytest.mark.parametrize(("kept", "expected"), [((), "ab"), ((0,), "a<|end|>b"), ((1,), "ab")])
+def test_special_tokens_are_told_if_they_are_kept(byte_tokenizer, kept, expected):
+    tokens = [token for text in ("a", "<|end|>", "b") for token in byte_tokenizer(text)["input_ids"]]
+    assert "".join(told(Words(byte_tokenizer, kept=kept), tokens)) == expected

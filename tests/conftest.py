@@ -123,12 +123,11 @@ def make_llama(tmp_path_factory, byte_tokenizer):
     def make(**sizes):
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=257,
             num_hidden_layers=2,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=0,
-            **sizes,
+            **{"vocab_size": 257} | sizes,
         )
         folder = tmp_path_factory.mktemp("model")
         transformers.LlamaForCausalLM(config).save_pretrained(folder)

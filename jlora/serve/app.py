@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import json
 import secrets
@@ -14,6 +15,7 @@ from typing import Any
 from jlora import data
 from jlora.errors import UnknownNameError, UserError
 from jlora.families.kinds import short
+from jlora.serve.calls import CallForms
 from jlora.serve.engine import Engine
 from jlora.serve.folder import Folder
 from jlora.serve.metrics import Metrics
@@ -66,6 +68,7 @@ class _Handlers:
     def __init__(self, service: Service) -> None:
         self._service, self._engine = service, service.engine
         self._metrics, self._started = Metrics(service.engine), int(time.time())
+        self._calls = CallForms(service.tokenizer)
         self._encoding = threading.Lock()  # tokenizers are not made for several threads
 
     def application(self) -> Any:
@@ -184,7 +187,8 @@ class _Handlers:
         for tokens in prompts:
             for choice in range(asked.choices):
                 heard.submit(self._request(asked, tokens, adapter, seed, choice))
-        answer = Answer(asked, self._word)
+        reader = functools.partial(self._calls.reader, asked.tools) if asked.tools else None
+        answer = Answer(asked, self._word, reader)
         observe = self._metrics.observer(started)
         if not asked.stream:
             return await _whole(request, heard, answer, observe)
@@ -207,6 +211,7 @@ class _Handlers:
             asked.stop_ids,
             asked.ignore_end,
             asked.top,
+            self._calls.kept if asked.tools else (),
         )
 
     def _encoded(self, asked: Asked) -> list[Sequence[int]]:
@@ -324,8 +329,9 @@ async def _events(heard: _Heard, answer: Answer, asked: Asked, observe: Callable
             observe(piece)
             if piece.finish in STATUS:
                 yield _event(Refused(STATUS[piece.finish], piece.error or "the answer was not finished").body)
-            elif piece.text or piece.finish or asked.top is not None:
-                yield _event(answer.chunk(index, piece))
+            else:
+                for chunk in answer.chunks(index, piece):
+                    yield _event(chunk)
         if asked.tells_usage:
             yield _event(answer.last([pieces[-1].usage for pieces in heard.pieces]))
         yield "data: [DONE]\n\n"

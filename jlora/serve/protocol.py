@@ -4,12 +4,14 @@ import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.data.messages import kind_of, message_faults, normal_messages
 from jlora.errors import UserError, describe_faults, first_few
 from jlora.families.kinds import short
+from jlora.serve.calls import Call, Reader
 from jlora.serve.request import Piece, Sampling, Token, Usage
 
 MOST_CHOICES, MOST_STOPS = 16, 16
@@ -62,6 +64,7 @@ class Asked:
         prompts: texts, lists of tokens, or one list of messages.
         max_new_tokens: None if the body does not say.
         variables: what the chat template is given besides the messages.
+        tools: those whose calls are told apart from text; none with tool_choice="none".
         top: as in `jlora.serve.Request`.
     """
 
@@ -79,6 +82,7 @@ class Asked:
     stream: bool
     tells_usage: bool
     variables: Mapping[str, Any]
+    tools: tuple[Mapping[str, Any], ...]
 
 
 def parse(body: bytes, *, chat: bool) -> Asked:
@@ -115,6 +119,7 @@ def parse(body: bytes, *, chat: bool) -> Asked:
         stream=fields.get("stream", False),
         tells_usage=fields.get("stream_options", {}).get("include_usage", False),
         variables=({"tools": fields["tools"]} if fields.get("tools") else {}) | fields.get("chat_template_kwargs", {}),
+        tools=() if fields.get("tool_choice") == "none" else tuple(fields.get("tools", ())),
     )
 
 
@@ -214,7 +219,22 @@ def _messages(found: list[Any]) -> list[dict[str, Any]]:
     messages, faults, _ = normal_messages("messages", found, learned=False)
     if faults := faults or message_faults("messages", messages):
         raise Refused(400, describe_faults("the messages cannot be used", faults))
-    return messages
+    return [_with_names_first(message) for message in messages]
+
+
+def _with_names_first(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its calls as models write them: OpenAI's client sends back arguments before names."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_with_name_first(call) for call in calls]}
+
+
+def _with_name_first(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "name" not in function:
+        return call
+    return call | {"function": {"name": function["name"], **function}}
 
 
 def _prompts(found: Any) -> list[Any]:
@@ -242,16 +262,19 @@ class Answer:
 
     Args:
         word: a token's text.
+        reader: makes what finds the calls of one choice, if the request has tools.
     """
 
-    def __init__(self, asked: Asked, word: Callable[[int], str]) -> None:
+    def __init__(self, asked: Asked, word: Callable[[int], str], reader: Callable[[], Reader] | None = None) -> None:
         self._asked, self._word = asked, word
         self._head = {
             "id": ("chatcmpl-" if asked.chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
             "model": asked.model,
         }
-        self._written: dict[int, int] = {}
+        self._written: defaultdict[int, int] = defaultdict(int)
+        self._called: defaultdict[int, int] = defaultdict(int)
+        self._readers = defaultdict(reader) if reader else None
 
     def whole(self, answers: Sequence[Sequence[Piece]]) -> dict[str, Any]:
         """The whole answer, from the pieces of all choices."""
@@ -262,14 +285,20 @@ class Answer:
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first chunk of a chat's choice."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        content = "" if self._readers is None else None  # it stays null if nothing but calls follows
+        return self._chunk(index, {"delta": {"role": "assistant", "content": content}, "finish_reason": None})
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """The chunk of a choice's piece."""
-        body = {"delta": {"content": piece.text} if piece.text else {}} if self._asked.chat else {"text": piece.text}
-        told = self._told([piece], self._written.get(index, 0))
-        self._written[index] = self._written.get(index, 0) + len(piece.text)
-        return self._chunk(index, {**body, "finish_reason": piece.finish, "logprobs": told})
+    def chunks(self, index: int, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The chunks that a choice's piece becomes; none if there is nothing to tell yet."""
+        bodies = self._deltas(index, piece) if self._asked.chat else [{"text": piece.text}] if piece.text else []
+        if not bodies and (piece.finish or self._asked.top is not None):
+            bodies = [{"delta": {}} if self._asked.chat else {"text": ""}]
+        told = self._told([piece], self._written[index])
+        self._written[index] += len(piece.text)
+        for number, body in enumerate(bodies, 1):
+            finish = self._finish(index, piece) if number == len(bodies) else None
+            yield self._chunk(index, {**body, "finish_reason": finish, "logprobs": told})
+            told = None
 
     def last(self, ends: Sequence[Usage | None]) -> dict[str, Any]:
         """The chunk after all others, which tells the usage."""
@@ -282,11 +311,34 @@ class Answer:
         return {**self._head, "object": kind, "choices": [{"index": index, **choice}], **usage}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        told = self._told(pieces)
         text = "".join(piece.text for piece in pieces)
-        body = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._asked.chat else {"text": text}
-        )
-        return {"index": index, **body, "finish_reason": pieces[-1].finish, "logprobs": self._told(pieces)}
+        if self._asked.chat:
+            text, calls = self._read(index, text, is_last=True)
+            message = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+            body = {"message": message | ({"tool_calls": calls} if calls else {})}
+        else:
+            body = {"text": text}
+        return {"index": index, **body, "finish_reason": self._finish(index, pieces[-1]), "logprobs": told}
+
+    def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        text, calls = self._read(index, piece.text, is_last=piece.finish is not None)
+        numbered = [{"index": place, **call} for place, call in enumerate(calls, self._called[index] - len(calls))]
+        deltas = ([{"content": text}] if text else []) + ([{"tool_calls": numbered}] if numbered else [])
+        return [{"delta": delta} for delta in deltas]
+
+    def _read(self, index: int, text: str, *, is_last: bool) -> tuple[str, list[dict[str, Any]]]:
+        """What of a choice's new text is to be told as text, and as calls."""
+        if self._readers is None:
+            return text, []
+        reader = self._readers[index]
+        items = [*reader.add(text), *(reader.end() if is_last else ())]
+        calls = [_call(item) for item in items if isinstance(item, Call)]
+        self._called[index] += len(calls)
+        return "".join(item for item in items if isinstance(item, str)), calls
+
+    def _finish(self, index: int, piece: Piece) -> str | None:
+        return "tool_calls" if piece.finish == "stop" and self._called[index] else piece.finish
 
     def _usage(self, ends: Sequence[Usage | None]) -> dict[str, Any]:
         """Of all choices together; those of one prompt share it."""
@@ -325,6 +377,11 @@ class Answer:
     def _likelihood(self, number: int, log_prob: float | None) -> dict[str, Any]:
         word = self._word(number)
         return {"token": word, "logprob": _finite(log_prob), "bytes": list(word.encode())}
+
+
+def _call(call: Call) -> dict[str, Any]:
+    # Mistral's templates take only ids of nine letters and digits, and no template asks for others.
+    return {"id": secrets.token_hex(5)[:9], "type": "function", "function": call._asdict()}
 
 
 def _finite(log_prob: float | None) -> float:

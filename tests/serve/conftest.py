@@ -1,6 +1,8 @@
 """A tiny Llama with adapters that change its answers, and what `jlora.generate` answers with each alone."""
 
+import contextlib
 import functools
+import threading
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import jlora
 from jlora import lora
 from jlora.lora import Bank
+from jlora.serve import server
 
 NAMES = ("shop", "law", "verse")
 NEW = 12
@@ -53,3 +56,20 @@ def alone(loaded, adapters):
         return jlora.generate(model, adapted, tokenizer, prompt, max_new_tokens=NEW, **settings)[0]
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """serving(application, engine): a context with its address, where a thread serves it."""
+
+    @contextlib.contextmanager
+    def serving(application, engine):
+        at = server.listen("127.0.0.1", 0)
+        running = server.Server(server.uvicorn.Config(application, log_level="warning", lifespan="off"), engine)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [at]})
+        thread.start()
+        yield f"http://127.0.0.1:{at.getsockname()[1]}"
+        running.should_exit = True
+        thread.join()
+
+    return serving

@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import socket
-import threading
 import time
 
 import httpx
@@ -13,7 +12,7 @@ import openai
 import pytest
 
 import jlora
-from jlora.serve import Engine, Limits, app, server
+from jlora.serve import Engine, Limits, app
 from jlora.serve.folder import Folder, bank, opened, subfolders
 
 KEY, BASE, NEW, CLIENTS = "a key", "tiny", 8, 64
@@ -48,15 +47,9 @@ def service(loaded, folder):
 
 
 @pytest.fixture(scope="module")
-def address(service):
-    at = server.listen("127.0.0.1", 0)
-    config = server.uvicorn.Config(app.application(service), log_level="warning", lifespan="off")
-    running = server.Server(config, service.engine)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [at]})
-    thread.start()
-    yield f"http://127.0.0.1:{at.getsockname()[1]}"
-    running.should_exit = True
-    thread.join()
+def address(service, serving):
+    with serving(app.application(service), service.engine) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import queue
 import signal
 import sys
@@ -18,6 +19,9 @@ from jlora.errors import Failed, UserError
 from jlora.lora import Bank
 from jlora.serve import Engine, Limits, Piece, Request, Sampling
 from jlora.types import Params
+
+# A terminal obeys control characters, and a model writes what it likes: they are shown as such.
+HIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -109,6 +113,7 @@ class Chat:
         self._settings, self._system = settings, system
         self._messages: list[dict[str, str]] = []
         self._is_terminal = sys.stdout.isatty()
+        self._is_styled = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
     @property
     def prompt(self) -> str:
@@ -122,6 +127,7 @@ class Chat:
             "/adapter": self.switch,
             "/system": self.tell,
             "/set": self.set,
+            "/undo": self.undo,
             "/reset": self.reset,
             "/help": self.help,
         }
@@ -148,13 +154,21 @@ class Chat:
 
     def tell(self, text: str) -> None:
         self._system = text or None
+        self.say(f"system text: {text or 'none'}", dim=True)
 
     def set(self, words: str) -> None:
         self._settings = changed(self._settings, words.split())
         self.say(str(self._settings), dim=True)
 
+    def undo(self, _: str) -> None:
+        if not self._messages:
+            raise UserError("nothing has been said that could be taken back")
+        *self._messages, last, _ = self._messages
+        self.say(f"taken back: {last['content']}", dim=True)
+
     def reset(self, _: str) -> None:
         self._messages = []
+        self.say("the conversation starts over", dim=True)
 
     def help(self, _: str) -> None:
         self.say(HELP)
@@ -167,15 +181,15 @@ class Chat:
         room = self._engine.length - len(tokens)
         if room < 1:
             raise UserError(
-                f"the conversation has {len(tokens)} tokens, of {self._engine.length} that there is room for: /reset "
-                "starts over"
+                f"the conversation has {len(tokens)} tokens, of {self._engine.length} that there is room for: /undo "
+                "takes back what was said last, /reset starts over"
             )
         start, first, said = time.perf_counter(), None, ""
         request = _request(self._settings, tokens, self._adapters.get(self._adapter), room=room)
         for piece in self._pieces(request):
             first = first or time.perf_counter()
             said += piece.text
-            print(piece.text, end="", flush=True)
+            print(piece.text.translate(HIDDEN) if self._is_terminal else piece.text, end="", flush=True)
             if piece.error:
                 raise Failed(piece.error)
         print()
@@ -184,7 +198,13 @@ class Chat:
             took = max(time.perf_counter() - first, 1e-9)
             rate = f", then {(piece.usage.completion - 1) / took:.0f} tokens/s" if piece.usage.completion > 1 else ""
             known = f"; {piece.usage.cached} of {piece.usage.prompt} tokens were known" if piece.usage.cached else ""
-            self.say(f"first token after {first - start:.2f} s{rate}{known}", dim=True)
+            cut = (
+                "; cut off: there was no room for more"
+                if request.max_new_tokens == room
+                else "; cut off by max_new_tokens"
+            )
+            cut = cut if piece.finish == "length" else ""
+            self.say(f"first token after {first - start:.2f} s{rate}{known}{cut}", dim=True)
 
     def _pieces(self, request: Request) -> Iterator[Piece]:
         heard: queue.SimpleQueue[Piece] = queue.SimpleQueue()
@@ -199,7 +219,7 @@ class Chat:
     def say(self, text: str, *, dim: bool = False) -> None:
         """Prints what is not the model's: to standard error if the output goes elsewhere."""
         if self._is_terminal:
-            print(f"\033[2m{text}\033[0m" if dim else text, flush=True)
+            print(f"\033[2m{text}\033[0m" if dim and self._is_styled else text, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -83,12 +83,17 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
         if "absl.logging" in sys.modules:
             # Orbax logs a traceback for each error before raising it, and what follows from reading only.
             logging.getLogger("absl").setLevel(logging.CRITICAL)
-        return module.run(options)
+        code = module.run(options)
+        sys.stdout.flush()  # here, where it can be said if nobody reads it
+        return code
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
         return finished.code if isinstance(finished.code, int) else FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of it at its end
+        return _complain("whoever read the output is gone", FAILED)
     except (UserError, Failed, OSError) as error:
         explains_itself = isinstance(error, UserError | Failed)
         if not explains_itself and error.errno not in FULL:

@@ -66,7 +66,17 @@ def test_a_conversation_is_one_with_its_history_its_system_text_and_its_adapter(
 
 def test_settings_are_changed_and_mistakes_leave_the_conversation(talk):
     lines = ["/set temperature=1 seed=3", "a", "/reset", "a", "/set seed=4", "/reset", "a"]
-    lines += ["/set temperature=hot heat=1", "/set top_p=2", "/wizard", "/adapter x", "/adapter", "/help", ""]
+    lines += [
+        "/undo",
+        "/undo",
+        "/set temperature=hot heat=1",
+        "/set top_p=2",
+        "/wizard",
+        "/adapter x",
+        "/adapter",
+        "/help",
+        "",
+    ]
     out, err = talk([*lines, "x" * 300])
     first, second, third = out.splitlines()
     assert first == second != third
@@ -75,11 +85,13 @@ def test_settings_are_changed_and_mistakes_leave_the_conversation(talk):
         "temperature=hot: expected a number",
         "heat=1: expected NAME=VALUE with one of temperature, top_k",
         "top_p=2.0: expected a probability",
+        "taken back: a",
+        "nothing has been said that could be taken back",
         "/wizard is not one of /adapter, /system",
         "no adapter is called 'x': there are none",
         "adapters: none; in use: none",
         "/reset             start over",
-        "tokens, of 256 that there is room for: /reset starts over",
+        "tokens, of 256 that there is room for: /undo takes back what was said last, /reset",
     ):
         assert told in err
 
@@ -96,16 +108,19 @@ def test_an_adapter_that_no_bank_holds_is_used_by_itself(talk, model_folder, tmp
 def test_a_terminal_streams_an_answer_that_ctrl_c_ends(model_folder):
     main_end, other = pty.openpty()
     command = [sys.executable, "-m", "jlora", "chat", f"--model={model_folder}", "--length=512", "--max_new_tokens=20"]
-    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    environment = os.environ | {"TERM": "dumb"}
+    pipes = dict(stdin=other, stdout=other, stderr=other)
+    process = subprocess.Popen([*command, "--temperature=0"], **pipes, env=environment, start_new_session=True)
     os.close(other)
-    seen = ""
+    seen, everything = "", ""
 
     def until(text, seconds=120):
-        nonlocal seen
+        nonlocal seen, everything
         end = time.monotonic() + seconds
         while not re.search(text, seen):
             assert select.select([main_end], [], [], end - time.monotonic())[0], seen
             seen += os.read(main_end, 4096).decode(errors="replace")
+        everything += seen
         found, seen = seen, ""
         return found
 
@@ -114,7 +129,7 @@ def test_a_terminal_streams_an_answer_that_ctrl_c_ends(model_folder):
 
     until(r"ready after .* s; /help[^\n]*\n[^\n]*> ")
     type_in("Hello\n")
-    shown = until(r"first token after [\d.]+ s[^\n]*\n[^\n]*> ")
+    shown = until(r"first token after [\d.]+ s[^\n]*; cut off by max_new_tokens[^\n]*\n[^\n]*> ")
     assert "Hello" in shown
     type_in("/set max_new_tokens=300 temperature=1\n")
     until("max_new_tokens=300[^\n]*\n[^\n]*> ")
@@ -124,4 +139,5 @@ def test_a_terminal_streams_an_answer_that_ctrl_c_ends(model_folder):
     until(r"tokens were known[^\n]*\n[^\n]*> ")
     type_in("/quit\n")
     assert process.wait(60) == 0
+    assert "\N{REPLACEMENT CHARACTER}" in everything and "\x1b" not in everything  # nothing that a terminal obeys
     os.close(main_end)

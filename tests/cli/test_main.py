@@ -219,3 +219,11 @@ def test_compiled_programs_are_kept_unless_something_says_where(monkeypatch, tmp
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax.config.update("jax_compilation_cache_max_size", most)
+
+
+def test_output_that_nobody_reads_is_said_in_a_line():
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-m", "jlora", "recipes"], **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "jlora: whoever read the output is gone\n"
+    assert process.returncode == 1

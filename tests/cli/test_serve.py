@@ -94,7 +94,7 @@ def test_mistakes_are_said_before_anything_is_served(model_folder, capsys, optio
 def test_the_adapters_are_held_in_the_dtype_that_is_asked_for(model_folder, adapters, monkeypatch):
     held = []
 
-    def engine(model, params, *_):
+    def engine(model, params, *_, **__):
         held.append(params)
         raise UserError("enough")
 

@@ -9,6 +9,7 @@ BASE = "none"  # the adapter's name that stands for the base alone
 HELP = f"""/adapter NAME      answer with this adapter; {BASE} for the base alone; without a name: which there are
 /system TEXT       what the model is told before the conversation; without a text: nothing
 /set NAME=VALUE …  change settings; without any: show them
+/undo              take back what was said last, and its answer
 /reset             start over
 /help              this
 /quit              or Ctrl-D

@@ -310,7 +310,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         entries.pop("__metadata__", None)
         expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         infos = {name: _info(entry, file, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{file} is not safetensors: its header cannot be read ({error})") from error
     if size != expected:
         raise UserError(f"{file} is truncated or damaged: {size} bytes, expected {expected}; fetch or copy it again")

@@ -283,8 +283,9 @@ def _parameter_names(parameters: Sequence[str]) -> list[str] | None:
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in parameters}) or None
 
 
-def _frozen(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    return names if names is None or isinstance(names, str) else tuple(names)
+def _frozen(names: str | Sequence[str] | bool | int | None) -> str | tuple[str, ...] | None:
+    """The names as they are kept; false and 0 say as little as null."""
+    return names if isinstance(names, str) else tuple(names) if isinstance(names, list | tuple) else None
 
 
 def _commonest(values: Iterable[Any]) -> Any:

@@ -85,10 +85,11 @@ def test_truncated_files_are_all_named_with_sizes(llama_folder):
 def test_damaged_headers(llama_folder):
     folder, _ = llama_folder()
     content = bytearray((folder / SINGLE).read_bytes())
-    content[8:20] = b"x" * 12
-    (folder / SINGLE).write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors is not safetensors: its header cannot be read"):
-        open_source(folder)
+    deep = b"[" * 100_000
+    for damaged in (content[:8] + b"x" * 12 + content[20:], len(deep).to_bytes(8, "little") + deep):
+        (folder / SINGLE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not safetensors: its header cannot be read"):
+            open_source(folder)
 
 
 def test_only_pickles(llama_folder):

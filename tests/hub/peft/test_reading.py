@@ -289,6 +289,15 @@ def test_unknown_fields_are_a_warning(base, tmp_path, edit_json):
         hub.load_adapter(params, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("unused", [None, False, 0])
+def test_values_that_say_nothing_are_as_if_left_out(base, tmp_path, edit_json, unused):
+    _, reference, _, params = base
+    save_peft(make_peft(reference, **SETTINGS["rslora"]), tmp_path / "adapter")
+    expected = hub.load_adapter(params, tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", exclude_modules=unused, target_modules=unused)
+    assert jax.tree.structure(hub.load_adapter(params, tmp_path / "adapter")) == jax.tree.structure(expected)
+
+
 def test_missing_files(base, tmp_path):
     _, reference, _, params = base
     with pytest.raises(ValueError, match="there is no adapter in these params"):

@@ -14,48 +14,18 @@ from jaxtyping import Array, Float, Int
 from jlora import lora, sharding, tree
 from jlora.errors import UserError, first_few
 from jlora.families.family import SCORE, Layer
-from jlora.kernels.attention import AUTO, Marks
-from jlora.kernels.recurrence import Runs, last_segment
+from jlora.kernels.attention import AUTO
 from jlora.lora.kinds.copies import copy_of
 from jlora.models.attention import KEPT
 from jlora.models.cache import Cache, Room
 from jlora.models.config import ModelConfig
-from jlora.models.context import Context, Shared
+from jlora.models.context import Shared
 from jlora.models.decoder import Block
 from jlora.models.layers import Embed, Linear, Norm
 from jlora.models.mixers import MIXERS
 from jlora.models.remat import LAYER_INPUT, is_lean, rematerialised
-from jlora.models.rope import LENGTH_DEPENDENT, rope_tables
-from jlora.types import BRANCH, Params
-
-
-class Tables(NamedTuple):
-    """All rotations, of which each layer takes one or none, and the marks that tell which keys a query may see.
-
-    Attributes:
-        rotations: (cos, sin) [B, T, F] of each of the config's ropes.
-        runs: which token precedes which; None if no layer is a recurrence.
-    """
-
-    rotations: tuple[tuple[jax.Array, jax.Array], ...]
-    marks: Marks
-    runs: Runs | None
-
-    def of_stack(self, ropes: Sequence[int | None], windows: Sequence[int | None]) -> "Choices":
-        """The rotations and windows that the layers of one stack choose from.
-
-        Args:
-            ropes, windows: those of each layer.
-        """
-        used = tuple(dict.fromkeys(ropes))
-        found = [None if rope is None else self.rotations[rope] for rope in used]
-        some = next((rotation for rotation in found if rotation is not None), None)
-        if some is None:
-            return Choices(None, None, self.marks.among(windows), used, self.runs)
-        cos, sin = some
-        identity = jnp.ones_like(cos), jnp.zeros_like(sin)
-        cos, sin = (jnp.stack(parts) for parts in zip(*(rotation or identity for rotation in found), strict=True))
-        return Choices(cos, sin, self.marks.among(windows), used, self.runs)
+from jlora.models.tables import Choices, Numbers, Tables, tables_of
+from jlora.types import Params
 
 
 class Inputs(NamedTuple):
@@ -68,43 +38,6 @@ class Inputs(NamedTuple):
 
     x: jax.Array
     own: jax.Array | None
-
-
-class Choices(NamedTuple):
-    """What the layers of one stack choose from, by number.
-
-    Attributes:
-        cos, sin: [rotations, B, T, F]; None if no layer of the stack rotates.
-        marks: with the windows of the stack.
-        ropes: the indices in `ModelConfig.ropes` of the rotations; None is the identity.
-        runs: as in `Tables`.
-    """
-
-    cos: jax.Array | None
-    sin: jax.Array | None
-    marks: Marks
-    ropes: tuple[int | None, ...]
-    runs: Runs | None
-
-    def of_layer(self, numbers: "Numbers", own_input: jax.Array | None, shared: Shared) -> Context:
-        """The Context of one layer; the last two arguments are those of `Context`."""
-
-        def pick(stack: jax.Array | None) -> jax.Array | None:
-            if stack is None or len(stack) == 1:
-                return None if stack is None else stack[0]
-            return jax.lax.dynamic_index_in_dim(stack, numbers.rotation, keepdims=False)
-
-        marks = self.marks.of_layer(numbers.window)
-        return Context(pick(self.cos), pick(self.sin), marks, numbers.layer, numbers.slot, self.runs, own_input, shared)
-
-
-class Numbers(NamedTuple):
-    """Numbers of a layer, or of all layers of a stack: its own, and those of what it chooses."""
-
-    layer: jax.Array
-    slot: jax.Array
-    rotation: jax.Array
-    window: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +106,7 @@ class Model:
         branches = branches and not (segment_ids is None and positions is None)
         positions, segment_ids = self._defaults(tokens, positions, segment_ids)
         config = self.config
-        tables, cache = self._tables(positions, segment_ids, cache, branches)
+        tables, cache = tables_of(config, positions, segment_ids, cache, branches)
         inputs = self._inputs(params, tokens, positions, key)
         x, cache, _ = self._layers(params, inputs, tables, cache, key, remat)
         if cache is not None:
@@ -201,7 +134,7 @@ class Model:
             rows = (x.astype(jnp.float32) * weights[..., None]).reshape(-1, x.shape[-1])
             return {"count": jnp.sum(weights), "sum": jnp.sum(rows, axis=0), "gram": rows.T @ rows}
 
-        tables, _ = self._tables(positions, segment_ids, None)
+        tables, _ = tables_of(self.config, positions, segment_ids, None)
         inputs = self._inputs(params, tokens, positions)
         _, _, seen = self._layers(params, inputs, tables, None, None, True, moments)
         return seen
@@ -362,10 +295,10 @@ class Model:
             flat[layer_inputs.norm] = norm.init(keys[2], x[..., : config.hidden_size_per_layer_input])["params"]
         if not config.tie_word_embeddings:
             flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
-        tables, _ = self._tables(tokens, tokens, None)
+        tables, _ = tables_of(self.config, tokens, tokens, None)
         for layers in stacks or config.stacks:
             block = Block(config, config.structures[layers[0]])
-            choices, numbers = self._choices(layers, tables)
+            choices, numbers = tables.of_layers(config, layers)
             own = jnp.zeros((1, 1, config.hidden_size_per_layer_input)) if config.hidden_size_per_layer_input else None
             first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers), own, self._no_shared(x))
             init = jax.vmap(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
@@ -424,26 +357,6 @@ class Model:
                 found[layer.keeps] = zeros, zeros
         return found
 
-    def _tables(
-        self, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None, branches: bool = True
-    ) -> tuple[Tables, Cache | None]:
-        config = self.config
-        key_positions, key_segments, runs = positions, segment_ids, None
-        if any(MIXERS[layer.mixer].recurrent for layer in config.layers):
-            previous = None if cache is None else last_segment(cache.segment_ids)
-            runs = Runs.of(segment_ids, previous, branches)
-        if cache is not None:
-            cache = cache.mark(positions, segment_ids)
-            key_positions, key_segments = cache.positions, cache.segment_ids
-        windows = tuple(dict.fromkeys(layer.window for layer in config.layers))
-        seen = Marks(positions, segment_ids, key_positions, key_segments, windows=windows, branches=branches)
-        lengths = None
-        if any(rope.rope_type in LENGTH_DEPENDENT for rope in config.ropes):
-            # Tokens that branches share are rotated for the longest branch.
-            same = segment_ids[:, :, None] % BRANCH == key_segments[:, None, :] % BRANCH
-            lengths = jnp.max(jnp.where(same, key_positions[:, None, :], 0), axis=-1) + 1
-        return Tables(tuple(rope_tables(rope, positions, lengths) for rope in config.ropes), seen, runs), cache
-
     def _layers(
         self,
         params: Params,
@@ -482,7 +395,7 @@ class Model:
 
         seen, shared, x = {}, {}, inputs.x
         for group in self._groups(params):
-            chosen = [self._choices(layers, tables) for _, _, layers in group]
+            chosen = [tables.of_layers(config, layers) for _, _, layers in group]
             looped = len(group) == 1 and len(group[0][2]) > 1  # XLA unrolls loops of one turn
             blocks = [
                 block(config.structures[layers[0]], choices, dict(shared), looped)
@@ -505,18 +418,6 @@ class Model:
                 seen |= {f"{path}/{name}": leaf for name, leaf in tree.flatten(observed).items()}
                 shared |= jax.tree.map(lambda stack: stack[0], kept)  # a layer that keeps has no like in its stack
         return x, cache, tree.unflatten(seen)
-
-    def _choices(self, layers: range, tables: Tables) -> tuple[Choices, Numbers]:
-        """(what these layers choose from, the numbers of every layer)."""
-        chosen, slots = [self.config.layers[i] for i in layers], self.config.slots
-        choices = tables.of_stack([layer.rope for layer in chosen], [layer.window for layer in chosen])
-        numbers = (
-            layers,
-            [slots[i] for i in layers],
-            [choices.ropes.index(layer.rope) for layer in chosen],
-            [choices.marks.windows.index(layer.window) for layer in chosen],
-        )
-        return choices, Numbers(*(jnp.asarray(np.array(values, np.int32)) for values in numbers))
 
     def _groups(self, params: Params) -> list[list[tuple[str, Params, range]]]:
         """(path, leaves, layers) of the stacks in the order of their layers; alternating stacks form one group."""

@@ -60,6 +60,11 @@ def first_few(values: Iterable[object], most: int = 3) -> str:
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 
 
+def number_of(count: int, noun: str) -> str:
+    """'1 record', '2,000 records'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def kind_of_fault(fault: str) -> str:
     """What a fault has in common with those that differ only in quoted values and numbers."""
     return _VARIABLE.sub("*", fault)

@@ -2,7 +2,12 @@
 
 import pytest
 
-from jlora.errors import UserError, describe_faults, first_few, group_faults, raise_all
+from jlora.errors import UserError, describe_faults, first_few, group_faults, number_of, raise_all
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (12345, "12,345 steps")])
+def test_one_is_singular(count, text):
+    assert number_of(count, "step") == text
 
 
 def test_equal_faults_share_a_line_with_three_places_and_a_count():

@@ -15,7 +15,7 @@ from rich.text import Text
 from jlora import hub
 from jlora.cli.overrides import read_run
 from jlora.data import LeftOut, Notes, shown
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train.algorithms import ALGORITHMS
 from jlora.train.algorithms.algorithm import Encoded, Plan
 from jlora.train.config import RunConfig
@@ -110,7 +110,7 @@ def _examples(view: _View, console: Console) -> Iterator[Any]:
             trained = f", {int(document.trained.sum()):,} trained" if view.report.trained_tokens else ""
             values = "".join(f", {key} {value:g}" for key, value in item.values.items())
             head = f"\nexample {number + 1} {side}".rstrip()
-            yield Text(f"{head}: {len(document.tokens):,} tokens{trained}{values}", "bold")
+            yield Text(f"{head}: {number_of(len(document.tokens), 'token')}{trained}{values}", "bold")
             yield shown.marked(document, view.tokenizer, colours=colours)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from jlora import allocator, lora
 from jlora.cli.model import load_model, print_note
 from jlora.cli.parsers.serve import KEY
-from jlora.errors import Failed, UserError
+from jlora.errors import Failed, UserError, number_of
 from jlora.lora import Bank
 from jlora.serve import Engine, Limits
 from jlora.serve.folder import Folder, Signature, bank, opened, subfolders
@@ -46,8 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _told(name: str, engine: Engine, options: argparse.Namespace) -> str:
-    count = len(engine.adapters)
-    return f"{name} and {count} adapter{'' if count == 1 else 's'}" if options.adapters else name
+    return f"{name} and {number_of(len(engine.adapters), 'adapter')}" if options.adapters else name
 
 
 def _address(host: str, port: int) -> str:

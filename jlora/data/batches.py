@@ -7,6 +7,7 @@ import numpy as np
 from jlora.data.chat import EncodeReport
 from jlora.data.packing import Step, Steps
 from jlora.data.store import Example, common_start
+from jlora.errors import number_of
 from jlora.types import BRANCH
 
 Batch = dict[str, np.ndarray]
@@ -23,7 +24,8 @@ def filled(length: int, prompt: int = 0) -> Example:
 def describe(report: EncodeReport, steps: Steps) -> str:
     """A sentence on what will be trained on, to follow the number of examples."""
     text = (
-        f"{report.tokens:,} tokens of which {report.trained_tokens:,} are trained; {len(steps)} steps, rows of "
+        f"{number_of(report.tokens, 'token')} of which {report.trained_tokens:,} are trained; "
+        f"{number_of(len(steps), 'step')}, rows of "
         f"{', '.join(str(length) for length in np.unique(steps.lengths).tolist())} tokens"
     )
     lost = {

@@ -26,7 +26,7 @@ from jlora.data.template import (
 from jlora.data.tokens import Encoding, Text, encode_together, plain_text, tokenize
 from jlora.data.turns import Turns
 from jlora.data.writer import Writer
-from jlora.errors import UserError, first_few
+from jlora.errors import UserError, first_few, number_of
 
 Remark = Callable[[str], None]
 Progress = Callable[[int], None]
@@ -200,9 +200,10 @@ def select(
     for item in arrange(kept()):
         writer.add(item)
     if not tally.places:
+        room = number_of(seq_len, "token")
         raise UserError(
-            f"no token to train on in {counted.count} records: {tally.dropped} are longer than {seq_len} tokens and "
-            f"were dropped, {tally.untrained} have no completion token within {seq_len} tokens; raise train.seq_len"
+            f"no token to train on in {number_of(counted.count, 'record')}: {tally.dropped} longer than {room} and "
+            f"dropped, {tally.untrained} without a completion token within {room}; raise train.seq_len"
         )
     items = writer.finish()
     kept_records = tally.places if writer.folder else tuple(tally.places)
@@ -265,7 +266,7 @@ def encode_all(
     encode_record: Callable[[Record], Encoding],
     tokenizer: Any,
     *,
-    noun: str = "records",
+    noun: str = "record",
     on_error: OnError = "raise",
     note: Note = warn,
     divide: bool = False,
@@ -293,7 +294,7 @@ def encode_all(
             faults.append((place, str(found)))
         else:
             yield index, found
-    title = f"{len(faults)} of {count} {noun} cannot be encoded"
+    title = f"{len(faults)} of {number_of(count, noun)} cannot be encoded"
     settle_faults(title, faults, count - len(faults), on_error, note)
 
 

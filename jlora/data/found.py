@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlora.errors import first_few
+from jlora.errors import first_few, number_of
 
 SHOWN_KEYS = 8
 CHATS = ("messages", "conversations", "conversation")
@@ -65,7 +65,7 @@ class Seen:
             else f"{rows:,} {form} ({', '.join(self.read[form])}; first {self.first[form]})"
             for form, rows in self.forms.most_common()
         ]
-        text = f"{name}: {count:,} records, read as {' and '.join(shown)}"
+        text = f"{name}: {number_of(count, 'record')}, read as {' and '.join(shown)}"
         if len(self.forms) > 1:
             text += "; data.form reads one form alone"
         return f"{text}; {self.rest}: {rest}" if (rest := self._rest()) else text

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jlora.errors import PLACES, kind_of_fault
+from jlora.errors import PLACES, kind_of_fault, number_of
 
 Note = Callable[[str], None]
 
@@ -137,7 +137,7 @@ class LeftOut:
     def describe(self) -> str:
         """A sentence on how many are left out and why; "" if none is."""
         shown = [f"{reason.count:,}: {reason.text}" for reason in self.reasons]
-        return f"{len(self):,} records are left out, listed in {FILE} ({'; '.join(shown)})" if shown else ""
+        return f"left out: {number_of(len(self), 'record')}, listed in {FILE} ({'; '.join(shown)})" if shown else ""
 
     def write(self, folder: pathlib.Path) -> None:
         """Writes all to `FILE` in a folder as JSONL with "place" and "reason"; without any, removes the file."""

@@ -29,7 +29,7 @@ from jlora.data.store import Example, Item, Items
 from jlora.data.template import template_variables
 from jlora.data.tokens import Encoding, Text, encode_alone, plain_text
 from jlora.data.writer import Writer
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 
 Prompt = str | Sequence[dict[str, Any]]
 _FORMS = 'an object with "prompt", with "messages" (or "conversations"), or with a question ("instruction", "question")'
@@ -91,7 +91,7 @@ def encode_prompts(
         return record, tokens
 
     writer, places, dropped, counted = writer or Writer(), array.array("q"), 0, Counted(records)
-    found = encode_all(counted, one, tokenizer, noun="prompts", on_error=on_error, note=note)
+    found = encode_all(counted, one, tokenizer, noun="prompt", on_error=on_error, note=note)
     for index, (record, tokens) in found:
         if progress:
             progress(index + 1)
@@ -104,7 +104,10 @@ def encode_prompts(
         writer.add(Item((document,), record=_with_answer(record, tokenizer)))
         places.append(index)
     if not places:
-        raise UserError(f"all {dropped} prompts are longer than {max_prompt_length} tokens; raise train.seq_len")
+        raise UserError(
+            f"every prompt is longer than {number_of(max_prompt_length, 'token')} (found {dropped:,}); "
+            "raise train.seq_len"
+        )
     items = writer.finish()
     return items, EncodeReport(
         examples=len(items),

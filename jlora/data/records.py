@@ -23,7 +23,7 @@ from jlora.data.messages import completion_faults, kind_of, message_faults, side
 from jlora.data.notes import Note, Notes, as_notes, warn
 from jlora.data.paths import Where
 from jlora.data.sources import Sources, as_sources
-from jlora.errors import Grouped, UserError, describe_faults, group_faults
+from jlora.errors import Grouped, UserError, describe_faults, group_faults, number_of
 from jlora.names import OnError
 
 _FORMS = (
@@ -220,7 +220,7 @@ class _Tally:
                 self._unused.add(place, one)
 
     def settle(self, name: str, note: Note) -> None:
-        title = f"{name}: {self.wrong} of {self.count} records cannot be used"
+        title = f"{name}: {self.wrong} of {number_of(self.count, 'record')} cannot be used"
         formless = not self.right and all(fault.startswith("found the fields") for _, fault in self.faults)
         if formless and isinstance(self._first, dict) and self._first:
             title += f"; the first is {shown_row(self._first)} (data.columns says which columns to read)"
@@ -235,8 +235,8 @@ def _nothing(label: str, given: int, sources: Sources, forms: str) -> str:
         return f"{label}: found no records, expected {forms} in each row"
     side = "held out" if sources.held_out else "left"
     return (
-        f"{label}: of {given} records none is {side} with data.eval_share={sources.share}: expected another share, or "
-        "data.eval_path"
+        f"{label}: of {number_of(given, 'record')} none is {side} with data.eval_share={sources.share}: "
+        "expected another share, or data.eval_path"
     )
 
 

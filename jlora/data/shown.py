@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jlora.data.packing import Step
 from jlora.data.store import Example, Items
+from jlora.errors import number_of
 
 BARS = 12  # of a histogram
 WIDTH = 64  # characters of a row's picture
@@ -72,7 +73,7 @@ def pictured(step: Step, examples: Sequence[Example]) -> Iterator[Text]:
             text = "".join("█" if part.mean() > 0.5 else "░" for part in parts)
             line.append(text, _DOCUMENTS[place % len(_DOCUMENTS)])
         line.append("·" * (WIDTH - drawn), "bright_black")
-        line.append(f" {used} of {step.length} tokens, {len(row)} documents")
+        line.append(f" {used} of {number_of(step.length, 'token')}, {number_of(len(row), 'document')}")
         yield line
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jlora.data.tokens import Text, plain_text, tokenize
 from jlora.data.vocabulary import require_rows, unfitted
 from jlora.ends import behind_words, chat_text
-from jlora.errors import UserError, first_few
+from jlora.errors import UserError, first_few, number_of
 
 ROLES_SHOWN = 12
 FOLD_HINT = 'data.system="fold" (--fold_system) puts the system text at the beginning of the first user\'s turn'
@@ -127,8 +127,8 @@ def require_template(tokenizer: Any, chats: Sequence[bool]) -> None:
     """Raises UserError if there are chats, as this says of each record, and the tokenizer has no chat template."""
     if any(chats) and not tokenizer.chat_template:
         raise UserError(
-            f"{sum(chats)} of {len(chats)} records are chats, but the tokenizer has no chat template; use a model "
-            'whose tokenizer has one, or records with "prompt" and "completion" as plain text'
+            f"{sum(chats)} of {number_of(len(chats), 'record')} are chats, but the tokenizer has no chat template; "
+            'use a model whose tokenizer has one, or records with "prompt" and "completion" as plain text'
         )
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jlora.data.store import COLUMNS, Examples, Item, Items, Record, Records, common_start
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError, describe_faults, number_of
 
 # What grows while items are added: the documents, and the text of records that are kept with them.
 STREAMS = COLUMNS | {"records": np.uint8}
@@ -70,7 +70,7 @@ class Writer:
         self._kind = self._kind or kind
         if kind != self._kind:
             self._faults.append(
-                f"item {len(self._shared)}: found {kind[0]} documents and the values {kind[1]}, expected "
+                f"item {len(self._shared)}: found {number_of(kind[0], 'document')} and the values {kind[1]}, expected "
                 f"{self._kind[0]} and {self._kind[1]}, as in the first item"
             )
         for document in item.documents:

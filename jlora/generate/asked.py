@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.data import Prompt
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError, describe_faults, number_of
 from jlora.lora.bank import Choice
 
 EXPECTED = "expected a text, or a list of chat messages with role and content"
@@ -26,7 +26,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
         if not (isinstance(prompt, str) or (_is_list(prompt) and all(map(_is_message, prompt))))
     ]
     if faults:
-        raise UserError(describe_faults(f"{len(faults)} of {len(found)} prompts cannot be used", faults))
+        raise UserError(describe_faults(f"{len(faults)} of {number_of(len(found), 'prompt')} cannot be used", faults))
     return found
 
 
@@ -43,7 +43,7 @@ def one_each(name: str, given: Any, single: type | tuple[type, ...], count: int)
     found = [given] if isinstance(given, single) else list(given)
     if len(found) != count:
         alone = " (without a list around it)" if isinstance(given, single) else ""
-        raise UserError(f"{name}: found {len(found)}{alone}, expected one for each of {count} prompts")
+        raise UserError(f"{name}: found {len(found)}{alone}, expected one for each of {number_of(count, 'prompt')}")
     return found
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jlora import lora, quant, sharding
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.generate.sampling import log_prob, sample
 from jlora.models import Cache, Model
 from jlora.types import Params
@@ -77,7 +77,7 @@ def decode(
         UserError: `adapters` are not for Q prompts.
     """
     if adapters is not None and len(adapters[0]) != len(tokens):
-        raise UserError(f"adapters: found those of {len(adapters[0])} prompts, expected {len(tokens)}")
+        raise UserError(f"adapters: found those of {number_of(len(adapters[0]), 'prompt')}, expected {len(tokens)}")
     settings = _Settings(max_new_tokens, stop_ids, greedy, temperature, top_k, top_p)
     order = jnp.argsort(lengths == 0, stable=True).astype(jnp.int32)  # prompts before the queue's filling
     params = quant.with_scales(params)

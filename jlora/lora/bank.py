@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jlora import sharding, tree
-from jlora.errors import UnknownNameError, UserError
+from jlora.errors import UnknownNameError, UserError, number_of
 from jlora.lora.config import LoraConfig
 from jlora.lora.kinds import BIAS
 from jlora.lora.kinds.banked import IDS, WEIGHTS
@@ -107,7 +107,8 @@ class Bank:
             raise UserError("found neither adapters nor config: one of them says what modules and ranks need room")
         if count < max(1, len(adapters)):
             raise UserError(
-                f"found {count} places for {len(adapters)} adapters, expected one for each, and at least one"
+                f"found {number_of(count, 'place')} for {number_of(len(adapters), 'adapter')}, "
+                "expected one for each, and at least one"
             )
         room = _room(base, [flat for _, flat in given])
         missing = "the base has no matrix at {}"

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora import tree
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.lora.kinds import BIAS, DORA, PRODUCT, TIED, TOKENS, leaf_of
 from jlora.lora.kinds.bias import LEAF as ADDED
 from jlora.lora.kinds.copies import TRAINED, copy_of, original
@@ -400,7 +400,7 @@ def _setting_faults(
 ) -> list[str]:
     faults = [] if names else ["found no adapters, expected at least one"]
     if len(weights) != len(names):
-        faults.append(f"weights: found {len(weights)}, expected one for each of {len(names)} adapters")
+        faults.append(f"weights: found {len(weights)}, expected one for each of {number_of(len(names), 'adapter')}")
     faults += [f"weights: found {weight}, expected finite numbers" for weight in weights if not math.isfinite(weight)]
     if method not in METHODS:
         return [*faults, f"method: found {method!r}, expected one of {', '.join(METHODS)}"]

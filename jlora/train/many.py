@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, lora, sharding, tree
+from jlora.errors import number_of
 from jlora.optim import make_optimizer, own_optim
 from jlora.train.adapt import adapt
 from jlora.train.algorithms.algorithm import Base, Job, Learning, Note, Numbers, Plan, placement
@@ -48,7 +49,7 @@ def plan(
     steps = max(one.total_steps for one in plans.values())
     longer = {name: _with_steps(members[name], steps) for name, one in plans.items() if one.total_steps < steps}
     for name in longer:
-        note(f"{name}: has data for {plans[name].total_steps} steps, and repeats it until step {steps}")
+        note(f"{name}: has data for {number_of(plans[name].total_steps, 'step')}, and repeats it until step {steps}")
     members |= longer
     plans |= _shared(longer, lambda name: plans[name].again(longer[name]))
 
@@ -120,7 +121,7 @@ def _start(
         for name, member in members.items()
     }
     settings, trainable = lora.split(lora.stack(adapters))
-    note(f"{len(adapters)} adapters side by side: {tree.count(trainable):,} trainable parameters in all")
+    note(f"{number_of(len(adapters), 'adapter')} side by side: {tree.count(trainable):,} trainable parameters in all")
     jobs, own, fixed = {}, {}, {}
     for name, adapter in adapters.items():
         settings_of_one, own[name] = lora.split(adapter)

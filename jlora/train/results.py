@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jlora import data, hub, lora, sharding, tree
+from jlora.errors import number_of
 from jlora.train.algorithms.algorithm import Base, Job, Note
 from jlora.train.config import RunConfig
 from jlora.train.reporting import usage
@@ -51,7 +52,7 @@ def tell_usage(
         per_token = usage.flops_per_token(base.model.config, *lora.split(params, trains), length)
     devices = base.mesh.devices.ravel().tolist()
     used = usage.summary(tokens, seconds, per_token, used=devices, grown_from=before)
-    note(f"{used} (median of {len(steps)} steps)")
+    note(f"{used} (median of {number_of(len(steps), 'step')})")
     if jax.process_index() == 0:
         about = {"device": devices[0].device_kind, "devices": len(devices), "steps": len(steps)}
         about["trainable_parameters"] = tree.count(state.trainable)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jlora import checkpoint, data, hub
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train.algorithms.algorithm import Note, Plan
 from jlora.train.config import RunConfig, completed, to_dict
 from jlora.types import Params
@@ -144,14 +144,14 @@ def refuse_fewer_steps(begun: Begun, total_steps: int, note: Note) -> None:
         return
     if total_steps < begun.step:
         raise UserError(
-            f"{begun.folder} holds a run that has done {begun.step} steps, and the settings ask for {total_steps}: "
-            "expected at least as many; train.steps and train.epochs can be raised"
+            f"{begun.folder} holds a run that has done {number_of(begun.step, 'step')}, and the settings ask "
+            f"for {total_steps}: expected at least as many; train.steps and train.epochs can be raised"
         )
     before = begun.manifest.get("steps")
     if before is not None and before != total_steps:
         note(
-            f"the run was to have {before} steps and now has {total_steps}: from step {begun.step + 1} on the learning "
-            f"rate is that of a schedule over {total_steps} steps"
+            f"the run was to have {number_of(before, 'step')} and now has {total_steps}: from step "
+            f"{begun.step + 1} on the learning rate is that of a schedule over {number_of(total_steps, 'step')}"
         )
 
 

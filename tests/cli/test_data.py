@@ -92,8 +92,8 @@ def test_each_form_is_named_and_its_answer_is_what_is_trained(data, tmp_path, na
     write(tmp_path / name, [row] * 2)
     code, printed, _ = data(tmp_path / name, f"--config.algorithm={algorithm}", "--show=1")
     assert code == 0
-    count = 1 if name == "book.txt" else 2
-    assert f"{tmp_path / name}: {count} records, read as {words}" in printed
+    count = "1 record" if name == "book.txt" else "2 records"
+    assert f"{tmp_path / name}: {count}, read as {words}" in printed
     trained = re.findall(r"«(.*?)»", "".join(printed.split("example 1")[1:]).replace("\n", ""))
     assert trained[0].startswith(ANSWER)
     if algorithm == "dpo":
@@ -153,5 +153,5 @@ def test_padding_and_rows_are_those_of_the_plan():
     assert len(lines) == 2
     assert {line.split("·")[-1].split("█")[-1].strip() for line in lines} == {
         "30 of 32 tokens, 2 documents",
-        "30 of 32 tokens, 1 documents",
+        "30 of 32 tokens, 1 document",
     }

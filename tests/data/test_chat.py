@@ -156,9 +156,11 @@ def test_overlong_records_are_cut_dropped_or_refused(tokenizer):
 
 
 def test_nothing_to_train_on_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match=r"no token to train on in 2 records: 2 are longer than 8 tokens"):
+    with pytest.raises(
+        ValueError, match=r"no token to train on in 2 records: 2 longer than 8 tokens and dropped, 0 without"
+    ):
         encode([chat("a?", "A.")] * 2, tokenizer, seq_len=8)
-    with pytest.raises(ValueError, match=r"2 have no completion token within 8 tokens; raise train.seq_len"):
+    with pytest.raises(ValueError, match=r"2 without a completion token within 8 tokens; raise train.seq_len"):
         encode([chat("a?", "A.")] * 2, tokenizer, seq_len=8, overlong="cut")
 
 
@@ -204,7 +206,7 @@ def test_records_that_cannot_be_encoded_may_be_left_out(make_tokenizer):
         assert note.startswith("2 of 4 records cannot be encoded and are left out:\n  record 1, record 3: the chat")
         with pytest.raises(UserError, match=r'2 of 4 records cannot be encoded; data.on_error="skip"'):
             encoder(given, tokenizer, seq_len=64)
-        with pytest.raises(UserError, match="1 of 1 records cannot be encoded:"):
+        with pytest.raises(UserError, match="1 of 1 record cannot be encoded:"):
             encoder(given[:1], tokenizer, seq_len=64, on_error="skip")
     notes = []
     items, report = encode_prompts(pairs, tokenizer, 64, on_error="skip", note=notes.append)

@@ -214,7 +214,7 @@ def test_what_looks_like_no_json_at_all_is_not_one_line_a_row(tmp_path):
     path = write(tmp_path, "a.jsonl", "".join(f"- prompt: {n}\n  completion: {n}\n" for n in range(500)))
     with pytest.raises(UserError) as error:
         read_records(path)
-    assert "1000 of 1000 records cannot be used" in str(error.value)
+    assert "1000 of 1,000 records cannot be used" in str(error.value)
     assert len(str(error.value).splitlines()) <= 9
 
 

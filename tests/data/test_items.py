@@ -190,7 +190,7 @@ def test_a_pair_is_cut_dropped_or_refused_as_a_whole(byte_tokenizer):
         encode_preferences(records, byte_tokenizer, seq_len=5, overlong="error")
     for words in ("record 2: found 11 tokens, expected at most 5", "record 3: found 7", "record 4: found 8"):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="no token to train on in 4 records: 4 are longer than 2 tokens"):
+    with pytest.raises(ValueError, match="no token to train on in 4 records: 4 longer than 2 tokens"):
         encode_preferences(records, byte_tokenizer, seq_len=2)
 
 
@@ -386,7 +386,7 @@ def test_items_that_do_not_go_together_are_refused():
     settings = dict(seq_len=32, batch_size=2, packing=False, epochs=1)
     with pytest.raises(ValueError) as error:
         plan_items([item([1, 2], label=1.0), item([1, 2]), item([1, 2], [3, 4], label=1.0)], **settings)
-    for words in ("item 1: found 1 documents and the values []", "item 2: found 2 documents and the values ['label']"):
+    for words in ("item 1: found 1 document and the values []", "item 2: found 2 documents and the values ['label']"):
         assert words in str(error.value)
     with pytest.raises(ValueError, match=r"found values called \['items', 'tokens'\], expected names other than"):
         loader([item([1, 2], tokens=1.0, items=2.0)], [])

@@ -137,7 +137,7 @@ def test_a_share_of_chats_pairs_and_prompts_is_held_out_alike(tmp_path):
 
 
 def test_a_source_without_records_is_named(asked):
-    with pytest.raises(UserError, match=r"small \(.*\): of 1 records none is held out with data.eval_share=0.001"):
+    with pytest.raises(UserError, match=r"small \(.*\): of 1 record none is held out with data.eval_share=0.001"):
         read_records(Sources({"small": Source(asked, limit=1)}, 0.001, held_out=True))
 
 

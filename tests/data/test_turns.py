@@ -69,7 +69,7 @@ def test_a_turn_that_is_not_to_be_trained_is_not(make_tokenizer):
     everything = trained(record, plain, completion_only=False)
     assert "Again." in everything
     assert "Five." not in everything
-    with pytest.raises(UserError, match="1 have no completion token"):
+    with pytest.raises(UserError, match="1 without a completion token"):
         encode([chat("2 + 2?", "Five.", untrained=(1,))], plain, seq_len=99)
     _, report = encode([record, chat("2 + 2?", "Five.", untrained=(1,))], plain, seq_len=99)
     assert (report.examples, report.untrained) == (1, 1)

@@ -271,7 +271,7 @@ def test_faults_are_named_all_at_once():
         "q_proj/lora_a: found (2, 64, 9), expected at most (2, 64, 5)",
     ):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="found 1 places for 2 adapters"):
+    with pytest.raises(ValueError, match="found 1 place for 2 adapters"):
         Bank.of(base(), {"a": adapted("narrow"), "b": adapted("wide")}, places=1)
     with pytest.raises(ValueError, match="do not go into one bank"):
         Bank.of(base(), {"dora": dora})
@@ -334,9 +334,9 @@ def test_a_tied_heads_own_adapters_are_chosen_for_every_row():
     np.testing.assert_allclose(found[0], tied(adapter, TOKENS)[0], atol=2e-5)
     np.testing.assert_allclose(found[1:], base_alone[1:], atol=2e-5)
     assert np.abs(found[0] - base_alone[0]).max() > 0.1
-    with pytest.raises(ValueError, match="adapters chosen for 1 rows, and a batch of 7"):
+    with pytest.raises(ValueError, match="adapters chosen for 1 row, and a batch of 7"):
         tied(held.choose(["it"]), TOKENS)
-    with pytest.raises(ValueError, match="params of a bank of 1 adapters"):
+    with pytest.raises(ValueError, match="params of a bank of 1 adapter"):
         tied(held.params, TOKENS)
 
 

@@ -228,7 +228,7 @@ def test_records_that_are_left_out_are_told_with_their_places(planned, tmp_path)
         f"{path}:3": "found the fields ['none'",
         f"{path}:4": "no trained token within ",
     }
-    assert left_out.describe().startswith("3 records are left out, listed in left_out.jsonl (1: ")
+    assert left_out.describe().startswith("left out: 3 records, listed in left_out.jsonl (1: ")
     # From the cache the same is told.
     big = {"prompt": "q", "completion": "a", "other": "x" * 2**20}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, big]))

@@ -78,7 +78,7 @@ def test_a_finished_run_is_left_alone_or_goes_on_by_the_longer_schedule(settings
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     told = io.StringIO()
     run(resolve(falling), tmp_path, progress=Progress(told))
-    assert "finished already: all 2 steps are done, and nothing is trained" in told.getvalue()
+    assert "finished already, after 2 steps: nothing is trained" in told.getvalue()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     run(resolve(changed(falling, "train", steps=5)), tmp_path)
     rates = [record["learning_rate"] for record in read_metrics(tmp_path)]

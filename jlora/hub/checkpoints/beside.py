@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jlora import tree
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.families import FAMILIES
 from jlora.families.multimodal import TIED, TextHalf
 from jlora.hub.checkpoints.weights import SafetensorsFolder, TensorInfo
@@ -77,7 +77,7 @@ def say_left_alone(checkpoint: SafetensorsFolder) -> None:
         found.setdefault(part_of(name), []).append(info)
     if found:
         parts = ", ".join(
-            f"{part} ({len(infos)} tensors, {sum(info.nbytes for info in infos):,} bytes)"
+            f"{part} ({number_of(len(infos), 'tensor')}, {sum(info.nbytes for info in infos):,} bytes)"
             for part, infos in sorted(found.items())
         )
         warnings.warn(f"{checkpoint.folder}: only the language model was loaded. Left alone: {parts}", stacklevel=3)

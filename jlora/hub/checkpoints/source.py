@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jlora.errors import MissingFileError, UserError, describe_faults
+from jlora.errors import MissingFileError, UserError, describe_faults, number_of
 from jlora.hub.checkpoints.beside import set_aside
 from jlora.hub.checkpoints.fp8 import unscaled
 from jlora.hub.checkpoints.tied import settle_head
@@ -128,7 +128,9 @@ def check_tensors(
             problems.append(f"unknown {name} {info.shape} ({info.file.name})")
     if problems:
         raise UserError(
-            describe_faults(f"the checkpoint does not fit its config.json ({len(problems)} tensors)", problems)
+            describe_faults(
+                f"the checkpoint does not fit its config.json ({number_of(len(problems), 'tensor')})", problems
+            )
         )
 
 

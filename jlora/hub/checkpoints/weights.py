@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.errors import MissingFileError, UserError, describe_faults
+from jlora.errors import MissingFileError, UserError, describe_faults, number_of
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -242,7 +242,7 @@ def weight_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise MissingFileError(
-            f"{index} names {len(files)} files, of which {len(missing)} are missing: {', '.join(missing)}"
+            f"{index} names {number_of(len(files), 'file')}; {len(missing)} missing: {', '.join(missing)}"
         )
     return files
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jlora import lora, sharding, tree
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, number_of
 from jlora.hub.checkpoints import names
 from jlora.hub.checkpoints.source import locate_adapter
 from jlora.hub.checkpoints.weights import (
@@ -148,7 +148,9 @@ def _stacked(
         for index, value in layers.items():
             whole[(index, *map(slice, value.shape))] = value
         if COPIES.holds(path.rpartition("/")[2]) and len(layers) != len(whole):
-            raise UserError(f"{path}: trained copies of {len(layers)} of {len(whole)} layers; all of a stack or none")
+            raise UserError(
+                f"{path}: trained copies of {len(layers)} of {number_of(len(whole), 'layer')}; all of a stack or none"
+            )
         made[path] = whole
     return made
 

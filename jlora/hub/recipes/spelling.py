@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jlora.errors import number_of
 from jlora.hub.recipes.methods import METHODS
 from jlora.hub.tokenizer import load_tokenizer
 
@@ -66,8 +67,8 @@ def common_tokenizer(models: Sequence[str]) -> tuple[str | None, list[str]]:
         return models[0], []
     count = len(first.items() ^ vocabularies[others[0]].items())
     return None, [
-        f"tokenizer_source: found 'union', but {models[0]} and {others[0]} differ in {count} tokens, and models of "
-        "different vocabularies are not combined: name one model, or leave the other out"
+        f"tokenizer_source: found 'union', but {models[0]} and {others[0]} differ in {number_of(count, 'token')}, and "
+        "models of different vocabularies are not combined: name one model, or leave the other out"
     ]
 
 

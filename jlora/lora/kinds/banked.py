@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.lora.kinds.kind import SCALE, Leaf
 from jlora.types import Params
 
@@ -30,11 +30,11 @@ def require_chosen(module: Params, x: jax.Array) -> None:
     if is_chosen(module):
         if (rows := module[IDS.name].shape[0]) != x.shape[0]:
             raise UserError(
-                f"found adapters chosen for {rows} rows, and a batch of {x.shape[0]}: "
+                f"found adapters chosen for {number_of(rows, 'row')}, and a batch of {x.shape[0]}: "
                 "Bank.choose takes one choice for every row"
             )
     elif SCALE.name in module and module[SCALE.name].ndim:
         raise UserError(
-            f"these are the params of a bank of {module[SCALE.name].shape[0] - 1} adapters: "
+            f"these are the params of a bank of {number_of(module[SCALE.name].shape[0] - 1, 'adapter')}: "
             "give the model those of Bank.choose, with a choice for every row, or of Bank.alone"
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.lora.kinds.kind import Call, Kind, Leaf, Output, Start, row
 from jlora.lora.kinds.product import A
 from jlora.lora.matching import matches
@@ -95,7 +95,7 @@ def _place(leaves: Mapping[str, Any], item: str) -> tuple[str, jax.Array]:
         and matches(with_prefixes(path.rpartition("/")[0].replace("/", ".")), (item,))
     ]
     if len(places) != 1:
-        raise UserError(f"trainable_token_indices: {item!r} names {len(places)} modules, expected one")
+        raise UserError(f"trainable_token_indices: {item!r} names {number_of(len(places), 'module')}, expected one")
     module, _, name = places[0]
     weight = leaves[f"{module}/{name}"]
     if tree.stacks_of(leaves)(module) or weight.ndim != 2:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jlora import data, sharding
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train.algorithms.algorithm import Base, Encoded, Job, Note, Numbers, Plan
 from jlora.train.reporting.progress import Counting
 from jlora.train.settings import SharedConfig
@@ -62,7 +62,7 @@ def plan(
     share: bool = False,
     held_out: Sequence[data.Item] = (),
 ) -> Plan:
-    """The run on these items, which `noun` calls by name.
+    """The run on these items, of which `noun` is the name of one.
 
     Args:
         share: see `data.plan_items`.
@@ -72,7 +72,7 @@ def plan(
     train, weights = config.train, config.data.train.weights
     mixture = dict(counts=report.sources, weights=weights) if weights else {}
     steps = _steps(config, items, share, train.epochs, train.steps, **mixture)
-    note(f"{len(items)} {noun}, {data.describe(report, steps)}")
+    note(f"{number_of(len(items), noun)}, {data.describe(report, steps)}")
     if weights:
         note(_describe_mixture(config, report.sources))
     longest = max(int(data.flat(some).lengths.max()) for some in (items, held_out) if some)
@@ -108,7 +108,7 @@ def _describe_mixture(config: SharedConfig, counts: Sequence[int]) -> str:
     each = []
     for (name, source), count in zip(sources.items(), counts, strict=True):
         times = source.weight / total * sum(counts) / count
-        each.append(f"{name} {source.weight / total:.1%} ({count:,} examples, {times:.3g} times an epoch)")
+        each.append(f"{name} {source.weight / total:.1%} ({number_of(count, 'example')}, {times:.3g} times an epoch)")
     return f"a mixture of {', '.join(each)}"
 
 

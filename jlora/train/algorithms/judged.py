@@ -75,7 +75,7 @@ def plan(method: Method, config: SharedConfig, tokenizer: Any, note: Note) -> Pl
     held_out = read(config.data.evaluation, keep=True)[0] if config.data.evaluation else ()
     method.check(config, items, held_out)
     start = functools.partial(_start, method, config, items, held_out, note)
-    noun, share = "pairs" if method.kind == "pairs" else "answers", method.shares(config)
+    noun, share = "pair" if method.kind == "pairs" else "answer", method.shares(config)
     planned = files.plan(config, items, report, start, note, noun=noun, share=share, held_out=held_out)
     records = data.flat(held_out).records if held_out else ()
     return dataclasses.replace(planned, held_out=list(map(_answered, filter(_wanted, records))))

@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora import data
 from jlora.data.mixing import generator, mixed
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train.algorithms import files
 from jlora.train.algorithms.algorithm import Encoded, Note
 from jlora.train.rewards.judging import Rewards, load_rewards
@@ -110,7 +110,7 @@ def read_prompts(config: SharedConfig, tokenizer: Any, note: Note) -> tuple[Prom
             sets.append(_encode_file(config, tokenizer, note, config.data.evaluation, settings.eval_size))
     judges = _judges(config, names, sets)
     prompts, held_out = [*sets, None][:2]
-    note(f"{len(prompts.items)} prompts of up to {prompts.longest} tokens")
+    note(f"{number_of(len(prompts.items), 'prompt')} of up to {number_of(prompts.longest, 'token')}")
     return prompts, held_out, judges
 
 
@@ -169,7 +169,7 @@ def _prompts(
     config: SharedConfig, items: data.Items, records: Sequence[Record], report: data.EncodeReport, note: Note
 ) -> Prompts:
     if report.dropped:
-        note(f"{report.dropped} prompts of more than {_room(config)} tokens are left out")
+        note(f"left out: {number_of(report.dropped, 'prompt')} of more than {number_of(_room(config), 'token')}")
     columns, weights = frozenset(report.columns), config.data.train.weights
     return Prompts(items, records, columns, report.sources, weights, Encoded(items, report, ()))
 

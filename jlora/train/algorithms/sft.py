@@ -43,7 +43,7 @@ def _plan(term: Term, config: SharedConfig, tokenizer: Any, note: Note) -> Plan:
     if config.data.evaluation:
         held_out, _ = _encoded(config, tokenizer, note, config.data.evaluation, overlong="cut", keep=True)
     start = functools.partial(_start, term, config, items, held_out)
-    planned = files.plan(config, items, report, start, note, noun="examples", held_out=held_out)
+    planned = files.plan(config, items, report, start, note, noun="example", held_out=held_out)
     return dataclasses.replace(planned, held_out=held_out.records) if held_out else planned
 
 

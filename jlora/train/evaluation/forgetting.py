@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from jlora import data, lora
 from jlora.data.notes import Note, warn
 from jlora.data.records import Accepted, read_rows
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.models import Model
 from jlora.train.evaluation.records import RecordSums, encode_each, example_sums, record_sums
 from jlora.train.reporting.metrics import BLUE, GREEN, INK, ORANGE, new_figure, save_figure, style
@@ -150,8 +150,8 @@ def encode_choices(tokenizer: Any, questions: Sequence[Mapping[str, Any]], *, se
             faults.append(f"question {number}: {longest} tokens with its longest choice")
     if faults:
         raise UserError(
-            f"{len(faults)} of {len(questions)} questions cannot be answered within seq_len={seq_len}; raise it, or "
-            "leave them out:\n  " + "\n  ".join(faults)
+            f"{len(faults)} of {number_of(len(questions), 'question')} cannot be answered within seq_len={seq_len}; "
+            "raise it, or leave them out:\n  " + "\n  ".join(faults)
         )
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jlora import data
-from jlora.errors import UserError, describe_faults, group_faults, raise_all
+from jlora.errors import UserError, describe_faults, group_faults, number_of, raise_all
 from jlora.generate import generate
 from jlora.train.algorithms.algorithm import Base, Job, Note, Numbers, Plan
 from jlora.train.evaluation.records import RESERVED, exact_match
@@ -260,8 +260,8 @@ def _checked(value: Any, count: int) -> list[float | None] | float:
     each = [] if wrong else list(value) if several else [value]
     if wrong or not all(one is None or _is_number(one) for one in each):
         raise UserError(
-            f"returned {reprlib.repr(value)}, expected a number, a list of one number or None for each of {count} "
-            "texts, or a dict of these"
+            f"returned {reprlib.repr(value)}, expected a number, a list of one number or None for each of "
+            f"{number_of(count, 'text')}, or a dict of these"
         )
     found = [None if one is None else float(one) for one in each]
     return found if several else math.nan if found == [None] else found[0]

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from jlora.errors import number_of
+
 LINE_EVERY_SECONDS = 15.0
 BAR_EVERY_SECONDS = 0.2
 
@@ -39,7 +41,7 @@ class Progress:
         """Begins a run of `total_steps` steps, `start_step` of which are already done."""
         self._total, self._first = total_steps, None
         if start_step >= total_steps:
-            self.note(f"finished already: all {total_steps} steps are done, and nothing is trained")
+            self.note(f"finished already, after {number_of(total_steps, 'step')}: nothing is trained")
         elif start_step:
             self.note(f"resuming after step {start_step} of {total_steps}")
         if self._console.is_terminal and start_step < total_steps:
@@ -120,7 +122,7 @@ class Counting:
         if now - self._last < (LINE_EVERY_SECONDS if self._bar is None else BAR_EVERY_SECONDS):
             return
         self._last, seconds = now, now - self._began
-        text = f"{records:,} records, {records / seconds:,.0f} a second"
+        text = f"{number_of(records, 'record')}, {records / seconds:,.0f} a second"
         if share:
             text += f", {duration(seconds / share - seconds)} left"
         if self._bar is None:

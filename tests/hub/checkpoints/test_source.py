@@ -63,7 +63,7 @@ def test_missing_shards_are_all_named(llama_folder):
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[0].unlink()
     shards[2].unlink()
-    with pytest.raises(FileNotFoundError, match=f"2 are missing: {shards[0].name}, {shards[2].name}"):
+    with pytest.raises(FileNotFoundError, match=f"2 missing: {shards[0].name}, {shards[2].name}"):
         open_source(folder)
 
 

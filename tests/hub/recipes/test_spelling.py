@@ -91,7 +91,7 @@ def test_the_rest_says_what_to_do(models, tmp_path, byte_tokenizer):
     transformers.AutoModelForCausalLM.from_pretrained(base).save_pretrained(other)
     changed.save_pretrained(other)
     entries = [*of(models, weight=1), {"model": str(other), "parameters": {"weight": 1}}]
-    fails(linear | {"models": entries, "tokenizer_source": "union"}, "differ in 1 tokens", "name one model")
+    fails(linear | {"models": entries, "tokenizer_source": "union"}, "differ in 1 token,", "name one model")
 
 
 @pytest.mark.parametrize("by_row", [False, True])

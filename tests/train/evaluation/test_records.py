@@ -80,7 +80,7 @@ def test_records_keep_their_places_where_nothing_of_one_is_left(model, params, t
     numbers, _ = evaluate(model, params, tokenizer, [long, *RECORDS], **settings)
     assert (numbers["n"], numbers["dropped"]) == (4, 1)
     assert numbers["loss"] == pytest.approx(np.sum(expected.loss) / np.sum(expected.tokens))
-    with pytest.raises(ValueError, match="no token to train on in 1 records"):
+    with pytest.raises(ValueError, match="no token to train on in 1 record:"):
         evaluate(model, params, tokenizer, [long], **settings)
 
 

@@ -32,7 +32,7 @@ def test_a_resumed_run_says_so_and_counts_on():
     lines = run(io.StringIO(), total=10, start=8).splitlines()
     assert lines[0] == "resuming after step 8 of 10"
     assert lines[1].startswith("step 9/10")
-    assert run(io.StringIO(), total=10, start=10) == "finished already: all 10 steps are done, and nothing is trained\n"
+    assert run(io.StringIO(), total=10, start=10) == "finished already, after 10 steps: nothing is trained\n"
 
 
 def test_the_time_of_the_first_step_is_not_counted():

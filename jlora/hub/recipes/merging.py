@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.families import called
 from jlora.families.fields import HARMLESS
 from jlora.hub.cards import model_card, shown
@@ -21,7 +21,7 @@ from jlora.hub.checkpoints.names import is_harmless
 from jlora.hub.checkpoints.source import Source
 from jlora.hub.checkpoints.weights import DTYPES
 from jlora.hub.checkpoints.writing import SHARD_BYTES, Entry, write_folder
-from jlora.hub.recipes.methods import METHODS, Method
+from jlora.hub.recipes.methods import METHODS
 from jlora.hub.recipes.recipe import FLOATS, LAYER, Input, Recipe, Slice, count_layers, models_of, read_recipe, resolve
 from jlora.hub.recipes.spelling import set_template
 from jlora.hub.tokenizer import load_tokenizer
@@ -118,18 +118,12 @@ def merge_models(
     _require_one_architecture(config, plan, sources)
     tensors = _tensors(plan, sources)
     _require_same_shapes(tensors, plan.base, sources)
-    method = METHODS[plan.method]
-    fixed = _settings(tensors, plan, method)
+    fixed = _settings(tensors, plan)
     reference = sources[_reference(plan)]
     others = beside_of(reference) if half_of(reference.config) else None
 
     def make(number: int, tensor: _Tensor, of_models: list[dict], of_all: dict) -> dict[str, np.ndarray]:
-        given = {input.model: sources[input.model].read(name) for input, name in tensor.members}
-        base = None if tensor.base is None else np.asarray(sources[plan.base].read(tensor.base))
-        arrays = [np.asarray(value, np.float32) for value in given.values()]
-        draws = np.random.Generator(np.random.PCG64([plan.seed, zlib.crc32(tensor.name.encode())]))
-        whole = None if base is None else base.astype(np.float32)
-        made = method.combine(arrays, whole, of_models, of_all, draws).astype(_dtype(tensor, plan, sources))
+        made = _combined(tensor, of_models, of_all, plan, sources)
         progress(number, len(tensors))
         return {others.name(tensor.name) if others else tensor.name: made}
 
@@ -143,6 +137,18 @@ def merge_models(
     config = config | {"dtype": _dtype(largest, plan, sources).name}
     card = model_card(out, models_of(settings), _how(settings), relation="merge")
     write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, card, others)
+
+
+def _combined(
+    tensor: _Tensor, of_models: list[dict], of_all: dict, plan: Recipe, sources: Mapping[str, Source]
+) -> np.ndarray:
+    """A tensor of the result, computed in float32 and rounded once; what it draws depends on its name and the seed."""
+    given = {input.model: sources[input.model].read(name) for input, name in tensor.members}
+    arrays = [np.asarray(value, np.float32) for value in given.values()]
+    base = None if tensor.base is None else np.asarray(sources[plan.base].read(tensor.base)).astype(np.float32)
+    draws = np.random.Generator(np.random.PCG64([plan.seed, zlib.crc32(tensor.name.encode())]))
+    made = METHODS[plan.method].combine(arrays, base, of_models, of_all, draws)
+    return made.astype(_dtype(tensor, plan, sources))
 
 
 def _how(settings: Mapping[str, Any]) -> str:
@@ -176,7 +182,9 @@ def _require_one_architecture(merged: Mapping[str, Any], plan: Recipe, sources: 
                 faults.append(f"{result} and {model} differ in config.json:\n  " + "\n  ".join(lines))
             continue
         if own.num_hidden_layers != count:
-            faults.append(f"{model}: config.json has {own.num_hidden_layers} layers, its tensors have {count}")
+            faults.append(
+                f"{model}: config.json has {number_of(own.num_hidden_layers, 'layer')}, its tensors have {count}"
+            )
             continue
         layers = list(whole.layers)
         for place, number in places:
@@ -316,14 +324,14 @@ def _dtype(tensor: _Tensor, plan: Recipe, sources: Mapping[str, Source]) -> np.d
     return DTYPES.get(sources[model].tensors[name].dtype, np.dtype(np.float32))
 
 
-def _settings(tensors: Sequence[_Tensor], plan: Recipe, method: Method) -> list[tuple[_Tensor, list[dict], dict]]:
+def _settings(tensors: Sequence[_Tensor], plan: Recipe) -> list[tuple[_Tensor, list[dict], dict]]:
     """(tensor, each model's settings, those that all models share) for every tensor.
 
     Raises:
         ValueError: required settings are missing, or settings do not go together; each is listed with the first tensor
             that it is wrong for.
     """
-    found = []
+    method, found = METHODS[plan.method], []
     faults: dict[str, str] = {}
     for tensor in tensors:
         of_models = [

@@ -19,6 +19,8 @@ from jlora.errors import Failed, UserError
 
 # Errors of the operating system that are not bugs: a full disk, an exhausted quota, a file too big for its disk.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# And those of a place that was named: no permission, a read-only disk, a name that is too long.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 
@@ -96,12 +98,16 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
         return _complain("whoever read the output is gone", FAILED)
     except (UserError, Failed, OSError) as error:
         explains_itself = isinstance(error, UserError | Failed)
-        if not explains_itself and error.errno not in FULL:
+        is_refused = not explains_itself and error.errno in REFUSED and error.filename is not None
+        if not (explains_itself or is_refused or error.errno in FULL):
             raise
         if show_traceback:
             traceback.print_exc()
-        unwritten = "" if explains_itself else f"{error.filename or 'a file'} could not be written: {error.strerror}"
-        return _complain(unwritten or str(error), MISTAKE if isinstance(error, UserError) else FAILED)
+        if explains_itself:
+            return _complain(str(error), MISTAKE if isinstance(error, UserError) else FAILED)
+        if is_refused:
+            return _complain(f"{error.filename or 'a file'}: {error.strerror}")
+        return _complain(f"{error.filename or 'a file'} could not be written: {error.strerror}", FAILED)
 
 
 def _prepare(command: str) -> None:

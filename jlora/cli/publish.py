@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 import tempfile
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from jlora.train.reporting.metrics import CURVES
 from jlora.train.reporting.metrics import FILE as METRICS
 from jlora.train.restore import read_config
 from jlora.train.results import MODEL
+
+LICENSE_ID = r"[a-z0-9][a-z0-9.+-]*"
 
 
 class Result(NamedTuple):
@@ -33,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
         publishing.require_repo(options.repo)
     if options.base:
         publishing.require_name("--base", options.base)
+    if options.license and not re.fullmatch(LICENSE_ID, options.license):
+        raise UserError(f"--license={options.license}: expected an id of the Hub's, as apache-2.0, mit or other")
     result = _result(options)
     with tempfile.TemporaryDirectory() as unnamed:
         out = pathlib.Path(options.out or pathlib.Path(unnamed) / "out")
@@ -119,8 +124,8 @@ def _stage(result: Result, out: pathlib.Path, options: argparse.Namespace) -> No
     places = _places(result, config, header)
     bases = [options.base] if options.base else [name for place in places if (name := cards.hub_id(place))]
     if len(bases) < max(1, len(places)) and not options.base:
-        found = ", ".join(places) or "not known"
-        print_note(f"base: {found}, which is not a name on the Hub, so the card names no base: --base=OWNER/NAME does")
+        found = f"{', '.join(places)}, which is not a name on the Hub" if places else "not known"
+        print_note(f"base: {found}, so the card names no base: --base=OWNER/NAME does")
         bases = []
     license = {"license": options.license} if options.license else {}
     for place in (*places, *bases):
@@ -167,7 +172,7 @@ def _card(
         task="text-classification" if scored else "text-generation",
         license=license,
         datasets=story.datasets(run) if run else [],
-        tags=_tags(result, config),
+        tags=_tags(result, config, header),
         sections=[
             tuned,
             cards.how_to_use(result.kind, base, where, scored=scored),
@@ -192,9 +197,9 @@ def _relation(config: dict[str, Any]) -> str:
     return "quantized" if "quantization_config" in config else "finetune"
 
 
-def _tags(result: Result, config: dict[str, Any]) -> list[str]:
+def _tags(result: Result, config: dict[str, Any], header: dict[str, Any]) -> list[str]:
     if result.kind == "adapter":
         dora = ["dora"] if config.get("use_dora") else []
         return [str(config.get("peft_type", "LORA")).lower(), *dora]
-    with_adapter = result.run is not None and "lora.r" in result.run.settings
+    with_adapter = "lora" in (header.get("tags") or ()) or (result.run is not None and "lora.r" in result.run.settings)
     return ["lora"] if with_adapter else []

@@ -221,9 +221,17 @@ def test_compiled_programs_are_kept_unless_something_says_where(monkeypatch, tmp
         jax.config.update("jax_compilation_cache_max_size", most)
 
 
-def test_output_that_nobody_reads_is_said_in_a_line():
+# Much text, and little, which is kept back until the end.
+@pytest.mark.parametrize("options", [[], ["sft", "--out={folder}/mine.py"]])
+def test_output_that_nobody_reads_is_said_in_a_line(tmp_path, options):
+    command = [sys.executable, "-m", "jlora", "recipes", *(option.format(folder=tmp_path) for option in options)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-m", "jlora", "recipes"], **pipes) as process:
+    with subprocess.Popen(command, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == "jlora: whoever read the output is gone\n"
     assert process.returncode == 1
+
+
+def test_a_place_that_the_system_refuses_is_a_mistake(tmp_path, capsys):
+    assert main(["recipes", "sft", f"--out={tmp_path}/{'x' * 300}.py"]) == 2
+    assert capsys.readouterr().err.endswith("File name too long\n")

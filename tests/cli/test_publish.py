@@ -142,6 +142,9 @@ def test_a_model(run, model_folder, tmp_path, capsys):
     assert (data.library_name, data.license, data.get("base_model")) == ("transformers", "other", None)
     assert data.get("base_model_relation") is None and str(run.parent) not in (out / "README.md").read_text()
     assert transformers.AutoModelForCausalLM.from_pretrained(out) and hub.load_tokenizer(out).chat_template
+    assert main(["publish", f"--model={merged}", f"--out={out}"]) == 0  # its own card tells what no run does
+    assert ModelCard.load(out / "README.md").data.tags == ["jlora", "lora"]
+    assert "base: not known, so the card names no base" in capsys.readouterr().err
     assert main(["publish", f"--model={model_folder}", "--base=owner/base", f"--out={out}"]) == 0
     assert ModelCard.load(out / "README.md").data.base_model_relation == "finetune"
 
@@ -167,6 +170,7 @@ def test_mistakes(run, model_folder, tmp_path, api, capsys):
         ([f"--adapter={run}", "--repo=a/b/c"], "--repo=a/b/c: expected OWNER/NAME of the Hub"),
         ([f"--adapter={run}", "--repo=tiny"], "found no OWNER"),
         ([f"--adapter={run}", "--base=/m/x", out], "--base=/m/x: expected OWNER/NAME of the Hub"),
+        ([f"--adapter={run}", "--license=GPL 3", out], "--license=GPL 3: expected an id of the Hub's"),
         ([f"--adapter={run}", f"--model={run}", out], "publish one of them"),
         ([f"--adapter={run}"], "--out and --repo: give one of them"),
         ([out], "give what to publish"),

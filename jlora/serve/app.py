@@ -15,9 +15,9 @@ from typing import Any
 from jlora import data
 from jlora.errors import UnknownNameError, UserError
 from jlora.families.kinds import short
-from jlora.serve.calls import CallForms
 from jlora.serve.engine import Engine
 from jlora.serve.folder import Folder
+from jlora.serve.forms import CallForms
 from jlora.serve.metrics import Metrics
 from jlora.serve.protocol import Answer, Asked, Refused, parse, parse_object
 from jlora.serve.request import Busy, Piece, Request, Stopping

@@ -9,17 +9,10 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlora.data.rendered import write
 from jlora.ends import WORDS
-from jlora.errors import UserError
 from jlora.serve.words import begun
 
 Tool = Mapping[str, Any]
-
-
-def _refuse(constant: str) -> None:
-    """Raises ValueError: only Python's JSON has NaN and Infinity."""
-    raise ValueError(f"found {constant}, expected a number that JSON has")
 
 
 class Call(NamedTuple):
@@ -37,67 +30,28 @@ class Form:
     closing: str = ""
 
 
-# For templates that show no marks of their own. Calls without marks are known anyway, if they are all of the answer.
-FORMS = (
-    Form("<tool_call>", "</tool_call>"),  # Hermes, Qwen
-    Form("[TOOL_CALLS]"),  # Mistral
-    Form("<|python_tag|>"),  # Llama 3.1
-)
 _NAMES, _ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 _KEYS = {*_NAMES, *_ARGUMENTS, "id", "tool_call_id", "type"}
-# A call whose rendering shows the template's form.
-_PROBE, _KEY, _VALUE = "jlora_probe", "text", "jlora_value"
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _PROBE,
-        "description": "A probe.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A text."}}},
-    },
-}
-_PROBE_CALL = {"id": "123456789", "type": "function", "function": {"name": _PROBE, "arguments": {_KEY: _VALUE}}}
 # The fields of a response template that are used here.
-_FIELD, _TEXT = "tool_calls", "content"
+FIELD, _TEXT = "tool_calls", "content"
 # A text that may be calls without marks, as far as it goes.
 _BARE = re.compile(r"\s*\[?\s*(\{.*)?", re.DOTALL)
 # What comes before the JSON of a first call, and of one more. Mistral's newer templates write the name there.
 _FIRST = re.compile(r"\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{))?(?=[{\[])")
-_BEHIND_NAME = ("[CALL_ID]", "[ARGS]")
+BEHIND_NAME = ("[CALL_ID]", "[ARGS]")
 _MORE = re.compile(r"\s*[;,]?\s*(?=\{)")
 # A beginning of `_FIRST`.
 _BEGUN = re.compile(r"\s*[\w.-]*(?:\[[\w\]\[]*)?\s*")
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
+# What transformers raises for what is no call after all.
+_UNREADABLE = (ValueError, LookupError, TypeError, RecursionError)
 
 
-class CallForms:
-    """How a model with this tokenizer writes calls.
+def _refuse(constant: str) -> None:
+    """Raises ValueError: only Python's JSON has NaN and Infinity."""
+    raise ValueError(f"found {constant}, expected a number that JSON has")
 
-    The tokenizer's own response template is used if it has one; else what its chat template writes around a call; else
-    `FORMS`.
 
-    Attributes:
-        kept: the special tokens that mark calls, without which they could not be told from text.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._field = ((getattr(tokenizer, "response_template", None) or {}).get("fields") or {}).get(_FIELD)
-        self._forms = FORMS if self._field else _learned(tokenizer) or FORMS
-        if self._field:
-            marks = json.dumps(self._field, ensure_ascii=False).replace("\\", "")  # patterns escape what is in marks
-        else:
-            marks = "\n".join([*(mark for form in self._forms for mark in dataclasses.astuple(form)), *_BEHIND_NAME])
-        special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self.kept = tuple(token for token, text in special.items() if text in marks)
-        self._hidden = [special[token] for token in self.kept]
-
-    def reader(self, tools: Sequence[Tool]) -> "Reader":
-        """What takes an answer apart to a request with these tools."""
-        functions = [tool.get("function", tool) for tool in tools]
-        named = [function.get("name") for function in functions if isinstance(function, Mapping)]
-        names = {name for name in named if isinstance(name, str)}
-        inner = _Templated(self._tokenizer, self._field, tools, names) if self._field else _Marked(self._forms, names)
-        return Reader(inner, names, self._hidden)
+DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 class Reader:
@@ -108,7 +62,7 @@ class Reader:
         hidden: special tokens that are no part of the text.
     """
 
-    def __init__(self, inner: "_Marked | _Templated", names: Collection[str], hidden: Sequence[str] = ()) -> None:
+    def __init__(self, inner: "Marked | Templated", names: Collection[str], hidden: Sequence[str] = ()) -> None:
         self._inner, self._names, self._hidden = inner, names, hidden
         self._start: str | None = ""  # all of the answer, as long as it may be calls without marks
         self._space, self._has_text, self._has_calls = "", False, False
@@ -153,7 +107,7 @@ class Reader:
         return told
 
 
-class _Marked:
+class Marked:
     """Calls in the marks of some forms. Each piece gives, in order, all that is certain by then."""
 
     def __init__(self, forms: Sequence[Form], names: Collection[str]) -> None:
@@ -182,7 +136,7 @@ class _Marked:
         return min((pair for pair in places if pair[0] >= 0), key=lambda pair: pair[0], default=None)
 
 
-class _Templated:
+class Templated:
     """Calls as the tokenizer's response template describes them, which transformers parses.
 
     Its other fields, such as reasoning, are text here as they are without tools.
@@ -192,9 +146,11 @@ class _Templated:
     """
 
     def __init__(self, tokenizer: Any, field: Mapping[str, Any], tools: Sequence[Tool], names: Collection[str]) -> None:
-        spec = {"start_anchor": WORDS, "fields": {_FIELD: dict(field), _TEXT: {"content": "text"}}}
+        spec = {"start_anchor": WORDS, "fields": {FIELD: dict(field), _TEXT: {"content": "text"}}}
         self._start = lambda: tokenizer.get_response_parser(spec, prefix="", tools=[*tools])
         self._parser, self._names = self._start(), names
+        self._is_json = field.get("content") == "json"
+        self._tags, self._body = _tags(field), ""
         # The text that no event has told of. A literal mark ends a call at once, a pattern one character later.
         self._untold, self._ahead = "", 1 if "close_pattern" in field else 0
 
@@ -204,30 +160,56 @@ class _Templated:
             self._untold += character
             items += self._heard(lambda parser, one=character: parser.feed(one), self._ahead)
         if last:
-            items += self._heard(lambda parser: parser.finalize()[1], 0)
+            # What is no JSON can be read although it is cut short, and is no call then.
+            if self._is_json or self._is_closed():
+                items += self._heard(lambda parser: parser.finalize()[1], 0)
             items.append(self._untold)
         return items
+
+    def _is_closed(self) -> bool:
+        """Whether the last call has its closing mark, which a pattern may find only by what comes next."""
+        try:
+            events = self._start().feed(self._untold + "\0")
+        except _UNREADABLE:
+            return False
+        return any(event["type"] == "region_close" and event["field"] == FIELD for event in events)
 
     def _heard(self, turn: Callable[[Any], list[dict[str, Any]]], ahead: int) -> list[str | Call]:
         try:
             events = turn(self._parser)
-        except (ValueError, LookupError, TypeError, RecursionError):  # of what is no call after all
+        except _UNREADABLE:
             text, rest = self._cut(ahead)
-            self._parser, self._untold = self._start(), ""
+            self._parser, self._untold, self._body = self._start(), "", ""
             return [text, *self.read(rest, last=False)]
         items: list[str | Call] = []
         for event in events:
             if event["field"] == _TEXT and event["type"] == "region_chunk":
                 items.append(event["text"])
                 self._untold = self._untold[len(event["text"]) :]
-            elif event["field"] == _FIELD and event["type"] == "region_close":
+            elif event["type"] == "region_chunk":
+                self._body += event["text"]
+            elif event["field"] == FIELD and event["type"] == "region_close":
                 text, self._untold = self._cut(ahead)
-                items += _calls(event["value"], self._names) or [text]
+                items += (self._is_read() and calls_in(event["value"], self._names)) or [text]
+                self._body = ""
         return items
+
+    def _is_read(self) -> bool:
+        """Whether all of a call in tags is read: transformers leaves out arguments whose tags are not complete."""
+        return self._tags is None or "<" not in re.sub(r"</[^<>]*>", "", self._tags.sub("", self._body))
 
     def _cut(self, ahead: int) -> tuple[str, str]:
         place = len(self._untold) - ahead
         return self._untold[:place], self._untold[place:]
+
+
+def _tags(field: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """The pattern of an argument in tags, if a response template's field has one that Python reads as well."""
+    pattern = (field.get("content_args") or {}).get("tag_pattern")
+    try:
+        return None if pattern is None else re.compile(pattern, re.DOTALL)
+    except re.error:
+        return None
 
 
 def _joined(items: Iterable[str | Call]) -> list[str | Call]:
@@ -251,11 +233,11 @@ def _calls_at(
     calls, end = [], start
     while head := (_MORE if calls else _FIRST).match(text, end):
         try:
-            value, end = _DECODER.raw_decode(text, head.end())
+            value, end = DECODER.raw_decode(text, head.end())
         except (ValueError, RecursionError) as error:
             return [], None if not last and _may_go_on(error, closing) else start
         name = head.groupdict().get("name")
-        found = _calls(value if name is None else {"name": name, "arguments": value}, names)
+        found = calls_in(value if name is None else {"name": name, "arguments": value}, names)
         if not found:
             return [], start
         calls += found
@@ -275,7 +257,7 @@ def _may_go_on(error: Exception, closing: str) -> bool:
     return not closing or closing not in error.doc[error.pos :] or error.msg.startswith("Unterminated string")
 
 
-def _calls(value: Any, names: Collection[str]) -> list[Call]:
+def calls_in(value: Any, names: Collection[str]) -> list[Call]:
     """The calls that a JSON value is; none if any of it is something else, or calls a function that was not given."""
     found = [_call(item, names) for item in (value if isinstance(value, list) else [value])]
     return [] if None in found else found
@@ -289,44 +271,9 @@ def _call(value: Any, names: Collection[str]) -> Call | None:
     name = next((value[key] for key in _NAMES if key in value), None)
     arguments = next((value[key] for key in _ARGUMENTS if key in value), None)
     try:
-        arguments = _DECODER.decode(arguments) if isinstance(arguments, str) else arguments
+        arguments = DECODER.decode(arguments) if isinstance(arguments, str) else arguments
         if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
             return None
         return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError):
         return None
-
-
-def _learned(tokenizer: Any) -> tuple[Form, ...]:
-    """The form in which the chat template writes a call; none if that is no JSON, or has no marks."""
-    answers = ({"content": "", "tool_calls": [_PROBE_CALL]}, {"content": WORDS})
-    try:
-        called, said = (
-            write(
-                [{"role": "user", "content": "?"}, {"role": "assistant", **answer}], tokenizer, {"tools": [_PROBE_TOOL]}
-            ).text
-            for answer in answers
-        )
-    except UserError:
-        return ()
-    start, end = _place(called)
-    header, _, ending = said.rpartition(WORDS)
-    before, closing = called[:start], called[end:].rstrip().removesuffix(ending.rstrip()).strip()
-    if before.startswith(header.rstrip()):
-        opening = before.removeprefix(header.rstrip()).rpartition("</think>")[2].strip()
-    else:  # the turn begins in another way than one without calls
-        opening = "".join(before.split()[-1:])
-    return (Form(opening, closing),) if opening else ()
-
-
-def _place(text: str) -> tuple[int, int]:
-    """Where the JSON of the probe's call begins and ends; two zeros if there is none."""
-    expected, value = [Call(_PROBE, json.dumps({_KEY: _VALUE}))], text.rfind(_VALUE)
-    for found in re.finditer(r"[{\[]", text[: max(0, value)]):
-        try:
-            parsed, end = _DECODER.raw_decode(text, found.start())
-        except (ValueError, RecursionError):
-            continue
-        if end > value and _calls(parsed, {_PROBE}) == expected:
-            return found.start(), end
-    return 0, 0

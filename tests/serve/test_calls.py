@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import random
 
 import openai
 import pytest
@@ -17,7 +18,8 @@ import jlora
 from jlora.data.rendered import write
 from jlora.data.template import special_tokens
 from jlora.serve import Engine, Limits, app
-from jlora.serve.calls import Call, CallForms
+from jlora.serve.calls import Call
+from jlora.serve.forms import CallForms
 
 TRL = pathlib.Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 HEAD = (
@@ -26,6 +28,7 @@ HEAD = (
 )
 END = "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 CALLS = "{% for call in m.tool_calls or [] %}{% set id = call.id %}{% set call = call.function %}"
+THINKS = "{% if m.role == 'assistant' and not m.tool_calls %}<think></think>{% endif %}"
 TEMPLATES = {
     "hermes": HEAD + CALLS + '\n<tool_call>\n{"name": "{{ call.name }}", "arguments": {{ call.arguments | tojson }}}\n'
     "</tool_call>{% endfor %}" + END,
@@ -41,7 +44,10 @@ TEMPLATES = {
     + CALLS
     + "[TOOL_CALLS]{{ call.name }}[CALL_ID]{{ id }}[ARGS]{{ call.arguments | tojson }}{% endfor %}"
     + END,
-    "own": HEAD + CALLS + "<call>{{ call | tojson }}</call>{% endfor %}" + END,
+    "own": HEAD.replace("{{ m.content", THINKS + "{{ m.content")
+    + CALLS
+    + "<call>{{ call | tojson }}</call>{% endfor %}"
+    + END,
     "plain": HEAD + CALLS + '{"name":"{{ call.name }}","arguments":{{ call.arguments | tojson }}}\n{% endfor %}' + END,
 }
 TOOLS = [
@@ -63,9 +69,17 @@ TOOLS = [
 ]
 NAMED = [("get_tide", {"harbour": 'Zürich 🌊 "x" }</tool_call>', "hour": 9}), ("set_alarm", {"hour": 10})]
 QUESTION = {"role": "user", "content": "How high is it?"}
-# Of TRL's templates, those that write calls with marks around them, or as JSON alone.
-JSON_TEMPLATES = ("llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl")
-OTHER_TEMPLATES = ("gemma4_v5", "glm4moe", "gptoss", "nemotron_3_nano", "qwen3_5_nothink", "qwen3_6")
+# Of the templates that TRL ships, those that write calls; and what each is to be given.
+WELL_KNOWN = (
+    *("llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl", "qwen3_5_nothink", "qwen3_6"),
+    *("gemma4_v5", "diffusion_gemma", "glm4moe", "gptoss", "lfm2_2_5", "nemotron_3_nano"),
+)
+ONE_CALL = ("llama3_1", "llama3_2", "gptoss")
+NONE_OF_ITS_OWN = ("diffusion_gemma", "lfm2_2_5")  # or one that cannot be read from a stream
+SPECIAL = (
+    *("<|im_end|>", "<|eot_id|>", "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>"),
+    *("<|tool_call>", "<tool_call|>", "<|tool_response>", '<|"|>', "<|tool_call_start|>", "<|tool_call_end|>"),
+)
 
 
 def build(template, *special):
@@ -126,19 +140,33 @@ def test_what_a_template_writes_for_calls_is_read_as_these_calls(name, size):
         assert read(forms.reader(TOOLS), text, size) == ("", calls), text
 
 
+def well_known(name, *, own=False):
+    """A tokenizer with a template that TRL ships; with `own`, with TRL's response template for it as well."""
+    tokenizer = build((TRL / f"{name}.jinja").read_text("utf-8"), *SPECIAL)
+    return add_response_schema(tokenizer) if own else tokenizer
+
+
 @pytest.mark.parametrize("size", [1, None])
-@pytest.mark.parametrize("name", [*JSON_TEMPLATES, *OTHER_TEMPLATES])
-def test_calls_in_the_templates_of_well_known_models_are_read(name, size):
-    template = (TRL / f"{name}.jinja").read_text("utf-8")
-    marks = ["<|tool_call>", "<tool_call|>", '<|"|>', "<|tool_response>", "<|channel|>", "<|message|>", "<|call|>"]
-    tokenizer = build(template, *marks, "<|im_end|>", "<|eot_id|>")
+@pytest.mark.parametrize(
+    ("name", "own"), [(name, own) for name in WELL_KNOWN for own in (False, True)[: 2 - (name in NONE_OF_ITS_OWN)]]
+)
+def test_calls_in_the_templates_of_well_known_models_are_read(name, own, size):
+    tokenizer = well_known(name, own=own)
     calls = [("get_tide", {"harbour": "Zürich 🌊", "hour": 9}), *NAMED[1:]]
-    if name in OTHER_TEMPLATES:  # as those models bring it
-        add_response_schema(tokenizer)
     forms = CallForms(tokenizer)
-    for some in (calls[:1], calls)[: 1 if name in ("llama3_1", "llama3_2", "gptoss") else 2]:  # they write one call
+    for some in (calls[:1], calls)[: 2 - (name in ONE_CALL)]:
         text, found = read(forms.reader(TOOLS), answer_of(tokenizer, forms, some), size)
         assert found == some and set(text.split()) <= {"<think>", "</think>", "<think></think>"}
+
+
+def test_gpt_oss_calls_from_any_channel():
+    forms = CallForms(well_known("gptoss"))
+    for header in (
+        "<|channel|>commentary to=functions.get_tide <|constrain|>json",
+        " to=functions.get_tide<|channel|>commentary json",
+    ):
+        text = f'<|channel|>analysis<|message|>I look.<|start|>assistant{header}<|message|>{{"hour": 9}}'
+        assert read(forms.reader(TOOLS), text) == ("analysisI look.", [TIDE])
 
 
 def call(name="get_tide", arguments='{"hour": 9}'):
@@ -216,6 +244,47 @@ def test_text_is_told_at_once_and_marks_never(hermes):
     assert told[:8] == [["S"], ["e"], ["e"], [":"], [], [], [" <b"], [">"]]
     assert [items for items in told[8:] if items] == [[Call("get_tide", '{"hour": 9}')], ["."]]
     assert told[-3] and told[-2] and not told[-1] and reader.end() == []
+
+
+@pytest.mark.parametrize("size", [1, None])
+def test_calls_in_tags_are_calls_only_if_they_are_complete(size):
+    reader = CallForms(well_known("qwen3_6")).reader
+    hour = "<parameter=hour>\n9\n</parameter>\n"
+    whole = f"<tool_call>\n<function=get_tide>\n{hour}</function>\n</tool_call>"
+    code = "  if x < 3:\n    y()\n"
+    kept = whole.replace(hour, f"<parameter=harbour>\n{code}\n</parameter>\n")
+    assert read(reader(TOOLS), kept, size) == ("", [("get_tide", {"harbour": code})])
+    assert read(reader(TOOLS), whole.replace(hour, ""), size) == ("", [("get_tide", {})])
+    for cut in (
+        whole[:-1],
+        whole[:60],
+        whole.partition("</function>")[0].rstrip(),
+        whole.replace("\n</parameter>", ""),
+        whole.replace("get_tide", "rm"),
+    ):
+        assert read(reader(TOOLS), cut, size) == (cut, [])
+        assert read(reader(TOOLS), f"{whole}\n{cut}", size) == (cut, [TIDE])
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *WELL_KNOWN])
+def test_it_does_not_matter_in_what_pieces_an_answer_comes(name):
+    forms = CallForms(build(TEMPLATES[name]) if name in TEMPLATES else well_known(name))
+    parts = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<call>", "</call>", "[ARGS]", "get_tide"]
+    parts += [*' \n{}[];,<"9ü', '{"name": "get_tide", "arguments": {"hour": 9}}', '{"name": "rm", "arguments": {}}']
+    parts += [
+        "<function=get_tide>",
+        "<parameter=hour>",
+        "</parameter>",
+        "</function>",
+        "call:get_tide",
+        "to=functions.",
+    ]
+    random_one = random.Random(0)
+    for _ in range(300):
+        text = "".join(random_one.choices(parts, k=random_one.randint(1, 9)))
+        said, calls = read(forms.reader(TOOLS), text)
+        assert calls or said == text
+        assert read(forms.reader(TOOLS), text, 1) == read(forms.reader(TOOLS), text, 4) == (said, calls)
 
 
 @pytest.mark.parametrize("close", [{"close": "</call>"}, {"close_pattern": r"</call>"}])

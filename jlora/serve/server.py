@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ uvicorn: Any = require("uvicorn", "serve")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5  # seconds for connections to end after their answers
+IDLE = 60  # seconds that a connection may be without a request, or take to say what it asks for
 
 
 class Server(uvicorn.Server):
@@ -28,6 +30,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: Any, engine: Engine, drain: float = 60) -> None:
         super().__init__(config)
         self._engine, self._drain, self._is_cut = engine, drain, False
+        self._idle: dict[Any, float] = {}  # connections without a request after their last one, and since when
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -56,7 +59,19 @@ class Server(uvicorn.Server):
             signal.raise_signal(number)
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            self._close_idle()
         return await super().on_tick(counter) or self._engine.failure is not None
+
+    def _close_idle(self) -> None:
+        """Closes connections that have asked for nothing for long; uvicorn itself does so only after a first answer."""
+        now = time.monotonic()
+        last = [(one, one.cycle) for one in self.server_state.connections]
+        found = [pair for pair in last if pair[1] is None or pair[1].response_complete]
+        self._idle = {pair: self._idle.get(pair, now) for pair in found}
+        for (one, _), since in self._idle.items():
+            if now - since > IDLE:
+                one.transport.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         timer = asyncio.get_running_loop().call_later(self._drain, self._engine.cut)

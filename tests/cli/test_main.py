@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends with code 2 and one message; only real failures show a traceback."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -226,7 +227,8 @@ def test_compiled_programs_are_kept_unless_something_says_where(monkeypatch, tmp
 def test_output_that_nobody_reads_is_said_in_a_line(tmp_path, options):
     command = [sys.executable, "-m", "jlora", "recipes", *(option.format(folder=tmp_path) for option in options)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, **pipes) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == "jlora: whoever read the output is gone\n"
     assert process.returncode == 1

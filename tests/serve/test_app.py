@@ -12,7 +12,7 @@ import openai
 import pytest
 
 import jlora
-from jlora.serve import Engine, Limits, app
+from jlora.serve import Engine, Limits, app, server
 from jlora.serve.folder import Folder, bank, opened, subfolders
 
 KEY, BASE, NEW, CLIENTS = "a key", "tiny", 8, 64
@@ -249,6 +249,16 @@ def test_a_gigabyte_is_refused_before_it_is_read(connect):
 def test_a_body_that_does_not_end_is_not_waited_for(connect, monkeypatch):
     monkeypatch.setattr(app, "UPLOAD", 0.2)
     assert heard(connect('Content-Length: 100\r\n\r\n{"mod')).startswith(b"HTTP/1.1 408 ")
+
+
+def test_connections_that_ask_for_nothing_are_closed(client, connect, monkeypatch):
+    monkeypatch.setattr(server, "IDLE", 0.5)
+    sock = connect("X-Unfinished:")
+    with ask(client, NAMES[0], "x", stream=True, max_completion_tokens=200, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        assert heard(sock) == b""
+        for _ in stream:  # one that is being answered is not
+            pass
 
 
 def test_whoever_goes_away_while_sending_leaves_no_trace_in_the_log(connect, post, monkeypatch):

@@ -27,7 +27,9 @@ Kept = dict[str, jax.Array]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["stacks", "positions", "segment_ids", "length"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["stacks", "positions", "segment_ids", "length", "rows"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -38,12 +40,15 @@ class Cache:
         positions, segment_ids: int32 [B, S]; segment 0 marks places that are padding or not yet written.
         length: int32, how many of the S places are written: a scalar if all rows have the same length (shorter prompts
             are padded on the left), [B] if they differ. A row must not be read once its length exceeds S.
+        rows: if this is a `view`, which rows of the arrays in `stacks` its own rows are, int32 [B]. What is written to
+            numbers out of range is dropped.
     """
 
     stacks: Any
     positions: Any
     segment_ids: Any
     length: Any
+    rows: Any = None
 
     @classmethod
     def empty(
@@ -96,30 +101,49 @@ class Cache:
         """
 
         def write(kept: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(kept.dtype)
-            if self.length.ndim:
-                rows, columns = self._places(new.shape[1])
-                return kept.at[layer, rows, :, columns].set(new, mode="drop", unique_indices=True)
-            new = jnp.swapaxes(new, 1, 2)[None]
-            return jax.lax.dynamic_update_slice(kept, new, (layer, 0, 0, self.length, 0))
+            new = jnp.swapaxes(new.astype(kept.dtype), 1, 2)
+            if not self.length.ndim:
+                return jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, 0, self.length, 0))
+            return (_write_one if new.shape[2] == 1 else _write_several)(kept, new, layer, self._numbers(), self.length)
 
         kept = self.stacks[stack]
         kept = kept | {name: write(kept[name], array) for name, array in new.items()}
-        read = {name: jnp.swapaxes(_of_layer(kept[name], layer), 1, 2) for name in new}
+        read = {name: jnp.swapaxes(self._of_layer(kept[name], layer), 1, 2) for name in new}
         return self._with(stack, kept), read
 
     def state(self, stack: str, layer: Int[Array, ""]) -> Kept:
         """A layer's arrays by name, each [B, …]."""
-        return {name: _of_layer(kept, layer) for name, kept in self.stacks[stack].items()}
+        return {name: self._of_layer(kept, layer) for name, kept in self.stacks[stack].items()}
 
     def with_state(self, stack: str, layer: Int[Array, ""], state: Kept) -> "Cache":
         """The cache with these arrays [B, …] of a layer."""
 
         def write(kept: jax.Array, new: jax.Array) -> jax.Array:
+            if self.rows is not None:
+                return kept.at[layer, self.rows].set(new.astype(kept.dtype), mode="drop")
             return jax.lax.dynamic_update_index_in_dim(kept, new.astype(kept.dtype), layer, 0)
 
         kept = self.stacks[stack]
         return self._with(stack, kept | {name: write(kept[name], new) for name, new in state.items()})
+
+    def view(self, rows: Int[Array, "R"], lengths: Int[Array, "R"]) -> "Cache":
+        """A cache of these rows only, with these lengths, that writes to the arrays of this one; see `with_view`."""
+        positions, segment_ids = (marks.at[rows].get(mode="clip") for marks in (self.positions, self.segment_ids))
+        return Cache(self.stacks, positions, segment_ids, lengths, rows)
+
+    def with_view(self, view: "Cache") -> "Cache":
+        """The cache with what was written to a `view` of it."""
+
+        def put(marks: jax.Array, new: jax.Array) -> jax.Array:
+            return marks.at[view.rows].set(new, mode="drop")
+
+        return dataclasses.replace(
+            self,
+            stacks=view.stacks,
+            positions=put(self.positions, view.positions),
+            segment_ids=put(self.segment_ids, view.segment_ids),
+            length=put(self.length, view.length),
+        )
 
     def put(self, rows: Int[Array, "R"], other: "Cache") -> "Cache":
         """The cache with `rows` replaced by those of `other`, which may have less room; rows out of range are dropped.
@@ -153,11 +177,47 @@ class Cache:
     def _with(self, stack: str, kept: Kept) -> "Cache":
         return dataclasses.replace(self, stacks=self.stacks | {stack: kept})
 
+    def _of_layer(self, kept: jax.Array, layer: jax.Array) -> jax.Array:
+        """A layer's array, of the rows of a view."""
+        if self.rows is None:
+            return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)
+        # A slice for each row, of which a view has few: for a gather XLA's TPU compiler would copy the whole cache.
+        zeros = (0,) * (kept.ndim - 2)
+        shape = (1, 1, *kept.shape[2:])
+        slices = [jax.lax.dynamic_slice(kept, (layer, row, *zeros), shape) for row in self.rows]
+        return jnp.concatenate(slices, axis=1)[0]
+
+    def _numbers(self) -> Int[Array, "B"]:
+        """The rows of the arrays in `stacks`."""
+        return jnp.arange(len(self.length), dtype=jnp.int32) if self.rows is None else self.rows
+
     def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
         """(rows [B, 1], columns [B, T]) of every row's next tokens, if rows differ in length."""
         rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
         return rows, self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
 
 
-def _of_layer(kept: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)
+def _write_one(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """`kept` [L, B, K, S, F] with a token's values [R, K, 1, F] in a column of each row, none in a column beyond S."""
+    # Were the heads K a part of what is written at once, XLA's TPU compiler would lay them beside F, and copy the whole
+    # cache to that layout and back.
+    heads = jnp.arange(new.shape[1], dtype=jnp.int32)
+    return kept.at[layer, rows[:, None], heads, columns[:, None]].set(new[:, :, 0], mode="drop", unique_indices=True)
+
+
+def _write_several(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """The same for several tokens' values [R, K, T, F], from a column of each row on."""
+    # A slice for each row: a scatter of several tokens, or a loop, would again copy the whole cache.
+    _, heads, tokens, width = new.shape
+    count, size = kept.shape[1], kept.shape[3]
+    padded = jnp.pad(new, ((0, 0), (0, 0), (tokens, 0), (0, 0)))
+    for number in range(len(new)):
+        row, column = rows[number], columns[number]
+        first = jnp.minimum(column, size - tokens)  # a slice that would pass the end begins earlier
+        before = jnp.minimum(column - first, tokens)
+        place = (layer, row, 0, first, 0)
+        old = jax.lax.dynamic_slice(kept, place, (1, 1, heads, tokens, width))
+        own = jax.lax.dynamic_slice(padded[number], (0, tokens - before, 0), (heads, tokens, width))
+        is_new = (jnp.arange(tokens) >= before) & (row < count)
+        kept = jax.lax.dynamic_update_slice(kept, jnp.where(is_new[:, None], own, old), place)
+    return kept

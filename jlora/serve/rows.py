@@ -133,9 +133,9 @@ def read(
     positions = starts[:, None] + columns
     if model.config.names.positions:  # beyond those that the model has learned there is nothing, not even a number
         positions = jnp.minimum(positions, model.config.max_position_embeddings - 1)
-    cache = _until(dataclasses.replace(rows.cache.take(which), length=starts), starts)
+    cache = _until(rows.cache.view(which, starts), starts)
     _, cache = model.hidden(_chosen(params, adapters), tokens, positions, is_real, cache=cache, branches=False)
-    return rows._replace(cache=rows.cache.put(which, cache))
+    return rows._replace(cache=rows.cache.with_view(cache))
 
 
 @functools.partial(sharding.jit, donate_argnames=("rows",))

@@ -12,6 +12,7 @@ of the device's seconds.
 """
 
 import argparse
+import math
 import os
 import time
 from typing import Any
@@ -84,9 +85,9 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 arguments=used.argument_size_in_bytes,
                 cache=tree.nbytes(rows.cache.stacks),
                 temporaries=used.temp_size_in_bytes,
-                moved=compiled.cost_analysis()["bytes accessed"],
+                moved=(compiled.cost_analysis() or {}).get("bytes accessed", math.nan),  # not for GPUs
             )
-            figures = {key: round(size / GIB, 3) for key, size in sizes.items()}
+            figures = {key: round(size / GIB, 3) for key, size in sizes.items() if not math.isnan(size)}
             found.append({"program": name} | figures | {"cpu_seconds": round(time.process_time() - began, 1)})
     return found
 
@@ -114,7 +115,7 @@ def main() -> None:
         "program", *(rich.table.Column(name, justify="right") for name in columns), caption=caption
     )
     for row in rows:
-        table.add_row(row["program"], *(f"{row[name]:.2f}" for name in columns))
+        table.add_row(row["program"], *(f"{row[name]:.2f}" if name in row else "" for name in columns))
     console = rich.console.Console()
     console.print(table)
     if not options.dry:

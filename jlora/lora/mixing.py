@@ -401,7 +401,10 @@ def _setting_faults(
     faults = [] if names else ["found no adapters, expected at least one"]
     if len(weights) != len(names):
         faults.append(f"weights: found {len(weights)}, expected one for each of {number_of(len(names), 'adapter')}")
-    faults += [f"weights: found {weight}, expected finite numbers" for weight in weights if not math.isfinite(weight)]
+    most = float(np.finfo(np.float32).max)
+    faults += [
+        f"weights: found {weight}, expected finite numbers of float32" for weight in weights if not abs(weight) <= most
+    ]
     if method not in METHODS:
         return [*faults, f"method: found {method!r}, expected one of {', '.join(METHODS)}"]
     prunes = METHODS[method].rule.prune is not None

@@ -20,7 +20,7 @@ from jlora.serve.folder import Folder
 from jlora.serve.forms import CallForms
 from jlora.serve.metrics import Metrics
 from jlora.serve.protocol import Answer, Asked, Refused, parse, parse_object
-from jlora.serve.request import Busy, Piece, Request, Stopping
+from jlora.serve.request import Busy, Piece, Request, Stopping, TooLong
 from jlora.serve.slots import Job
 from jlora.types import require
 
@@ -138,6 +138,8 @@ class _Handlers:
                 error = refused
             except UnknownNameError as unknown:
                 error = Refused(404, str(unknown), "model_not_found")
+            except TooLong as long:
+                error = Refused(400, str(long), "context_length_exceeded")
             except UserError as mistake:
                 error = Refused(400, str(mistake))
             except Busy as busy:
@@ -182,6 +184,9 @@ class _Handlers:
         asked = parse(await self._body(request), chat=chat)
         adapter = self._adapter(asked.model)
         prompts = await asyncio.to_thread(self._encoded, asked)
+        limits = self._engine.limits
+        if (most := limits.rows + limits.queue) < (found := len(prompts) * asked.choices):
+            raise Refused(400, f"found {found} answers to give at once, expected at most {most}")
         heard = _Heard(self._engine)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         for tokens in prompts:
@@ -351,6 +356,7 @@ def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | Non
 def _texts(body: bytes, *names: str) -> list[str]:
     found = parse_object(body)
     faults = [f"{name}: expected text" for name in names if not (isinstance(found.get(name), str) and found[name])]
+    faults += [f"{name[:100]}: unknown; the fields are {', '.join(names)}" for name in found if name not in names]
     if faults:
         raise Refused(400, "\n".join(faults))
     return [found[name] for name in names]

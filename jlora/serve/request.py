@@ -14,6 +14,10 @@ class Busy(Failed):
     """The queue is full: the same request may be taken later."""
 
 
+class TooLong(UserError):
+    """A prompt, alone or with its continuation, is longer than what there is room for."""
+
+
 class Stopping(Failed):
     """The engine takes no more requests."""
 
@@ -66,17 +70,20 @@ class Request:
     kept: tuple[int, ...] = ()
 
     def check(self, longest: int) -> None:
-        """Raises UserError if it cannot be answered; all faults are listed.
+        """Raises UserError if it cannot be answered, `TooLong` if that is why; all faults are listed.
 
         Args:
             longest: the most tokens of a prompt and its continuation.
         """
         found = faults(dict(max_new_tokens=self.max_new_tokens) | dataclasses.asdict(self.sampling))
+        error = UserError
         if not len(self.tokens):
             found.append("the prompt is empty: there is nothing to continue")
         elif len(self.tokens) >= longest:
+            error = TooLong
             found.append(f"the prompt has {len(self.tokens)} tokens, expected fewer than {longest}")
         elif len(self.tokens) + self.max_new_tokens > longest:
+            error = TooLong
             found.append(
                 f"the prompt's {len(self.tokens)} tokens and max_tokens={self.max_new_tokens} are more than {longest}"
             )
@@ -85,7 +92,7 @@ class Request:
         if any(not text for text in self.stop):
             found.append("stop: found an empty text, expected none or texts that end an answer")
         if found:
-            raise UserError(describe_faults("the request cannot be answered", found))
+            raise error(describe_faults("the request cannot be answered", found))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,6 +148,10 @@ def test_what_another_program_wrote_is_left_alone(adapters, model_folder, tmp_pa
     capsys.readouterr()
     model.save_pretrained(tmp_path / "model")
     assert main([*asked, f"--out={tmp_path / 'model'}"]) == 2
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "config.json").write_text("{}")
+    assert main([*asked, f"--out={tmp_path / 'settings'}"]) == 2
+    assert (tmp_path / "settings" / "config.json").read_text() == "{}"
 
 
 def test_a_bias_that_the_model_has_not_is_refused_before_anything_is_merged(merge, model_folder, tmp_path):
@@ -166,6 +170,7 @@ def test_mistakes_are_named(merge, adapters, model_folder):
         ([first, first], "found a folder twice"),
         ([first, f"--adapter={adapters[1]}", "--method=ties"], "density: is required by 'ties'"),
         ([first + ":nan"], "found nan, expected finite numbers"),
+        ([first + ":1e300"], "found 1e+300, expected finite numbers of float32"),
         (["--adapter=nowhere:2"], "nowhere"),
         ([first, f"--out={adapters[0]}", "--adapter_only"], f"is also --adapter={adapters[0]}; choose another place"),
         ([first, f"--out={model_folder}"], "is also --model; choose another place"),

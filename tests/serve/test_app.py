@@ -196,6 +196,8 @@ def test_what_is_wrong_is_said_in_openais_form(post, status, change, told):
     found, error = post("chat/completions", body)
     assert found == status and told in error["message"], error
     assert error["type"] == "invalid_request_error"
+    is_long = "than 256" in told
+    assert error["code"] == ("model_not_found" if status == 404 else "context_length_exceeded" if is_long else None)
 
 
 def test_keys_are_needed_and_paths_known(post, address):
@@ -296,7 +298,7 @@ def test_the_queue_has_an_end(client, service, monkeypatch):
         next(iter(stream))
         with pytest.raises(openai.RateLimitError, match="1 requests are running or waiting"):
             ask(client, NAMES[0], "x")
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(openai.BadRequestError, match="found 2 answers to give at once, expected at most 1"):
             ask(client, NAMES[0], "x", n=2)
     until(lambda: service.engine.load["running"] == 0)
 
@@ -336,6 +338,8 @@ def test_adapters_come_and_go_by_the_folder_and_by_request(client, post, service
         status, error = post("load_lora_adapter", {"lora_name": "mine", "lora_path": path})
         assert status == 400 and told in error["message"]
     assert post("load_lora_adapter", {"lora_name": BASE, "lora_path": NAMES[2]})[0] == 400
+    _, error = post("load_lora_adapter", {"lora_name": "mine", "lora_path": NAMES[2], "load_inplace": True})
+    assert "load_inplace: unknown; the fields are lora_name, lora_path" in error["message"]
     for name in ("a/b", "a\nb", "\ud800", "x" * 300):
         assert post("load_lora_adapter", {"lora_name": name, "lora_path": NAMES[2]})[0] == 400
     assert ask(client, "mine", "x").choices[0].message.content == alone[NAMES[2]]["x"]

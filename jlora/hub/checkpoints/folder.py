@@ -53,14 +53,16 @@ def require_own(out: str | Path) -> None:
     """Checks that writing `out` replaces no adapter or model that something other than jlora wrote.
 
     jlora's models say so in the header of their weights: another program's may have been written beside the card since.
-    Its adapters say so in their card.
+    Its adapters say so in their card. Settings without weights are not jlora's.
 
     Raises:
         FileExistsError: there is one, and it is left alone.
     """
     target = Path(out).expanduser()
     weights = [*target.glob("*.safetensors"), *target.glob("pytorch_model*.bin"), *target.glob("adapter_model*.bin")]
-    if not all(is_own(target) if file.name.startswith("adapter_model") else _wrote(file) for file in weights):
+    settings = [target / "config.json", target / "adapter_config.json"]
+    own = [is_own(target) if file.name.startswith("adapter_model") else _wrote(file) for file in weights]
+    if not all(own) or (not own and any(file.exists() for file in settings)):
         raise ExistingFileError(
             f"{target} holds a model or an adapter that jlora did not write, so it is left alone; choose another "
             "folder, or say --force"

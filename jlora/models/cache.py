@@ -208,8 +208,9 @@ def _write_one(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Arra
 def _write_several(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """The same for several tokens' values [R, K, T, F], from a column of each row on."""
     # A slice for each row: a scatter of several tokens, or a loop, would again copy the whole cache.
-    _, heads, tokens, width = new.shape
     count, size = kept.shape[1], kept.shape[3]
+    new = new[:, :, :size]
+    _, heads, tokens, width = new.shape
     padded = jnp.pad(new, ((0, 0), (0, 0), (tokens, 0), (0, 0)))
     for number in range(len(new)):
         row, column = rows[number], columns[number]

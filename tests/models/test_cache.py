@@ -49,7 +49,7 @@ def filled(lengths):
     return Cache(stacks, cache.positions, cache.segment_ids, jnp.asarray(lengths, jnp.int32))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 9])
 def test_rows_of_different_lengths_are_written_where_each_ends_and_nowhere_beyond_the_room(tokens):
     cache = filled(LENGTHS)
     new = -jnp.arange(1.0, len(LENGTHS) * tokens * 3 * 4 + 1).reshape(len(LENGTHS), tokens, 3, 4)
@@ -62,7 +62,7 @@ def test_rows_of_different_lengths_are_written_where_each_ends_and_nowhere_beyon
     np.testing.assert_array_equal(read["keys"], expected[1].swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
 def test_a_view_writes_to_its_rows_and_to_no_others(tokens):
     whole, rows, starts = filled([2, 1, 0, 4]), [3, 0, 9], [4, 5, 0]  # there is no row 9
     view = whole.view(jnp.asarray(rows), jnp.asarray(starts))

@@ -86,7 +86,8 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
             # Orbax logs a traceback for each error before raising it, and what follows from reading only.
             logging.getLogger("absl").setLevel(logging.CRITICAL)
         code = module.run(options)
-        sys.stdout.flush()  # here, where it can be said if nobody reads it
+        if sys.stdout:  # there is none if it was closed
+            sys.stdout.flush()  # here, where it can be said if nobody reads it
         return code
     except SystemExit as finished:  # argparse: 0 after --help, 2 after its own message
         return finished.code if isinstance(finished.code, int) else FAILED

@@ -49,6 +49,15 @@ def nothing_compiled_is_kept():
     jax.clear_caches()
 
 
+# The files that take longest. A process takes the next file when it is done with one: were they the last, the other
+# processes would wait for them.
+LONGEST = ("test_main_job.py", "test_alignment.py", "models/test_families.py", "gguf/test_families.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 PARITY = "parity"
 COLUMNS = ("logits", "cache", "padding", "packing", "loss", "LoRA gradients", "export", "in", "out", "updates")
 

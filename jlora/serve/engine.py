@@ -3,8 +3,10 @@
 import collections
 import copy
 import dataclasses
+import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ SMALLEST = 128  # places of the smallest cache
 NARROW, SEVERAL = 32, 4  # tokens of the smallest piece of a prompt, and rows that are read together
 PATIENCE = 64  # steps that a cache is too large before it shrinks
 READS = 4  # pieces that are read in a row while fewer rows draw than wait
+REST = 10.0  # seconds that a program which is not needed yet waits for a moment without requests
 COLD = 1e-5  # below this temperature only the likeliest token is drawn, and logits would overflow
 TROUBLES = 3  # failed turns in a row after which the engine gives up
 
@@ -197,13 +200,20 @@ class Engine:
     def start(self) -> None:
         """Runs in a thread of its own, until `stop`.
 
-        What the smallest cache needs is compiled before; what larger ones need, while requests are answered.
+        What the smallest cache needs is compiled before; what larger ones need, preferably while none are answered.
         """
         self.programs.warm(self.programs.sizes[:1])
         self.shelf.warm()
-        for name, work in (("jlora engine", self._run), ("jlora programs", self.programs.warm)):
+        warm = functools.partial(self.programs.warm, before=self._rest)
+        for name, work in (("jlora engine", self._run), ("jlora programs", warm)):
             self._threads.append(threading.Thread(target=work, name=name, daemon=True))
             self._threads[-1].start()
+
+    def _rest(self) -> None:
+        """Waits until nothing is asked, but not for long: compiling takes the cores that an answer wants."""
+        most = time.monotonic() + REST
+        while self._taken and self._open and time.monotonic() < most:
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Takes no more requests; those that it has are answered."""

@@ -65,11 +65,16 @@ class Programs:
     def resize(self, size: int, other: int) -> Callable[[Params, Rows], Rows]:
         return self._get(("resize", size, other))
 
-    def warm(self, sizes: Sequence[int] | None = None) -> None:
-        """Compiles what caches of these sizes need (default: all); stops early after `close`."""
+    def warm(self, sizes: Sequence[int] | None = None, before: Callable[[], Any] = lambda: None) -> None:
+        """Compiles what caches of these sizes need (default: all); stops early after `close`.
+
+        Args:
+            before: called before each program.
+        """
         for size in self.sizes if sizes is None else sizes:
             whole = [(name, size) for name in ("step", "empty", "copy", "begin")]
             for key in [*whole, *(("read", size, shape) for shape in self.shapes)]:
+                before()
                 if not self._closed:
                     self._get(key)
 

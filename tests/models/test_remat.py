@@ -127,6 +127,7 @@ MIXTURE = CONFIG | dict(num_hidden_layers=1, num_local_experts=4, num_experts_pe
             | dict(model_type="nemotron_h", layers_block_type=["moe"], moe_intermediate_size=80, moe_latent_size=20)
             | dict(moe_shared_expert_intermediate_size=24, tie_word_embeddings=False),
             id="in a narrower space",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -297,7 +297,7 @@ def test_nobody_waits_for_an_engine_that_has_failed(loaded, monkeypatch):
         raise RuntimeError("no device")
 
     monkeypatch.setattr(engine.programs, "step", fail)
-    monkeypatch.setattr(engine.programs, "warm", lambda *_: None)
+    monkeypatch.setattr(engine.programs, "warm", lambda *_, **__: None)
     heard = [Heard() for _ in range(4)]
     for one in heard:
         engine.submit(Request([1], 4), one)
@@ -309,6 +309,22 @@ def test_nobody_waits_for_an_engine_that_has_failed(loaded, monkeypatch):
     assert len(notes) == 3 and "no device" in notes[0]
     with pytest.raises(Stopping):
         engine.put_adapter("law", params)
+
+
+def test_programs_that_are_not_needed_yet_wait_for_a_pause(loaded, monkeypatch):
+    engine = Engine(*loaded, Limits(rows=1, length=64, chunk=32))
+    pauses, heard = [], Heard()
+    monkeypatch.setattr("jlora.serve.engine.REST", 0.3)
+    monkeypatch.setattr("jlora.serve.engine.time.sleep", pauses.append)
+    engine._rest()
+    assert not pauses  # nothing is asked
+    engine.submit(Request([1], 4), heard)
+    engine._rest()
+    assert pauses  # but not for ever
+    engine.close()
+    pauses.clear()
+    engine._rest()
+    assert not pauses
 
 
 def test_a_state_is_as_if_read_at_once(loaded):

@@ -54,7 +54,7 @@ COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 ROLLOUTS = ("grpo", "ppo")
 # This one is run on one device too: it has most parts, and the others differ from it in their formulas alone.
 COMPARED = ("ppo",)
-ALWAYS = ("dpo", "grpo", "ppo")  # the others, which are less than these, with -m slow
+ALWAYS = ("grpo", "ppo")  # the others, which are less than these, with -m slow
 
 
 @pytest.fixture(scope="module")

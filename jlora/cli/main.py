@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     if arguments[0] not in COMMANDS:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    with _plain_warnings():
+    with _plain_warnings(), _quiet_writers():
         return _run(arguments[0], arguments[1:], show_traceback)
 
 
@@ -162,6 +162,26 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@contextlib.contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Drops what the other writes of a checkpoint print once one has failed, which jlora says itself in one line.
+
+    TensorStore's threads then find the event loop closed that waited for them. Each prints a traceback, sometimes in
+    the middle of that line.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _complain(message: str, code: int = MISTAKE) -> int:

@@ -17,6 +17,7 @@ from jlora.errors import UnknownNameError, UserError
 from jlora.families.kinds import short
 from jlora.serve.engine import Engine
 from jlora.serve.folder import Folder
+from jlora.serve.forced import beginning
 from jlora.serve.forms import CallForms
 from jlora.serve.metrics import Metrics
 from jlora.serve.protocol import Answer, Asked, Refused, parse, parse_object
@@ -183,7 +184,7 @@ class _Handlers:
         started = time.perf_counter()
         asked = parse(await self._body(request), chat=chat)
         adapter = self._adapter(asked.model)
-        prompts = await asyncio.to_thread(self._encoded, asked)
+        prompts, begun = await asyncio.to_thread(self._encoded, asked)
         limits = self._engine.limits
         if (most := limits.rows + limits.queue) < (found := len(prompts) * asked.choices):
             raise Refused(400, f"found {found} answers to give at once, expected at most {most}")
@@ -191,7 +192,7 @@ class _Handlers:
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         for tokens in prompts:
             for choice in range(asked.choices):
-                heard.submit(self._request(asked, tokens, adapter, seed, choice))
+                heard.submit(self._request(asked, tokens, begun, adapter, seed, choice))
         reader = functools.partial(self._calls.reader, asked.tools) if asked.tools else None
         answer = Answer(asked, self._word, reader)
         observe = self._metrics.observer(started)
@@ -202,12 +203,14 @@ class _Handlers:
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
-    def _request(self, asked: Asked, tokens: Sequence[int], adapter: str | None, seed: int, choice: int) -> Request:
+    def _request(
+        self, asked: Asked, tokens: Sequence[int], begun: int, adapter: str | None, seed: int, choice: int
+    ) -> Request:
         room = max(1, self._engine.length - len(tokens))
         default = room if asked.chat else min(FEW, room)
         return Request(
             tokens,
-            default if asked.max_new_tokens is None else asked.max_new_tokens,
+            default if asked.max_new_tokens is None else asked.max_new_tokens - begun,
             adapter,
             asked.sampling,
             seed,
@@ -217,17 +220,29 @@ class _Handlers:
             asked.ignore_end,
             asked.top,
             self._calls.kept if asked.tools else (),
+            begun,
         )
 
-    def _encoded(self, asked: Asked) -> list[Sequence[int]]:
-        """The prompts as tokens."""
+    def _encoded(self, asked: Asked) -> tuple[list[Sequence[int]], int]:
+        """The prompts as tokens, and how many of the last ones are what the answer begins with."""
+        tokenizer = self._service.tokenizer
         with self._encoding:
-            return [
+            prompts = [
                 prompt
                 if isinstance(prompt, list) and not asked.chat
-                else data.encode_prompt(prompt, self._service.tokenizer, asked.variables)
+                else data.encode_prompt(prompt, tokenizer, asked.variables)
                 for prompt in asked.prompts
             ]
+            if not asked.calls:
+                return prompts, 0
+            prompt, call = beginning(self._calls, tokenizer, asked.prompts[0], asked.variables, asked.tools)
+        if asked.max_new_tokens is not None and asked.max_new_tokens <= len(call):
+            raise Refused(
+                400,
+                f"max_tokens={asked.max_new_tokens}: expected more than {len(call)}, the tokens that a call begins "
+                "with, which tool_choice asks for",
+            )
+        return [[*prompt, *call]], len(call)
 
     def _adapter(self, model: str) -> str | None:
         """The adapter that a model's name stands for.

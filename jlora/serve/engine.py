@@ -147,7 +147,8 @@ class Engine:
                 raise Busy(f"{self._taken} requests are running or waiting, which is all that there is room for")
             self._taken += 1
             self.shelf.take(held)
-            words = Words(self.tokenizer, request.stop, request.kept)
+            begun = request.tokens[len(request.tokens) - request.begun :]
+            words = Words(self.tokenizer, request.stop, request.kept, begun)
             job = Job(request, listener, words, held, self.shelf.place(held))
         self._orders.put(lambda: self._waiting.append(job))
         return job

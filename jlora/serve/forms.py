@@ -98,11 +98,16 @@ class CallForms:
 
     def reader(self, tools: Sequence[Tool]) -> "Reader":
         """What takes an answer apart to a request with these tools."""
-        functions = [tool.get("function", tool) for tool in tools]
-        named = [function.get("name") for function in functions if isinstance(function, Mapping)]
-        names = {name for name in named if isinstance(name, str)}
+        names = names_of(tools)
         inner = Templated(self._tokenizer, self._field, tools, names) if self._field else Marked(self._forms, names)
         return Reader(inner, names, self._hidden)
+
+
+def names_of(tools: Sequence[Tool]) -> set[str]:
+    """The names of the tools that have one."""
+    functions = [tool.get("function", tool) for tool in tools]
+    named = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    return {name for name in named if isinstance(name, str)}
 
 
 def _probed(tokenizer: Any) -> tuple[str, str] | None:

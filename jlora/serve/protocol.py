@@ -12,6 +12,7 @@ from jlora.data.messages import kind_of, message_faults, normal_messages
 from jlora.errors import UserError, describe_faults, first_few
 from jlora.families.kinds import short
 from jlora.serve.calls import Call, Reader
+from jlora.serve.forms import names_of
 from jlora.serve.request import Piece, Sampling, Token, Usage
 
 MOST_CHOICES, MOST_STOPS = 16, 16
@@ -28,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "best_of": (None, 1),
     "response_format": (None, {"type": "text"}),
-    "tool_choice": (None, "auto", "none"),
     "functions": (None, []),
     "function_call": (None, "none"),
     "modalities": (None, ["text"]),
@@ -64,7 +64,8 @@ class Asked:
         prompts: texts, lists of tokens, or one list of messages.
         max_new_tokens: None if the body does not say.
         variables: what the chat template is given besides the messages.
-        tools: those whose calls are told apart from text; none with tool_choice="none".
+        tools: those that may be called: none with tool_choice="none", and the one that it names.
+        calls: whether the answer has to be a call.
         top: as in `jlora.serve.Request`.
     """
 
@@ -83,6 +84,7 @@ class Asked:
     tells_usage: bool
     variables: Mapping[str, Any]
     tools: tuple[Mapping[str, Any], ...]
+    calls: bool
 
 
 def parse(body: bytes, *, chat: bool) -> Asked:
@@ -103,7 +105,7 @@ def parse(body: bytes, *, chat: bool) -> Asked:
     faults += [f"{name}: missing" for name in ("model", prompt) if name not in fields]
     if faults:
         raise Refused(400, describe_faults("the request cannot be read", faults))
-    stop = fields.get("stop", [])
+    stop, choice = fields.get("stop", []), fields.get("tool_choice", "auto")
     return Asked(
         chat=chat,
         model=fields["model"],
@@ -119,7 +121,8 @@ def parse(body: bytes, *, chat: bool) -> Asked:
         stream=fields.get("stream", False),
         tells_usage=fields.get("stream_options", {}).get("include_usage", False),
         variables=({"tools": fields["tools"]} if fields.get("tools") else {}) | fields.get("chat_template_kwargs", {}),
-        tools=() if fields.get("tool_choice") == "none" else tuple(fields.get("tools", ())),
+        tools=_callable(fields.get("tools", ()), choice),
+        calls=choice not in ("auto", "none"),
     )
 
 
@@ -189,6 +192,10 @@ CHAT: dict[str, Shape] = {
     "logprobs": TRUTH,
     "top_logprobs": WHOLE,
     "tools": ("a list of objects", _list_of(lambda value: isinstance(value, dict), 1 << 10)),
+    "tool_choice": (
+        '"auto", "none", "required" or {"type": "function", "function": {"name": NAME}}',
+        lambda value: value in ("auto", "none", "required") or _is_function(value),
+    ),
     "chat_template_kwargs": OBJECT,
 }
 COMPLETION: dict[str, Shape] = {"prompt": ("text or token ids, or a list of those", _is_prompt), "logprobs": WHOLE}
@@ -197,6 +204,11 @@ COMPLETION: dict[str, Shape] = {"prompt": ("text or token ids, or a list of thos
 def _is_stream_options(value: Any) -> bool:
     names = ("include_usage", "include_obfuscation")
     return isinstance(value, dict) and all(name in names and type(is_on) is bool for name, is_on in value.items())
+
+
+def _is_function(value: Any) -> bool:
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    return isinstance(function, dict) and _is_text(function.get("name"))
 
 
 def _misshapen(fields: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[str]:
@@ -213,6 +225,24 @@ def _shown(value: Any) -> str:
 
 def _asks(fields: Mapping[str, Any], name: str) -> bool:
     return name in fields and fields[name] not in NEUTRAL[name]
+
+
+def _callable(tools: Sequence[Mapping[str, Any]], choice: Any) -> tuple[Mapping[str, Any], ...]:
+    """The tools that may be called.
+
+    Raises:
+        Refused: one has to be, and there is none, or none of that name.
+    """
+    if choice == "none":
+        return ()
+    if isinstance(choice, dict):
+        name = choice["function"]["name"]
+        tools = [tool for tool in tools if names_of([tool]) == {name}]
+        if not tools:
+            raise Refused(400, f"tool_choice: found {short(name)}, expected the name of one of the tools")
+    if choice != "auto" and not names_of(tools):
+        raise Refused(400, f"tool_choice: found {short(choice)}, expected tools with it")
+    return tuple(tools)
 
 
 def _messages(found: list[Any]) -> list[dict[str, Any]]:

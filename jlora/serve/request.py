@@ -55,6 +55,7 @@ class Request:
         ignore_end: whether the model's own do not.
         top: how many of the likeliest tokens are told of each one; None: not even its own probability.
         kept: special tokens that are a part of the text.
+        begun: how many of the prompt's last tokens belong to the answer: they are told and counted with it.
     """
 
     tokens: Sequence[int]
@@ -68,6 +69,7 @@ class Request:
     ignore_end: bool = False
     top: int | None = None
     kept: tuple[int, ...] = ()
+    begun: int = 0
 
     def check(self, longest: int) -> None:
         """Raises UserError if it cannot be answered, `TooLong` if that is why; all faults are listed.
@@ -110,7 +112,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """How many tokens were read, how many of these were known from before, and how many were drawn."""
+    """How many tokens a prompt has, how many of these were known from before, and how many its answer has."""
 
     prompt: int
     cached: int

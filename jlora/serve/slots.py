@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jlora.serve.request import Listener, Piece, Request, Usage
 from jlora.serve.shelf import Held
@@ -44,7 +45,8 @@ class Job:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), self.cached, len(self.drawn))
+        asked, begun = len(self.prompt) - self.request.begun, self.request.begun
+        return Usage(asked, min(self.cached, asked), begun + len(self.drawn))
 
     def tell(self, piece: Piece) -> None:
         """Hands a piece to whoever asked."""
@@ -174,8 +176,8 @@ class Slots:
         return common(other.job.prompt[:-1], slot.job.prompt[:-1]) - max(slot.fed, other.fed) >= WORTH
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
+def common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens two lists begin with alike, or how many characters two texts."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2

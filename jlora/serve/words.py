@@ -13,15 +13,18 @@ class Words:
 
     Args:
         kept: special tokens whose text is told; that of others is left out.
+        begun: tokens before the first that is added, whose text is told with that one's.
 
     Attributes:
         stopped: whether a stop string was found. Nothing comes out after that.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), kept: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), kept: Sequence[int] = (), begun: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._hidden = special_tokens(tokenizer) - {*kept} if kept else None
-        self._tokens: list[int] = []
+        self._tokens = [*begun]
         # Tokens from the first on are decoded again, so that those from the second on read as they do in the whole.
         self._first, self._second = 0, 0
         self._held, self.stopped = "", False

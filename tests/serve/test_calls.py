@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import random
+import re
 
 import openai
 import pytest
@@ -19,6 +20,7 @@ from jlora.data.rendered import write
 from jlora.data.template import special_tokens
 from jlora.serve import Engine, Limits, app
 from jlora.serve.calls import Call
+from jlora.serve.forced import beginning
 from jlora.serve.forms import CallForms
 
 TRL = pathlib.Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -323,7 +325,9 @@ class Scripted(Engine):
     def submit(self, request, listener):
         self.prompts.append(self.tokenizer.decode(request.tokens))
         answer = self.tokenizer(self.script.pop(0))["input_ids"]
-        self._answers[id(request)] = [*answer, self.tokenizer.eos_token_id]
+        begun = request.tokens[len(request.tokens) - request.begun :]
+        assert answer[: request.begun] == begun, "what is forced is not what the model would have written"
+        self._answers[id(request)] = [*answer[request.begun :], self.tokenizer.eos_token_id]
         return super().submit(request, listener)
 
     def _tell(self, job, number, drawn, row):
@@ -426,9 +430,87 @@ def test_calls_are_text_for_whoever_gave_no_tools_or_wants_none_called(engine, c
         engine.script += [text] * 2
         for answer in (ask(made, [QUESTION], **settings), streamed(made, [QUESTION], **settings)[0]):
             assert answer.choices[0].message.content == text and not answer.choices[0].message.tool_calls
-    for choice in ("required", {"type": "function", "function": {"name": "get_tide"}}):
-        with pytest.raises(openai.BadRequestError, match=r"tool_choice: found .* which is not supported"):
-            ask(made, [QUESTION], tool_choice=choice)
+
+
+def only(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "begun"), [("required", '"name": "'), (only("get_tide"), 'get_tide", "arguments":')]
+)
+def test_a_call_that_is_asked_for_is_begun_and_counts_as_the_models_own(engine, client, choice, begun):
+    made = client(TEMPLATES["hermes"])
+    text = answer_of(engine.tokenizer, CallForms(engine.tokenizer), NAMED[:1])
+    engine.script += [text] * 3
+    free = ask(made, [QUESTION])
+    whole = ask(made, [QUESTION], tool_choice=choice)
+    stream, chunks = streamed(made, [QUESTION], tool_choice=choice, stream_options={"include_usage": True})
+    for answer in (whole, stream):
+        (found,) = answer.choices
+        assert called(found.message) == NAMED[:1] and found.finish_reason == "tool_calls"
+        assert found.message.content is None
+    first, *others = engine.prompts[-3:]
+    assert all(begun in prompt.removeprefix(first) for prompt in others)
+    used = [(usage.prompt_tokens, usage.completion_tokens) for usage in (free.usage, whole.usage, chunks[-1].usage)]
+    assert used == [(len(engine.tokenizer(first)["input_ids"]), len(engine.tokenizer(text)["input_ids"]) + 1)] * 3
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *WELL_KNOWN])
+def test_what_a_call_begins_with_is_what_the_template_writes_without_thoughts(name):
+    tokenizer = build(TEMPLATES[name], "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]") if name in TEMPLATES else well_known(name)
+    forms, variables = CallForms(tokenizer), {"tools": TOOLS}
+    wholes = [
+        write([QUESTION, message([one])], tokenizer, variables).text
+        for one in (*NAMED, ("get_tide", {"hour": 9}), ("set_alarm", {}))
+    ]
+    both, one = (beginning(forms, tokenizer, [QUESTION], variables, tools) for tools in (TOOLS, TOOLS[:1]))
+    assert both.prompt == one.prompt and both.call == one.call[: len(both.call)]
+    assert all(text.startswith(tokenizer.decode(both.prompt + both.call)) for text in wholes)
+    begun = [text.startswith(tokenizer.decode(one.prompt + one.call)) for text in wholes]
+    assert begun == [True, False, True, False]
+    assert tokenizer.decode(one.call).count("get_tide") == 1 and "think" not in tokenizer.decode(one.call)
+
+
+def test_a_call_that_is_asked_for_and_not_finished_stays_text(engine, client):
+    made = client(TEMPLATES["hermes"])
+    start = '<tool_call>\n{"name": "get_tide", "arguments": {'
+    for text in (start, start + "9}}\n</tool_call>"):
+        engine.script += [text]
+        (found,) = ask(made, [QUESTION], tool_choice=only("get_tide")).choices
+        assert found.message.content == text and not found.message.tool_calls and found.finish_reason == "stop"
+    engine.script += [call()]
+    (found,) = ask(made, [QUESTION], tool_choice=only("get_tide"), max_tokens=len(start) + 2, logprobs=True).choices
+    assert (found.message.content, found.finish_reason) == (call()[: len(start) + 2], "length")
+    assert len(found.logprobs.content) == 2, "only what is drawn has a likelihood"
+
+
+def test_only_the_named_function_may_be_called(engine, client):
+    made = client(TEMPLATES["hermes"])
+    engine.script += [call() + call("set_alarm")]
+    (found,) = ask(made, [QUESTION], tool_choice=only("get_tide")).choices
+    assert called(found.message) == [TIDE] and found.message.content == call("set_alarm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tool_choice": only("rm")}, "tool_choice: found 'rm', expected the name of one of the tools"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice: found 'required', expected tools with it"),
+        ({"tool_choice": "any"}, r'tool_choice: found "any", expected "auto", "none", "required" or {'),
+        ({"tool_choice": {"type": "function", "function": {"name": 1}}}, "tool_choice: found an object, expected"),
+        ({"tool_choice": "required", "max_tokens": 5}, "max_tokens=5: expected more than 22, the tokens that a call"),
+    ],
+)
+def test_a_choice_of_tools_that_cannot_be_made_is_refused(engine, client, settings, told):
+    with pytest.raises(openai.BadRequestError, match=re.escape(told) if "{" not in told else told):
+        ask(client(TEMPLATES["hermes"]), [QUESTION], **settings)
+
+
+def test_no_call_is_asked_for_in_a_form_that_is_not_known(engine, client):
+    template = HEAD + CALLS + "CALL {{ call.name }} WITH {{ call.arguments | tojson }}{% endfor %}" + END
+    with pytest.raises(openai.BadRequestError, match="the chat template writes calls in a form in which none can be"):
+        ask(client(template), [QUESTION], tool_choice="required")
 
 
 def test_an_answer_that_is_cut_short_says_so_with_the_calls_that_it_has(engine, client):

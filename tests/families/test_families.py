@@ -1,6 +1,7 @@
 """What the table of families promises to everything that follows from it."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -34,6 +35,7 @@ SIZES = Sizes(
 )
 
 
+@functools.cache
 def model_of(model_type):
     """A model with the settings that the family has if config.json says nothing, except for what GGUF cannot say."""
     return models.build(transformers.CONFIG_MAPPING[model_type]().to_dict() | {"norm_topk_prob": True})
@@ -55,8 +57,19 @@ def joined_shape(joined):
     return next((shape for part, shape in JOINED_SHAPES.items() if part in joined.name), (1, 6))
 
 
+@functools.cache
 def leaves_of(model_type):
     return tree.flatten(model_of(model_type).abstract_params())
+
+
+def tensors_of(model_type):
+    """The Hub's tensors of all leaves; of a layer's hundreds of experts, one."""
+    return [
+        tensor
+        for path, leaf in leaves_of(model_type).items()
+        for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
+        if ".experts." not in tensor.name or ".experts.1." in tensor.name
+    ]
 
 
 def test_each_lists_a_value_once_in_order():
@@ -120,13 +133,7 @@ def test_every_leaf_has_its_part_and_its_name(model_type):
 
 @IN_GGUF
 def test_gguf_names_every_tensor_and_back(model_type):
-    tensors = [
-        tensor.name
-        for path, leaf in leaves_of(model_type).items()
-        for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
-        if ".experts." not in tensor.name or ".experts.1." in tensor.name
-    ]
-    written = {name: hub_names.to_gguf(name, model_type) for name in tensors}
+    written = {tensor.name: hub_names.to_gguf(tensor.name, model_type) for tensor in tensors_of(model_type)}
     parts = [part for there in written.values() for part in there.names]
     assert len(parts) == len(set(parts))
     read = hub_names.from_gguf(parts, model_type)
@@ -143,8 +150,7 @@ def test_gguf_metadata_says_the_same_model_and_back(model_type):
     metadata |= {"general.architecture": FAMILIES[model_type].gguf.architecture}
     shapes = {
         part: tensor.shape
-        for path, leaf in leaves_of(model_type).items()
-        for tensor in hub_names.hub_tensors(path, leaf.shape, model_type)
+        for tensor in tensors_of(model_type)
         for part in hub_names.to_gguf(tensor.name, model_type).names
     }
     shapes |= {name: array.shape for name, array in divisors.items()}

@@ -1,6 +1,7 @@
 """Mixed adapters: what they do is what PEFT's, or the sum of the changes, says; whatever kind of adapters they are."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -184,9 +185,15 @@ ENDS = {
 }
 
 
+@functools.cache
+def tied_base():
+    return jax.jit(TIED.random_params)(jax.random.key(0))
+
+
+@functools.cache
 def at_ends(kind):
     """A tied model's base, and that with an adapter of its embedding, its head or both."""
-    start = jax.jit(TIED.random_params)(jax.random.key(0))
+    start = tied_base()
     params = lora.init(start, jlora.LoraConfig(r=3, **ENDS[kind]), jax.random.key(1))
     if kind == "input":
         params = tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if not p.endswith("lora_tied")})
@@ -205,8 +212,10 @@ def ends(params):
     return np.stack([embedding, merged["lm_head"]["kernel"].T if "lm_head" in merged else embedding])
 
 
-@pytest.mark.parametrize("weights", [(1, 1), (0.5, -2)])
-@pytest.mark.parametrize("pair", [(a, b) for a in ENDS for b in ENDS if a <= b])
+PAIRS = [(a, b) for a in ENDS for b in ENDS if a <= b]
+
+
+@pytest.mark.parametrize(("pair", "weights"), [*zip(PAIRS, itertools.cycle([(1, 1), (0.5, -2)]))])
 def test_tied_embeddings_and_heads_add_up(pair, weights, tmp_path):
     (start, first), (_, second) = map(at_ends, pair)
     mixed, _ = lora.mix(start, {"a": first, "b": second}, weights, method="linear")

@@ -287,9 +287,9 @@ CASES = {
     "gemma4_text": (
         "Gemma4TextConfig",
         SIZES
-        | dict(num_hidden_layers=11, head_dim=12, global_head_dim=20, sliding_window=6, pad_token_id=0)
-        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 3 + ["sliding_attention"] * 2)
-        | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=101, num_kv_shared_layers=5)
+        | dict(num_hidden_layers=8, head_dim=12, global_head_dim=20, sliding_window=6, pad_token_id=0)
+        | dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"] * 2)
+        | dict(hidden_size_per_layer_input=10, vocab_size_per_layer_input=101, num_kv_shared_layers=3)
         | dict(use_double_wide_mlp=True, final_logit_softcapping=3.0),
     ),
     "gemma4_text-experts": (
@@ -524,8 +524,23 @@ CASES = {
 }
 
 
-# Each family's first case, and the others where `-m slow` runs them.
-FIRST_CASES = [case if "-" not in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+# Cases whose layers are those of others: their weights have other names and their settings other values, which
+# `test_logits` sees.
+ALIKE = (
+    *("arcee", "ernie4_5", "gemma", "glm4", "granite", "helium", "internlm3", "iquestcoder", "mistral3", "olmo2"),
+    *("qwen2", "seed_oss", "cohere", "gemma3"),
+    *("ernie4_5_moe", "flex_olmo", "granitemoe", "hunyuan_v1_moe", "olmoe", "qwen2_moe", "glm4_moe_lite", "lfm2_moe"),
+    *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5", "bamba", "gemma4", "gemma4_unified", "gemma4_unified_text"),
+)
+
+
+def each(cases, slow):
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]
+
+
+SECOND = [case for case in CASES if "-" in case]
+FIRST_CASES = each(CASES, SECOND)  # of each family
+DISTINCT_CASES = each(CASES, {*SECOND, *ALIKE})
 
 
 def auto_class(config):
@@ -611,7 +626,7 @@ def test_logits(case, load, parity):
     assert found < 1e-4
 
 
-@pytest.mark.parametrize("case", FIRST_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_cache_token_by_token(case, load, parity):
     model, params = load(case)
     ids = tokens(length=13)
@@ -643,7 +658,7 @@ def laid_out(model, params, *rows):
     return np.asarray(model(params, *map(jnp.asarray, (ids, positions, segments))))
 
 
-@pytest.mark.parametrize("case", FIRST_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_padding(case, load, parity):
     """A row of its own, with padding on either side, and transformers with the same padding."""
     model, params = load(case)
@@ -663,7 +678,7 @@ def test_padding(case, load, parity):
     assert found < 1e-4
 
 
-@pytest.mark.parametrize("case", FIRST_CASES)
+@pytest.mark.parametrize("case", DISTINCT_CASES)
 def test_packing(case, load, parity):
     model, params = load(case)
     first, second, other = (tokens(rows=1, length=n, seed=n)[0] for n in (8, 10, 7))
@@ -679,22 +694,8 @@ def test_packing(case, load, parity):
     assert not np.array_equal(changed[:8], packed[:8])
 
 
-# The layers are those of other cases.
-HALVES = (
-    "gemma4",
-    "gemma4_unified",
-    "gemma4_unified_text",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_text",
-    "gemma3",
-    "bamba",
-)
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in HALVES else case for case in FIRST_CASES]
-)
+# Mistral 4's latents, Ministral 3's growing queries and Qwen 3.5's delta net have a gradient in other cases.
+@pytest.mark.parametrize("case", each(CASES, {*SECOND, *ALIKE, "mistral4", "ministral3", "qwen3_5_text"}))
 def test_lora_gradients(case, folders, load, parity, tmp_path):
     """The gradients of a LoRA step on all linears, and the export's tensors, are PEFT's."""
     model, params = load(case)
@@ -774,7 +775,7 @@ def test_export(case, load, parity, tmp_path):
 # The first case of each family that transformers has classifiers of; tests/hub/checkpoints/test_score.py has the rest.
 COSTLY = ("qwen3_next", "qwen3_moe", "mixtral", "hunyuan_v1_moe")  # and like Qwen 3.5 and Qwen 2's mixture in this
 SCORED = [
-    pytest.param(case, marks=pytest.mark.slow) if case in COSTLY else case
+    case
     for case in CASES
     if "-" not in case
     and FAMILIES[case].score
@@ -782,7 +783,7 @@ SCORED = [
 ]
 
 
-@pytest.mark.parametrize("case", SCORED)
+@pytest.mark.parametrize("case", each(SCORED, COSTLY))
 def test_score_head(case, tmp_path):
     """A reward model of transformers gives the same scores, and is written again tensor by tensor."""
     config = configured(case)

@@ -54,7 +54,10 @@ COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 ROLLOUTS = ("grpo", "ppo")
 # This one is run on one device too: it has most parts, and the others differ from it in their formulas alone.
 COMPARED = ("ppo",)
-ALWAYS = ("grpo", "ppo")  # the others, which are less than these, with -m slow
+# (algorithm, mesh); the others, which are less than these, with -m slow.
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+ALWAYS = [("ppo", MESH), ("grpo", {})]
+WITH_SLOW = [pytest.param(name, MESH, marks=pytest.mark.slow) for name in NAMES if name != "ppo"]
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +104,9 @@ def settings(files, model_folder):
     return make
 
 
-@pytest.mark.parametrize(
-    "algorithm", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
-def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, settings, tmp_path):
-    run(resolve(settings(algorithm, mesh={"data": 2, "fsdp": 2, "tensor": 2})), tmp_path / "many")
+@pytest.mark.parametrize(("algorithm", "mesh"), [*ALWAYS, *WITH_SLOW])
+def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, mesh, settings, tmp_path):
+    run(resolve(settings(algorithm, mesh=mesh)), tmp_path / "many")
     many = read_metrics(tmp_path / "many")
     assert set(many[0]) >= NAMES[algorithm] | COMMON
     assert all(np.isfinite([record[name] for name in NAMES[algorithm] | COMMON]).all() for record in many)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora import data, lora
-from jlora.cli.model import load_model, open_model, print_note
+from jlora.cli.model import load_model, load_settings, open_model, print_note
 from jlora.errors import MissingFileError, UserError, raise_all
 from jlora.models import Model
 from jlora.train.algorithms import reward_model
@@ -147,8 +147,7 @@ def _changes(options: argparse.Namespace, given: _Measured) -> list[forgetting.C
     model, params, tokenizer, records, sets, measure = given
     other, before = model, lora.strip(params)
     if options.against != "base":
-        settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
-        other, before = open_model(options.against, quiet=options.json, **settings)
+        other, before = open_model(options.against, quiet=options.json, **load_settings(options))
         other.config.require_same(model.config, options.against, options.model)
     changes = forgetting.compare(model, before, params, tokenizer, task=records, **sets)
     if options.loss_only:

@@ -11,9 +11,11 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub, lora, quant
+from jlora.cli.parsers.common import MESH
 from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.models import Model
+from jlora.sharding import MeshConfig, make_mesh
 from jlora.train.config import TrainConfig
 from jlora.types import Params
 
@@ -108,6 +110,17 @@ def open_model(source: str, *, quiet: bool = False, **settings: Any) -> tuple[Mo
     return model, params
 
 
+def load_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_base_options` says to `hub.load`.
+
+    Raises:
+        UserError: the devices that are there cannot form the mesh.
+    """
+    sizes = {name.removeprefix("mesh."): vars(options)[name] for name in MESH}
+    mesh = make_mesh(MeshConfig(**sizes))
+    return dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab, mesh=mesh if mesh.size > 1 else None)
+
+
 def say_kept(source: str, params: Params) -> None:
     """Prints, to standard error, what the base's weights are kept in, if any are packed or those of experts."""
     if kinds := quant.kept_in(lora.strip(params)):
@@ -121,8 +134,7 @@ def load_model(options: argparse.Namespace) -> tuple[Model, Params, Any]:
     not have the option.
     """
     options = argparse.Namespace(**{"adapter": None} | vars(options))
-    settings = dict(dtype=options.dtype, quant=options.quant, vocab=options.vocab)
-    model, params = open_model(options.model, quiet=getattr(options, "json", False), **settings)
+    model, params = open_model(options.model, quiet=getattr(options, "json", False), **load_settings(options))
     if isinstance(options.adapter, str):
         params = hub.load_adapter(params, options.adapter, options.model)
     tokenizer = data.fitted(_tokenizer(options), model.config.vocab_size)

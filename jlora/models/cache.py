@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora import sharding
+
 
 class Shape(NamedTuple):
     """The shape of one array that a layer keeps for a row.
@@ -29,7 +31,7 @@ Kept = dict[str, jax.Array]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stacks", "positions", "segment_ids", "length", "rows"],
-    meta_fields=[],
+    meta_fields=["spread"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -42,6 +44,8 @@ class Cache:
             are padded on the left), [B] if they differ. A row must not be read once its length exceeds S.
         rows: if this is a `view`, which rows of the arrays in `stacks` its own rows are, int32 [B]. What is written to
             numbers out of range is dropped.
+        spread: whether a mesh that splits the rows of a batch splits these too. If not, each device has all of them, so
+            that a few can be read by number. Heads are split over `tensor` in either case, if it divides them.
     """
 
     stacks: Any
@@ -49,6 +53,7 @@ class Cache:
     segment_ids: Any
     length: Any
     rows: Any = None
+    spread: bool = True
 
     @classmethod
     def empty(
@@ -78,6 +83,12 @@ class Cache:
         """S, the room for tokens."""
         return self.positions.shape[1]
 
+    def placed(self) -> "Cache":
+        """The cache as it lies on the mesh in context, so that no program begins with moving what another one left."""
+        rest = dataclasses.replace(self, stacks={})
+        rest = jax.tree.map(lambda leaf: sharding.constrain(leaf, *(self._axes, None)[: leaf.ndim]), rest)
+        return dataclasses.replace(rest, stacks=jax.tree.map(self._held, self.stacks))
+
     def mark(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> "Cache":
         """The cache with the marks of T new tokens, whose keys and values the layers then `extend` at `length`."""
 
@@ -101,10 +112,11 @@ class Cache:
         """
 
         def write(kept: jax.Array, new: jax.Array) -> jax.Array:
-            new = jnp.swapaxes(new.astype(kept.dtype), 1, 2)
+            new = self._held(jnp.swapaxes(new.astype(kept.dtype), 1, 2)[None])
             if not self.length.ndim:
-                return jax.lax.dynamic_update_slice(kept, new[None], (layer, 0, 0, self.length, 0))
-            return (_write_one if new.shape[2] == 1 else _write_several)(kept, new, layer, self._numbers(), self.length)
+                return jax.lax.dynamic_update_slice(kept, new, (layer, 0, 0, self.length, 0))
+            write = _write_one if new.shape[3] == 1 else _write_several
+            return write(kept, new[0], layer, self._numbers(), self.length)
 
         kept = self.stacks[stack]
         kept = kept | {name: write(kept[name], array) for name, array in new.items()}
@@ -129,7 +141,7 @@ class Cache:
     def view(self, rows: Int[Array, "R"], lengths: Int[Array, "R"]) -> "Cache":
         """A cache of these rows only, with these lengths, that writes to the arrays of this one; see `with_view`."""
         positions, segment_ids = (marks.at[rows].get(mode="clip") for marks in (self.positions, self.segment_ids))
-        return Cache(self.stacks, positions, segment_ids, lengths, rows)
+        return dataclasses.replace(self, positions=positions, segment_ids=segment_ids, length=lengths, rows=rows)
 
     def with_view(self, view: "Cache") -> "Cache":
         """The cache with what was written to a `view` of it."""
@@ -158,11 +170,12 @@ class Cache:
         def put(kept: jax.Array, new: jax.Array) -> jax.Array:
             return kept.at[:, rows, *(slice(0, size) for size in new.shape[2:])].set(new, mode="drop")
 
-        return Cache(
-            jax.tree.map(put, self.stacks, other.stacks),
-            self.positions.at[rows].set(jnp.pad(other.positions, room), mode="drop"),
-            self.segment_ids.at[rows].set(jnp.pad(other.segment_ids, room), mode="drop"),
-            length,
+        return dataclasses.replace(
+            self,
+            stacks=jax.tree.map(put, self.stacks, other.stacks),
+            positions=self.positions.at[rows].set(jnp.pad(other.positions, room), mode="drop"),
+            segment_ids=self.segment_ids.at[rows].set(jnp.pad(other.segment_ids, room), mode="drop"),
+            length=length,
         )
 
     def take(self, rows: Int[Array, "R"]) -> "Cache":
@@ -175,7 +188,17 @@ class Cache:
         )
 
     def _with(self, stack: str, kept: Kept) -> "Cache":
-        return dataclasses.replace(self, stacks=self.stacks | {stack: kept})
+        return dataclasses.replace(self, stacks=self.stacks | {stack: jax.tree.map(self._held, kept)})
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        """The mesh axes that split rows."""
+        return sharding.ROWS if self.spread else ()
+
+    def _held(self, kept: jax.Array) -> jax.Array:
+        """Arrays [layers, B, …] of `stacks`, placed on the mesh in context."""
+        heads = sharding.FEATURES if kept.ndim == 5 else None  # else it is what a convolution keeps, without heads
+        return sharding.constrain(kept, None, self._axes, heads, *(None,) * (kept.ndim - 3))
 
     def _of_layer(self, kept: jax.Array, layer: jax.Array) -> jax.Array:
         """A layer's array, of the rows of a view."""
@@ -185,7 +208,7 @@ class Cache:
         zeros = (0,) * (kept.ndim - 2)
         shape = (1, 1, *kept.shape[2:])
         slices = [jax.lax.dynamic_slice(kept, (layer, row, *zeros), shape) for row in self.rows]
-        return jnp.concatenate(slices, axis=1)[0]
+        return self._held(jnp.concatenate(slices, axis=1))[0]
 
     def _numbers(self) -> Int[Array, "B"]:
         """The rows of the arrays in `stacks`."""
@@ -200,9 +223,17 @@ class Cache:
 def _write_one(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """`kept` [L, B, K, S, F] with a token's values [R, K, 1, F] in a column of each row, none in a column beyond S."""
     # Were the heads K a part of what is written at once, XLA's TPU compiler would lay them beside F, and copy the whole
-    # cache to that layout and back.
-    heads = jnp.arange(new.shape[1], dtype=jnp.int32)
-    return kept.at[layer, rows[:, None], heads, columns[:, None]].set(new[:, :, 0], mode="drop", unique_indices=True)
+    # cache to that layout and back. Were they not paired with the cache's, a mesh that splits them would gather them.
+    shape = new.shape[0], new.shape[1]
+    index = jnp.stack([jnp.broadcast_to(part, shape) for part in (layer, rows[:, None], columns[:, None])], axis=-1)
+    pairs = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2,),
+        inserted_window_dims=(0, 1, 3),
+        scatter_dims_to_operand_dims=(0, 1, 3),
+        operand_batching_dims=(2,),
+        scatter_indices_batching_dims=(1,),
+    )
+    return jax.lax.scatter(kept, index, new[:, :, 0], pairs, unique_indices=True, mode="drop")
 
 
 def _write_several(kept: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:

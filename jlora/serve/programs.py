@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jlora import tree
 from jlora.generate.sampling import Settings
 from jlora.models import Model
 from jlora.serve import rows as device
@@ -22,7 +23,7 @@ class Programs:
     that a request or an adapter brings along.
 
     Args:
-        params: those that programs will be called with, or others of the same shapes.
+        params: those that programs will be called with, or others of the same shapes and on the same devices.
         banked: whether they are a bank's.
         sizes: the sizes that the cache may have, rising.
         shapes: the shapes (rows, tokens) of pieces of prompts.
@@ -40,7 +41,7 @@ class Programs:
     ) -> None:
         self.model, self.count, self.banked = model, count, banked
         self.sizes, self.shapes = tuple(sizes), tuple(shapes)
-        self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        self._params = tree.abstract(params, jax.tree.map(lambda leaf: leaf.sharding, params))
         self._made: dict[tuple, concurrent.futures.Future] = {}
         self._lock, self._closed = threading.Lock(), False
 
@@ -64,6 +65,11 @@ class Programs:
 
     def resize(self, size: int, other: int) -> Callable[[Params, Rows], Rows]:
         return self._get(("resize", size, other))
+
+    def rows(self, size: int) -> Rows:
+        """The shapes of the rows with a cache of this size, and where they are."""
+        shapes = jax.eval_shape(lambda params: device.empty(self.model, params, self.count, size), self._params)
+        return tree.abstract(shapes, self.empty(size).output_shardings)
 
     def warm(self, sizes: Sequence[int] | None = None, before: Callable[[], Any] = lambda: None) -> None:
         """Compiles what caches of these sizes need (default: all); stops early after `close`.
@@ -97,11 +103,9 @@ class Programs:
         return found.result()
 
     def _compiled(self, name: str, size: int, *more: Any) -> Callable[..., Any]:
-        rows, number = self._rows(size), np.int32(0)
         if name == "empty":
-            return (
-                jax.jit(lambda params: device.empty(self.model, params, self.count, size)).lower(self._params).compile()
-            )
+            return device.empty.lower(self.model, self._params, self.count, size).compile()
+        rows, number = self.rows(size), np.int32(0)
         if name == "step":
             return device.step.lower(self.model, self._params, rows, idle(self.count, banked=self.banked)).compile()
         if name == "read":
@@ -111,10 +115,6 @@ class Programs:
         if name == "begin":
             return device.begin.lower(rows, number, np.zeros(self.model.config.vocab_size, bool)).compile()
         return device.resize.lower(self.model, self._params, rows, *more).compile()
-
-    def _rows(self, size: int) -> Rows:
-        """The shapes of the rows with a cache of this size."""
-        return jax.eval_shape(lambda params: device.empty(self.model, params, self.count, size), self._params)
 
 
 def idle(count: int, *, banked: bool) -> Turn:

@@ -74,11 +74,13 @@ class Drawn(NamedTuple):
     top_log_probs: Float[Array, "B top"]
 
 
+# The params, of which only a dtype is used, say on which devices the rows are: they are not to be left out.
+@functools.partial(sharding.jit, static_argnames=("model", "count", "size"), keep_unused=True)
 def empty(model: Model, params: Params, count: int, size: int) -> Rows:
     """Rows that hold nothing, with room for `size` tokens each."""
     zeros, vocabulary = jnp.zeros(count, jnp.int32), (count, model.config.vocab_size)
-    cache = dataclasses.replace(model.empty_cache(params, count, size), length=zeros)
-    return Rows(cache, zeros, jnp.zeros(vocabulary, bool), jnp.zeros(vocabulary, jnp.int32))
+    cache = dataclasses.replace(model.empty_cache(params, count, size), length=zeros, spread=False)
+    return _placed(Rows(cache, zeros, jnp.zeros(vocabulary, bool), jnp.zeros(vocabulary, jnp.int32)))
 
 
 @functools.partial(sharding.jit, static_argnames=("model",), donate_argnames=("rows",))
@@ -98,7 +100,7 @@ def step(model: Model, params: Params, rows: Rows, turn: Turn) -> tuple[Rows, Dr
         cache=cache,
         branches=False,
     )
-    logits = model.logits(params, hidden[:, 0])
+    logits = sharding.constrain(model.logits(params, hidden[:, 0]), None, None)  # what draws sorts whole rows
     keys = jax.random.wrap_key_data(turn.seeds, impl="threefry2x32")
     for number in (turn.choices, turn.numbers):
         keys = jax.vmap(jax.random.fold_in)(keys, number)
@@ -107,7 +109,7 @@ def step(model: Model, params: Params, rows: Rows, turn: Turn) -> tuple[Rows, Dr
     places = jnp.arange(len(chosen), dtype=jnp.int32)
     drawn = rows.drawn.at[places, chosen].add(turn.active.astype(jnp.int32))
     last = jnp.where(turn.active, chosen, rows.last)
-    return Rows(cache, last, rows.read, drawn), Drawn(chosen, *told)
+    return _placed(Rows(cache, last, rows.read, drawn)), Drawn(chosen, *told)
 
 
 @functools.partial(sharding.jit, static_argnames=("model",), donate_argnames=("rows",))
@@ -135,20 +137,20 @@ def read(
         positions = jnp.minimum(positions, model.config.max_position_embeddings - 1)
     cache = _until(rows.cache.view(which, starts), starts)
     _, cache = model.hidden(_chosen(params, adapters), tokens, positions, is_real, cache=cache, branches=False)
-    return rows._replace(cache=rows.cache.with_view(cache))
+    return _placed(rows._replace(cache=rows.cache.with_view(cache)))
 
 
 @functools.partial(sharding.jit, donate_argnames=("rows",))
 def copy(rows: Rows, source: Int[Array, ""], target: Int[Array, ""]) -> Rows:
     """The rows with what the cache holds of `source` in `target` too."""
     one = dataclasses.replace(rows.cache.take(source[None]), length=rows.cache.length.at[source[None]].get(mode="clip"))
-    return rows._replace(cache=rows.cache.put(target[None], one))
+    return _placed(rows._replace(cache=rows.cache.put(target[None], one)))
 
 
 @functools.partial(sharding.jit, donate_argnames=("rows",))
 def begin(rows: Rows, target: Int[Array, ""], read: Bool[Array, "V"]) -> Rows:
     """The rows with these tokens noted as the prompt's of `target`, and none as drawn there."""
-    return rows._replace(read=rows.read.at[target].set(read), drawn=rows.drawn.at[target].set(0))
+    return _placed(rows._replace(read=rows.read.at[target].set(read), drawn=rows.drawn.at[target].set(0)))
 
 
 @functools.partial(sharding.jit, static_argnames=("model", "size"))
@@ -160,7 +162,13 @@ def resize(model: Model, params: Params, rows: Rows, size: int) -> Rows:
         kept = old[tuple(map(slice, new.shape))]
         return jnp.pad(kept, [(0, full - own) for own, full in zip(kept.shape, new.shape, strict=True)])
 
-    return rows._replace(cache=jax.tree.map(fit, rows.cache, shapes))
+    return _placed(rows._replace(cache=jax.tree.map(fit, rows.cache, shapes)))
+
+
+def _placed(rows: Rows) -> Rows:
+    """The rows as they lie on the mesh in context, after every program: the cache's heads are split, all else whole."""
+    cache, *rest = rows
+    return Rows(cache.placed(), *(sharding.constrain(leaf, *(None,) * leaf.ndim) for leaf in rest))
 
 
 def _chosen(params: Params, adapters: jax.Array | None) -> Params:

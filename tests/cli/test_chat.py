@@ -64,6 +64,12 @@ def test_a_conversation_is_one_with_its_history_its_system_text_and_its_adapter(
     assert out == "\n".join([first, *expected, ""])
 
 
+def test_several_devices_say_what_one_says(talk, adapter):
+    lines = ["Hello", "/adapter none", "What is it?"]
+    (spread, _), (alone, _) = (talk(lines, f"--adapter={adapter}", *more) for more in (["--mesh.tensor=-1"], []))
+    assert spread == alone
+
+
 def test_settings_are_changed_and_mistakes_leave_the_conversation(talk):
     lines = ["/set temperature=1 seed=3", "a", "/reset", "a", "/set seed=4", "/reset", "a"]
     lines += [

@@ -25,6 +25,12 @@ def test_json_holds_loss_perplexity_and_the_metric(model_folder, data_file, tmp_
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
 
 
+def test_several_devices_measure_what_one_does(model_folder, data_file, capsys):
+    common = [f"--model={model_folder}", f"--data={data_file}", "--batch_size=3"]
+    spread, alone = (numbers(capsys, *common, *more) for more in (["--mesh.data=2", "--mesh.tensor=4"], []))
+    assert spread == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_function_of_all_texts_says_something_of_each(model_folder, data_file, tmp_path, capsys):
     """As in train.metrics; None leaves a text out."""
     (tmp_path / "own.py").write_text(

@@ -1,8 +1,11 @@
 import jax
+import pytest
 
 import jlora
 from jlora.cli import generate as command
 from jlora.cli.main import main
+from jlora.cli.model import load_model
+from jlora.cli.parsers import parse
 
 
 def texts(capsys, model, *arguments):
@@ -60,3 +63,28 @@ def test_prompts_of_one_adapter_need_no_bank(model_folder, tmp_path, capsys):
     adapter = f"--adapter={tmp_path / 'dora'}"
     once = texts(capsys, model_folder, "--prompt=a", "--prompt=c", "--raw", adapter)
     assert texts(capsys, model_folder, "--prompt=a", "--prompt=c", "--raw", adapter, adapter) == once
+
+
+def test_a_mesh_changes_no_text(model_folder, tmp_path, capsys):
+    """A bank of two adapters, packed weights, and devices that heads do not divide by."""
+    _, params = jlora.load(model_folder)
+    for seed, name in enumerate(("one", "two")):
+        config = jlora.LoraConfig(r=2, init_lora_weights=False, lora_alpha=400, target_modules="all-linear")
+        jlora.save_adapter(tmp_path / name, jlora.lora.init(params, config, jax.random.key(seed)))
+    asked = ["--prompt=a", "--prompt=bb", "--quant=nf4", *(f"--adapter={tmp_path / name}" for name in ("one", "two"))]
+    assert texts(capsys, model_folder, *asked, "--mesh.tensor=2", "--mesh.fsdp=-1") == texts(
+        capsys, model_folder, *asked
+    )
+
+
+def test_weights_are_placed_as_they_are_loaded(model_folder):
+    options = parse("generate", [f"--model={model_folder}", "--prompt=x", "--mesh.tensor=2", "--mesh.data=-1"])
+    _, params, _ = load_model(options)
+    (mesh,) = {leaf.sharding.mesh for leaf in jax.tree.leaves(params)}
+    assert mesh.shape == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1}
+
+
+@pytest.mark.parametrize("command", ["generate --prompt=x", "chat", "serve --port=0", "eval --data={data}"])
+def test_devices_that_are_not_there_are_missed_before_anything_is_loaded(command, data_file, capsys):
+    assert main([*command.format(data=data_file).split(), "--model=nowhere", "--mesh.tensor=3"]) == 2
+    assert capsys.readouterr().err.endswith("sizes multiply to 3, but there are 8 devices\n")

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
+from jlora.cli.settings import settings
 from jlora.names import FLOATS, GGUF_TYPES, OWN_SETTINGS, PACKED_FORMATS, ExpertLayout, OnError
 
 
@@ -24,6 +25,10 @@ def command(
 def suggest(action: argparse.Action, values: Sequence[str]) -> None:
     """Has shells complete the option with these values, although others are valid too (`jlora.cli.completion`)."""
     action.completer = lambda **_: values
+
+
+# Those of a run's settings of the mesh that commands take which answer with a model.
+MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 def add_config_option(parser: argparse.ArgumentParser, text: str = "as for jlora train") -> None:
@@ -63,7 +68,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --model, --quant, --dtype, --vocab and --fold_system."""
+    """Adds --model, --quant, --dtype, --vocab, --fold_system and the sizes of the mesh."""
     add_source_option(parser)
     parser.add_argument(
         "--quant",
@@ -78,6 +83,10 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help='put a system text at the beginning of the first user\'s turn, as data.system="fold" does in training',
     )
+    for setting in settings("mesh"):
+        if setting.name in MESH:
+            text = f"{setting.sentence.removesuffix('.')} (default: {setting.default}; -1: all devices that are left)"
+            parser.add_argument(f"--{setting.name}", type=int, default=int(setting.default), metavar="N", help=text)
 
 
 def add_dtype_option(parser: argparse.ArgumentParser, text: str) -> None:

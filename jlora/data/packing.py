@@ -16,6 +16,7 @@ PACKING_WINDOW = 8192
 # Without packing, this many steps' worth of examples are sorted by length, so that a step has rows of similar length.
 SORTING_WINDOW = 32
 MAX_SHAPES = 16
+MOST_ROWS = 1 << 26  # of a whole plan, which memory holds
 ORDER, ROWS = 0, 1  # what random numbers are for
 
 Row = tuple[int, ...]
@@ -214,6 +215,12 @@ def _check(
     ]
     if epochs is None and steps is None:
         faults.append("found neither epochs nor steps, expected at least one of them to say how long the run is")
+    most = [one for one in (steps and steps * batch_size, epochs and epochs * len(lengths)) if one is not None]
+    if most and not min(most) <= MOST_ROWS:
+        faults.append(
+            f"found {min(most):.3g} rows in all, expected at most {MOST_ROWS:,}: a run is planned before its first "
+            "step; lower its steps or epochs"
+        )
     if not len(lengths):
         faults.append("found no examples, expected at least one")
     elif lengths.min() < 1 or lengths.max() > seq_len:

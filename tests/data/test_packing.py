@@ -123,5 +123,9 @@ def test_all_bad_settings_are_in_one_message():
         plan([3, 9], seq_len=8, batch_size=0, packing=True, bucket=-1)
     for words in ("batch_size: found 0", "bucket: found -1", "neither epochs nor steps", "lengths of 3 to 9 tokens"):
         assert words in str(error.value)
+    for endless in ({"steps": 10**20}, {"epochs": float("inf")}, {"epochs": 1e9, "steps": 1 << 40}):
+        with pytest.raises(ValueError, match=r"rows in all, expected at most 67,108,864: .* lower its steps or epochs"):
+            plan([1], seq_len=8, batch_size=2, packing=True, **endless)
+    assert len(plan([1], seq_len=8, batch_size=2, packing=True, epochs=3, steps=1 << 40)) == 2
     with pytest.raises(ValueError, match="found no examples"):
         plan([], seq_len=8, batch_size=1, packing=True, epochs=1)

@@ -38,15 +38,19 @@ def run(options: argparse.Namespace) -> int:
     say_kept(config.model.path, params)
     if options.gguf and options.merged:
         with tensor_bar() as bar:
-            hub.save_gguf(options.out, model, params, config.model.path, dtype=options.gguf, progress=bar)
+            hub.save_gguf(
+                options.out, model, params, config.model.path, dtype=options.gguf, progress=bar, force=options.force
+            )
     elif options.gguf:
-        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
+        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf, force=options.force)
     elif options.merged:
         card = _card(config, params, options)
         if config.model.merges_packed:
-            hub.save_quantized(options.out, model, lora.merge(params), tokenizer=run_tokenizer(config), card=card)
+            hub.save_quantized(
+                options.out, model, lora.merge(params), tokenizer=run_tokenizer(config), card=card, force=options.force
+            )
         else:
-            hub.save_model(options.out, model, params, tokenizer=run_tokenizer(config), card=card)
+            hub.save_model(options.out, model, params, tokenizer=run_tokenizer(config), card=card, force=options.force)
     else:
         resized = config.model.resize_vocab is not None
         layout = adapter_layout(options, config.train)

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         differs = hub.tokenizer_differences(hub.load_tokenizer(options.model), tokenizer)
         written = tokenizer if differs else options.model
         with tensor_bar() as bar:
-            hub.save_gguf(options.out, model, params, written, dtype=options.gguf, progress=bar)
+            hub.save_gguf(options.out, model, params, written, dtype=options.gguf, progress=bar, force=options.force)
         merged = params if options.unmeasured else hub.load(options.out, dtype="float32")[1]
     else:
         merged = lora.merge(params, dtype)
@@ -76,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
         _require_kept(kept, options)
     card = _card(model, params, adapters, kept, options)
     if options.quant:
-        hub.save_quantized(options.out, model, merged, tokenizer=tokenizer, card=card)
+        hub.save_quantized(options.out, model, merged, tokenizer=tokenizer, card=card, force=options.force)
     elif not options.gguf:
-        hub.save_model(options.out, model, merged, tokenizer=tokenizer, card=card)
+        hub.save_model(options.out, model, merged, tokenizer=tokenizer, card=card, force=options.force)
     print(f"merged model: {options.out}")
     if options.modelfile:
         write_modelfile(options, model, options.model, tokenizer, adapter=False)
@@ -112,7 +112,7 @@ def _require_kept(report: lora.Kept, options: argparse.Namespace) -> None:
 
 def _save_adapter(model: Model, params: Params, options: argparse.Namespace) -> None:
     if options.gguf:
-        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf)
+        hub.save_gguf_adapter(options.out, model, params, dtype=options.gguf, force=options.force)
     else:
         resized, layout = options.vocab is not None, adapter_layout(options)
         hub.save_adapter(options.out, params, base=options.model, save_embedding_layers=resized, **layout)
@@ -128,7 +128,7 @@ def _run_recipe(options: argparse.Namespace) -> int:
         raise UserError(f"{', '.join(idle)}: not with --recipe, whose file says everything")
     require_out(options, {"--recipe": options.recipe})
     with tensor_bar() as bar:
-        hub.merge_models(options.recipe, options.out, progress=bar)
+        hub.merge_models(options.recipe, options.out, progress=bar, force=options.force)
     print(f"merged model: {options.out}")
     return 0
 

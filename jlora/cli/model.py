@@ -35,10 +35,11 @@ def require_out(options: argparse.Namespace, inputs: Mapping[str, str | Path | N
 
 
 def adapter_layout(options: argparse.Namespace, train: TrainConfig | None = None) -> dict[str, Any]:
-    """What --fold and --experts say to `hub.save_adapter`; what they leave out, a run's settings do."""
+    """What --fold, --experts and --force say to `hub.save_adapter`; what they leave out, a run's settings do."""
     return {
         "fold": options.fold or (train is not None and train.fold),
         "experts": options.experts or (train.experts if train else "stacked"),
+        "force": options.force,
     }
 
 

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     size = f"{8 * tree.nbytes(params) / tree.count(params):.2f} bits a weight"
     how = f"The linears of the layers packed as {options.quant}: {size}."
     card = cards.model_card(options.out, [options.model], how, relation="quantized")
-    hub.save_quantized(options.out, model, params, tokenizer=tokenizer, card=card)
+    hub.save_quantized(options.out, model, params, tokenizer=tokenizer, card=card, force=options.force)
     print(f"{options.quant} model: {options.out} ({size})")
     return 0
 

@@ -13,6 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from jlora.errors import UserError
 from jlora.hub.checkpoints.source import HUB_ID
 from jlora.hub.checkpoints.weights import read_json
+from jlora.hub.signing import is_as_signed, signed, unsigned
 
 FILE = "README.md"
 TAG = "jlora"
@@ -57,7 +58,7 @@ class Card:
             **self.license,
         )
         text = "\n\n".join([f"# {self.title}", *self.sections])
-        return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+        return signed(f"---\n{data.to_yaml()}\n---\n\n{text}\n\n", "<!-- {} -->")
 
 
 def header_of(folder: str | Path) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def shown(place: str | Path) -> str:
 def how_made(folder: str | Path) -> str:
     """The section of the folder's card on how the model was made; "" if jlora did not write it."""
     text = (Path(folder).expanduser() / FILE).read_text(encoding="utf-8") if is_own(folder) else ""
-    found = re.search(rf"^{MADE}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^{MADE}\n.*?(?=^## |\Z)", unsigned(text), re.MULTILINE | re.DOTALL)
     return found[0].strip() if found else ""
 
 
@@ -146,6 +147,12 @@ def is_own(folder: str | Path) -> bool:
     """Whether jlora wrote the folder, as its card tells."""
     tags = header_of(folder).get("tags")
     return isinstance(tags, list) and TAG in tags
+
+
+def is_as_written(folder: str | Path) -> bool:
+    """Whether the folder's card is one that jlora wrote and nobody changed, or is missing."""
+    file = Path(folder).expanduser() / FILE
+    return not file.exists() or is_as_signed(file.read_text(encoding="utf-8", errors="replace"))
 
 
 def how_to_use(kind: str, base: str, where: str, *, scored: bool = False) -> str:

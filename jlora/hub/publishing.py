@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from jlora.errors import ExistingFileError, Failed, MissingFileError, UserError, describe_faults
 from jlora.hub.adapters import check_adapter
 from jlora.hub.cards import FILE as CARD
-from jlora.hub.cards import hub_id, is_own
+from jlora.hub.cards import hub_id, is_as_written, is_own
 from jlora.hub.checkpoints.beside import PROCESSOR
 from jlora.hub.checkpoints.folder import refuse_inputs, replacing
 from jlora.hub.checkpoints.source import open_source
@@ -75,7 +75,7 @@ def stage(
     Args:
         base: the Hub id of the base, which the adapter's config then names; where that names a place on this machine,
             it is left out.
-        overwrite: also replace a folder that was not made for the Hub by jlora.
+        overwrite: also replace a folder that jlora did not make for the Hub, or a card that was changed since.
 
     Raises:
         UserError: the source is incomplete or is `out` itself.
@@ -87,6 +87,11 @@ def stage(
         raise ExistingFileError(
             f"{out} holds something that was not written by jlora, so it is left alone; choose another folder, or say "
             "--force"
+        )
+    if not overwrite and not is_as_written(out):
+        raise ExistingFileError(
+            f"{Path(out) / CARD} was changed since jlora wrote it, so it is left alone; choose another folder, or say "
+            "--force (--out with --repo alone uploads the folder as it is)"
         )
     own = (MARKER[kind], *WEIGHT_FILES[kind], *TOKENIZER, *PROCESSOR, CARD, CURVES)
     with replacing(out, marker=MARKER[kind], stale=own) as folder:

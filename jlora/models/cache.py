@@ -211,11 +211,11 @@ class Cache:
         return self._held(jnp.concatenate(slices, axis=1))[0]
 
     def _numbers(self) -> Int[Array, "B"]:
-        """The rows of the arrays in `stacks`."""
+        """Which rows of the arrays in `stacks` are this cache's; a view has these in common with others."""
         return jnp.arange(len(self.length), dtype=jnp.int32) if self.rows is None else self.rows
 
     def _places(self, tokens: int) -> tuple[jax.Array, jax.Array]:
-        """(rows [B, 1], columns [B, T]) of every row's next tokens, if rows differ in length."""
+        """(rows [B, 1], columns [B, T]) of every row's next tokens in the marks, which also a view has to itself."""
         rows = jnp.arange(len(self.length), dtype=jnp.int32)[:, None]
         return rows, self.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jlora import checkpoint, data, hub, lora, quant, sharding, tree
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train import resume
 from jlora.train.adapt import adapt, based
 from jlora.train.algorithms import ALGORITHMS
@@ -30,7 +30,7 @@ from jlora.train.reporting.log import Log
 from jlora.train.reporting.metrics import MetricsWriter, truncate
 from jlora.train.reporting.progress import Progress
 from jlora.train.reporting.trackers import open_trackers
-from jlora.train.results import save_results, tell_usage, write_json
+from jlora.train.results import require_room, save_results, tell_usage, write_json
 from jlora.train.state import TrainState
 from jlora.train.step import Metrics, Step
 
@@ -80,8 +80,9 @@ def run(
             _steps(this, start, log, saved, trace, stop)
         if this.best.ended and int(this.state.step) < this.total_steps:
             this.note(
-                f"ended after step {this.state.step} of {this.total_steps}: {this.best.waited} evaluations in a row "
-                f"were no better than the best ({this.best}); a higher train.patience continues"
+                f"ended after step {this.state.step} of {this.total_steps}: "
+                f"{number_of(this.best.waited, 'evaluation')} in a row without a better one than the best "
+                f"({this.best}); a higher train.patience continues"
             )
         state = _result(this, saved)
     reads_once = ALGORITHMS[config.algorithm].reads_once
@@ -143,6 +144,7 @@ def _prepare(config: RunConfig, folder: pathlib.Path, begun: resume.Begun, note:
     note(_describe_params(config, base))
     job = plan.start(base)
     learning = (job.learn or learn)(config, base, job, plan.total_steps)
+    require_room(folder, config, job, learning.state)
     return _Run(
         config=config,
         workdir=folder,

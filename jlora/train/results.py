@@ -59,6 +59,16 @@ def tell_usage(
         write_json(workdir / "usage.json", used.numbers() | about)
 
 
+def require_room(workdir: pathlib.Path, config: RunConfig, job: Job, state: TrainState) -> None:
+    """Checks, before anything is trained, that `save_results` replaces no result that jlora did not write.
+
+    Raises:
+        FileExistsError: there is one, and it is left alone.
+    """
+    for name in [MODEL] if config.lora is None else job.adapters(state.trainable):
+        hub.require_own(workdir / name, "move it away, or choose another --workdir")
+
+
 def save_results(workdir: pathlib.Path, config: RunConfig, base: Base, job: Job, state: TrainState, note: Note) -> None:
     """Writes the adapters as PEFT folders, or the fully tuned model as a Hugging Face folder, and draws the curves.
 

@@ -97,7 +97,7 @@ def test_a_folded_adapter_has_one_scale(merge, model_folder, tmp_path):
     config = jlora.LoraConfig(r=2, lora_alpha=6, rank_pattern={"v_proj": 3}, init_lora_weights=False)
     jlora.save_adapter(tmp_path / "by-module", lora.init(params, config, jax.random.key(0)))
     code, shown, out = merge(f"--adapter={tmp_path / 'by-module'}", "--adapter_only")
-    assert code == 0 and "note: 2 modules have a scale of their own" in shown and "--fold" in shown
+    assert code == 0 and "note: 2 modules with a scale of its own" in shown and "--fold" in shown
     code, shown, folded = merge(f"--adapter={tmp_path / 'by-module'}", "--adapter_only", "--fold")
     assert code == 0 and "note" not in shown
     config = json.loads((folded / "adapter_config.json").read_text())
@@ -145,8 +145,13 @@ def test_what_another_program_wrote_is_left_alone(adapters, model_folder, tmp_pa
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert main([*options, f"--out={out}", "--force"]) == 0
         assert main([*options, f"--out={out}"]) == 0
+    (tmp_path / "model" / "README.md").write_text("Mine.\n")
+    assert main([*asked, f"--out={tmp_path / 'model'}"]) == 0
+    assert (tmp_path / "model" / "README.md").read_text() == "Mine.\n"
     capsys.readouterr()
     model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FileExistsError, match=r"that jlora did not write, so it is left alone; .*force=True"):
+        jlora.save_model(tmp_path / "model", *jlora.load(model_folder))
     assert main([*asked, f"--out={tmp_path / 'model'}"]) == 2
     (tmp_path / "settings").mkdir()
     (tmp_path / "settings" / "config.json").write_text("{}")
@@ -210,7 +215,7 @@ def test_a_modelfile(merge, adapters, model_folder, tmp_path):
     assert code == 0 and f"ollama create {out.stem} -f {tmp_path / 'Modelfile'}" in shown
     lines = (tmp_path / "Modelfile").read_text().splitlines()[1:]
     assert ends and set(lines) >= {f"PARAMETER stop {end}" for end in ends}
-    assert lines[0] == f"FROM ./{out.name}" and lines[-1] == "SYSTEM Answer in one word."
+    assert lines[0] == f"FROM ./{out.name}" and lines[-2] == "SYSTEM Answer in one word."
     code, _, out = merge(*options, "--adapter_only")
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert code == 0 and {f"FROM {model_folder}", f"ADAPTER ./{out.name}"} <= set(lines)

@@ -105,8 +105,10 @@ def test_what_is_uploaded(run, tmp_path, api, capsys):
     assert api[0][1] == {"repo": "owner/name", "private": True, "exist_ok": True}
     assert api[1][1] == {"repo": "owner/name", "branch": "v1", "exist_ok": True}
     assert api[2][1]["sent"] == files and api[2][1]["revision"] == "v1"
-    assert (out / "README.md").read_text().endswith("More of it.\n")
     assert "uploaded: https://huggingface.co/owner/name/commit/1" in capsys.readouterr().out
+    assert main(["publish", f"--adapter={run / 'adapter'}", f"--base={BASE}", f"--out={out}"]) == 2
+    assert "README.md was changed since jlora wrote it, so it is left alone" in capsys.readouterr().err
+    assert (out / "README.md").read_text().endswith("More of it.\n")
     (out / "train.jsonl").write_text("{}")
     assert main(["publish", f"--out={out}", "--repo=owner/name"]) == 2
     assert "these are no part of the adapter; remove:\n  train.jsonl" in capsys.readouterr().err

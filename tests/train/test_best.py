@@ -97,7 +97,7 @@ def test_a_run_leaves_its_best_step_and_ends_early_and_goes_on(settings, tmp_pat
     run(changed(settings), tmp_path / "run", progress=Progress(told))
     folder = tmp_path / "run"
     assert [record["step"] for record in read_metrics(folder)] == list(range(1, 11))
-    assert "ended after step 10 of 20: 3 evaluations in a row were no better than the best" in told.getvalue()
+    assert "ended after step 10 of 20: 3 evaluations in a row without a better one than" in told.getvalue()
     best = {"metric": "eval_score", "step": 4, "value": 0.5}
     assert json.loads((folder / "best.json").read_text()) == best and steps_kept(folder) == [4, 10]
     # The adapter is that of the best step: what a run of as many steps leaves.

@@ -164,13 +164,25 @@ def test_a_workdir_of_another_run_is_refused(settings, finished):
     assert sorted(path.name for path in finished.iterdir()) == before
 
 
+def test_a_run_replaces_no_adapter_of_another_program_and_says_so_before_it_trains(settings, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "README.md").write_text("# Theirs\\n")
+    steps = resolve(settings | {"train": settings["train"] | {"steps": 4}})
+    with pytest.raises(FileExistsError, match="left alone; move it away, or choose another --workdir"):
+        run(steps, tmp_path / "run")
+    assert read_metrics(tmp_path / "run") == read_metrics(finished)
+    assert (tmp_path / "run" / "adapter" / "README.md").read_text() == "# Theirs\\n"
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    run(steps, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"data": {"path": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"lora": {"target_modules": ["qqq_proj"]}}, "qqq_proj"),
         ({"train": {"steps": 1, "seq_len": 3}}, "no token to train on in 40 records"),
-        ({"mesh": {"data": 3}, "train": {"steps": 1, "batch_size": 3}}, "there are 8 devices"),
+        ({"mesh": {"data": 3}, "train": {"steps": 1, "batch_size": 3}}, "the number of devices is 8"),
     ],
 )
 def test_a_run_that_cannot_start_leaves_nothing(settings, tmp_path, change, message):

@@ -6,15 +6,21 @@ import os
 import re
 import secrets
 import shutil
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 
 from jlora.errors import ExistingFileError, NoSpaceError, UserError
-from jlora.hub.cards import is_own
+from jlora.hub.cards import TAG, is_own
 from jlora.hub.checkpoints.shards import WRITER
 from jlora.hub.checkpoints.source import gguf_files
+
+OVERWRITE = "say --force (from Python: force=True)"
+GGUF = b"GGUF"
+# jlora's tag as a GGUF file holds it: the key, "an array", "of texts", their number, and the text after its length.
+TAGGED = b"general.tags" + struct.pack("<IIQQ", 9, 8, 1, len(TAG)) + TAG.encode()
 
 
 @contextlib.contextmanager
@@ -49,11 +55,14 @@ def replacing(path: str | Path, *, marker: str, stale: Sequence[str]) -> Iterato
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def require_own(out: str | Path) -> None:
-    """Checks that writing `out` replaces no adapter or model that something other than jlora wrote.
+def require_own(out: str | Path, otherwise: str = f"choose another place, or {OVERWRITE}") -> None:
+    """Checks that writing `out` replaces no adapter, model or GGUF file that something other than jlora wrote.
 
     jlora's models say so in the header of their weights: another program's may have been written beside the card since.
-    Its adapters say so in their card. Settings without weights are not jlora's.
+    Its adapters say so in their card, its GGUF files in their tags. Settings without weights are not jlora's.
+
+    Args:
+        otherwise: what the user can do if there is one.
 
     Raises:
         FileExistsError: there is one, and it is left alone.
@@ -64,9 +73,10 @@ def require_own(out: str | Path) -> None:
     own = [is_own(target) if file.name.startswith("adapter_model") else _wrote(file) for file in weights]
     if not all(own) or (not own and any(file.exists() for file in settings)):
         raise ExistingFileError(
-            f"{target} holds a model or an adapter that jlora did not write, so it is left alone; choose another "
-            "folder, or say --force"
+            f"{target} holds a model or an adapter that jlora did not write, so it is left alone; {otherwise}"
         )
+    if _begins_with(target, GGUF) and not _is_tagged(target):
+        raise ExistingFileError(f"{target} is a GGUF file that jlora did not write, so it is left alone; {otherwise}")
 
 
 def _wrote(weights: Path) -> bool:
@@ -78,6 +88,12 @@ def _wrote(weights: Path) -> bool:
             return WRITER.items() <= (file.metadata() or {}).items()
     except safetensors.SafetensorError:  # not a file of weights at all
         return False
+
+
+def _is_tagged(file: Path) -> bool:
+    """Whether a GGUF file has jlora's tag, which it writes among the first values."""
+    with file.open("rb") as stream:
+        return TAGGED in stream.read(1024)
 
 
 def refuse_inputs(out: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
@@ -158,6 +174,8 @@ def _existing(path: Path) -> Path:
 
 
 def _begins_with(file: Path, magic: bytes) -> bool:
+    if not file.is_file():
+        return False
     with file.open("rb") as stream:
         return stream.read(len(magic)) == magic
 

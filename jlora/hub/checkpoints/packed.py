@@ -48,6 +48,7 @@ def save_quantized(
     *,
     shard_bytes: int = SHARD_BYTES,
     card: Card | None = None,
+    force: bool = False,
 ) -> None:
     """Writes the model as transformers and bitsandbytes write a packed one, complete or not at all.
 
@@ -56,7 +57,8 @@ def save_quantized(
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
-        card: the model card (None: one that says how to open the folder).
+        card: the model card (None: one that says how to open the folder). One that is there and was changed stays.
+        force: also replace a model or an adapter that jlora did not write.
 
     Raises:
         ValueError: `params` are not those of `model`, or bitsandbytes' format cannot hold them; all is listed.
@@ -65,7 +67,7 @@ def save_quantized(
     leaves = tree.flatten(params)
     if mxfp4.METHOD in map(quant.format_of, leaves.values()):
         _require_mxfp4(model, leaves)
-        save_model(path, model, params, tokenizer, shard_bytes=shard_bytes, card=card)
+        save_model(path, model, params, tokenizer, shard_bytes=shard_bytes, card=card, force=force)
         return
     params = only_scored(model, params) if SCORE in params else params
     model = untied(model, params)
@@ -84,7 +86,7 @@ def save_quantized(
         for piece in spelled(pieces, others)
     ]
     card = card or model_card("model", (), relation="quantized", scored=SCORE in params)
-    write_folder(path, (config, generation), entries, tokenizer, shard_bytes, card, others)
+    write_folder(path, (config, generation), entries, tokenizer, shard_bytes, card, others, force=force)
 
 
 def quantizable(format: str) -> tuple[tuple[str, str | None], ...]:

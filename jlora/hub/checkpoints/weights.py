@@ -177,7 +177,7 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
     for name in wrong[:FIRST]:
         count = int(np.sum(~np.isfinite(tensors[name].astype(np.float64))))
         found.append(f"{name} holds {count} of {tensors[name].size} values that are NaN or infinite")
-    rest = [f"... and {len(wrong) - FIRST} more tensors"] if len(wrong) > FIRST else []
+    rest = [f"... and {number_of(len(wrong) - FIRST, 'more tensor')}"] if len(wrong) > FIRST else []
     raise UserError(
         "\n".join([*found, *rest, "Go back to a checkpoint before the training diverged, or fetch the file again"])
     )

@@ -17,11 +17,11 @@ from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.families import FAMILIES
 from jlora.hub.cards import FILE as CARD
-from jlora.hub.cards import Card, is_own, model_card
+from jlora.hub.cards import Card, is_as_written, model_card
 from jlora.hub.checkpoints import mxfp4, names
 from jlora.hub.checkpoints.beside import PROCESSOR, Beside, beside
 from jlora.hub.checkpoints.bitsandbytes import COMPANION
-from jlora.hub.checkpoints.folder import replacing
+from jlora.hub.checkpoints.folder import replacing, require_own
 from jlora.hub.checkpoints.older import for_every_reader, save_tokenizer
 from jlora.hub.checkpoints.score import KERNEL, only_scored, scored_config, scored_leaves
 from jlora.hub.checkpoints.shards import save_shard
@@ -82,6 +82,7 @@ def save_model(
     *,
     shard_bytes: int = SHARD_BYTES,
     card: Card | None = None,
+    force: bool = False,
 ) -> None:
     """Writes the model as a Hugging Face folder, complete or not at all; adapters are merged into their kernels.
 
@@ -92,19 +93,20 @@ def save_model(
 
     Args:
         shard_bytes: the most bytes of tensors in one file; larger models get several files and an index.
-        card: the model card (None: one that says how to open the folder).
+        card: the model card (None: one that says how to open the folder). One that is there and was changed stays.
+        force: also replace a model or an adapter that jlora did not write.
 
     Raises:
         ValueError: `params` are not those of `model`, have a score head that transformers has no class for, or the
             other parts of the model are not where they were.
-        FileExistsError: `path` holds something other than a model.
+        FileExistsError: `path` holds something other than a model, or one that jlora did not write.
     """
     model, params = as_written(model, params)
     pieces, others = pieces_of(model, params), _unpacked(beside(model))
     config, generation = configs(model, pieces, tokenizer)
     entries, packing = _entries(model, params, spelled(pieces, others))
     card = card or model_card("model", (), scored=SCORE in params)
-    write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, card, others)
+    write_folder(path, (config | packing, generation), entries, tokenizer, shard_bytes, card, others, force=force)
 
 
 def _entries(model: "Model", params: Params, pieces: Sequence[Piece]) -> tuple[list[Entry], dict[str, Any]]:
@@ -193,12 +195,17 @@ def write_folder(
     shard_bytes: int,
     card: Card,
     others: Beside | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Writes config.json, generation_config.json, the tensors, the tokenizer and the card, complete or not at all.
 
     Args:
         others: what is copied: tensors, the settings of processors, and the tokenizer if there is no other.
+        force: also replace a model or an adapter that jlora did not write.
     """
+    if not force:
+        require_own(path)
     config, generation = configs
     copied = others.tensors if others else {}
     entries = [*entries, *(Entry(info.nbytes, lambda name=name: {name: copied[name]}) for name, info in copied.items())]
@@ -220,7 +227,7 @@ def write_folder(
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-        if is_own(path) or not (Path(path).expanduser() / CARD).exists():  # a README of the user's own stays
+        if is_as_written(path):  # a README of the user's own stays
             (folder / CARD).write_text(str(card), encoding="utf-8")
         if others:
             others.copy_files(folder, PROCESSOR if tokenizer is not None else PROCESSOR + TOKENIZER)

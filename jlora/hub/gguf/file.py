@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora.errors import UserError
-from jlora.hub.checkpoints.folder import replacing_file
+from jlora.hub.cards import TAG
+from jlora.hub.checkpoints.folder import GGUF, replacing_file, require_own
 from jlora.hub.checkpoints.weights import require_finite
 from jlora.hub.gguf import kquants
 from jlora.types import require
-
-MAGIC = b"GGUF"
 
 # Called with (number of tensors written, total).
 Progress = Callable[[int, int], None]
@@ -36,25 +35,33 @@ class Tensor(NamedTuple):
 
 
 def write_file(
-    path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor], progress: Progress | None = None
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
 ) -> None:
-    """Writes NAME.gguf, complete or not at all.
+    """Writes NAME.gguf, complete or not at all, with the tag that says whose it is.
 
     Args:
         metadata: values by full key, "general.architecture" included; integers are written unsigned.
+        force: also replace a GGUF file that jlora did not write.
 
     Raises:
         ValueError: the name does not end in .gguf, or weights are not finite or too large for float16.
-        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        FileExistsError: `path` is a folder, a file that is not GGUF, or one that jlora did not write.
         ImportError: the package gguf is not installed.
     """
     gguf = require_name(path)
+    if not force:
+        require_own(path)
     types = {tensor.name: gguf.GGMLQuantizationType[tensor.type] for tensor in tensors}
     with (
-        replacing_file(path, magic=MAGIC) as fresh,
+        replacing_file(path, magic=GGUF) as fresh,
         contextlib.closing(gguf.GGUFWriter(fresh, metadata["general.architecture"])) as writer,
     ):
-        for key, value in metadata.items():
+        for key, value in ({"general.tags": [TAG]} | metadata).items():
             if key != "general.architecture":
                 writer.add_key_value(key, value, _kind(gguf, value))
         for tensor in tensors:

@@ -7,10 +7,11 @@ from typing import Any
 
 from jlora.errors import ExistingFileError, UserError
 from jlora.hub.cards import license_of
-from jlora.hub.checkpoints.folder import replacing_file
+from jlora.hub.checkpoints.folder import OVERWRITE, replacing_file
 from jlora.hub.checkpoints.source import locate, open_description
+from jlora.hub.signing import is_as_signed, signed
 
-FILE, MARK = "Modelfile", b"# Written by jlora"
+FILE = "Modelfile"
 # The generation config's name → Ollama's.
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 PARAMETERS = SAMPLING | {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
@@ -37,15 +38,15 @@ def save_modelfile(
         stops: texts that end an answer, besides those in the generation config.
         adapter: whether the file is an adapter, which Ollama puts on the base.
         system: what every conversation begins with.
-        force: replace a Modelfile that jlora did not write.
+        force: also replace a Modelfile that jlora did not write, or that was changed since.
 
     Raises:
         UserError: Ollama would not read the file's name or `system` as they are.
-        FileExistsError: there is a Modelfile that jlora did not write.
+        FileExistsError: there is such a Modelfile.
     """
     require_modelfile(path, system, force=force)
     path = Path(path).expanduser().resolve()
-    lines = [f"{MARK.decode()} for: ollama create {path.stem} -f {FILE}"]
+    lines = [f"# For: ollama create {path.stem} -f {FILE}"]
     if adapter:
         lines += [*_base(locate(base), path.parent), _line("ADAPTER", f"./{path.name}")]
     else:
@@ -60,8 +61,8 @@ def save_modelfile(
     if text := _license(base):
         lines.append(_line("LICENSE", text))
     target = path.parent / FILE
-    with replacing_file(target, magic=b"" if force else MARK) as fresh:
-        fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing_file(target, magic=b"") as fresh:
+        fresh.write_text(signed("\n".join(lines) + "\n", "# {}"), encoding="utf-8")
     return target
 
 
@@ -72,9 +73,10 @@ def require_modelfile(path: str | Path, system: str | None = None, *, force: boo
     if faults := [f"{name}: {fault}" for name, text in texts.items() if (fault := _fault(text))]:
         raise UserError("Ollama would not read this as it is:\n  " + "\n  ".join(faults))
     there = path.parent / FILE
-    if there.is_file() and not force and not there.read_bytes().startswith(MARK):
+    if there.is_file() and not force and not is_as_signed(there.read_text("utf-8", "replace")):
         raise ExistingFileError(
-            f"{there} is not from jlora, so it is left alone; choose another folder for the GGUF file, or say --force"
+            f"{there} is not from jlora, or was changed since, so it is left alone; choose another folder for the GGUF "
+            f"file, or {OVERWRITE}"
         )
 
 

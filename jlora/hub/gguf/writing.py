@@ -51,6 +51,7 @@ def save_gguf(
     *,
     dtype: str = "f16",
     progress: Progress | None = None,
+    force: bool = False,
 ) -> None:
     """Writes the model as a file NAME.gguf, complete or not at all; adapters are merged into their kernels.
 
@@ -67,11 +68,12 @@ def save_gguf(
             copied as it is); without one, llama.cpp accepts only token ids.
         dtype: one of `jlora.hub.GGUF_TYPES`: "f32", "f16", "bf16", or packed, as "q4_k_m".
         progress: called with (number of tensors written, total).
+        force: also replace a GGUF file that jlora did not write.
 
     Raises:
         ValueError: `params` are not those of `model`, the format cannot hold the model or its tokenizer, or weights are
             not finite or too large for float16.
-        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        FileExistsError: `path` is a folder, a file that is not GGUF, or one that jlora did not write.
         ImportError: the package gguf is not installed.
     """
     require_gguf(path, dtype)
@@ -94,7 +96,7 @@ def save_gguf(
     }
     metadata |= _tokenizer(tokenizer, model, Path(path).stem)
     typed = [tensor._replace(type=tensor.type or types[name]) for name, tensor in tensors.items()]
-    write_file(path, metadata, typed, progress)
+    write_file(path, metadata, typed, progress, force=force)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -102,7 +104,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def save_gguf_adapter(
-    path: str | Path, model: "Model", params: Params, *, dtype: str = "f32", progress: Progress | None = None
+    path: str | Path,
+    model: "Model",
+    params: Params,
+    *,
+    dtype: str = "f32",
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a file NAME.gguf that llama.cpp applies to the base's file (`--lora`).
 
@@ -111,12 +119,13 @@ def save_gguf_adapter(
     Args:
         dtype: "f32", "f16" or "bf16".
         progress: called with (number of tensors written, total).
+        force: also replace a GGUF file that jlora did not write.
 
     Raises:
         ValueError: `params` hold no adapter, or one with parts that llama.cpp does not compute: DoRA, biases, trained
             copies, token rows, an embedding or head that came with it, an adapter of an embedding that is the head too.
             All are listed; such an adapter must be merged instead.
-        FileExistsError: `path` is a folder, or a file that is not GGUF.
+        FileExistsError: `path` is a folder, a file that is not GGUF, or one that jlora did not write.
         ImportError: the package gguf is not installed.
     """
     require_gguf(path, dtype, adapter=True)
@@ -140,7 +149,7 @@ def save_gguf_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    write_file(path, metadata, tensors, progress)
+    write_file(path, metadata, tensors, progress, force=force)
 
 
 def _made(name: str, values: np.ndarray, type: str) -> Tensor:

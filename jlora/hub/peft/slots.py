@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import quant, tree
-from jlora.errors import UserError, describe_faults
+from jlora.errors import UserError, describe_faults, number_of
 from jlora.families import FAMILIES
 from jlora.hub.checkpoints.score import KERNEL
 from jlora.hub.checkpoints.weights import DTYPES, TensorInfo, read_tensor, read_tensors, require_finite
@@ -412,7 +412,7 @@ def _require_plain_names(file: Path, found: Mapping[str, TensorInfo]) -> None:
     for mark, why in MARKS.items():
         if marked := [name for name in found if re.search(mark, name)]:
             raise UserError(
-                f"{file}: {len(marked)} of {len(found)} tensors have a part in their names that {why}, such as "
+                f"{file}: in {len(marked)} of {number_of(len(found), 'name')}, there is a part that {why}, such as "
                 f"{marked[0]}; PEFT does not read such names either. Save the adapter with PEFT's save_pretrained on "
                 f"the unwrapped model, or take that part out of the names"
             )

@@ -11,12 +11,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jlora import lora, tree
-from jlora.errors import UserError, first_few
+from jlora.errors import UserError, first_few, number_of
 from jlora.families import FAMILIES, Family, each
 from jlora.hub.cards import FILE as CARD
-from jlora.hub.cards import Card, how_to_use, hub_id, shown
+from jlora.hub.cards import Card, how_to_use, hub_id, is_as_written, is_own, shown
 from jlora.hub.checkpoints import names
-from jlora.hub.checkpoints.folder import replacing
+from jlora.hub.checkpoints.folder import replacing, require_own
 from jlora.hub.checkpoints.score import has_score
 from jlora.hub.checkpoints.weights import read_json, require_finite
 from jlora.hub.peft.config import CONFIG, NO_TARGETS, Summary, to_json
@@ -46,6 +46,7 @@ def save_adapter(
     fold: bool = False,
     experts: str = "stacked",
     save_embedding_layers: bool = False,
+    force: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a PEFT folder, complete or not at all; the same adapter gives the same bytes.
 
@@ -65,12 +66,15 @@ def save_adapter(
             same rows. Without it, those that came with an adapter (`jlora.load_adapter`) are still written, and both
             are if `base` is a folder whose config.json has fewer rows. Leaves that a program replaced by itself cannot
             be told from the base's.
+        force: also replace an adapter that jlora did not write. jlora's README.md stays if it was changed.
 
     Raises:
         ValueError: `params` hold no adapter, one that PEFT's format cannot express, or values that are not finite; or
             `base` is needed for names and does not tell the family.
-        FileExistsError: `path` holds something other than an adapter.
+        FileExistsError: `path` holds something other than an adapter, or one that jlora did not write.
     """
+    if not force:
+        require_own(path)
     params = _whole_score(tree.map_modules(lambda _, module: PRODUCT.as_product(module), params))
     if experts not in get_args(ExpertLayout):
         raise UserError(f"experts={experts!r}: expected one of {', '.join(get_args(ExpertLayout))}")
@@ -87,7 +91,8 @@ def save_adapter(
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CARD).write_text(str(_card(config)), encoding="utf-8")
+        if is_as_written(path) or not is_own(path):
+            (folder / CARD).write_text(str(_card(config)), encoding="utf-8")
 
 
 def scales_note(path: str | Path) -> str | None:
@@ -100,9 +105,9 @@ def scales_note(path: str | Path) -> str | None:
     if not found:
         return None
     return (
-        f"{len(found)} modules have a scale of their own ({first_few(found)}), by rank_pattern and alpha_pattern, "
-        "which vLLM and others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one rank and scale "
-        "for all"
+        f"{number_of(len(found), 'module')} with a scale of its own ({first_few(found)}), by rank_pattern and "
+        "alpha_pattern, which vLLM and others do not read; --fold (train.fold, save_adapter(…, fold=True)) writes one "
+        "rank and scale for all"
     )
 
 

@@ -64,6 +64,7 @@ def merge_models(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    force: bool = False,
 ) -> None:
     """Writes the model that a recipe describes as a Hugging Face folder, complete or not at all.
 
@@ -103,12 +104,13 @@ def merge_models(
         out: the folder to write.
         shard_bytes: the most bytes of tensors in one file.
         progress: called with (number of tensors done, total).
+        force: also replace a model that jlora did not write.
 
     Raises:
         ValueError: settings are invalid, models do not fit each other, or `out` is one of them; all problems are
             listed, and nothing is written.
         FileNotFoundError: there is no such recipe.
-        FileExistsError: `out` holds something other than a model.
+        FileExistsError: `out` holds something other than a model, or one that jlora did not write.
     """
     settings = read_recipe(recipe)
     refuse_inputs(out, {f"the recipe's {model}": model for model in models_of(settings)})
@@ -136,7 +138,7 @@ def merge_models(
     largest = max(tensors, key=lambda tensor: int(np.prod(_shape(tensor, sources))))
     config = config | {"dtype": _dtype(largest, plan, sources).name}
     card = model_card(out, models_of(settings), _how(settings), relation="merge")
-    write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, card, others)
+    write_folder(out, (config, reference.generation_config), entries, tokenizer, shard_bytes, card, others, force=force)
 
 
 def _combined(

@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from jlora import hub, lora, quant, tree
+from jlora.hub import cards
 from jlora.hub.checkpoints.writing import save_model
 from jlora.lora import LoraConfig
 
@@ -103,15 +104,14 @@ def test_a_model_of_another_size_replaces_all_weight_files(llama_folder, tmp_pat
     assert found == ["README.md", "config.json", "generation_config.json", "model.safetensors", "notes.txt"]
 
 
-def test_a_readme_that_jlora_did_not_write_stays(llama_folder, tmp_path):
-    model, params = hub.load(llama_folder()[0])
-    for text, kept in (("# Mine\n", True), (None, False), ("---\ntags: [jlora]\n---\n# An earlier card\n", False)):
-        if text is not None:
-            tmp_path.joinpath("README.md").write_text(text)
-            tmp_path.joinpath("config.json").write_text("{}")
-        hub.save_model(tmp_path, model, params)
-        assert (tmp_path.joinpath("README.md").read_text() == text) == kept
-        tmp_path.joinpath("README.md").unlink()
+def test_a_readme_that_jlora_did_not_write_or_that_was_changed_stays(llama_folder, tmp_path):
+    (model, params), file = hub.load(llama_folder()[0]), tmp_path / "out" / "README.md"
+    hub.save_model(file.parent, model, params)
+    card = file.read_text()
+    for text, found in (("# Mine\n", "# Mine\n"), (card + "More.\n", card + "More.\n"), (card, "A new card\n")):
+        file.write_text(text)
+        hub.save_model(file.parent, model, params, card=cards.Card("A new card"))
+        assert found in file.read_text()
 
 
 def tokenizer_with(template):

@@ -1205,6 +1205,19 @@ def test_a_window_that_llama_cpp_does_not_compute_is_said(kind, tmp_path):
             hub.save_gguf(tmp_path / "model.gguf", *built(**fields, sliding_window=window))
 
 
+def test_a_file_of_another_program_is_left_alone_until_it_is_forced(tmp_path):
+    (model, params), file = built(), tmp_path / "model.gguf"
+    hub.save_gguf(file, model, params, dtype="f32")
+    hub.save_gguf(file, model, params)
+    theirs = file.read_bytes().replace(b"jlora", b"other")
+    file.write_bytes(theirs)
+    with pytest.raises(FileExistsError, match="is a GGUF file that jlora did not write, so it is left alone"):
+        hub.save_gguf(file, model, params)
+    assert file.read_bytes() == theirs
+    hub.save_gguf(file, model, params, force=True)
+    hub.save_gguf(file, model, params)
+
+
 def test_nothing_is_written_over_what_is_not_gguf(tmp_path):
     model, params = built()
     (tmp_path / "notes.gguf").write_text("mine")

@@ -147,7 +147,11 @@ def test_a_modelfile_of_ones_own_is_left_alone(base, tmp_path):
     hub.save_modelfile(tmp_path / "m.gguf", base(), force=True)
     hub.save_modelfile(tmp_path / "n.gguf", base())
     assert read((tmp_path / "Modelfile").read_text()) == [("FROM", "./n.gguf")]
+    with (tmp_path / "Modelfile").open("a") as file:
+        file.write("PARAMETER seed 1\n")
     shutil.copy(tmp_path / "Modelfile", tmp_path / "copy")
+    with pytest.raises(FileExistsError, match="Modelfile is not from jlora, or was changed since"):
+        hub.save_modelfile(tmp_path / "m.gguf", base())
     with pytest.raises(ValueError, match=r"--out: .*U\+200B"):
         hub.save_modelfile(tmp_path / "m\u200b.gguf", base())
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "Modelfile").read_bytes()

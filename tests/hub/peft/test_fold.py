@@ -98,7 +98,7 @@ def test_what_other_readers_would_take_otherwise_is_said(base, tmp_path):
         notes.append(hub.scales_note(tmp_path / "out"))
         assert ("differ by module" in (tmp_path / "out" / "README.md").read_text()) == (notes[-1] is not None)
     assert notes[1:] == [None, None]
-    assert notes[0].startswith("4 modules have a scale of their own (model.layers.0.self_attn.v_proj, ")
+    assert notes[0].startswith("4 modules with a scale of its own (model.layers.0.self_attn.v_proj, ")
 
 
 def test_weights_that_are_no_numbers_are_not_written(base, tmp_path):

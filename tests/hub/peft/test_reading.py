@@ -342,3 +342,13 @@ def test_a_folder_of_something_else_is_left_alone(base, tmp_path):
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match=r"has no adapter_config\.json, so it is left alone"):
         hub.save_adapter(tmp_path / "thesis", params)
+    hub.save_adapter(tmp_path / "adapter", params)
+    card = tmp_path / "adapter" / "README.md"
+    card.write_text(card.read_text() + "My words.\n")
+    hub.save_adapter(tmp_path / "adapter", params)
+    assert card.read_text().endswith("My words.\n")
+    card.write_text("# Not of jlora\n")
+    with pytest.raises(FileExistsError, match=r"adapter that jlora did not write, so it is left alone; .*force=True"):
+        hub.save_adapter(tmp_path / "adapter", params)
+    hub.save_adapter(tmp_path / "adapter", params, force=True)
+    hub.save_adapter(tmp_path / "adapter", params)

@@ -5,7 +5,7 @@ from typing import Any
 
 from jlora import hub
 from jlora.cli.model import load_model
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.generate import generate
 from jlora.lora import Bank
 from jlora.types import Params
@@ -15,7 +15,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command and returns 0; mistakes and failures raise."""
     if len(options.adapter) > 1 and len(options.adapter) != len(options.prompt):
         raise UserError(
-            f"--adapter: found {len(options.adapter)} for {len(options.prompt)} prompts, expected one, or one for each"
+            f"--adapter: found {len(options.adapter)} for {number_of(len(options.prompt), 'prompt')}, expected one, or "
+            "one for each"
         )
     model, params, tokenizer = load_model(options)
     params, adapters = _adapted(params, options.adapter, options.model)

@@ -27,7 +27,7 @@ from jlora.data.records import Accepted, OnError, Placed, Record, iterate_rows, 
 from jlora.data.sources import Sources
 from jlora.data.starts import extract_prompt, holds_question, shared_text_faults, with_question, without_prompt
 from jlora.data.template import as_messages
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 
 Kind = Literal["pairs", "unpaired"]
 
@@ -242,9 +242,12 @@ def _rankings(row: Record) -> tuple[list[Record], list[str]]:
         f"{number}: found it beside completions, expected it with pairs only" for number in NUMBERS if number in row
     ]
     if len(scores) != len(completions):
-        faults.append(f"found {len(completions)} completions and {len(scores)} {name}, expected as many of each")
+        faults.append(
+            f"found {number_of(len(completions), 'completion')} and {number_of(len(scores), name[:-1])}, expected as "
+            "many of each"
+        )
     elif not faults and len(set(scores)) < 2:
-        faults.append(f"{name}: found {len(set(scores))} different values, expected at least 2")
+        faults.append(f"{name}: found {number_of(len(set(scores)), 'different value')}, expected at least 2")
     if faults:
         return [], faults
     kept = {key: value for key, value in row.items() if key not in ("completions", "scores", "ranks")}

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, number_of
 from jlora.types import require
 
 # Columns whose cells in a CSV file are lists or objects, as JSON or as Python's str() writes them ...
@@ -49,7 +49,10 @@ def csv_rows(stream: io.BufferedIOBase, *, tabs: bool = False) -> Iterator[tuple
             if not cells:
                 continue
             if len(cells) != len(names):
-                yield place, UserError(f"found {len(cells)} cells, expected {len(names)}, one for each column")
+                yield (
+                    place,
+                    UserError(f"found {number_of(len(cells), 'cell')}, expected {len(names)}, one for each column"),
+                )
                 continue
             yield place, Cells({name: cell for name, cell in zip(names, cells, strict=True) if cell})
     except csv.Error as error:

@@ -1,5 +1,6 @@
 """Falcon-H1: attention and Mamba-2 side by side in every layer, with factors of nearly everything."""
 
+from jlora.errors import number_of
 from jlora.families import mamba
 from jlora.families.family import Family, Layer, Scales, Values
 from jlora.families.fields import Fields
@@ -37,7 +38,7 @@ def read_scales(fields: Fields) -> Scales:
     projected = fields.get("ssm_multipliers", [1.0] * 5, NUMBERS)
     for name, found, count in (("mlp_multipliers", mlp, 2), ("ssm_multipliers", projected, 5)):
         if len(found) != count:
-            fields.problems.append(f"{name} has {len(found)} entries, expected {count}")
+            fields.problems.append(f"{name} has {number_of(len(found), 'value')}, expected {count}")
     gate, mlp_out = (*mlp, 1.0, 1.0)[:2]
     return Scales(
         attention_in=fields.get("attention_in_multiplier", 1.0, NUMBER),

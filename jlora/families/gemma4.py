@@ -7,6 +7,7 @@ layer may read an embedding of its own for every token, and multiplies its outpu
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jlora.errors import number_of
 from jlora.families import gemma2, gemma3
 from jlora.families.family import OUT_IN, Beside, ExpertNames, Experts, Family, Layer, LayerInputs, Values
 from jlora.families.fields import Fields
@@ -102,7 +103,9 @@ def _sizes(fields: Fields, windows: Sequence[int | None]) -> list[dict[str, Any]
         for number, values in own.items():
             where = f"per_layer_config: {number}"
             if int(number) >= len(windows) or (unknown := sorted(values.keys() - SIZES)):
-                what = f"there are {len(windows)} layers" if int(number) >= len(windows) else ", ".join(unknown)
+                what = (
+                    f"found {number_of(len(windows), 'layer')}" if int(number) >= len(windows) else ", ".join(unknown)
+                )
                 fields.problems.append(f"{where}: {what}: not supported")
                 continue
             sizes[int(number)] = {
@@ -190,7 +193,9 @@ def _each(metadata: Metadata, key: str, count: int) -> list[Any]:
     """A value for every layer."""
     found = metadata.get(key)
     if found is None or (isinstance(found, list) and len(found) != count):
-        what = "is missing" if found is None else f"has {len(found)} entries for {count} layers"
+        what = (
+            "is missing" if found is None else f"has {number_of(len(found), 'value')} for {number_of(count, 'layer')}"
+        )
         metadata.problems.append(f"{metadata.name(key)} {what}")
         return [1] * count
     return found if isinstance(found, list) else [found] * count

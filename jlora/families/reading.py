@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jlora.errors import number_of
 from jlora.families.family import Layer, Values
 from jlora.families.fields import Fields
 from jlora.families.kinds import Kind
@@ -86,4 +87,4 @@ def read_windows(fields: Fields, window: int | None, count: int, default: Callab
 
 def require_length(fields: Fields, name: str, values: list, count: int) -> None:
     if len(values) != count:
-        fields.problems.append(f"{name} has {len(values)} entries for {count} layers")
+        fields.problems.append(f"{name} has {number_of(len(values), 'value')} for {number_of(count, 'layer')}")

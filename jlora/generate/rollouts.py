@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jlora import lora, sharding, tree
-from jlora.errors import UserError, first_few
+from jlora.errors import UserError, first_few, number_of
 from jlora.generate.decoding import Decoded, decode
 from jlora.lora.bank import refuse_chosen
 from jlora.models import Model
@@ -195,8 +195,8 @@ def beyond_positions(model: Model, prompts: Sequence[Sequence[int]], max_new_tok
     if not longer:
         return []
     return [
-        f"{len(longer)} of {len(prompts)} prompts ({first_few(longer)}) are longer than {max(room, 0)} tokens, the "
-        f"longest has {max(map(len, prompts))}: {model.config.model_type} has learned "
+        f"too long for {max(room, 0)} tokens: {len(longer)} of {number_of(len(prompts), 'prompt')} "
+        f"({first_few(longer)}), the longest has {max(map(len, prompts))}: {model.config.model_type} has learned "
         f"{model.config.max_position_embeddings} positions, and max_new_tokens={max_new_tokens}"
     ]
 
@@ -209,7 +209,7 @@ def _unfit(model: Model, prompts: Sequence[Sequence[int]], keys: jax.Array, max_
     if empty := [number for number, prompt in enumerate(prompts) if not len(prompt)]:
         problems.append(f"empty prompts {empty}: expected at least one token in each")
     if keys.shape != (len(prompts),):
-        problems.append(f"keys of shape {keys.shape}: expected one for each of {len(prompts)} prompts")
+        problems.append(f"keys of shape {keys.shape}: expected one for each of {number_of(len(prompts), 'prompt')}")
     if beyond := model.without_row(prompts):
         problems.append(f"prompts: {beyond}")
     return problems

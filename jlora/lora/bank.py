@@ -146,7 +146,9 @@ class Bank:
         missing = "the bank has no room at {}; give its modules as config when making the bank"
         faults = _faults(name, flat, self.params, room, missing)
         if name not in self.names and None not in self.names:
-            faults.append(f"all {len(self.names)} places are taken: remove one, or make a bank with more places")
+            faults.append(
+                f"{number_of(len(self.names), 'place')}, none of them free: remove one, or make a bank with more places"
+            )
         if faults:
             raise UserError(f"adapter {name!r} does not fit:\n  " + "\n  ".join(faults))
         place = self.names.index(name if name in self.names else None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num, Shaped
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 
 Rewards = Float[np.ndarray, " N"]
 Advantages = Float32[np.ndarray, " N"]
@@ -239,7 +239,7 @@ def _groups(values: Float[np.ndarray, "N *F"], group_size: int, least: int = 1) 
     if group_size < least:
         raise UserError(f"groups of {group_size}: expected at least {least} completions, for a mean to compare with")
     if len(values) % group_size:
-        raise UserError(f"{len(values)} completions: expected a multiple of the group's {group_size}")
+        raise UserError(f"{number_of(len(values), 'completion')}: expected a multiple of the group's {group_size}")
     return np.asarray(values, np.float64).reshape(-1, group_size, *values.shape[1:])
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jlora import data, lora, quant
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.lora import Bank
 from jlora.models import Model
 from jlora.models.mixers import MIXERS
@@ -144,7 +144,9 @@ class Engine:
             if not self._open:
                 raise Stopping("the engine is stopping, and takes no more requests")
             if self._taken >= self.limits.rows + self.limits.queue:
-                raise Busy(f"{self._taken} requests are running or waiting, which is all that there is room for")
+                raise Busy(
+                    f"{number_of(self._taken, 'request')} running or waiting, which is all that there is room for"
+                )
             self._taken += 1
             self.shelf.take(held)
             begun = request.tokens[len(request.tokens) - request.begun :]
@@ -447,7 +449,9 @@ class Engine:
         self._troubles += 1
         self._launched, self._rows, self._size = None, None, 0
         message = _told(error)
-        self._note(f"the engine failed at what it was doing, and {self._taken} requests with it: {message}")
+        self._note(
+            f"the engine failed at what it was doing, and {number_of(self._taken, 'request')} with it: {message}"
+        )
         if self._troubles >= TROUBLES:
             self.failure = error
             self.close()

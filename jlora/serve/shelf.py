@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jlora.errors import UnknownNameError, UserError, first_few
+from jlora.errors import UnknownNameError, UserError, first_few, number_of
 from jlora.lora import Bank
 from jlora.types import Params
 
@@ -77,8 +77,8 @@ class Shelf:
         old = self._held.get(name)
         if self.bank is None or None in self.bank.names or (old is not None and not old.users):
             return
-        waits = f", {len(self._going)} of them until their answers are complete" if self._going else ""
-        raise NoPlace(f"all {len(self.bank.names)} places are taken{waits}: remove one first")
+        waits = f", {len(self._going)} as soon as answers are complete" if self._going else ""
+        raise NoPlace(f"{number_of(len(self.bank.names), 'place')}, none of them free{waits}: remove one first")
 
     def put(self, name: str, adapter: Params) -> None:
         """Adds an adapter, in place of any of this name.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 # The axes that split a batch's rows, its tokens, every weight, heads and hidden units, and heads when tokens are whole.
@@ -66,14 +66,15 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if -1 in sizes:
         if len(devices) % known:
             raise UserError(
-                f"{config}: the fixed sizes multiply to {known}, which does not divide {len(devices)} devices"
+                f"{config}: the fixed sizes multiply to {known}, which does not divide "
+                f"{number_of(len(devices), 'device')}"
             )
         sizes[sizes.index(-1)] = len(devices) // known
     total = math.prod(sizes)
     if total == 1:
         devices = devices[:1]
     if total != len(devices):
-        raise UserError(f"{config}: sizes multiply to {total}, but there are {len(devices)} devices")
+        raise UserError(f"{config}: sizes multiply to {total}, but the number of devices is {len(devices)}")
     return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -109,8 +110,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     for name, value in batch.items():
         if value.ndim >= 3 and (value.shape[-2] % rows or value.shape[-1] % tokens):
             raise UserError(
-                f"batch {name!r} has {value.shape[-2]} rows of {value.shape[-1]} tokens; the mesh splits rows {rows} "
-                f"ways (data × fsdp), tokens {tokens} ways (sequence): change train.batch_size or mesh"
+                f"batch {name!r} has {number_of(value.shape[-2], 'row')} of "
+                f"{number_of(value.shape[-1], 'token')}; the mesh splits rows {rows} ways "
+                f"(data × fsdp), tokens {tokens} ways (sequence): change train.batch_size or mesh"
             )
     return {
         name: jax.make_array_from_callback(

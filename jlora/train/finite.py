@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.errors import Failed
+from jlora.errors import Failed, number_of
 from jlora.train.algorithms.algorithm import Note, Numbers
 from jlora.train.diverging import Rise, losses_of, sound
 from jlora.train.step import FINITE, Metrics
@@ -54,7 +54,8 @@ class Guard:
         for place in np.flatnonzero(self._in_a_row == self._limit) if self._names else ():
             before = f"its adapter stays as it was after step {step - self._limit}"
             if self._policy == "skip":
-                before = f"its last {self._limit} steps were skipped: {before} until a step of its own is finite again"
+                skipped = number_of(self._limit, "step")
+                before = f"it skipped its last {skipped}: {before} until a step of its own is finite again"
             self._note(
                 f"{self._names[place]}: {_what(metrics, int(place))} at step {step}; the others continue, and {before}"
             )
@@ -87,7 +88,7 @@ class Guard:
         if what == RISEN:
             return self._risen(step, kept)
         rows = f", the last of {self._limit} steps in a row that were skipped" if self._limit > 1 else ""
-        each = f", for each of {len(self._names)} adapters" if self._names else ""
+        each = f", for each of {number_of(len(self._names), 'adapter')}" if self._names else ""
         lines = [f"stopped: {what} at step {step}{rows}{each}"]
         lines += _left(what, step - self._limit, bool(self._names), self._workdir, kept)
         single = "; for single bad batches, train.on_nonfinite=skip continues without them, in this workdir too"
@@ -96,7 +97,7 @@ class Guard:
 
     def _risen(self, step: int, kept: Sequence[int]) -> Diverged:
         rise = next(rise for rise in self._rises if rise.diverged)
-        each = f", like those of each of {len(self._names)} adapters or not finite" if self._names else ""
+        each = f", like those of each of {number_of(len(self._names), 'adapter')} or not finite" if self._names else ""
         lines = [f"stopped: the loss has exploded at step {step}: {rise}{each}"]
         if good := self.sound(kept):
             where = _export(self._workdir, good[-1], bool(self._names))

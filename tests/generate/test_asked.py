@@ -107,7 +107,9 @@ def build_without_end(tokenizer):
 def test_prompts_that_do_not_fit_are_counted(short):
     _, model, params, tokenizer = short
     prompts = ["a", "b" * POSITIONS, "c" * 99]
-    with pytest.raises(jlora.UserError, match=r"2 of 3 prompts \(1, 2\) are longer than 13 .* 99: .*16 positions"):
+    with pytest.raises(
+        jlora.UserError, match=r"too long for 13 tokens: 2 of 3 prompts \(1, 2\), .* 99: .*16 positions"
+    ):
         jlora.generate(model, params, tokenizer, prompts, max_new_tokens=4)
 
 

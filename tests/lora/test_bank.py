@@ -227,7 +227,7 @@ def test_room_for_adapters_that_come_later():
         held.add("wide", adapted("wide"))
     for words in ("no room at embed_tokens/lora_a", "no room at lm_head/lora_a"):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="all 2 places are taken"):
+    with pytest.raises(ValueError, match="2 places, none of them free"):
         held.add("pissa", adapted("pissa")).add("third", adapted("narrow"))
 
 

@@ -183,7 +183,7 @@ def test_what_does_not_fit_leaves_everything_as_it_was(engine, ask, alone, make_
     assert "adapter 'law' does not fit" in str(wide.exception()) and "expected at most" in str(wide.exception())
     assert "more than a bank holds" in str(dora.exception())
     assert more[1].exception() is None
-    assert str(more[2].exception()) == "all 5 places are taken: remove one first"
+    assert str(more[2].exception()) == "5 places, none of them free: remove one first"
     heard, _ = ask("a", "law")
     removed, *_ = [engine.remove_adapter(name) for name in ("sixth", "fifth", "fourth")]
     run(engine)

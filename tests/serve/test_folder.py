@@ -58,7 +58,7 @@ def test_one_without_a_place_is_added_when_there_is_one(watched, engine, make_ad
     for name in ("guest", "another"):
         engine.put_adapter(name, make_adapter(6)).result()
     look(folder, 4)
-    assert notes == ["adapter new: not added yet: all 5 places are taken: remove one first"]
+    assert notes == ["adapter new: not added yet: 5 places, none of them free: remove one first"]
     engine.remove_adapter("guest").result()
     look(folder, 1)
     assert notes[1:] == ["adapter new: added"]

@@ -11,7 +11,7 @@ def test_a_place_is_free_only_when_nobody_needs_the_adapter_there(make_bank, mak
     shelf.take(law), shelf.take(law)
     shelf.put("law", make_adapter(5))
     assert shelf.get("law") is not law and shelf.place(shelf.get("law")) != shelf.place(law)
-    with pytest.raises(ValueError, match="all 4 places are taken, 1 of them until their answers are complete"):
+    with pytest.raises(ValueError, match="4 places, none of them free, 1 as soon as"):
         shelf.put("more", make_adapter(6))
     shelf.give_back(law)
     assert None not in shelf.bank.names

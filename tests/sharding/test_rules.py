@@ -95,7 +95,7 @@ def test_numbers_of_items_are_on_every_device(mesh):
 def test_mesh_sizes():
     assert dict(sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=2)).shape)["data"] == 4
     assert sharding.make_mesh(sharding.MeshConfig()).size == 1
-    with pytest.raises(ValueError, match="multiply to 3, but there are 8 devices"):
+    with pytest.raises(ValueError, match="multiply to 3, but the number of devices is 8"):
         sharding.make_mesh(sharding.MeshConfig(data=3))
     with pytest.raises(ValueError, match="does not divide 8 devices"):
         sharding.make_mesh(sharding.MeshConfig(data=-1, tensor=3))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import data, lora, losses
-from jlora.errors import raise_all
+from jlora.errors import number_of, raise_all
 from jlora.generate import policy_digest
 from jlora.losses import POLICY_LOSS_TYPES, advantages, by_document
 from jlora.models import Model
@@ -323,7 +323,9 @@ def _sample_groups(sampler: Sampler, source: RolloutSource, state: TrainState, n
         if rounds > config.grpo.dynamic_sampling or int((~equal).sum()) >= wanted:
             break
     if config.grpo.dynamic_sampling and (missing := wanted - int((~equal).sum())) > 0:
-        note(f"after {rounds} rounds {missing} of {wanted} groups still have equal rewards")
+        note(
+            f"after {number_of(rounds, 'round')}, rewards are still equal in {missing} of {number_of(wanted, 'group')}"
+        )
     chosen = np.argsort(equal, kind="stable")[:wanted]
     return rollout.choose(everything, chosen, group), rounds
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora import data, lora, sharding
 from jlora.data import Example, Item
-from jlora.errors import UserError, raise_all
+from jlora.errors import UserError, number_of, raise_all
 from jlora.generate import Completion, rollout
 from jlora.losses.advantages import overlong_penalty
 from jlora.train.algorithms.algorithm import Base, Numbers
@@ -81,7 +81,7 @@ class RolloutConfig:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             faults.append(
                 f"rollout.reward_weights: found {len(self.reward_weights)}, expected one for each of "
-                f"{len(self.rewards)} rewards"
+                f"{number_of(len(self.rewards), 'reward')}"
             )
         if ("model" in self.rewards) != (self.reward_model is not None):
             faults.append('rollout.reward_model and the reward "model": one is given without the other')
@@ -94,7 +94,7 @@ def faults(config: SharedConfig, completions: int) -> list[str]:
     found = []
     if completions % settings.num_generations:
         found.append(
-            f"a rollout has {completions} completions: not a multiple of rollout.num_generations = "
+            f"a rollout has {number_of(completions, 'completion')}: not a multiple of rollout.num_generations = "
             f"{settings.num_generations}; change train.batch_size or train.grad_accum"
         )
     if settings.max_completion_length >= train.seq_len:
@@ -223,9 +223,10 @@ class Sampler:
         failed = np.flatnonzero(~np.isfinite(scores))
         if len(failed) and self._config.rollout.on_error == "raise":
             raise UserError(
-                f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of {len(scores)} completions "
-                f"no finite score (the first is completion {failed[0]}: {scores[failed[0]]}); retrain it with a "
-                "lower optim.learning_rate, or set rollout.on_error='skip' to leave them out"
+                f"the reward model {self._config.rollout.reward_model} gave {len(failed)} of "
+                f"{number_of(len(scores), 'completion')} no finite score (the first is completion {failed[0]}: "
+                f"{scores[failed[0]]}); retrain it with a lower optim.learning_rate, or set "
+                "rollout.on_error='skip' to leave them out"
             )
         return np.where(np.isfinite(scores), scores, np.nan)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.train.rewards import pyfile
 
 Fault = tuple[str, BaseException | None]
@@ -73,12 +73,20 @@ def read(function: Callable[..., Any], result: Any, size: int) -> tuple[Float32[
     """The function's rewards, NaN where it gave none; how many completions it failed on; and why."""
     values = np.full(size, np.nan, np.float32)
     if isinstance(result, BaseException):
-        return values, size, [(f"all {size} completions: {_describe(function, result)}", result)]
+        return values, size, [(f"all {number_of(size, 'completion')}: {_describe(function, result)}", result)]
     alone = not hasattr(result, "__len__") or getattr(result, "ndim", 1) == 0  # 0-d arrays have __len__ too
     if isinstance(result, str | Mapping) or alone:
-        return values, size, [(f"returned {reprlib.repr(result)}, expected a list of {size} numbers", None)]
+        return (
+            values,
+            size,
+            [(f"returned {reprlib.repr(result)}, expected a list of {number_of(size, 'number')}", None)],
+        )
     if len(result) != size:
-        return values, size, [(f"returned {len(result)} values, expected {size}, one for each completion", None)]
+        return (
+            values,
+            size,
+            [(f"returned {number_of(len(result), 'value')}, expected {size}, one for each completion", None)],
+        )
     faults: list[Fault] = []
     for index, value in enumerate(result):
         if isinstance(value, BaseException):
@@ -106,7 +114,9 @@ class Log:
         """Records a list or array with one value per completion."""
         _refuse_taken("log_extra", column, COLUMNS)
         if len(values) != self._size:
-            raise UserError(f"log_extra({column!r}): {len(values)} values, expected {self._size}, one a completion")
+            raise UserError(
+                f"log_extra({column!r}): {number_of(len(values), 'value')}, expected {self._size}, one a completion"
+            )
         self.columns[column] = [_plain(value) for value in values]
 
     def means(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from jlora.errors import UserError
+from jlora.errors import UserError, number_of
 from jlora.losses.advantages import total
 from jlora.train.rewards import pyfile
 from jlora.train.rewards.calls import Log, Loop, call_all, name_of, parameters, read
@@ -203,7 +203,12 @@ def load_rewards(
         found.append(label)
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(weights) != len(names):
-        faults.append(UserError(f"{len(weights)} reward weights: expected one for each of {len(names)} rewards"))
+        faults.append(
+            UserError(
+                f"{number_of(len(weights), 'reward weight')}: expected one for each of "
+                f"{number_of(len(names), 'reward')}"
+            )
+        )
     if faults:
         raise faults[0] if len(faults) == 1 else UserError("\n".join(map(str, faults)))
     counts: collections.Counter = collections.Counter()
@@ -269,7 +274,7 @@ def _load(name: str) -> tuple[Reward, str]:
 def _check_columns(columns: Mapping[str, Sequence[Any]], size: int) -> None:
     faults = [f"{name}: the name is taken; rename the field" for name in columns if name in RESERVED]
     faults += [
-        f"{name}: {len(values)} values, expected {size}, one for each completion"
+        f"{name}: {number_of(len(values), 'value')}, expected {size}, one for each completion"
         for name, values in columns.items()
         if len(values) != size
     ]

@@ -176,7 +176,7 @@ HERE = re.escape(__file__)
 FAILURES = [
     (raises, rf"raises: all 2 completions: {HERE}, line \d+: KeyError: 'gone'", 2),
     (raises_later, rf"raises_later: all 2 completions: {HERE}, line \d+: TimeoutError: no answer", 2),
-    (lambda completions: [1.0], "<lambda>: returned 1 values, expected 2", 2),
+    (lambda completions: [1.0], "<lambda>: returned 1 value, expected 2", 2),
     (lambda completions: 0.5, "<lambda>: returned 0.5, expected a list of 2 numbers", 2),
     (lambda completions: np.zeros(()), r"<lambda>: returned array\(0.\), expected a list of 2 numbers", 2),
     (lambda completions: jnp.ones(()), "<lambda>: returned Array.*, expected a list of 2 numbers", 2),
@@ -190,7 +190,7 @@ FAILURES = [
     (lambda completions: [1.0, -math.inf], "<lambda>: completion 1: -inf, expected", 1),
     (lambda completions: [1.0, 1e300], r"<lambda>: completion 1: 1e\+300, expected", 1),
     (lambda completions: [1.0, np.ones(2)], r"<lambda>: completion 1: array\(\[1., 1.\]\), expected", 1),
-    (lambda completions, log_extra: log_extra("a", [1]), r"log_extra\('a'\): 1 values, expected 2, one a compl", 2),
+    (lambda completions, log_extra: log_extra("a", [1]), r"log_extra\('a'\): 1 value, expected 2, one a compl", 2),
     (lambda completions, log_extra: log_extra("step", [1, 2]), r"log_extra\('step'\): found a name that is taken", 2),
     (lambda completions, log_metric: log_metric("loss", 1), r"log_metric\('loss'\): found a name that is taken", 2),
     (lambda completions: [1.0, LookupError("that one")], "<lambda>: completion 1: LookupError: that one", 1),
@@ -261,7 +261,7 @@ def test_names_that_cannot_be_loaded(tmp_path):
         f"{file} defines no function reward(); it defines other",
         f"{file} defines no function metric(); it defines other",
         f"{tmp_path}/gone.py is not a file; expected a Python file that defines f()",
-        "1 reward weights: expected one for each of 5 rewards",
+        "1 reward weight: expected one for each of 5 rewards",
     ]
     with pytest.raises(FileNotFoundError, match=r"gone.py is not a file"):
         load_rewards([f"{tmp_path}/gone.py"])

@@ -36,7 +36,7 @@ def tasks(tmp_path_factory):
 
     rows = [
         {"q": text(3 + i % 5), "choices": [text(2), text(1 + i % 3)], "label": i % 2, "text": text(40)}
-        for i in range(9)
+        for i in range(5)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {

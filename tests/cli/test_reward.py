@@ -50,6 +50,7 @@ def test_evaluation_is_that_of_the_run_with_a_plot(model_folder, reward_run, pai
     assert plot.read_bytes()[:4] == (reward_run / "calibration.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow  # train/algorithms/test_alignment.py has it without the command line
 def test_ppo_is_rewarded_by_the_reward_model(recipe, reward_run, data_file, tmp_path):
     settings = {
         "algorithm": "ppo",

@@ -76,6 +76,7 @@ def test_one_step_is_compiled_and_each_record_is_read_once(swept, data_file):
     assert len(seen) == 2 * pathlib.Path(data_file).read_text().count("\n")  # to train, and to evaluate
 
 
+@pytest.mark.slow  # train/test_many.py has the same of runs that were not given by --sweep
 def test_each_adapter_is_what_it_is_alone(swept, command, tmp_path):
     workdir, _, _ = swept
     together = read_metrics(workdir)

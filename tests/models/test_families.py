@@ -783,7 +783,7 @@ SCORED = [
 ]
 
 
-@pytest.mark.parametrize("case", each(SCORED, COSTLY))
+@pytest.mark.parametrize("case", each(SCORED, {*COSTLY, *ALIKE}))
 def test_score_head(case, tmp_path):
     """A reward model of transformers gives the same scores, and is written again tensor by tensor."""
     config = configured(case)
@@ -802,7 +802,7 @@ def test_score_head(case, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in written.items())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FIRST_CASES)
 def test_a_familys_tree_is_told_to_be_one_of_jloras_own(case):
     """By structure, which other models' trees are told by too: nothing in it is taken for a single module."""
     model = models.build(configured(case).to_dict())

@@ -42,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def base(model):
-    return model.random_params(jax.random.key(0))
+    return jax.jit(model.random_params)(jax.random.key(0))
 
 
 def adapted(base, **settings):

@@ -108,7 +108,7 @@ def test_documents_end_and_branches_continue(theirs, config):
 def test_a_mesh_changes_nothing():
     """With one group, whose keys every device has, and heads on several."""
     model = models.build(transformers.GraniteMoeHybridConfig(**FIELDS | dict(mamba_n_groups=1)).to_dict())
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     tokens = np.arange(2 * 40, dtype=np.int32).reshape(2, 40) % 61
     expected = model(params, tokens)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])

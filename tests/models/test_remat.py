@@ -31,7 +31,7 @@ CONFIG = {
 def halves():
     model = models.build(CONFIG)
     settings = lora.LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.2)
-    params = lora.init(model.random_params(jax.random.key(0)), settings, jax.random.key(1))
+    params = lora.init(jax.jit(model.random_params)(jax.random.key(0)), settings, jax.random.key(1))
     frozen, trainable = lora.split(params)
     return model, frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable)
 
@@ -135,7 +135,7 @@ def test_tiles_of_experts_give_the_gradients_of_the_whole(config, monkeypatch):
     """A tile holds the tokens of half of the experts' room: two of four are passed."""
     model = models.build(config)
     settings = lora.LoraConfig(r=3, target_modules="all-linear", target_parameters=["experts.down_proj"])
-    params = lora.init(model.random_params(jax.random.key(0)), settings, jax.random.key(1))
+    params = lora.init(jax.jit(model.random_params)(jax.random.key(0)), settings, jax.random.key(1))
     frozen, trainable = lora.split(params)
     halves = model, frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable)
     whole = gradients(halves, "full", TOKENS)

@@ -84,7 +84,7 @@ def case(family, devices=None, **mesh):
     here = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.sizes)])
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
     model = models.build(CONFIGS[family] | {layers: 2, "vocab_size": VOCABULARY})
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     stack = model.config.names.stack
     params = tree.map_with_path(
         lambda path, leaf: quant.quantize(leaf) if path.startswith(stack) and path.endswith("kernel") else leaf, params
@@ -128,7 +128,7 @@ def is_adapters(moved):
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [
-        ("llama", {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param("llama", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         ("llama", {"fsdp": 2, "sequence": 2}),
         ("gpt2", {"tensor": 2}),
         ("gpt_neox", {"tensor": 2}),
@@ -217,7 +217,7 @@ def test_what_does_not_divide_is_whole_and_right():
     """A vocabulary that fsdp does not divide, and heads of keys that tensor does not."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 33, "num_hidden_layers": 1}
     model = models.build(CONFIGS["llama"] | sizes)
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 33)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     np.testing.assert_allclose(model(sharding.shard(params, mesh), tokens), model(params, tokens), rtol=1e-4, atol=1e-5)

@@ -47,6 +47,7 @@ def finished(settings, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow  # by default a step is compared (test_step.py), and a run of PPO (algorithms/test_alignment.py)
 def test_the_same_command_on_a_mesh_gives_the_same_losses_and_adapter(settings, finished, tmp_path):
     run(resolve(settings | {"mesh": {"fsdp": 4, "tensor": 2}}), tmp_path)
     losses = [[record["loss"] for record in read_metrics(folder)] for folder in (finished, tmp_path)]

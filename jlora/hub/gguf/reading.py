@@ -112,13 +112,28 @@ def tokenizer_fields(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> Any:
-    gguf = require("gguf", "gguf")
+    reader = _on_plain_arrays(require("gguf", "gguf").GGUFReader)
     try:
-        return gguf.GGUFReader(path)
+        return reader(path)
     except Exception as error:  # errors of any class: the package trusts every count and offset in the file
         raise UserError(
             f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not GGUF: {type(error).__name__}: {error}"
         ) from error
+
+
+def _on_plain_arrays(reader: type) -> type:
+    """The package's reader, which would cut up a vocabulary as slices of np.memmap, in three times time and memory."""
+
+    class Reader(reader):
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    return Reader
 
 
 def _is_small(name: str) -> bool:

@@ -85,6 +85,14 @@ CASES = {
 EVERY = pytest.mark.parametrize("kind", CASES)
 
 
+def distinct(kinds):
+    """For tests that take long: without `-m slow` not those that are put together as another."""
+    return [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("gemma4_unified", "qwen3_5"))) for kind in kinds]
+
+
+DISTINCT = pytest.mark.parametrize("kind", distinct(CASES))
+
+
 def reference(kind):
     """transformers' model with random weights."""
     name, fields = CASES[kind]
@@ -151,7 +159,7 @@ def test_every_such_family_is_tried_here():
     assert {kind for kind, family in FAMILIES.items() if family.half} == set(CASES)
 
 
-@EVERY
+@DISTINCT
 def test_a_merge_changes_the_language_model_and_no_byte_of_anything_else(save, tmp_path, kind):
     folder = save(kind)
     model, params = hub.load(folder)
@@ -260,7 +268,7 @@ def test_a_folder_that_is_gone_or_changed_is_an_error_before_anything_is_written
         hub.save_model(tmp_path / "out", models.build(model.config.to_hf()), params)
 
 
-@EVERY
+@DISTINCT
 def test_an_adapter_has_pefts_names_and_leaves_the_tower_alone(save, tmp_path, kind):
     folder = save(kind)
     model, params = hub.load(folder)
@@ -285,7 +293,7 @@ def test_an_adapter_that_reaches_into_the_tower_is_refused_by_name(save, tmp_pat
         hub.load_adapter(hub.load(folder)[1], tmp_path / "adapter")
 
 
-@EVERY
+@DISTINCT
 def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
     folder = save(kind)
     model, params = hub.load(folder, vocab=107)
@@ -303,7 +311,7 @@ def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
     assert np.isfinite(model(params, np.array([[1, 106]]))).all()  # the new rows are everywhere
 
 
-@EVERY
+@DISTINCT
 def test_packed_folders(save, tmp_path, kind):
     """Packed by jlora or bitsandbytes, the language model only; nothing of the rest is packed by a reader."""
     folder = save(kind)
@@ -354,7 +362,9 @@ def test_config_alone_is_enough_for_a_plan(save, kind):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CASES if FAMILIES[kind].half.families[0] in FAMILIES.values()])
+@pytest.mark.parametrize(
+    "kind", distinct(kind for kind in CASES if FAMILIES[kind].half.families[0] in FAMILIES.values())
+)
 def test_the_language_model_alone_computes_the_same(save, tmp_path, kind):
     model, params = hub.load(save(kind))
     own, leaves = alone(model, params)
@@ -412,7 +422,7 @@ def test_settings_that_the_file_leaves_out_are_transformers():
     assert (ours.vocab_size, ours.num_attention_heads, ours.head_dim) == (262_208, 8, 256)
 
 
-@EVERY
+@DISTINCT
 def test_a_recipe_combines_the_language_models(save, tmp_path, kind):
     """And copies the rest from the first; of layers taken from both, config.json gets the new number."""
     folder = save(kind)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jlora import hub
-from jlora.hub.gguf.reading import GGUFFile
+from jlora.hub.gguf.reading import GGUFFile, tokenizer_fields
 
 # 32 values make a block, so every row must hold whole ones.
 SIZES = {
@@ -167,3 +167,15 @@ def test_another_architecture_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="has architecture 'mamba'"):
         hub.open_source(tmp_path / "other.gguf")
+
+
+def test_a_vocabulary_is_not_cut_up_as_slices_of_a_memmap(tmp_path, monkeypatch):
+    """Of np.memmap, every word takes three times the time and memory."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_token_list(["a", "bc", ""])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setattr(np.memmap, "__getitem__", lambda *_: pytest.fail("a slice of a memmap"))
+    assert tokenizer_fields(tmp_path / "model.gguf") == {"ggml.tokens": ["a", "bc", ""]}

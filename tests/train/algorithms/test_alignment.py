@@ -179,7 +179,9 @@ ADVANTAGES = {
 }
 
 
-@pytest.mark.parametrize("variant", ADVANTAGES)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name == "reinforce++")) for name in ADVANTAGES]
+)
 def test_relatives_of_grpo_learn_from_the_advantages_of_their_papers(variant, files, settings, tmp_path):
     grpo, expected = ADVANTAGES[variant]
     config = settings(

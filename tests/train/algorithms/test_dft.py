@@ -55,6 +55,7 @@ def test_it_is_evaluated_by_likelihood_and_trains_another_way(settings, tmp_path
     assert dynamic[1]["eval_loss"] != plain[1]["eval_loss"]
 
 
+@pytest.mark.slow  # side by side, DFT is SFT's step with another term
 def test_several_adapters_side_by_side(settings, tmp_path):
     alone = log(settings("dft"), tmp_path / "alone")
     run(resolve(settings("dft", adapters={"a": {}, "b": {"lora": {"r": 3}}})), tmp_path / "both")

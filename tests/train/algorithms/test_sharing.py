@@ -42,7 +42,9 @@ def halves():
     @jax.jit
     def make():
         params = lora.init(
-            MODEL.random_params(jax.random.key(0)), lora.LoraConfig(r=3, target_modules="all-linear"), jax.random.key(1)
+            jax.jit(MODEL.random_params)(jax.random.key(0)),
+            lora.LoraConfig(r=3, target_modules="all-linear"),
+            jax.random.key(1),
         )
         return tree.map_with_path(lambda path, leaf: leaf + 0.1 if "lora_b" in path else leaf, params)
 

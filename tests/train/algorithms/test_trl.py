@@ -113,7 +113,13 @@ def adapters(model_folder, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+# What other cases do with a term or a factor more.
+LESS = ("dpo", "cpo, simpo")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LESS else case for case in CASES]
+)
 def test_the_first_step_is_trls(case, model_folder, adapters, byte_tokenizer, tmp_path, parity):
     trainer_class, config_class, records, theirs, ours = CASES[case]
     algorithm = case.partition(",")[0]

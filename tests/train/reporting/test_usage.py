@@ -86,7 +86,7 @@ DEEPSEEK = LLAMA | dict(
 def test_flops_are_those_of_the_products_in_a_gradient(config):
     """A tied embedding is the head: the lookup multiplies nothing. Nor do the rows that layers have of their own."""
     model = models.build(config)
-    params = lora.init(model.random_params(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(0))
+    params = lora.init(jax.jit(model.random_params)(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(0))
     frozen, trainable = lora.split(params)
     length = 32
     tokens = jnp.zeros((1, length), jnp.int32)

@@ -1,5 +1,7 @@
 """An engine on several devices answers as on one."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -79,10 +81,10 @@ def test_answers_are_those_of_one_device(folder, sizes, quant, request):
     alone, (engine, third) = conversation(*started(folder, quant=quant)), started(folder, mesh, quant)
     before = placements(engine)
     found = conversation(engine, third)
-    assert [[token.number for token in tokens] for tokens in found] == [[t.number for t in tokens] for tokens in alone]
-    for one, spread in zip(sum(alone, []), sum(found, []), strict=True):
-        np.testing.assert_allclose(spread.log_prob, one.log_prob, atol=1e-3)
-    assert len({tuple(token.number for token in tokens) for tokens in found}) > 5
+    numbers, expected = ([[token.number for token in tokens] for tokens in answers] for answers in (found, alone))
+    assert numbers == expected and len(set(map(tuple, numbers))) > 5
+    for pair in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
+        np.testing.assert_allclose(*(token.log_prob for token in pair), atol=1e-3)
     assert engine.numbers["prompt_tokens_cached"] > 100 and placements(engine) == before
 
 

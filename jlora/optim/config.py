@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator
 
 from jlora.errors import UserError
@@ -93,9 +94,14 @@ class OptimConfig:
         if self.schedule not in SCHEDULES:
             yield _unknown("schedule", self.schedule, SCHEDULES)
         for words, fits, names in (
-            ("a positive number", lambda value: value > 0, ("learning_rate", "loraplus_lr_ratio", "eps")),
+            (
+                "a positive, finite number",
+                lambda value: 0 < value < math.inf,
+                ("learning_rate", "loraplus_lr_ratio", "eps"),
+            ),
             ("a positive number", lambda value: value > 0, ("clip_threshold",)),
-            ("zero or more", lambda value: value >= 0, ("weight_decay", "max_grad_norm", "warmup_steps")),
+            ("zero or more, and finite", lambda value: 0 <= value < math.inf, ("weight_decay", "warmup_steps")),
+            ("zero or more", lambda value: value >= 0, ("max_grad_norm",)),
             ("[0, 1)", lambda value: 0 <= value < 1, ("b1", "b2", "momentum")),
             ("[0, 1]", lambda value: 0 <= value <= 1, ("warmup_ratio", "min_lr_ratio", "decay_ratio")),
             ("a negative number", lambda value: value < 0, ("beta2_decay",)),

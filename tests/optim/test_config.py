@@ -1,6 +1,7 @@
 """Settings of the optimizer: defaults by name, and everything that is refused."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -11,6 +12,8 @@ from jlora.train.config import completed, default_config, resolve, to_dict
 def test_faults_are_all_listed():
     with pytest.raises(ValueError) as error:
         OptimConfig(schedule="exponential", learning_rate=0.0, b1=1.0, warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"(?s)learning_rate=inf: expected .*weight_decay=inf: expected zero"):
+        OptimConfig(learning_rate=math.inf, weight_decay=math.inf, max_grad_norm=math.inf)
     for part in ("schedule='exponential'", "learning_rate=0.0", "b1=1.0", "warmup_steps=-1"):
         assert part in str(error.value)
 

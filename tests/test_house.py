@@ -54,3 +54,10 @@ def test_the_tables_are_printed(capsys):
     house.main()
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*house.KNOWLEDGE, "jlora/lora", "all"))
+
+
+def test_every_file_is_called_after_what_it_holds():
+    root = pathlib.Path(__file__).parent.parent
+    nameless = {"util", "utils", "common", "helper", "helpers", "base", "misc"}
+    files = [path for folder in ("jlora", "tests", "configs", "benchmarks") for path in (root / folder).rglob("*.py")]
+    assert [path for path in files if path.stem.strip("_") in nameless or path.parent.name in nameless] == []

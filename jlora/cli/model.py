@@ -11,7 +11,7 @@ import rich.console
 import rich.progress
 
 from jlora import data, hub, lora, quant
-from jlora.cli.parsers.common import MESH
+from jlora.cli.parsers.options import MESH
 from jlora.ends import end_ids
 from jlora.errors import UserError
 from jlora.models import Model

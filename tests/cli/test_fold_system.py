@@ -9,7 +9,7 @@ import pytest
 from jlora import hub
 from jlora.cli.main import main
 from jlora.cli.model import load_model
-from jlora.cli.parsers.common import add_model_options
+from jlora.cli.parsers.options import add_model_options
 from jlora.data import encode_prompt
 from jlora.errors import UserError
 

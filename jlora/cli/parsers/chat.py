@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from jlora.cli.parsers.common import add_base_options, command, positive
+from jlora.cli.parsers.options import add_base_options, command, positive
 
 BASE = "none"  # the adapter's name that stands for the base alone
 HELP = f"""/adapter NAME      answer with this adapter; {BASE} for the base alone; without a name: which there are

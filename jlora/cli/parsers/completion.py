@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import command
+from jlora.cli.parsers.options import command
 
 SHELLS = ("bash", "zsh", "fish")
 EPILOG = """Commands, options, values, settings (--config.GROUP.KEY), recipes and files are completed. To keep it:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_config_option, command
+from jlora.cli.parsers.options import add_config_option, command
 
 
 def parser() -> argparse.ArgumentParser:

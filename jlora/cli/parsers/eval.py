@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_model_options, add_on_error_option, command, positive
+from jlora.cli.parsers.options import add_model_options, add_on_error_option, command, positive
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_force_option, add_gguf_option, add_layout_options, command
+from jlora.cli.parsers.options import add_force_option, add_gguf_option, add_layout_options, command
 
 
 def parser() -> argparse.ArgumentParser:

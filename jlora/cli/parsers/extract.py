@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_force_option, add_layout_options, add_vocab_option, command, rank
+from jlora.cli.parsers.options import add_force_option, add_layout_options, add_vocab_option, command, rank
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_model_options, command, positive
+from jlora.cli.parsers.options import add_model_options, command, positive
 
 
 def _temperature(text: str) -> float:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_config_option, add_sweep_option, command, suggest
+from jlora.cli.parsers.options import add_config_option, add_sweep_option, command, suggest
 from jlora.devices import DEVICES
 from jlora.names import COMPILERS
 

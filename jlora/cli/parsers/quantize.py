@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import (
+from jlora.cli.parsers.options import (
     add_dtype_option,
     add_force_option,
     add_on_error_option,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import command
+from jlora.cli.parsers.options import command
 
 
 def parser() -> argparse.ArgumentParser:

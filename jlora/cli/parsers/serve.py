@@ -2,7 +2,7 @@
 
 import argparse
 
-from jlora.cli.parsers.common import add_base_options, command, positive
+from jlora.cli.parsers.options import add_base_options, command, positive
 
 KEY = "JLORA_API_KEY"
 

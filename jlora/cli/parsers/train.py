@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 from jlora.cli import settings
-from jlora.cli.parsers.common import add_config_option, add_sweep_option, command
+from jlora.cli.parsers.options import add_config_option, add_sweep_option, command
 
 
 class _Help(argparse.Action):

@@ -274,7 +274,7 @@ def kernels(dry: bool = False) -> Iterator[Row]:
 
     from jlora import quant
     from jlora.losses import cross_entropy
-    from jlora.quant import four_bit
+    from jlora.quant.lookups import FORMS
     from jlora.quant.products import matmul
 
     scale = 32 if dry else 1
@@ -284,7 +284,7 @@ def kernels(dry: bool = False) -> Iterator[Row]:
     x, dense = draw(key, (BATCH * length, width)), draw(key, (width, inner)) * 0.02
     timed, product = Timer(dry), forward_and_back(matmul, 1)
     yield {"kernel": "product, dense"} | timed(product, x, dense)
-    for name in four_bit.LOOKUPS:
+    for name in FORMS:
         with lookups(name):
             for nested in (True, False):
                 packed = quant.quantize(dense, "nf4", double_quant=nested)

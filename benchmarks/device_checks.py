@@ -183,36 +183,37 @@ def marks_of(case: str, tokens: int) -> tuple[Any, float | None]:
 
 @contextlib.contextmanager
 def lookups(name: str) -> Iterator[None]:
-    """Inside the context, packed 4-bit codes are looked up in this way on every platform."""
+    """Inside the context, tables of every size are looked up in this way on every platform."""
     import jax
 
-    from jlora.quant import four_bit
+    from jlora.quant.lookups import BEST
 
-    kept = dict(four_bit.LOOKUP)
-    four_bit.LOOKUP.update(dict.fromkeys(kept, name))
+    kept = dict(BEST)
+    BEST.update(dict.fromkeys(kept, (name, name)))
     jax.clear_caches()
     try:
         yield
     finally:
-        four_bit.LOOKUP.update(kept)
+        BEST.update(kept)
         jax.clear_caches()
 
 
 def lookup_checks() -> Iterator[tuple[str, Callable[[], Row]]]:
     """Checks that all lookups give the same values, to the bit."""
-    from jlora.quant import four_bit
+    from jlora.quant.four_bit import CODEBOOKS
+    from jlora.quant.lookups import FORMS
 
     @functools.cache
     def values(name: str) -> list[str]:
         with lookups(name):
-            return [_values(_packed(format, "float32")) for format in four_bit.CODEBOOKS]
+            return [_values(_packed(format, "float32")) for format in CODEBOOKS]
 
     def same(name: str) -> Row:
-        return {"passed": values(name) == values(next(iter(four_bit.LOOKUPS)))}
+        return {"passed": values(name) == values(next(iter(FORMS)))}
 
-    first, *others = four_bit.LOOKUPS
+    first, *others = FORMS
     for name in others:
-        yield f"lookup of 4 bits, {name} as {first}, bits", functools.partial(same, name)
+        yield f"lookup of 4 bits and scales, {name} as {first}, bits", functools.partial(same, name)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from jlora.lora.kinds import own_axes
+from jlora.quant.lookups import lookup
 from jlora.quant.scales import dynamic_map
 from jlora.types import Params
 
@@ -111,7 +112,7 @@ def _unpacked(moment: Any, axis: int | None, *, signed: bool) -> jax.Array:
     axis += moment.codes.ndim
     absmax = jnp.repeat(moment.absmax, BLOCK, axis=axis)
     absmax = jax.lax.slice_in_dim(absmax, 0, moment.codes.shape[axis], axis=axis)
-    return _looked_up(dynamic_map(signed), moment.codes) * absmax
+    return lookup(moment.codes, dynamic_map(signed)) * absmax
 
 
 def nearest_codes(scaled: Float[Array, "*shape"], *, signed: bool) -> UInt8[Array, "*shape"]:
@@ -126,14 +127,10 @@ def nearest_codes(scaled: Float[Array, "*shape"], *, signed: bool) -> UInt8[Arra
     size, first = jnp.abs(scaled), 1 if signed else 2
     decade = sum((size > 10.0**exponent).astype(jnp.int32) for exponent in range(-6, 0))
     cells = jnp.left_shift(first, decade)
-    part = (size * _looked_up(10.0 ** np.arange(6, -1, -1, dtype=np.float32), decade) - 0.1) / 0.9
+    part = (size * lookup(decade, 10.0 ** np.arange(6, -1, -1, dtype=np.float32)) - 0.1) / 0.9
     rank = cells - first + jnp.clip((part * cells).astype(jnp.int32), 0, cells - 1)
     zero = 127 if signed else 0
     code = jnp.where(scaled < 0, zero - 1 - rank, zero + 1 + rank)
-    above = scaled > _looked_up(np.append(borders, np.inf), code)
-    below = scaled <= _looked_up(np.append(-np.inf, borders), code)
+    above = scaled > lookup(code, np.append(borders, np.float32(np.inf)))
+    below = scaled <= lookup(code, np.append(np.float32(-np.inf), borders))
     return (code + above - below).astype(jnp.uint8)
-
-
-def _looked_up(table: np.ndarray, places: jax.Array) -> jax.Array:
-    return jnp.asarray(table, jnp.float32).at[places].get(mode="promise_in_bounds")

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.kernels.order import after
-from jlora.quant.packed import PackedArray
+from jlora.quant.lookups import lookup
+from jlora.quant.packed import PackedArray, splits_neighbours
 from jlora.quant.scales import dequantize_scales, quantize_scales, rounded_to
 
 BLOCK = 64
@@ -86,6 +87,11 @@ class Packed4bit(PackedArray):
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
         return unpack(self, dtype)
 
+    def strided(self, dtype: jax.typing.DTypeLike | None = None) -> tuple[Float[Array, "*stack d N"], ...]:
+        if self.matrix[0] % BLOCK or not splits_neighbours():
+            return super().strided(dtype)
+        return unpack_halves(self, dtype)
+
     def with_scales(self) -> "Packed4bit":
         return dataclasses.replace(self, absmax=block_scales(self), nested_absmax=None, offset=None)
 
@@ -117,6 +123,17 @@ def unpack(leaf: Packed4bit, dtype: jax.typing.DTypeLike | None = None) -> Float
     values = lookup(nibbles(leaf.codes, shifts), CODEBOOKS[leaf.format])
     values = values * jnp.repeat(block_scales(leaf), BLOCK, axis=-2)
     return rounded_to(_from_blocks(values, leaf.matrix), leaf.dtype, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def unpack_halves(leaf: Packed4bit, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
+    """The rows 0, 2, 4 … and 1, 3, 5 … of `unpack`, for inputs in whole blocks."""
+    scales = jnp.repeat(block_scales(leaf), BLOCK // 2, axis=-2)
+    first, second = (
+        rounded_to(lookup((leaf.codes >> shift) & 15, CODEBOOKS[leaf.format]) * scales, leaf.dtype, dtype)
+        for shift in _SHIFTS.tolist()
+    )
+    return first, second
 
 
 def block_scales(leaf: Packed4bit) -> Float[Array, "*stack blocks N"]:
@@ -212,49 +229,3 @@ def nibbles(codes: jax.Array, shifts: jax.Array) -> jax.Array:
     twice = jnp.broadcast_to(codes[..., :, None, :], (*stack, half, 2, outputs))
     shift = jnp.broadcast_to(shifts[:, None], twice.shape)
     return ((twice >> shift) & 15).reshape(*stack, 2 * half, outputs)
-
-
-def lookup(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """The table's values at 4-bit indices, in the form that is fastest on the device that is compiled for."""
-    by_platform = {platform: functools.partial(LOOKUPS[name], table=table) for platform, name in LOOKUP.items()}
-    return jax.lax.platform_dependent(index, **by_platform)
-
-
-def _select(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """A lookup by a tree of selects, four deep."""
-
-    def choose(bit: int, values: np.ndarray) -> jax.Array:
-        if len(values) == 1:
-            return jnp.asarray(values[0])
-        high, low = choose(bit - 1, values[len(values) // 2 :]), choose(bit - 1, values[: len(values) // 2])
-        return jnp.where((index >> bit) & 1 == 1, high, low)
-
-    return choose(3, table)
-
-
-def _bits(index: jax.Array, table: np.ndarray) -> jax.Array:
-    """A lookup by a tree of selects, without constants for the compiler to materialise.
-
-    Its leaves compute one of two values' bits from the last index bit.
-    """
-    index = index.astype(jnp.int32)
-    last = -(index & 1)
-
-    def choose(bit: int, values: np.ndarray) -> jax.Array:
-        if bit == 0:
-            low, high = (int(value) for value in values.view(np.int32))
-            return low ^ (last & (low ^ high))
-        half = len(values) // 2
-        return jnp.where((index >> bit) & 1 == 1, choose(bit - 1, values[half:]), choose(bit - 1, values[:half]))
-
-    return jax.lax.bitcast_convert_type(choose(3, table.astype(np.float32)), jnp.float32).astype(table.dtype)
-
-
-def _gather(index: jax.Array, table: np.ndarray) -> jax.Array:
-    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
-
-
-LOOKUPS = {"select": _select, "gather": _gather, "bits": _bits}
-# XLA vectorises selects on a CPU, but not a gather. Elsewhere it moves the selects' constants out of the loop over
-# layers and keeps them as 16 float32 arrays of a kernel's size until the end: 5 GiB of Llama-3.1-8B's step.
-LOOKUP = {"cpu": "select", "tpu": "bits", "default": "gather"}

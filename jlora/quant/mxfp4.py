@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from jlora.kernels.order import after
-from jlora.quant.four_bit import lookup, nibbles
-from jlora.quant.packed import PackedArray
+from jlora.quant.four_bit import nibbles
+from jlora.quant.lookups import lookup
+from jlora.quant.packed import PackedArray, splits_neighbours
 from jlora.quant.scales import rounded_to
 
 BLOCK = 32
@@ -57,6 +58,11 @@ class PackedMxfp4(PackedArray):
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
         return unpack(self, dtype)
 
+    def strided(self, dtype: jax.typing.DTypeLike | None = None) -> tuple[Float[Array, "*stack d N"], ...]:
+        if self.matrix[0] % 2 or not splits_neighbours():
+            return super().strided(dtype)
+        return unpack_halves(self, dtype)
+
 
 @functools.partial(jax.jit, static_argnames=("double_quant",))
 def pack(array: Float[Array, "*stack D N"], *, double_quant: bool) -> PackedMxfp4:
@@ -87,6 +93,19 @@ def unpack(leaf: PackedMxfp4, dtype: jax.typing.DTypeLike | None = None) -> Floa
     leaf, shifts = after(leaf, jnp.asarray(_SHIFTS))
     values = lookup(nibbles(leaf.codes, shifts), VALUES) * jnp.repeat(_power(leaf.scales), BLOCK, axis=-2)
     return rounded_to(values[..., : leaf.matrix[0], :], leaf.dtype, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def unpack_halves(leaf: PackedMxfp4, dtype: jax.typing.DTypeLike | None = None) -> tuple[jax.Array, jax.Array]:
+    """The rows 0, 2, 4 … and 1, 3, 5 … of `unpack`, for an even number of inputs."""
+    scales = jnp.repeat(_power(leaf.scales), BLOCK // 2, axis=-2)
+    first, second = (
+        rounded_to(
+            (lookup((leaf.codes >> shift) & 15, VALUES) * scales)[..., : leaf.matrix[0] // 2, :], leaf.dtype, dtype
+        )
+        for shift in _SHIFTS.tolist()
+    )
+    return first, second
 
 
 def _biased_exponent(values: Float[Array, "..."]) -> Int[Array, "..."]:

@@ -14,6 +14,10 @@ from jlora.kernels.device import target
 # side by side, and lack the 0.37 bits a weight that the recovered ones need.
 SCALES_RECOVERED_ONCE = {"cpu"}
 
+# Where a byte holds two neighbouring rows, bringing both to their places takes a TPU several times as long as the
+# product. It fuses two products, each with every other row, with the dequantisation, and stores nothing.
+NEIGHBOURS_SPLIT = {"tpu"}
+
 
 class PackedArray(abc.ABC):
     """An array [..., D, N] kept in fewer bits.
@@ -44,6 +48,13 @@ class PackedArray(abc.ABC):
     @abc.abstractmethod
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*stack D N"]:
         """The array; see `dequantize`."""
+
+    def strided(self, dtype: jax.typing.DTypeLike | None = None) -> tuple[Float[Array, "*stack d N"], ...]:
+        """The array in n parts, of which the first holds its rows 0, n, 2n …, the next 1, n + 1, 2n + 1 … and so on.
+
+        n is what the device is quickest with: 1, or 2 where a byte holds two rows.
+        """
+        return (self.dense(dtype),)
 
     def base(self) -> Float[Array, "*stack D N"]:
         """The array that updates are added to."""
@@ -92,6 +103,11 @@ def dequantize(leaf: PackedArray, dtype: jax.typing.DTypeLike | None = None) -> 
         dtype: the dtype that holds the rounded values, if not the leaf's.
     """
     return leaf.dense(dtype)
+
+
+def splits_neighbours() -> bool:
+    """Whether the device multiplies with every other row at a time, where a byte holds two rows."""
+    return target() in NEIGHBOURS_SPLIT
 
 
 def with_scales(params: Any) -> Any:

@@ -129,7 +129,13 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
     # Dequantised only when x is ready: XLA might dequantise all of a layer's kernels before its first product.
     kernel, x = after(kernel, x)
-    return x @ dequantize(kernel, x.dtype)
+    parts = kernel.strided(x.dtype)
+    if len(parts) == 1:
+        return x @ parts[0]
+    products = [
+        jnp.matmul(x[..., i :: len(parts)], part, preferred_element_type=jnp.float32) for i, part in enumerate(parts)
+    ]
+    return sum(products).astype(x.dtype)
 
 
 def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, PackedArray]:
@@ -138,7 +144,11 @@ def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, Packe
 
 def _packed_backward(kernel: PackedArray, grad: jax.Array) -> tuple[jax.Array, None]:
     kernel, grad = after(kernel, grad)
-    return grad @ dequantize(kernel, grad.dtype).T, None
+    parts = kernel.strided(grad.dtype)
+    if len(parts) == 1:
+        return grad @ parts[0].T, None
+    found = jnp.stack([grad @ part.T for part in parts], axis=-1)
+    return found.reshape(*grad.shape[:-1], -1), None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from jlora.quant.lookups import lookup
+
 NESTED_BLOCK = 256
 
 
@@ -32,10 +34,9 @@ def dequantize_scales(
     codes: UInt8[Array, "*stack blocks N"], nested_absmax: Float[Array, "*stack nested"], offset: Float[Array, "*stack"]
 ) -> Float[Array, "*stack blocks N"]:
     """The float32 block scales that `quantize_scales` packed."""
-    blocks, outputs = codes.shape[-2:]
-    order = jnp.arange(outputs)[None, :] * blocks + jnp.arange(blocks)[:, None]
-    nested = jnp.take(nested_absmax, order // NESTED_BLOCK, axis=-1)
-    product = jnp.asarray(dynamic_map())[codes] * nested
+    *stack, blocks, outputs = codes.shape
+    nested = jnp.repeat(nested_absmax, NESTED_BLOCK, axis=-1)[..., : blocks * outputs]
+    product = lookup(codes, dynamic_map()) * jnp.swapaxes(nested.reshape(*stack, outputs, blocks), -1, -2)
     # bitsandbytes rounds the product before it adds. XLA would fuse both and round once; its CPU backend drops barriers
     # and reduce_precision in between, but keeps a maximum, which changes no value.
     return jnp.maximum(product, jnp.finfo(jnp.float32).min) + offset[..., None, None]

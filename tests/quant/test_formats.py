@@ -47,8 +47,9 @@ def test_a_stack_is_its_layers_one_by_one(format, inputs):
 
 
 @pytest.mark.parametrize("format", PINNED)
-@pytest.mark.parametrize("inputs", [128, 100])
-def test_products_and_gradients_are_those_of_the_dense_kernel(format, inputs):
+@pytest.mark.parametrize(("device", "inputs"), [("cpu", 128), ("cpu", 100), ("tpu", 128), ("tpu", 100)])
+def test_products_and_gradients_are_those_of_the_dense_kernel(monkeypatch, format, device, inputs):
+    monkeypatch.setattr("jlora.quant.packed.target", lambda: device)
     x, leaf = kernel(2, 5, inputs, seed=1), quant.quantize(kernel(inputs, 24), format)
     dense = quant.dequantize(leaf)
     value, pull = jax.vjp(lambda x: quant.matmul(x, leaf), x)

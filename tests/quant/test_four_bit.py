@@ -1,7 +1,6 @@
 """NF4 and FP4 against bitsandbytes itself, to the bit; int4 against its formula."""
 
 import dataclasses
-import functools
 
 import bitsandbytes.functional as bnb
 import jax
@@ -12,7 +11,7 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
 from jlora import quant, tree
-from jlora.quant.four_bit import CODEBOOKS, LOOKUPS, block_scales, from_flat, to_flat
+from jlora.quant.four_bit import CODEBOOKS, block_scales, from_flat, to_flat
 from jlora.quant.scales import dynamic_map
 
 SHAPES = [(64, 1), (128, 96), (576, 192), (1536, 576), (100, 33), (96, 7), (48, 4)]
@@ -159,11 +158,3 @@ def test_scales_are_recovered_beforehand_on_a_cpu_only(monkeypatch):
     leaf = quant.quantize(kernel((128, 96)), "nf4")
     monkeypatch.setattr("jlora.quant.packed.target", lambda: "gpu")
     assert quant.with_scales({"kernel": leaf})["kernel"] is leaf
-
-
-@pytest.mark.parametrize("name", LOOKUPS)
-def test_every_form_of_the_lookup_gives_the_table(name):
-    index = np.random.default_rng(0).integers(0, 16, (5, 33)).astype(np.uint8)
-    for table in (*CODEBOOKS.values(), np.arange(16, dtype=np.uint8)[::-1].copy()):
-        found = jax.jit(functools.partial(LOOKUPS[name], table=table))(index)
-        np.testing.assert_array_equal(np.asarray(found), table[index])

@@ -41,6 +41,20 @@ def test_a_layer_of_it_is_the_layer_of_the_array(kind, inputs):
 
 
 @every_kind
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
+@pytest.mark.parametrize("inputs", [512, 96, 100, 33])
+def test_its_parts_are_every_so_many_rows(monkeypatch, kind, device, inputs):
+    monkeypatch.setattr("jlora.quant.packed.target", lambda: device)
+    leaf = KINDS[kind](STACK[:, :inputs])
+    parts = leaf.strided(jnp.float32)
+    for first, part in enumerate(parts):
+        np.testing.assert_array_equal(part, quant.dequantize(leaf, jnp.float32)[:, first :: len(parts)])
+    whole = {"nf4": 64, "fp4": 64, "int4": 64, "mxfp4": 2}  # inputs of which there must be a multiple
+    split = device == "tpu" and kind in whole and inputs % whole[kind] == 0
+    assert len(parts) == (2 if split else 1)
+
+
+@every_kind
 def test_it_is_split_as_the_array_and_stands_for_the_same(kind):
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     leaf, path = KINDS[kind](STACK), "layers/mlp/up_proj/kernel"

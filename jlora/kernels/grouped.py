@@ -21,17 +21,23 @@ MOST, FEWEST = 1024, 16
 
 
 def product(
-    x: Float[Array, "rows D"], kernels: Any, sizes: Int[Array, "E"], dense: Callable[[Any], jax.Array], form: str = ""
+    x: Float[Array, "rows D"],
+    kernels: Any,
+    sizes: Int[Array, "E"],
+    dense: Callable[[Any], jax.Array],
+    form: str = "",
+    preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "rows N"]:
-    """x @ dense(kernels)[e] for each row, where e is the row's group, in x's dtype.
+    """x @ dense(kernels)[e] for each row, where e is the row's group.
 
     Args:
         kernels: a tree of arrays [E, …].
         sizes: rows of each group; groups are consecutive. Rows after the last group come out as zeros.
         dense: turns the tree into [E, D, N], and the tree of one group into [D, N].
         form: a name of FORMS; "" is the best on the device.
+        preferred_element_type: the result's dtype; default: x's.
     """
-    return FORMS[form or BEST[target()][0]].product(x, kernels, sizes, dense)
+    return FORMS[form or BEST[target()][0]].product(x, kernels, sizes, dense, preferred_element_type or x.dtype)
 
 
 def outer(
@@ -48,8 +54,10 @@ class Form(NamedTuple):
     outer: Callable
 
 
-def _ragged(x: jax.Array, kernels: Any, sizes: jax.Array, dense: Callable[[Any], jax.Array]) -> jax.Array:
-    return jax.lax.ragged_dot(x, dense(kernels), sizes)
+def _ragged(
+    x: jax.Array, kernels: Any, sizes: jax.Array, dense: Callable[[Any], jax.Array], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    return jax.lax.ragged_dot(x, dense(kernels), sizes, preferred_element_type=dtype)
 
 
 def _ragged_outer(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -108,16 +116,19 @@ class _Tiles:
 
 
 def _tiled(skip: bool) -> Form:
-    def product(x: jax.Array, kernels: Any, sizes: jax.Array, dense: Callable[[Any], jax.Array]) -> jax.Array:
+    def product(
+        x: jax.Array, kernels: Any, sizes: jax.Array, dense: Callable[[Any], jax.Array], dtype: jax.typing.DTypeLike
+    ) -> jax.Array:
         tiles = _Tiles(x.shape[0], sizes)
 
         def step(tile: _Tile, y: jax.Array) -> jax.Array:
             kernel = dense(jax.tree.map(tile.of_group, kernels))
-            new = jnp.where(tile.holds[:, None], tile.cut(x) @ kernel, tile.cut(y))
+            found = jnp.matmul(tile.cut(x), kernel, preferred_element_type=dtype)
+            new = jnp.where(tile.holds[:, None], found, tile.cut(y))
             return jax.lax.dynamic_update_slice_in_dim(y, new, tile.start, axis=0)
 
         width = jax.eval_shape(dense, kernels).shape[-1]
-        return tiles.loop(step, _zeros((x.shape[0], width), x.dtype, x), skip)
+        return tiles.loop(step, _zeros((x.shape[0], width), dtype, x), skip)
 
     def outer(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
         tiles = _Tiles(x.shape[0], sizes)

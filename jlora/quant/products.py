@@ -1,6 +1,7 @@
 """The product of activations with a kernel, dense or packed (then dequantised again in the backward pass)."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jlora import sharding
 from jlora.kernels import grouped
 from jlora.kernels.order import after
-from jlora.quant.packed import PackedArray, dequantize, is_packed
+from jlora.quant.packed import PackedArray, dequantize, is_packed, splits_neighbours
 
 
 def matmul(x: Float[Array, "*batch D"], kernel: "Float[Array, 'D N'] | PackedArray") -> Float[Array, "*batch N"]:
@@ -78,10 +79,16 @@ def _as_dense(kernel: "jax.Array | PackedArray", dtype: jnp.dtype) -> jax.Array:
 
 
 def _groups(x: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
+    if is_packed(kernel) and splits_neighbours():
+        product = functools.partial(grouped.product, sizes=sizes, dense=jnp.asarray)
+        return _by_parts(x, kernel.strided(x.dtype), product)
     return grouped.product(x, kernel, sizes, functools.partial(_as_dense, dtype=x.dtype))
 
 
 def _groups_turned(grad: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
+    if is_packed(kernel) and splits_neighbours():
+        product = functools.partial(grouped.product, sizes=sizes, dense=jnp.asarray)
+        return _in_parts(grad, kernel.strided(grad.dtype), product)
     return grouped.product(grad, kernel, sizes, functools.partial(_turned, dtype=grad.dtype))
 
 
@@ -129,13 +136,7 @@ _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
 def _packed(x: jax.Array, kernel: PackedArray) -> jax.Array:
     # Dequantised only when x is ready: XLA might dequantise all of a layer's kernels before its first product.
     kernel, x = after(kernel, x)
-    parts = kernel.strided(x.dtype)
-    if len(parts) == 1:
-        return x @ parts[0]
-    products = [
-        jnp.matmul(x[..., i :: len(parts)], part, preferred_element_type=jnp.float32) for i, part in enumerate(parts)
-    ]
-    return sum(products).astype(x.dtype)
+    return _by_parts(x, kernel.strided(x.dtype), jnp.matmul)
 
 
 def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, PackedArray]:
@@ -144,11 +145,25 @@ def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, Packe
 
 def _packed_backward(kernel: PackedArray, grad: jax.Array) -> tuple[jax.Array, None]:
     kernel, grad = after(kernel, grad)
-    parts = kernel.strided(grad.dtype)
-    if len(parts) == 1:
-        return grad @ parts[0].T, None
-    found = jnp.stack([grad @ part.T for part in parts], axis=-1)
-    return found.reshape(*grad.shape[:-1], -1), None
+    return _in_parts(grad, kernel.strided(grad.dtype), jnp.matmul), None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _by_parts(x: jax.Array, parts: tuple[jax.Array, ...], product: Callable[..., jax.Array]) -> jax.Array:
+    """The product of x with a kernel in parts, of which each has every so many inputs; their sum is rounded once."""
+    if len(parts) == 1:
+        return product(x, parts[0])
+    each = enumerate(parts)
+    return sum(product(x[..., i :: len(parts)], part, preferred_element_type=jnp.float32) for i, part in each).astype(
+        x.dtype
+    )
+
+
+def _in_parts(grad: jax.Array, parts: tuple[jax.Array, ...], product: Callable[..., jax.Array]) -> jax.Array:
+    """The product of a gradient with the transpose of such a kernel."""
+    if len(parts) == 1:
+        return product(grad, jnp.swapaxes(parts[0], -1, -2))
+    found = jnp.stack([product(grad, jnp.swapaxes(part, -1, -2)) for part in parts], axis=-1)
+    return found.reshape(*found.shape[:-2], -1)

@@ -62,8 +62,10 @@ def test_products_and_gradients_are_those_of_the_dense_kernel(monkeypatch, forma
 
 
 @pytest.mark.parametrize("format", PINNED)
-def test_grouped_products(format):
-    x, stack, sizes = kernel(7, 70, seed=1), kernel(3, 70, 9), jnp.array([2, 0, 5])
+@pytest.mark.parametrize(("device", "inputs"), [("cpu", 70), ("tpu", 70), ("tpu", 128)])
+def test_grouped_products(monkeypatch, format, device, inputs):
+    monkeypatch.setattr("jlora.quant.packed.target", lambda: device)
+    x, stack, sizes = kernel(7, inputs, seed=1), kernel(3, inputs, 9), jnp.array([2, 0, 5])
     leaf = quant.quantize(stack, format)
     dense = quant.dequantize(leaf)
     expected = jnp.concatenate([x[:2] @ dense[0], x[2:] @ dense[2]])

@@ -78,35 +78,37 @@ def _as_dense(kernel: "jax.Array | PackedArray", dtype: jnp.dtype) -> jax.Array:
     return dequantize(kernel, dtype) if is_packed(kernel) else kernel.astype(dtype)
 
 
-def _groups(x: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
-    if is_packed(kernel) and splits_neighbours():
-        product = functools.partial(grouped.product, sizes=sizes, dense=jnp.asarray)
-        return _by_parts(x, kernel.strided(x.dtype), product)
-    return grouped.product(x, kernel, sizes, functools.partial(_as_dense, dtype=x.dtype))
+def _groups(x: jax.Array, parts: "tuple[jax.Array | PackedArray, ...]", sizes: jax.Array) -> jax.Array:
+    return _by_parts(
+        x, parts, functools.partial(grouped.product, sizes=sizes, dense=functools.partial(_as_dense, dtype=x.dtype))
+    )
 
 
-def _groups_turned(grad: jax.Array, kernel: "jax.Array | PackedArray", sizes: jax.Array) -> jax.Array:
-    if is_packed(kernel) and splits_neighbours():
-        product = functools.partial(grouped.product, sizes=sizes, dense=jnp.asarray)
-        return _in_parts(grad, kernel.strided(grad.dtype), product)
-    return grouped.product(grad, kernel, sizes, functools.partial(_turned, dtype=grad.dtype))
+def _groups_turned(grad: jax.Array, parts: "tuple[jax.Array | PackedArray, ...]", sizes: jax.Array) -> jax.Array:
+    dense = functools.partial(_turned, dtype=grad.dtype)
+    return _interleaved([grouped.product(grad, part, sizes, dense) for part in parts])
+
+
+def _apart(kernel: PackedArray, dtype: jnp.dtype) -> "tuple[jax.Array | PackedArray, ...]":
+    """A kernel for every group: dequantised for all of them in parts, or itself, to be dequantised group by group."""
+    return kernel.strided(dtype) if splits_neighbours() else (kernel,)
 
 
 @jax.custom_vjp
 def _dense_groups(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _groups(x, kernel, sizes)
+    return _groups(x, (kernel,), sizes)
 
 
 def _dense_groups_forward(x: Any, kernel: Any, sizes: Any) -> tuple[jax.Array, tuple]:
     kept = x.value if kernel.perturbed else None, kernel.value, sizes.value
-    return _groups(x.value, kernel.value, sizes.value), kept
+    return _groups(x.value, (kernel.value,), sizes.value), kept
 
 
 def _dense_groups_backward(residuals: tuple, grad: Any) -> tuple[jax.Array, jax.Array | None, None]:
     x, kernel, sizes = residuals
     if isinstance(grad, SymbolicZero):
         grad = jnp.zeros(grad.shape, grad.dtype)
-    grad_x = _groups_turned(grad, kernel, sizes)
+    grad_x = _groups_turned(grad, (kernel,), sizes)
     if x is None:
         return grad_x, None, None
     return grad_x, _summed(grouped.outer(x, grad, sizes).astype(kernel.dtype), kernel), None
@@ -117,16 +119,16 @@ _dense_groups.defvjp(_dense_groups_forward, _dense_groups_backward, symbolic_zer
 
 @jax.custom_vjp
 def _packed_groups(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> jax.Array:
-    return _groups(x, kernel, sizes)
+    return _groups(x, _apart(kernel, x.dtype), sizes)
 
 
 def _packed_groups_forward(x: jax.Array, kernel: PackedArray, sizes: jax.Array) -> tuple[jax.Array, tuple]:
-    return _groups(x, kernel, sizes), (kernel, sizes)
+    return _packed_groups(x, kernel, sizes), (kernel, sizes)
 
 
 def _packed_groups_backward(residuals: tuple, grad: jax.Array) -> tuple[jax.Array, None, None]:
     kernel, sizes = residuals
-    return _groups_turned(grad, kernel, sizes), None, None
+    return _groups_turned(grad, _apart(kernel, grad.dtype), sizes), None, None
 
 
 _packed_groups.defvjp(_packed_groups_forward, _packed_groups_backward)
@@ -145,25 +147,22 @@ def _packed_forward(x: jax.Array, kernel: PackedArray) -> tuple[jax.Array, Packe
 
 def _packed_backward(kernel: PackedArray, grad: jax.Array) -> tuple[jax.Array, None]:
     kernel, grad = after(kernel, grad)
-    return _in_parts(grad, kernel.strided(grad.dtype), jnp.matmul), None
+    return _interleaved([grad @ part.T for part in kernel.strided(grad.dtype)]), None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
-def _by_parts(x: jax.Array, parts: tuple[jax.Array, ...], product: Callable[..., jax.Array]) -> jax.Array:
-    """The product of x with a kernel in parts, of which each has every so many inputs; their sum is rounded once."""
+def _by_parts(x: jax.Array, parts: tuple[Any, ...], product: Callable[..., jax.Array]) -> jax.Array:
+    """The product of x with a kernel in parts, each with every so many inputs: the parts' sum, rounded once."""
     if len(parts) == 1:
         return product(x, parts[0])
-    each = enumerate(parts)
-    return sum(product(x[..., i :: len(parts)], part, preferred_element_type=jnp.float32) for i, part in each).astype(
-        x.dtype
-    )
+    every = [x[..., first :: len(parts)] for first in range(len(parts))]
+    return sum(map(functools.partial(product, preferred_element_type=jnp.float32), every, parts)).astype(x.dtype)
 
 
-def _in_parts(grad: jax.Array, parts: tuple[jax.Array, ...], product: Callable[..., jax.Array]) -> jax.Array:
-    """The product of a gradient with the transpose of such a kernel."""
+def _interleaved(parts: list[jax.Array]) -> jax.Array:
+    """The gradient of a product's inputs from the parts with every so many of them."""
     if len(parts) == 1:
-        return product(grad, jnp.swapaxes(parts[0], -1, -2))
-    found = jnp.stack([product(grad, jnp.swapaxes(part, -1, -2)) for part in parts], axis=-1)
-    return found.reshape(*found.shape[:-2], -1)
+        return parts[0]
+    return jnp.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)

@@ -219,7 +219,7 @@ class Timer:
                 seconds.append((time.perf_counter() - begun) / self._calls)
             temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
             return {"milliseconds": statistics.median(seconds) * 1e3, "temporary_gib": temporary / 2**30}
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 (a kernel that does not run is a row that says why)
             return {"note": f"{type(error).__name__}: {error}"[:200]}
 
 

@@ -22,6 +22,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # And those of a place that was named: no permission, a read-only disk, a name that is too long.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
+# How errors of a device without enough memory begin, and what then can be done.
+EXHAUSTED = "RESOURCE_EXHAUSTED"
+FEWER = "--quant, fewer rows and shorter texts need less"
+ROOM = {"train": "`jlora plan` with the same settings says what a step needs, and what would fit"}
+
 DONE, FAILED, MISTAKE = 0, 1, 2
 
 # Variables that XLA's compilers read on import. Without them libtpu queries the TPU machine that it is not on, refuses
@@ -97,18 +102,31 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain of it at its end
         return _complain("whoever read the output is gone", FAILED)
-    except (UserError, Failed, OSError) as error:
-        explains_itself = isinstance(error, UserError | Failed)
-        is_refused = not explains_itself and error.errno in REFUSED and error.filename is not None
-        if not (explains_itself or is_refused or error.errno in FULL):
+    except Exception as error:
+        told = _told(error, command)
+        if told is None:
             raise
         if show_traceback:
             traceback.print_exc()
-        if explains_itself:
-            return _complain(str(error), MISTAKE if isinstance(error, UserError) else FAILED)
-        if is_refused:
-            return _complain(f"{error.filename or 'a file'}: {error.strerror}")
-        return _complain(f"{error.filename or 'a file'} could not be written: {error.strerror}", FAILED)
+        return _complain(*told)
+
+
+def _told(error: Exception, command: str) -> tuple[str, int] | None:
+    """What to say of an error that is no bug, and the exit code; None for others."""
+    if isinstance(error, UserError | Failed):
+        return str(error), MISTAKE if isinstance(error, UserError) else FAILED
+    if isinstance(error, MemoryError) or str(error).startswith(EXHAUSTED):
+        said = (
+            str(error).strip().splitlines()[0].removeprefix(EXHAUSTED).lstrip(": ") if str(error) else "of this machine"
+        )
+        return f"out of memory ({said}); {ROOM.get(command, FEWER)}", FAILED
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in REFUSED and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", MISTAKE
+    if error.errno in FULL:
+        return f"{error.filename or 'a file'} could not be written: {error.strerror}", FAILED
+    return None
 
 
 def _prepare(command: str) -> None:

@@ -316,7 +316,7 @@ def _describe_lost(written: Written, lost: list[tuple[Leaf, list[str]]]) -> str:
 
 def _hint(leaf: Leaf, role: str) -> str:
     if leaf.kind == "tool":
-        return 'tools need a model whose template writes them, or a record without "tools"'
+        return 'tools need a model whose template writes them; otherwise leave "tools" out'
     if leaf.kind == "call":
         return "calls need a model whose template writes them"
     if leaf.kind == "reasoning":

@@ -96,7 +96,7 @@ def render(
         )
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # a template may raise anything, as may what it calls
         roles = [message["role"] for message in messages]
         shown = ", ".join(roles if len(roles) <= ROLES_SHOWN else [*roles[:ROLES_SHOWN], f"… {len(roles)} in all"])
         reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"

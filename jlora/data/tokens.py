@@ -138,7 +138,7 @@ def _tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[Tokens]:
         found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)
     except (MemoryError, UserError):
         raise
-    except Exception as error:
+    except Exception as error:  # tokenizers written in Rust raise plain Exceptions
         for text in texts:
             if lone := re.search("[\ud800-\udfff]", text):
                 around = text[max(0, lone.start() - 20) : lone.end() + 20]

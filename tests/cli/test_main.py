@@ -140,6 +140,19 @@ def test_a_fault_of_the_program_is_left_to_python(monkeypatch, kind):
         raise_it(monkeypatch, kind("boom"))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nmore"), "(Out of memory: 9 bytes.)"),
+        (MemoryError("no room for 3 arrays"), "(no room for 3 arrays)"),
+        (MemoryError(), "(of this machine)"),
+    ],
+)
+def test_too_little_memory_is_told_in_a_line_with_what_to_do(monkeypatch, capsys, error, said):
+    assert raise_it(monkeypatch, error) == 1
+    assert capsys.readouterr().err == f"jlora: out of memory {said}; --quant, fewer rows and shorter texts need less\n"
+
+
 def test_an_extra_that_is_not_installed_is_a_mistake():
     with pytest.raises(MissingPackageError, match="jlora\\[gguf\\]"):
         require("no_such_package", "gguf")

@@ -267,7 +267,7 @@ def test_what_cannot_be_answered_is_said_at_once(engine, ask):
     with pytest.raises(ValueError, match="the prompt's 500 tokens and max_tokens=13 are more than 512"):
         ask("x" * 500, new=13)
     jobs = [ask("a", "law")[1] for _ in range(7)]
-    with pytest.raises(Busy, match="7 requests are running or waiting"):
+    with pytest.raises(Busy, match="7 requests running or waiting"):
         ask("a", "law")
     for job in jobs:
         engine.cancel(job)

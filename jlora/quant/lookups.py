@@ -9,7 +9,7 @@ from jaxtyping import Array, Integer, Shaped
 
 # Device → forms for tables of up to FEW values, and of more. XLA vectorises selects on a CPU, but not a gather.
 # Elsewhere it moves the selects' constants out of the loop over layers and keeps them as arrays of the index's size
-# until the end: 5 GiB of Llama-3.1-8B's step. A TPU gathers values one by one, which takes longer than 255 selects.
+# until the end: 5 GiB of Llama-3.1-8B's step. A TPU gathers values one by one, but selects among them by whole vectors.
 BEST = {"cpu": ("select", "gather"), "tpu": ("bits", "bits"), "default": ("gather", "gather")}
 FEW = 16
 

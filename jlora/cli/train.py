@@ -58,7 +58,8 @@ class _Stop:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        print(f"{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+        name = signal.Signals(number).name
+        print(f"{name}: stopping once a step is done and saved; Ctrl-C again stops at once", file=sys.stderr)
 
 
 @contextmanager

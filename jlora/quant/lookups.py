@@ -1,16 +1,16 @@
 """The values of a small table at many indices: one signature, and a table of the forms that compute it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, Shaped
 
+from jlora.kernels.device import target
+
 # Device → forms for tables of up to FEW values, and of more. XLA vectorises selects on a CPU, but not a gather.
 # Elsewhere it moves the selects' constants out of the loop over layers and keeps them as arrays of the index's size
 # until the end: 5 GiB of Llama-3.1-8B's step. A TPU gathers values one by one, but selects among them by whole vectors.
-BEST = {"cpu": ("select", "gather"), "tpu": ("bits", "bits"), "default": ("gather", "gather")}
+BEST = {"cpu": ("select", "gather"), "gpu": ("gather", "gather"), "tpu": ("bits", "bits")}
 FEW = 16
 
 
@@ -21,9 +21,7 @@ def lookup(index: Integer[Array, "*shape"], table: Shaped[np.ndarray, "values"])
         index: numbers from 0 to `values` - 1; others give anything.
         table: values of up to 32 bits.
     """
-    large = len(table) > FEW
-    forms = {platform: functools.partial(FORMS[names[large]], table=table) for platform, names in BEST.items()}
-    return jax.lax.platform_dependent(index, **forms)
+    return FORMS[BEST[target()][len(table) > FEW]](index, table)
 
 
 def _select(index: jax.Array, table: np.ndarray) -> jax.Array:

@@ -87,4 +87,4 @@ def test_weights_are_placed_as_they_are_loaded(model_folder):
 @pytest.mark.parametrize("command", ["generate --prompt=x", "chat", "serve --port=0", "eval --data={data}"])
 def test_devices_that_are_not_there_are_missed_before_anything_is_loaded(command, data_file, capsys):
     assert main([*command.format(data=data_file).split(), "--model=nowhere", "--mesh.tensor=3"]) == 2
-    assert capsys.readouterr().err.endswith("sizes multiply to 3, but there are 8 devices\n")
+    assert capsys.readouterr().err.endswith("sizes multiply to 3, but the number of devices is 8\n")

@@ -11,6 +11,7 @@ from jlora.cli.model import load_model, open_model
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_what_weights_are_kept_in_is_said_once_and_not_beside_json(quant, json, model_folder, capsys):
     options = dict(model=model_folder, dtype="float32", quant=quant, vocab=None, adapter=None, fold_system=False)
+    options |= dict.fromkeys(MESH, 1)
     load_model(argparse.Namespace(**options, json=json))
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -148,7 +148,7 @@ def test_what_moves_on_a_mesh(plan):
         (["--topology=h100:2x2"], r"expected a number of devices, as in h100x8"),
         (
             ["--topology=cpu:4", "--config.mesh.fsdp=3", "--config.train.batch_size=3"],
-            r"4 devices; try --config.mesh.sequence=4",
+            r"number of devices is 4; try --config.mesh.sequence=4",
         ),
         (["--topology=cpu", "--config.model.dtype=int4"], r"model.dtype: found 'int4', expected one of float32"),
         (["--topology=cpu", "--config.model.path=not/there"], r"not/there"),

@@ -296,7 +296,7 @@ def test_the_queue_has_an_end(client, service, monkeypatch):
     monkeypatch.setattr(service.engine, "limits", Limits(rows=1, queue=0))
     with ask(client, NAMES[0], "x", stream=True, max_completion_tokens=200, extra_body={"ignore_eos": True}) as stream:
         next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="1 requests are running or waiting"):
+        with pytest.raises(openai.RateLimitError, match="1 request running or waiting"):
             ask(client, NAMES[0], "x")
         with pytest.raises(openai.BadRequestError, match="found 2 answers to give at once, expected at most 1"):
             ask(client, NAMES[0], "x", n=2)

@@ -74,7 +74,7 @@ ALIKE = "is the same for all adapters of a run; a sweep may be over data, lora, 
         (["lora.r=8,,9"], ["lora.r: found an empty value in 'lora.r=8,,9'", "lora.r: found '' (str), expected int"]),
         (["lora.r=8,x"], ["lora.r: found 'x' (str), expected int"]),
         (["lora.r=8,True"], ["lora.r: found True (bool), expected int"]),
-        (["optim.learning_rate=1e-4,-1"], ["optim:\n    learning_rate=-1.0: expected a positive number"]),
+        (["optim.learning_rate=1e-4,-1"], ["optim:\n    learning_rate=-1.0: expected a positive, finite number"]),
         (["optim.learning_rate=1e-4,0.0001"], ["optim.learning_rate: found 0.0001 twice, expected values that differ"]),
         (["lora.r=8,16", "lora.r=4,2"], ["lora.r: is swept 2 times, expected once"]),
         (

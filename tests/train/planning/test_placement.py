@@ -47,7 +47,7 @@ MISTAKES = {
     "devices that cannot form the mesh, and all else that is wrong": (
         ["mesh.fsdp=3", "mesh.tensor=3", "model.attention=splash", "data.bucket=5", "mesh.sequence=5"],
         [
-            "sizes multiply to 45, but there are 8 devices; try --config.mesh.fsdp=8, or ",
+            "sizes multiply to 45, but the number of devices is 8; try --config.mesh.fsdp=8, or ",
             "train.batch_size is 8: not a multiple of mesh.data × mesh.fsdp = 3",
             "train.seq_len is 32: not a multiple of mesh.sequence = 5",
             "model.attention: the attention form 'splash' runs on a tpu, and this is a cpu",
@@ -79,7 +79,10 @@ MISTAKES = {
     ),
     "a model that is not there, and a mesh": (
         ["model.path=not/there", "mesh.data=5"],
-        ["not/there", "multiply to 5, but there are 8 devices; try --config.mesh.data=4 --config.mesh.fsdp=2, or"],
+        [
+            "not/there",
+            "multiply to 5, but the number of devices is 8; try --config.mesh.data=4 --config.mesh.fsdp=2, or",
+        ],
     ),
     "an unknown dtype": (["model.dtype=int4", "mesh.fsdp=8"], ["model.dtype: found 'int4', expected one of float32"]),
 }

@@ -34,6 +34,7 @@ import torch
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # all eight, before a test of `jlora plan` asks for fewer
 # What one test has compiled, no other test of the process compiles again. Processes share no folder: it has no lock.
 CACHE = tempfile.mkdtemp(prefix="jlora-tests-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from jlora.cli.model import load_model, open_model
+from jlora.cli.parsers.options import MESH
 
 
 @pytest.mark.parametrize("json", [False, True])

@@ -112,7 +112,7 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
 
 
 def _told(error: Exception, command: str) -> tuple[str, int] | None:
-    """What to say of an error that is no bug, and the exit code; None for others."""
+    """The message for an error that is not a bug, and its exit code; None if the error may be one."""
     if isinstance(error, UserError | Failed):
         return str(error), MISTAKE if isinstance(error, UserError) else FAILED
     if isinstance(error, MemoryError) or str(error).startswith(EXHAUSTED):

@@ -37,7 +37,7 @@ def beginning(
         variables: what else the template is given.
 
     Raises:
-        UserError: there is no such beginning, or a call that begins so would not be known as one.
+        UserError: the calls share no beginning, or a call with that beginning would not be recognised.
     """
     asked = write(messages, tokenizer, variables, ask=True).text
     prompts, calls = [], []
@@ -58,7 +58,7 @@ def beginning(
 
 
 def _place(asked: str, text: str) -> int:
-    """Where the call begins in a text that goes on otherwise than the prompt, or from its end."""
+    """Where the call begins in `text`: where it first differs from the prompt, but after any empty reasoning."""
     start = common(asked, text)
     thought = text.rfind(_THOUGHT, start)
     if thought < 0:

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import functools
 import importlib
 import logging
 import os
 import pathlib
 import platform
 import sys
+import threading
 import traceback
 import warnings
 import zlib
@@ -78,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     if arguments[0] not in COMMANDS:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    with _plain_warnings(), _quiet_writers():
+    _quiet_writers()
+    with _plain_warnings():
         return _run(arguments[0], arguments[1:], show_traceback)
 
 
@@ -182,24 +185,22 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-@contextlib.contextmanager
-def _quiet_writers() -> Iterator[None]:
+@functools.cache
+def _quiet_writers() -> None:
     """Drops what the other writes of a checkpoint print once one has failed, which jlora says itself in one line.
 
-    TensorStore's threads then find the event loop closed that waited for them. Each prints a traceback, sometimes in
-    the middle of that line.
+    Orbax waits for the first failure only. Whatever it no longer waits for prints a traceback of its own, in the middle
+    of that line or after it: TensorStore's threads, which find the event loop closed; that loop's tasks; other threads.
+    So this lasts as long as the process.
     """
-    before = sys.unraisablehook
 
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
+    def follows(error: BaseException | None) -> bool:
+        return str(error) == "Event loop is closed" or (isinstance(error, OSError) and error.errno in FULL)
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+    unraisable, thread = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = lambda args: None if follows(args.exc_value) else unraisable(args)
+    threading.excepthook = lambda args: None if follows(args.exc_value) else thread(args)
+    logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and follows(record.exc_info[1])))
 
 
 def _complain(message: str, code: int = MISTAKE) -> int:

@@ -1,5 +1,6 @@
 """Whatever a user gets wrong ends with code 2 and one message; only real failures show a traceback."""
 
+import errno
 import os
 import pathlib
 import re
@@ -151,6 +152,52 @@ def test_a_fault_of_the_program_is_left_to_python(monkeypatch, kind):
 def test_too_little_memory_is_told_in_a_line_with_what_to_do(monkeypatch, capsys, error, said):
     assert raise_it(monkeypatch, error) == 1
     assert capsys.readouterr().err == f"jlora: out of memory {said}; --quant, fewer rows and shorter texts need less\n"
+
+
+FULL_DISK = """
+import asyncio, gc, os, sys, threading
+from jlora.cli import main as cli
+
+async def write(error):
+    raise error
+
+async def writes(error):
+    task = asyncio.ensure_future(write(error))
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+
+class Gone:
+    def __init__(self, error):
+        self.error = error
+    def __del__(self):
+        raise self.error
+
+def follow(error):
+    def fails():
+        raise error
+    asyncio.run(writes(error))
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    Gone(error)
+
+cli._run = lambda *_: cli._complain("the disk is full", cli.FAILED)
+code = cli.main(["train"])
+for error in (OSError({errno}, os.strerror({errno})), RuntimeError({closed!r})):
+    follow(error)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("number", "closed", "told"), [(errno.EFBIG, "Event loop is closed", 0), (errno.EIO, "?", 6)])
+def test_what_fails_after_a_full_disk_is_told_adds_no_traceback(number, closed, told):
+    """Tasks of an event loop, threads and destructors: however late they come. Other errors are still shown."""
+    code = FULL_DISK.format(errno=number, closed=closed)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1
+    assert done.stderr.startswith("jlora: the disk is full\n")
+    assert done.stderr.count("Traceback") == told, done.stderr
 
 
 def test_an_extra_that_is_not_installed_is_a_mistake():

@@ -1,6 +1,7 @@
 """The strictest JAX for every test: eight CPU devices, no implicit rank promotion."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -34,6 +35,7 @@ import torch
 import transformers
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation of a program was written
 jax.devices()  # all eight, before a test of `jlora plan` asks for fewer
 # What one test has compiled, no other test of the process compiles again. Processes share no folder: it has no lock.
 CACHE = tempfile.mkdtemp(prefix="jlora-tests-")
@@ -56,6 +58,10 @@ LONGEST = ("test_main_job.py", "test_alignment.py", "models/test_families.py", "
 
 
 def pytest_collection_modifyitems(items):
+    # A twentieth of the time went to looking for garbage among the millions of objects of modules, which stay, and of
+    # tracing, which are gone by themselves.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 

@@ -437,7 +437,7 @@ class Model:
         return groups
 
 
-@functools.lru_cache(maxsize=16)  # a checkpoint is described several times while it is opened
+@functools.lru_cache(maxsize=256)  # a checkpoint is described several times while it is opened
 def _abstract(model: Model, dtype: np.dtype, stacks: tuple[range, ...]) -> Params:
     return jax.eval_shape(lambda: model.random_params(jax.random.key(0), dtype, stacks))
 

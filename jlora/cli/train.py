@@ -30,11 +30,18 @@ def run(options: argparse.Namespace) -> int:
     workdir = options.workdir or str(pathlib.Path("runs") / pathlib.Path(options.config.partition(":")[0]).stem)
     if options.distributed:
         jax.distributed.initialize()
-    with _stop_on_signal() as stop, Progress(sys.stderr) as progress:
+    with Progress(sys.stderr) as progress, _stop_on_signal(progress, alone=not options.distributed) as stop:
         try:
             loop.run(config, workdir, progress=progress if jax.process_index() == 0 else None, stop=stop)
         except Interrupted as stopped:
             print(f"stopped early: {stopped}; the same command resumes from there", file=sys.stderr)
+            return INTERRUPTED
+        except KeyboardInterrupt:
+            if not stop.at_once:
+                raise
+            print(
+                f"stopped early: {stop.at_once} before a step was done; the same command starts again", file=sys.stderr
+            )
             return INTERRUPTED
     if jax.process_index() == 0:
         folder = many.FOLDER if config.adapters else "adapter"
@@ -46,10 +53,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """Returns true once the process has been asked to end; a second Ctrl-C ends it at once."""
+    """Returns true once the process has been asked to end; a second Ctrl-C ends it at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Before the first step there is nothing to save, so the first signal ends it at once too, unless other hosts would
+    wait for this one.
+
+    Attributes:
+        at_once: the name of a signal that ended the process so.
+    """
+
+    def __init__(self, progress: Progress, *, alone: bool) -> None:
+        self.asked, self.at_once = False, ""
+        self._progress, self._alone = progress, alone
 
     def __call__(self) -> bool:
         return self.asked
@@ -59,13 +74,16 @@ class _Stop:
             raise KeyboardInterrupt
         self.asked = True
         name = signal.Signals(number).name
+        if self._alone and not self._progress.begun:
+            self.at_once = name
+            raise KeyboardInterrupt  # no `Exception`, which would be told as one of a reward's or a record's
         print(f"{name}: stopping once a step is done and saved; Ctrl-C again stops at once", file=sys.stderr)
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
+def _stop_on_signal(progress: Progress, *, alone: bool) -> Iterator[_Stop]:
     """Handles SIGTERM (preemption) and SIGINT (Ctrl-C) inside the context, and restores the previous handlers."""
-    stop = _Stop()
+    stop = _Stop(progress, alone=alone)
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, stop.handle) for number in numbers}
     try:

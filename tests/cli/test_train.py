@@ -1,5 +1,6 @@
 """A run leaves what the design promises; a stopped one says so with its exit code and goes on where it was."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,7 +8,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from jlora.cli.main import main
+from jlora.cli.train import _Stop
 from jlora.train.reporting.metrics import read_metrics
 from jlora.train.reporting.progress import Progress
 
@@ -51,6 +55,33 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(trained, recipe
     assert [record["loss"] for record in read_metrics(tmp_path)] == losses
     weights = [path / "adapter" / "adapter_model.safetensors" for path in (trained, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_a_run_at_once(recipe, tmp_path, monkeypatch, capsys, number):
+    """Wherever it comes: here within code that survives all errors."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def interrupted(*_):
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), number)
+        raise AssertionError("the run goes on")
+
+    monkeypatch.setattr(Progress, "start", interrupted)
+    assert main(["train", f"--config={recipe}", f"--workdir={tmp_path}"]) == 75
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped early: {number.name} before a step was done; the same command starts again"
+    assert not (tmp_path / "adapter").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_hosts_that_wait_for_each_other_stop_after_the_same_step(capsys):
+    stop = _Stop(Progress(sys.stderr), alone=False)
+    stop.handle(signal.SIGTERM, None)
+    assert stop() and not stop.at_once
+    assert "SIGTERM: stopping once a step is done" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
 
 
 def test_the_workdir_is_named_after_the_recipe_unless_given(recipe, tmp_path, monkeypatch):

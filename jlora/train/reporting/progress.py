@@ -50,6 +50,11 @@ class Progress:
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
             self._bar.start()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step is done since `start`."""
+        return self._first is not None
+
     def counting(self, what: str) -> "Counting":
         """Shows how much of something is done before the run begins: "encoding records of train.jsonl"."""
         return Counting(what, self.note, self._console if self._console.is_terminal else None, self._clock)

@@ -65,6 +65,14 @@ def number_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def size_of(count: int) -> str:
+    """A number of bytes as text: '8.59 GiB', '12.0 MiB', '0.4 KiB'."""
+    for power, digits, least, unit in ((30, 2, 2**28, "GiB"), (20, 1, 2**20, "MiB")):
+        if count >= least:
+            return f"{count / 2**power:,.{digits}f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"
+
+
 def kind_of_fault(fault: str) -> str:
     """What a fault has in common with those that differ only in quoted values and numbers."""
     return _VARIABLE.sub("*", fault)

@@ -2,12 +2,20 @@
 
 import pytest
 
-from jlora.errors import UserError, describe_faults, first_few, group_faults, number_of, raise_all
+from jlora.errors import UserError, describe_faults, first_few, group_faults, number_of, raise_all, size_of
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (12345, "12,345 steps")])
 def test_one_is_singular(count, text):
     assert number_of(count, "step") == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 KiB"), (1500, "1.5 KiB"), (2**20, "1.0 MiB"), (2**28 - 1, "256.0 MiB"), (2**28, "0.25 GiB")],
+)
+def test_sizes_have_the_unit_that_leaves_few_digits(count, text):
+    assert size_of(count) == text
 
 
 def test_equal_faults_share_a_line_with_three_places_and_a_count():

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora.cli.parsers.compare import PLOT
-from jlora.errors import MissingFileError, UserError
+from jlora.errors import MissingFileError, UserError, size_of
 from jlora.train.reporting.compare import Comparison, compare, draw
 from jlora.train.reporting.metrics import can_plot
 from jlora.types import require
@@ -65,7 +65,7 @@ FORMS: Mapping[str, Callable[[Any], str]] = {
     "tokens": "{:,}".format,
     "trainable_parameters": "{:,}".format,
     "tokens_per_second": "{:,.0f}".format,
-    "peak_bytes": lambda count: f"{count / 2**30:.2f} GiB",
+    "peak_bytes": size_of,
     "best": lambda best: f"{best['metric'].removeprefix('eval_')} {best['value']:.4g} at {best['step']:,}",
 }
 

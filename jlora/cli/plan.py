@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 
 from jlora.cli.overrides import read_run
-from jlora.errors import UserError, raise_all
+from jlora.errors import UserError, raise_all, size_of
 from jlora.train.config import RunConfig
 from jlora.train.planning.fitting import Found, cheapest, longest
 from jlora.train.planning.forecast import Forecast, forecast
@@ -62,7 +62,7 @@ def _suggested(suggestion: Found | None) -> dict[str, Any]:
 
 def _advice(config: RunConfig, found: Forecast, suggestion: Found | None) -> Iterator[str]:
     if suggestion is not None:
-        needs = gib(suggestion.forecast.peak_bytes_per_device)
+        needs = size_of(suggestion.forecast.peak_bytes_per_device)
         what = "longest rows that fit" if suggestion.forecast is found else "cheapest change that fits"
         yield f"{what}: {' '.join(suggestion.flags)}  ({needs} a device)"
     elif not found.fits:
@@ -88,7 +88,9 @@ class _Asking:
         with self._console.status(f"{doing} {what} (no. {self._count})"):
             found = forecast(config, self._topology)
         if self._count > 1 or not found.fits:
-            self._console.print(f"{what}: {gib(found.peak_bytes_per_device)}{'' if found.fits else ', does not fit'}")
+            self._console.print(
+                f"{what}: {size_of(found.peak_bytes_per_device)}{'' if found.fits else ', does not fit'}"
+            )
         return found
 
 
@@ -111,19 +113,19 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
         )
     yield f"parameters  {found.trainable_parameters:,} trained, {found.frozen_parameters:,} frozen"
     verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[found.fits]
-    have = f" of {gib(found.memory_bytes)}" if found.memory_bytes else ""
-    yield f"memory      {gib(found.peak_bytes_per_device)} a device{have}{verdict}"
+    have = f" of {size_of(found.memory_bytes)}" if found.memory_bytes else ""
+    yield f"memory      {size_of(found.peak_bytes_per_device)} a device{have}{verdict}"
     kinds = dict(found.bytes_by_kind) | {"the step's": max(0, found.peak_bytes_per_device - found.argument_bytes)}
-    kinds = {name: size for name, size in kinds.items() if size > 2**20 / 20}  # less would read as 0.0 MiB
+    kinds = {name: size for name, size in kinds.items() if size > 2**15}  # less is of no interest
     width = max(map(len, kinds), default=0)
     for name, size in kinds.items():
-        yield f"            {name:<{width}}  {gib(size):>10}"
+        yield f"            {name:<{width}}  {size_of(size):>10}"
     if found.host_bytes:
-        yield f"            {gib(found.host_bytes)} of the host's memory, for what is offloaded"
+        yield f"            {size_of(found.host_bytes)} of the host's memory, for what is offloaded"
     if found.cache_bytes_per_device:
         yield (
-            f"            a rollout's keys and values, computed from their shapes: {gib(found.cache_bytes_per_device)} "
-            "(not there during the step)"
+            "            a rollout's keys and values, computed from their shapes: "
+            f"{size_of(found.cache_bytes_per_device)} (not there during the step)"
         )
     yield f"step        {found.tokens:,} tokens, {found.flops / 1e12:,.1f} TFLOP"
     if found.seconds_per_step:
@@ -140,10 +142,5 @@ def _lines(config: RunConfig, topology: Topology, found: Forecast) -> Iterator[s
         yield "            JAX takes 75% of a GPU's memory unless told otherwise: XLA_PYTHON_CLIENT_MEM_FRACTION=.97"
     if found.devices > 1:
         nothing = "not known without the compiler" if found.estimated else "nothing"
-        moved = ", ".join(f"{kind} {gib(size)}" for kind, size in found.received_bytes.items())
+        moved = ", ".join(f"{kind} {size_of(size)}" for kind, size in found.received_bytes.items())
         yield f"moves       each device receives in a step: {moved or nothing}"
-
-
-def gib(size: int) -> str:
-    """A size in bytes as text: '8.59 GiB', '12.0 MiB'."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"

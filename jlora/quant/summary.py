@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora import tree
+from jlora.errors import size_of
 from jlora.quant.packed import format_of
 
 
 def kept_in(params: Mapping[str, Any]) -> str:
     """A line for users: weights and bytes by format or dtype, experts apart; "" if nothing is packed or of experts.
 
-    "experts 91.4% in mxfp4 (9,680.6 MiB), others 8.6% in bfloat16 (3,438.5 MiB)"
+    "experts 91.4% in mxfp4 (9.45 GiB), others 8.6% in bfloat16 (3.36 GiB)"
     """
     groups: dict[bool, dict[str, list[int]]] = {}
     packed: set[bool] = set()
@@ -28,7 +29,7 @@ def kept_in(params: Mapping[str, Any]) -> str:
     lines = []
     for experts, name in ((True, "experts"), (False, "others" if True in groups else "weights")):
         for kind, (size, nbytes) in sorted(groups.get(experts, {}).items(), key=lambda item: -item[1][0]):
-            lines.append(f"{name} {size / total:.1%} in {kind} ({nbytes / 2**20:,.1f} MiB)")
+            lines.append(f"{name} {size / total:.1%} in {kind} ({size_of(nbytes)})")
     if True in groups and True not in packed:
         lines.append("the experts are not packed" if packed else "nothing is packed")
     return ", ".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jlora import checkpoint, data, hub, lora, quant, sharding, tree
-from jlora.errors import UserError, number_of
+from jlora.errors import UserError, number_of, size_of
 from jlora.train import resume
 from jlora.train.adapt import adapt, based
 from jlora.train.algorithms import ALGORITHMS
@@ -190,9 +190,8 @@ def _base(
 
 def _describe_params(config: RunConfig, base: Base) -> str:
     frozen, trainable = base.frozen, base.trainable
-    mebibytes = tree.nbytes(frozen) / 2**20
     own = f"{tree.count(trainable):,} trainable parameters, " if trainable else ""
-    text = f"{own}{tree.count(frozen):,} frozen in {mebibytes:,.0f} MiB"
+    text = f"{own}{tree.count(frozen):,} frozen in {size_of(tree.nbytes(frozen))}"
     text += f": {kinds}" if (kinds := quant.kept_in(frozen)) else ""
     text += f"; {_describe_full(config)}" if config.lora is None else ""
     return f"{text}; continuing from {config.model.adapter}" if config.model.adapter else text

@@ -16,7 +16,7 @@ def test_what_weights_are_kept_in_is_said_once_and_not_beside_json(quant, json, 
     load_model(argparse.Namespace(**options, json=json))
     shown = capsys.readouterr()
     assert shown.out == ""
-    said = [line for line in shown.err.splitlines() if "MiB" in line]
+    said = [line for line in shown.err.splitlines() if "iB)" in line]
     if not quant or json:  # of a dense model that is not packed there is nothing to say
         assert said == []
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors
 
-from jlora.errors import ExistingFileError, NoSpaceError, UserError
+from jlora.errors import ExistingFileError, NoSpaceError, UserError, size_of
 from jlora.hub.cards import TAG, is_own
 from jlora.hub.checkpoints.shards import WRITER
 from jlora.hub.checkpoints.source import gguf_files
@@ -154,9 +154,9 @@ def _naming_a_full_disk(target: Path) -> Iterator[None]:
     except Exception as error:  # safetensors' and tokenizers' errors have no common class
         if not _is_full(error):
             raise
-        free = shutil.disk_usage(_existing(target)).free / 2**20
+        free = shutil.disk_usage(_existing(target)).free
         raise NoSpaceError(
-            f"{target}: not enough space ({error}); {free:,.1f} MiB are free. Nothing of it remains, and "
+            f"{target}: not enough space ({error}); {size_of(free)} are free. Nothing of it remains, and "
             "what was there before is untouched; free some space, or choose another place"
         ) from error
 

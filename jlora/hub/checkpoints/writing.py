@@ -14,7 +14,7 @@ import numpy as np
 
 from jlora import lora, quant, tree
 from jlora.ends import end_ids
-from jlora.errors import UserError
+from jlora.errors import UserError, size_of
 from jlora.families import FAMILIES
 from jlora.hub.cards import FILE as CARD
 from jlora.hub.cards import Card, is_as_written, model_card
@@ -151,7 +151,7 @@ def _say_unpacked(flat: Mapping[str, Any], packed: Collection[str]) -> None:
     if wide:
         before, after = tree.nbytes(wide), sum(leaf.size * leaf.dtype.itemsize for leaf in wide)
         warnings.warn(
-            f"experts in MXFP4 ({before / 2**20:,.1f} MiB) are written as {wide[0].dtype} ({after / 2**20:,.1f} MiB): "
+            f"experts in MXFP4 ({size_of(before)}) are written as {wide[0].dtype} ({size_of(after)}): "
             "the adapter changes them, or transformers has no such experts in MXFP4. `jlora merge --quant=mxfp4` packs "
             "gpt-oss's again, and says how much of the update is left",
             stacklevel=4,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora import checkpoint
 from jlora.data.paths import locate
-from jlora.errors import UserError
+from jlora.errors import UserError, size_of
 from jlora.train.config import completed
 from jlora.train.reporting.compare import UNSEEN, Run
 from jlora.train.reporting.metrics import series
@@ -121,7 +121,7 @@ def _cost(run: Run) -> str:
         "trained parameters": f"{usage['trainable_parameters']:,}" if usage.get("trainable_parameters") else None,
         "devices": f"{usage['devices']} × {usage['device']}" if "device" in usage and "devices" in usage else None,
         "tokens a second": f"{usage['tokens_per_second']:,.0f}" if "tokens_per_second" in usage else None,
-        "peak memory": f"{usage['peak_bytes'] / 2**30:.2f} GiB" if usage.get("peak_bytes") else None,
+        "peak memory": size_of(usage["peak_bytes"]) if usage.get("peak_bytes") else None,
         "MFU": f"{usage['mfu']:.1%}" if usage.get("mfu") else None,
     }
     rows = [(name, value) for name, value in known.items() if value]

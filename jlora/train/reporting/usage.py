@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jlora import devices, tree
+from jlora.errors import size_of
 from jlora.lora.kinds import multiplies
 from jlora.lora.sites import MAIN, is_expert
 from jlora.models import ModelConfig
@@ -44,7 +45,7 @@ class Usage:
         parts = [f"{self.tokens_per_second:,.0f} tokens/s"]
         if self.peak_bytes is not None:
             where = "of the process" if self.of_process else "a device"
-            parts.append(f"peak memory {_size(self.peak_bytes)} {where}")
+            parts.append(f"peak memory {size_of(self.peak_bytes)} {where}")
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
         return ", ".join(parts)
@@ -109,7 +110,3 @@ def process_peak() -> int:
     """The peak memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -175,7 +175,7 @@ def test_a_merge_into_the_experts_is_wide_and_says_so(packed, tmp_path):
     folder, _ = packed
     model, base = hub.load(folder)
     params = adapted(base, "experts")
-    with pytest.warns(UserWarning, match=r"experts in MXFP4 \(.* MiB\) are written as float32 .*--quant=mxfp4"):
+    with pytest.warns(UserWarning, match=r"experts in MXFP4 \(.* KiB\) are written as float32 .*--quant=mxfp4"):
         hub.save_model(tmp_path / "out", model, params)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     near(theirs(tmp_path / "out"), model(params, TOKENS))

@@ -194,7 +194,7 @@ def test_from_the_command_line(tmp_path, capsys):
     hub.save_adapter(tmp_path / "stacked", params, base=str(tmp_path / "base"))
     common = ["merge", f"--model={tmp_path / 'base'}", f"--adapter={tmp_path / 'stacked'}", "--experts=each"]
     assert main([*common, "--adapter_only", f"--out={tmp_path / 'each'}"]) == 0
-    assert "base: experts 60.5% in float32 (0.1 MiB), others" in capsys.readouterr().err
+    assert "base: experts 60.5% in float32 (135.0 KiB), others" in capsys.readouterr().err
     same(hub.load_adapter(hub.load(tmp_path / "base")[1], tmp_path / "each"), params)
     names = load_file(tmp_path / "each" / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_A.weight" in names

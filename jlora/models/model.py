@@ -275,6 +275,16 @@ class Model:
         self, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, stacks: tuple[range, ...] | None = None
     ) -> Params:
         """Random params of this architecture, for tests and dry runs; arguments are as in `abstract_params`."""
+        return self._initial(key, dtype, stacks or self.config.stacks, jax.vmap)
+
+    def _initial(
+        self,
+        key: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        stacks: tuple[range, ...],
+        stacked: Callable[[Callable], Callable],
+    ) -> Params:
+        """`random_params`, whose `stacked` makes the initialisation of one layer that of a stack."""
         config, names = self.config, self.config.names
         tokens, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.hidden_size))
         keys = jax.random.split(key, config.num_hidden_layers + 4)
@@ -296,12 +306,12 @@ class Model:
         if not config.tie_word_embeddings:
             flat[names.head] = Linear(config.vocab_size).init(keys[3], x)["params"]
         tables, _ = tables_of(self.config, tokens, tokens, None)
-        for layers in stacks or config.stacks:
+        for layers in stacks:
             block = Block(config, config.structures[layers[0]])
             choices, numbers = tables.of_layers(config, layers)
             own = jnp.zeros((1, 1, config.hidden_size_per_layer_input)) if config.hidden_size_per_layer_input else None
             first = choices.of_layer(jax.tree.map(lambda stack: stack[0], numbers), own, self._no_shared(x))
-            init = jax.vmap(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
+            init = stacked(lambda key, block=block, first=first: block.init(key, x, first, None)["params"])
             key_of_stack = tree.stack_key(names.stack, layers, config.num_hidden_layers)
             flat[key_of_stack] = init(keys[4 + np.asarray(layers)])
         return tree.map_with_path(lambda _, leaf: leaf.astype(dtype), tree.unflatten(flat))
@@ -439,7 +449,16 @@ class Model:
 
 @functools.lru_cache(maxsize=256)  # a checkpoint is described several times while it is opened
 def _abstract(model: Model, dtype: np.dtype, stacks: tuple[range, ...]) -> Params:
-    return jax.eval_shape(lambda: model.random_params(jax.random.key(0), dtype, stacks))
+    return jax.eval_shape(lambda: model._initial(jax.random.key(0), dtype, stacks, _repeated))
+
+
+def _repeated(init: Callable) -> Callable:
+    """What `jax.vmap` gives, but of the first key again and again: the same shapes for half of the tracing."""
+
+    def stack(keys: jax.Array) -> Params:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(keys), *leaf.shape)), init(keys[0]))
+
+    return stack
 
 
 def _kept(sown: Params) -> Shared:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -324,26 +325,30 @@ def _load_leaf(
     leading = len(tensors[0].index)
     if mesh is not None:
         packing = packing._replace(shardings=tuple(jax.tree.leaves(sharding.leaf_sharding(path, whole, mesh))))
-
-    def put(values: Any) -> Any:
-        if mesh is None:
-            return jax.tree.map(jnp.asarray, values)
-        if is_packed(values):
-            return _put(values, [NamedSharding(mesh, PartitionSpec(*s.spec[leading:])) for s in packing.shardings])
-        values = values.astype(np.float32) if values.dtype == np.float64 else values
-        return _put(values, [_placement(path, leaf, mesh, leading=leading, order=tensors[0].order)])
-
+    put = functools.partial(_sent, path=path, leaf=leaf, packing=packing, leading=leading, mesh=mesh)
     if not leading:
         return _convert(put(read(tensors[0].name)), packing)
     parts, structure = jax.tree.flatten(whole)
     buffer = jax.tree.unflatten(structure, _zeros(tuple(parts), packing.shardings))
-    for index, members in itertools.groupby(tensors, lambda tensor: tensor.index):
+    for index, members in itertools.groupby(tensors, operator.attrgetter("index")):
         # Some leaves are several tensors on the Hub, each with some of the columns.
         pieces = [read(tensor.name) for tensor in members]
         values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0 if tensors[0].transposed else -1)
         # Wait, or reading would run ahead of the device and the host would hold many tensors.
         buffer = jax.block_until_ready(_write(buffer, put(values), index, packing))
     return buffer
+
+
+def _sent(
+    values: Any, *, path: str, leaf: jax.ShapeDtypeStruct, packing: Packing, leading: int, mesh: Mesh | None
+) -> Any:
+    """A tensor of the leaf on the devices, each part where it will be written; the leaf has `leading` axes more."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, values)
+    if is_packed(values):
+        return _put(values, [NamedSharding(mesh, PartitionSpec(*s.spec[leading:])) for s in packing.shardings])
+    values = values.astype(np.float32) if values.dtype == np.float64 else values
+    return _put(values, [_placement(path, leaf, mesh, leading=leading, order=packing.order)])
 
 
 def _placement(

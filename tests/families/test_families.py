@@ -174,13 +174,19 @@ def test_layouts_are_undone(model_type):
         np.testing.assert_allclose(joined.made(parts, SIZES), values, rtol=1e-12, err_msg=joined.name)
 
 
+@functools.cache
+def texts():
+    """path → the text of every file, without GGUF's architectures, which have the names of other model types."""
+    package = pathlib.Path(families.__file__).parent.parent
+    return {
+        path.relative_to(package).as_posix(): re.sub(r'Gguf\(\s*"[^"]+"', "Gguf(", path.read_text())
+        for path in package.rglob("*.py")
+    }
+
+
 @EVERY
 def test_only_its_own_file_spells_a_model_type(model_type):
-    package = pathlib.Path(families.__file__).parent.parent
-    texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
-    # GGUF's architectures have the names of other model types.
-    texts = {path: re.sub(r'Gguf\(\s*"[^"]+"', "Gguf(", text) for path, text in texts.items()}
-    found = {path for path, text in texts.items() if f'"{model_type}"' in text}
+    found = {path for path, text in texts().items() if f'"{model_type}"' in text}
     # The kinds of tokenizers that llama.cpp knows have the names of models too, and most GGUF files are Llamas.
     found -= {"hub/gguf/tokenizer.py", "hub/tokenizer.py", "hub/checkpoints/names.py"}
     assert len(found) == 1

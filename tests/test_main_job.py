@@ -103,9 +103,11 @@ def test_the_packed_base_is_what_bitsandbytes_would_use(run):
         np.testing.assert_array_equal(np.asarray(ours[layer].astype("float32")), values.float().numpy().T)
 
 
-def test_eval_works_on_it(run, capsys):
+# Packed, each pass takes several times as long here; the run's own evaluation is packed too.
+@pytest.mark.parametrize("quant", [None, pytest.param("nf4", marks=pytest.mark.slow)])
+def test_eval_works_on_it(run, capsys, quant):
     workdir, gguf = run
-    options = [f"--model={gguf}", f"--adapter={workdir / 'adapter'}", "--quant=nf4"]
+    options = [f"--model={gguf}", f"--adapter={workdir / 'adapter'}", *([f"--quant={quant}"] if quant else [])]
     data = [f"--data={workdir.parent / 'one.jsonl'}", f"--metric={ROOT / 'scripts' / 'function_calling.py'}"]
     assert main(["eval", *options, *data, "--max_new_tokens=1", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -338,7 +338,7 @@ class Scripted(Engine):
 def engine(make_llama):
     tokenizer = build(TEMPLATES["plain"], "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
     folder = make_llama(vocab_size=300, hidden_size=24, intermediate_size=40, num_attention_heads=3)
-    engine = Scripted(*jlora.load(folder, dtype="float32"), tokenizer, Limits(rows=2, length=2048, chunk=256))
+    engine = Scripted(*jlora.load(folder, dtype="float32"), tokenizer, Limits(rows=2, length=1024, chunk=128))
     engine.start()
     yield engine
     engine.stop(drain=False)

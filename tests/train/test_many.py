@@ -36,7 +36,7 @@ def texts(name):
 
 
 @pytest.fixture(scope="module")
-def settings(model_folder, tmp_path_factory):
+def settings(small_model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     members = {}
     for name, own in MEMBERS.items():
@@ -44,7 +44,7 @@ def settings(model_folder, tmp_path_factory):
         path.write_text("".join(json.dumps(record) + "\n" for record in texts(name)))
         members[name] = own | {"data": {"path": str(path), "eval_path": str(path)}}
     return {
-        "model": {"path": model_folder, "quant": "nf4"},
+        "model": {"path": small_model_folder, "quant": "nf4"},
         "data": {
             "path": members["sums"]["data"]["path"],
             "eval_path": members["sums"]["data"]["path"],

@@ -54,10 +54,9 @@ COMMON = {"loss", "grad_norm", "learning_rate", "num_tokens"}
 ROLLOUTS = ("grpo", "ppo")
 # This one is run on one device too: it has most parts, and the others differ from it in their formulas alone.
 COMPARED = ("ppo",)
-# (algorithm, mesh); the others, which are less than these, with -m slow.
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-ALWAYS = [("ppo", MESH), ("grpo", {})]
-WITH_SLOW = [pytest.param(name, MESH, marks=pytest.mark.slow) for name in NAMES if name != "ppo"]
+# The others, which are less than this one, with -m slow.
+ALGORITHMS = [pytest.param(name, marks=[pytest.mark.slow] * (name not in COMPARED)) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +71,14 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings(files, model_folder):
+def settings(files, small_model_folder):
     """settings(algorithm, group={…}): a run of two steps with everything at once."""
 
     def make(algorithm, **groups):
         data = "prompts" if algorithm in ROLLOUTS else "texts" if algorithm == "sft" else "pairs"
         config = {
             "algorithm": algorithm,
-            "model": {"path": model_folder, "quant": "nf4"},
+            "model": {"path": small_model_folder, "quant": "nf4"},
             "data": {"path": str(files / f"{data}.jsonl"), "bucket": 16},
             "lora": {
                 "r": 4,
@@ -88,7 +87,7 @@ def settings(files, model_folder):
                 "target_modules": ["q_proj", "v_proj", "down_proj"],
             },
             "optim": {"learning_rate": 1e-2},
-            "train": {"steps": 2, "batch_size": 4, "grad_accum": 2, "seq_len": 64},
+            "train": {"steps": 2, "batch_size": 4, "grad_accum": 2, "seq_len": 64, "remat": False},
         }
         if algorithm in ROLLOUTS:
             rewards = tuple(str(files / f"rewards.py:{name}") for name in ("vowels", "short"))
@@ -104,9 +103,9 @@ def settings(files, model_folder):
     return make
 
 
-@pytest.mark.parametrize(("algorithm", "mesh"), [*ALWAYS, *WITH_SLOW])
-def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, mesh, settings, tmp_path):
-    run(resolve(settings(algorithm, mesh=mesh)), tmp_path / "many")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_everything_at_once_on_a_mesh_is_as_on_one_device_and_logs_trls_names(algorithm, settings, tmp_path):
+    run(resolve(settings(algorithm, mesh=MESH)), tmp_path / "many")
     many = read_metrics(tmp_path / "many")
     assert set(many[0]) >= NAMES[algorithm] | COMMON
     assert all(np.isfinite([record[name] for name in NAMES[algorithm] | COMMON]).all() for record in many)
@@ -140,6 +139,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(settings, tmp_path, al
         run(config, tmp_path / "parts", stop=lambda: True)
     last = run(config, tmp_path / "parts")
     assert {**last, "tokens_per_second": 0} == {**whole, "tokens_per_second": 0}
+    assert set(read_metrics(tmp_path / "parts")[0]) >= (NAMES[algorithm] | COMMON) - {"kl"}  # of GRPO, only with a beta
     adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert adapters[0] == adapters[1]
     logs = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "parts")]
@@ -280,12 +280,13 @@ def first_loss(config, folder):
 
 
 def test_the_reference_is_where_the_run_starts(settings, tmp_path):
-    plain = {"use_dora": False, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    start = settings("dpo", lora=plain, train={"steps": 1})
+    plain = {"use_dora": False, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
+    start = settings("dpo", lora=plain, train={"steps": 1, "grad_accum": 1})
     from_base = first_loss(start, tmp_path / "base")
     assert from_base["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert abs(from_base["rewards/chosen"]) < 1e-5
-    going_on = settings("dpo", train={"steps": 2}, model={"adapter": str(tmp_path / "base" / "adapter")})
+    train = {"steps": 2, "grad_accum": 1}
+    going_on = settings("dpo", train=train, model={"adapter": str(tmp_path / "base" / "adapter")})
     del going_on["lora"]
     shown = io.StringIO()
     run(resolve(going_on), tmp_path / "dpo", progress=Progress(shown))
@@ -293,7 +294,7 @@ def test_the_reference_is_where_the_run_starts(settings, tmp_path):
     assert found[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # the starting adapter, not the base
     assert found[0]["logps/chosen"] != pytest.approx(from_base["logps/chosen"], rel=1e-3)
     assert "the reference policy is the adapter" in shown.getvalue()
-    before = settings("dpo", train={"steps": 2}, model=going_on["model"], dpo={"precompute_ref_log_probs": True})
+    before = settings("dpo", train=train, model=going_on["model"], dpo={"precompute_ref_log_probs": True})
     del before["lora"]
     run(resolve(before), tmp_path / "before")
     for left, right in zip(found, read_metrics(tmp_path / "before"), strict=True):

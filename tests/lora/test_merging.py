@@ -16,7 +16,7 @@ SIZES = dict(
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_merged_model_computes_what_the_adapted_one_does(packed):
     model = models.build(SIZES)
-    base = model.random_params(jax.random.key(0))
+    base = jax.jit(model.random_params)(jax.random.key(0))
     if packed:
         config = quant.as_config("nf4")
         base = tree.map_with_path(
@@ -32,7 +32,9 @@ def test_the_merged_model_computes_what_the_adapted_one_does(packed):
 
 
 def test_unmerging_is_to_go_on_with_the_old_tree():
-    params = lora.init(models.build(SIZES).random_params(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(1))
+    params = lora.init(
+        jax.jit(models.build(SIZES).random_params)(jax.random.key(0)), lora.LoraConfig(r=4), jax.random.key(1)
+    )
     before = {path: np.array(leaf) for path, leaf in tree.flatten(params).items()}
     lora.merge(params)
     for path, leaf in tree.flatten(params).items():
@@ -43,7 +45,7 @@ def test_unmerging_is_to_go_on_with_the_old_tree():
 def test_token_rows_and_a_tied_head_of_its_own(own):
     model = models.build(SIZES | dict(tie_word_embeddings=True))
     config = lora.LoraConfig(r=3, trainable_token_indices=[2, 5], **dict(target_modules=["q_proj"]) | own)
-    params = lora.init(model.random_params(jax.random.key(0)), config, jax.random.key(1))
+    params = lora.init(jax.jit(model.random_params)(jax.random.key(0)), config, jax.random.key(1))
     frozen, trainable = lora.split(params)
     params = lora.combine(frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable))
     tokens = jnp.arange(9)[None]

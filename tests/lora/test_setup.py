@@ -21,7 +21,7 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
 )
 MODEL = models.build(CONFIG.to_dict())
-PARAMS = MODEL.random_params(jax.random.key(0))
+PARAMS = jax.jit(MODEL.random_params)(jax.random.key(0))
 KEY = jax.random.key(7)
 SETTINGS = {
     "all": dict(target_modules="all-linear"),

@@ -222,8 +222,18 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-@pytest.mark.parametrize("name", PARAMETERS)
+# One of two by default is enough for each, with the other kind of experts.
+ALONE = {("down", "Mixtral"), ("up", "GptOss")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * ((name, kind) in ALONE))
+        for name in PARAMETERS
+        for kind in ("Mixtral", "GptOss")
+    ],
+)
 def test_experts(name, kind, tmp_path, quiet, parity):
     torch.manual_seed(0)
     reference = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**MOE)).eval()

@@ -22,37 +22,41 @@ from jlora.types import BRANCH
 SCALE = 0.3
 
 
-def formula(queries, keys, values, sinks=None, *, marks, scale=SCALE, softcap=None):
+def formula(queries, keys, values, sinks=None, *, mask, softcap=None):
     groups = queries.shape[2] // keys.shape[2]
     keys, values = jnp.repeat(keys, groups, axis=2), jnp.repeat(values, groups, axis=2)
-    scores = scale * jnp.einsum("bthf,bshf->bhts", queries, keys)
+    scores = SCALE * jnp.einsum("bthf,bshf->bhts", queries, keys)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask_of(marks)[:, None], scores, -1e30)
+    scores = jnp.where(mask[:, None], scores, -1e30)
     if sinks is not None:  # a key whose value is zero
         scores = jnp.pad(scores, [(0, 0)] * 3 + [(0, 1)]).at[..., -1].set(sinks[None, :, None])
     weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]]
     return jnp.einsum("bhts,bshf->bthf", weights, values)
 
 
+@functools.partial(jax.jit, static_argnames="softcap")
+def formulas(mask, inputs, gradient, softcap=None):
+    """The formula's output, and the gradients of its inputs."""
+    y, pullback = jax.vjp(lambda *x: formula(*x, mask=mask, softcap=softcap), *inputs)
+    return y, *pullback(gradient)
+
+
 def mask_of(marks):
-    """What each query sees, token by token."""
+    """What each query sees."""
     positions, segments, places, owners = map(
         np.asarray, (marks.positions, marks.segment_ids, marks.key_positions, marks.key_segment_ids)
     )
     window = marks.windows[0 if marks.chosen is None else int(marks.chosen)]
-    mask = np.zeros((*positions.shape, places.shape[1]), bool)
-    for b, t, s in np.ndindex(*mask.shape):
-        own = owners[b, s] in (segments[b, t], segments[b, t] % BRANCH)
-        distance = positions[b, t] - places[b, s]
-        mask[b, t, s] = own and 0 <= distance < (window or 10**9)
-    return mask
+    asking, own = segments[:, :, None], owners[:, None]
+    distance = positions[:, :, None] - places[:, None]
+    return ((own == asking) | (own == asking % BRANCH)) & (distance >= 0) & (distance < (window or 10**9))
 
 
 def arrays(tokens, size, heads=6, kv_heads=3, width=10):
-    keys = jax.random.split(jax.random.key(0), 4)
+    random = np.random.default_rng(0)
     shapes = [(2, tokens, heads, width), (2, size, kv_heads, width), (2, size, kv_heads, width)]
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, [*shapes, shapes[0]], strict=True)]
+    return [jnp.asarray(random.normal(size=shape).astype(np.float32)) for shape in (*shapes, shapes[0])]
 
 
 def sinks_of(heads):
@@ -62,6 +66,16 @@ def sinks_of(heads):
 
 def by_form(form, marks, softcap, queries, keys, values, sinks=None):
     return attend(queries, keys, values, marks, SCALE, softcap, form, sinks)
+
+
+def with_gradients(form, marks, softcap, gradient):
+    """(queries, keys, values, sinks) → the form's output, and the gradients of these."""
+
+    def run(*inputs):
+        y, pullback = jax.vjp(functools.partial(by_form, form, marks, softcap), *inputs)
+        return y, *pullback(gradient)
+
+    return run
 
 
 def packed(tokens, branches=False, **settings):
@@ -83,12 +97,9 @@ def same(form, marks, softcap=None, sinks=False, **sizes):
     if sinks:
         inputs.append(sinks_of(weights.shape[2]))
 
-    def run(compute):
-        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=range(len(inputs)))(*inputs)
-
-    ours = jax.jit(functools.partial(run, functools.partial(by_form, form, marks, softcap)))()
-    theirs = run(functools.partial(formula, marks=marks, softcap=softcap))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+    found = jax.jit(with_gradients(form, marks, softcap, weights))(*inputs)
+    for ours, theirs in zip(found, formulas(mask_of(marks), inputs, weights, softcap), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture
@@ -117,7 +128,7 @@ def test_splash_kernels_take_the_window_of_the_layer():
     same("splash_interpreted", packed(130, windows=(None, 5), chosen=jnp.int32(1)), heads=2, kv_heads=1)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 1.5])
 def test_splash_kernels_join_a_branch_with_what_it_branches_off(softcap):
     same("splash_interpreted", packed(150, branches=True), softcap, heads=4, kv_heads=2)
     same("splash_interpreted", dataclasses.replace(packed(130), branches=True), softcap, heads=2, kv_heads=1)
@@ -163,8 +174,7 @@ def marks_of_many_kinds():
 def test_triton_kernels_are_the_formulas():
     for marks in marks_of_many_kinds():
         *inputs, grad = arrays(97, 97)
-        y, pullback = jax.vjp(functools.partial(formula, marks=marks, softcap=1.5), *inputs)
-        ours, theirs = triton_program()(marks, *inputs, grad), (y, *pullback(grad))
+        ours, theirs = triton_program()(marks, *inputs, grad), formulas(mask_of(marks), inputs, grad, 1.5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
 
 
@@ -182,22 +192,27 @@ def test_triton_kernels_take_fewer_queries_than_keys_and_those_that_see_none():
     segments = cached.segment_ids[:, 80:110].at[1, 20:].set(7)
     marks = Marks(cached.positions[:, 80:110], segments, cached.key_positions, cached.key_segment_ids)
     *inputs, _ = arrays(30, 120)
-    grad = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    grad = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
 
-    @jax.jit
-    def run(*inputs):
-        y, pullback = jax.vjp(lambda *x: attend(*x, marks, SCALE, None, "triton_interpreted"), *inputs)
-        return y, *pullback(grad)
-
-    y, pullback = jax.vjp(functools.partial(formula, marks=marks), *inputs)
+    found = jax.jit(with_gradients("triton_interpreted", marks, None, grad))(*inputs)
     blind = np.asarray(segments == 7)[..., None, None]
-    theirs = [np.where(blind, 0, y), *pullback(jnp.where(blind, 0, grad))]
-    for one, two in zip(run(*inputs), theirs, strict=True):
+    y, *gradients = formulas(mask_of(marks), inputs, np.where(blind, 0, grad))
+    theirs = [np.where(blind, 0, y), *gradients]
+    for one, two in zip(found, theirs, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("form", ["plain", "blocked", "splash_interpreted", "triton_interpreted"])
+INTERPRETED = ("splash_interpreted", "triton_interpreted")  # take seconds; `WITH_SINKS` has them without a window
+
+
+@pytest.mark.parametrize(
+    ("form", "window"),
+    [
+        pytest.param(form, window, marks=[pytest.mark.slow] * (form in INTERPRETED and window is None))
+        for form in ("plain", "blocked", *INTERPRETED)
+        for window in (None, 5)
+    ],
+)
 def test_sinks_take_part_in_the_softmax_of_every_form(form, window, small_blocks):
     same(form, packed(70, windows=(None, window), chosen=jnp.int32(1)), sinks=True, heads=4, kv_heads=2, width=16)
 
@@ -218,8 +233,7 @@ def test_sinks_are_shared_by_branches_and_what_they_branch_off():
 def test_a_query_that_sees_only_its_sink_gives_zeros(form, small_blocks):
     marks = dataclasses.replace(packed(40), key_segment_ids=jnp.full((2, 40), 9))
     *inputs, weights = arrays(40, 40)
-    y, pullback = jax.vjp(functools.partial(by_form, form, marks, None), *inputs, sinks_of(6))
-    for found in (y, *pullback(weights)):
+    for found in jax.jit(with_gradients(form, marks, None, weights))(*inputs, sinks_of(6)):
         np.testing.assert_array_equal(found, 0)
 
 
@@ -236,10 +250,9 @@ def test_sinks_of_16_bits_are_scores_of_32():
     *inputs, weights = (x.astype(jnp.bfloat16) for x in arrays(40, 40))
     sinks = sinks_of(6).astype(jnp.bfloat16)
     marks = packed(40)
-    y, pullback = jax.vjp(functools.partial(by_form, "plain", marks, None), *inputs, sinks)
+    ours = jax.jit(with_gradients("plain", marks, None, weights))(*inputs, sinks)
     wide = [x.astype(jnp.float32) for x in (*inputs, sinks, weights)]
-    expected, pulled = jax.vjp(functools.partial(formula, marks=marks), *wide[:-1])
-    for found, one in zip((y, *pullback(weights)), (expected, *pulled(wide[-1])), strict=True):
+    for found, one in zip(ours, formulas(mask_of(marks), wide[:-1], wide[-1]), strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(found, one, rtol=0, atol=0.02 * float(jnp.abs(one).max()))
 
@@ -356,12 +369,9 @@ def test_forms_are_the_formulas_on_a_mesh(case, sinks, small_blocks):
         inputs, placed = ([*x, sinks_of(heads[0])] for x in (inputs, placed))
         placed[-1] = jax.device_put(placed[-1], jax.NamedSharding(mesh, jax.P()))
 
-    def run(compute, *x):
-        return jax.value_and_grad(lambda *x: jnp.sum(weights * compute(*x)), argnums=range(len(x)))(*x)
-
-    ours = sharding.jit(functools.partial(run, functools.partial(by_form, form, marks, None)))(*placed)
-    theirs = run(functools.partial(formula, marks=marks), *inputs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+    found = sharding.jit(with_gradients(form, marks, None, weights))(*placed)
+    for ours, theirs in zip(found, formulas(mask_of(marks), inputs, weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ LONG = pytest.param(32768, marks=pytest.mark.slow)  # two documents; the plain f
 def halves():
     model = models.build(CONFIG)
     params = lora.init(
-        model.random_params(jax.random.key(0)), lora.LoraConfig(r=2, target_modules="all-linear"), jax.random.key(1)
+        jax.jit(model.random_params)(jax.random.key(0)),
+        lora.LoraConfig(r=2, target_modules="all-linear"),
+        jax.random.key(1),
     )
     frozen, trainable = lora.split(params)
     return model, frozen, jax.tree.map(lambda leaf: leaf + 0.1, trainable)

@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def base(model):
-    return model.random_params(jax.random.key(0))
+    return jax.jit(model.random_params)(jax.random.key(0))
 
 
 def test_the_head_belongs_to_the_adapter(model, base):

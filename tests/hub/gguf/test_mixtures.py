@@ -206,7 +206,7 @@ def file_types(path):
 def test_llama_quantize_gives_the_same_types(name, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
     model = models.build(MODELS[name])
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     with warnings.catch_warnings(action="ignore"):  # windows that llama.cpp does not compute
         hub.save_gguf(tmp_path / "whole.gguf", model, params, dtype="f32")
     given = file_types(tmp_path / "whole.gguf")
@@ -233,7 +233,7 @@ def test_llama_quantize_gives_the_same_types(name, tmp_path):
 def test_llama_cpp_computes_with_the_packed_weights(dtype, tmp_path, llama_cpp):
     """But for its products, whose other factors it rounds to 8 bits; the unpacked model's results are further off."""
     model = models.build(MODELS["untied"] | dict(intermediate_size=512, num_hidden_layers=2))
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     hub.save_gguf(tmp_path / "model.gguf", model, params, dtype=dtype)
     tokens = np.arange(1, 20)[None] * 7 % 64
     opened = llama_cpp(tmp_path / "model.gguf")

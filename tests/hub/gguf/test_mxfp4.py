@@ -29,7 +29,7 @@ KERNELS = ("gate_up_proj", "down_proj")
 def packed_model():
     """(model, params) with experts packed in MXFP4."""
     model = models.build(SIZES)
-    params = model.random_params(jax.random.key(0))
+    params = jax.jit(model.random_params)(jax.random.key(0))
     return model, tree.map_with_path(
         lambda path, leaf: quant.quantize(leaf, "mxfp4") if "/experts/" in path and path.endswith("kernel") else leaf,
         params,

@@ -115,7 +115,7 @@ def test_what_it_cannot_be_is_said(llama_folder, tmp_path, edit_json):
         num_experts_per_tok=2,
         moe_intermediate_size=8,
     )
-    mixture = models.build(experts).random_params(key)
+    mixture = jax.jit(models.build(experts).random_params)(key)
     settings = miss | dict(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], r=2)
     with pytest.raises(ValueError, match="for linears; layers/mlp/experts/down_proj"):
         lora.init(mixture, lora.LoraConfig(**settings), key)

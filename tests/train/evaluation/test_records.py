@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.random_params(jax.random.key(0))
+    return jax.jit(model.random_params)(jax.random.key(0))
 
 
 RECORDS = [

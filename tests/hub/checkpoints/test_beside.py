@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -85,12 +86,14 @@ CASES = {
 EVERY = pytest.mark.parametrize("kind", CASES)
 
 
-def distinct(kinds):
+def distinct(kinds, slow=("gemma4_unified", "qwen3_5")):
     """For tests that take long: without `-m slow` not those that are put together as another."""
-    return [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("gemma4_unified", "qwen3_5"))) for kind in kinds]
+    return [pytest.param(kind, marks=[pytest.mark.slow] * (kind in slow)) for kind in kinds]
 
 
 DISTINCT = pytest.mark.parametrize("kind", distinct(CASES))
+# Where it does not matter that a language model has experts.
+DENSE = pytest.mark.parametrize("kind", distinct(CASES, ("gemma4_unified", "qwen3_5_moe")))
 
 
 def reference(kind):
@@ -144,7 +147,9 @@ def others(kind, tensors):
 def with_adapter(params, targets="all-linear", **settings):
     config = lora.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **settings)
     params = lora.init(params, config, jax.random.key(0))
-    return tree.map_with_path(lambda path, leaf: 3 * leaf if path.endswith("lora_b") else leaf, params)
+    return tree.map_with_path(
+        lambda path, leaf: jnp.asarray(3 * np.asarray(leaf)) if path.endswith("lora_b") else leaf, params
+    )
 
 
 def adapted_weights(kind, params):
@@ -268,7 +273,7 @@ def test_a_folder_that_is_gone_or_changed_is_an_error_before_anything_is_written
         hub.save_model(tmp_path / "out", models.build(model.config.to_hf()), params)
 
 
-@DISTINCT
+@DENSE
 def test_an_adapter_has_pefts_names_and_leaves_the_tower_alone(save, tmp_path, kind):
     folder = save(kind)
     model, params = hub.load(folder)
@@ -293,7 +298,7 @@ def test_an_adapter_that_reaches_into_the_tower_is_refused_by_name(save, tmp_pat
         hub.load_adapter(hub.load(folder)[1], tmp_path / "adapter")
 
 
-@DISTINCT
+@DENSE
 def test_trained_copies_and_more_rows_go_to_peft_and_back(save, tmp_path, kind):
     folder = save(kind)
     model, params = hub.load(folder, vocab=107)
@@ -422,7 +427,7 @@ def test_settings_that_the_file_leaves_out_are_transformers():
     assert (ours.vocab_size, ours.num_attention_heads, ours.head_dim) == (262_208, 8, 256)
 
 
-@DISTINCT
+@DENSE
 def test_a_recipe_combines_the_language_models(save, tmp_path, kind):
     """And copies the rest from the first; of layers taken from both, config.json gets the new number."""
     folder = save(kind)

@@ -65,6 +65,12 @@ def packed(tmp_path_factory):
     return folder, save_packed(folder)
 
 
+@pytest.fixture(scope="module")
+def loaded(packed):
+    """The model and its params."""
+    return hub.load(packed[0])
+
+
 def theirs(folder):
     """transformers' logits; on a CPU it unpacks the experts as it reads them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -76,9 +82,9 @@ def near(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_codes_and_scales_are_the_files(packed):
+def test_codes_and_scales_are_the_files(packed, loaded):
     folder, tensors = packed
-    model, params = hub.load(folder)
+    model, params = loaded
     for kernel in KERNELS:
         leaf = params["layers"]["mlp"]["experts"][kernel]["kernel"]
         assert leaf.format == "mxfp4" and leaf.dtype == np.float32
@@ -91,9 +97,9 @@ def test_codes_and_scales_are_the_files(packed):
     near(model(params, TOKENS), theirs(folder))
 
 
-def test_the_description_is_the_loaded_models_and_counts_its_bytes(packed):
+def test_the_description_is_the_loaded_models_and_counts_its_bytes(packed, loaded):
     folder, _ = packed
-    _, params = hub.load(folder)
+    _, params = loaded
     _, described = hub.describe(folder)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     assert jax.tree.structure(described) == jax.tree.structure(shapes)
@@ -103,16 +109,16 @@ def test_the_description_is_the_loaded_models_and_counts_its_bytes(packed):
     assert tree.nbytes(described) == tree.nbytes(params)
 
 
-def test_a_description_needs_no_weights(packed, tmp_path):
+def test_a_description_needs_no_weights(packed, loaded, tmp_path):
     folder, _ = packed
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     _, described = hub.describe(tmp_path)
-    assert jax.tree.structure(described) == jax.tree.structure(hub.load(folder)[1])
+    assert jax.tree.structure(described) == jax.tree.structure(loaded[1])
 
 
-def test_saved_again_the_tensors_are_the_same(packed, tmp_path):
+def test_saved_again_the_tensors_are_the_same(packed, loaded, tmp_path):
     folder, tensors = packed
-    model, params = hub.load(folder)
+    model, params = loaded
     hub.save_model(tmp_path / "out", model, params)
     written = load_file(tmp_path / "out" / FILE)
     assert written.keys() == tensors.keys()
@@ -127,20 +133,22 @@ TARGETS = {
     "attention": dict(target_modules="all-linear"),
     "experts": dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
 }
+TARGETS["both"] = TARGETS["experts"] | TARGETS["attention"]
 
 
 def adapted(params, targets):
     params = lora.init(params, lora.LoraConfig(r=4, lora_alpha=8, **TARGETS[targets]), jax.random.key(0))
-    return tree.map_with_path(
-        lambda path, leaf: jax.random.normal(jax.random.key(1), leaf.shape) * 0.2 if "lora_b" in path else leaf, params
-    )
+    return tree.map_with_path(lambda path, leaf: jnp.asarray(drawn(leaf.shape)) if "lora_b" in path else leaf, params)
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-def test_adapters_are_trained_on_the_packed_experts(targets, packed):
+def drawn(shape):
+    return np.random.default_rng(1).normal(0, 0.2, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("targets", [pytest.param(t, marks=[pytest.mark.slow] * (t != "both")) for t in TARGETS])
+def test_adapters_are_trained_on_the_packed_experts(targets, loaded):
     """Loss and gradients are those on the unpacked base, and nothing unpacked is kept for the backward pass."""
-    folder, _ = packed
-    model, base = hub.load(folder)
+    model, base = loaded
     params = adapted(base, targets)
     dense = tree.map_with_path(lambda _, leaf: quant.dequantize(leaf) if quant.is_packed(leaf) else leaf, params)
 
@@ -156,9 +164,9 @@ def test_adapters_are_trained_on_the_packed_experts(targets, packed):
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
 
-def test_a_merge_that_leaves_the_experts_alone_keeps_their_bits(packed, tmp_path):
-    folder, tensors = packed
-    model, base = hub.load(folder)
+def test_a_merge_that_leaves_the_experts_alone_keeps_their_bits(packed, loaded, tmp_path):
+    _, tensors = packed
+    model, base = loaded
     params = adapted(base, "attention")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -171,9 +179,8 @@ def test_a_merge_that_leaves_the_experts_alone_keeps_their_bits(packed, tmp_path
     near(theirs(tmp_path / "out"), model(params, TOKENS))
 
 
-def test_a_merge_into_the_experts_is_wide_and_says_so(packed, tmp_path):
-    folder, _ = packed
-    model, base = hub.load(folder)
+def test_a_merge_into_the_experts_is_wide_and_says_so(loaded, tmp_path):
+    model, base = loaded
     params = adapted(base, "experts")
     with pytest.warns(UserWarning, match=r"experts in MXFP4 \(.* KiB\) are written as float32 .*--quant=mxfp4"):
         hub.save_model(tmp_path / "out", model, params)
@@ -229,9 +236,9 @@ def test_a_dense_model_is_packed_as_it_is_read(tmp_path):
         hub.save_quantized(tmp_path / "other", model, every)
 
 
-def test_layers_of_which_some_are_packed_lie_in_stacks_of_their_own(packed, tmp_path):
+def test_layers_of_which_some_are_packed_lie_in_stacks_of_their_own(packed, loaded, tmp_path):
     folder, tensors = packed
-    model, params = hub.load(folder)
+    model, params = loaded
     mixed = dict(tensors)
     for kernel in KERNELS:
         name = f"model.layers.1.mlp.experts.{kernel}"
@@ -279,10 +286,10 @@ def test_what_is_wrong_is_named(change, message, packed, tmp_path):
         hub.load(tmp_path)
 
 
-def test_the_rest_can_be_nf4(packed, tmp_path):
+def test_the_rest_can_be_nf4(packed, loaded, tmp_path):
     """Experts keep their bits; the description, with and without weights, says the same."""
     folder, _ = packed
-    _, plain = hub.load(folder)
+    _, plain = loaded
     model, params = hub.load(folder, quant="nf4")
     for kernel in KERNELS:
         expected, found = (tree["layers"]["mlp"]["experts"][kernel]["kernel"] for tree in (plain, params))
@@ -335,9 +342,9 @@ def test_other_requests_are_refused(packed, tmp_path):
     assert METHODS.keys() == {"bitsandbytes", "mxfp4"}
 
 
-def test_packed_experts_are_split_over_a_mesh(packed):
+def test_packed_experts_are_split_over_a_mesh(packed, loaded):
     folder, _ = packed
     mesh = jlora.sharding.make_mesh(jlora.sharding.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    model, params = hub.load(folder)
+    model, params = loaded
     other, split = hub.load(folder, mesh=mesh)
     near(other(split, TOKENS), np.asarray(model(params, TOKENS)))

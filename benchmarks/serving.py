@@ -236,9 +236,9 @@ def main() -> None:
             with server(options, folder) as (address, process):
                 figures["load"] = load(address, folder, options, lambda: resident(process))
     console = rich.console.Console()
-    for part in ("throughput", "load"):
+    for part in [name for name in ("throughput", "load") if name in figures]:
         table = rich.table.Table(part, "")
-        for name, value in figures.get(part, {}).items():
+        for name, value in figures[part].items():
             table.add_row(name.replace("_", " "), str(value))
         console.print(table)
     console.print(f"written: {record.save('serving', figures)}")

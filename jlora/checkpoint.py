@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import tree
-from jlora.errors import Failed, UserError
+from jlora.errors import Failed, UserError, is_of_the_system
 from jlora.types import Params
 
 # The version of the checkpoint format; a checkpoint of another version is refused.
@@ -148,7 +148,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+            if not is_of_the_system(error):
                 raise
             reasons = (
                 [error.strerror or str(error)]

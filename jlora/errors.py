@@ -60,6 +60,11 @@ def first_few(values: Iterable[object], most: int = 3) -> str:
     return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")
 
 
+def is_of_the_system(error: BaseException | None) -> bool:
+    """Whether it is an error of the operating system, or what TensorStore makes of one."""
+    return isinstance(error, OSError) or "os_error_code" in str(error)
+
+
 def number_of(count: int, noun: str) -> str:
     """'1 record', '2,000 records'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from jlora.cli import parsers
 from jlora.cli.parsers import COMMANDS
-from jlora.errors import Failed, UserError
+from jlora.errors import Failed, UserError, is_of_the_system
 
 # Errors of the operating system that are not bugs: a full disk, an exhausted quota, a file too big for its disk.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,6 +42,7 @@ COMPILERS = {
 ENVIRONMENT = {"plan": COMPILERS}
 # Commands whose compiled programs are kept for the next start. `plan` is none: it tells how long compiling takes.
 COMPILING = ("train", "eval", "generate", "chat", "serve")
+SAVING = ("train",)  # commands that write checkpoints in the background
 MOST_BYTES = 4 * 2**30  # of compiled programs; those that were used least lately go
 
 USAGE = """usage: jlora COMMAND [OPTIONS]
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     if arguments[0] not in COMMANDS:
         return _complain(f"{arguments[0]!r} is not a command; the commands are {', '.join(COMMANDS)}")
-    _quiet_writers()
+    if arguments[0] in SAVING:
+        _quiet_writers()
     with _plain_warnings():
         return _run(arguments[0], arguments[1:], show_traceback)
 
@@ -111,6 +113,10 @@ def _run(command: str, arguments: list[str], show_traceback: bool) -> int:
             raise
         if show_traceback:
             traceback.print_exc()
+        if command in SAVING and isinstance(error, Failed):
+            # What is left of the writes is thrown away, with warnings of coroutines and tasks that never ended.
+            warnings.simplefilter("ignore")
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return _complain(*told)
 
 
@@ -195,7 +201,9 @@ def _quiet_writers() -> None:
     """
 
     def follows(error: BaseException | None) -> bool:
-        return str(error) == "Event loop is closed" or (isinstance(error, OSError) and error.errno in FULL)
+        if isinstance(error, OSError):
+            return error.errno in FULL
+        return str(error) == "Event loop is closed" or is_of_the_system(error)
 
     unraisable, thread = sys.unraisablehook, threading.excepthook
     sys.unraisablehook = lambda args: None if follows(args.exc_value) else unraisable(args)

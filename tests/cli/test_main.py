@@ -184,16 +184,19 @@ def follow(error):
 
 cli._run = lambda *_: cli._complain("the disk is full", cli.FAILED)
 code = cli.main(["train"])
-for error in (OSError({errno}, os.strerror({errno})), RuntimeError({closed!r})):
+for error in (OSError({errno}, os.strerror({errno})), RuntimeError({closed!r}), ValueError({written!r})):
     follow(error)
 sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(("number", "closed", "told"), [(errno.EFBIG, "Event loop is closed", 0), (errno.EIO, "?", 6)])
-def test_what_fails_after_a_full_disk_is_told_adds_no_traceback(number, closed, told):
+@pytest.mark.parametrize(
+    ("number", "closed", "written", "told"),
+    [(errno.EFBIG, "Event loop is closed", "Failed writing: no [os_error_code='27']", 0), (errno.EIO, "?", "?", 9)],
+)
+def test_what_fails_after_a_full_disk_is_told_adds_no_traceback(number, closed, written, told):
     """Tasks of an event loop, threads and destructors: however late they come. Other errors are still shown."""
-    code = FULL_DISK.format(errno=number, closed=closed)
+    code = FULL_DISK.format(errno=number, closed=closed, written=written)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
     assert done.stderr.startswith("jlora: the disk is full\n")
